@@ -1,0 +1,1 @@
+"""Embeddings from any layer of any genomic language model."""

@@ -1,0 +1,200 @@
+"""What stages hand to each other: frozen dataclasses, no behaviour beyond checks of their own shape.
+
+Data flows one way: ``SequenceRecord`` (sequences) -> ``Window`` -> ``EncodedSequence`` (tokenization) ->
+``Batch`` (batching) -> activations by module path (models) -> pooled rows (pooling) -> ``EmbeddingBlock`` or
+``TokenBlock`` (store).
+
+Coordinates are 0-based and half-open. B rows, L padded length, T tokens, D hidden size, N records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from genoembed.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Strand: TypeAlias = Literal["+", "-"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceRecord:
+    """One sequence as the model will see it, cleaned, with where it came from."""
+
+    id: str
+    """First word of the header; unique within a run."""
+    sequence: bytes
+    """ASCII letters, one byte a base, after all policies; reverse-complemented already if ``strand`` is ``-``."""
+    description: str = ""
+    """The header after the id."""
+    source: str = ""
+    """File name as the user gave it (``-`` for standard input)."""
+    line: int | None = None
+    """1-based line of the record's header (or of the BED/GFF3 row), where the format has lines."""
+    start: int = 0
+    """First base of the embedded part, in the coordinates of the parent sequence."""
+    end: int | None = None
+    """One past the last base of the embedded part; None means ``start`` plus the core's length."""
+    strand: Strand = "+"
+    """``-`` where a region was taken from the reverse strand."""
+    core_start: int = 0
+    """First base of ``sequence`` that pooling counts (what is before it is flank)."""
+    core_end: int | None = None
+    """One past the last base of ``sequence`` that pooling counts; None means all of it."""
+    flags: tuple[str, ...] = ()
+    """What policies did to this record: ``masked:12``, ``renamed``, ``gaps:3`` ..."""
+
+    def __post_init__(self) -> None:
+        core_end = len(self.sequence) if self.core_end is None else self.core_end
+        if not 0 <= self.core_start <= core_end <= len(self.sequence):
+            message = (
+                f"core {self.core_start}-{core_end} lies outside a sequence of {len(self.sequence)} bases"
+            )
+            raise ShapeError(message)
+        object.__setattr__(self, "core_end", core_end)
+        if self.end is None:
+            object.__setattr__(self, "end", self.start + core_end - self.core_start)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of ``sequence``, as hexadecimal digits."""
+        return hashlib.sha256(self.sequence).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """A piece of a record that fits the model's context, and the bases it answers for."""
+
+    start: int
+    """First base the model sees."""
+    end: int
+    """One past the last base the model sees."""
+    core_start: int
+    """First base that this window answers for: overlaps count once."""
+    core_end: int
+    """One past the last base that this window answers for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedSequence:
+    """Token ids of one window, and which base each token starts at."""
+
+    input_ids: NDArray[np.integer]
+    """Token ids, special tokens included. Any integer dtype, shape ``(L,)``; may be a read-only view."""
+    base_start: NDArray[np.int64] | None = None
+    """First base of each token, -1 for special tokens, shape ``(L,)``. None: token ``i`` is base ``i``."""
+
+    def __post_init__(self) -> None:
+        if self.base_start is not None and self.base_start.shape != self.input_ids.shape:
+            message = f"base_start has shape {self.base_start.shape}, input_ids {self.input_ids.shape}"
+            raise ShapeError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Padded rows for one forward pass."""
+
+    input_ids: Tensor
+    """int64, ``(B, L)``; padding on the right."""
+    attention_mask: Tensor
+    """int64, ``(B, L)``; 1 where a token is real."""
+    pool_mask: Tensor
+    """bool, ``(B, L)``; True where a token counts in pooling."""
+    rows: tuple[int, ...]
+    """For each row, the caller's index of the piece it holds."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Slots of the batch, padding included."""
+        return self.input_ids.shape[0] * self.input_ids.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """Sequences laid end to end in rows of equal length, for causal training."""
+
+    input_ids: Tensor
+    """int64, ``(B, L)``."""
+    labels: Tensor
+    """int64, ``(B, L)``, aligned with ``input_ids`` (the loss shifts); -100 where no loss is taken."""
+    position_ids: Tensor
+    """int64, ``(B, L)``; restart at 0 with each segment."""
+    segment_ids: Tensor
+    """int64, ``(B, L)``; number of the segment within its row, -1 at padding."""
+    cu_seqlens: Tensor
+    """int32, ``(S + 1,)``; boundaries of the segments in the flattened ``(B * L)`` rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerInfo:
+    """A module whose output can be captured."""
+
+    path: str
+    """Module path from the model's root, as ``get_submodule`` takes it."""
+    index: int | None
+    """Block number from 0, or None outside the blocks."""
+    width: int | None
+    """Size of the last dimension of its output, where known without running it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObsRow:
+    """What the file says about one row."""
+
+    id: str
+    description: str
+    length: int
+    """Bases that were pooled over (before ``skip_first``)."""
+    start: int
+    end: int
+    strand: Strand
+    source: str
+    n_windows: int
+    sha256: str
+    """Of the sequence as the model saw it."""
+    flags: str
+    """Comma-separated, empty when nothing happened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingBlock:
+    """Consecutive rows of a pooled file."""
+
+    rows: tuple[ObsRow, ...]
+    matrices: Mapping[str, NDArray[np.floating]]
+    """One ``(N, D)`` matrix a kept layer (or one, when layers were fused), in the order asked for."""
+
+    def __post_init__(self) -> None:
+        for name, matrix in self.matrices.items():
+            if matrix.ndim != 2 or matrix.shape[0] != len(self.rows):
+                message = f"matrix {name!r} has shape {matrix.shape}, expected ({len(self.rows)}, D)"
+                raise ShapeError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBlock:
+    """Consecutive records of a per-token file: ragged rows laid end to end."""
+
+    rows: tuple[ObsRow, ...]
+    lengths: NDArray[np.int64]
+    """Tokens of each record, ``(N,)``."""
+    values: Mapping[str, NDArray[np.floating]]
+    """One ``(T, D)`` matrix a kept layer, ``T = lengths.sum()``."""
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        if self.lengths.shape != (len(self.rows),):
+            message = f"lengths has shape {self.lengths.shape}, expected ({len(self.rows)},)"
+            raise ShapeError(message)
+        for name, matrix in self.values.items():
+            if matrix.ndim != 2 or matrix.shape[0] != total:
+                message = f"values of {name!r} have shape {matrix.shape}, expected ({total}, D)"
+                raise ShapeError(message)

@@ -1,0 +1,232 @@
+"""Every error and warning that genoembed raises on purpose.
+
+Messages have one form: **where: what was found, against what was expected; what to do.**
+Each leaf also subclasses the builtin that people would catch, and carries its facts as fields,
+so that no caller needs to parse text::
+
+    GenoembedError
+    |-- InputError (ValueError)            path, line, record_id
+    |   |-- SequenceFormatError            a file that is not what it seems, or is damaged
+    |   |-- AlphabetError                  letters outside the alphabet
+    |   |-- DuplicateIdError               an id that appears twice
+    |   |-- EmptyRecordError               a record without bases
+    |   |-- SequenceLengthError            longer than the context, or shorter than what is asked for
+    |   `-- RegionError                    a BED or GFF3 row that does not fit the reference
+    |-- InputFileError (OSError)           path: missing, unreadable
+    |-- ConfigError (ValueError)           problems, all reported at once
+    |-- ShapeError (ValueError)
+    |-- EmptyPoolError (ValueError)        nothing left to pool
+    |-- ModelError (ValueError)
+    |   |-- ModelNotFoundError
+    |   |-- LayerError                     spec
+    |   |-- CheckpointError                path
+    |   `-- NonFiniteError                 record_id
+    |-- StoreError (OSError)               path
+    |   |-- StoreFormatError               foreign or damaged file
+    |   `-- SchemaVersionError             found, supported
+    `-- MissingExtraError (ImportError)    extra
+
+    GenoembedWarning (UserWarning)
+    |-- PoolingMismatchWarning
+    `-- PrecisionWarning
+"""
+
+from __future__ import annotations
+
+
+class GenoembedError(Exception):
+    """Root of every error raised on purpose."""
+
+
+class InputError(GenoembedError, ValueError):
+    """Input that breaks a rule; knows where.
+
+    Args:
+        problem: What was found, what was expected, what to do.
+        path: File name as the user gave it (``-`` for standard input).
+        line: Line of the file, 1-based.
+        record_id: Id of the record.
+    """
+
+    def __init__(
+        self, problem: str, *, path: str | None = None, line: int | None = None, record_id: str | None = None
+    ) -> None:
+        self.problem = problem
+        self.path = path
+        self.line = line
+        self.record_id = record_id
+        super().__init__(_located(problem, path, line, record_id))
+
+
+def _located(problem: str, path: str | None, line: int | None, record_id: str | None) -> str:
+    place = path or ""
+    if line is not None:
+        place = f"{place}:{line}" if place else f"line {line}"
+    record = f"record {record_id!r}" if record_id is not None else ""
+    return ": ".join(part for part in (place, record, problem) if part)
+
+
+class SequenceFormatError(InputError):
+    """A file that is not in the format it seems to be in, or is damaged."""
+
+
+class AlphabetError(InputError):
+    """A record with letters outside the alphabet."""
+
+
+class DuplicateIdError(InputError):
+    """A record id that was seen before."""
+
+
+class EmptyRecordError(InputError):
+    """A record without bases."""
+
+
+class SequenceLengthError(InputError):
+    """A sequence that is longer than the context, or shorter than what is asked of it."""
+
+
+class RegionError(InputError):
+    """A BED or GFF3 row that does not fit the reference."""
+
+
+class InputFileError(GenoembedError, OSError):
+    """A file that is missing or cannot be read.
+
+    Args:
+        problem: What happened and what to do.
+        path: File name as the user gave it.
+    """
+
+    def __init__(self, problem: str, *, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class ConfigError(GenoembedError, ValueError):
+    """Options that are wrong alone or together; all of them in one message.
+
+    Args:
+        problems: One sentence a problem, each with its remedy.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+class ShapeError(GenoembedError, ValueError):
+    """Arrays whose shapes do not belong together."""
+
+
+class EmptyPoolError(GenoembedError, ValueError):
+    """A sequence of which no token is left to pool."""
+
+
+class ModelError(GenoembedError, ValueError):
+    """A model that cannot do what is asked."""
+
+
+class ModelNotFoundError(ModelError):
+    """A name that is no bundled model, registry entry, folder, checkpoint or Hugging Face id."""
+
+
+class LayerError(ModelError):
+    """A layer that the model does not have.
+
+    Args:
+        problem: What is missing and what is there.
+        spec: The layer as asked for.
+    """
+
+    def __init__(self, problem: str, *, spec: str) -> None:
+        self.spec = spec
+        super().__init__(problem)
+
+
+class CheckpointError(ModelError):
+    """Weights that cannot be read, or do not fit the configuration.
+
+    Args:
+        problem: What was found and what to do.
+        path: The checkpoint.
+    """
+
+    def __init__(self, problem: str, *, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class NonFiniteError(ModelError):
+    """A model output that holds NaN or infinity.
+
+    Args:
+        problem: What was found and what to do.
+        record_id: The record whose output it is.
+    """
+
+    def __init__(self, problem: str, *, record_id: str) -> None:
+        self.record_id = record_id
+        super().__init__(f"record {record_id!r}: {problem}")
+
+
+class StoreError(GenoembedError, OSError):
+    """An embedding file that cannot be written or read.
+
+    Args:
+        problem: What happened and what to do.
+        path: The file.
+    """
+
+    def __init__(self, problem: str, *, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class StoreFormatError(StoreError):
+    """A file that genoembed did not write, or that is damaged."""
+
+
+class SchemaVersionError(StoreError):
+    """A file in a newer format than this genoembed reads.
+
+    Args:
+        path: The file.
+        found: Its schema version.
+        supported: The newest schema version that can be read.
+    """
+
+    def __init__(self, *, path: str, found: int, supported: int) -> None:
+        self.found = found
+        self.supported = supported
+        super().__init__(
+            f"format version {found} is newer than this genoembed reads (1-{supported}); upgrade genoembed",
+            path=path,
+        )
+
+
+class MissingExtraError(GenoembedError, ImportError):
+    """An optional package that is not installed.
+
+    Args:
+        package: The package that is missing.
+        extra: The extra of genoembed that brings it.
+        purpose: What needs it.
+    """
+
+    def __init__(self, *, package: str, extra: str, purpose: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{purpose} needs {package}; install it with: pip install 'genoembed[{extra}]'")
+
+
+class GenoembedWarning(UserWarning):
+    """Root of every warning issued on purpose."""
+
+
+class PoolingMismatchWarning(GenoembedWarning):
+    """Another pooling is asked for than the one the model was trained with."""
+
+
+class PrecisionWarning(GenoembedWarning):
+    """Numbers that will differ from what the model was trained to give."""

@@ -32,7 +32,7 @@ class SequenceRecord:
     id: str
     """First word of the header; unique within a run."""
     sequence: bytes
-    """ASCII letters, one byte a base, after all policies; reverse-complemented already if ``strand`` is ``-``."""
+    """ASCII letters, one byte a base, after all policies; reverse-complemented if ``strand`` is ``-``."""
     description: str = ""
     """The header after the id."""
     source: str = ""

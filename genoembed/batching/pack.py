@@ -37,7 +37,7 @@ def pack_stream(
     """Join documents, each followed by EOD, and cut the stream into equal windows.
 
     Every token is in exactly one slot, in order. Only the end of the stream is padded, and the last batch may
-    have fewer rows. A document may be cut: what runs on in the next row is a segment of its own there, without
+    have fewer rows. A document may be cut: what runs on in the next row is a segment of its own there, with no
     context. Labels never reach across a boundary: the first token of a segment is no target, an EOD is the
     target of the document's last token. Padding is a last segment of its row in ``cu_seqlens`` and
     ``position_ids`` (so that boundaries cover every slot), is -1 in ``segment_ids``, and takes no loss.

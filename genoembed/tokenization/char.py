@@ -8,7 +8,7 @@ what was encoded. Ids 256 to 511 are unused slots of the model's vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizer
@@ -46,8 +46,6 @@ class CharTokenizer(PreTrainedTokenizer):
         >>> tokenizer.decode([65, 67, 71, 84])
         'ACGT'
     """
-
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     def __init__(
         self,

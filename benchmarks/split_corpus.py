@@ -1,10 +1,10 @@
 """Split a corpus of FASTA files into training and held-out sequence, whole contigs at a time.
 
-Every group of organisms (bacteria, virus, plant ...) gives about ``fraction`` of its bases, at least ``least``
-and at most ``most``, spread over its genomes (tags). A contig is held out only if hardly any of its 32-mers
-occur elsewhere in the corpus, on either strand, so that no copy of it stays in the training set. Source headers
-read ``>tag|n``; written headers read ``>group|tag|n``. The same files and seed give the same split, whatever
-the order in which the files are named.
+Every group of organisms (bacteria, virus, plant ...) gives about ``fraction`` of its bases, at least
+``least`` and at most ``most``, spread over its genomes (tags). A contig is held out only if hardly any of its
+32-mers occur elsewhere in the corpus, on either strand, so that no copy of it stays in the training set.
+Source headers read ``>tag|n``; written headers read ``>group|tag|n``. The same files and seed give the same
+split, whatever the order in which the files are named.
 
 Example::
 
@@ -91,7 +91,7 @@ def read_corpus(files: Iterable[Path]) -> list[Contig]:
     contigs: dict[str, Contig] = {}
     for path in sorted(files, key=lambda file: file.name):
         stem = path.name.split(".")[0]
-        for header, sequence in _records(path):
+        for header, sequence in read_fasta(path):
             tag, bar, number = header.partition("|")
             if not bar:
                 raise ValueError(f"{path}: header {header!r}, expected 'tag|n'")
@@ -102,7 +102,15 @@ def read_corpus(files: Iterable[Path]) -> list[Contig]:
     return list(contigs.values())
 
 
-def _records(path: Path) -> Iterator[tuple[str, bytes]]:
+def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Read a FASTA file whole.
+
+    Args:
+        path: FASTA file, plain or gzipped.
+
+    Yields:
+        First word of the header, and the sequence, upper-cased.
+    """
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)

@@ -37,10 +37,10 @@ def pack_stream(
     """Join documents, each followed by EOD, and cut the stream into equal windows.
 
     Every token is in exactly one slot, in order. Only the end of the stream is padded, and the last batch may
-    have fewer rows. A document may be cut: what runs on in the next row is a segment of its own there, with no
-    context. Labels never reach across a boundary: the first token of a segment is no target, an EOD is the
-    target of the document's last token. Padding is a last segment of its row in ``cu_seqlens`` and
-    ``position_ids`` (so that boundaries cover every slot), is -1 in ``segment_ids``, and takes no loss.
+    have fewer rows. A document may be cut: what runs on in the next row is a segment of its own there, and
+    starts without context. Labels never reach across a boundary: the first token of a segment is no target,
+    an EOD is the target of the document's last token. Padding is a last segment of its row in ``cu_seqlens``
+    and ``position_ids`` (so that boundaries cover every slot), is -1 in ``segment_ids``, and takes no loss.
 
     Args:
         documents: Token ids of one document each: bytes (one byte a token), an integer array, or integers.
@@ -67,7 +67,8 @@ def pack_stream(
         >>> batch.position_ids.tolist(), batch.cu_seqlens.tolist()
         ([[0, 1, 2, 3, 0, 1, 0]], [0, 4, 6, 7])
     """
-    _check_sizes(window, batch_size)
+    if problems := _size_problems(window, batch_size):
+        raise ConfigError(*problems)
     ids = np.empty(batch_size * window, dtype=np.int64)
     is_start = np.zeros(batch_size * window, dtype=np.bool_)
     filled = 0
@@ -114,7 +115,7 @@ def packing_efficiency(batch: PackedBatch) -> float:
     return float((batch.segment_ids >= 0).double().mean())
 
 
-def _check_sizes(window: int, batch_size: int) -> None:
+def _size_problems(window: int, batch_size: int) -> list[str]:
     problems = []
     if window < 2:
         problems.append(f"window: {window}, expected 2 or more; set window to the context to train on")
@@ -127,8 +128,7 @@ def _check_sizes(window: int, batch_size: int) -> None:
             f"window {window} x batch_size {batch_size}: {window * batch_size} slots, expected less "
             "than 2**31; set a smaller window or batch_size"
         )
-    if problems:
-        raise ConfigError(*problems)
+    return problems
 
 
 def _iter_pieces(

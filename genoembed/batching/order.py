@@ -1,0 +1,67 @@
+"""Which pieces share a forward pass: pieces of like length, under a budget of padded slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from genoembed.errors import ConfigError, SequenceLengthError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    equal_lengths: bool = False,
+) -> list[tuple[int, ...]]:
+    """Group pieces by length so that no batch has over ``max_tokens`` slots.
+
+    Shortest first, ties by input order: same input, same batches. Every index is in exactly one batch. The
+    slots of a batch are its rows times its longest piece. A piece over the budget is never cut or dropped: it
+    goes alone.
+
+    Args:
+        lengths: Tokens of each piece, at least 1.
+        max_tokens: Slots of a batch, padding included, at least 1.
+        max_rows: Rows of a batch, at least 1. None: any number.
+        equal_lengths: Whether all pieces of a batch must have one length, for models that padding would
+            change.
+
+    Returns:
+        Indices into ``lengths``, one tuple a batch.
+
+    Raises:
+        ConfigError: If ``max_tokens`` or ``max_rows`` is below 1.
+        SequenceLengthError: If a piece has no tokens.
+
+    Example:
+        >>> plan_batches([3, 9, 2, 3], max_tokens=9)
+        [(2, 0, 3), (1,)]
+        >>> plan_batches([3, 9, 2, 3], max_tokens=9, equal_lengths=True)
+        [(2,), (0, 3), (1,)]
+    """
+    problems = [
+        f"{name}: {value}, expected 1 or more; set {name} to 1 or more"
+        for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows))
+        if value is not None and value < 1
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    if empty := [index for index, length in enumerate(lengths) if length < 1]:
+        message = f"piece {empty[0]}: no tokens, expected at least one; leave empty pieces out"
+        raise SequenceLengthError(message)
+    batches: list[tuple[int, ...]] = []
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        is_full = (len(batch) + 1) * length > max_tokens or len(batch) == max_rows
+        if batch and (is_full or (equal_lengths and length != lengths[batch[0]])):
+            batches.append(tuple(batch))
+            batch = []
+        batch.append(index)
+    if batch:
+        batches.append(tuple(batch))
+    return batches

@@ -1,0 +1,134 @@
+"""Padding pieces to one batch, and saying which of their tokens count in pooling.
+
+B rows, L padded length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from genoembed.contracts import Batch
+from genoembed.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from genoembed.contracts import EncodedSequence
+
+
+def pad_batch(
+    pieces: Sequence[EncodedSequence],
+    *,
+    pool_masks: Sequence[NDArray[np.bool_]],
+    rows: Sequence[int],
+    pad_token_id: int,
+    pad_to_multiple_of: int = 1,
+) -> Batch:
+    """Pad pieces on the right to the longest of them.
+
+    Real tokens are told from padding by position, never by id: a token that equals ``pad_token_id`` stays
+    real. No piece is changed or shared: the batch has its own memory.
+
+    Args:
+        pieces: Encoded pieces, at least one.
+        pool_masks: For each piece, True where a token counts in pooling. bool, shape ``(L,)`` of that piece.
+        rows: For each piece, the caller's index of it.
+        pad_token_id: Id that fills padded slots.
+        pad_to_multiple_of: The padded length is the smallest multiple of this that holds the longest piece.
+
+    Returns:
+        One row a piece, in the order given.
+
+    Raises:
+        ConfigError: If ``pad_to_multiple_of`` is below 1.
+        ShapeError: If there is no piece, the arguments have different lengths, or a mask does not fit its
+            piece.
+
+    Example:
+        >>> from genoembed.contracts import EncodedSequence
+        >>> ids = [np.frombuffer(sequence, dtype=np.uint8) for sequence in (b"ACGT", b"AC")]
+        >>> pieces = [EncodedSequence(input_ids=row) for row in ids]
+        >>> masks = [np.ones(len(row), dtype=np.bool_) for row in ids]
+        >>> batch = pad_batch(pieces, pool_masks=masks, rows=[7, 3], pad_token_id=1, pad_to_multiple_of=4)
+        >>> batch.input_ids.tolist()
+        [[65, 67, 71, 84], [65, 67, 1, 1]]
+        >>> batch.attention_mask.tolist(), batch.rows
+        ([[1, 1, 1, 1], [1, 1, 0, 0]], (7, 3))
+    """
+    if pad_to_multiple_of < 1:
+        message = f"pad_to_multiple_of: {pad_to_multiple_of}, expected 1 or more; set it to 1 for no rounding"
+        raise ConfigError(message)
+    if not pieces or not len(pieces) == len(pool_masks) == len(rows):
+        message = (
+            f"pad_batch: {len(pieces)} pieces, {len(pool_masks)} pool masks and {len(rows)} rows, expected "
+            "the same number of each, at least one"
+        )
+        raise ShapeError(message)
+    longest = max(len(piece.input_ids) for piece in pieces)
+    padded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    ids_BL = np.full((len(pieces), padded), pad_token_id, dtype=np.int64)
+    attention_BL = np.zeros((len(pieces), padded), dtype=np.int64)
+    pool_BL = np.zeros((len(pieces), padded), dtype=np.bool_)
+    for row, (piece, mask) in enumerate(zip(pieces, pool_masks, strict=True)):
+        length = len(piece.input_ids)
+        if mask.shape != (length,):
+            message = f"row {row}: pool mask of shape {mask.shape}, expected ({length},) as its tokens have"
+            raise ShapeError(message)
+        ids_BL[row, :length] = piece.input_ids
+        attention_BL[row, :length] = 1
+        pool_BL[row, :length] = mask
+    return Batch(
+        input_ids=torch.from_numpy(ids_BL),
+        attention_mask=torch.from_numpy(attention_BL),
+        pool_mask=torch.from_numpy(pool_BL),
+        rows=tuple(rows),
+    )
+
+
+def pool_mask(
+    encoded: EncodedSequence, *, core_start: int, core_end: int, skip_first: int = 0
+) -> NDArray[np.bool_]:
+    """Mark the tokens that count in pooling: those that start inside the core.
+
+    A token counts where its first base is in ``[core_start, core_end)`` and not among the ``skip_first``
+    first bases of the piece. So each token of overlapping windows counts once, and special tokens never do.
+    The mask may come out empty; pooling says so (``EmptyPoolError``), not this function.
+
+    Args:
+        encoded: The piece.
+        core_start: First base that counts, from the piece's first base.
+        core_end: One past the last base that counts.
+        skip_first: Bases at the piece's start to leave out, at least 0.
+
+    Returns:
+        True where a token counts. bool, shape ``(L,)``.
+
+    Raises:
+        ConfigError: If ``skip_first`` is negative.
+        ShapeError: If the core is no range of bases, ``0 <= core_start <= core_end``.
+
+    Example:
+        >>> from genoembed.contracts import EncodedSequence
+        >>> encoded = EncodedSequence(input_ids=np.array([0, 5, 6, 2]), base_start=np.array([-1, 0, 6, -1]))
+        >>> pool_mask(encoded, core_start=0, core_end=12).tolist()
+        [False, True, True, False]
+        >>> pool_mask(encoded, core_start=0, core_end=12, skip_first=1).tolist()
+        [False, False, True, False]
+    """
+    if skip_first < 0:
+        message = f"skip_first: {skip_first}, expected 0 or more; set skip_first to 0 to keep every base"
+        raise ConfigError(message)
+    if not 0 <= core_start <= core_end:
+        message = f"core {core_start}-{core_end}: expected 0 <= core_start <= core_end"
+        raise ShapeError(message)
+    first = max(core_start, skip_first)
+    if encoded.base_start is None:
+        mask = np.zeros(len(encoded.input_ids), dtype=np.bool_)
+        mask[first:core_end] = True
+        return mask
+    return (encoded.base_start >= first) & (encoded.base_start < core_end)

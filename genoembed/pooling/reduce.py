@@ -1,0 +1,236 @@
+"""Pooling: from hidden states per token to one vector per sequence.
+
+B rows, L padded length, D hidden size, K windows of one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from genoembed.errors import ConfigError, EmptyPoolError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean"]
+
+# Tokens widened to the accumulator's dtype at a time: bounds the extra memory of a long sequence.
+_CHUNK_TOKENS = 4096
+
+
+def pool(
+    hidden_BLD: Tensor,
+    mask_BL: Tensor,
+    *,
+    method: Pooling,
+    attention_mask_BL: Tensor | None = None,
+    empty: Literal["error", "nan"] = "error",
+) -> Tensor:
+    """Reduce the hidden states of the kept tokens of each row to one vector.
+
+    ``mean``, ``max``, ``first`` and ``last`` speak of kept tokens. ``weighted_mean`` weighs the i-th kept
+    token by i, counted from 1, so that tokens which saw more context count more (for causal models). ``cls``
+    is the row's first token, kept or not: the special token that many encoders put there.
+
+    Sums run in float64 (float32 on devices without it), whatever the input's dtype: a half-precision sum over
+    a long sequence overflows. What stands at other positions, NaN and infinity too, has no effect; neither
+    has the amount of padding. No input is modified.
+
+    Args:
+        hidden_BLD: Hidden states. Floating, shape ``(B, L, D)``.
+        mask_BL: True where a token is kept. Bool, shape ``(B, L)``.
+        method: How to reduce.
+        attention_mask_BL: Nonzero where a token is real, shape ``(B, L)``; only ``cls`` looks at it, to find
+            the first token under left padding. None: it stands at position 0.
+        empty: What to do with a row of which no token is kept: raise, or return NaN for it (one window of a
+            sequence may be empty, see ``merge_windows``).
+
+    Returns:
+        One vector a row. float32 (float64 for float64 input), shape ``(B, D)``, on ``hidden_BLD.device``.
+
+    Raises:
+        ConfigError: If ``method`` is no pooling.
+        EmptyPoolError: If a row keeps no token and ``empty`` is ``error``.
+        ShapeError: If shapes or dtypes do not belong together.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> pool(hidden, torch.tensor([[True, True, False]]), method="mean")
+        tensor([[2., 3.]])
+        >>> pool(hidden, torch.tensor([[True, True, False]]), method="last")
+        tensor([[3., 4.]])
+    """
+    if method not in _REDUCERS:
+        raise ConfigError(_unknown_method(method))
+    if problem := _shape_problem(hidden_BLD, mask_BL, attention_mask_BL):
+        raise ShapeError(problem)
+    mask_BL = mask_BL.to(hidden_BLD.device)
+    if method == "cls":
+        mask_BL = _real_tokens(mask_BL, attention_mask_BL)
+    has_token_B = mask_BL.any(dim=1)
+    if empty == "error" and not bool(has_token_B.all()):
+        rows = (~has_token_B).nonzero().flatten().tolist()
+        message = (
+            f"rows {rows}: no token is left to pool, expected at least one; lower skip_first, or widen the "
+            "region (special tokens, padding and flanks never count)"
+        )
+        raise EmptyPoolError(message)
+    pooled_BD = _REDUCERS[method](hidden_BLD, mask_BL)
+    # A reducer leaves something arbitrary (-inf, the vector at position 0) in a row without tokens.
+    return torch.where(has_token_B[:, None], pooled_BD, torch.nan)
+
+
+def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: Pooling) -> Tensor:
+    """Combine the pooled vectors of a sequence's windows to the vector of the sequence.
+
+    ``mean`` weighs windows by the tokens they kept, which is exactly the mean over the sequence when each
+    token is kept in one window. ``weighted_mean`` does the same with the windows' own weighted means: the
+    model's context starts anew in each window, so position weights do too. ``max`` is the maximum; ``first``
+    and ``last`` are the first and last window that kept a token; ``cls`` is the first window.
+
+    Args:
+        vectors_KD: Pooled vectors in the order of the sequence. Floating, shape ``(K, D)``.
+        weights_K: Tokens (or bases) each window kept, at least 0, shape ``(K,)``. The vector of a window with
+            weight 0 is never looked at (``cls`` excepted) and may be NaN.
+        method: The pooling that made the vectors.
+
+    Returns:
+        One vector. float32 (float64 for float64 input), shape ``(D,)``.
+
+    Raises:
+        ConfigError: If ``method`` is no pooling.
+        EmptyPoolError: If no window kept a token.
+        ShapeError: If shapes do not belong together, or a weight is negative.
+
+    Example:
+        >>> merge_windows(torch.tensor([[1.0], [4.0]]), torch.tensor([2, 1]), method="mean")
+        tensor([2.])
+    """
+    if method not in _REDUCERS:
+        raise ConfigError(_unknown_method(method))
+    if vectors_KD.ndim != 2 or weights_K.shape != vectors_KD.shape[:1] or bool((weights_K < 0).any()):
+        message = (
+            f"windows: vectors of shape {tuple(vectors_KD.shape)} and weights of shape "
+            f"{tuple(weights_K.shape)}, expected (K, D) and (K,), no weight below 0"
+        )
+        raise ShapeError(message)
+    weights_K = weights_K.to(vectors_KD.device)
+    is_kept_K = weights_K > 0
+    if not bool(is_kept_K.any()):
+        message = (
+            f"{len(weights_K)} windows: no token is left to pool, expected at least one; lower skip_first, "
+            "or widen the region"
+        )
+        raise EmptyPoolError(message)
+    if method == "cls":
+        return vectors_KD[0].to(_result_dtype(vectors_KD))
+    if method in ("mean", "weighted_mean"):
+        return _weighted_sum_mean(vectors_KD[None], is_kept_K[None], weights_K[None])[0]
+    return _REDUCERS[method](vectors_KD[None], is_kept_K[None])[0]
+
+
+def check_pooling(method: str, *, is_causal: bool) -> None:
+    """Refuse a pooling that says nothing about a sequence.
+
+    Args:
+        method: A pooling, or ``none`` (a vector a token).
+        is_causal: Whether each token of the model sees only those before it.
+
+    Raises:
+        ConfigError: If ``method`` is no pooling, or is ``first`` or ``cls`` on a causal model.
+
+    Example:
+        >>> check_pooling("cls", is_causal=False)
+        >>> check_pooling("mean", is_causal=True)
+    """
+    if method not in (*_REDUCERS, "none"):
+        raise ConfigError(_unknown_method(method))
+    if is_causal and method in ("first", "cls"):
+        message = (
+            f"pooling {method!r}: the model is causal, so its first token sees nothing of the sequence but "
+            "itself and the vector is a constant; set pooling to 'mean', 'last' or 'weighted_mean'"
+        )
+        raise ConfigError(message)
+
+
+def _unknown_method(method: str) -> str:
+    return f"pooling {method!r}: expected one of {', '.join(_REDUCERS)}; set pooling to one of them"
+
+
+def _shape_problem(hidden_BLD: Tensor, mask_BL: Tensor, attention_mask_BL: Tensor | None) -> str | None:
+    shape, expected = tuple(hidden_BLD.shape), tuple(hidden_BLD.shape[:2])
+    if len(shape) != 3 or not hidden_BLD.is_floating_point():
+        return f"hidden states: {hidden_BLD.dtype} of shape {shape}, expected floating (B, L, D)"
+    if mask_BL.shape != expected or mask_BL.dtype != torch.bool:
+        return f"mask: {mask_BL.dtype} of shape {tuple(mask_BL.shape)}, expected torch.bool of {expected}"
+    if attention_mask_BL is not None and attention_mask_BL.shape != expected:
+        return f"attention mask: shape {tuple(attention_mask_BL.shape)}, expected {expected}"
+    return None
+
+
+def _real_tokens(mask_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+    return (
+        torch.ones_like(mask_BL) if attention_mask_BL is None else attention_mask_BL.to(mask_BL.device) != 0
+    )
+
+
+def _result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _weighted_sum_mean(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    wide = torch.float32 if hidden_BLD.device.type == "mps" else torch.float64
+    weights_BL = torch.where(mask_BL, weights_BL, 0).to(wide)
+    sum_BD = hidden_BLD.new_zeros((hidden_BLD.shape[0], hidden_BLD.shape[2]), dtype=wide)
+    for start in range(0, hidden_BLD.shape[1], _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        # Masked values are replaced, not multiplied by 0: NaN times 0 is NaN.
+        kept_BLD = torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk], 0).to(wide)
+        sum_BD += torch.bmm(weights_BL[:, None, chunk], kept_BLD)[:, 0]
+    return (sum_BD / weights_BL.sum(dim=1, keepdim=True)).to(_result_dtype(hidden_BLD))
+
+
+def _mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return _weighted_sum_mean(hidden_BLD, mask_BL, torch.ones_like(mask_BL, dtype=torch.int64))
+
+
+def _weighted_mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return _weighted_sum_mean(hidden_BLD, mask_BL, mask_BL.cumsum(dim=1))
+
+
+def _max_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    dtype = _result_dtype(hidden_BLD)
+    shape = (hidden_BLD.shape[0], hidden_BLD.shape[2])
+    max_BD = torch.full(shape, -torch.inf, dtype=dtype, device=hidden_BLD.device)
+    for start in range(0, hidden_BLD.shape[1], _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        kept_BLD = torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk].to(dtype), -torch.inf)
+        max_BD = torch.maximum(max_BD, kept_BLD.amax(dim=1))
+    return max_BD
+
+
+def _first_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return _take(hidden_BLD, mask_BL.int().argmax(dim=1))
+
+
+def _last_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return _take(hidden_BLD, mask_BL.shape[1] - 1 - mask_BL.flip(1).int().argmax(dim=1))
+
+
+def _take(hidden_BLD: Tensor, position_B: Tensor) -> Tensor:
+    row_B = torch.arange(len(position_B), device=hidden_BLD.device)
+    return hidden_BLD[row_B, position_B].to(_result_dtype(hidden_BLD))
+
+
+_REDUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean_pool,
+    "max": _max_pool,
+    "first": _first_pool,
+    "last": _last_pool,
+    "cls": _first_pool,
+    "weighted_mean": _weighted_mean_pool,
+}

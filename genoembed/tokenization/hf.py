@@ -1,0 +1,293 @@
+"""Any Hugging Face tokenizer behind one contract: bytes in, token ids and the base each token starts at out.
+
+Where a token starts comes, in this order, from
+
+1. the tokenizer: byte view (``CharTokenizer``) or offset mapping (fast tokenizers);
+2. its tokens laid along the sequence, whatever their marks (``##``, ``@@`` ...) and case; tokens without
+letters
+   of their own, such as ``<unk>``, take one base, or one k-mer, or all up to the next known token - the first
+   of these that makes the tokens cover the sequence exactly;
+3. the share of the tokens before it, as if all tokens were equally long (logged once, as it is inexact).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from genoembed.contracts import EncodedSequence
+from genoembed.errors import ConfigError
+from genoembed.tokenization.char import CharTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# All bases, so that tokenizers with one token a base, a k-mer, or a long word show what they add around it.
+_PROBE = "ACGT" * 6
+_UNKNOWN_RUN = -1
+
+
+class SequenceEncoder(Protocol):
+    """Turns sequences into token ids, without ever cutting or dropping any."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id to fill padded slots with."""
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens added around each sequence."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether token ``i`` is base ``i`` in every sequence."""
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        """Encode one sequence.
+
+        Args:
+            sequence: ASCII letters, one byte a base.
+
+        Returns:
+            Token ids, special tokens included, and the first base of each.
+        """
+
+    def max_bases(self, max_tokens: int) -> int:
+        """Give the longest sequence that is sure to fit, whatever its bases.
+
+        Args:
+            max_tokens: Tokens that fit, special tokens included.
+
+        Returns:
+            A number of bases, at least 1. One token a base is assumed: k-mers and words may let more fit, but
+            a run of N or a remainder need not.
+
+        Raises:
+            ConfigError: If not even one base fits.
+        """
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
+    """Wrap a tokenizer for embedding.
+
+    Args:
+        tokenizer: ``CharTokenizer``, or any other Hugging Face tokenizer, fast or slow, custom code included.
+
+    Returns:
+        The encoder. With ``CharTokenizer`` it views the sequence's bytes, and adds no EOS, whatever
+        ``add_eos`` says.
+
+    Example:
+        >>> encoder = build_encoder(CharTokenizer())
+        >>> encoder.encode(b"ACGT").input_ids.tolist(), encoder.aligned, encoder.max_bases(8)
+        ([65, 67, 71, 84], True, 8)
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        return _ByteEncoder(tokenizer)
+    return _FastEncoder(tokenizer) if tokenizer.is_fast else _SlowEncoder(tokenizer)
+
+
+class _ByteEncoder:
+    """Bytes are ids: nothing is copied, nothing is added."""
+
+    aligned = True
+    num_special_tokens = 0
+
+    def __init__(self, tokenizer: CharTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.pad_token_id = _pad_token_id(tokenizer)
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        return EncodedSequence(input_ids=self._tokenizer.encode_bytes(sequence))
+
+    def max_bases(self, max_tokens: int) -> int:
+        return _max_bases(max_tokens, 0)
+
+
+class _FastEncoder:
+    """A tokenizer of the ``tokenizers`` library, which knows where its tokens are."""
+
+    aligned = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._has_logged_gaps = False
+        self.pad_token_id = _pad_token_id(tokenizer)
+        encoding = self._call(_PROBE)
+        self.num_special_tokens = sum(encoding["special_tokens_mask"])
+        self._num_extra_tokens = max(len(self._call(base)["input_ids"]) for base in "ACGTN") - 1
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        encoding = self._call(sequence.decode("ascii"))
+        ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        is_special = np.asarray(encoding["special_tokens_mask"], dtype=np.bool_)
+        has_bases = (offsets[:, 1] > offsets[:, 0]) & ~is_special
+        self._log_gaps(len(sequence), offsets[has_bases])
+        return EncodedSequence(input_ids=ids, base_start=np.where(has_bases, offsets[:, 0], -1))
+
+    def max_bases(self, max_tokens: int) -> int:
+        return _max_bases(max_tokens, self._num_extra_tokens)
+
+    def _call(self, text: str) -> BatchEncoding:
+        return self._tokenizer(
+            text,
+            truncation=False,
+            padding=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+
+    def _log_gaps(self, num_bases: int, offsets: NDArray[np.int64]) -> None:
+        """Say once that the tokenizer has no token for some letters: a model's choice, but not a silent "
+        "one."""
+        num_covered = int((offsets[:, 1] - offsets[:, 0]).sum())
+        if num_covered < num_bases and not self._has_logged_gaps:
+            self._has_logged_gaps = True
+            logger.warning(
+                "the model's tokenizer has no token for %d of %d bases (letters outside its vocabulary); "
+                "later "
+                "sequences are not reported",
+                num_bases - num_covered,
+                num_bases,
+            )
+
+
+class _SlowEncoder:
+    """A tokenizer in Python, which gives ids only: where tokens are is worked out from their text."""
+
+    aligned = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._has_logged_shares = False
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self.pad_token_id = _pad_token_id(tokenizer)
+        self._num_before, self._num_after = self._probe_special_tokens()
+        self.num_special_tokens = self._num_before + self._num_after
+        self._num_extra_tokens = max(len(self._ids(base)) for base in "ACGTN") - 1
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        text = sequence.decode("ascii")
+        ids = self._ids(text)
+        inner = slice(self._num_before, len(ids) - self._num_after)
+        base_start = np.full(len(ids), -1, dtype=np.int64)
+        base_start[inner] = self._locate(ids[inner], text)
+        return EncodedSequence(input_ids=np.asarray(ids, dtype=np.int64), base_start=base_start)
+
+    def max_bases(self, max_tokens: int) -> int:
+        return _max_bases(max_tokens, self._num_extra_tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
+        return ids
+
+    def _probe_special_tokens(self) -> tuple[int, int]:
+        """Count the special tokens before and after a sequence (custom tokenizers often have no mask of "
+        "them)."""
+        is_special = [
+            index in self._special_ids and index != self._tokenizer.unk_token_id
+            for index in self._ids(_PROBE)
+        ]
+        if all(is_special):
+            return 0, 0
+        return is_special.index(False), is_special[::-1].index(False)
+
+    def _locate(self, ids: Sequence[int], text: str) -> NDArray[np.int64]:
+        tokens = self._tokenizer.convert_ids_to_tokens(list(ids))
+        pieces = [
+            None if index in self._special_ids else _letters(token)
+            for index, token in zip(ids, tokens, strict=True)
+        ]
+        starts = _lay_along(pieces, _letters(text))
+        if starts is not None:
+            return starts
+        if not self._has_logged_shares:
+            self._has_logged_shares = True
+            logger.warning(
+                "the tokens of the model's tokenizer do not spell the sequence; where they start is taken "
+                "from their order, as if all were equally long"
+            )
+        return np.arange(len(ids), dtype=np.int64) * len(text) // max(1, len(ids))
+
+
+def _letters(token: str) -> str:
+    """Strip the marks of word pieces and ignore case and the difference of T and U."""
+    text = token.removeprefix("##").removesuffix("@@").removesuffix("</w>").strip("▁Ġ ")
+    return text.upper().replace("U", "T")
+
+
+def _lay_along(pieces: Sequence[str | None], text: str) -> NDArray[np.int64] | None:
+    """Find where each piece starts, if the pieces cover the text exactly; None stands for unknown letters."""
+    known = Counter(len(piece) for piece in pieces if piece)
+    kmer = known.most_common(1)[0][0] if known else len(text) // max(1, len(pieces))
+    for unknown_width in (1, kmer, _UNKNOWN_RUN):
+        starts = _lay(pieces, text, unknown_width)
+        if starts is not None:
+            return np.array(starts, dtype=np.int64)
+    return None
+
+
+def _lay(pieces: Sequence[str | None], text: str, unknown_width: int) -> list[int] | None:
+    starts: list[int] = []
+    position = 0
+    index = 0
+    while index < len(pieces):
+        piece = pieces[index]
+        if piece is None:
+            run = _run_of_unknowns(pieces, index)
+            width = run * unknown_width
+            if unknown_width == _UNKNOWN_RUN:
+                width = _width_to(
+                    pieces[index + run] if index + run < len(pieces) else None, text, position, run
+                )
+            starts += [position + width * number // run for number in range(run)]
+            position += width
+            index += run
+            continue
+        if not text.startswith(piece, position):
+            return None
+        starts.append(position if piece else -1)
+        position += len(piece)
+        index += 1
+    return starts if position == len(text) else None
+
+
+def _run_of_unknowns(pieces: Sequence[str | None], index: int) -> int:
+    end = index
+    while end < len(pieces) and pieces[end] is None:
+        end += 1
+    return end - index
+
+
+def _width_to(piece: str | None, text: str, position: int, least: int) -> int:
+    """Count the letters up to where the next known piece can be, or to the end."""
+    found = len(text) if piece is None else text.find(piece, position + least)
+    return max(found, position) - position
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Take the padding id, or any id at all where there is none: padded slots are masked by position."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _max_bases(max_tokens: int, num_extra_tokens: int) -> int:
+    if max_tokens <= num_extra_tokens:
+        message = (
+            f"max_tokens: {max_tokens}, expected more than the {num_extra_tokens} special tokens of a "
+            f"sequence; set it to {num_extra_tokens + 1} or more"
+        )
+        raise ConfigError(message)
+    return max_tokens - num_extra_tokens

@@ -1,1 +1,84 @@
-"""Embeddings from any layer of any genomic language model."""
+"""Embeddings from any layer of any genomic language model: FASTA in, HDF5 out.
+
+Public names load on first use (PEP 562), so that ``import genoembed`` and the command line stay light. After
+the import, ``AutoConfig``, ``AutoModel``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers know
+StripedHyena 2 and its tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from genoembed import registration
+from genoembed._version import __version__
+
+if TYPE_CHECKING:
+    from genoembed.contracts import SequenceRecord
+    from genoembed.doctor import run_doctor
+    from genoembed.errors import GenoembedError, GenoembedWarning
+    from genoembed.extraction import ExtractionReport, extract
+    from genoembed.models.load import GenomicModel, load_model
+    from genoembed.models.registry import known_models
+    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+    from genoembed.models.striped_hyena2.convert import convert_checkpoint
+    from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
+    from genoembed.sequences import InputCounts, read_sequences
+    from genoembed.store import EmbeddingFile, open_embeddings
+    from genoembed.tokenization.char import CharTokenizer
+
+_HOMES = {
+    "CharTokenizer": "genoembed.tokenization.char",
+    "EmbeddingFile": "genoembed.store",
+    "ExtractionReport": "genoembed.extraction",
+    "GenoembedError": "genoembed.errors",
+    "GenoembedWarning": "genoembed.errors",
+    "GenomicModel": "genoembed.models.load",
+    "InputCounts": "genoembed.sequences",
+    "SequenceRecord": "genoembed.contracts",
+    "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
+    "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
+    "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
+    "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
+    "extract": "genoembed.extraction",
+    "known_models": "genoembed.models.registry",
+    "load_model": "genoembed.models.load",
+    "open_embeddings": "genoembed.store",
+    "read_sequences": "genoembed.sequences",
+    "run_doctor": "genoembed.doctor",
+}
+
+__all__ = [
+    "CharTokenizer",
+    "EmbeddingFile",
+    "ExtractionReport",
+    "GenoembedError",
+    "GenoembedWarning",
+    "GenomicModel",
+    "InputCounts",
+    "SequenceRecord",
+    "StripedHyena2Config",
+    "StripedHyena2ForCausalLM",
+    "StripedHyena2Model",
+    "__version__",
+    "convert_checkpoint",
+    "extract",
+    "known_models",
+    "load_model",
+    "open_embeddings",
+    "read_sequences",
+    "run_doctor",
+]
+
+registration.install()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        message = f"module 'genoembed' has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,210 @@
+"""A file that appears complete or not at all, and that survives a full disk.
+
+HDF5 must never see a failed write: when a chunk cannot be written while a file is closed, the library keeps
+the broken file open and the process crashes (segmentation fault) as it exits. h5py therefore writes through
+this object, which keeps the first error, holds what could not be written in memory, so that HDF5 reads back
+what it wrote, and lets HDF5 close in peace. The file is then thrown away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genoembed.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse an output that cannot or must not be written, before any work is done.
+
+    Args:
+        path: Where the file should be.
+        overwrite: True where an existing file may be replaced.
+
+    Returns:
+        The absolute path, with symbolic links followed: a link to a file stays a link.
+
+    Raises:
+        StoreError: If the file exists and must stay, is not a regular file, or its folder is missing or
+            cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    problem = None
+    if target.is_dir():
+        problem = "is a folder, expected a file name; set output to a file inside it"
+    elif target.exists() and not target.is_file():
+        problem = "is a device or pipe, expected a regular file; set output to a file name"
+    elif target.exists() and not overwrite:
+        problem = "exists already; set overwrite to true, or output to another name"
+    elif not target.parent.is_dir():
+        problem = f"folder {str(target.parent)!r} does not exist; make it, or set output to another folder"
+    elif not os.access(target.parent, os.W_OK | os.X_OK):
+        problem = f"folder {str(target.parent)!r} cannot be written to; set output to another folder"
+    if problem is not None:
+        raise StoreError(problem, path=str(path))
+    return target
+
+
+class AtomicFile:
+    """A binary file for h5py to write to, under a temporary name until it is complete.
+
+    The temporary file lies in the target's folder as ``.NAME.RANDOM.tmp`` and only its owner can read it. The
+    finished file has the mode that the user's umask gives to new files.
+
+    Args:
+        target: The final path, from ``check_output``.
+
+    Raises:
+        OSError: If the temporary file cannot be made.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+        self.error: BaseException | None = None
+        """What ended the first write that failed (Ctrl-C included); nothing is written after it."""
+        self._unwritten: list[tuple[int, bytes]] = []
+        self._raw = self.temporary.open("x+b", buffering=0)
+        self._final_mode = self.temporary.stat().st_mode & 0o777
+        self.temporary.chmod(0o600)
+
+    def write(self, buffer: memoryview) -> int:
+        """Write all of a buffer, or keep the error.
+
+        Args:
+            buffer: Bytes of any shape.
+
+        Returns:
+            The number of bytes of the buffer, in either case.
+        """
+        view = memoryview(buffer).cast("B")
+        offset = self._raw.tell()
+        self._keeping_errors(lambda: self._write_all(view))
+        if self.error is not None:
+            self._unwritten.append((offset, bytes(view)))
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
+        written = 0
+        while written < len(view):
+            written += self._raw.write(view[written:])
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer from the current position.
+
+        Args:
+            buffer: Writable bytes.
+
+        Returns:
+            How many bytes were read; fewer than asked for at the end of the file only.
+        """
+        view = memoryview(buffer).cast("B")
+        start = self._raw.tell()
+        filled = 0
+        while filled < len(view) and (count := self._raw.readinto(view[filled:])):
+            filled += count
+        for offset, content in self._unwritten:
+            first, last = max(start, offset), min(start + len(view), offset + len(content))
+            if first < last:
+                view[first - start : last - start] = content[first - offset : last - offset]
+                filled = max(filled, last - start)
+        return filled
+
+    def read(self, size: int = -1) -> bytes:
+        """Read from the current position (h5py knows a file by this method).
+
+        Args:
+            size: Number of bytes; -1 for all.
+
+        Returns:
+            The bytes.
+        """
+        return self._raw.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position.
+
+        Args:
+            offset: Bytes, relative to ``whence``.
+            whence: As in ``io``.
+
+        Returns:
+            The new position.
+        """
+        if whence == os.SEEK_END:
+            ends = [
+                self._raw.seek(0, os.SEEK_END),
+                *(start + len(content) for start, content in self._unwritten),
+            ]
+            return self._raw.seek(max(ends) + offset)
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the current position."""
+        return self._raw.tell()
+
+    def truncate(self, size: int) -> int:
+        """Set the length of the file, or keep the error.
+
+        Args:
+            size: The new length in bytes.
+
+        Returns:
+            The new length.
+        """
+        self._keeping_errors(lambda: self._raw.truncate(size))
+        return size
+
+    def _keeping_errors(self, action: Callable[[], object]) -> None:
+        """Run an action, unless one failed before."""
+        if self.error is not None:
+            return
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised again outside HDF5, by ``commit`` at the latest
+            self.error = error
+
+    def flush(self) -> None:
+        """Do nothing: writes are not buffered here."""
+
+    def commit(self) -> None:
+        """Bring the file to the disk and give it its name; call it after HDF5 has closed.
+
+        Raises:
+            BaseException: What ended an earlier write, or an OSError of one of these steps. The target is
+                then untouched.
+        """
+        if self.error is not None:
+            raise self.error
+        os.fsync(self._raw.fileno())
+        self._raw.close()
+        self.temporary.chmod(self._final_mode)
+        self.temporary.replace(self.target)
+        _sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it is there."""
+        self._raw.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can do that for folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _FOLDER_SYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)

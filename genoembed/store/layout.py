@@ -1,0 +1,191 @@
+"""Find the parts of an embedding file and check that they belong together, before they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+
+from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
+from genoembed.store.matrix import LazyMatrix, reading
+from genoembed.store.schema import (
+    INDEX,
+    LAYERS_ATTR,
+    OBS_COLUMNS,
+    PROVENANCE,
+    PROVENANCE_JSON,
+    ROOT_ENCODINGS,
+    SCHEMA_ATTR,
+    SCHEMA_VERSION,
+    escape_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from genoembed.store.schema import Kind
+
+_REMEDY = "the file is damaged; make it again or restore it from a copy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The checked parts of an open file."""
+
+    kind: Kind
+    schema_version: int
+    num_rows: int
+    matrices: Mapping[str, LazyMatrix]
+    """By layer, in the order asked for: ``(N, D)``, in per-token files ``(T, D)``."""
+    offsets: NDArray[np.int64] | None
+    """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open a file for reading, or say why that cannot be.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The open file.
+
+    Raises:
+        StoreError: If the file is missing, a folder or not readable.
+        StoreFormatError: If it is not HDF5, or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        problem = (
+            f"cannot be opened ({error.strerror}), expected an embedding file; check the path and its rights"
+        )
+        raise StoreError(problem, path=str(path)) from error
+    if is_empty:
+        problem = "is empty, expected an HDF5 file; make it again"
+        raise StoreFormatError(problem, path=str(path))
+    if not h5py.is_hdf5(path):
+        problem = "is not an HDF5 file, expected one that genoembed wrote; check the path"
+        raise StoreFormatError(problem, path=str(path))
+    with reading(str(path)):
+        return h5py.File(path, "r", locking="best-effort")
+
+
+def read_layout(hdf5: h5py.File, path: str) -> Layout:
+    """Check an open file against the schema.
+
+    Args:
+        hdf5: The open file.
+        path: Its name, for messages.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        SchemaVersionError: If the file is in a newer format.
+        StoreFormatError: If another program wrote it, a part is missing, or parts disagree about sizes.
+    """
+    with reading(path):
+        version = _read_version(hdf5, path)
+        kind = _read_kind(hdf5, path)
+        num_rows = _check_obs(hdf5, path)
+        _member(hdf5, f"{PROVENANCE}/{PROVENANCE_JSON}", path)
+        layers = [str(name) for name in hdf5.attrs[LAYERS_ATTR]]
+        if not layers:
+            problem = f"attribute {LAYERS_ATTR} is empty, expected one layer or more; {_REMEDY}"
+            raise StoreFormatError(problem, path=path)
+        offsets = _read_offsets(hdf5, num_rows, path) if kind == "tokens" else None
+        rows = num_rows if offsets is None else int(offsets[-1])
+        matrices = {name: _matrix(hdf5, where, rows, path) for name, where in _places(kind, layers).items()}
+        if kind == "pooled":
+            width = matrices[layers[0]].shape[1]
+            _check_length(_member(hdf5, f"var/{INDEX}", path), width, "features of X", path)
+    return Layout(kind=kind, schema_version=version, num_rows=num_rows, matrices=matrices, offsets=offsets)
+
+
+def _read_version(hdf5: h5py.File, path: str) -> int:
+    version = hdf5.attrs.get(SCHEMA_ATTR)
+    if version is None:
+        problem = f"has no attribute {SCHEMA_ATTR}, so genoembed did not write it; check the path"
+        if hdf5.attrs.get("encoding-type") == "anndata":
+            problem += ", or open it with anndata.read_h5ad"
+        raise StoreFormatError(problem, path=path)
+    if not isinstance(version, (int, np.integer)) or version < 1:
+        problem = f"attribute {SCHEMA_ATTR} is {version!r}, expected 1 to {SCHEMA_VERSION}; {_REMEDY}"
+        raise StoreFormatError(problem, path=path)
+    if version > SCHEMA_VERSION:
+        raise SchemaVersionError(path=path, found=int(version), supported=SCHEMA_VERSION)
+    return int(version)
+
+
+def _read_kind(hdf5: h5py.File, path: str) -> Kind:
+    found = hdf5.attrs.get("encoding-type")
+    for kind, encoding in ROOT_ENCODINGS.items():
+        if found == encoding.type:
+            return kind
+    expected = " or ".join(encoding.type for encoding in ROOT_ENCODINGS.values())
+    problem = f"attribute encoding-type is {found!r}, expected {expected}; {_REMEDY}"
+    raise StoreFormatError(problem, path=path)
+
+
+def _places(kind: Kind, layers: list[str]) -> dict[str, str]:
+    """Return where each layer's matrix is."""
+    if kind == "tokens":
+        return {name: f"tokens/{escape_name(name)}/values" for name in layers}
+    return {name: f"obsm/{escape_name(name)}" if index else "X" for index, name in enumerate(layers)}
+
+
+def _member(hdf5: h5py.File, where: str, path: str) -> h5py.Dataset:
+    node = hdf5.get(where)
+    if not isinstance(node, h5py.Dataset):
+        found = "is missing" if node is None else "is a group"
+        problem = f"/{where} {found}, expected a dataset; {_REMEDY}"
+        raise StoreFormatError(problem, path=path)
+    return node
+
+
+def _check_length(dataset: h5py.Dataset, expected: int, of_what: str, path: str) -> None:
+    if dataset.shape != (expected,):
+        problem = (
+            f"{dataset.name} has shape {dataset.shape}, expected ({expected},), the {of_what}; {_REMEDY}"
+        )
+        raise StoreFormatError(problem, path=path)
+
+
+def _matrix(hdf5: h5py.File, where: str, rows: int, path: str) -> LazyMatrix:
+    dataset = _member(hdf5, where, path)
+    if dataset.ndim != 2 or dataset.shape[0] != rows or not dataset.shape[1] or dataset.dtype.kind != "f":
+        problem = (
+            f"/{where} has shape {dataset.shape} and dtype {dataset.dtype}, expected ({rows}, D) "
+            f"and floating point; {_REMEDY}"
+        )
+        raise StoreFormatError(problem, path=path)
+    return LazyMatrix(dataset, path)
+
+
+def _check_obs(hdf5: h5py.File, path: str) -> int:
+    index = _member(hdf5, f"obs/{INDEX}", path)
+    rows = index.shape[0] if index.ndim == 1 else -1
+    _check_length(index, rows, "rows", path)
+    for name, column_type in OBS_COLUMNS.items():
+        where = f"obs/{name}/codes" if column_type == "category" else f"obs/{name}"
+        _check_length(_member(hdf5, where, path), rows, "rows of /obs", path)
+        if column_type == "category":
+            _member(hdf5, f"obs/{name}/categories", path)
+    return rows
+
+
+def _read_offsets(hdf5: h5py.File, num_rows: int, path: str) -> NDArray[np.int64]:
+    dataset = _member(hdf5, "tokens/offsets", path)
+    _check_length(dataset, num_rows + 1, "rows of /obs and one more", path)
+    offsets: NDArray[np.int64] = dataset[:].astype(np.int64)
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        problem = f"/tokens/offsets does not rise from 0; {_REMEDY}"
+        raise StoreFormatError(problem, path=path)
+    return offsets

@@ -1,0 +1,394 @@
+"""Read embedding files lazily: what is asked for comes from the disk, the rest stays there."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
+from genoembed.store.layout import open_hdf5, read_layout
+from genoembed.store.matrix import reading
+from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    import anndata
+    import h5py
+    import pandas as pd
+    import torch
+    from numpy.typing import NDArray
+
+    from genoembed.store.matrix import LazyMatrix
+    from genoembed.store.schema import Kind
+
+
+def open_embeddings(path: str | os.PathLike[str]) -> EmbeddingFile:
+    """Open an embedding file, of any published schema version, for reading.
+
+    Args:
+        path: A file that genoembed wrote.
+
+    Returns:
+        The open file; use it in a ``with``, or close it.
+
+    Raises:
+        StoreError: If the file is missing or not readable.
+        StoreFormatError: If genoembed did not write it, or it is damaged.
+        SchemaVersionError: If a newer genoembed wrote it in a newer format.
+
+    Example:
+        >>> import tempfile
+        >>> from genoembed.contracts import EmbeddingBlock, ObsRow
+        >>> from genoembed.store.writer import EmbeddingWriter
+        >>> row = ObsRow(id="chr1", description="", length=4, start=0, end=4, strand="+", source="a.fa",
+        ...              n_windows=1, sha256="", flags="")
+        >>> block = EmbeddingBlock(rows=(row,), matrices={"blocks.1": np.array([[0.5, 1.0]])})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with EmbeddingWriter(f"{folder}/a.h5", kind="pooled") as writer:
+        ...         writer.append(block)
+        ...         writer.finish({"version": "1.0"})
+        ...     with open_embeddings(f"{folder}/a.h5") as embeddings:
+        ...         embeddings.ids, embeddings.layers, embeddings.X[0], embeddings.provenance["version"]
+        (['chr1'], ['blocks.1'], array([0.5, 1. ], dtype=float32), '1.0')
+    """
+    return EmbeddingFile(path)
+
+
+class EmbeddingFile:
+    """An open embedding file; ``open_embeddings`` makes it.
+
+    Args:
+        path: A file that genoembed wrote.
+
+    Raises:
+        StoreError: If the file is missing or not readable.
+        StoreFormatError: If genoembed did not write it, or it is damaged.
+        SchemaVersionError: If a newer genoembed wrote it in a newer format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        """The file."""
+        self._hdf5: h5py.File | None = None
+        hdf5 = open_hdf5(self.path)
+        try:
+            self._layout = read_layout(hdf5, str(self.path))
+        except BaseException:
+            hdf5.close()
+            raise
+        self._hdf5 = hdf5
+
+    def __enter__(self) -> EmbeddingFile:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was read stays, what was not cannot be read any more."""
+        if self._hdf5 is not None:
+            self._hdf5.close()
+            self._hdf5 = None
+
+    def __len__(self) -> int:
+        return self._layout.num_rows
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{name} ({matrix.shape[1]})" for name, matrix in self._layout.matrices.items())
+        state = "" if self._hdf5 is not None else ", closed"
+        return f"EmbeddingFile({str(self.path)!r}, {self.kind}, {len(self)} records, {layers}{state})"
+
+    def _open_file(self) -> h5py.File:
+        if self._hdf5 is None:
+            problem = "is closed; open it again with open_embeddings and read inside the 'with'"
+            raise StoreError(problem, path=str(self.path))
+        return self._hdf5
+
+    @property
+    def kind(self) -> Kind:
+        """``pooled`` (one vector a record) or ``tokens`` (one vector a token)."""
+        return self._layout.kind
+
+    @property
+    def schema_version(self) -> int:
+        """Version of the file's format."""
+        return self._layout.schema_version
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the stored matrices, in the order they were asked for; the first one is ``X``."""
+        return list(self._layout.matrices)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Record ids, in the order of the rows."""
+        with reading(str(self.path)):
+            return list(self._open_file()[f"obs/{INDEX}"].asstr()[:])
+
+    @cached_property
+    def obs(self) -> ObsTable:
+        """Columns of the table of records by name; each is read when it is asked for."""
+        return ObsTable(self._open_file()["obs"], str(self.path))
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How the file was made, as the writer put it."""
+        with reading(str(self.path)):
+            found = json.loads(self._open_file()[f"{PROVENANCE}/{PROVENANCE_JSON}"].asstr()[()])
+        if not isinstance(found, dict):
+            problem = f"/{PROVENANCE}/{PROVENANCE_JSON} is not a JSON object; make the file again"
+            raise StoreFormatError(problem, path=str(self.path))
+        return found
+
+    @cached_property
+    def feature_names(self) -> list[str]:
+        """Names of the columns of ``X``; in a per-token file of its first layer."""
+        if self.kind == "tokens":
+            name, matrix = next(iter(self._layout.matrices.items()))
+            return [f"{name}:{index}" for index in range(matrix.shape[1])]
+        with reading(str(self.path)):
+            return list(self._open_file()[f"var/{INDEX}"].asstr()[:])
+
+    @property
+    def X(self) -> LazyMatrix:  # noqa: N802 - the field's name for it
+        """The primary embedding: float32 or float16, ``(N, D)``, read where it is indexed."""
+        if self.kind != "pooled":
+            problem = "holds a vector for every token, and so no X; use tokens(id), or extract with a pooling"
+            raise StoreError(problem, path=str(self.path))
+        return self[self.layers[0]]
+
+    def __getitem__(self, layer: str) -> LazyMatrix:
+        matrix = self._layout.matrices.get(layer)
+        if matrix is None:
+            near = difflib.get_close_matches(str(layer), self.layers, n=1) or self.layers[:1]
+            problem = f"{self.path}: layer {layer!r} is not among {self.layers}; did you mean {near[0]!r}?"
+            raise LayerError(problem, spec=str(layer))
+        return matrix
+
+    def index_of(self, record_id: str) -> int:
+        """Find the row of a record.
+
+        Args:
+            record_id: Its id.
+
+        Returns:
+            The row, from 0.
+
+        Raises:
+            StoreError: If the file has no such record.
+        """
+        row = self._rows_by_id.get(record_id)
+        if row is None:
+            near = difflib.get_close_matches(str(record_id), self.ids[:10_000], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "'ids' lists what is there"
+            problem = f"record {record_id!r} is not among the {len(self)} records of this file; {hint}"
+            raise StoreError(problem, path=str(self.path))
+        return row
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        return {record_id: row for row, record_id in enumerate(self.ids)}
+
+    def tokens(self, record_id: str, layer: str | None = None) -> NDArray[np.floating]:
+        """Read the token vectors of a record.
+
+        Args:
+            record_id: Its id.
+            layer: Name of a layer; None for the first.
+
+        Returns:
+            One vector a token, ``(T, D)``, in the dtype of the file.
+
+        Raises:
+            StoreError: If the file holds pooled vectors, or no such record.
+            LayerError: If the file has no such layer.
+        """
+        self._offsets()
+        return self.vectors(self.index_of(record_id), layer)
+
+    def _offsets(self) -> NDArray[np.int64]:
+        if self._layout.offsets is None:
+            problem = "holds one pooled vector a record, and so no tokens; extract with pooling set to none"
+            raise StoreError(problem, path=str(self.path))
+        return self._layout.offsets
+
+    def vectors(self, row: int, layer: str | None = None) -> NDArray[np.floating]:
+        """Read what the file holds for one row: its vector, or in a per-token file those of its tokens.
+
+        Args:
+            row: The row, from 0 up.
+            layer: Name of a layer; None for the first.
+
+        Returns:
+            ``(D,)``, or ``(T, D)`` in a per-token file, in the dtype of the file.
+
+        Raises:
+            LayerError: If the file has no such layer.
+        """
+        matrix = self[self.layers[0] if layer is None else layer]
+        offsets = self._layout.offsets
+        return matrix[row] if offsets is None else matrix[int(offsets[row]) : int(offsets[row + 1])]
+
+    def to_anndata(self) -> anndata.AnnData:
+        """Read a pooled file into memory as AnnData; the other layers are in ``obsm``.
+
+        Returns:
+            What ``anndata.read_h5ad`` gives.
+
+        Raises:
+            StoreError: If the file holds token vectors.
+            MissingExtraError: If anndata is not installed.
+        """
+        if self.kind != "pooled":
+            problem = "holds a vector for every token, which AnnData cannot; extract with a pooling"
+            raise StoreError(problem, path=str(self.path))
+        try:
+            import anndata
+        except ImportError as error:
+            raise MissingExtraError(package="anndata", extra="analysis", purpose="to_anndata") from error
+        with reading(str(self.path)):
+            return anndata.read_h5ad(self.path)
+
+    def to_pandas(self, layer: str | None = None) -> pd.DataFrame:
+        """Read one layer as a table.
+
+        Args:
+            layer: Name of a layer; None for the first.
+
+        Returns:
+            Record ids by feature names; in a per-token file (id, token) pairs by feature names.
+
+        Raises:
+            LayerError: If the file has no such layer.
+            MissingExtraError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError(package="pandas", extra="analysis", purpose="to_pandas") from error
+        name = self.layers[0] if layer is None else layer
+        values = self[name][:]
+        is_first = name == self.layers[0]
+        columns = self.feature_names if is_first else [f"{name}:{index}" for index in range(values.shape[1])]
+        if self.kind == "pooled":
+            return pd.DataFrame(values, index=pd.Index(self.ids, name="id"), columns=columns)
+        lengths = np.diff(self._offsets())
+        token = np.arange(len(values)) - np.repeat(self._offsets()[:-1], lengths)
+        rows = [np.repeat(np.array(self.ids, dtype=object), lengths), token]
+        return pd.DataFrame(
+            values, index=pd.MultiIndex.from_arrays(rows, names=["id", "token"]), columns=columns
+        )
+
+    def to_torch(self, layer: str | None = None) -> EmbeddingDataset:
+        """Make a dataset for ``torch.utils.data.DataLoader``, which reads from the file as it goes.
+
+        Args:
+            layer: Name of a layer; None for the first.
+
+        Returns:
+            A map-style dataset of (id, vector) pairs, in per-token files (id, ``(T, D)`` tensor). It opens
+            the file by itself in every process, so it works in workers and after this file is closed.
+
+        Raises:
+            LayerError: If the file has no such layer.
+        """
+        import torch
+
+        name = self.layers[0] if layer is None else layer
+        self[name]  # an unknown layer is an error here, not in a worker
+        return EmbeddingDataset(self.path, name, torch.from_numpy)
+
+
+class ObsTable(Mapping[str, "NDArray[Any]"]):
+    """Columns of the table of records: text as object arrays of ``str``, numbers as int64.
+
+    Args:
+        group: ``/obs`` of an open file.
+        path: Its file, for messages.
+    """
+
+    def __init__(self, group: h5py.Group, path: str) -> None:
+        self._group = group
+        self._path = path
+        self._read: dict[str, NDArray[Any]] = {}
+        with reading(path):
+            self._names = [str(name) for name in group.attrs["column-order"]]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        if column not in self._names:
+            raise KeyError(column)
+        if column not in self._read:
+            if not self._group:
+                problem = "is closed; open it again with open_embeddings and read inside the 'with'"
+                raise StoreError(problem, path=self._path)
+            with reading(self._path):
+                self._read[column] = _read_column(self._group[column])
+        return self._read[column]
+
+    def __repr__(self) -> str:
+        return f"ObsTable({', '.join(self._names)})"
+
+
+def _read_column(node: h5py.Group | h5py.Dataset) -> NDArray[Any]:
+    if node.attrs["encoding-type"] == "categorical":
+        categories, codes = _read_column(node["categories"]), node["codes"][:]
+        if len(codes) and not 0 <= codes.min() <= codes.max() < len(categories):
+            message = f"{node.name} has codes {codes.min()} to {codes.max()} for {len(categories)} categories"
+            raise ValueError(message)
+        return categories[codes]
+    return node.asstr()[:] if node.attrs["encoding-type"] == "string-array" else node[:]
+
+
+class EmbeddingDataset:
+    """A map-style dataset of (id, vector) pairs over one file, safe to fork and to pickle.
+
+    Args:
+        path: The file.
+        layer: Name of a layer of it.
+        as_tensor: Turns an array into a tensor.
+    """
+
+    def __init__(
+        self, path: Path, layer: str, as_tensor: Callable[[NDArray[np.floating]], torch.Tensor]
+    ) -> None:
+        self._path = path.absolute()
+        self._layer = layer
+        self._as_tensor = as_tensor
+        self._process = -1
+        self._file: EmbeddingFile | None = None
+
+    def _embeddings(self) -> EmbeddingFile:
+        if self._file is None or self._process != os.getpid():
+            self._file, self._process = EmbeddingFile(self._path), os.getpid()
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __len__(self) -> int:
+        return len(self._embeddings())
+
+    def __getitem__(self, row: int) -> tuple[str, torch.Tensor]:
+        file = self._embeddings()
+        position = range(len(file))[row]
+        return file.ids[position], self._as_tensor(file.vectors(position, self._layer))

@@ -1,0 +1,228 @@
+"""A loaded model as the other stages see it.
+
+In: padded batches and module paths. Out: activations by module path, as far as the deepest one. Facts about
+the model are found when first asked for, some by running it on a few tokens.
+
+B rows, L padded length, D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from genoembed.errors import LayerError, ShapeError
+from genoembed.models.adapters import (
+    PaddingPolicy,
+    Probe,
+    context_length,
+    evaluating,
+    forward_arguments,
+    padding_policy,
+)
+from genoembed.models.hooks import capture
+from genoembed.models.layers import FINAL, LayerSpec, list_layers, resolve_layers
+from genoembed.models.provenance import read_license, weights_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from genoembed.contracts import Batch, LayerInfo
+    from genoembed.models.registry import KnownModel
+
+
+class GenomicModel:
+    """A base model in eval mode, its tokenizer, and what other stages must know about it.
+
+    The facts are found when first asked for, some by running the model on a few tokens.
+
+    Args:
+        module: The base model (no language-model head), weights in place.
+        tokenizer: Its Hugging Face tokenizer.
+        name: The name it was loaded by.
+        location: Folder that holds its files, for the provenance; None for a model that was never on disk.
+        entry: The registry's entry of the checkpoint, if it is in the registry.
+        untrained: Top-level modules whose weights the checkpoint does not hold; they cannot be captured.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        location: Path | None = None,
+        entry: KnownModel | None = None,
+        untrained: Iterable[str] = (),
+    ) -> None:
+        self.module = module.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.location = location
+        self.entry = entry
+        self.untrained = tuple(untrained)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go: the device of the first weights."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return self.module.dtype
+
+    @cached_property
+    def max_length(self) -> int | None:
+        """Longest input in tokens, special tokens included; None where there is no stated limit."""
+        return context_length(self.module)
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether no token sees a later one."""
+        return self._probe.is_causal()
+
+    @cached_property
+    def accepts_attention_mask(self) -> bool:
+        """Whether the model takes an attention mask and honours it."""
+        return self._probe.accepts_attention_mask()
+
+    @property
+    def padding(self) -> PaddingPolicy:
+        """How sequences of different lengths may share a batch."""
+        return padding_policy(accepts_attention_mask=self.accepts_attention_mask, is_causal=self.is_causal)
+
+    @cached_property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """Every module that can be captured, in the model's order."""
+        return tuple(info for info in list_layers(self.module) if not self._is_untrained(info.path))
+
+    @cached_property
+    def provenance(self) -> Mapping[str, str | int | bool | None]:
+        """What an output file says about the model; reads the weight files once, for their digest."""
+        folder = self.location
+        entry_license = self.entry.license if self.entry is not None else None
+        return {
+            "id": self.name,
+            "class": type(self.module).__name__,
+            "checkpoint": self.entry.name if self.entry is not None else None,
+            "revision": folder.name if folder is not None and folder.parent.name == "snapshots" else None,
+            "weights_sha256": weights_digest(folder) if folder is not None else "",
+            "license": entry_license or (read_license(folder) if folder is not None else "unknown"),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "num_parameters": self.module.num_parameters(),
+            "max_length": self.max_length,
+            "padding": self.padding,
+            "is_causal": self.is_causal,
+            "accepts_attention_mask": self.accepts_attention_mask,
+        }
+
+    def resolve(self, specs: LayerSpec | Sequence[LayerSpec]) -> tuple[LayerInfo, ...]:
+        """Turn layer specs into module paths.
+
+        Args:
+            specs: Block numbers, module paths, globs, ``final`` or ``all``; one or several.
+
+        Returns:
+            The layers in the order asked for, each once.
+
+        Raises:
+            LayerError: If a spec names nothing, or something whose weights the checkpoint does not hold.
+        """
+        asked = [specs] if isinstance(specs, (int, str)) else list(specs)
+        final_path = self._final_path if FINAL in asked else None
+        layers = resolve_layers(self.module, asked, final_path=final_path, name=self.name)
+        for layer in layers:
+            if self._is_untrained(layer.path):
+                message = (
+                    f"layer {layer.path!r} of {self.name}: the checkpoint holds no weights for it, so its "
+                    "output would be random; name another layer"
+                )
+                raise LayerError(message, spec=layer.path)
+        return layers
+
+    def forward(
+        self,
+        batch: Batch,
+        layers: Sequence[str],
+        reduce: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run one batch as far as the deepest layer asked for.
+
+        Args:
+            batch: Padded rows; moved to the model's device.
+            layers: Module paths, as `resolve` gives them.
+            reduce: Called with each path and its activations, ``(B, L, D)`` in the model's dtype, as soon as
+                they are there; what it returns is kept instead.
+
+        Returns:
+            One tensor a path, in the order of ``layers``.
+
+        Raises:
+            ShapeError: If rows are padded for a model that takes equal lengths only.
+            LayerError: If a layer does not run, or gives something else than one vector a token.
+        """
+        if self.padding == "equal" and not bool(batch.attention_mask.all()):
+            message = (
+                f"batch: rows of different lengths, but {self.name} sees padding (it is neither causal nor "
+                "takes a mask); put only rows of one length into a batch"
+            )
+            raise ShapeError(message)
+        mask_BL = batch.attention_mask.to(self.device)
+        arguments = forward_arguments(self.module, mask_BL if self.accepts_attention_mask else None)
+
+        def take(path: str, activations: Tensor) -> Tensor:
+            rows_BLD = _as_rows(activations, mask_BL, path=path)
+            return rows_BLD if reduce is None else reduce(path, rows_BLD)
+
+        with (
+            torch.inference_mode(),
+            evaluating(self.module),
+            capture(self.module, layers, reduce=take) as outputs,
+        ):
+            self.module(batch.input_ids.to(self.device), **arguments)
+        return outputs
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return Probe(
+            self.module,
+            special_ids=self.tokenizer.all_special_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    @cached_property
+    def _final_path(self) -> str:
+        path = self._probe.final_path()
+        if path is None:
+            message = (
+                f"layer 'final': no module of {self.name} returns last_hidden_state; name a block number"
+            )
+            raise LayerError(message, spec=FINAL)
+        return path
+
+    def _is_untrained(self, path: str) -> bool:
+        return path.partition(".")[0] in self.untrained
+
+
+def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
+    """Lay activations out as ``(B, L, D)``; some models run their blocks on the real tokens only."""
+    if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
+        return activations
+    if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
+        rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
+        rows_BLD[mask_BL.bool()] = activations
+        return rows_BLD
+    batch, length = mask_BL.shape
+    message = (
+        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector a token, "
+        f"({batch}, {length}, D); name a block, a norm or an MLP"
+    )
+    raise LayerError(message, spec=path)

@@ -1,0 +1,272 @@
+"""Which modules of a model can be captured, and what a layer spec means.
+
+A spec is a block number from 0 (negative from the end), a module path (``encoder.layer.5``), a glob over
+module paths (``blocks.*.mlp.l3``; ``*`` stays within one dot), ``final`` (what the model returns as
+``last_hidden_state``) or ``all`` (every block). Specs resolve to module paths of the *base* model, the one
+without language-model head.
+
+A number means the output of that block, which equals ``hidden_states[i + 1]`` of transformers - except at the
+last block of a model with a norm after the blocks: there transformers puts the normed states into
+``hidden_states[-1]``, while the number means the block's own output and ``final`` the normed states.
+A model may declare another meaning with a class attribute ``embedding_layer_template``, for instance
+``"blocks.{index}.mlp.l3"``.
+
+Nothing here knows the name of an architecture: the block list is the largest, shallowest list of modules
+whose length is the depth that the configuration states.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+import re
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import nn
+
+from genoembed.contracts import LayerInfo
+from genoembed.errors import LayerError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LayerSpec: TypeAlias = "int | str"
+
+FINAL = "final"
+ALL = "all"
+_GLOB_CHARACTERS = frozenset("*?[")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+_WIDTH_KEYS = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim")
+
+
+def find_blocks(module: nn.Module) -> str:
+    """Find the list of blocks of a model by its structure.
+
+    Args:
+        module: A base model; ``module.config`` tells the depth where there is one.
+
+    Returns:
+        Module path of the list.
+
+    Raises:
+        ModelError: If the model holds no list of modules.
+    """
+    lists = {
+        path: child
+        for path, child in module.named_modules()
+        if path and isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 0
+    }
+    if not lists:
+        message = f"{type(module).__name__}: it holds no list of blocks; name layers of another model"
+        raise ModelError(message)
+    depth = _config_number(module, _DEPTH_KEYS)
+
+    def rank(path: str) -> tuple[bool, bool, int, int]:
+        child = lists[path]
+        size = sum(parameter.numel() for parameter in child.parameters())
+        return (len(child) == depth, isinstance(child, nn.ModuleList), size, -path.count("."))
+
+    return max(lists, key=rank)
+
+
+def final_candidates(module: nn.Module) -> tuple[str, ...]:
+    """List the modules that may give ``last_hidden_state``, the likeliest first.
+
+    That is a norm beside the blocks (or beside what holds them) that is registered after them, else the last
+    block, else a norm registered before them. Which of them it is shows in a forward pass.
+
+    Args:
+        module: A base model.
+
+    Returns:
+        Module paths.
+    """
+    blocks_path = find_blocks(module)
+    width = _config_number(module, _WIDTH_KEYS)
+    after: list[str] = []
+    before: list[str] = []
+    path = blocks_path
+    while path:
+        parent, _, name = path.rpartition(".")
+        seen = False
+        for sibling, child in module.get_submodule(parent).named_children():
+            if sibling == name:
+                seen = True
+            elif _is_norm(child, width):
+                (after if seen else before).append(f"{parent}.{sibling}".lstrip("."))
+        path = parent
+    last = len(_blocks(module, blocks_path)) - 1
+    return (*after, f"{blocks_path}.{last}", *before)
+
+
+def list_layers(module: nn.Module) -> tuple[LayerInfo, ...]:
+    """List every module whose output can be captured.
+
+    Args:
+        module: A base model.
+
+    Returns:
+        All modules but pure containers, in the order in which the model registers them.
+    """
+    blocks_path = find_blocks(module)
+    return tuple(
+        _layer_info(module, path, blocks_path)
+        for path, child in module.named_modules()
+        if path and not isinstance(child, _CONTAINERS) and path != blocks_path
+    )
+
+
+def num_blocks(module: nn.Module) -> int:
+    """Count the blocks of a model.
+
+    Args:
+        module: A base model.
+
+    Returns:
+        Number of blocks; valid layer numbers are below it.
+    """
+    return len(_blocks(module, find_blocks(module)))
+
+
+def resolve_layers(
+    module: nn.Module,
+    specs: LayerSpec | Sequence[LayerSpec],
+    *,
+    final_path: str | None = None,
+    name: str | None = None,
+) -> tuple[LayerInfo, ...]:
+    """Turn layer specs into module paths.
+
+    Args:
+        module: A base model.
+        specs: One spec or several (see the module's docstring).
+        final_path: What ``final`` means; None takes the first of `final_candidates`.
+        name: What to call the model in errors; None takes its class name.
+
+    Returns:
+        The layers in the order asked for; one that is asked for twice appears once.
+
+    Raises:
+        LayerError: If a spec names nothing in the model.
+    """
+    asked = [specs] if isinstance(specs, (int, str)) else list(specs)
+    if not asked:
+        message = (
+            "layers: none given, expected at least one; name a block number, a module path, 'final' or 'all'"
+        )
+        raise LayerError(message, spec="")
+    resolver = _Resolver(module, final_path=final_path, name=name)
+    paths = itertools.chain.from_iterable(resolver.paths(spec) for spec in asked)
+    return tuple(_layer_info(module, path, resolver.blocks_path) for path in dict.fromkeys(paths))
+
+
+class _Resolver:
+    """The names of one model, and what each spec means among them."""
+
+    def __init__(self, module: nn.Module, *, final_path: str | None, name: str | None) -> None:
+        self.module = module
+        self.name = name or type(module).__name__
+        self.final_path = final_path
+        self.blocks_path = find_blocks(module)
+        self.depth = len(_blocks(module, self.blocks_path))
+        self.stated_depth = _config_number(module, _DEPTH_KEYS) or self.depth
+        self.template = getattr(module, "embedding_layer_template", None) or f"{self.blocks_path}.{{index}}"
+        self.known = {info.path: info for info in list_layers(module)}
+
+    def paths(self, spec: LayerSpec) -> Iterator[str]:
+        """Yield the module paths that a spec stands for."""
+        text = str(spec).strip()
+        if re.fullmatch(r"[+-]?\d+", text):
+            yield self._block(int(text), spec)
+        elif text == ALL:
+            yield from (self._block(index, spec) for index in range(self.depth))
+        elif text == FINAL:
+            yield self.final_path if self.final_path is not None else final_candidates(self.module)[0]
+        elif _GLOB_CHARACTERS.intersection(text):
+            yield from self._matching(text)
+        elif text in self.known:
+            yield text
+        else:
+            raise self._unknown(text)
+
+    def _block(self, index: int, spec: LayerSpec) -> str:
+        if self.stated_depth != self.depth:
+            message = (
+                f"layer {str(spec)!r}: {self.name} states {self.stated_depth} blocks, but its list "
+                f"{self.blocks_path!r} holds {self.depth}; name a module path or 'final'"
+            )
+            raise LayerError(message, spec=str(spec))
+        if not -self.depth <= index < self.depth:
+            raise self._unknown(str(spec))
+        return self.template.format(index=index % self.depth)
+
+    def _matching(self, pattern: str) -> list[str]:
+        parts = pattern.split(".")
+        found = [path for path in self.known if _matches(path.split("."), parts)]
+        if not found:
+            raise self._unknown(pattern)
+        return found
+
+    def _unknown(self, text: str) -> LayerError:
+        names = [*self.known, FINAL, ALL]
+        near = difflib.get_close_matches(text, names, n=3, cutoff=0.75)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else self._remedy(text)
+        message = f"layer {text!r} is not in {self.name} ({self.blocks_path} 0-{self.depth - 1}); {hint}"
+        return LayerError(message, spec=text)
+
+    def _remedy(self, text: str) -> str:
+        if re.fullmatch(r"[+-]?\d+", text):
+            return (
+                f"name a block from 0 to {self.depth - 1}, or from -{self.depth} to -1 counted from the end"
+            )
+        return (
+            f"name a block number, a module path such as {self.template.format(index=0)!r}, 'final' or 'all'"
+        )
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _blocks(module: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    blocks = module.get_submodule(path)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        message = f"{path}: a {type(blocks).__name__}, expected a list of blocks; name the list itself"
+        raise ModelError(message)
+    return blocks
+
+
+def _layer_info(module: nn.Module, path: str, blocks_path: str) -> LayerInfo:
+    inside = re.match(re.escape(blocks_path) + r"\.(\d+)(\.|$)", path)
+    index = int(inside.group(1)) if inside else None
+    is_block = inside is not None and not inside.group(2)
+    config_width = _config_number(module, _WIDTH_KEYS)
+    width = config_width if is_block else _own_width(module.get_submodule(path), config_width)
+    return LayerInfo(path=path, index=index, width=width)
+
+
+def _own_width(module: nn.Module, config_width: int | None) -> int | None:
+    """Tell a module's output width from its parameters, where they settle it."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    return config_width if _is_norm(module, config_width) else None
+
+
+def _is_norm(module: nn.Module, width: int | None) -> bool:
+    """Tell a norm: no children, and only vectors of the hidden size as parameters."""
+    shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+    if any(True for _ in module.children()):
+        return False
+    if not shapes:
+        return "norm" in type(module).__name__.lower()
+    return all(len(shape) == 1 for shape in shapes) and (width is None or shapes == {(width,)})
+
+
+def _config_number(module: nn.Module, keys: Sequence[str]) -> int | None:
+    config = getattr(module, "config", None)
+    values = (getattr(config, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, int)), None)

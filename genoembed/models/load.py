@@ -1,0 +1,328 @@
+"""Load any genomic language model through one door.
+
+In: a name (bundled, registry, local folder, Hugging Face id). Out: a `GenomicModel`: the base model in eval
+mode, its tokenizer, and the facts that the other stages need. Promised: no code from a repository runs unless
+it is trusted, nothing is unpickled, and no weight that an embedding depends on is left random.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, PrecisionWarning
+from genoembed.models.genomic_model import GenomicModel
+from genoembed.models.layers import final_candidates, find_blocks
+from genoembed.models.locate import ModelSource, locate_model
+from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models, suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTO_CLASSES = {
+    "AutoModel": AutoModel,
+    "AutoModelForCausalLM": AutoModelForCausalLM,
+    "AutoModelForMaskedLM": AutoModelForMaskedLM,
+    "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+}
+# stored by older releases, computed from the configuration today
+_COMPUTED_BUFFERS = ("inv_freq", "position_ids", "masked_bias")
+_NAMES_SHOWN = 5
+
+
+def load_model(
+    name_or_path: str = BUNDLED_NAME,
+    *,
+    device: str | torch.device | None = None,
+    dtype: DtypeName | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+) -> GenomicModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_path: Bundled or registry name, local folder, or Hugging Face id; looked for in this order.
+        device: Where to run; None takes CUDA if present, else the CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 on CUDA devices that
+            have it, else float32.
+        trust_remote_code: Run code that the model's repository brings.
+        revision: Branch, tag or commit of a Hugging Face repository.
+        device_map: Spread the model over devices with accelerate (``auto`` or a mapping); ``device`` then
+            only decides about ``dtype``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModelNotFoundError: If nothing answers to the name.
+        ModelError: If the model needs code that is not trusted, has no tokenizer, or ``dtype`` is unknown.
+        CheckpointError: If the weights are damaged or do not fit the configuration.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen_dtype = _choose_dtype(dtype, device)
+    source = locate_model(name_or_path)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    config = _load_config(source, options)
+    whole, loading_info = _load_weights(source, config, options, dtype=chosen_dtype, device_map=device_map)
+    module = _base_of(whole)
+    untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
+    if device_map is None:
+        module = module.to(device)
+    model = GenomicModel(
+        module,
+        _load_tokenizer(source, config, options),
+        name=name_or_path,
+        location=_folder(source, options),
+        entry=source.entry or _entry_of(config),
+        untrained=untrained,
+    )
+    _warn_about_precision(model)
+    return model
+
+
+def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None or dtype == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if dtype not in _DTYPES:
+        message = (
+            f"dtype {dtype!r} is not known, expected auto, {', '.join(_DTYPES)}; set dtype to one of them"
+        )
+        raise ModelError(message)
+    return _DTYPES[dtype]
+
+
+def _load_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.location, **options)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(_needs_trust(source)) from error
+        message = f"model {source.name!r}: its config.json is of no kind that transformers reads ({error})"
+        raise ModelError(message) from error
+    except OSError as error:
+        message = (
+            f"model {source.name!r}: no such model here, and Hugging Face gives none "
+            f"({type(error).__name__}); {suggestion(source.name)}"
+        )
+        raise ModelNotFoundError(message) from error
+
+
+def _needs_trust(source: ModelSource) -> str:
+    return (
+        f"model {source.name!r}: it brings its own Python code, which runs only if trusted; read the code, "
+        "then set trust_remote_code=True"
+    )
+
+
+def _load_weights(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    options: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device_map: str | Mapping[str, Any] | None,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load through the barest class that the repository offers; report which keys did not fit."""
+    extra = {} if device_map is None else {"device_map": device_map}
+    try:
+        with _without_progress_bars():
+            return _auto_class(config, options).from_pretrained(
+                source.location, config=config, dtype=dtype, output_loading_info=True, **options, **extra
+            )
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError) as error:
+        message = (
+            f"the weights cannot be read or do not fit config.json ({_first_line(error)}); fetch them again"
+        )
+        raise CheckpointError(message, path=source.location) from error
+    except OSError as error:
+        message = f"no weights were found ({_first_line(error)}); the folder needs safetensors files"
+        raise CheckpointError(message, path=source.location) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(_needs_trust(source)) from error
+        raise
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing on standard error, which belongs to the caller."""
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_progress_bar()
+
+
+def _auto_class(config: PreTrainedConfig, options: Mapping[str, Any]) -> type[Any]:
+    """Choose the loader: repositories with code of their own do not always offer the bare model."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    if options["trust_remote_code"]:
+        for name, auto_class in _AUTO_CLASSES.items():
+            if name in auto_map:
+                return auto_class
+    return AutoModel
+
+
+def _base_of(whole: PreTrainedModel) -> PreTrainedModel:
+    """Take the base model out of one with a head, and the encoder out of an encoder-decoder."""
+    base = whole.base_model
+    if getattr(base.config, "is_encoder_decoder", False):
+        base = base.get_encoder()
+    return base
+
+
+def _check_keys(
+    whole: PreTrainedModel,
+    module: PreTrainedModel,
+    info: Mapping[str, Any],
+    *,
+    source: ModelSource,
+    trusted: bool,
+) -> tuple[str, ...]:
+    """Refuse weights that do not fit; return the top-level modules that no hidden state depends on."""
+    prefix = next((f"{name}." for name, child in whole.named_modules() if child is module and name), "")
+    families = tuple(dict.fromkeys(filter(None, (prefix, f"{whole.base_model_prefix or ''}.".lstrip(".")))))
+    children = [name for name, _ in module.named_children()]
+    tail = _unused_children(module)
+    missing = {_strip(key, families) for key in info["missing_keys"] if key.startswith(prefix)}
+    unused = {key for key in missing if key.partition(".")[0] in tail}
+    unexpected = {
+        stripped
+        for stripped in (_strip(key, families) for key in info["unexpected_keys"])
+        if stripped.partition(".")[0] in set(children) - tail and not stripped.endswith(_COMPUTED_BUFFERS)
+    }
+    problems = [
+        f"{len(keys)} weights {what} ({_listing(keys)})"
+        for what, keys in (
+            ("are missing and would be random", missing - unused),
+            ("have no place in the model", unexpected),
+            ("have another shape", {str(key) for key in info["mismatched_keys"]}),
+        )
+        if keys
+    ]
+    if problems:
+        remedy = "check that config.json belongs to these weights"
+        if getattr(whole.config, "auto_map", None) and not trusted:
+            remedy = "the repository brings its own code: read it, then set trust_remote_code=True"
+        message = f"{'; '.join(problems)}; {remedy}"
+        raise CheckpointError(message, path=source.location)
+    return tuple(dict.fromkeys(key.partition(".")[0] for key in sorted(unused)))
+
+
+def _unused_children(module: PreTrainedModel) -> set[str]:
+    """Name the children behind the blocks that are not the final norm: poolers and the like."""
+    children = [name for name, _ in module.named_children()]
+    blocks = find_blocks(module).partition(".")[0]
+    final = final_candidates(module)[0].partition(".")[0]
+    return set(children[children.index(blocks) + 1 :]) - {final}
+
+
+def _strip(key: str, prefixes: Iterable[str]) -> str:
+    for prefix in prefixes:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _load_tokenizer(
+    source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; the byte tokenizer of StripedHyena 2 needs no files."""
+    if config.model_type == "striped_hyena2" and not _has_file(source, "tokenizer_config.json", options):
+        tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
+        if tokenizer_class is not None:
+            return tokenizer_class()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(_needs_trust(source)) from error
+        message = (
+            f"model {source.name!r}: no tokenizer could be loaded ({_first_line(error)}); "
+            "save the model's tokenizer into its folder"
+        )
+        raise ModelError(message) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        message = (
+            f"model {source.name!r}: its tokenizer knows special tokens only, expected a vocabulary; save "
+            "the model's tokenizer into its folder"
+        )
+        raise ModelError(message)
+    return tokenizer
+
+
+def _has_file(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> bool:
+    return _cached(source, file_name, options) is not None
+
+
+def _folder(source: ModelSource, options: Mapping[str, Any]) -> Path | None:
+    """Find the folder that holds the model's files, in the Hugging Face cache for an id."""
+    config_path = _cached(source, "config.json", options)
+    return None if config_path is None else config_path.parent
+
+
+def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> Path | None:
+    if source.is_local:
+        path = Path(source.location) / file_name
+        return path if path.is_file() else None
+    found = cached_file(
+        source.location,
+        file_name,
+        revision=options.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _entry_of(config: PreTrainedConfig) -> KnownModel | None:
+    """Recognise a converted registry checkpoint in a folder of any name."""
+    name = getattr(config, "checkpoint_name", None)
+    return next((entry for entry in known_models() if entry.name == name), None)
+
+
+def _warn_about_precision(model: GenomicModel) -> None:
+    if model.entry is not None and model.entry.needs_fp8:
+        message = f"{model.entry.name}: {model.entry.precision_note}; evo2_7b does not need it"
+        warnings.warn(PrecisionWarning(message), stacklevel=3)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _listing(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -1,0 +1,149 @@
+"""Find out what a model's name stands for, and fetch and convert what the registry knows.
+
+Names resolve in this order: bundled, registry, local folder, Hugging Face id.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from genoembed.errors import ModelError, ModelNotFoundError
+from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models, suggestion
+from genoembed.models.striped_hyena2.convert import convert_checkpoint
+
+_LOG = logging.getLogger(__name__)
+
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Where a model comes from."""
+
+    name: str
+    """The name as given."""
+    location: str
+    """Local folder or Hugging Face id, as ``from_pretrained`` takes it."""
+    is_local: bool
+    entry: KnownModel | None = None
+    """The registry's entry, if the name is one."""
+
+
+def locate_model(name_or_path: str) -> ModelSource:
+    """Find what a name stands for; a registry checkpoint is fetched and converted if need be.
+
+    Args:
+        name_or_path: Bundled or registry name, local folder, or Hugging Face id.
+
+    Returns:
+        Where to load from. That a Hugging Face id exists is not checked here.
+
+    Raises:
+        ModelNotFoundError: If nothing answers to the name.
+        ModelError: If it is a checkpoint file, or a folder without ``config.json``.
+    """
+    entry = next((model for model in known_models() if model.name == name_or_path), None)
+    if entry is not None:
+        folder = BUNDLED_FOLDER if entry.name == BUNDLED_NAME else converted_folder(entry)
+        if not (folder / "config.json").is_file():
+            message = f"model {name_or_path!r}: {folder} holds no config.json; install genoembed again"
+            raise ModelNotFoundError(message)
+        return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        _check_folder(path)
+        return ModelSource(name=name_or_path, location=str(path), is_local=True)
+    if _looks_like_path(name_or_path):
+        message = f"model {name_or_path!r}: no such file or folder; {suggestion(path.name)}"
+        raise ModelNotFoundError(message)
+    return ModelSource(name=name_or_path, location=name_or_path, is_local=False)
+
+
+def cache_folder() -> Path:
+    """Say where converted checkpoints are kept.
+
+    Returns:
+        A folder beside the Hugging Face cache (``HF_HOME`` moves both).
+    """
+    return Path(constants.HF_HOME) / "genoembed"
+
+
+def converted_folder(entry: KnownModel) -> Path:
+    """Give the converted folder of a registry checkpoint; fetch and convert it the first time.
+
+    Args:
+        entry: The checkpoint.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelNotFoundError: If the checkpoint is neither on this machine nor within reach.
+        CheckpointError: If what was fetched is damaged.
+    """
+    folder = cache_folder() / entry.name
+    if (folder / "config.json").is_file():
+        return folder
+    source = _merged_file(entry) or _fetched_file(entry)
+    _LOG.info("converting %s once, into %s", source, folder)
+    return convert_checkpoint(source, folder, name=entry.name)
+
+
+def _merged_file(entry: KnownModel) -> Path | None:
+    """Find the merged file that the original package leaves beside the hub cache."""
+    path = Path(constants.HF_HUB_CACHE).parent / f"{entry.name}.pt"
+    return path if path.is_file() else None
+
+
+def _fetched_file(entry: KnownModel) -> Path:
+    """Fetch all files of a checkpoint, from the hub's cache where they are there, and check their sizes."""
+    paths = [_fetch(entry, file.name) for file in entry.files]
+    for path, file in zip(paths, entry.files, strict=True):
+        size = path.stat().st_size
+        if file.num_bytes not in (None, size):
+            _LOG.warning("%s: %d bytes, but %s were recorded for %s", path, size, file.num_bytes, entry.name)
+    return paths[0]
+
+
+def _fetch(entry: KnownModel, file_name: str) -> Path:
+    assert entry.repo_id is not None
+    try:
+        return Path(hf_hub_download(entry.repo_id, file_name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(hf_hub_download(entry.repo_id, file_name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        message = (
+            f"model {entry.name!r}: {file_name} of {entry.repo_id} is not in the local cache and cannot be "
+            f"fetched ({type(error).__name__}); go online once, or convert a checkpoint and name its folder"
+        )
+        raise ModelNotFoundError(message) from error
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        message = f"model {str(path)!r}: a file, expected a folder; convert it first and name the new folder"
+        raise ModelError(message)
+    if not (path / "config.json").is_file():
+        checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in _CHECKPOINT_SUFFIXES)
+        hint = (
+            f"convert {checkpoints[0]} first" if checkpoints else "name a folder written by save_pretrained"
+        )
+        message = f"model {str(path)!r}: a folder without config.json; {hint}"
+        raise ModelError(message)
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or name.endswith(_CHECKPOINT_SUFFIXES)
+    )

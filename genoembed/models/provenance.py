@@ -1,0 +1,104 @@
+"""Say which weights a model really holds: digest of the files, revision, license.
+
+Everything here reads files that are already on the machine; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_CHUNK_BYTES = 1 << 22
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """List the files that a model folder's weights come from.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        The safetensors files, else PyTorch's, sorted by name.
+    """
+    for pattern in _WEIGHT_PATTERNS:
+        found = tuple(sorted(folder.glob(pattern)))
+        if found:
+            return found
+    return ()
+
+
+def file_digest(path: Path) -> str:
+    """Compute a file's SHA-256.
+
+    Args:
+        path: The file. One in the Hugging Face cache is a link to a file that is named by its digest, which
+            is then taken from there.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    resolved = path.resolve()
+    if path.is_symlink() and _HUB_BLOB.fullmatch(resolved.name):
+        return resolved.name
+    digest = hashlib.sha256()
+    with resolved.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Compute one SHA-256 for all weights of a folder.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        The digest of the one file, or, for several, of the lines ``digest  name``, as ``sha256sum`` writes
+        them, in the order of the names. Empty where there are no weights.
+    """
+    files = weight_files(folder)
+    if not files:
+        return ""
+    if len(files) == 1:
+        return file_digest(files[0])
+    lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_license(folder: Path) -> str:
+    """Read the license from a folder's model card.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        What the card's header states as ``license``, or ``unknown``.
+    """
+    for name in ("README.md", "MODEL_CARD.md"):
+        card = folder / name
+        if card.is_file():
+            stated = _card_header(card.read_text(encoding="utf-8", errors="replace")).get("license")
+            if isinstance(stated, str) and stated:
+                return stated
+    return "unknown"
+
+
+def _card_header(text: str) -> dict[str, Any]:
+    """Parse the YAML block that a model card starts with."""
+    parts = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.DOTALL)
+    if parts is None:
+        return {}
+    try:
+        header = yaml.safe_load(parts.group(1))
+    except yaml.YAMLError:
+        return {}
+    return header if isinstance(header, dict) else {}

@@ -1,0 +1,316 @@
+"""The models that genoembed knows by name: the bundled one and the official Evo 2 checkpoints.
+
+Sizes and digests of the files are as published with another open reader of these checkpoints; parameter
+counts follow from the configurations (tied output embedding counted once).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from genoembed.errors import ModelNotFoundError
+from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BUNDLED_NAME = "genoembed-mini"
+
+_FP8_NEEDED = (
+    "trained with 8-bit (FP8) input projections. Without them the model runs, but its predictions are much "
+    "worse than published and its embeddings differ from the original's: treat them as another model's"
+)
+_FP8_OPTIONAL = "gives the published numbers in bfloat16; 8-bit (FP8) hardware is not needed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFile:
+    """One file of a checkpoint, as its repository names it."""
+
+    name: str
+    """File name; ``.part0``, ``.part1`` ... are pieces of one file, to be concatenated."""
+    num_bytes: int | None = None
+    """Size, where known."""
+    sha256: str | None = None
+    """SHA-256 in hexadecimal digits, where known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownModel:
+    """A model with a name of its own."""
+
+    name: str
+    summary: str
+    """What it is, in a few words."""
+    context: int
+    """Longest input, in tokens (one token, one base)."""
+    num_parameters: int
+    license: str
+    """SPDX identifier."""
+    repo_id: str | None = None
+    """Hugging Face repository; None for the bundled model."""
+    files: tuple[CheckpointFile, ...] = ()
+    """What to fetch from the repository, pieces in order."""
+    needs_fp8: bool = False
+    """Whether the published numbers need 8-bit input projections."""
+    precision_note: str = ""
+    """What running without FP8 means."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of ``StripedHyena2Config``."""
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of all files together, or None where one is unknown."""
+        sizes = [file.num_bytes for file in self.files]
+        return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
+
+    def build_config(self) -> StripedHyena2Config:
+        """Build the model's configuration.
+
+        Returns:
+            A new configuration that carries the model's name as ``checkpoint_name``.
+        """
+        return StripedHyena2Config(**self.config, checkpoint_name=self.name)
+
+
+def known_models() -> tuple[KnownModel, ...]:
+    """List the models with names of their own, the bundled one first.
+
+    Returns:
+        All of them.
+
+    Example:
+        >>> [model.name for model in known_models()][:3]
+        ['genoembed-mini', 'evo2_1b_base', 'evo2_7b']
+    """
+    return _MODELS
+
+
+def find_model(name: str) -> KnownModel:
+    """Look a model up by its name.
+
+    Args:
+        name: Such as ``evo2_7b``.
+
+    Returns:
+        The entry.
+
+    Raises:
+        ModelNotFoundError: If there is none, with the nearest names.
+
+    Example:
+        >>> find_model("evo2_7b").context
+        1048576
+    """
+    for model in _MODELS:
+        if model.name == name:
+            return model
+    message = f"model {name!r} is not known ({', '.join(m.name for m in _MODELS)}); {suggestion(name)}"
+    raise ModelNotFoundError(message)
+
+
+def suggestion(name: str) -> str:
+    """Phrase what to do about a name that nothing answers to.
+
+    Args:
+        name: The name as given.
+
+    Returns:
+        A remedy that names the nearest known models, if any are near.
+
+    Example:
+        >>> suggestion("evo2-7b")
+        "did you mean 'evo2_7b' or 'evo2_7b_base'?"
+    """
+    names = [model.name for model in _MODELS]
+    near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.7)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"use a local folder, a Hugging Face id, or one of {', '.join(names)}"
+
+
+_PATTERN_24 = {
+    "attn_layer_idxs": (3, 10, 17),
+    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21),
+    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22),
+    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23),
+}
+_PATTERN_25 = {**_PATTERN_24, "attn_layer_idxs": (3, 10, 17, 24)}
+_PATTERN_32 = {
+    "attn_layer_idxs": (3, 10, 17, 24, 31),
+    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21, 25, 28),
+    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22, 26, 29),
+    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23, 27, 30),
+}
+_PATTERN_50 = {
+    "attn_layer_idxs": (3, 10, 17, 24, 31, 35, 42, 49),
+    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21, 25, 28, 32, 36, 39, 43, 46),
+    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22, 26, 29, 33, 37, 40, 44, 47),
+    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23, 27, 30, 34, 38, 41, 45, 48),
+}
+
+
+def _config(
+    pattern: Mapping[str, tuple[int, ...]],
+    *,
+    width: int,
+    inner: int,
+    groups: int,
+    context: int,
+    rope_base: float,
+    rope_factor: float = 1.0,
+) -> Mapping[str, Any]:
+    """Write out what differs between the released models; head size is 128 in all of them."""
+    return MappingProxyType(
+        {
+            **pattern,
+            "num_hidden_layers": sum(len(idxs) for idxs in pattern.values()),
+            "hidden_size": width,
+            "num_attention_heads": width // 128,
+            "intermediate_size": inner,
+            "hcs_filter_groups": groups,
+            "hcm_filter_groups": groups,
+            "max_position_embeddings": context,
+            "rotary_emb_base": rope_base,
+            "rotary_emb_scaling_factor": rope_factor,
+        }
+    )
+
+
+def _evo2(
+    name: str,
+    summary: str,
+    num_parameters: int,
+    config: Mapping[str, Any],
+    *files: tuple[str, int | None, str | None],
+    needs_fp8: bool = False,
+    repo_id: str | None = None,
+) -> KnownModel:
+    return KnownModel(
+        name=name,
+        summary=summary,
+        context=config["max_position_embeddings"],
+        num_parameters=num_parameters,
+        license="Apache-2.0",
+        repo_id=repo_id or f"arcinstitute/{name}",
+        files=tuple(CheckpointFile(name=f, num_bytes=size, sha256=digest) for f, size, digest in files),
+        needs_fp8=needs_fp8,
+        precision_note=_FP8_NEEDED if needs_fp8 else _FP8_OPTIONAL,
+        config=config,
+    )
+
+
+_7B_8K = _config(_PATTERN_32, width=4096, inner=11008, groups=256, context=32768, rope_base=1e4)
+
+_MODELS: tuple[KnownModel, ...] = (
+    KnownModel(
+        name=BUNDLED_NAME,
+        summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
+        context=8192,
+        num_parameters=0,
+        license="Apache-2.0",
+        precision_note="runs anywhere in float32",
+    ),
+    _evo2(
+        "evo2_1b_base",
+        "Evo 2 1B, trained at 8 kb",
+        1107989760,
+        _config(_PATTERN_25, width=1920, inner=5120, groups=128, context=8192, rope_base=1e4),
+        (
+            "evo2_1b_base.pt",
+            2698327083,
+            "8ffba7d0e6445a8f2c92d9ff1c4e772c7f73ca9179f5e0c699b8b0ca1b966f64",
+        ),
+        needs_fp8=True,
+    ),
+    _evo2(
+        "evo2_7b",
+        "Evo 2 7B, context 1 Mb",
+        6581722880,
+        _config(
+            _PATTERN_32,
+            width=4096,
+            inner=11264,
+            groups=256,
+            context=1048576,
+            rope_base=1e4,
+            rope_factor=128.0,
+        ),
+        ("evo2_7b.pt", 13766621200, "c66645929dc1b9c631f5be656da8726f38946315dc9167000a615dd626fcecf4"),
+    ),
+    _evo2(
+        "evo2_7b_base",
+        "Evo 2 7B, trained at 8 kb",
+        6481059584,
+        _7B_8K,
+        ("evo2_7b_base.pt", 13006429947, "d8a0e775a5d849921b8725837c6a3cbc71fa15e712f4189a2ed52ef955aad29b"),
+    ),
+    _evo2(
+        "evo2_7b_262k",
+        "Evo 2 7B, context 262 kb",
+        6481059584,
+        _config(
+            _PATTERN_32,
+            width=4096,
+            inner=11008,
+            groups=256,
+            context=262144,
+            rope_base=1e4,
+            rope_factor=32.0,
+        ),
+        ("evo2_7b_262k.pt", 13860249112, "887d009cb9eaf059e4cc4304861d7196f378c085581a1d9c037b4f8ba6ad623a"),
+    ),
+    _evo2(
+        "evo2_7b_microviridae",
+        "Evo 2 7B base, tuned on Microviridae genomes",
+        6481059584,
+        _7B_8K,
+        ("evo2_7b_microviridae.pt", None, None),
+        repo_id="evo-design/evo-2-7b-8k-microviridae",
+    ),
+    _evo2(
+        "evo2_20b",
+        "Evo 2 20B, context 1 Mb",
+        19738780160,
+        _config(
+            _PATTERN_24,
+            width=8192,
+            inner=22528,
+            groups=512,
+            context=1048576,
+            rope_base=1e6,
+            rope_factor=128.0,
+        ),
+        ("evo2_20b.pt", 47945795557, "979b345dc700a9cae6b63f570d9b3f438e31a68dd8dc0bc0d8d2a0fcd3caf791"),
+        needs_fp8=True,
+    ),
+    _evo2(
+        "evo2_40b",
+        "Evo 2 40B, context 1 Mb",
+        41117574144,
+        _config(
+            _PATTERN_50,
+            width=8192,
+            inner=22528,
+            groups=512,
+            context=1048576,
+            rope_base=1e6,
+            rope_factor=128.0,
+        ),
+        ("evo2_40b.pt.part0", 41126745847, None),
+        ("evo2_40b.pt.part1", 41126745847, None),
+        needs_fp8=True,
+    ),
+    _evo2(
+        "evo2_40b_base",
+        "Evo 2 40B, trained at 8 kb",
+        40331142144,
+        _config(_PATTERN_50, width=8192, inner=21888, groups=512, context=8192, rope_base=1e6),
+        ("evo2_40b_base.pt.part0", 40340310342, None),
+        ("evo2_40b_base.pt.part1", 40340310341, None),
+        needs_fp8=True,
+    ),
+)

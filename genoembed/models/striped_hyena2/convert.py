@@ -1,0 +1,352 @@
+"""Turn a StripedHyena 2 checkpoint in its original format into a safetensors folder.
+
+In: a ``.pt`` file, the pieces of one (``.pt.part0`` ...), or a ``.safetensors`` file with the original keys.
+Out: a folder that ``AutoModel`` and ``AutoModelForCausalLM`` open, in the key names and row order of the
+original. Promised: no code of the checkpoint runs, no tensor is missing, left over or of another shape, the
+folder appears complete or not at all, and memory stays near the size of one shard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import re
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+from genoembed.errors import CheckpointError, ModelError
+from genoembed.models.registry import KnownModel, known_models
+from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+from genoembed.models.striped_hyena2.vortex_config import read_vortex_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+_LOG = logging.getLogger(__name__)
+
+_IGNORED_SUFFIXES = ("_extra_state", "mixer.mixer.filter.t")
+_FLOAT32_SUFFIXES = ("log_poles", "residues", "inv_freq")
+_FREQUENCY_SUFFIX = "rotary_emb.inv_freq"
+_EMBEDDING = "embedding_layer.weight"
+_UNEMBEDDING = "unembed.weight"
+_PART = re.compile(r"(?P<base>.+\.pt)\.part(?P<number>\d+)")
+_NAMES_SHOWN = 5
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    name: str | None = None,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Path:
+    """Convert a checkpoint.
+
+    Args:
+        source: ``.pt``, any piece or the base name of ``.pt.part*``, or ``.safetensors``.
+        output_dir: Folder to write.
+        name: Registry name of the checkpoint; None reads it off the file name.
+        config: YAML description of a checkpoint that is not in the registry; not together with ``name``.
+        dtype: Type of the stored weights; None means bfloat16, as the original runs them. Poles, residues and
+            rotary frequencies are float32 in any case.
+        max_shard_bytes: Largest shard, in bytes; one tensor is never cut.
+        overwrite: Replace ``output_dir`` where it exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, holds code, or does not fit its configuration.
+        ModelError: If the configuration is not given and cannot be told from the file name, is given twice,
+            or the folder exists.
+    """
+    source, output_dir = Path(source), Path(output_dir)
+    if output_dir.exists() and not overwrite:
+        message = f"{output_dir}: exists, expected a new folder; set overwrite or choose another output_dir"
+        raise ModelError(message)
+    entry, model_config = _describe(source, name=name, config=config)
+    files = checkpoint_files(source)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        whole = _join_parts(files, Path(temporary)) if len(files) > 1 else files[0]
+        tensors = _fitted(read_tensors(whole, path=source), model_config, path=source)
+        dtype = torch.bfloat16 if dtype is None else dtype
+        _save_shards(tensors, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        model_config.dtype = dtype
+        model_config.architectures = ["StripedHyena2ForCausalLM"]
+        model_config.save_pretrained(folder)
+        _save_tokenizer(folder)
+        _write_card(folder, files, entry)
+        _move_into_place(folder, output_dir)
+    _LOG.info("converted %s to %s (%d tensors)", source, output_dir, len(tensors))
+    return output_dir
+
+
+def checkpoint_files(source: Path) -> tuple[Path, ...]:
+    """Find the file, or all pieces, of a checkpoint.
+
+    Args:
+        source: The file, its base name, or any piece.
+
+    Returns:
+        Paths in the order in which they are to be concatenated.
+
+    Raises:
+        CheckpointError: If there is nothing, or a piece is missing.
+    """
+    if source.is_file() and not _PART.fullmatch(source.name):
+        return (source,)
+    part = _PART.fullmatch(source.name)
+    base = part.group("base") if part else source.name
+    parts = {}
+    for path in source.parent.glob(f"{base}.part*"):
+        if found := _PART.fullmatch(path.name):
+            parts[int(found.group("number"))] = path
+    if not parts:
+        message = "no such file, and no pieces .part0, .part1 ... of it; check the path of the checkpoint"
+        raise CheckpointError(message, path=str(source))
+    absent = sorted(set(range(max(parts) + 1)) - parts.keys())
+    if absent:
+        message = (
+            f"found pieces {sorted(parts)}, but pieces {absent} are missing; fetch {base}.part{absent[0]} too"
+        )
+        raise CheckpointError(message, path=str(source))
+    return tuple(parts[number] for number in sorted(parts))
+
+
+def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Open a checkpoint without running anything in it and without reading the weights yet.
+
+    Args:
+        whole: ``.pt`` or ``.safetensors`` file.
+        path: The name for errors.
+
+    Returns:
+        For each stored name a function that reads the tensor; metadata of 8-bit kernels is left out.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds code or holds something else than tensors.
+    """
+    try:
+        return _open_safetensors(whole) if whole.suffix == ".safetensors" else _open_pickle(whole, path)
+    except pickle.UnpicklingError as error:
+        message = (
+            "it holds Python objects besides tensors, which could run code; refused, nothing was executed. "
+            "Expected tensors only; get the checkpoint from its authors"
+        )
+        raise CheckpointError(message, path=str(path)) from error
+    except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        message = f"cannot be read as a checkpoint ({error}); it may be cut short, fetch it again"
+        raise CheckpointError(message, path=str(path)) from error
+
+
+def _open_safetensors(whole: Path) -> dict[str, Callable[[], Tensor]]:
+    stored = safe_open(whole, framework="pt")
+    kept = [key for key in stored.keys() if not key.endswith(_IGNORED_SUFFIXES)]
+    return {key: partial(stored.get_tensor, key) for key in kept}
+
+
+def _open_pickle(whole: Path, path: Path) -> dict[str, Callable[[], Tensor]]:
+    # the released files carry 8-bit kernel metadata as byte buffers, which are never opened
+    with torch.serialization.safe_globals([io.BytesIO]):
+        stored = torch.load(whole, map_location="cpu", mmap=_is_zip(whole), weights_only=True)
+    if isinstance(stored, dict) and isinstance(stored.get("module"), dict):
+        stored = stored["module"]
+    if not isinstance(stored, dict):
+        message = f"holds a {type(stored).__name__}, expected tensors by name; check the file"
+        raise CheckpointError(message, path=str(path))
+    kept = {
+        str(key).removeprefix("module."): value
+        for key, value in stored.items()
+        if not str(key).endswith(_IGNORED_SUFFIXES)
+    }
+    foreign = [key for key, value in kept.items() if not isinstance(value, Tensor)]
+    if foreign:
+        message = f"{_listing(foreign)} hold no tensors, expected tensors only; check the file"
+        raise CheckpointError(message, path=str(path))
+    return {key: partial(_same, value) for key, value in kept.items()}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _is_zip(whole: Path) -> bool:
+    with whole.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _describe(
+    source: Path, *, name: str | None, config: str | Path | None
+) -> tuple[KnownModel | None, StripedHyena2Config]:
+    """Find the configuration: the given file, the given name, or the name that the file bears."""
+    if name is not None and config is not None:
+        message = f"{source}: both name and config are given, expected one; leave one out"
+        raise ModelError(message)
+    if config is not None:
+        return None, read_vortex_config(Path(config))
+    wanted = name if name is not None else re.sub(r"\.(pt(\.part\d+)?|safetensors)$", "", source.name)
+    entries = {entry.name: entry for entry in known_models() if entry.files}
+    if wanted not in entries:
+        message = (
+            f"{source}: {wanted!r} is no checkpoint of the registry ({', '.join(entries)}); "
+            "set name to one of them, or config to a YAML description"
+        )
+        raise ModelError(message)
+    return entries[wanted], entries[wanted].build_config()
+
+
+def _fitted(
+    tensors: dict[str, Callable[[], Tensor]], config: StripedHyena2Config, *, path: Path
+) -> dict[str, Callable[[], Tensor]]:
+    """Check names and shapes against the configuration; drop the tied copy, fill in absent frequencies."""
+    with torch.device("meta"):
+        expected = StripedHyena2Model(config).state_dict()
+    tensors = dict(tensors)
+    unembedding = tensors.pop(_UNEMBEDDING, None)
+    absent = [key for key in expected if key not in tensors]
+    if absent and all(key.endswith(_FREQUENCY_SUFFIX) for key in absent):
+        _LOG.warning("%s: rotary frequencies are not stored; computed from rotary_emb_base", path)
+        tensors.update(dict.fromkeys(absent, partial(_frequencies, config)))
+        absent = []
+    problems = []
+    if absent:
+        problems.append(f"{len(absent)} tensors are missing ({_listing(absent)})")
+    if extra := [key for key in tensors if key not in expected]:
+        problems.append(f"{len(extra)} tensors have no place in the model ({_listing(extra)})")
+    shapes = {key: tuple(tensors[key]().shape) for key in expected if key in tensors}
+    wrong = [
+        f"{key} is {shape}, expected {tuple(expected[key].shape)}"
+        for key, shape in shapes.items()
+        if shape != tuple(expected[key].shape)
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} tensors have another shape ({'; '.join(wrong[:_NAMES_SHOWN])})")
+    if not problems and unembedding is not None and not torch.equal(unembedding(), tensors[_EMBEDDING]()):
+        problems.append(f"{_UNEMBEDDING} differs from {_EMBEDDING}, expected one tied matrix")
+    if problems:
+        message = f"{'; '.join(problems)}; check that name or config belongs to this checkpoint"
+        raise CheckpointError(message, path=str(path))
+    return {key: tensors[key] for key in expected}
+
+
+def _frequencies(config: StripedHyena2Config) -> Tensor:
+    """Frequencies as the released files hold them: rounded to bfloat16."""
+    head_size = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    return (config.rotary_emb_base**-exponents).to(torch.bfloat16).float()
+
+
+def _join_parts(files: tuple[Path, ...], folder: Path) -> Path:
+    needed = sum(path.stat().st_size for path in files)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        message = (
+            f"joining the pieces needs {needed} bytes, but {free} are free at {folder.parent}; make room"
+        )
+        raise CheckpointError(message, path=str(files[0]))
+    whole = folder / "whole.pt"
+    with whole.open("wb") as joined:
+        for path in files:
+            with path.open("rb") as piece:
+                shutil.copyfileobj(piece, joined, length=1 << 24)
+    return whole
+
+
+def _save_shards(
+    tensors: Mapping[str, Callable[[], Tensor]], folder: Path, *, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write safetensors shards one at a time, with the index that transformers expects."""
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    shard_bytes = total_bytes = 0
+
+    def flush() -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shard.clear()
+
+    for key, read in tensors.items():
+        kept = torch.float32 if key.endswith(_FLOAT32_SUFFIXES) else dtype
+        # cloned, because a stored tensor may be a view into a larger one
+        tensor = read().to(kept).clone(memory_format=torch.contiguous_format)
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + num_bytes > max_shard_bytes:
+            flush()
+            shard_bytes = 0
+        shard[key] = tensor
+        shard_bytes += num_bytes
+        total_bytes += num_bytes
+    flush()
+    _name_shards(shards, folder, total_bytes)
+
+
+def _name_shards(shards: list[list[str]], folder: Path, total_bytes: int) -> None:
+    if len(shards) == 1:
+        (folder / "part-1").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file_name)
+        weight_map.update(dict.fromkeys(keys, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _save_tokenizer(folder: Path) -> None:
+    tokenizer_class = TOKENIZER_MAPPING.get(StripedHyena2Config, None)
+    if tokenizer_class is None:
+        message = "StripedHyena2Config: no tokenizer is registered with transformers; import genoembed first"
+        raise ModelError(message)
+    tokenizer_class().save_pretrained(folder)
+
+
+def _write_card(folder: Path, files: Iterable[Path], entry: KnownModel | None) -> None:
+    lines = ["---", f"license: {entry.license.lower() if entry else 'unknown'}", "library_name: transformers"]
+    lines += ["---", "", f"# {entry.name if entry else 'StripedHyena 2'}", ""]
+    lines += ["Converted by genoembed from the original checkpoint:", ""]
+    lines += [f"- `{path.name}`, {path.stat().st_size} bytes" for path in files]
+    if entry is not None:
+        lines += ["", f"Repository `{entry.repo_id}`: {entry.summary}, context {entry.context} tokens."]
+        lines += ["", f"Precision: {entry.precision_note}."]
+    lines += ["", "Tensors keep the original names and row order; scales of 8-bit kernels are not included."]
+    lines += ["", "Open it with `import genoembed` and `AutoModelForCausalLM.from_pretrained`.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _move_into_place(folder: Path, output_dir: Path) -> None:
+    """Swap the finished folder in; the old one, if any, goes only when the new one stands."""
+    old = folder.with_name("old")
+    if output_dir.exists():
+        output_dir.rename(old)
+    try:
+        folder.rename(output_dir)
+    except OSError:
+        if old.exists():
+            old.rename(output_dir)
+        raise
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -261,6 +261,9 @@ class EmbeddingWriter:
             )
             raise ShapeError(message)
         for name in widths:
+            if self._kind == "tokens" and name == "offsets":
+                problem = "layer 'offsets' has the name of a part of the file; rename it"
+                raise StoreError(problem, path=self._path)
             if storable_text(name) != name:
                 problem = f"layer {name!r}: holds NUL or is not valid Unicode, which HDF5 refuses; rename it"
                 raise StoreError(problem, path=self._path)

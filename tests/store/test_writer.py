@@ -109,16 +109,18 @@ def test_writer_rows_may_be_zero(tmp_path):
 # --- complete or not at all -----------------------------------------------------------------------
 
 
+def _fail_while_writing(path):
+    with EmbeddingWriter(path, kind="pooled", overwrite=True) as writer:
+        writer.append(pooled_block([f"r{i}" for i in range(9000)], width=64))
+        assert len(list(path.parent.iterdir())) == 2
+        raise KeyError("boom")
+
+
 def test_writer_exception_leaves_nothing_and_keeps_the_old_file(tmp_path):
     path = write_file(tmp_path / "a.h5", pooled_block(["old"]))
     before = path.read_bytes()
-    with (
-        pytest.raises(KeyError, match="boom"),
-        EmbeddingWriter(path, kind="pooled", overwrite=True) as writer,
-    ):
-        writer.append(pooled_block([f"r{i}" for i in range(9000)], width=64))
-        assert len(list(tmp_path.iterdir())) == 2
-        raise KeyError("boom")
+    with pytest.raises(KeyError, match="boom"):
+        _fail_while_writing(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.h5"]
     assert path.read_bytes() == before
 
@@ -329,9 +331,9 @@ def test_writer_float16_rounds(tmp_path):
 def test_writer_other_layers_are_refused(tmp_path):
     with EmbeddingWriter(tmp_path / "a.h5", kind="pooled") as writer:
         writer.append(pooled_block(["a"], ("x", "y")))
-        with pytest.raises(ShapeError, match="expected .*as in the first block"):
+        with pytest.raises(ShapeError, match=r"expected .*as in the first block"):
             writer.append(pooled_block(["b"], ("y", "x")))
-        with pytest.raises(ShapeError, match="expected .*as in the first block"):
+        with pytest.raises(ShapeError, match=r"expected .*as in the first block"):
             writer.append(pooled_block(["b"], ("x", "y"), width=5))
 
 
@@ -368,12 +370,18 @@ def test_writer_other_text_is_escaped(tmp_path):
 
 
 def test_writer_layer_that_hdf5_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="layer .*rename it"):
+    with pytest.raises(StoreError, match=r"layer .*rename it"):
         write_file(tmp_path / "a.h5", pooled_block(["a"], ("x\0",)))
 
 
+def test_writer_token_layer_cannot_be_called_offsets(tmp_path):
+    with pytest.raises(StoreError, match="layer 'offsets' has the name of a part of the file; rename it"):
+        write_file(tmp_path / "a.h5", token_block([1], ("offsets",)))
+    write_file(tmp_path / "a.h5", pooled_block(["a"], ("offsets", "X")))
+
+
 def test_writer_feature_names_must_fit(tmp_path):
-    with pytest.raises(ShapeError, match="feature_names has 3 names, expected 4 as 'blocks.1'"):
+    with pytest.raises(ShapeError, match=r"feature_names has 3 names, expected 4 as 'blocks.1'"):
         write_file(tmp_path / "a.h5", pooled_block(["a"]), feature_names=["x", "y", "z"])
 
 

@@ -2,11 +2,11 @@
 
 Where a token starts comes, in this order, from
 
-1. the tokenizer: byte view (``CharTokenizer``) or offset mapping (fast tokenizers);
+1. the tokenizer: byte view (``CharTokenizer``) or offset mapping (fast tokenizers; letters that get no token
+   belong to none, and are logged once);
 2. its tokens laid along the sequence, whatever their marks (``##``, ``@@`` ...) and case; tokens without
-letters
-   of their own, such as ``<unk>``, take one base, or one k-mer, or all up to the next known token - the first
-   of these that makes the tokens cover the sequence exactly;
+   letters of their own, such as ``<unk>``, take one base, or one k-mer, or all up to the next known token:
+   the first of these that makes the tokens cover the sequence exactly;
 3. the share of the tokens before it, as if all tokens were equally long (logged once, as it is inexact).
 """
 
@@ -128,11 +128,17 @@ class _FastEncoder:
     def encode(self, sequence: bytes) -> EncodedSequence:
         encoding = self._call(sequence.decode("ascii"))
         ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        is_special = np.asarray(encoding["special_tokens_mask"], dtype=np.bool_)
-        has_bases = (offsets[:, 1] > offsets[:, 0]) & ~is_special
-        self._log_gaps(len(sequence), offsets[has_bases])
-        return EncodedSequence(input_ids=ids, base_start=np.where(has_bases, offsets[:, 0], -1))
+        starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        has_bases = (ends > starts) & ~np.asarray(encoding["special_tokens_mask"], dtype=np.bool_)
+        # A mark of a word's start may claim the base of the token after it; the base is that token's.
+        has_bases[:-1] &= ~(has_bases[1:] & (starts[1:] == starts[:-1]))
+        base_start = np.where(has_bases, starts, -1)
+        num_gaps = len(sequence) - int((ends - starts)[has_bases].sum())
+        if num_gaps > 0:
+            self._log_gaps(num_gaps, len(sequence))
+            # The library counts offsets as if letters without a token were not there at all.
+            base_start[has_bases] = self._find(ids[has_bases], sequence, starts[has_bases])
+        return EncodedSequence(input_ids=ids, base_start=base_start)
 
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, self._num_extra_tokens)
@@ -147,19 +153,33 @@ class _FastEncoder:
             verbose=False,
         )
 
-    def _log_gaps(self, num_bases: int, offsets: NDArray[np.int64]) -> None:
-        """Say once that the tokenizer has no token for some letters: a model's choice, but not a silent "
-        "one."""
-        num_covered = int((offsets[:, 1] - offsets[:, 0]).sum())
-        if num_covered < num_bases and not self._has_logged_gaps:
-            self._has_logged_gaps = True
-            logger.warning(
-                "the model's tokenizer has no token for %d of %d bases (letters outside its vocabulary); "
-                "later "
-                "sequences are not reported",
-                num_bases - num_covered,
-                num_bases,
-            )
+    def _find(
+        self, ids: NDArray[np.int64], sequence: bytes, fallback: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Find tokens one after the other; what is between them are letters that no token has."""
+        text = _letters(sequence.decode("ascii"))
+        starts = []
+        position = 0
+        for token in self._tokenizer.convert_ids_to_tokens(ids.tolist()):
+            piece = _letters(token)
+            start = text.find(piece, position)
+            if start < 0:
+                return fallback
+            starts.append(start)
+            position = start + len(piece)
+        return np.array(starts, dtype=np.int64)
+
+    def _log_gaps(self, num_gaps: int, num_bases: int) -> None:
+        """Say once that some letters have no token: the model's choice, but not a silent one."""
+        if self._has_logged_gaps:
+            return
+        self._has_logged_gaps = True
+        logger.warning(
+            "the model's tokenizer has no token for %d of %d bases (letters outside its vocabulary); later "
+            "sequences are not reported",
+            num_gaps,
+            num_bases,
+        )
 
 
 class _SlowEncoder:
@@ -192,8 +212,7 @@ class _SlowEncoder:
         return ids
 
     def _probe_special_tokens(self) -> tuple[int, int]:
-        """Count the special tokens before and after a sequence (custom tokenizers often have no mask of "
-        "them)."""
+        """Count the special tokens before and after a sequence (custom code often has no mask of them)."""
         is_special = [
             index in self._special_ids and index != self._tokenizer.unk_token_id
             for index in self._ids(_PROBE)

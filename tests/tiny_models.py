@@ -156,11 +156,12 @@ def build_config(family: str) -> PreTrainedConfig:
 def _randomise(model: nn.Module) -> None:
     """Make every vector of weights random too: norms at 1 and biases at 0 would hide mistakes."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif parameter.dim() == 2:
-                parameter.mul_(8)
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                elif isinstance(module, (nn.Linear, nn.Embedding)):
+                    parameter.normal_(std=0.2)
 
 
 def _write_tokenizer(family: str, folder: Path) -> None:

@@ -1,17 +1,34 @@
-"""Models: load any genomic language model, name its layers, capture what they return."""
+"""Models: load any genomic language model, name its layers, capture what they return.
+
+Public names load on first use, so that importing one architecture does not import all of transformers.
+"""
 
 from __future__ import annotations
 
-from genoembed.models.genomic_model import GenomicModel
-from genoembed.models.hooks import capture
-from genoembed.models.layers import LayerSpec, list_layers, resolve_layers
-from genoembed.models.load import load_model
-from genoembed.models.registry import KnownModel, find_model, known_models
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.hooks import capture
+    from genoembed.models.layers import list_layers, resolve_layers
+    from genoembed.models.load import load_model
+    from genoembed.models.registry import KnownModel, find_model, known_models
+
+_HOMES = {
+    "GenomicModel": "genoembed.models.genomic_model",
+    "KnownModel": "genoembed.models.registry",
+    "capture": "genoembed.models.hooks",
+    "find_model": "genoembed.models.registry",
+    "known_models": "genoembed.models.registry",
+    "list_layers": "genoembed.models.layers",
+    "load_model": "genoembed.models.load",
+    "resolve_layers": "genoembed.models.layers",
+}
 
 __all__ = [
     "GenomicModel",
     "KnownModel",
-    "LayerSpec",
     "capture",
     "find_model",
     "known_models",
@@ -19,3 +36,10 @@ __all__ = [
     "load_model",
     "resolve_layers",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        message = f"module 'genoembed.models' has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,7 +7,8 @@ without language-model head.
 
 A number means the output of that block, which equals ``hidden_states[i + 1]`` of transformers - except at the
 last block of a model with a norm after the blocks: there transformers puts the normed states into
-``hidden_states[-1]``, while the number means the block's own output and ``final`` the normed states.
+``hidden_states[-1]``, while the number means the block's own output and ``final`` the normed states. (The
+``hidden_states`` of transformers' Mamba leave out the embedding: block ``i`` is ``hidden_states[i]`` there.)
 A model may declare another meaning with a class attribute ``embedding_layer_template``, for instance
 ``"blocks.{index}.mlp.l3"``.
 

@@ -39,6 +39,8 @@ from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models, su
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+__all__ = ["DtypeName", "GenomicModel", "load_model"]
+
 DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

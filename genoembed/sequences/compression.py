@@ -1,0 +1,183 @@
+"""Bytes of a file or of standard input, decompressed on the way.
+
+In: a file name, or ``-``. Out: blocks of about one MiB of plain bytes. The compression is told by the first
+bytes, never by the file's name; files made of several members (bgzip, ``cat a.gz b.gz``, pzstd) are read to
+their end; a stream that stops early or is damaged is an error, never a short result. Nothing is sought.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import re
+import sys
+import zlib
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import zstandard
+
+from genoembed.errors import InputFileError, SequenceFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+STDIN = "-"
+BLOCK_BYTES = 1 << 20
+
+
+class _Decoder(Protocol):
+    """What the four decompressors have in common: one member, fed piece by piece."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class _Codec(NamedTuple):
+    name: str
+    magic: re.Pattern[bytes]
+    new: Callable[[], _Decoder]
+    errors: tuple[type[Exception], ...]
+    step_bytes: int
+    """Compressed bytes fed at once: bounds what one call can blow up to."""
+
+
+def _new_zstd() -> _Decoder:
+    # Genomes are often packed with --long=31, a window of 2 GiB.
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+_CODECS = (
+    _Codec("gzip", re.compile(rb"\x1f\x8b"), lambda: zlib.decompressobj(wbits=31), (zlib.error,), 1 << 14),
+    _Codec("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, (OSError, ValueError), 1 << 14),
+    _Codec(
+        "xz",
+        re.compile(rb"\xfd7zXZ\x00"),
+        lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ),
+        (lzma.LZMAError,),
+        1 << 14,
+    ),
+    _Codec(
+        "zstd",
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        _new_zstd,
+        (zstandard.ZstdError,),
+        1 << 12,
+    ),
+)
+
+
+def iter_decompressed(path: str) -> Iterator[bytes]:
+    """Read a file, or standard input, as plain bytes.
+
+    Args:
+        path: File name, or ``-`` for standard input.
+
+    Yields:
+        Blocks that are not empty, of about ``BLOCK_BYTES``.
+
+    Raises:
+        InputFileError: If the file cannot be opened or read.
+        SequenceFormatError: If compressed data is damaged or stops early.
+    """
+    blocks = _iter_raw(path)
+    first = next(blocks, b"")
+    codec = find_codec(first)
+    if codec is None:
+        yield from chain((first,) if first else (), blocks)
+    else:
+        yield from _joined(_decompress(path, codec, chain((first,), blocks)))
+
+
+def find_codec(head: bytes) -> _Codec | None:
+    """Tell the compression by the first bytes of a file.
+
+    Args:
+        head: At least six bytes, where the file has them.
+
+    Returns:
+        The codec, or None for a file that is not compressed.
+    """
+    return next((codec for codec in _CODECS if codec.magic.match(head)), None)
+
+
+def check_readable(path: str) -> None:
+    """Make sure that a file can be opened, before any work starts.
+
+    Args:
+        path: File name, or ``-`` for standard input.
+
+    Raises:
+        InputFileError: If there is no such file, it is a folder, or it may not be read.
+    """
+    if path == STDIN:
+        return
+    if Path(path).is_dir():
+        problem = "is a folder, expected a file; name the files in it"
+        raise InputFileError(problem, path=path)
+    if not Path(path).exists():
+        problem = "no such file; check the name and the working directory"
+        raise InputFileError(problem, path=path)
+    if Path(path).is_file():  # a pipe such as /dev/fd/63 must not be opened twice
+        try:
+            Path(path).open("rb").close()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> InputFileError:
+    problem = f"cannot be read ({error.strerror or error}); check its permissions and the disk"
+    return InputFileError(problem, path=path)
+
+
+def _iter_raw(path: str) -> Iterator[bytes]:
+    try:
+        if path == STDIN:
+            yield from iter(lambda: sys.stdin.buffer.read(BLOCK_BYTES), b"")
+            return
+        with Path(path).open("rb") as stream:
+            yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _decompress(path: str, codec: _Codec, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    decoder = codec.new()
+    for block in blocks:
+        for offset in range(0, len(block), codec.step_bytes):
+            pending = block[offset : offset + codec.step_bytes]
+            while pending:
+                if decoder.eof:
+                    pending = pending.lstrip(b"\0")  # padding between members is allowed
+                    if not pending:
+                        break
+                    decoder = codec.new()
+                try:
+                    plain = decoder.decompress(pending)
+                except codec.errors as error:
+                    problem = f"damaged {codec.name} data ({error}); copy or download the file again"
+                    raise SequenceFormatError(problem, path=path) from error
+                pending = decoder.unused_data if decoder.eof else b""
+                if plain:
+                    yield plain
+    if not decoder.eof:
+        problem = f"the {codec.name} data stops before its end; copy or download the file again"
+        raise SequenceFormatError(problem, path=path)
+
+
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= BLOCK_BYTES:
+            yield b"".join(held)
+            held.clear()
+            size = 0
+    if held:
+        yield b"".join(held)

@@ -1,0 +1,222 @@
+"""FASTA and FASTQ, parsed in blocks.
+
+In: blocks of text with ``\\n`` line ends. Out: :class:`RawRecord`, one at a time, in file order; only the
+record in hand is held. FASTA may be wrapped anyhow or not at all; lines that start with ``;`` are comments.
+FASTQ may be wrapped too; its qualities are checked and left behind.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import count
+from typing import TYPE_CHECKING
+
+from genoembed.errors import SequenceFormatError
+from genoembed.sequences.rawrecord import RawRecord
+from genoembed.sequences.text import WHITESPACE, iter_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_MAX_HEADER_BYTES = 1 << 20
+_INDENTED_HEADER = re.compile(rb"\n[ \t]+>")
+_COMMENT = re.compile(rb"\n[ \t]*;[^\n]*")
+# Tab is white space and Ctrl-A separates merged headers in NCBI's nr and nt; other control bytes mean damage.
+_CONTROL = re.compile(rb"[\x00\x02-\x08\x0b-\x1f\x7f]")
+_QUALITIES = bytes(range(33, 127))
+
+
+def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse FASTA.
+
+    Args:
+        path: File name for records and errors.
+        blocks: The text, from the first line that is not blank.
+        lines_before: Lines of the file before ``blocks``.
+
+    Yields:
+        Records. Each must be used before the next is asked for.
+
+    Raises:
+        SequenceFormatError: If there is sequence before the first header, or a header is damaged.
+    """
+    line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
+    header: tuple[str, str, int] | None = None
+    pieces: list[tuple[bytes, int | None]] = []
+    for block in _whole_headers(blocks):
+        tail, *parts = block.split(b"\n>") if b">" in block else (block,)
+        if header is not None:
+            pieces.append((tail, line))
+        elif tail.strip(WHITESPACE):
+            raise _no_header(path, line, tail)
+        line += tail.count(b"\n")
+        for part in parts:
+            if header is not None:
+                yield _fasta_record(path, header, pieces)
+            line += 1
+            end = part.find(b"\n")  # none: the block ends with the header, its "\n" opens the next block
+            title, body = (part, b"") if end < 0 else (part[:end], part[end:])
+            header = (*_parse_header(path, line, title, ">"), line)
+            pieces = [(body, line)]
+            line += body.count(b"\n")
+    if header is not None:
+        yield _fasta_record(path, header, pieces)
+
+
+def _fasta_record(
+    path: str, header: tuple[str, str, int], pieces: list[tuple[bytes, int | None]]
+) -> RawRecord:
+    record_id, description, line = header
+    body = iter(pieces) if len(pieces) == 1 else _drain(pieces)
+    return RawRecord(record_id, description, path, path, line, body)
+
+
+def _drain(pieces: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, int | None]]:
+    """Give pieces up one by one: a long record is not held both raw and clean."""
+    pieces.reverse()
+    while pieces:
+        yield pieces.pop()
+
+
+def _whole_headers(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Re-cut blocks so that each header and comment line is whole and has its ``\\n`` in front.
+
+    Comments become blank lines, so that lines still count right.
+    """
+    held = b"\n"
+    for raw in blocks:
+        block = held + raw
+        cut = _safe_cut(block)
+        if len(block) - cut > _MAX_HEADER_BYTES:
+            cut = len(block)  # given up: _parse_header refuses it
+        block, held = block[:cut], block[cut:]
+        if block:
+            yield _tidy(block)
+    yield _tidy(held)
+
+
+def _safe_cut(block: bytes) -> int:
+    """Where a block can end: not in a header or comment, nor between a line's start and its first letter."""
+    last = block.rfind(b"\n")
+    if last < 0:
+        return len(block)
+    start = block[last : last + 256].lstrip(WHITESPACE) or block[last:].lstrip(WHITESPACE)
+    return last if not start or start[:1] in (b">", b";") else len(block)
+
+
+def _tidy(block: bytes) -> bytes:
+    # A single byte is found ten times faster than two, and long stretches of sequence have none of these.
+    if (b" " in block and b" >" in block) or (b"\t" in block and b"\t>" in block):
+        block = _INDENTED_HEADER.sub(b"\n>", block)
+    if b";" in block:
+        block = _COMMENT.sub(b"\n", block)
+    return block
+
+
+def _no_header(path: str, line: int, text: bytes) -> SequenceFormatError:
+    before = text[: len(text) - len(text.lstrip(WHITESPACE))].count(b"\n")
+    problem = "sequence without a header, expected a line that starts with '>'; add '>id' above it"
+    return SequenceFormatError(problem, path=path, line=line + before)
+
+
+def _parse_header(path: str, line: int, title: bytes, mark: str) -> tuple[str, str]:
+    if len(title) > _MAX_HEADER_BYTES:
+        problem = f"a header line of over {_MAX_HEADER_BYTES} bytes; the file is binary or damaged"
+        raise SequenceFormatError(problem, path=path, line=line)
+    try:
+        text = title.decode()
+    except UnicodeDecodeError as error:
+        problem = (
+            f"the header has byte 0x{error.object[error.start]:02x}, which is not UTF-8; "
+            "convert the file, for example with iconv -f latin1 -t utf-8"
+        )
+        raise SequenceFormatError(problem, path=path, line=line) from error
+    if text.isprintable():
+        words = text.split(None, 1)
+    else:
+        found = _CONTROL.search(title)
+        if found:
+            problem = f"control byte 0x{found[0][0]:02x} in a header; the file is binary or damaged"
+            raise SequenceFormatError(problem, path=path, line=line)
+        words = [word.decode() for word in title.split(None, 1)]
+    if not words:
+        problem = f"a header without an id, expected '{mark}id description'; name the record"
+        raise SequenceFormatError(problem, path=path, line=line)
+    return words[0], words[1].rstrip() if len(words) > 1 else ""
+
+
+def iter_fastq(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse FASTQ, wrapped or not.
+
+    Args:
+        path: File name for records and errors.
+        blocks: The text, from the first line that is not blank.
+        lines_before: Lines of the file before ``blocks``.
+
+    Yields:
+        Records, without their qualities.
+
+    Raises:
+        SequenceFormatError: If a record is cut short, lacks a line, or has qualities that do not fit.
+    """
+    lines = zip(count(lines_before + 1), iter_lines(blocks))
+    for line, raw in lines:
+        title = raw.strip(WHITESPACE)
+        if not title:
+            continue
+        if not title.startswith(b"@"):
+            problem = (
+                "expected a header that starts with '@'; every FASTQ record is header, bases, '+', qualities"
+            )
+            raise SequenceFormatError(problem, path=path, line=line)
+        record_id, description = _parse_header(path, line, title[1:], "@")
+        rows = _fastq_bases(path, line, record_id, title, lines)
+        _skip_qualities(path, record_id, rows, line, lines)
+        yield RawRecord(record_id, description, path, path, line, iter(((b"\n".join(rows), line + 1),)))
+
+
+def _fastq_bases(
+    path: str, line: int, record_id: str, title: bytes, lines: Iterator[tuple[int, bytes]]
+) -> list[bytes]:
+    rows: list[bytes] = []
+    for number, row in lines:
+        if row.startswith((b"@", b">")):
+            problem = "another header before the '+' line; the file is damaged or no FASTQ"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        if not row.startswith(b"+"):
+            rows.append(row)
+            continue
+        repeated = row[1:].strip(WHITESPACE)
+        if repeated and repeated not in (title[1:].strip(WHITESPACE), record_id.encode()):
+            problem = "the '+' line names another record; lines are missing or out of order"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        return rows
+    raise _cut_short(path, line, record_id, "'+' line")
+
+
+def _cut_short(path: str, line: int, record_id: str, missing: str) -> SequenceFormatError:
+    problem = f"the file ends before the record's {missing}; copy or download the file again"
+    return SequenceFormatError(problem, path=path, line=line, record_id=record_id)
+
+
+def _skip_qualities(
+    path: str, record_id: str, rows: list[bytes], line: int, lines: Iterator[tuple[int, bytes]]
+) -> None:
+    num_bases = sum(len(row.translate(None, WHITESPACE)) for row in rows)
+    num_qualities = 0
+    if not num_bases:  # a blank line of no qualities is skipped with the other blank lines
+        return
+    for number, row in lines:
+        scores = row.strip(WHITESPACE)
+        if scores.translate(None, _QUALITIES):
+            problem = "a quality outside '!' to '~' (33 to 126); the file is damaged or no FASTQ"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        num_qualities += len(scores)
+        # Bases on one line have their qualities on one line, so a short one is told at once.
+        if num_qualities >= num_bases or len(rows) == 1:
+            break
+    else:
+        raise _cut_short(path, line, record_id, "qualities")
+    if num_qualities != num_bases:
+        problem = f"{num_qualities} qualities for {num_bases} bases, expected as many; repair the record"
+        raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)

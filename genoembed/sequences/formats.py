@@ -1,0 +1,203 @@
+"""Which format a file is in, told by its text, and GenBank and EMBL through Biopython.
+
+In: a file name. Out: raw records, whatever the format. The file's name plays no part. Files that people hand
+in by mistake (SAM, BAM, VCF, a zip archive, a web page) are named in the error, with what to do.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from Bio import BiopythonWarning, SeqIO
+from Bio.Seq import UndefinedSequenceError
+
+from genoembed.errors import SequenceFormatError
+from genoembed.sequences.compression import find_codec
+from genoembed.sequences.fasta import iter_fasta, iter_fastq
+from genoembed.sequences.rawrecord import RawRecord
+from genoembed.sequences.text import WHITESPACE, iter_lines, iter_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+# What Biopython's parser lets through when a file is not as it expects.
+_PARSER_ERRORS = (
+    ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    BiopythonWarning,
+)  # fmt: skip
+_EXPECTED = "expected FASTA, FASTQ, GenBank or EMBL"
+_FOREIGN = (
+    (re.compile(rb"BAM\x01"), "a BAM file", "convert it, for example with samtools fasta"),
+    (re.compile(rb"CRAM"), "a CRAM file", "convert it, for example with samtools fasta"),
+    (re.compile(rb"@(HD|SQ|RG|PG|CO)\t"), "a SAM file", "convert it, for example with samtools fasta"),
+    (re.compile(rb"##fileformat=VCF"), "a VCF file", "give the FASTA of the reference as input"),
+    (re.compile(rb"##gff-version"), "a GFF3 file", "give the FASTA as input and this file as regions"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive", "unzip it"),
+    (re.compile(rb"\x89HDF"), "an HDF5 file", "give the sequences it was made from"),
+    (re.compile(rb"C'A\x1a|\x1aA'C"), "a 2bit file", "convert it with twoBitToFa"),
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16 text", "save it as UTF-8"),
+    (re.compile(rb"<"), "a web page or XML", "download the FASTA itself"),
+)
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+_TAR = re.compile(rb".{257}ustar", re.DOTALL)
+
+
+def iter_records(path: str) -> Iterator[RawRecord]:
+    """Parse a file of any format.
+
+    Args:
+        path: File name, or ``-`` for standard input.
+
+    Yields:
+        Records in file order. Each must be used before the next is asked for.
+
+    Raises:
+        InputFileError: If the file cannot be read.
+        SequenceFormatError: If it is empty, in no format that is read, or damaged.
+    """
+    blocks = iter_text(path)
+    lines_before = 0
+    for block in blocks:
+        head = block.lstrip(WHITESPACE)
+        lines_before += block.count(b"\n", 0, len(block) - len(head))
+        if head:
+            parse = _choose_parser(path, head, lines_before + 1)
+            yield from parse(path, chain((head,), blocks), lines_before=lines_before)
+            return
+    problem = f"the file is empty, {_EXPECTED}; check the step that wrote it"
+    raise SequenceFormatError(problem, path=path)
+
+
+def _choose_parser(path: str, head: bytes, line: int) -> Callable[..., Iterator[RawRecord]]:
+    for pattern, what, remedy in _FOREIGN:
+        if pattern.match(head):
+            problem = f"this is {what}, {_EXPECTED}; {remedy}"
+            raise SequenceFormatError(problem, path=path)
+    if _TAR.match(head):
+        problem = f"this is a tar archive, {_EXPECTED}; unpack it and give the files in it"
+        raise SequenceFormatError(problem, path=path)
+    if find_codec(head) is not None:
+        problem = f"the file is compressed twice, {_EXPECTED}; decompress it once"
+        raise SequenceFormatError(problem, path=path)
+    if head.startswith((b">", b";")):
+        return iter_fasta
+    if head.startswith(b"@"):
+        return iter_fastq
+    if head.startswith(b"LOCUS "):
+        return iter_genbank
+    if head.startswith(b"ID   "):
+        return iter_embl
+    found = _CONTROL.search(head, 0, 1024)
+    if found:
+        problem = f"this is a binary file (byte 0x{found[0][0]:02x}), {_EXPECTED}; check the file name"
+        raise SequenceFormatError(problem, path=path)
+    opening = head[:20].split(b"\n")[0].decode("ascii", "replace")
+    problem = f"no header: the text begins with {opening!r}, {_EXPECTED}; for FASTA, add '>id' above it"
+    raise SequenceFormatError(problem, path=path, line=line)
+
+
+def iter_genbank(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse GenBank.
+
+    Args:
+        path: File name for records and errors.
+        blocks: The text, from the first line that is not blank.
+        lines_before: Lines of the file before ``blocks``.
+
+    Yields:
+        Records; the id is the accession with its version, the description the definition.
+
+    Raises:
+        SequenceFormatError: If Biopython cannot parse the text, warns about it, or finds no sequence.
+    """
+    yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "LOCUS "), "genbank")
+
+
+def iter_embl(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse EMBL.
+
+    Args:
+        path: File name for records and errors.
+        blocks: The text, from the first line that is not blank.
+        lines_before: Lines of the file before ``blocks``.
+
+    Yields:
+        Records; the id is the accession with its version, the description the DE lines.
+
+    Raises:
+        SequenceFormatError: If Biopython cannot parse the text, warns about it, or finds no sequence.
+    """
+    yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "ID "), "embl")
+
+
+class _LineHandle:
+    """The part of a text file that Biopython's scanners use, counting lines."""
+
+    def __init__(self, path: str, blocks: Iterable[bytes], lines_before: int, opening: str) -> None:
+        self._path = path
+        self._lines = iter_lines(blocks)
+        self._opening = opening
+        self.line = lines_before
+        self.record_line = lines_before + 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+    def read(self, size: int) -> str:
+        """Answer Biopython's test for text mode, ``read(0)``; nothing else calls it."""
+        assert size == 0, "GenBank and EMBL are scanned by lines"
+        return ""
+
+    def readline(self) -> str:
+        raw = next(self._lines, None)
+        if raw is None:
+            return ""
+        self.line += 1
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            problem = (
+                f"the line has byte 0x{raw[error.start]:02x}, which is not UTF-8; "
+                "convert the file, for example with iconv -f latin1 -t utf-8"
+            )
+            raise SequenceFormatError(problem, path=self._path, line=self.line) from error
+        if text.startswith(self._opening):
+            self.record_line = self.line
+        return text + "\n"
+
+
+def _iter_bio(path: str, handle: _LineHandle, form: str) -> Iterator[RawRecord]:
+    name = {"genbank": "GenBank", "embl": "EMBL"}[form]
+    records = None
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", BiopythonWarning)
+                records = SeqIO.parse(handle, form) if records is None else records
+                record = next(records, None)
+        except SequenceFormatError:
+            raise
+        except _PARSER_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            problem = f"Biopython cannot read this as {name} ({reason}); repair the record or give FASTA"
+            raise SequenceFormatError(problem, path=path, line=handle.line) from error
+        if record is None:
+            return
+        yield _from_bio(path, handle.record_line, record, name)
+
+
+def _from_bio(path: str, line: int, record: SeqIO.SeqRecord, form: str) -> RawRecord:
+    record_id = next((n for n in (record.id, record.name) if n and not n.startswith("<unknown")), "")
+    if not record_id or record_id.split() != [record_id]:
+        problem = f"the {form} record has no accession and no name; give it one"
+        raise SequenceFormatError(problem, path=path, line=line)
+    try:
+        sequence = bytes(record.seq)
+    except UndefinedSequenceError as error:
+        problem = f"the {form} record has annotation but no sequence; download it with its sequence"
+        raise SequenceFormatError(problem, path=path, line=line, record_id=record_id) from error
+    description = "" if record.description.startswith("<unknown") else record.description
+    return RawRecord(record_id, description, path, path, line, iter(((sequence, None),)))

@@ -1,0 +1,227 @@
+"""The door of this stage: files in, clean records out.
+
+Parsing (``formats``, ``regions``), cleaning (``alphabet``) and unique ids (``identity``) meet here. Nothing
+is dropped or changed without a policy, a count and a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, TypeAlias
+
+from genoembed.contracts import SequenceRecord
+from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_complement
+from genoembed.sequences.compression import STDIN, check_readable
+from genoembed.sequences.formats import iter_records
+from genoembed.sequences.identity import IdRegistry
+from genoembed.sequences.policies import (
+    DuplicatePolicy,
+    EmptyPolicy,
+    GapPolicy,
+    InputCounts,
+    InvalidPolicy,
+    Policies,
+)
+from genoembed.sequences.regions import open_regions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from genoembed.sequences.rawrecord import RawRecord
+
+_LOG = logging.getLogger(__name__)
+
+PathInput: TypeAlias = "str | PathLike[str]"
+
+
+def read_sequences(
+    paths: PathInput | Sequence[PathInput],
+    *,
+    invalid: InvalidPolicy = "error",
+    duplicates: DuplicatePolicy = "error",
+    empty: EmptyPolicy = "error",
+    gaps: GapPolicy = "error",
+    keep_case: bool = False,
+    regions: PathInput | Sequence[PathInput] | None = None,
+    flank: int = 0,
+    counts: InputCounts | None = None,
+) -> Iterator[SequenceRecord]:
+    """Read sequences, whole or by region, in constant memory.
+
+    FASTA, FASTQ, GenBank and EMBL, plain or compressed with gzip, bgzip, bzip2, xz or zstd; format and
+    compression are told by content. Options, file names and region files are checked at once; the sequences
+    are read as the iterator is used. Letters are upper-cased and ``U`` becomes ``T``.
+
+    Args:
+        paths: One file or several; ``-`` is standard input.
+        invalid: Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``.
+        duplicates: An id seen before in this call: ``error``, or ``suffix`` (``_2``, ``_3`` ...).
+        empty: A record without bases: ``error`` or ``skip``.
+        gaps: Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip`` them out.
+        keep_case: True leaves lower-case (soft-masked) bases as they are.
+        regions: A BED or GFF3 file, a place such as ``chr1:1001-2000`` (1-based, both ends included), or
+            several of these. Needs exactly one FASTA file, plain or bgzip; its index is written beside it.
+        flank: Bases on either side of each region that the model sees but pooling does not count.
+        counts: Filled in as records are read.
+
+    Returns:
+        Records in input order, or in the order of the regions.
+
+    Raises:
+        ConfigError: If options are wrong alone or together.
+        InputFileError: If a file is missing or cannot be read.
+        MissingExtraError: If ``regions`` is given and pyfaidx is not installed.
+        SequenceFormatError: If a file is in no known format or is damaged.
+        AlphabetError: If a letter is invalid under the policies.
+        DuplicateIdError: If an id appears twice and ``duplicates`` is ``error``.
+        EmptyRecordError: If a record has no bases and ``empty`` is ``error``.
+        RegionError: If a region does not fit the FASTA.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "two.fa")
+        ...     _ = path.write_text(">a first one\\nacgu\\n>b\\nAC\\nGT\\n")
+        ...     [(r.id, r.sequence, r.flags) for r in read_sequences(path)]
+        [('a', b'ACGT', ('upper_cased:4', 'rna')), ('b', b'ACGT', ())]
+    """
+    policies = Policies(invalid=invalid, duplicates=duplicates, empty=empty, gaps=gaps, keep_case=keep_case)
+    names = _listed(paths)
+    places = None if regions is None else _listed(regions)
+    _check_options(names, places, flank)
+    for name in names:
+        check_readable(name)
+    tally = InputCounts() if counts is None else counts
+    raw: Iterator[RawRecord]
+    if places is None:
+        raw = chain.from_iterable(_counted_file(name, tally) for name in names)
+    else:
+        raw = open_regions(names[0], places, flank=flank)
+        tally.files += 1
+    return _finish(raw, policies, tally)
+
+
+def _listed(paths: PathInput | Sequence[PathInput]) -> list[str]:
+    many = [paths] if isinstance(paths, str | PathLike) else list(paths)
+    return [fspath(path) for path in many]
+
+
+def _check_options(names: list[str], places: list[str] | None, flank: int) -> None:
+    problems = []
+    if not names:
+        problems.append("no input file; name at least one, or '-' for standard input")
+    if names.count(STDIN) > 1:
+        problems.append("standard input '-' is named twice, but can be read once; name it once")
+    if flank < 0:
+        problems.append(f"flank is {flank}; set flank to 0 or more")
+    if places is None and flank > 0:
+        problems.append(
+            f"flank is {flank}, but there are no regions to flank; set regions or leave flank at 0"
+        )
+    if places is not None:
+        if not places:
+            problems.append("regions is empty; name a BED or GFF3 file, or a place such as chr1:1001-2000")
+        if len(names) > 1:
+            problems.append(
+                f"regions needs one FASTA file, but {len(names)} are given; join them or run one by one"
+            )
+        if STDIN in names:
+            problems.append(
+                "regions needs a FASTA file to index, but the input is '-'; save it to a file first"
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _counted_file(name: str, counts: InputCounts) -> Iterator[RawRecord]:
+    counts.files += 1
+    return iter_records(name)
+
+
+def _finish(
+    raw_records: Iterable[RawRecord], policies: Policies, counts: InputCounts
+) -> Iterator[SequenceRecord]:
+    ids = IdRegistry(policies.duplicates)
+    for raw in raw_records:
+        cleaned = clean_body(raw, policies)
+        if cleaned is None:
+            counts.skipped_invalid += 1
+            _LOG.info("%s:%s: record %r skipped: letters outside the alphabet", raw.path, raw.line, raw.id)
+            continue
+        if _is_empty(raw, cleaned):
+            if policies.empty == "error":
+                problem = "has no bases; set empty='skip' or remove it"
+                raise EmptyRecordError(problem, path=raw.path, line=raw.line, record_id=raw.id)
+            counts.skipped_empty += 1
+            _LOG.info("%s:%s: record %r skipped: no bases", raw.path, raw.line, raw.id)
+            continue
+        name = ids.admit(raw.id, path=raw.path, line=raw.line)
+        record = _build_record(raw, cleaned, name)
+        _count(record, cleaned, counts, renamed=name != raw.id)
+        yield record
+    _LOG.info("input: %s", counts)
+
+
+def _is_empty(raw: RawRecord, cleaned: CleanedBody) -> bool:
+    return not any(cleaned.pieces) if raw.span is None else not cleaned.pieces[1]
+
+
+def _build_record(raw: RawRecord, cleaned: CleanedBody, name: str) -> SequenceRecord:
+    flags = _flags(cleaned, renamed=name != raw.id)
+    pieces = cleaned.pieces
+    sequence = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if raw.span is None:
+        return SequenceRecord(
+            id=name,
+            sequence=sequence,
+            description=raw.description,
+            source=raw.source,
+            line=raw.line,
+            flags=flags,
+        )
+    left, core = len(pieces[0]), len(pieces[1])
+    if raw.span.strand == "-":
+        sequence, left = reverse_complement(sequence), len(pieces[2])
+    return SequenceRecord(
+        id=name,
+        sequence=sequence,
+        description=raw.description,
+        source=raw.source,
+        line=raw.line,
+        start=raw.span.start,
+        end=raw.span.end,
+        strand=raw.span.strand,
+        core_start=left,
+        core_end=left + core,
+        flags=flags,
+    )
+
+
+def _flags(cleaned: CleanedBody, *, renamed: bool) -> tuple[str, ...]:
+    flags = []
+    if cleaned.masked:
+        flags.append(f"masked:{cleaned.masked}")
+    if cleaned.gaps:
+        flags.append(f"gaps:{cleaned.gaps}")
+    if renamed:
+        flags.append("renamed")
+    if cleaned.upper_cased:
+        flags.append(f"upper_cased:{cleaned.upper_cased}")
+    if cleaned.rna:
+        flags.append("rna")
+    return tuple(flags)
+
+
+def _count(record: SequenceRecord, cleaned: CleanedBody, counts: InputCounts, *, renamed: bool) -> None:
+    counts.records += 1
+    counts.bases += len(record.sequence)
+    counts.upper_cased += cleaned.upper_cased
+    counts.rna_to_dna += cleaned.rna
+    counts.masked_bases += cleaned.masked
+    counts.masked_records += cleaned.masked > 0
+    counts.gaps_stripped += cleaned.gaps
+    counts.renamed += renamed

@@ -1,0 +1,164 @@
+"""Regions of an indexed FASTA, with flanks.
+
+In: one FASTA file, plain or bgzip, and intervals. Out: raw records of three pieces, left flank, region and
+right flank, as on the forward strand; ``reading`` cleans and turns them. The FASTA is never changed;
+pyfaidx writes its index (``.fai``, and ``.gzi`` for bgzip) beside it, and renews one that is older.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from contextlib import closing
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genoembed.errors import (
+    DuplicateIdError,
+    InputFileError,
+    MissingExtraError,
+    RegionError,
+    SequenceFormatError,
+)
+from genoembed.sequences.compression import find_codec
+from genoembed.sequences.intervals import check_regions, iter_intervals
+from genoembed.sequences.rawrecord import RawRecord, Span
+from genoembed.sequences.text import WHITESPACE, iter_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from genoembed.sequences.intervals import Interval
+
+_BGZIP_SUFFIXES = (".gz", ".bgz")
+# pyfaidx goes by the file's name, so a name that lies has to be refused here.
+_COMPRESSED_SUFFIXES = (*_BGZIP_SUFFIXES, ".bz2", ".zip")
+_DAMAGE_ERRORS = (ValueError, AssertionError, EOFError, LookupError, zlib.error, struct.error)
+
+
+def open_regions(path: str, places: list[str], *, flank: int) -> Iterator[RawRecord]:
+    """Fetch regions of a FASTA file.
+
+    Args:
+        path: The FASTA file.
+        places: BED or GFF3 files and places, read one after the other.
+        flank: Bases on either side of each region, as far as the contig has them.
+
+    Returns:
+        One raw record for each interval, in order.
+
+    Raises:
+        InputFileError: If a region file cannot be read, or the index cannot be written.
+        MissingExtraError: If pyfaidx is not installed.
+        SequenceFormatError: If the file is not FASTA, or cannot be indexed.
+        DuplicateIdError: If two contigs have one name.
+        RegionError: If an interval does not fit the FASTA.
+    """
+    try:
+        import pyfaidx
+    except ImportError as error:
+        raise MissingExtraError(
+            package="pyfaidx", extra="regions", purpose="reading regions of a FASTA file"
+        ) from error
+    for place in places:
+        check_regions(place)
+    return _iter_regions(pyfaidx, path, places, flank)
+
+
+def _iter_regions(pyfaidx: Any, path: str, places: list[str], flank: int) -> Iterator[RawRecord]:
+    _check_reference(path)
+    with closing(_open_index(pyfaidx, path)) as contigs:
+        for interval in chain.from_iterable(map(iter_intervals, places)):
+            yield _fetch(contigs, path, interval, flank)
+
+
+def _check_reference(path: str) -> None:
+    with Path(path).open("rb") as stream:
+        head = stream.read(18)
+    codec = find_codec(head)
+    is_bgzip = head.startswith(b"\x1f\x8b\x08\x04") and head[12:14] == b"BC"
+    name = path.lower()
+    if codec is not None and not is_bgzip:
+        problem = (
+            f"{codec.name} data cannot be read by region, expected plain or bgzip FASTA; "
+            "decompress it, then compress it with bgzip if wanted"
+        )
+        raise SequenceFormatError(problem, path=path)
+    if is_bgzip and not name.endswith(_BGZIP_SUFFIXES):
+        problem = "bgzip data under a name that does not say so; rename the file to end in .gz"
+        raise SequenceFormatError(problem, path=path)
+    if not is_bgzip and name.endswith(_COMPRESSED_SUFFIXES):
+        problem = "plain text under the name of a compressed file; rename the file to end in .fa"
+        raise SequenceFormatError(problem, path=path)
+    text = next((block for block in iter_text(path) if block.strip(WHITESPACE)), b"")
+    if not text.lstrip(WHITESPACE).startswith((b">", b";")):
+        problem = "not FASTA, which regions are read from; convert it to FASTA"
+        raise SequenceFormatError(problem, path=path)
+
+
+def _open_index(pyfaidx: Any, path: str) -> Any:
+    try:
+        return pyfaidx.Faidx(path, as_raw=True)
+    except OSError as error:
+        problem = (
+            f"the index {path}.fai cannot be written or read; make the folder writable or copy the FASTA"
+        )
+        raise InputFileError(problem, path=path) from error
+    except (*_DAMAGE_ERRORS, pyfaidx.FastaIndexingError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith("Duplicate key"):
+            record_id = reason.split('"')[1]
+            problem = "two contigs have this name, so regions on it are ambiguous; rename one"
+            raise DuplicateIdError(problem, path=path, record_id=record_id) from error
+        problem = (
+            f"the FASTA cannot be indexed ({reason}); wrap all lines of a record to one length, "
+            f"and remove {path}.fai if there is one"
+        )
+        raise SequenceFormatError(problem, path=path) from error
+
+
+def _fetch(contigs: Any, path: str, interval: Interval, flank: int) -> RawRecord:
+    length = _contig_length(contigs, path, interval)
+    start, end = max(0, interval.start - flank), min(length, interval.end + flank)
+    try:
+        bases = contigs.fetch(interval.contig, start + 1, end).encode()
+    except (OSError, *_DAMAGE_ERRORS) as error:
+        raise _stale_index(path, interval) from error
+    if len(bases) != end - start:
+        raise _stale_index(path, interval)
+    left, right = interval.start - start, interval.end - start
+    return RawRecord(
+        id=interval.name or interval.place,
+        description=interval.place if interval.name else "",
+        path=interval.path,
+        source=path,
+        line=interval.line,
+        body=iter(((bases[:left], None), (bases[left:right], None), (bases[right:], None))),
+        span=Span(interval.contig, interval.start, interval.end, interval.strand, start),
+    )
+
+
+def _stale_index(path: str, interval: Interval) -> SequenceFormatError:
+    problem = f"{interval.place} is not where the index has it; remove {path}.fai (and .gzi) and run again"
+    return SequenceFormatError(problem, path=path)
+
+
+def _contig_length(contigs: Any, path: str, interval: Interval) -> int:
+    record_id = interval.name or None
+    if interval.contig not in contigs.index:
+        names = list(contigs.index)
+        near = get_close_matches(interval.contig, names[:10_000], n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "correct the name"
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        problem = f"contig {interval.contig!r} is not in {path} ({shown}); {hint}"
+        raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
+    length = int(contigs.index[interval.contig].rlen)
+    if interval.end > length:
+        problem = (
+            f"end {interval.end} lies beyond contig {interval.contig!r} of {length} bases; "
+            "correct it, or give the FASTA that the regions were made for"
+        )
+        raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
+    return length

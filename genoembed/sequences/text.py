@@ -1,0 +1,75 @@
+"""Text with one kind of line end.
+
+In: a file name. Out: blocks or lines in which every line ends in ``\\n`` (from ``\\r\\n``, ``\\r`` or
+``\\n``) and no byte order mark is left. The number of lines is that of the file, so that line numbers in
+errors are right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from genoembed.sequences.compression import iter_decompressed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+WHITESPACE = b" \t\n\r\v\f"
+_BOM = b"\xef\xbb\xbf"
+
+
+def iter_text(path: str) -> Iterator[bytes]:
+    """Read a file as blocks of text, cut anywhere.
+
+    Args:
+        path: File name, or ``-`` for standard input.
+
+    Yields:
+        Blocks that are not empty; together they are the file's text.
+
+    Raises:
+        InputFileError: If the file cannot be opened or read.
+        SequenceFormatError: If compressed data is damaged or stops early.
+    """
+    held = b""
+    bom = _BOM
+    for raw in iter_decompressed(path):
+        block = (held + raw).removeprefix(bom)
+        held = bom = b""
+        if b"\r" in block:
+            if block.endswith(b"\r"):  # its "\n" may open the next block
+                block, held = block[:-1], b"\r"
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if block:
+            yield block
+    if held:
+        yield b"\n"
+
+
+def iter_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut blocks of text into lines.
+
+    A line that runs over many blocks is joined once, so one line of 250 Mb costs one copy.
+
+    Args:
+        blocks: Text with ``\\n`` line ends.
+
+    Yields:
+        Lines without their end.
+
+    Example:
+        >>> list(iter_lines([b"ab\\nc", b"d\\n\\n", b"e"]))
+        [b'ab', b'cd', b'', b'e']
+    """
+    parts: list[bytes] = []
+    for block in blocks:
+        lines = block.split(b"\n")
+        if len(lines) == 1:
+            parts.append(block)
+            continue
+        parts.append(lines[0])
+        yield b"".join(parts)
+        yield from lines[1:-1]
+        parts = [lines[-1]] if lines[-1] else []
+    if parts:
+        yield b"".join(parts)

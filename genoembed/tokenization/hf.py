@@ -264,13 +264,13 @@ def _lay(pieces: Sequence[str | None], text: str, unknown_width: int) -> list[in
         piece = pieces[index]
         if piece is None:
             run = _run_of_unknowns(pieces, index)
-            width = run * unknown_width
-            if unknown_width == _UNKNOWN_RUN:
-                width = _width_to(
-                    pieces[index + run] if index + run < len(pieces) else None, text, position, run
-                )
-            starts += [position + width * number // run for number in range(run)]
-            position += width
+            following = pieces[index + run] if index + run < len(pieces) else None
+            widths = _unknown_widths(run, unknown_width, following, text, position)
+            if min(widths) < 1:
+                return None
+            for width in widths:
+                starts.append(position)
+                position += width
             index += run
             continue
         if not text.startswith(piece, position):
@@ -288,10 +288,14 @@ def _run_of_unknowns(pieces: Sequence[str | None], index: int) -> int:
     return end - index
 
 
-def _width_to(piece: str | None, text: str, position: int, least: int) -> int:
-    """Count the letters up to where the next known piece can be, or to the end."""
-    found = len(text) if piece is None else text.find(piece, position + least)
-    return max(found, position) - position
+def _unknown_widths(run: int, width: int, following: str | None, text: str, position: int) -> list[int]:
+    """Share letters out to a run of unknown tokens; a width below 1 says that there are too few of them."""
+    if width != _UNKNOWN_RUN:
+        # The last piece of a sequence may be short.
+        return [width] * (run - 1) + [min(width, len(text) - position - width * (run - 1))]
+    found = len(text) if following is None else text.find(following, position + run)
+    total = max(found - position, 0)
+    return [total * (number + 1) // run - total * number // run for number in range(run)]
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -215,6 +215,8 @@ def test_slow_character_tokenizer_with_an_unknown_token_a_letter():
         (b"NAAAAA" + b"AAAAAA", [0, 6]),
         (b"AAAAAA" + b"NAAAAA" + b"AAAAAA" + b"AAAAAA", [0, 6, 12, 18]),
         (b"ACGTAC" + b"GT", [0, 6]),
+        (b"NAAAAA" + b"AAAAAA" + b"AA", [0, 6, 12]),
+        (b"NAAAAA" + b"AAAAAN" + b"AAAAAA" + b"AAANAA" + b"A", [0, 6, 12, 18, 24]),
         (b"NNNNNN", [0]),
     ],
 )

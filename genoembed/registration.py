@@ -1,7 +1,7 @@
 """Make transformers know StripedHyena 2, without importing transformers before the user does.
 
-The three modules that hold transformers' Auto classes are watched for: when one of them is imported, its
-classes learn ours. Where transformers is imported already, that happens at once.
+The modules that hold transformers' Auto classes are watched for, and so are ours: as soon as both sides are
+there, the Auto class learns ours. Where transformers is imported already, that happens at once.
 """
 
 from __future__ import annotations
@@ -13,46 +13,47 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 
-def _register_config(module: ModuleType) -> None:
-    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+_AUTO = "transformers.models.auto."
+_CONFIGURATION = "genoembed.models.striped_hyena2.configuration"
+_MODELING = "genoembed.models.striped_hyena2.modeling"
+_TOKENIZER = "genoembed.tokenization.char"
 
-    module.AutoConfig.register(StripedHyena2Config.model_type, StripedHyena2Config, exist_ok=True)
+_REGISTRATIONS = (
+    (f"{_AUTO}configuration_auto", "AutoConfig", _CONFIGURATION, "StripedHyena2Config"),
+    (f"{_AUTO}modeling_auto", "AutoModel", _MODELING, "StripedHyena2Model"),
+    (f"{_AUTO}modeling_auto", "AutoModelForCausalLM", _MODELING, "StripedHyena2ForCausalLM"),
+    (f"{_AUTO}tokenization_auto", "AutoTokenizer", _TOKENIZER, "CharTokenizer"),
+)
+"""Which Auto class, in which module, learns which of our classes, from which module."""
 
-
-def _register_models(module: ModuleType) -> None:
-    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-    from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
-
-    module.AutoModel.register(StripedHyena2Config, StripedHyena2Model, exist_ok=True)
-    module.AutoModelForCausalLM.register(StripedHyena2Config, StripedHyena2ForCausalLM, exist_ok=True)
-
-
-def _register_tokenizer(module: ModuleType) -> None:
-    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-    from genoembed.tokenization.char import CharTokenizer
-
-    module.AutoTokenizer.register(StripedHyena2Config, CharTokenizer, exist_ok=True)
+_WATCHED = frozenset(name for auto, _, ours, _ in _REGISTRATIONS for name in (auto, ours))
 
 
-_REGISTER: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.tokenization_auto": _register_tokenizer,
-}
+def _register_what_is_ready() -> None:
+    """Register every pair whose two modules have run; one still running calls this again at its end."""
+    for auto_module, auto_name, our_module, our_name in _REGISTRATIONS:
+        auto_class = getattr(sys.modules.get(auto_module), auto_name, None)
+        if auto_class is None:
+            continue
+        config = getattr(importlib.import_module(_CONFIGURATION), "StripedHyena2Config", None)
+        ours = getattr(importlib.import_module(our_module), our_name, None)
+        if config is not None and ours is not None:
+            key = config.model_type if auto_name == "AutoConfig" else config
+            auto_class.register(key, ours, exist_ok=True)
 
 
 class _AutoClassWatcher(importlib.abc.MetaPathFinder):
-    """Finds the watched modules where they are, and has them registered after they ran."""
+    """Finds the watched modules where they are, and registers after they ran."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTER:
+        if fullname not in _WATCHED:
             return None
         spec = next(
             (
@@ -78,7 +79,7 @@ class _RegisteringLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _REGISTER[module.__name__](module)
+        _register_what_is_ready()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
@@ -88,6 +89,4 @@ def install() -> None:
     """Register with transformers, now or when it is imported. Calling it again changes nothing."""
     if not any(isinstance(finder, _AutoClassWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoClassWatcher())
-    for name, register in _REGISTER.items():
-        if name in sys.modules:
-            register(sys.modules[name])
+    _register_what_is_ready()

@@ -1,0 +1,356 @@
+"""Embed one work unit: cut, batch, run, pool, merge, fuse.
+
+Holds the model once and is called with unit after unit, here or in a worker. Inside a unit, pieces are
+batched by length; a slab of pieces is in memory at a time, so that a record longer than a unit does not
+grow it.
+
+B rows, L padded length, D hidden size, N rows of the file, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from genoembed.batching.order import plan_batches
+from genoembed.batching.pad import pad_batch
+from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
+from genoembed.engines.pieces import Cutter
+from genoembed.errors import ConfigError, EmptyPoolError, NonFiniteError
+from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
+from genoembed.pooling.reduce import check_pooling, merge_windows, pool
+from genoembed.tokenization.hf import build_encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from genoembed.config import EmbedConfig
+    from genoembed.contracts import Batch, SequenceRecord, Window
+    from genoembed.engines.pieces import Piece
+    from genoembed.engines.units import WorkUnit
+    from genoembed.models.genomic_model import GenomicModel
+
+_SLAB_BATCHES = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class RunStats:
+    """What the forward passes cost; grows batch by batch."""
+
+    records: int = 0
+    """Records that are done."""
+    bases: int = 0
+    """Bases of records that are done."""
+    windows: int = 0
+    """Windows cut from them, on one strand."""
+    batches: int = 0
+    """Forward passes."""
+    real_tokens: int = 0
+    """Tokens that are no padding."""
+    slots: int = 0
+    """Tokens, padding included."""
+    forward_s: float = 0.0
+    """Seconds in forward passes and pooling."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the slots that hold padding."""
+        return 1 - self.real_tokens / self.slots if self.slots else 0.0
+
+
+class UnitEmbedder:
+    """Turns work units into rows of the output file.
+
+    Args:
+        model: The loaded model.
+        config: What to do.
+        on_batch: Called with the running totals after each forward pass.
+
+    Raises:
+        ConfigError: If pooling, fusion, windows or strands do not go with the model.
+        LayerError: If a layer is not there.
+    """
+
+    def __init__(
+        self,
+        model: GenomicModel,
+        config: EmbedConfig,
+        *,
+        on_batch: Callable[[RunStats], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.layers = tuple(layer.path for layer in model.resolve(config.embedding.layers))
+        self.stats = RunStats()
+        self.layer_widths: dict[str, int] = {}
+        self._on_batch = on_batch
+        encoder = build_encoder(model.tokenizer)
+        self._check(encoder.aligned)
+        self._cutter = Cutter(
+            encoder=encoder,
+            max_tokens=model.max_length,
+            is_causal=model.is_causal,
+            window=config.windows.window,
+            stride=config.windows.stride,
+            skip_first=config.embedding.skip_first,
+            both_strands=config.embedding.rc != "none",
+        )
+
+    def __call__(self, unit: WorkUnit) -> EmbeddingBlock | TokenBlock:
+        """Embed the records of a unit.
+
+        Args:
+            unit: Records.
+
+        Returns:
+            Rows in the unit's order: a row a record, or a row a window.
+
+        Raises:
+            EmptyPoolError: If nothing of a record is left to pool.
+            NonFiniteError: If the model gives NaN or infinity.
+            SequenceLengthError: If a window has more tokens than the context.
+        """
+        cuts = [self._cutter.windows(record) for record in unit.records]
+        pieces = (
+            piece
+            for index, (record, windows) in enumerate(zip(unit.records, cuts, strict=True))
+            for piece in self._cutter.pieces(record, index, windows)
+        )
+        taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
+        for slab in self._slabs(pieces):
+            for piece, vectors in self._run_slab(slab, unit.records):
+                taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
+                    vectors=vectors, weight=piece.num_core_bases
+                )
+        block = self._assemble(unit.records, cuts, taken)
+        self.stats.records += len(unit.records)
+        self.stats.bases += sum(len(record.sequence) for record in unit.records)
+        self.stats.windows += sum(map(len, cuts))
+        if self._on_batch is not None:
+            self._on_batch(self.stats)
+        return block
+
+    def _check(self, is_aligned: bool) -> None:
+        embedding = self.config.embedding
+        if embedding.pooling != "none":
+            check_pooling(embedding.pooling, is_causal=self.model.is_causal)
+        problems = []
+        num_weights, num_layers = len(embedding.fusion_weights), len(self.layers)
+        if embedding.fusion == "weighted" and num_weights != num_layers:
+            problems.append(
+                f"fusion_weights has {num_weights} numbers for {num_layers} layers; give one a layer"
+            )
+        if embedding.pooling == "none" and embedding.rc != "none" and not is_aligned:
+            problems.append(
+                "pooling='none' with rc needs a token a base, and this tokenizer joins bases; set rc='none'"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+    def _slabs(self, pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+        slab: list[Piece] = []
+        tokens = 0
+        for piece in pieces:
+            slab.append(piece)
+            tokens += len(piece.encoded.input_ids)
+            if tokens >= _SLAB_BATCHES * self.config.model.batch_tokens:
+                yield slab
+                slab, tokens = [], 0
+        if slab:
+            yield slab
+
+    def _run_slab(
+        self, slab: list[Piece], records: Sequence[SequenceRecord]
+    ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        kept = [piece for piece in slab if piece.pool_mask.any()]
+        plan = plan_batches(
+            [len(piece.encoded.input_ids) for piece in kept],
+            max_tokens=self.config.model.batch_tokens,
+            equal_lengths=self.model.padding == "equal",
+        )
+        for rows in plan:
+            batch = pad_batch(
+                [kept[row].encoded for row in rows],
+                pool_masks=[kept[row].pool_mask for row in rows],
+                rows=rows,
+                pad_token_id=self._cutter.encoder.pad_token_id,
+            )
+            vectors = self._forward(batch)
+            for position, row in enumerate(rows):
+                mine = {layer: rows_of[position] for layer, rows_of in vectors.items()}
+                self._check_finite(mine, records[kept[row].record_index])
+                yield kept[row], mine
+
+    def _forward(self, batch: Batch) -> dict[str, Sequence[Tensor]]:
+        """Vectors of each row by layer: ``(D,)`` pooled, ``(T, D)`` a token."""
+        started = time.perf_counter()
+        method = self.config.embedding.pooling
+        mask_BL = batch.pool_mask.to(self.model.device)
+        real_BL = batch.attention_mask.to(self.model.device)
+        counts = batch.pool_mask.sum(dim=1).tolist()
+
+        def reduce(_: str, hidden_BLD: Tensor) -> Tensor:
+            mask = mask_BL.to(hidden_BLD.device)
+            if method == "none":
+                return hidden_BLD[mask].float().cpu()
+            return pool(
+                hidden_BLD, mask, method=method, attention_mask_BL=real_BL.to(hidden_BLD.device)
+            ).cpu()
+
+        captured = self.model.forward(batch, self.layers, reduce)
+        self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in captured.items()}
+        self.stats.forward_s += time.perf_counter() - started
+        self.stats.batches += 1
+        self.stats.slots += batch.num_tokens
+        self.stats.real_tokens += int(batch.attention_mask.sum())
+        if self._on_batch is not None:
+            self._on_batch(self.stats)
+        if method == "none":
+            return {layer: torch.split(hidden_TD, counts) for layer, hidden_TD in captured.items()}
+        return {layer: pooled_BD.unbind() for layer, pooled_BD in captured.items()}
+
+    def _check_finite(self, vectors: Mapping[str, Tensor], record: SequenceRecord) -> None:
+        for layer, vector in vectors.items():
+            if not bool(torch.isfinite(vector).all()):
+                problem = (
+                    f"layer {layer!r} gives values that are not finite; set dtype='float32', "
+                    "or leave the record out"
+                )
+                raise NonFiniteError(problem, record_id=record.id)
+
+    def _assemble(
+        self,
+        records: Sequence[SequenceRecord],
+        cuts: Sequence[Sequence[Window]],
+        taken: Mapping[tuple[int, bool], Mapping[int, Taken]],
+    ) -> EmbeddingBlock | TokenBlock:
+        rows: list[ObsRow] = []
+        forward: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        reverse: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
+            for row, numbers in self._rows(record, windows):
+                rows.append(row)
+                for vectors, is_reverse in ((forward, False), (reverse, True)):
+                    if is_reverse and self.config.embedding.rc == "none":
+                        continue
+                    parts = [taken[index, is_reverse].get(number) for number in numbers]
+                    present = [part for part in parts if part is not None]
+                    self._check_present(present, record, row)
+                    for layer in self.layers:
+                        ordered = present[::-1] if is_reverse else present
+                        vectors[layer].append(self._merge(layer, ordered))
+        if self.config.embedding.pooling == "none":
+            return self._token_block(rows, forward, reverse)
+        return self._pooled_block(rows, forward, reverse)
+
+    def _rows(
+        self, record: SequenceRecord, windows: Sequence[Window]
+    ) -> Iterator[tuple[ObsRow, Sequence[int]]]:
+        """The file's rows of a record, each with the numbers of its windows."""
+        if not self.config.windows.per_window:
+            yield _obs_row(record, record.core_start, record.core_end or 0, len(windows)), range(len(windows))
+            return
+        for number, window in enumerate(windows):
+            row = _obs_row(record, window.core_start, window.core_end, 1, is_window=True)
+            yield row, (number,)
+
+    def _check_present(self, present: Sequence[Taken], record: SequenceRecord, row: ObsRow) -> None:
+        if not present:
+            message = (
+                f"record {record.id!r}: no token is left to pool of its {row.length} bases; skip_first is "
+                f"{self.config.embedding.skip_first}, set it lower or leave the record out"
+            )
+            raise EmptyPoolError(message)
+
+    def _merge(self, layer: str, parts: Sequence[Taken]) -> Tensor:
+        method = self.config.embedding.pooling
+        vectors = [part.vectors[layer] for part in parts]
+        if method == "none":
+            return torch.cat(vectors)
+        if len(vectors) == 1:
+            return vectors[0]
+        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        return merge_windows(torch.stack(vectors), weights, method=method)
+
+    def _pooled_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Mapping[str, list[Tensor]],
+        reverse: Mapping[str, list[Tensor]],
+    ) -> EmbeddingBlock:
+        embedding = self.config.embedding
+        combined = {
+            layer: combine_strands(
+                torch.stack(vectors),
+                torch.stack(reverse[layer]) if embedding.rc != "none" else None,
+                method=embedding.rc,
+            )
+            for layer, vectors in forward.items()
+        }
+        matrices = fuse(combined, method=embedding.fusion, weights=embedding.fusion_weights or None)
+        return EmbeddingBlock(
+            rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
+        )
+
+    def _token_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Mapping[str, list[Tensor]],
+        reverse: Mapping[str, list[Tensor]],
+    ) -> TokenBlock:
+        embedding = self.config.embedding
+        lengths = [len(tokens_TD) for tokens_TD in next(iter(forward.values()))]
+        combined = {}
+        for layer, per_record in forward.items():
+            other = reverse[layer] if embedding.rc != "none" else [None] * len(per_record)
+            combined[layer] = torch.cat(
+                [
+                    combine_token_strands(tokens_TD, reverse_TD, method=embedding.rc)
+                    for tokens_TD, reverse_TD in zip(per_record, other, strict=True)
+                ]
+            )
+        values = fuse(combined, method=embedding.fusion, weights=embedding.fusion_weights or None)
+        return TokenBlock(
+            rows=tuple(rows),
+            lengths=np.array(lengths, dtype=np.int64),
+            values={name: matrix.numpy() for name, matrix in values.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What one piece gave."""
+
+    vectors: Mapping[str, Tensor]
+    """By layer: ``(D,)`` pooled, ``(T, D)`` a token."""
+    weight: int
+    """Bases it answers for."""
+
+
+def _obs_row(
+    record: SequenceRecord, core_start: int, core_end: int, num_windows: int, *, is_window: bool = False
+) -> ObsRow:
+    """Describe the row of a record's bases ``core_start`` to ``core_end``, in the parent's coordinates."""
+    before, after = core_start - record.core_start, (record.core_end or 0) - core_end
+    if record.strand == "-":
+        before, after = after, before
+    start, end = record.start + before, (record.end or 0) - after
+    return ObsRow(
+        id=f"{record.id}:{start}-{end}" if is_window else record.id,
+        description=record.description,
+        length=core_end - core_start,
+        start=start,
+        end=end,
+        strand=record.strand,
+        source=record.source,
+        n_windows=num_windows,
+        sha256=record.sha256,
+        flags=",".join(record.flags),
+    )

@@ -1,0 +1,175 @@
+"""Cut records into the pieces that a model sees: strands, windows, tokens.
+
+In: records of a work unit. Out: encoded pieces with the tokens that count. Promised: each base of a record's
+core counts in exactly one piece of each strand, nothing is truncated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from genoembed.batching.pad import pool_mask
+from genoembed.contracts import Window
+from genoembed.errors import ConfigError, SequenceLengthError
+from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.windows import iter_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from genoembed.contracts import EncodedSequence, SequenceRecord
+    from genoembed.tokenization.hf import SequenceEncoder
+
+_BASES_PER_TOKEN = 16
+"""No tokenizer in use joins more bases on average: longer records are cut without being tried whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One row of a forward pass."""
+
+    record_index: int
+    """Which record of the unit."""
+    window_index: int
+    """Which window of the record, in the order of the forward strand."""
+    is_reverse: bool
+    """Whether this is the reverse complement."""
+    num_core_bases: int
+    """Bases of the core that this piece answers for."""
+    encoded: EncodedSequence
+    pool_mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutter:
+    """Knows the context of a model and how to fit records into it."""
+
+    encoder: SequenceEncoder
+    max_tokens: int | None
+    """Context of the model, special tokens included; None is no limit."""
+    is_causal: bool
+    window: int | None = None
+    """Bases of a window; None is what the context surely holds."""
+    stride: int | None = None
+    skip_first: int = 0
+    both_strands: bool = False
+
+    def __post_init__(self) -> None:
+        limit = self.context_bases
+        if self.window is not None and limit is not None and self.encoder.aligned and self.window > limit:
+            message = (
+                f"window is {self.window}, but the model's context holds {limit} bases; "
+                f"set window to {limit} or less"
+            )
+            raise ConfigError(message)
+
+    @property
+    def context_bases(self) -> int | None:
+        """Bases that surely fit the model's context; None is no limit."""
+        return None if self.max_tokens is None else self.encoder.max_bases(self.max_tokens)
+
+    def windows(self, record: SequenceRecord) -> list[Window]:
+        """Cut one record.
+
+        Args:
+            record: A record with at least one base.
+
+        Returns:
+            Windows from left to right on the record's sequence.
+
+        Raises:
+            ConfigError: If window and stride do not go together.
+        """
+        length = len(record.sequence)
+        size = self.window
+        if size is None:
+            size = self.context_bases
+            if size is None or length <= size or self._fits_whole(record.sequence):
+                size = max(length, 1)
+        return list(
+            iter_windows(
+                length,
+                window_bp=size,
+                # a stride of the user's goes with the windows of the context, too
+                stride_bp=None if self.stride is None else min(self.stride, size),
+                causal=self.is_causal,
+                core_start=record.core_start,
+                core_end=record.core_end,
+            )
+        )
+
+    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
+        """Encode the windows of one record, on one strand or both.
+
+        Args:
+            record: The record.
+            record_index: Its number, for the caller.
+            windows: What :meth:`windows` gave.
+
+        Yields:
+            Pieces, window by window, forward strand first.
+
+        Raises:
+            SequenceLengthError: If a window has more tokens than the context.
+        """
+        backward = reverse_complement(record.sequence) if self.both_strands else b""
+        for window_index, window in enumerate(windows):
+            yield self._piece(record, record.sequence, window, record_index, window_index, is_reverse=False)
+            if self.both_strands:
+                mirrored = self._mirror(window, len(record.sequence))
+                yield self._piece(record, backward, mirrored, record_index, window_index, is_reverse=True)
+
+    def _piece(
+        self,
+        record: SequenceRecord,
+        sequence: bytes,
+        window: Window,
+        record_index: int,
+        window_index: int,
+        *,
+        is_reverse: bool,
+    ) -> Piece:
+        whole = window.start == 0 and window.end == len(sequence)
+        encoded = self.encoder.encode(sequence if whole else sequence[window.start : window.end])
+        if self.max_tokens is not None and len(encoded.input_ids) > self.max_tokens:
+            problem = (
+                f"bases {window.start + 1}-{window.end} make {len(encoded.input_ids)} tokens, "
+                f"but the model's context is {self.max_tokens}; set window to {self.context_bases} or less"
+            )
+            raise SequenceLengthError(
+                problem, path=record.source or None, line=record.line, record_id=record.id
+            )
+        return Piece(
+            record_index=record_index,
+            window_index=window_index,
+            is_reverse=is_reverse,
+            num_core_bases=window.core_end - window.core_start,
+            encoded=encoded,
+            pool_mask=pool_mask(
+                encoded,
+                core_start=window.core_start - window.start,
+                core_end=window.core_end - window.start,
+                skip_first=self.skip_first,
+            ),
+        )
+
+    def _fits_whole(self, sequence: bytes) -> bool:
+        if self.max_tokens is None or self.encoder.aligned:
+            return False
+        if len(sequence) > self.max_tokens * _BASES_PER_TOKEN:
+            return False
+        return len(self.encoder.encode(sequence).input_ids) <= self.max_tokens
+
+    def _mirror(self, window: Window, length: int) -> Window:
+        """The same core on the reverse complement; a causal model sees what is to the left of it there."""
+        core_start, core_end = length - window.core_end, length - window.core_start
+        if self.is_causal:
+            end = core_end
+            start = max(0, end - (window.end - window.start))
+        else:
+            start, end = length - window.end, length - window.start
+        return Window(start=start, end=end, core_start=core_start, core_end=core_end)

@@ -1,0 +1,55 @@
+"""Work units: consecutive records of about a fixed number of bases: memory does not grow with the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from genoembed.contracts import SequenceRecord
+
+UNIT_BASES = 4_000_000
+UNIT_RECORDS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkUnit:
+    """Records that are embedded and written together."""
+
+    number: int
+    """Position in the run, from 0."""
+    records: tuple[SequenceRecord, ...]
+
+
+def iter_units(
+    records: Iterable[SequenceRecord], *, max_bases: int = UNIT_BASES, max_records: int = UNIT_RECORDS
+) -> Iterator[WorkUnit]:
+    """Group consecutive records.
+
+    Args:
+        records: In input order.
+        max_bases: A unit ends before the record that would take it over this; a longer one is alone.
+        max_records: Records of a unit at most.
+
+    Yields:
+        Units in input order that together hold every record once.
+
+    Example:
+        >>> from genoembed.contracts import SequenceRecord
+        >>> records = [SequenceRecord(id=str(n), sequence=b"A" * n) for n in (3, 3, 9, 1)]
+        >>> [[record.id for record in unit.records] for unit in iter_units(records, max_bases=6)]
+        [['3', '3'], ['9'], ['1']]
+    """
+    held: list[SequenceRecord] = []
+    number = bases = 0
+    for record in records:
+        length = len(record.sequence)
+        if held and (bases + length > max_bases or len(held) == max_records):
+            yield WorkUnit(number=number, records=tuple(held))
+            number, held, bases = number + 1, [], 0
+        held.append(record)
+        bases += length
+    if held:
+        yield WorkUnit(number=number, records=tuple(held))

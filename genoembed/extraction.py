@@ -1,0 +1,257 @@
+"""From sequence files to an embedding file: the order of the stages, and no maths.
+
+``read -> units -> embed -> write``; the file gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+import transformers
+
+from genoembed._version import __version__
+from genoembed.config import embed_config
+from genoembed.contracts import EmbeddingBlock
+from genoembed.engines.embedder import RunStats, UnitEmbedder
+from genoembed.engines.local import run_units
+from genoembed.engines.units import iter_units
+from genoembed.errors import EmptyRecordError
+from genoembed.models.load import load_model
+from genoembed.pooling.fuse import feature_names
+from genoembed.sequences import InputCounts, read_sequences
+from genoembed.store import EmbeddingWriter, check_output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from genoembed.config import EmbedConfig, Fusion, Pooling
+    from genoembed.contracts import TokenBlock
+    from genoembed.models.genomic_model import GenomicModel
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionReport:
+    """What a run did."""
+
+    output: Path
+    """The file that was written."""
+    num_rows: int
+    """Rows of the file."""
+    width: int
+    """Features of the primary matrix (of a token, in per-token files)."""
+    layers: tuple[str, ...]
+    """Module paths of the layers that were taken."""
+    counts: InputCounts
+    """What was read, and what the input policies did."""
+    stats: RunStats
+    """What the forward passes cost."""
+    seconds: float
+    """Wall time of the run, without loading the model."""
+
+
+def extract(
+    inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
+    *,
+    model: str | GenomicModel = "genoembed-mini",
+    layers: int | str | Sequence[int | str] = "final",
+    pooling: Pooling = "mean",
+    fusion: Fusion = "none",
+    output: str | PathLike[str] | None = None,
+    progress: Callable[[RunStats], None] | None = None,
+    **options: Any,
+) -> ExtractionReport:
+    """Embed the sequences of files and write one HDF5 file.
+
+    Args:
+        inputs: Sequence files; ``-`` is standard input.
+        model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
+        layers: Block numbers, module paths, globs, ``final`` or ``all``; one or several.
+        pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, or ``none`` for a vector
+            a token.
+        fusion: ``none``, ``concat``, ``mean``, ``max`` or ``weighted``, over layers.
+        output: The file to write; None is the first input's stem and ``.h5``.
+        progress: Called with the running totals after each forward pass.
+        **options: Any other field of :class:`~genoembed.config.EmbedConfig`: ``regions``, ``flank``,
+            ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case``, ``revision``,
+            ``trust_remote_code``, ``dtype``, ``device``, ``threads``, ``batch_tokens``, ``skip_first``,
+            ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``, ``overwrite``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If options are wrong, alone or together; all of them in one message.
+        GenoembedError: If input, model or output fail; the output is then as it was before.
+    """
+    config = embed_config(
+        {
+            "inputs": _as_strings(inputs),
+            "model": model if isinstance(model, str) else model.name,
+            "layers": _as_strings(layers),
+            "pooling": pooling,
+            "fusion": fusion,
+            "output": None if output is None else fspath(output),
+            **{name: _frozen(value) for name, value in options.items()},
+        }
+    )
+    check_output(config.output.output, overwrite=config.output.overwrite)
+    counts = InputCounts()
+    records = read_sequences(
+        config.input.inputs,
+        invalid=config.input.invalid,
+        duplicates=config.input.duplicates,
+        empty=config.input.empty,
+        gaps=config.input.gaps,
+        keep_case=config.input.keep_case,
+        regions=config.input.regions or None,
+        flank=config.input.flank,
+        counts=counts,
+    )
+    if config.model.threads is not None:
+        torch.set_num_threads(config.model.threads)
+    loaded = _load(config) if isinstance(model, str) else model
+    embedder = UnitEmbedder(loaded, config, on_batch=progress)
+    logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
+    started = time.perf_counter()
+    blocks = run_units(iter_units(records), embedder)
+    num_rows, width = _write(blocks, config, embedder, counts)
+    counts.windows = embedder.stats.windows
+    seconds = time.perf_counter() - started
+    logger.info("%s: %s rows in %.1f s", config.output.output, num_rows, seconds)
+    return ExtractionReport(
+        output=Path(config.output.output),
+        num_rows=num_rows,
+        width=width,
+        layers=embedder.layers,
+        counts=counts,
+        stats=embedder.stats,
+        seconds=seconds,
+    )
+
+
+def _load(config: EmbedConfig) -> GenomicModel:
+    return load_model(
+        config.model.model,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
+
+
+def _write(
+    blocks: Iterable[EmbeddingBlock | TokenBlock],
+    config: EmbedConfig,
+    embedder: UnitEmbedder,
+    counts: InputCounts,
+) -> tuple[int, int]:
+    """Write the blocks as they come; gives rows and width."""
+    blocks = iter(blocks)
+    first = next(blocks, None)
+    if first is None:
+        problem = (
+            f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
+            f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
+        )
+        raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
+    matrices = first.matrices if isinstance(first, EmbeddingBlock) else first.values
+    is_pooled = isinstance(first, EmbeddingBlock)
+    width = next(iter(matrices.values())).shape[1]
+    with EmbeddingWriter(
+        config.output.output,
+        kind="pooled" if is_pooled else "tokens",
+        dtype=config.output.out_dtype,
+        feature_names=_feature_names(config, embedder.layer_widths) if is_pooled else None,
+        overwrite=config.output.overwrite,
+    ) as writer:
+        writer.append(first)
+        for block in blocks:
+            writer.append(block)
+        counts.windows = embedder.stats.windows
+        writer.finish(_provenance(config, embedder, counts))
+        return writer.num_rows, width
+
+
+def _feature_names(config: EmbedConfig, layer_widths: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the columns of the primary matrix."""
+    names = feature_names(layer_widths, method=config.embedding.fusion, strands=config.embedding.rc)
+    return next(iter(names.values()))
+
+
+def _provenance(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCounts) -> dict[str, Any]:
+    """Everything that is needed to say, and to repeat, how the file was made."""
+    return {
+        "genoembed_version": __version__,
+        "command": shlex.join(sys.argv),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": dict(embedder.model.provenance),
+        "tokenizer": type(embedder.model.tokenizer).__name__,
+        "layers": list(embedder.layers),
+        "config": config.to_dict(),
+        "counts": asdict(counts),
+        "inputs": [_file_facts(name) for name in config.input.inputs],
+        "stats": asdict(embedder.stats),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def peak_memory_mb() -> int | None:
+    """Give the largest resident memory of this process so far.
+
+    Returns:
+        Mebibytes; None where the platform does not say.
+    """
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _file_facts(name: str) -> dict[str, str | int | None]:
+    path = Path(name)
+    if name == "-" or not path.is_file():
+        return {"name": name, "bytes": None, "sha256": None}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _as_strings(value: object) -> tuple[str, ...]:
+    if isinstance(value, str | int | PathLike):
+        return (_as_string(value),)
+    return tuple(_as_string(item) for item in value)  # type: ignore[attr-defined]
+
+
+def _as_string(value: object) -> str:
+    return fspath(value) if isinstance(value, PathLike) else str(value)
+
+
+def _frozen(value: object) -> object:
+    """Lists become tuples, so that a configuration stays frozen; a lone region becomes a tuple of one."""
+    return tuple(value) if isinstance(value, list) else value

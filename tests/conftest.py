@@ -1,0 +1,58 @@
+"""Rules of the whole test suite: no network, fixed seeds where CI runs, few threads."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports transformers: hub and datasets must not be asked for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI", "").lower() in ("1", "true") else "dev")
+
+MAX_THREADS = 2
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test that tries to leave this machine fail and say so."""
+
+    def guarded(name: str):
+        original = getattr(socket.socket, name)
+
+        def connect(self: socket.socket, address: object) -> object:
+            host = address[0] if isinstance(address, tuple) else ""
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not str(host).startswith(LOOPBACK):
+                pytest.fail(f"a test tried to reach {host!r}; tests need no network", pytrace=True)
+            return original(self, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    """Tiny models lose more to threads than they gain; torch is left alone where no test has imported it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > MAX_THREADS:
+        torch.set_num_threads(MAX_THREADS)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device there is; the cuda leg skips itself on a machine without one."""
+    if request.param == "cuda":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+    return request.param

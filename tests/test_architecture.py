@@ -1,0 +1,297 @@
+"""The house rules that are tests: who imports whom, and what a module may look like.
+
+Everything here reads source text only, so that a rule is checked even in code that no test runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "genoembed"
+MODULES = {
+    ".".join(("genoembed", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+FLOOR = ("contracts", "errors")
+STAGES = ("sequences", "tokenization", "batching", "models", "pooling", "store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What one unit (a module or folder right under the package) may import, besides itself and stdlib."""
+
+    internal: tuple[str, ...] = ()
+    third_party: tuple[str, ...] = ()
+    type_checking: tuple[str, ...] = ()
+    """Third-party packages for annotations only."""
+    in_functions: tuple[str, ...] = ()
+    """Third-party packages for use inside functions only: optional extras."""
+    only_in: dict[str, str] = field(default_factory=dict)
+    """Third-party packages that a single module of the unit may import, by package."""
+
+
+RULES = {
+    "__init__": Rule(internal=("_version", "registration")),
+    "__main__": Rule(internal=("cli",)),
+    "_version": Rule(),
+    "errors": Rule(),
+    "contracts": Rule(internal=("errors",), third_party=("numpy",), type_checking=("torch",)),
+    "config": Rule(internal=("errors",)),
+    "sequences": Rule(
+        internal=FLOOR, third_party=("numpy", "Bio", "zstandard"), only_in={"pyfaidx": "sequences.regions"}
+    ),
+    "tokenization": Rule(internal=FLOOR, third_party=("numpy", "transformers"), type_checking=("torch",)),
+    "batching": Rule(internal=FLOOR, third_party=("torch", "numpy")),
+    "pooling": Rule(internal=FLOOR, third_party=("torch", "numpy")),
+    "models": Rule(
+        internal=FLOOR,
+        third_party=(
+            "torch",
+            "transformers",
+            "safetensors",
+            "numpy",
+            "yaml",
+            "huggingface_hub",
+            "accelerate",
+        ),
+    ),
+    "store": Rule(
+        internal=FLOOR,
+        third_party=("h5py", "numpy"),
+        type_checking=("anndata", "pandas", "torch"),
+        in_functions=("anndata", "pandas", "torch"),
+    ),
+    "registration": Rule(internal=("models", "tokenization"), third_party=("transformers",)),
+    "extraction": Rule(
+        internal=(*STAGES, "engines", "config", "registration", "_version", *FLOOR),
+        third_party=("torch", "numpy"),
+    ),
+    "engines": Rule(
+        internal=(*STAGES, "config", *FLOOR),
+        third_party=("torch", "numpy"),
+        only_in={"ray": "engines.ray"},
+    ),
+    "training": Rule(
+        internal=(*STAGES, "config", "registration", "_version", *FLOOR),
+        third_party=("torch", "transformers", "numpy", "safetensors"),
+        in_functions=("peft",),
+    ),
+    "analysis": Rule(
+        internal=("store", "models", "sequences", *FLOOR),
+        third_party=("numpy", "torch"),
+        in_functions=("sklearn", "matplotlib", "plotly", "umap"),
+    ),
+    "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
+}
+BANNED_NAMES = ("utils", "helpers", "common")
+MAX_LINES = 600
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and where the import stands."""
+
+    target: str
+    line: int
+    place: str
+    """``module``, ``function`` or ``type checking``."""
+
+
+class _Imports(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.found: list[Import] = []
+        self.relative: list[int] = []
+        self._place = "module"
+
+    def _inside(self, place: str, nodes: list[ast.stmt]) -> None:
+        before, self._place = self._place, place
+        for node in nodes:
+            self.visit(node)
+        self._place = before
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._inside("function", node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
+
+    def visit_If(self, node: ast.If) -> None:
+        checking = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        self._inside("type checking" if checking else self._place, node.body)
+        self._inside(self._place, node.orelse)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found += [Import(alias.name, node.lineno, self._place) for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.level:
+            self.relative.append(node.lineno)
+        elif node.module == "genoembed":
+            self.found += [Import(self._member(a.name), node.lineno, self._place) for a in node.names]
+        else:
+            self.found.append(Import(node.module or "", node.lineno, self._place))
+
+    @staticmethod
+    def _member(name: str) -> str:
+        # ``from genoembed import errors`` is an import of a unit, ``from genoembed import extract`` of a name
+        return f"genoembed.{name}" if name in RULES else "genoembed"
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Check one module's imports against the table."""
+    parts = module.split(".")
+    unit = parts[1] if len(parts) > 1 else "__init__"
+    if unit not in RULES:
+        return [f"{module}: unit {unit!r} is not in the table; add it or move the module"]
+    visitor = _Imports()
+    visitor.visit(ast.parse(source))
+    problems = [f"{module}:{line}: relative import" for line in visitor.relative]
+    for imported in visitor.found:
+        complaint = _complaint(".".join(parts[1:]), unit, RULES[unit], imported)
+        if complaint:
+            problems.append(f"{module}:{imported.line}: {complaint}")
+    return problems
+
+
+def _complaint(module: str, unit: str, rule: Rule, imported: Import) -> str | None:
+    top, _, rest = imported.target.partition(".")
+    if top in sys.stdlib_module_names:
+        return None
+    if top == "genoembed":
+        return _internal_complaint(unit, rule, rest.partition(".")[0] or "__init__", imported.place)
+    if top in rule.only_in:
+        return None if module == rule.only_in[top] else f"{top} is for {rule.only_in[top]} only"
+    allowed = {
+        "module": rule.third_party,
+        "type checking": rule.third_party + rule.type_checking + rule.in_functions,
+        "function": rule.in_functions,
+    }[imported.place]
+    if top in allowed or (imported.place == "function" and unit == "cli" and top in rule.third_party):
+        return None
+    return f"{unit} may not import {top} in a {imported.place} position"
+
+
+def _internal_complaint(unit: str, rule: Rule, target: str, place: str) -> str | None:
+    lazy_names = unit == "__init__" and place == "type checking"
+    if target != unit and target not in rule.internal and not lazy_names:
+        return f"{unit} may not import genoembed.{target}"
+    if place == "function" and unit != "cli":
+        return "imports of our own modules stand at the top"
+    return None
+
+
+def test_modules_were_seen():
+    assert len(MODULES) >= 20
+    assert {"genoembed", "genoembed.errors", "genoembed.contracts", "genoembed.cli"} <= set(MODULES)
+    assert {module.split(".")[1] for module in MODULES if "." in module} >= {*STAGES, "cli", *FLOOR}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_keep_to_the_table(module):
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("genoembed.pooling.reduce", "from genoembed.store import writer", "may not import genoembed.store"),
+        ("genoembed.pooling.reduce", "from genoembed import store", "may not import genoembed.store"),
+        ("genoembed.pooling.reduce", "import genoembed.models.load", "may not import genoembed.models"),
+        ("genoembed.pooling.reduce", "from . import fuse", "relative import"),
+        ("genoembed.sequences.fasta", "import torch", "may not import torch"),
+        ("genoembed.sequences.fasta", "if TYPE_CHECKING:\n    import torch", "may not import torch"),
+        ("genoembed.sequences.fasta", "import pyfaidx", "for sequences.regions only"),
+        ("genoembed.contracts", "import torch", "may not import torch"),
+        ("genoembed.store.reader", "import pandas", "may not import pandas in a module position"),
+        ("genoembed.store.reader", "def f():\n    import h5py", "may not import h5py in a function position"),
+        ("genoembed.store.reader", "def f():\n    import genoembed.errors", "stand at the top"),
+        ("genoembed.cli.extract", "class A:\n    def f(self):\n        import torch", "may not import torch"),
+        ("genoembed.engines.local", "import ray", "for engines.ray only"),
+        ("genoembed.models.load", "import requests", "may not import requests"),
+        ("genoembed.helper_things", "import os", "not in the table"),
+    ],
+)
+def test_violation_is_caught(module, source, complaint):
+    problems = violations(module, source)
+    assert len(problems) == 1
+    assert complaint in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("genoembed.contracts", "if TYPE_CHECKING:\n    from torch import Tensor"),
+        ("genoembed.store.reader", "import h5py\ndef to_pandas():\n    import pandas"),
+        ("genoembed.sequences.regions", "import pyfaidx"),
+        ("genoembed.pooling.reduce", "from genoembed.errors import ShapeError\nimport torch\nimport math"),
+        ("genoembed.cli.extract", "def f():\n    from genoembed import extract"),
+    ],
+)
+def test_lawful_import_is_let_through(module, source):
+    assert violations(module, source) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_docstring_a_telling_name_and_less_than_600_lines(module):
+    source = MODULES[module].read_text()
+    assert ast.get_docstring(ast.parse(source)), f"{module} has no docstring"
+    assert module.rpartition(".")[2] not in BANNED_NAMES
+    assert source.count("\n") < MAX_LINES
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("genoembed.cli")])
+def test_library_does_not_print(module):
+    calls = [
+        f"{module}:{node.lineno}"
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+LOADED = "; import sys; print(sorted({'torch', 'transformers', 'h5py'} & set(sys.modules)))"
+
+
+def _run(code: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return ran.stdout
+
+
+def test_import_of_the_package_is_light():
+    assert _run("import genoembed" + LOADED).splitlines()[-1] == "[]"
+
+
+def test_loaded_modules_would_be_seen():
+    assert _run("import h5py" + LOADED).splitlines()[-1] == "['h5py']"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["extract", "--help"], ["--version"]])
+def test_help_is_light(words):
+    code = f"""
+import sys
+from genoembed.cli import main
+sys.argv = ["genoembed", *{words!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    lines = _run(code + LOADED.removeprefix("; ")).splitlines()
+    assert lines[-1] == "[]"
+    assert "genoembed" in lines[0]
+
+
+def test_entry_points_answer():
+    (script,) = entry_points(group="console_scripts", name="genoembed")
+    assert script.value == "genoembed.cli:main"
+    ran = subprocess.run(
+        [sys.executable, "-m", "genoembed", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("Usage: ")

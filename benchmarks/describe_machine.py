@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def describe_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | in
         and a version a package; ``gpu`` if torch is loaded and sees one.
     """
     facts: dict[str, str | int | float] = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "cpu": _cpu_model(),
         "cores": _usable_cores(),
         "ram_gib": _ram_gib(),

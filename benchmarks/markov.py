@@ -262,8 +262,17 @@ def choose_model(
 
     Returns:
         The model, and the strands it counted.
+
+    Raises:
+        ValueError: If the training sequence is too short to set a slice aside.
     """
-    count, tune = (encode(part) for part in split_tuning(train))
+    counted, aside = split_tuning(train)
+    if not aside:
+        raise ValueError(
+            f"training sequence: {len(counted)} pieces of {TUNE_PIECE} bases, expected {TUNE_EVERY} or more; "
+            "give more training sequence"
+        )
+    count, tune = encode(counted), encode(aside)
     positions = scored_positions(tune, order)
     best: tuple[float, MarkovModel, str] | None = None
     for name in ("forward", "both"):

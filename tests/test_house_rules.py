@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,3 +30,12 @@ def test_hub_is_offline():
 def test_hypothesis_has_no_deadline_and_fixed_seeds_in_ci():
     assert settings().deadline is None
     assert settings().derandomize is (os.environ.get("CI", "").lower() in ("1", "true"))
+
+
+def test_change_notes_are_named_by_kind():
+    kinds = ("added", "changed", "deprecated", "removed", "fixed", "security")
+    notes = [path for path in (Path(__file__).parents[1] / "changes").iterdir() if path.name != "README.md"]
+    assert [
+        path.name for path in notes if path.name.split(".")[1:] not in [[kind, "md"] for kind in kinds]
+    ] == []
+    assert all(path.read_text().strip() for path in notes)

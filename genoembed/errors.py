@@ -107,7 +107,7 @@ class ConfigError(GenoembedError, ValueError):
     """Options that are wrong alone or together; all of them in one message.
 
     Args:
-        problems: One sentence a problem, each with its remedy.
+        *problems: One sentence a problem, each with its remedy.
     """
 
     def __init__(self, *problems: str) -> None:

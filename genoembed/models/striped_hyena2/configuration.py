@@ -74,7 +74,6 @@ class StripedHyena2Config(PreTrainedConfig):
     """
 
     model_type = "striped_hyena2"
-    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(  # noqa: PLR0913 - a configuration is a list of fields
         self,

@@ -129,8 +129,9 @@ class Probe:
         barred = set(special_ids)
         ordinary = torch.tensor([i for i in range(min(weight.shape[0], 1024)) if i not in barred])
         generator = torch.Generator().manual_seed(0)
-        picks = torch.randint(len(ordinary), (2, self.num_padded), generator=generator)
-        self.ids, self.other_ids = ordinary[picks].to(weight.device)
+        picks = torch.randint(len(ordinary), (self.num_padded,), generator=generator)
+        self.ids = ordinary[picks].to(weight.device)
+        self.other_ids = ordinary[(picks + 1) % len(ordinary)].to(weight.device)
         self.pad_id = int(ordinary[0]) if pad_token_id is None else pad_token_id
 
     def is_causal(self) -> bool:

@@ -47,7 +47,8 @@ class KnownModel:
     """What it is, in a few words."""
     context: int
     """Longest input, in tokens (one token, one base)."""
-    num_parameters: int
+    num_parameters: int | None
+    """Weights, the tied output embedding counted once; None for the bundled model, whose files say it."""
     license: str
     """SPDX identifier."""
     repo_id: str | None = None
@@ -123,7 +124,7 @@ def suggestion(name: str) -> str:
 
     Example:
         >>> suggestion("evo2-7b")
-        "did you mean 'evo2_7b' or 'evo2_7b_base'?"
+        "did you mean 'evo2_7b'?"
     """
     names = [model.name for model in _MODELS]
     near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.7)
@@ -210,7 +211,7 @@ _MODELS: tuple[KnownModel, ...] = (
         name=BUNDLED_NAME,
         summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
         context=8192,
-        num_parameters=0,
+        num_parameters=None,
         license="Apache-2.0",
         precision_note="runs anywhere in float32",
     ),

@@ -72,12 +72,17 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, holds code, or does not fit its configuration.
-        ModelError: If the configuration is not given and cannot be told from the file name, is given twice,
-            or the folder exists.
+        ModelError: If the configuration is not given and cannot be told from the file name or is given twice,
+            the folder exists, or it holds the checkpoint itself.
     """
     source, output_dir = Path(source), Path(output_dir)
     if output_dir.exists() and not overwrite:
         message = f"{output_dir}: exists, expected a new folder; set overwrite or choose another output_dir"
+        raise ModelError(message)
+    if output_dir.resolve() in source.resolve().parents and output_dir.exists():
+        message = (
+            f"{output_dir}: holds the checkpoint itself, expected another folder; choose another output_dir"
+        )
         raise ModelError(message)
     entry, model_config = _describe(source, name=name, config=config)
     files = checkpoint_files(source)
@@ -147,6 +152,8 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         return _open_safetensors(whole) if whole.suffix == ".safetensors" else _open_pickle(whole, path)
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # not even a pickle
+            raise _unreadable(error, path) from error
         message = (
             "it holds Python objects besides tensors, which could run code; refused, nothing was executed. "
             "Expected tensors only; get the checkpoint from its authors"
@@ -155,8 +162,13 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
     except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        message = f"cannot be read as a checkpoint ({error}); it may be cut short, fetch it again"
-        raise CheckpointError(message, path=str(path)) from error
+        raise _unreadable(error, path) from error
+
+
+def _unreadable(error: Exception, path: Path) -> CheckpointError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    message = f"cannot be read as a checkpoint ({reason}); it may be cut short, fetch it again"
+    return CheckpointError(message, path=str(path))
 
 
 def _open_safetensors(whole: Path) -> dict[str, Callable[[], Tensor]]:

@@ -1,0 +1,269 @@
+"""Loading: what is refused, what is forgiven, and what the loaded model says about itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from genoembed.errors import CheckpointError, LayerError, ModelError, ModelNotFoundError
+from genoembed.models.load import load_model
+from tests.models.conftest import make_batch
+from tests.tiny_models import build_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def copy_with(folder: Path, target: Path, change) -> str:
+    """Copy a model folder and change its tensors."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def with_tokenizer(module, folder: Path, tokenizer_from: Path) -> str:
+    """Save a model and give it a tokenizer."""
+    module.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer_from / name, folder / name)
+    return str(folder)
+
+
+def test_model_is_in_eval_mode_and_says_what_it_is(tiny_model):
+    model = tiny_model("bert")
+    assert not model.module.training
+    facts = model.provenance
+    assert facts["class"] == "BertModel"
+    assert (facts["dtype"], facts["device"], facts["padding"]) == ("float32", "cpu", "mask")
+    assert len(facts["weights_sha256"]) == 64
+    assert facts["num_parameters"] == model.module.num_parameters()
+    assert (facts["revision"], facts["license"]) == (None, "unknown")
+
+
+def test_loading_draws_nothing(tiny_folder, capfd):
+    load_model(str(tiny_folder("llama")), device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_remote_code_needs_trust(tiny_folder):
+    with pytest.raises(ModelError, match=r"its own Python code, .* then set trust_remote_code=True"):
+        load_model(str(tiny_folder("custom_conv")), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.float32),
+        ("auto", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype_is_as_asked(dtype, expected, tiny_folder):
+    model = load_model(str(tiny_folder("llama")), device="cpu", dtype=dtype)
+    assert model.dtype == expected
+    captured = model.forward(make_batch([5, 6, 7]), ["layers.0"])["layers.0"]
+    assert captured.dtype == expected
+
+
+def test_unknown_dtype_is_refused(tiny_folder):
+    with pytest.raises(ModelError, match="dtype 'float8' is not known, expected auto, float32"):
+        load_model(str(tiny_folder("llama")), device="cpu", dtype="float8")  # type: ignore[arg-type]
+
+
+def test_device_map_is_handed_on(tiny_folder, monkeypatch):
+    seen = []
+    from_pretrained = AutoModel.from_pretrained
+
+    def watch(*arguments, **options):
+        seen.append(options.get("device_map"))
+        return from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", watch)
+    model = load_model(str(tiny_folder("llama")), device_map={"": "cpu"})
+    assert seen == [{"": "cpu"}]
+    assert model.forward(make_batch([5, 6]), ["norm"])["norm"].device.type == "cpu"
+
+
+def test_missing_weights_are_refused(tiny_folder, tmp_path):
+    folder = copy_with(tiny_folder("llama"), tmp_path / "m", lambda t: t.pop("layers.1.mlp.down_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"1 weights are missing .* \(layers.1.mlp.down_proj.weight\)"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_without_a_place_are_refused(tiny_folder, tmp_path):
+    folder = copy_with(
+        tiny_folder("llama"),
+        tmp_path / "m",
+        lambda t: t.update({"layers.9.mlp.down_proj.weight": torch.zeros(1)}),
+    )
+    with pytest.raises(CheckpointError, match=r"1 weights have no place in the model \(layers.9"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_of_another_shape_are_refused(tiny_folder, tmp_path):
+    folder = copy_with(
+        tiny_folder("llama"), tmp_path / "m", lambda t: t.update({"norm.weight": torch.zeros(3)})
+    )
+    with pytest.raises(CheckpointError, match=r"config.json"):
+        load_model(folder, device="cpu")
+
+
+def test_computed_buffers_of_older_releases_are_forgiven(tiny_folder, tmp_path):
+    folder = copy_with(
+        tiny_folder("llama"),
+        tmp_path / "m",
+        lambda t: t.update({"layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
+    )
+    assert load_model(folder, device="cpu").untrained == ()
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", BertForMaskedLM), ("llama", LlamaForCausalLM)])
+def test_heads_are_left_behind(family, head, tiny_folder, tmp_path):
+    torch.manual_seed(1)
+    whole = head(build_config(family)).eval()
+    model = load_model(with_tokenizer(whole, tmp_path / "m", tiny_folder(family)), device="cpu")
+    assert type(model.module).__name__ == type(whole.base_model).__name__
+    batch = make_batch([5, 6, 7, 8])
+    (layer,) = model.resolve(1)
+    captured = model.forward(batch, [layer.path])[layer.path]
+    with torch.inference_mode():
+        states = whole(batch.input_ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(captured, states[2], rtol=0, atol=1e-6)
+
+
+def test_pooler_without_weights_is_fine_but_cannot_be_captured(tiny_folder, tmp_path):
+    folder = copy_with(
+        tiny_folder("bert"),
+        tmp_path / "m",
+        lambda t: [t.pop(key) for key in ("pooler.dense.weight", "pooler.dense.bias")],
+    )
+    model = load_model(folder, device="cpu")
+    assert model.untrained == ("pooler",)
+    assert not any(layer.path.startswith("pooler") for layer in model.layers)
+    assert any(layer.path == "encoder.layer.2" for layer in model.layers)
+    with pytest.raises(LayerError, match=r"'pooler.dense' .* holds no weights for it"):
+        model.resolve("pooler.dense")
+
+
+def test_encoder_of_an_encoder_decoder_is_taken(tiny_folder, tmp_path):
+    config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, vocab_size=32)
+    folder = with_tokenizer(T5ForConditionalGeneration(config), tmp_path / "m", tiny_folder("llama"))
+    model = load_model(folder, device="cpu")
+    assert [layer.path for layer in model.resolve([-1, "final"])] == ["block.1", "final_layer_norm"]
+    assert (model.is_causal, model.accepts_attention_mask) == (False, True)
+
+
+def test_damaged_weights_are_named(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    content = (tmp_path / "m" / "model.safetensors").read_bytes()
+    (tmp_path / "m" / "model.safetensors").write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match=r"cannot be read or do not fit config.json"):
+        load_model(str(tmp_path / "m"), device="cpu")
+
+
+def test_absent_weights_are_named(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights were found"):
+        load_model(str(tmp_path / "m"), device="cpu")
+
+
+def test_pickled_weights_with_code_are_refused(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({**tensors, "code": Path}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"cannot be read or do not fit config.json"):
+        load_model(str(tmp_path / "m"), device="cpu")
+
+
+def test_unknown_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-kind"}))
+    with pytest.raises(ModelError, match="of no kind that transformers reads"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_absent_tokenizer_is_an_error(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("bert"), tmp_path / "m")
+    for name in TOKENIZER_FILES:
+        (tmp_path / "m" / name).unlink()
+    with pytest.raises(ModelError, match=r"tokenizer .*; save the model's tokenizer into its folder"):
+        load_model(str(tmp_path / "m"), device="cpu")
+
+
+def test_unknown_name_gets_near_names(monkeypatch):
+    def refuse(*_, **__):
+        message = "no network"
+        raise OSError(message)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ModelNotFoundError, match=r"'evo2-7b': no such model here, .* did you mean 'evo2_7b'"):
+        load_model("evo2-7b")
+
+
+def test_forward_reduces_on_the_fly(tiny_model, padded_batch):
+    model = tiny_model("modernbert")
+    shapes = []
+
+    def reduce(path, hidden):
+        shapes.append((path, tuple(hidden.shape)))
+        return hidden.mean(1)
+
+    pooled = model.forward(padded_batch, ["final_norm", "layers.0"], reduce)
+    assert shapes == [("layers.0", (3, 10, 16)), ("final_norm", (3, 10, 16))]
+    assert [(path, tuple(value.shape)) for path, value in pooled.items()] == [
+        ("final_norm", (3, 16)),
+        ("layers.0", (3, 16)),
+    ]
+
+
+def test_forward_refuses_what_is_no_vector_a_token(tiny_model, batch):
+    with pytest.raises(LayerError, match=r"gives shape \(2, 16\), expected one vector a token"):
+        tiny_model("bert").forward(batch, ["pooler"])
+
+
+def test_forward_lays_unpadded_rows_out_again(tiny_model, padded_batch):
+    model = tiny_model("bert")
+    real = padded_batch.attention_mask.bool()
+    block = model.module.encoder.layer[0]
+    whole = model.forward(padded_batch, ["encoder.layer.0"])["encoder.layer.0"]
+    handle = block.register_forward_hook(lambda _module, _inputs, output: output[real])
+    try:
+        rows = model.forward(padded_batch, ["encoder.layer.0"])["encoder.layer.0"]
+    finally:
+        handle.remove()
+    assert torch.equal(rows[real], whole[real])
+    assert not rows[~real].any()
+
+
+def test_forward_restores_the_mode_it_found(tiny_model, batch):
+    model = tiny_model("llama")
+    model.module.train()
+    try:
+        model.forward(batch, ["layers.0"])
+        assert model.module.training
+    finally:
+        model.module.eval()
+
+
+def test_loading_warns_of_nothing(tiny_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(str(tiny_folder("gpt_neox")), device="cpu")

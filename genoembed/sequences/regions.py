@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import struct
 import zlib
+from bisect import bisect_right
 from contextlib import closing
 from difflib import get_close_matches
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from Bio.bgzf import make_virtual_offset
 
 from genoembed.errors import (
     DuplicateIdError,
@@ -102,6 +106,9 @@ def _open_index(pyfaidx: Any, path: str) -> Any:
     try:
         return pyfaidx.Faidx(path, as_raw=True)
     except OSError as error:
+        if "EOF marker" in str(error):
+            problem = "the bgzip data stops before its end; copy or download the file again"
+            raise SequenceFormatError(problem, path=path) from error
         problem = (
             f"the index {path}.fai cannot be written or read; make the folder writable or copy the FASTA"
         )
@@ -123,7 +130,7 @@ def _fetch(contigs: Any, path: str, interval: Interval, flank: int) -> RawRecord
     length = _contig_length(contigs, path, interval)
     start, end = max(0, interval.start - flank), min(length, interval.end + flank)
     try:
-        bases = contigs.fetch(interval.contig, start + 1, end).encode()
+        bases = _read_span(contigs, interval.contig, start, end)
     except (OSError, *_DAMAGE_ERRORS) as error:
         raise _stale_index(path, interval) from error
     if len(bases) != end - start:
@@ -138,6 +145,29 @@ def _fetch(contigs: Any, path: str, interval: Interval, flank: int) -> RawRecord
         body=iter(((bases[:left], None), (bases[left:right], None), (bases[right:], None))),
         span=Span(interval.contig, interval.start, interval.end, interval.strand, start),
     )
+
+
+def _read_span(contigs: Any, contig: str, start: int, end: int) -> bytes:
+    """Read bases from where the index has them.
+
+    pyfaidx has the index; its own ``fetch`` fails for bases at the first byte of a bgzip block of 64 KiB.
+    """
+    entry = contigs.index[contig]
+
+    bases_per_line, bytes_per_line = int(entry.lenc), int(entry.lenb)
+
+    def offset(base: int) -> int:
+        return int(entry.offset) + base // bases_per_line * bytes_per_line + base % bases_per_line
+
+    first, past = offset(start), offset(end - 1) + 1
+    blocks = getattr(contigs, "gzi_index", None)
+    if blocks:
+        block = blocks[bisect_right(blocks, first, key=attrgetter("ustart")) - 1]
+        contigs.file.seek(make_virtual_offset(block.cstart, first - block.ustart))
+    else:
+        contigs.file.seek(first)
+    raw: bytes = contigs.file.read(past - first)
+    return raw.translate(None, WHITESPACE)
 
 
 def _stale_index(path: str, interval: Interval) -> SequenceFormatError:

@@ -107,6 +107,19 @@ def test_regions_are_slices_of_the_contig(tmp_path_factory, bounds, flank, stran
     assert (by_bed.start, by_bed.end) == (by_place.start, by_place.end) == (start, end)
 
 
+def test_regions_at_the_edges_of_bgzip_blocks_are_right(tmp_path):
+    """pyfaidx 0.9.2 cannot fetch a base that opens a block; here a contig does, and a line in it too."""
+    contig = CHR1 * 60
+    path = tmp_path / "blocks.fa.gz"
+    with bgzf.BgzfWriter(str(path)) as stream:
+        stream.write(b">first\n".ljust(65536 - 7, b"A") + b"\n>chr1\n" + contig + b"\n")
+    starts = [0, 1, *range(65536 - 3, 65536 + 3), *range(131072 - 3, 131072 + 3)]
+    spans = [(start, start + width) for start in starts for width in (1, 2, 7000)]
+    places = [f"chr1:{start + 1}-{end}" for start, end in spans]
+    records = list(read_sequences(path, regions=places))
+    assert [record.sequence for record in records] == [contig[start:end] for start, end in spans]
+
+
 def test_policies_hold_inside_regions_and_the_core_stays_the_core(tmp_path):
     path = tmp_path / "dirty.fa"
     path.write_bytes(b">c\nAA--CCjcGU-G-TTT\n")

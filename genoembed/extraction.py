@@ -13,13 +13,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
-import transformers
 
 from genoembed._version import __version__
 from genoembed.config import embed_config
@@ -212,9 +211,7 @@ def _provenance(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCounts
         "stats": asdict(embedder.stats),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
+            **{package: version(package) for package in ("torch", "transformers", "numpy")},
         },
         "threads": torch.get_num_threads(),
         "peak_memory_mb": peak_memory_mb(),

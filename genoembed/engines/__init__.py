@@ -1,0 +1,1 @@
+"""Run work units: cut, batch, embed, in this process."""

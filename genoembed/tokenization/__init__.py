@@ -1,0 +1,1 @@
+"""Sequences to token ids: the byte tokenizer, and any Hugging Face tokenizer behind one contract."""

@@ -1,0 +1,1 @@
+"""Train models: packed corpora and the trainer."""

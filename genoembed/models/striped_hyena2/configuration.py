@@ -28,6 +28,23 @@ EVO2_7B_PATTERN: dict[str, list[int]] = {
 """Which of Evo 2 7B's 32 blocks is of which kind."""
 
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "short_filter_length",
+    "hcs_filter_length",
+    "hcs_filter_groups",
+    "hcm_filter_groups",
+    "state_size",
+    "rotary_emb_base",
+    "rotary_emb_scaling_factor",
+    "max_position_embeddings",
+)
+
+
 class StripedHyena2Config(PreTrainedConfig):
     """Shape and constants of a StripedHyena 2 model.
 
@@ -136,11 +153,15 @@ class StripedHyena2Config(PreTrainedConfig):
         self.hyena_out_proj_bias = hyena_out_proj_bias
         self.short_filter_bias = short_filter_bias
         self.initializer_range = initializer_range
+        strangers = [key for key in kwargs if key.endswith("_layer_idxs")]
         kwargs.setdefault("tie_word_embeddings", True)
         kwargs.setdefault("pad_token_id", 1)
         kwargs.setdefault("eos_token_id", 0)
         super().__init__(**kwargs)
-        problems = self._problems()
+        problems = [
+            f"{key} is no kind of block; use attn_, hcl_, hcm_ or hcs_layer_idxs" for key in strangers
+        ]
+        problems += self._sizes() or self._problems()
         if problems:
             raise ConfigError(*problems)
 
@@ -169,6 +190,13 @@ class StripedHyena2Config(PreTrainedConfig):
             "hcm": self.hcm_layer_idxs,
             "hcs": self.hcs_layer_idxs,
         }
+
+    def _sizes(self) -> list[str]:
+        return [
+            f"{name} is {getattr(self, name)!r}, expected a number above 0"
+            for name in _POSITIVE
+            if not getattr(self, name) > 0
+        ]
 
     def _problems(self) -> list[str]:
         problems = []

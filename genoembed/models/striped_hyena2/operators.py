@@ -64,6 +64,8 @@ def causal_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None) -> T
         tensor([  1.0000,  10.5000, 105.0000])
     """
     batch, length, width = x.shape
+    if not length:
+        return x
     num_groups = taps.shape[0]
     taps = taps[:, :length].to(_accumulator(x))
     chunk = min(CHUNK, length)
@@ -103,6 +105,8 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
         tensor([1.0000, 0.5000, 0.2500])
     """
     batch, length, width = x.shape
+    if not length:
+        return x
     dtype = _accumulator(x)
     log_poles, residues = log_poles.to(dtype), residues.to(dtype)
     chunk = min(CHUNK, length)
@@ -116,9 +120,8 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
     if num_chunks > 1:
         entering = torch.bmm(decay.flip(-1), columns).view(width, -1, batch, num_chunks)
         carried = _scan_chunks(entering, torch.exp(log_poles * chunk))
-        leaving = (residues * torch.exp(log_poles))[
-            :, :, None
-        ] * decay  # state from the chunk before, C rows on
+        # what the state before the chunk still gives after 1 .. C steps
+        leaving = (residues * torch.exp(log_poles))[:, :, None] * decay
         inside = inside + torch.bmm(leaving.transpose(1, 2), carried.reshape(width, -1, batch * num_chunks))
     filtered = inside.view(width, chunk, batch, num_chunks).permute(2, 3, 1, 0)
     filtered = filtered.reshape(batch, num_chunks * chunk, width)[:, :length].to(x.dtype)

@@ -1,15 +1,15 @@
 """Where the golden numbers come from, and how the files here were cut from the full ones.
 
-Origin: Vortex (Zymrael/vortex, commit cb229ae, package vtx 1.0.8; 1.1.0 gives the same numbers bit for bit),
-sources unmodified, on a CPU in float32 with random weights, torch 2.13.0. Three parts of it need CUDA and were
+Origin: Vortex (Zymrael/vortex, commit cb229ae, package vtx 1.0.8; 1.1.0 gives the same bits), sources
+unmodified, on a CPU in float32 with random weights, torch 2.13.0. Three parts of it need CUDA and were
 replaced: flash-attn by Vortex's own SDPA path, the Triton rotary kernel by torch with the same rounding,
-torch.cuda.device by nothing. ``outputs_bf16`` is Vortex's own ``load_checkpoint`` on ``evo2_golden_*.pt``, run
-in bfloat16; ``logits_fp32compute`` are the same rounded weights evaluated in float32.
-``test_striped_hyena2_vtx.py`` shows the set-up and repeats the comparison live.
+torch.cuda.device by nothing. ``outputs_bf16`` is Vortex's own ``load_checkpoint`` on
+``evo2_golden_*.pt``, run in bfloat16; ``logits_fp32compute`` are the same rounded weights evaluated in
+float32. ``test_striped_hyena2_vtx.py`` shows the set-up and repeats the comparison live.
 
-The full files hold whole sequences, 19 MB. This script keeps every tensor and every input but fewer positions,
-which are listed under ``<input>/positions``; ``weights``, ``inputs``, ``config.yml`` and the ``.pt`` are copied
-as they are::
+The full files hold whole sequences, 19 MB. This script keeps every tensor and every input but fewer
+positions, which are listed under ``<input>/positions``; ``weights``, ``inputs``, ``config.yml`` and the
+``.pt`` are copied as they are::
 
     python tests/golden/make.py FULL_FOLDER
 

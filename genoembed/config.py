@@ -7,10 +7,12 @@ over the stages, and reports everything that is wrong at once.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from genoembed.errors import ConfigError
 
@@ -52,17 +54,10 @@ class InputConfig:
     """Leave soft-masked bases in lower case."""
 
     def __post_init__(self) -> None:
-        problems = _choice_problems(
-            ("invalid", self.invalid, InvalidPolicy),
-            ("duplicates", self.duplicates, DuplicatePolicy),
-            ("empty", self.empty, EmptyPolicy),
-            ("gaps", self.gaps, GapPolicy),
-        )
+        _raise_all(_field_problems(self, at_least={"flank": (0, "bases")}))
         if not self.inputs:
-            problems.append("inputs is empty; name at least one sequence file, or '-' for standard input")
-        if self.flank < 0:
-            problems.append(f"flank is {self.flank}; set flank to 0 or more bases")
-        _raise_all(problems)
+            message = "inputs is empty; name at least one sequence file, or '-' for standard input"
+            raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +80,7 @@ class ModelConfig:
     """Slots of one forward pass, padding included."""
 
     def __post_init__(self) -> None:
-        problems = _choice_problems(("dtype", self.dtype, ComputeDtype))
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"threads is {self.threads}; set threads to 1 or more")
-        if self.batch_tokens < 1:
-            problems.append(f"batch_tokens is {self.batch_tokens}; set batch_tokens to 1 or more")
-        _raise_all(problems)
+        _raise_all(_field_problems(self, at_least={"threads": (1, ""), "batch_tokens": (1, "slots")}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +101,10 @@ class EmbeddingConfig:
     """Whether and how the reverse complement takes part."""
 
     def __post_init__(self) -> None:
-        problems = _choice_problems(
-            ("pooling", self.pooling, Pooling), ("fusion", self.fusion, Fusion), ("rc", self.rc, Strands)
-        )
+        _raise_all(_field_problems(self, at_least={"skip_first": (0, "bases")}))
+        problems = []
         if not self.layers:
             problems.append("layers is empty; name at least one layer, or leave it out for 'final'")
-        if self.skip_first < 0:
-            problems.append(f"skip_first is {self.skip_first}; set skip_first to 0 or more bases")
         if self.skip_first and self.pooling == "none":
             problems.append(
                 "skip_first leaves bases out of pooling, but pooling is 'none'; set skip_first to 0 and "
@@ -127,6 +114,11 @@ class EmbeddingConfig:
             problems.append("fusion is 'weighted' without fusion_weights; give one weight a layer")
         if self.fusion != "weighted" and self.fusion_weights:
             problems.append(f"fusion_weights are given, but fusion is {self.fusion!r}; set fusion='weighted'")
+        weights = self.fusion_weights
+        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            problems.append(
+                f"fusion_weights is {list(weights)}; give finite numbers, none below 0, and not all 0"
+            )
         _raise_all(problems)
 
 
@@ -142,17 +134,13 @@ class WindowConfig:
     """A row a window instead of a row a record."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}; set {name} to 1 or more bases"
-            for name, value in (("window", self.window), ("stride", self.stride))
-            if value is not None and value < 1
-        ]
+        _raise_all(_field_problems(self, at_least={"window": (1, "bases"), "stride": (1, "bases")}))
         if self.window and self.stride and self.stride > self.window:
-            problems.append(
+            message = (
                 f"stride is {self.stride}, but window is {self.window}: bases between windows would be lost; "
                 "set stride to the window or less"
             )
-        _raise_all(problems)
+            raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +155,7 @@ class OutputConfig:
     """Replace an existing file, once the new one is complete."""
 
     def __post_init__(self) -> None:
-        _raise_all(_choice_problems(("out_dtype", self.out_dtype, StorageDtype)))
+        _raise_all(_field_problems(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,19 +217,24 @@ def embed_config(options: Mapping[str, object]) -> EmbedConfig:
     """
     problems = [_unknown_key(key) for key in options if key not in OPTION_STAGE]
     known = {key: value for key, value in options.items() if key in OPTION_STAGE}
-    inputs = known.get("inputs")
-    if known.get("output") is None and isinstance(inputs, tuple) and inputs:
-        known["output"] = default_output(inputs[0])
-    parts = {}
+    if known.get("output") is None:
+        known["output"] = _default_output(known.get("inputs"))
+    parts: dict[str, Any] = {}
     for stage, cls in _STAGES.items():
+        values = {key: value for key, value in known.items() if OPTION_STAGE[key] == stage}
         try:
-            parts[stage] = cls(**{key: value for key, value in known.items() if OPTION_STAGE[key] == stage})
+            parts[stage] = cls(**({"inputs": ()} | values if cls is InputConfig else values))
         except ConfigError as error:
             problems.extend(error.problems)
-        except TypeError:
-            problems.append(f"{stage}: a required key is missing")
     _raise_all(problems)
     return EmbedConfig(**parts)
+
+
+def _default_output(inputs: object) -> str:
+    """Name the output where inputs are right; where they are not, that is what will be reported."""
+    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], str):
+        return default_output(inputs[0])
+    return ""
 
 
 def default_output(first_input: str) -> str:
@@ -270,12 +263,46 @@ def _unknown_key(key: str) -> str:
     return f"{key!r} is no option" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _choice_problems(*choices: tuple[str, object, object]) -> list[str]:
-    return [
-        f"{name} is {value!r}; set {name} to one of {', '.join(get_args(alias))}"
-        for name, value, alias in choices
-        if value not in get_args(alias)
-    ]
+def _field_problems(
+    config: object, *, at_least: Mapping[str, tuple[int, str]] | None = None
+) -> Iterable[str]:
+    """Check each field of a dataclass by itself.
+
+    Args:
+        config: The dataclass.
+        at_least: Smallest value of a number, and its unit, by field.
+
+    Yields:
+        A sentence a field that is wrong.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        wanted = _mismatch(value, hint)
+        smallest, unit = (at_least or {}).get(name, (None, ""))
+        if wanted:
+            yield f"{name} is {value!r}; set {name} to {wanted}"
+        elif smallest is not None and value is not None and value < smallest:
+            yield f"{name} is {value}; set {name} to {smallest} or more" + (f" {unit}" if unit else "")
+
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _mismatch(value: object, hint: Any) -> str:
+    """Say in words what a field takes, if the value is something else; empty if it fits."""
+    if get_origin(hint) is Literal:
+        return "" if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    if isinstance(hint, UnionType):
+        kind, _ = get_args(hint)
+        wanted = "" if value is None else _mismatch(value, kind)
+        return f"{wanted}, or leave it out" if wanted else ""
+    if get_origin(hint) is tuple:
+        kind, _ = get_args(hint)
+        is_right = isinstance(value, tuple) and not any(_mismatch(item, kind) for item in value)
+        return "" if is_right else f"a tuple, each item {_KINDS[kind]}"
+    if isinstance(value, bool) and hint is not bool:
+        return _KINDS[hint]
+    return "" if isinstance(value, (int, float) if hint is float else hint) else _KINDS[hint]
 
 
 def _raise_all(problems: Iterable[str]) -> None:

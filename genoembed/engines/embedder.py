@@ -1,10 +1,10 @@
-"""Embed one work unit: cut, batch, run, pool, merge, fuse.
+"""Embed one work unit: cut, batch, run, pool; rows are built from that.
 
 Holds the model once and is called with unit after unit, here or in a worker. Inside a unit, pieces are
 batched by length; a slab of pieces is in memory at a time, so that a record longer than a unit does not
 grow it.
 
-B rows, L padded length, D hidden size, N rows of the file, T tokens.
+B rows, L padded length, D hidden size, T tokens.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from genoembed.batching.order import plan_batches
 from genoembed.batching.pad import pad_batch
-from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.engines.pieces import Cutter
-from genoembed.errors import ConfigError, EmptyPoolError, NonFiniteError
-from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
-from genoembed.pooling.reduce import check_pooling, merge_windows, pool
+from genoembed.engines.rows import RowBuilder, Taken
+from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.pooling.fuse import feature_names
+from genoembed.pooling.reduce import check_pooling, pool
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
@@ -32,12 +31,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config import EmbedConfig
-    from genoembed.contracts import Batch, SequenceRecord, Window
+    from genoembed.contracts import Batch, EmbeddingBlock, SequenceRecord, TokenBlock
     from genoembed.engines.pieces import Piece
     from genoembed.engines.units import WorkUnit
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.tokenization.hf import SequenceEncoder
 
 _SLAB_BATCHES = 32
+_WIDE = 16384
+_PROBE = b"ACGT" * 6
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,12 +89,15 @@ class UnitEmbedder:
     ) -> None:
         self.model = model
         self.config = config
-        self.layers = tuple(layer.path for layer in model.resolve(config.embedding.layers))
+        infos = model.resolve(config.embedding.layers)
+        self.layers = tuple(info.path for info in infos)
+        self.width_bound = sum(info.width or _WIDE for info in infos)
+        """Features of all layers together; where a width is not known before it has run, a large guess."""
         self.stats = RunStats()
         self.layer_widths: dict[str, int] = {}
         self._on_batch = on_batch
         encoder = build_encoder(model.tokenizer)
-        self._check(encoder.aligned)
+        self._check(encoder)
         self._cutter = Cutter(
             encoder=encoder,
             max_tokens=model.max_length,
@@ -101,6 +106,10 @@ class UnitEmbedder:
             stride=config.windows.stride,
             skip_first=config.embedding.skip_first,
             both_strands=config.embedding.rc != "none",
+            mirror=config.windows.per_window,
+        )
+        self._rows = RowBuilder(
+            layers=self.layers, embedding=config.embedding, per_window=config.windows.per_window
         )
 
     def __call__(self, unit: WorkUnit) -> EmbeddingBlock | TokenBlock:
@@ -115,6 +124,7 @@ class UnitEmbedder:
         Raises:
             EmptyPoolError: If nothing of a record is left to pool.
             NonFiniteError: If the model gives NaN or infinity.
+            ShapeError: If layers of unequal widths are to be fused element by element.
             SequenceLengthError: If a window has more tokens than the context.
         """
         cuts = [self._cutter.windows(record) for record in unit.records]
@@ -127,9 +137,9 @@ class UnitEmbedder:
         for slab in self._slabs(pieces):
             for piece, vectors in self._run_slab(slab, unit.records):
                 taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
-                    vectors=vectors, weight=piece.num_core_bases
+                    vectors=vectors, weight=piece.num_bases
                 )
-        block = self._assemble(unit.records, cuts, taken)
+        block = self._rows.build(unit.records, cuts, taken)
         self.stats.records += len(unit.records)
         self.stats.bases += sum(len(record.sequence) for record in unit.records)
         self.stats.windows += sum(map(len, cuts))
@@ -137,17 +147,20 @@ class UnitEmbedder:
             self._on_batch(self.stats)
         return block
 
-    def _check(self, is_aligned: bool) -> None:
+    def _check(self, encoder: SequenceEncoder) -> None:
+        """Refuse what does not go with this model, before anything is read."""
         embedding = self.config.embedding
-        if embedding.pooling != "none":
+        problems: list[str] = []
+        try:
             check_pooling(embedding.pooling, is_causal=self.model.is_causal)
-        problems = []
+        except ConfigError as error:
+            problems.extend(error.problems)
         num_weights, num_layers = len(embedding.fusion_weights), len(self.layers)
         if embedding.fusion == "weighted" and num_weights != num_layers:
             problems.append(
                 f"fusion_weights has {num_weights} numbers for {num_layers} layers; give one a layer"
             )
-        if embedding.pooling == "none" and embedding.rc != "none" and not is_aligned:
+        if embedding.pooling == "none" and embedding.rc != "none" and not _has_token_per_base(encoder):
             problems.append(
                 "pooling='none' with rc needs a token a base, and this tokenizer joins bases; set rc='none'"
             )
@@ -205,7 +218,9 @@ class UnitEmbedder:
             ).cpu()
 
         captured = self.model.forward(batch, self.layers, reduce)
-        self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in captured.items()}
+        if not self.layer_widths:
+            self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in captured.items()}
+            feature_names(self.layer_widths, method=self.config.embedding.fusion)  # refuses unequal widths
         self.stats.forward_s += time.perf_counter() - started
         self.stats.batches += 1
         self.stats.slots += batch.num_tokens
@@ -225,132 +240,9 @@ class UnitEmbedder:
                 )
                 raise NonFiniteError(problem, record_id=record.id)
 
-    def _assemble(
-        self,
-        records: Sequence[SequenceRecord],
-        cuts: Sequence[Sequence[Window]],
-        taken: Mapping[tuple[int, bool], Mapping[int, Taken]],
-    ) -> EmbeddingBlock | TokenBlock:
-        rows: list[ObsRow] = []
-        forward: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        reverse: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
-            for row, numbers in self._rows(record, windows):
-                rows.append(row)
-                for vectors, is_reverse in ((forward, False), (reverse, True)):
-                    if is_reverse and self.config.embedding.rc == "none":
-                        continue
-                    parts = [taken[index, is_reverse].get(number) for number in numbers]
-                    present = [part for part in parts if part is not None]
-                    self._check_present(present, record, row)
-                    for layer in self.layers:
-                        ordered = present[::-1] if is_reverse else present
-                        vectors[layer].append(self._merge(layer, ordered))
-        if self.config.embedding.pooling == "none":
-            return self._token_block(rows, forward, reverse)
-        return self._pooled_block(rows, forward, reverse)
 
-    def _rows(
-        self, record: SequenceRecord, windows: Sequence[Window]
-    ) -> Iterator[tuple[ObsRow, Sequence[int]]]:
-        """The file's rows of a record, each with the numbers of its windows."""
-        if not self.config.windows.per_window:
-            yield _obs_row(record, record.core_start, record.core_end or 0, len(windows)), range(len(windows))
-            return
-        for number, window in enumerate(windows):
-            row = _obs_row(record, window.core_start, window.core_end, 1, is_window=True)
-            yield row, (number,)
-
-    def _check_present(self, present: Sequence[Taken], record: SequenceRecord, row: ObsRow) -> None:
-        if not present:
-            message = (
-                f"record {record.id!r}: no token is left to pool of its {row.length} bases; skip_first is "
-                f"{self.config.embedding.skip_first}, set it lower or leave the record out"
-            )
-            raise EmptyPoolError(message)
-
-    def _merge(self, layer: str, parts: Sequence[Taken]) -> Tensor:
-        method = self.config.embedding.pooling
-        vectors = [part.vectors[layer] for part in parts]
-        if method == "none":
-            return torch.cat(vectors)
-        if len(vectors) == 1:
-            return vectors[0]
-        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
-        return merge_windows(torch.stack(vectors), weights, method=method)
-
-    def _pooled_block(
-        self,
-        rows: Sequence[ObsRow],
-        forward: Mapping[str, list[Tensor]],
-        reverse: Mapping[str, list[Tensor]],
-    ) -> EmbeddingBlock:
-        embedding = self.config.embedding
-        combined = {
-            layer: combine_strands(
-                torch.stack(vectors),
-                torch.stack(reverse[layer]) if embedding.rc != "none" else None,
-                method=embedding.rc,
-            )
-            for layer, vectors in forward.items()
-        }
-        matrices = fuse(combined, method=embedding.fusion, weights=embedding.fusion_weights or None)
-        return EmbeddingBlock(
-            rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
-        )
-
-    def _token_block(
-        self,
-        rows: Sequence[ObsRow],
-        forward: Mapping[str, list[Tensor]],
-        reverse: Mapping[str, list[Tensor]],
-    ) -> TokenBlock:
-        embedding = self.config.embedding
-        lengths = [len(tokens_TD) for tokens_TD in next(iter(forward.values()))]
-        combined = {}
-        for layer, per_record in forward.items():
-            other = reverse[layer] if embedding.rc != "none" else [None] * len(per_record)
-            combined[layer] = torch.cat(
-                [
-                    combine_token_strands(tokens_TD, reverse_TD, method=embedding.rc)
-                    for tokens_TD, reverse_TD in zip(per_record, other, strict=True)
-                ]
-            )
-        values = fuse(combined, method=embedding.fusion, weights=embedding.fusion_weights or None)
-        return TokenBlock(
-            rows=tuple(rows),
-            lengths=np.array(lengths, dtype=np.int64),
-            values={name: matrix.numpy() for name, matrix in values.items()},
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
-    """What one piece gave."""
-
-    vectors: Mapping[str, Tensor]
-    """By layer: ``(D,)`` pooled, ``(T, D)`` a token."""
-    weight: int
-    """Bases it answers for."""
-
-
-def _obs_row(
-    record: SequenceRecord, core_start: int, core_end: int, num_windows: int, *, is_window: bool = False
-) -> ObsRow:
-    """Describe the row of a record's bases ``core_start`` to ``core_end``, in the parent's coordinates."""
-    before, after = core_start - record.core_start, (record.core_end or 0) - core_end
-    if record.strand == "-":
-        before, after = after, before
-    start, end = record.start + before, (record.end or 0) - after
-    return ObsRow(
-        id=f"{record.id}:{start}-{end}" if is_window else record.id,
-        description=record.description,
-        length=core_end - core_start,
-        start=start,
-        end=end,
-        strand=record.strand,
-        source=record.source,
-        n_windows=num_windows,
-        sha256=record.sha256,
-        flags=",".join(record.flags),
-    )
+def _has_token_per_base(encoder: SequenceEncoder) -> bool:
+    if encoder.aligned:
+        return True
+    starts = encoder.encode(_PROBE).base_start
+    return starts is not None and starts[starts >= 0].tolist() == list(range(len(_PROBE)))

@@ -2,6 +2,9 @@
 
 In: records of a work unit. Out: encoded pieces with the tokens that count. Promised: each base of a record's
 core counts in exactly one piece of each strand, nothing is truncated.
+
+The reverse complement is cut like a record of its own, so that a sequence and its reverse complement give
+the same pieces, strands swapped. Where each window has its own row, it is cut at the same bases instead.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ class Piece:
     record_index: int
     """Which record of the unit."""
     window_index: int
-    """Which window of the record, in the order of the forward strand."""
+    """Which window of this strand, in its reading order; with ``mirror``, of the forward strand."""
     is_reverse: bool
     """Whether this is the reverse complement."""
-    num_core_bases: int
-    """Bases of the core that this piece answers for."""
+    num_bases: int
+    """Bases that count: those of the core that this piece answers for, less those skipped."""
     encoded: EncodedSequence
     pool_mask: NDArray[np.bool_]
 
@@ -55,17 +58,33 @@ class Cutter:
     window: int | None = None
     """Bases of a window; None is what the context surely holds."""
     stride: int | None = None
+    """Bases from window to window."""
     skip_first: int = 0
+    """Bases at the start of each piece that do not count."""
     both_strands: bool = False
+    mirror: bool = False
+    """Cut the reverse complement at the same bases as the forward strand."""
 
     def __post_init__(self) -> None:
         limit = self.context_bases
+        problems = []
         if self.window is not None and limit is not None and self.encoder.aligned and self.window > limit:
-            message = (
+            problems.append(
                 f"window is {self.window}, but the model's context holds {limit} bases; "
                 f"set window to {limit} or less"
             )
-            raise ConfigError(message)
+        if self.stride is not None and self.window is None:
+            if limit is None:
+                problems.append(
+                    f"stride is {self.stride}, but the model states no context to cut to; set window, too"
+                )
+            elif self.stride > limit:
+                problems.append(
+                    f"stride is {self.stride}, but the model's context holds {limit} bases: bases between "
+                    f"windows would be lost; set stride to {limit} or less, or set window"
+                )
+        if problems:
+            raise ConfigError(*problems)
 
     @property
     def context_bases(self) -> int | None:
@@ -80,27 +99,8 @@ class Cutter:
 
         Returns:
             Windows from left to right on the record's sequence.
-
-        Raises:
-            ConfigError: If window and stride do not go together.
         """
-        length = len(record.sequence)
-        size = self.window
-        if size is None:
-            size = self.context_bases
-            if size is None or length <= size or self._fits_whole(record.sequence):
-                size = max(length, 1)
-        return list(
-            iter_windows(
-                length,
-                window_bp=size,
-                # a stride of the user's goes with the windows of the context, too
-                stride_bp=None if self.stride is None else min(self.stride, size),
-                causal=self.is_causal,
-                core_start=record.core_start,
-                core_end=record.core_end,
-            )
-        )
+        return self._cut(record.sequence, record.core_start, _core_end(record))
 
     def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
         """Encode the windows of one record, on one strand or both.
@@ -111,17 +111,42 @@ class Cutter:
             windows: What :meth:`windows` gave.
 
         Yields:
-            Pieces, window by window, forward strand first.
+            Pieces of the forward strand, then those of the reverse complement.
 
         Raises:
             SequenceLengthError: If a window has more tokens than the context.
         """
-        backward = reverse_complement(record.sequence) if self.both_strands else b""
-        for window_index, window in enumerate(windows):
-            yield self._piece(record, record.sequence, window, record_index, window_index, is_reverse=False)
-            if self.both_strands:
-                mirrored = self._mirror(window, len(record.sequence))
-                yield self._piece(record, backward, mirrored, record_index, window_index, is_reverse=True)
+        for number, window in enumerate(windows):
+            yield self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
+        if not self.both_strands:
+            return
+        backward = reverse_complement(record.sequence)
+        length = len(backward)
+        if self.mirror:
+            reverse_windows = [self._mirror(window, length) for window in windows]
+        else:
+            reverse_windows = self._cut(backward, length - _core_end(record), length - record.core_start)
+        for number, window in enumerate(reverse_windows):
+            yield self._piece(record, backward, window, record_index, number, is_reverse=True)
+
+    def _cut(self, sequence: bytes, core_start: int, core_end: int) -> list[Window]:
+        length = len(sequence)
+        size = self.window
+        if size is None:
+            size = self.context_bases
+            if size is None or length <= size or self._fits_whole(sequence):
+                size = max(length, 1)
+        return list(
+            iter_windows(
+                length,
+                window_bp=size,
+                # a stride of the user's goes with the windows of the context, too
+                stride_bp=None if self.stride is None else min(self.stride, size),
+                causal=self.is_causal,
+                core_start=core_start,
+                core_end=core_end,
+            )
+        )
 
     def _piece(
         self,
@@ -143,11 +168,12 @@ class Cutter:
             raise SequenceLengthError(
                 problem, path=record.source or None, line=record.line, record_id=record.id
             )
+        first = max(window.core_start, window.start + self.skip_first)
         return Piece(
             record_index=record_index,
             window_index=window_index,
             is_reverse=is_reverse,
-            num_core_bases=window.core_end - window.core_start,
+            num_bases=max(0, window.core_end - first),
             encoded=encoded,
             pool_mask=pool_mask(
                 encoded,
@@ -173,3 +199,8 @@ class Cutter:
         else:
             start, end = length - window.end, length - window.start
         return Window(start=start, end=end, core_start=core_start, core_end=core_end)
+
+
+def _core_end(record: SequenceRecord) -> int:
+    assert record.core_end is not None, "a record sets it when it is made"
+    return record.core_end

@@ -1,0 +1,225 @@
+"""Rows of the file from what pieces gave: windows merged, strands combined, layers fused.
+
+In: records, how they were cut, and the vectors of each piece. Out: an :class:`EmbeddingBlock` or
+:class:`TokenBlock`, rows in the order of the records.
+
+T tokens, D hidden size, N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
+from genoembed.errors import ConfigError, EmptyPoolError
+from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
+from genoembed.pooling.reduce import merge_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from genoembed.config import EmbeddingConfig
+    from genoembed.contracts import SequenceRecord, Window
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What one piece gave."""
+
+    vectors: Mapping[str, Tensor]
+    """By layer: ``(D,)`` pooled, ``(T, D)`` a token."""
+    weight: int
+    """Bases that count in it, at least 1."""
+
+
+TakenPieces: TypeAlias = "Mapping[tuple[int, bool], Mapping[int, Taken]]"
+"""Pieces with at least one token that counts, by record and strand (True is reverse), then by window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBuilder:
+    """Knows how pieces become rows."""
+
+    layers: tuple[str, ...]
+    embedding: EmbeddingConfig
+    per_window: bool
+
+    def build(
+        self,
+        records: Sequence[SequenceRecord],
+        cuts: Sequence[Sequence[Window]],
+        taken: TakenPieces,
+    ) -> EmbeddingBlock | TokenBlock:
+        """Build the rows of a unit.
+
+        Args:
+            records: The unit's records.
+            cuts: Windows of each record, on the forward strand.
+            taken: What the pieces gave.
+
+        Returns:
+            A row a record, or a row a window; in order.
+
+        Raises:
+            ConfigError: If token vectors of two strands are to be combined, and tokens are no bases.
+            EmptyPoolError: If nothing of a row is left to pool.
+            ShapeError: If layers of unequal widths are to be fused element by element.
+        """
+        rows: list[ObsRow] = []
+        strands = (False,) if self.embedding.rc == "none" else (False, True)
+        vectors: dict[bool, dict[str, list[Tensor]]] = {
+            is_reverse: {layer: [] for layer in self.layers} for is_reverse in strands
+        }
+        for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
+            for number, row in self._rows(record, windows):
+                rows.append(row)
+                for is_reverse, by_layer in vectors.items():
+                    parts = self._parts(taken, (index, is_reverse), number)
+                    self._check(parts, record, row)
+                    for layer in self.layers:
+                        by_layer[layer].append(self._merge([part.vectors[layer] for part in parts], parts))
+        if self.embedding.pooling == "none":
+            return self._token_block(rows, vectors[False], vectors.get(True))
+        return self._pooled_block(rows, vectors[False], vectors.get(True))
+
+    def _rows(self, record: SequenceRecord, windows: Sequence[Window]) -> Iterator[tuple[int | None, ObsRow]]:
+        """The file's rows of a record, each with the number of its window (None is all of them)."""
+        if not self.per_window:
+            yield None, _record_row(record, len(windows))
+            return
+        for number, window in enumerate(windows):
+            yield number, _window_row(record, window)
+
+    def _parts(self, taken: TakenPieces, key: tuple[int, bool], number: int | None) -> list[Taken]:
+        """Give the pieces of a row, in the reading order of their strand."""
+        pieces = taken.get(key, {})
+        numbers = sorted(pieces) if number is None else [number]
+        return [pieces[wanted] for wanted in numbers if wanted in pieces]
+
+    def _check(self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow) -> None:
+        if not parts:
+            raise EmptyPoolError(_nothing_left(record, row, self.embedding.skip_first))
+        if self.embedding.pooling == "none" and self.embedding.rc != "none":
+            num_tokens = sum(len(part.vectors[self.layers[0]]) for part in parts)
+            if num_tokens != row.length:
+                message = (
+                    f"record {record.id!r}: {num_tokens} tokens for {row.length} bases, but pooling='none' "
+                    "with rc needs a token a base; set rc='none'"
+                )
+                raise ConfigError(message)
+
+    def _merge(self, vectors: Sequence[Tensor], parts: Sequence[Taken]) -> Tensor:
+        """Join the windows of one row, at one layer and strand."""
+        method = self.embedding.pooling
+        if method == "none":
+            return torch.cat(list(vectors))
+        if len(vectors) == 1:
+            return vectors[0]
+        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        return merge_windows(torch.stack(list(vectors)), weights, method=method)
+
+    def _pooled_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Mapping[str, list[Tensor]],
+        reverse: Mapping[str, list[Tensor]] | None,
+    ) -> EmbeddingBlock:
+        def combined(layer: str) -> Tensor:
+            return combine_strands(
+                torch.stack(forward[layer]),
+                None if reverse is None else torch.stack(reverse[layer]),
+                method=self.embedding.rc,
+            )
+
+        matrices = self._fused(combined)
+        return EmbeddingBlock(
+            rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
+        )
+
+    def _token_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Mapping[str, list[Tensor]],
+        reverse: Mapping[str, list[Tensor]] | None,
+    ) -> TokenBlock:
+        def combined(layer: str) -> Tensor:
+            others = [None] * len(rows) if reverse is None else reverse[layer]
+            pairs = zip(forward[layer], others, strict=True)
+            return torch.cat(
+                [
+                    combine_token_strands(tokens_TD, reverse_TD, method=self.embedding.rc)
+                    for tokens_TD, reverse_TD in pairs
+                ]
+            )
+
+        values = self._fused(combined)
+        lengths = [len(tokens_TD) for tokens_TD in forward[self.layers[0]]]
+        return TokenBlock(
+            rows=tuple(rows),
+            lengths=np.array(lengths, dtype=np.int64),
+            values={name: matrix.numpy() for name, matrix in values.items()},
+        )
+
+    def _fused(self, combined: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        layers = {layer: combined(layer) for layer in self.layers}
+        return fuse(layers, method=self.embedding.fusion, weights=self.embedding.fusion_weights or None)
+
+
+def _nothing_left(record: SequenceRecord, row: ObsRow, skip_first: int) -> str:
+    where = f"record {record.id!r}: no token is left to pool of bases {row.start + 1}-{row.end}"
+    if skip_first:
+        return f"{where}; skip_first is {skip_first}, set it lower or leave the record out"
+    return (
+        f"{where}: none of the tokenizer's tokens starts there (letters that it does not know, or a region "
+        "shorter than a token); widen the region or leave the record out"
+    )
+
+
+def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
+    end, core_end = _ends(record)
+    return ObsRow(
+        id=record.id,
+        description=record.description,
+        length=core_end - record.core_start,
+        start=record.start,
+        end=end,
+        strand=record.strand,
+        source=record.source,
+        n_windows=num_windows,
+        sha256=record.sha256,
+        flags=",".join(record.flags),
+    )
+
+
+def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
+    """Describe one window by the bases it answers for, in the parent's coordinates, and what it sees."""
+    end, core_end = _ends(record)
+    before, after = window.core_start - record.core_start, core_end - window.core_end
+    if record.strand == "-":
+        before, after = after, before
+    start, end = record.start + before, end - after
+    return ObsRow(
+        id=f"{record.id}:{start}-{end}",
+        description=record.description,
+        length=window.core_end - window.core_start,
+        start=start,
+        end=end,
+        strand=record.strand,
+        source=record.source,
+        n_windows=1,
+        sha256=hashlib.sha256(record.sequence[window.start : window.end]).hexdigest(),
+        flags=",".join(record.flags),
+    )
+
+
+def _ends(record: SequenceRecord) -> tuple[int, int]:
+    assert record.end is not None, "a record sets it when it is made"
+    assert record.core_end is not None, "a record sets it when it is made"
+    return record.end, record.core_end

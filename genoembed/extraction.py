@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from genoembed._version import __version__
@@ -25,15 +27,15 @@ from genoembed.config import embed_config
 from genoembed.contracts import EmbeddingBlock
 from genoembed.engines.embedder import RunStats, UnitEmbedder
 from genoembed.engines.local import run_units
-from genoembed.engines.units import iter_units
-from genoembed.errors import EmptyRecordError
+from genoembed.engines.units import UNIT_BASES, iter_units
+from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.models.load import load_model
 from genoembed.pooling.fuse import feature_names
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.store import EmbeddingWriter, check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig, Fusion, Pooling
     from genoembed.contracts import TokenBlock
@@ -45,6 +47,10 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
+_UNIT_VALUES = 1 << 26
+"""Values of a unit of token vectors: 256 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,8 @@ def extract(
             ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case``, ``revision``,
             ``trust_remote_code``, ``dtype``, ``device``, ``threads``, ``batch_tokens``, ``skip_first``,
             ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``, ``overwrite``.
+            None stands for the default. A model that is loaded already takes no ``revision``,
+            ``trust_remote_code``, ``dtype`` or ``device``.
 
     Returns:
         What was done.
@@ -109,10 +117,12 @@ def extract(
             "pooling": pooling,
             "fusion": fusion,
             "output": None if output is None else fspath(output),
-            **{name: _frozen(value) for name, value in options.items()},
+            **{name: _frozen(name, value) for name, value in options.items() if value is not None},
         }
     )
-    check_output(config.output.output, overwrite=config.output.overwrite)
+    _check_files(config)
+    if not isinstance(model, str):
+        _check_loading(options)
     counts = InputCounts()
     records = read_sequences(
         config.input.inputs,
@@ -125,15 +135,13 @@ def extract(
         flank=config.input.flank,
         counts=counts,
     )
-    if config.model.threads is not None:
-        torch.set_num_threads(config.model.threads)
-    loaded = _load(config) if isinstance(model, str) else model
-    embedder = UnitEmbedder(loaded, config, on_batch=progress)
-    logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
-    started = time.perf_counter()
-    blocks = run_units(iter_units(records), embedder)
-    num_rows, width = _write(blocks, config, embedder, counts)
-    counts.windows = embedder.stats.windows
+    with _threads(config.model.threads):
+        loaded = _load(config) if isinstance(model, str) else model
+        embedder = UnitEmbedder(loaded, config, on_batch=progress)
+        logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
+        started = time.perf_counter()
+        blocks = run_units(iter_units(records, max_bases=_unit_bases(embedder, config)), embedder)
+        num_rows, width = _write(blocks, config, embedder, counts)
     seconds = time.perf_counter() - started
     logger.info("%s: %s rows in %.1f s", config.output.output, num_rows, seconds)
     return ExtractionReport(
@@ -145,6 +153,43 @@ def extract(
         stats=embedder.stats,
         seconds=seconds,
     )
+
+
+def _check_files(config: EmbedConfig) -> None:
+    """Refuse an output that is there already, or that is one of the files to be read."""
+    target = check_output(config.output.output, overwrite=config.output.overwrite)
+    for name in (*config.input.inputs, *config.input.regions):
+        if target.exists() and Path(name).exists() and target.samefile(name):
+            message = f"output is {config.output.output!r}, which is to be read; set output to another name"
+            raise ConfigError(message)
+
+
+def _check_loading(options: Mapping[str, object]) -> None:
+    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
+    if given:
+        message = f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"
+        raise ConfigError(message)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """Set torch's number of threads, and set it back."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        if wanted is not None:
+            torch.set_num_threads(before)
+
+
+def _unit_bases(embedder: UnitEmbedder, config: EmbedConfig) -> int:
+    """Bases of a work unit: fewer where each gives a vector of its own, as they are held until written."""
+    if config.embedding.pooling != "none":
+        return UNIT_BASES
+    values_per_base = embedder.width_bound * (1 if config.embedding.rc == "none" else 2)
+    return max(1, min(UNIT_BASES, _UNIT_VALUES // values_per_base))
 
 
 def _load(config: EmbedConfig) -> GenomicModel:
@@ -208,6 +253,7 @@ def _provenance(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCounts
         "config": config.to_dict(),
         "counts": asdict(counts),
         "inputs": [_file_facts(name) for name in config.input.inputs],
+        "regions": [_file_facts(name) for name in config.input.regions],
         "stats": asdict(embedder.stats),
         "versions": {
             "python": platform.python_version(),
@@ -240,7 +286,8 @@ def _file_facts(name: str) -> dict[str, str | int | None]:
 
 
 def _as_strings(value: object) -> tuple[str, ...]:
-    if isinstance(value, str | int | PathLike):
+    """Give one item, or several, as texts."""
+    if isinstance(value, str | int | np.integer | PathLike):
         return (_as_string(value),)
     return tuple(_as_string(item) for item in value)  # type: ignore[attr-defined]
 
@@ -249,6 +296,10 @@ def _as_string(value: object) -> str:
     return fspath(value) if isinstance(value, PathLike) else str(value)
 
 
-def _frozen(value: object) -> object:
-    """Lists become tuples, so that a configuration stays frozen; a lone region becomes a tuple of one."""
-    return tuple(value) if isinstance(value, list) else value
+def _frozen(name: str, value: object) -> object:
+    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
+    if name == "regions":
+        return _as_strings(value)
+    if isinstance(value, list | np.ndarray):
+        return tuple(_frozen("", item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value

@@ -6,6 +6,7 @@ in by mistake (SAM, BAM, VCF, a zip archive, a web page) are named in the error,
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from itertools import chain
@@ -23,11 +24,17 @@ from genoembed.sequences.text import WHITESPACE, iter_lines, iter_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+_LOG = logging.getLogger(__name__)
+
 # What Biopython's parser lets through when a file is not as it expects.
 _PARSER_ERRORS = (
     ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
     BiopythonWarning,
 )  # fmt: skip
+# Warnings of Biopython after which the sequence itself is in doubt; the others are about its annotation.
+_DAMAGE = "Expected sequence length|Premature end of file"
+# "LOCUS  NODE_1_length_20_cov_1.520 bp": a name too long for its column, with the length run into it.
+_JOINED_LOCUS = re.compile(r"LOCUS +(\S*\d) +bp\s")
 _EXPECTED = "expected FASTA, FASTQ, GenBank or EMBL"
 _FOREIGN = (
     (re.compile(rb"BAM\x01"), "a BAM file", "convert it, for example with samtools fasta"),
@@ -111,7 +118,7 @@ def iter_genbank(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -
         Records; the id is the accession with its version, the description the definition.
 
     Raises:
-        SequenceFormatError: If Biopython cannot parse the text, warns about it, or finds no sequence.
+        SequenceFormatError: If Biopython cannot parse the text, or finds no sequence or one of another length.
     """
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "LOCUS "), "genbank")
 
@@ -128,7 +135,7 @@ def iter_embl(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> I
         Records; the id is the accession with its version, the description the DE lines.
 
     Raises:
-        SequenceFormatError: If Biopython cannot parse the text, warns about it, or finds no sequence.
+        SequenceFormatError: If Biopython cannot parse the text, or finds no sequence or one of another length.
     """
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "ID "), "embl")
 
@@ -142,6 +149,8 @@ class _LineHandle:
         self._opening = opening
         self.line = lines_before
         self.record_line = lines_before + 1
+        self.joined_name: str | None = None
+        """Name and length of the current record, where its LOCUS line has run them together."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
@@ -166,16 +175,24 @@ class _LineHandle:
             raise SequenceFormatError(problem, path=self._path, line=self.line) from error
         if text.startswith(self._opening):
             self.record_line = self.line
+            joined = _JOINED_LOCUS.match(text)
+            self.joined_name = None if joined is None else joined[1]
+            if (
+                joined is not None
+            ):  # Biopython would refuse the line; where to cut it shows after the sequence
+                return f"LOCUS       {joined[1]}\n"
         return text + "\n"
 
 
 def _iter_bio(path: str, handle: _LineHandle, form: str) -> Iterator[RawRecord]:
     name = {"genbank": "GenBank", "embl": "EMBL"}[form]
     records = None
+    kinds: set[tuple[str, int]] = set()
     while True:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", BiopythonWarning)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", BiopythonWarning)
+                warnings.filterwarnings("error", _DAMAGE, BiopythonWarning)
                 records = SeqIO.parse(handle, form) if records is None else records
                 record = next(records, None)
         except SequenceFormatError:
@@ -184,13 +201,28 @@ def _iter_bio(path: str, handle: _LineHandle, form: str) -> Iterator[RawRecord]:
             reason = " ".join(str(error).split()) or type(error).__name__
             problem = f"Biopython cannot read this as {name} ({reason}); repair the record or give FASTA"
             raise SequenceFormatError(problem, path=path, line=handle.line) from error
+        record_id = None if record is None else record.id
+        _log_once(f"{path}:{handle.record_line}: record {record_id!r}", caught, kinds)
         if record is None:
             return
-        yield _from_bio(path, handle.record_line, record, name)
+        yield _from_bio(path, handle, record, name)
 
 
-def _from_bio(path: str, line: int, record: SeqIO.SeqRecord, form: str) -> RawRecord:
-    record_id = next((n for n in (record.id, record.name) if n and not n.startswith("<unknown")), "")
+def _log_once(place: str, caught: Iterable[warnings.WarningMessage], kinds: set[tuple[str, int]]) -> None:
+    """Log what Biopython found odd, each kind once a file; a kind is the line of its code that warns."""
+    for warning in caught:
+        if not issubclass(warning.category, BiopythonWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif (kind := (warning.filename, warning.lineno)) not in kinds:
+            kinds.add(kind)
+            text = " ".join(str(warning.message).split())
+            _LOG.warning("%s: read, but Biopython warns: %s (said once a file)", place, text)
+
+
+def _from_bio(path: str, handle: _LineHandle, record: SeqIO.SeqRecord, form: str) -> RawRecord:
+    line = handle.record_line
+    names = [n for n in (record.id, record.name) if n and not n.startswith("<unknown")]
+    record_id = names[0] if names else ""
     if not record_id or record_id.split() != [record_id]:
         problem = f"the {form} record has no accession and no name; give it one"
         raise SequenceFormatError(problem, path=path, line=line)
@@ -199,5 +231,21 @@ def _from_bio(path: str, line: int, record: SeqIO.SeqRecord, form: str) -> RawRe
     except UndefinedSequenceError as error:
         problem = f"the {form} record has annotation but no sequence; download it with its sequence"
         raise SequenceFormatError(problem, path=path, line=line, record_id=record_id) from error
+    if handle.joined_name is not None:
+        name = _cut_joined(handle.joined_name, len(sequence), path, line)
+        record_id = name if record_id == handle.joined_name else record_id
     description = "" if record.description.startswith("<unknown") else record.description
     return RawRecord(record_id, description, path, path, line, iter(((sequence, None),)))
+
+
+def _cut_joined(joined: str, length: int, path: str, line: int) -> str:
+    """Take the length off a name that it has been run into."""
+    name = joined.removesuffix(str(length))
+    if name in ("", joined):
+        problem = (
+            f"the LOCUS line has {joined!r} for name and length, but the sequence has {length} bases; "
+            "repair the line or give FASTA"
+        )
+        raise SequenceFormatError(problem, path=path, line=line)
+    _LOG.warning("%s:%s: record %r: name and length %d are run together in LOCUS", path, line, name, length)
+    return name

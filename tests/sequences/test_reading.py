@@ -8,6 +8,7 @@ import lzma
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,6 +128,72 @@ def test_genbank_and_embl_give_version_definition_and_line(tmp_path):
     assert (second.id, second.line) == ("TINY9.1", 12)
     (embl,) = read_sequences(CASES / "tiny.embl")
     assert (embl.id, embl.description, embl.sequence) == ("TINY2.1", "A made-up record.", first.sequence)
+
+
+def genbank(locus, *, extra="", name=""):
+    return f"""LOCUS       {locus}
+DEFINITION  Made up.
+ACCESSION   {name}
+VERSION     {name}
+FEATURES             Location/Qualifiers
+     source          1..20
+                     /organism="synthetic construct"
+{extra}ORIGIN
+        1 acgtacgtac gtacgtacgt
+//
+"""
+
+
+@pytest.mark.parametrize(
+    ("locus", "name"),
+    [
+        ("NODE_1_length_20_cov_12.1 20 bp   DNA     linear   SYN 01-JAN-2024", "NODE_1_length_20_cov_12.1"),
+        ("NODE_1_length_20_cov_12.1 20 bp   DNA     linear       01-JAN-2024", "NODE_1_length_20_cov_12.1"),
+        ("contig000001 20 bp", "contig000001"),
+        ("NODE_1_length_20_cov_12.120 bp   DNA     linear   SYN 01-JAN-2024", "NODE_1_length_20_cov_12.1"),
+        ("NODE_1_length_20_cov_2020 bp   DNA     linear       01-JAN-2024", "NODE_1_length_20_cov_20"),
+    ],
+)
+def test_odd_locus_lines_of_annotation_tools_are_read_and_logged(tmp_path, caplog, locus, name):
+    path = write(tmp_path, genbank(locus).encode())
+    with caplog.at_level(logging.WARNING, logger="genoembed"):
+        assert pairs(path) == [(name, b"ACGTACGTACGTACGTACGT")]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"{path}:1: record '{name}': ")
+
+
+def test_joined_locus_name_gives_way_to_the_version(tmp_path):
+    path = write(
+        tmp_path, genbank("NODE_1_cov_120 bp   DNA     linear   SYN 01-JAN-2024", name="X1.1").encode()
+    )
+    assert pairs(path) == [("X1.1", b"ACGTACGTACGTACGTACGT")]
+
+
+def test_each_kind_of_parser_warning_is_logged_once_a_file(tmp_path, caplog):
+    feature = "     gene            nowhere\n"
+    text = "".join(genbank(f"contig{number} 20 bp", extra=feature * 2) for number in range(3))
+    path = write(tmp_path, text.encode())
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="genoembed"):
+            assert [name for name, _ in pairs(path)] == ["contig0", "contig1", "contig2"]
+        messages = [record.getMessage() for record in caplog.records]
+        assert ["Malformed LOCUS" in message for message in messages] == [True, False]
+        assert "nowhere" in messages[1]
+        assert all("record 'contig0'" in message for message in messages)
+
+
+def test_warnings_of_others_pass_through_the_parser(tmp_path, monkeypatch):
+    def parse(handle, form):
+        warnings.warn("of another library", ImportWarning, stacklevel=1)
+        return iter(())
+
+    monkeypatch.setattr("genoembed.sequences.formats.SeqIO.parse", parse)
+    path = write(tmp_path, genbank("contig1 20 bp").encode())
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", ImportWarning)
+        with pytest.warns(ImportWarning, match="of another library"):
+            assert pairs(path) == []
 
 
 def test_policies_act_flag_and_count(tmp_path):

@@ -118,11 +118,13 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
     impulse = torch.einsum("ds,dsc->dc", residues, decay)
     inside = torch.bmm(toeplitz_matrix(impulse, num_rows=chunk, history=0), columns)
     if num_chunks > 1:
-        entering = torch.bmm(decay.flip(-1), columns).view(width, -1, batch, num_chunks)
+        num_states = log_poles.shape[1]
+        entering = torch.bmm(decay.flip(-1), columns).view(width, num_states, batch, num_chunks)
         carried = _scan_chunks(entering, torch.exp(log_poles * chunk))
         # what the state before the chunk still gives after 1 .. C steps
         leaving = (residues * torch.exp(log_poles))[:, :, None] * decay
-        inside = inside + torch.bmm(leaving.transpose(1, 2), carried.reshape(width, -1, batch * num_chunks))
+        carried = carried.reshape(width, num_states, batch * num_chunks)
+        inside = inside + torch.bmm(leaving.transpose(1, 2), carried)
     filtered = inside.view(width, chunk, batch, num_chunks).permute(2, 3, 1, 0)
     filtered = filtered.reshape(batch, num_chunks * chunk, width)[:, :length].to(x.dtype)
     return filtered + skip.to(x.dtype) * x

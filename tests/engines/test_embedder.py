@@ -1,0 +1,143 @@
+"""The embedder of work units: batches, running totals, slabs, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from genoembed.config import embed_config
+from genoembed.contracts import SequenceRecord
+from genoembed.engines import embedder as embedder_module
+from genoembed.engines.embedder import RunStats, UnitEmbedder
+from genoembed.engines.units import WorkUnit
+from tests.by_hand import ALL_FAMILIES, embed, model_of, random_dna
+
+RECORDS = tuple(
+    SequenceRecord(id=f"r{index}", sequence=random_dna(length, index).encode())
+    for index, length in enumerate((40, 3, 17, 17, 40, 1, 60, 17))
+)
+
+
+def embedder_of(family, *, on_batch=None, **options):
+    config = embed_config({"inputs": ("a.fa",), **options})
+    return UnitEmbedder(model_of(family), config, on_batch=on_batch)
+
+
+def watched_batches(monkeypatch, family):
+    """Collect the lengths of the rows of each batch that reaches the model."""
+    seen = []
+    model = model_of(family)
+    original = type(model).forward
+
+    def forward(self, batch, *args, **options):
+        seen.append(batch.attention_mask.sum(dim=1).tolist())
+        return original(self, batch, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    return seen
+
+
+def test_model_without_mask_that_sees_both_sides_gets_equal_lengths(monkeypatch):
+    seen = watched_batches(monkeypatch, "custom_conv")
+    embedder_of("custom_conv")(WorkUnit(number=0, records=RECORDS))
+    assert sorted(map(len, seen)) == [1, 1, 1, 2, 3]
+    assert all(len(set(lengths)) == 1 for lengths in seen)
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family != "custom_conv"])
+def test_other_models_share_batches_between_lengths(family, monkeypatch):
+    seen = watched_batches(monkeypatch, family)
+    embedder_of(family)(WorkUnit(number=0, records=RECORDS))
+    assert len(seen) == 1
+    assert len(set(seen[0])) > 2
+
+
+@pytest.mark.parametrize(("batch_tokens", "most_rows"), [(1, 1), (120, 7), (10_000, 8)])
+def test_batches_keep_to_the_budget(batch_tokens, most_rows, monkeypatch):
+    seen = watched_batches(monkeypatch, "llama")
+    embedder_of("llama", batch_tokens=batch_tokens)(WorkUnit(number=0, records=RECORDS))
+    assert sum(map(len, seen)) == len(RECORDS)
+    assert max(map(len, seen)) <= most_rows
+    assert all(len(rows) * max(rows) <= batch_tokens or len(rows) == 1 for rows in seen)
+
+
+def test_running_totals_add_up():
+    totals = []
+    embedder = embedder_of("llama", batch_tokens=64, on_batch=lambda s: totals.append(dataclasses.replace(s)))
+    embedder(WorkUnit(number=0, records=RECORDS[:4]))
+    embedder(WorkUnit(number=1, records=RECORDS[4:]))
+    stats = embedder.stats
+    num_bases = sum(len(record.sequence) for record in RECORDS)
+    assert (stats.records, stats.bases, stats.windows) == (len(RECORDS), num_bases, len(RECORDS))
+    assert stats.real_tokens == num_bases
+    assert stats.slots >= stats.real_tokens
+    assert stats.padding_share == 1 - stats.real_tokens / stats.slots
+    assert totals[-1] == stats
+    assert [total.batches for total in totals] == sorted(total.batches for total in totals)
+    assert 0 < stats.forward_s
+    assert RunStats().padding_share == 0
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+def test_slabs_change_nothing(pooling, monkeypatch):
+    options = {"pooling": pooling, "window": 20, "stride": 10, "rc": "mean", "layers": ("0", "final")}
+    whole = embedder_of("esm", **options)(WorkUnit(number=0, records=RECORDS))
+    monkeypatch.setattr(embedder_module, "_SLAB_BATCHES", 1)
+    cut = embedder_of("esm", batch_tokens=24, **options)(WorkUnit(number=0, records=RECORDS))
+    assert cut.rows == whole.rows
+    field = "values" if pooling == "none" else "matrices"
+    for layer, matrix in getattr(whole, field).items():
+        np.testing.assert_allclose(getattr(cut, field)[layer], matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_slab_bounds_what_is_encoded_at_once(monkeypatch):
+    """A record of many windows is not encoded whole before the first forward pass."""
+    encoded, at_first_batch = [], []
+    embedder = embedder_of("llama", batch_tokens=64, on_batch=lambda _: at_first_batch.append(len(encoded)))
+    encoder = embedder._cutter.encoder
+    original = type(encoder).encode
+    monkeypatch.setattr(
+        type(encoder), "encode", lambda self, text: encoded.append(len(text)) or original(self, text)
+    )
+    long = SequenceRecord(id="long", sequence=random_dna(64 * 200, 1).encode())
+    embedder(WorkUnit(number=0, records=(long,)))
+    assert len(encoded) > 200
+    assert at_first_batch[0] < 50
+
+
+def test_window_rows_hash_what_they_show_only():
+    """Hashing the record for each of its windows would take quadratic time."""
+    hashed = []
+
+    class Watched(SequenceRecord):
+        @property
+        def sha256(self):
+            hashed.append(self.id)
+            return super().sha256
+
+    record = Watched(id="long", sequence=random_dna(64 * 20, 1).encode())
+    block = embedder_of("llama", per_window=True)(WorkUnit(number=0, records=(record,)))
+    assert len(block.rows) > 20
+    assert hashed == []
+    assert len({row.sha256 for row in block.rows}) == len(block.rows)
+
+
+def test_token_units_shrink_with_the_width(tmp_path, monkeypatch):
+    units = []
+    original = UnitEmbedder.__call__
+
+    def call(self, unit):
+        units.append(len(unit.records))
+        return original(self, unit)
+
+    monkeypatch.setattr(UnitEmbedder, "__call__", call)
+    monkeypatch.setattr("genoembed.extraction._UNIT_VALUES", 16 * 2 * 60)
+    records = {record.id: record.sequence.decode() for record in RECORDS}
+    found = embed(tmp_path, records, model_of("llama"), layers=[0, "final"], pooling="none")
+    assert units == [3, 3, 1, 1]
+    assert found.ids == list(records)
+    units.clear()
+    embed(tmp_path, records, model_of("llama"), layers=[0, "final"])
+    assert units == [8]

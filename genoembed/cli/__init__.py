@@ -1,0 +1,78 @@
+"""The command line: one file a command, loaded when it is asked for.
+
+A command parses, builds a configuration, makes one public call and prints what came of it. Results go to
+standard output, messages and progress to standard error. Exit codes: 0 done, 1 failed with one line that says
+why, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+import click
+
+from genoembed._version import __version__
+from genoembed.cli.outcome import exit_codes
+
+COMMANDS = ("extract", "layers", "models", "info", "convert", "doctor")
+"""Every command, in the order of the help; each is ``command`` in the module of its name."""
+
+
+class CommandGroup(click.Group):
+    """A group that imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands.
+
+        Args:
+            ctx: The invocation; not looked at.
+
+        Returns:
+            Their names, the main one first.
+        """
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load a command.
+
+        Args:
+            ctx: The invocation; not looked at.
+            cmd_name: Its name.
+
+        Returns:
+            The command, or None if there is none of that name.
+        """
+        if cmd_name not in COMMANDS:
+            return None
+        return cast("click.Command", importlib.import_module(f"genoembed.cli.{cmd_name}").command)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run what was asked for; turn how it ends into an exit code.
+
+        Args:
+            ctx: The invocation.
+
+        Returns:
+            What the command returns.
+
+        Raises:
+            ClickException: If the command fails with an error of ours; click prints it and exits with 1.
+            Exit: If the command was interrupted, or nobody reads its output any more.
+        """
+        with exit_codes(ctx):
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+    Examples:
+      genoembed extract genome.fa.gz
+      genoembed extract genome.fa.gz --model evo2_7b --layer 28 -o genome.h5
+      genoembed info genome.h5""",
+)
+@click.version_option(__version__, prog_name="genoembed", message="%(prog)s %(version)s")
+def main() -> None:
+    """genoembed: embeddings from any layer of any genomic language model; FASTA in, HDF5 out."""

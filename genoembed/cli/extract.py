@@ -1,0 +1,156 @@
+"""``genoembed extract``: sequences in, one HDF5 file of embeddings out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import click
+
+import genoembed
+from genoembed.cli.options import GroupedCommand, config_option
+from genoembed.cli.outcome import promise_output
+from genoembed.cli.progress import estimate_bases, show_progress
+from genoembed.cli.reporting import json_option, reporting_options
+from genoembed.cli.summary import as_json as report_as_json
+from genoembed.cli.summary import details, headline
+from genoembed.config import embed_config
+
+_logger = logging.getLogger(__name__)
+
+MODEL = "Model"
+VECTORS = "What is taken"
+WINDOWS = "Long sequences"
+INPUT = "Input"
+OUTPUT = "Output"
+
+
+def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[float, ...]:
+    """Read numbers that are given one by one, or with commas between them."""
+    try:
+        return tuple(float(part) for text in texts for part in text.split(","))
+    except ValueError as error:
+        message = f"{', '.join(texts)!r} is no list of numbers such as 0.2,0.8"
+        raise click.BadParameter(message, ctx=ctx, param=option) from error
+
+
+@click.command(
+    "extract",
+    cls=GroupedCommand,
+    short_help="Embed sequences: FASTA in, HDF5 out.",
+    epilog="""\b
+    Examples:
+      genoembed extract genome.fa.gz
+      zcat *.fa.gz | genoembed extract - --model evo2_7b --layer 28 --pool mean -o genomes.h5""",
+)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@config_option(
+    "-o",
+    key="output",
+    group=OUTPUT,
+    metavar="FILE",
+    help="The HDF5 file to write; without it, the first INPUT's name with .h5 (embeddings.h5 for '-').",
+)
+@config_option(key="overwrite", group=OUTPUT, help="Replace FILE, once the new one is complete.")
+@config_option(
+    key="out_dtype", group=OUTPUT, help="Type of the stored values; float16 loses small differences."
+)
+@config_option(
+    key="model",
+    group=MODEL,
+    metavar="NAME",
+    help="One of 'genoembed models', a local folder, or a Hugging Face id.",
+)
+@config_option(key="revision", group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face id.")
+@config_option(
+    key="trust_remote_code", group=MODEL, help="Run the Python code that a model brings. Read it first."
+)
+@config_option(
+    key="dtype", group=MODEL, help="Type of the activations; auto is bfloat16 on CUDA, float32 elsewhere."
+)
+@config_option(
+    key="device",
+    group=MODEL,
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:1 ...; without it, CUDA if there is one.",
+)
+@config_option(
+    key="batch_tokens", group=MODEL, metavar="N", help="Tokens of one forward pass; fewer need less memory."
+)
+@config_option(key="threads", group=MODEL, metavar="N", help="CPU threads; without it, torch decides.")
+@config_option(
+    key="layers",
+    group=VECTORS,
+    metavar="SPEC",
+    help="Which layer; repeat it for several. An integer means blocks.N.mlp.l3 (the MLP's output) in "
+    "StripedHyena 2 models, Evo 2 among them, and the output of block N in all others; blocks count from 0, "
+    "or from the end with -1. Also: a module path, a glob such as 'blocks.*.mlp.l3', final (after the last "
+    "norm) or all. 'genoembed layers MODEL' lists them; the file and the log say what was resolved.",
+)
+@config_option(
+    key="pooling", group=VECTORS, help="How tokens become one vector; none keeps a vector a token."
+)
+@config_option(
+    key="skip_first",
+    group=VECTORS,
+    metavar="BASES",
+    help="Leave the first bases that the model sees out of pooling.",
+)
+@config_option(
+    key="fusion", group=VECTORS, help="How several layers become one matrix; none keeps each its own."
+)
+@config_option(
+    key="fusion_weights",
+    group=VECTORS,
+    metavar="W,W...",
+    type=str,
+    callback=_numbers,
+    help="One weight a layer, for --fuse weighted; with commas, or repeated.",
+)
+@config_option(key="rc", group=VECTORS, help="Embed the reverse complement too, and take the mean or both.")
+@config_option(
+    key="window",
+    group=WINDOWS,
+    metavar="BASES",
+    help="Bases of a window; without it, what the context holds.",
+)
+@config_option(
+    key="stride", group=WINDOWS, metavar="BASES", help="From window to window; without it, 3/4 of a window."
+)
+@config_option(key="per_window", group=WINDOWS, help="A row a window instead of a row a record.")
+@config_option(
+    key="regions",
+    group=INPUT,
+    metavar="PLACE",
+    help="A BED or GFF3 file, or a place such as chr1:1001-2000; repeatable. Needs one FASTA file.",
+)
+@config_option(
+    key="flank",
+    group=INPUT,
+    metavar="BASES",
+    help="Bases beside each region that the model sees, pooling not.",
+)
+@config_option(
+    key="invalid", group=INPUT, help="Letters outside IUPAC DNA: stop, skip the record, or mask to N."
+)
+@config_option(key="duplicates", group=INPUT, help="An id seen before: stop, or append _2, _3 ...")
+@config_option(key="empty", group=INPUT, help="A record without bases: stop, or skip it.")
+@config_option(key="gaps", group=INPUT, help="Gap letters (- . *): stop, or take them out.")
+@config_option(key="keep_case", group=INPUT, help="Leave soft-masked bases in lower case.")
+@json_option
+@reporting_options
+def command(*, as_json: bool, **options: Any) -> None:
+    """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
+
+    Writes one HDF5 file that h5py, anndata and genoembed.open_embeddings read. Standard output gets one line:
+    the file, its shape and its layers. Everything else goes to standard error.
+    """
+    config = embed_config(options)
+    promise_output(config.output.output)
+    expected = None if config.input.regions else estimate_bases(config.input.inputs)
+    with show_progress(expected) as on_totals:
+        report = genoembed.extract(**options, progress=on_totals)
+    for line in details(report):
+        _logger.info("%s", line)
+    click.echo(json.dumps(report_as_json(report)) if as_json else headline(report))

@@ -1,0 +1,93 @@
+"""``genoembed info``: what is in an embedding file, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import genoembed
+from genoembed.cli.options import GroupedCommand
+from genoembed.cli.reporting import json_option
+from genoembed.cli.text import aligned
+
+if TYPE_CHECKING:
+    from genoembed import EmbeddingFile
+
+IDS_SHOWN = 5
+
+
+def describe(embeddings: EmbeddingFile) -> dict[str, Any]:
+    """Describe an open file.
+
+    Args:
+        embeddings: The file.
+
+    Returns:
+        What is in it and, as ``provenance``, how it was made.
+    """
+    matrices = {name: embeddings[name] for name in embeddings.layers}
+    return {
+        "path": str(embeddings.path),
+        "kind": embeddings.kind,
+        "schema_version": embeddings.schema_version,
+        "num_rows": len(embeddings),
+        "matrices": [
+            {"name": name, "shape": list(matrix.shape), "dtype": matrix.dtype.name}
+            for name, matrix in matrices.items()
+        ],
+        "first_ids": embeddings.ids[:IDS_SHOWN],
+        "provenance": embeddings.provenance,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rest = facts["num_rows"] - len(facts["first_ids"])
+    lines = [
+        ("file", facts["path"]),
+        ("kind", f"{facts['kind']}, schema {facts['schema_version']}"),
+        ("rows", f"{facts['num_rows']:,}"),
+        ("first ids", ", ".join(facts["first_ids"]) + (f" and {rest:,} more" if rest else "")),
+    ]
+    for matrix in facts["matrices"]:
+        rows, width = matrix["shape"]
+        lines.append(("matrix", f"{matrix['name']}: {rows:,} x {width:,} {matrix['dtype']}"))
+    for key, value in facts["provenance"].items():
+        lines += _provenance_lines(key, value)
+    return lines
+
+
+def _provenance_lines(key: str, value: object) -> list[tuple[str, str]]:
+    """Lay one part of the provenance out; nested parts get a line each."""
+    label = key.replace("_", " ")
+    if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
+        return [(f"{label}: {name}", _words(part)) for name, part in value.items()]
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return [(label, _words(part)) for part in value]
+    return [(label, _words(value))]
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_words(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_words, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+@click.command(
+    "info",
+    cls=GroupedCommand,
+    short_help="Say what is in a file and how it was made.",
+    epilog="""\b
+    Example:
+      genoembed info genome.h5""",
+)
+@click.argument("file")
+@json_option
+def command(file: str, *, as_json: bool) -> None:
+    """Say what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
+    with genoembed.open_embeddings(file) as embeddings:
+        facts = describe(embeddings)
+    click.echo(json.dumps(facts) if as_json else aligned(_lines(facts)))

@@ -1,0 +1,110 @@
+"""A vector depends on its sequence alone: not on batch size, batch-mates, order, padding or work units."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genoembed import load_model
+from genoembed.config import embed_config
+from genoembed.contracts import SequenceRecord
+from genoembed.engines.embedder import UnitEmbedder
+from genoembed.engines.units import WorkUnit
+from genoembed.models.locate import BUNDLED_FOLDER
+from tests.by_hand import ALL_FAMILIES, model_of, random_dna
+
+TOLERANCE = 1e-5
+LONGEST = 600
+SOME_BASES = st.sampled_from([(17, "ACGT"), (17, "ACGTN"), (64, "ACGT"), (65, "ACGT"), (LONGEST, "ACGT")])
+ANY_BASES = st.tuples(st.integers(1, LONGEST), st.sampled_from(["ACGT", "ACGTN", "A"]))
+
+
+@st.composite
+def batches(draw):
+    """Records (some of one length), an order of them, and a budget of slots."""
+    shapes = draw(st.lists(SOME_BASES | ANY_BASES, min_size=2, max_size=6))
+    records = [
+        SequenceRecord(id=f"r{index}", sequence=random_dna(length, index, letters).encode())
+        for index, (length, letters) in enumerate(shapes)
+    ]
+    order = draw(st.permutations(range(len(records))))
+    longest = max(length for length, _ in shapes)
+    budget = draw(st.sampled_from([1, longest, 3 * longest, 16 * longest]))
+    return records, order, budget
+
+
+def vectors_of(model, records, *, batch_tokens, **options):
+    config = embed_config({"inputs": ("a.fa",), "batch_tokens": batch_tokens, **options})
+    block = UnitEmbedder(model, config)(WorkUnit(number=0, records=tuple(records)))
+    assert [row.id for row in block.rows] == [record.id for record in records]
+    return block.matrices
+
+
+def assert_same_in_any_company(model, case, **options):
+    records, order, budget = case
+    alone = [vectors_of(model, [record], batch_tokens=1, **options) for record in records]
+    together = vectors_of(model, [records[index] for index in order], batch_tokens=budget, **options)
+    for layer, matrix in together.items():
+        expected = np.concatenate([alone[index][layer] for index in order])
+        np.testing.assert_allclose(matrix, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@settings(max_examples=8)
+@given(case=batches())
+def test_vectors_do_not_depend_on_company(family, case):
+    assert_same_in_any_company(model_of(family), case, layers=("0", "final"))
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@settings(max_examples=3)
+@given(case=batches(), pooling=st.sampled_from(["max", "last", "weighted_mean"]))
+def test_other_poolings_and_strands_do_not_depend_on_company(family, case, pooling):
+    assert_same_in_any_company(model_of(family), case, pooling=pooling, rc="concat", window=50)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+def test_batches_of_one_three_and_sixteen_rows_agree(family, num_rows, monkeypatch):
+    """Thirty-two records of 47 or 48 bases, so that the budget gives the number of rows."""
+    model = model_of(family)
+    is_equal = model.padding == "equal"
+    lengths = [48 if is_equal else 47 + index % 2 for index in range(32)]
+    records = [
+        SequenceRecord(id=f"r{index}", sequence=random_dna(length, index).encode())
+        for index, length in enumerate(lengths)
+    ]
+    alone = vectors_of(model, records, batch_tokens=1)
+    seen = []
+    original = type(model).forward
+
+    def forward(self, batch, *args, **options):
+        seen.append(len(batch.input_ids))
+        return original(self, batch, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    num_special = 2 if family in ("bert", "esm", "modernbert") else 0
+    found = vectors_of(model, records, batch_tokens=num_rows * (48 + num_special))
+    if family == "gpt_neox":  # joins bases, so rows are more
+        assert max(seen) >= num_rows
+    else:
+        assert max(seen) == num_rows
+    for layer, matrix in found.items():
+        np.testing.assert_allclose(matrix, alone[layer], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(
+    not (BUNDLED_FOLDER / "model.safetensors").exists(), reason="the bundled weights are not in this tree"
+)
+@settings(max_examples=4)
+@given(case=batches())
+def test_bundled_model_does_not_depend_on_company(bundled, case):
+    assert_same_in_any_company(bundled, case, layers=("28", "final"))
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model, loaded once."""
+    return load_model(device="cpu", dtype="float32")

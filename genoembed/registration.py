@@ -31,11 +31,18 @@ _REGISTRATIONS = (
 )
 """Which Auto class, in which module, learns which of our classes, from which module."""
 
-_WATCHED = frozenset(name for auto, _, ours, _ in _REGISTRATIONS for name in (auto, ours))
+_NEEDED = ("transformers.modeling_layers", "transformers.modeling_utils", "transformers.generation.utils")
+"""What ours are built on. The first of them imports the Auto classes itself: until it has run, ours cannot."""
+
+_WATCHED = frozenset((*_NEEDED, *(name for auto, _, ours, _ in _REGISTRATIONS for name in (auto, ours))))
+_running: set[str] = set()
+"""Watched modules that are being imported just now."""
 
 
 def _register_what_is_ready() -> None:
     """Register every pair whose two modules have run; one still running calls this again at its end."""
+    if not _running.isdisjoint(_NEEDED):
+        return
     for auto_module, auto_name, our_module, our_name in _REGISTRATIONS:
         auto_class = getattr(sys.modules.get(auto_module), auto_name, None)
         if auto_class is None:
@@ -78,7 +85,11 @@ class _RegisteringLoader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
+        _running.add(module.__name__)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _running.discard(module.__name__)
         _register_what_is_ready()
 
     def __getattr__(self, name: str) -> object:

@@ -118,7 +118,7 @@ def iter_genbank(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -
         Records; the id is the accession with its version, the description the definition.
 
     Raises:
-        SequenceFormatError: If Biopython cannot parse the text, or finds no sequence or one of another length.
+        SequenceFormatError: If Biopython cannot parse the text, finds none, or another length than stated.
     """
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "LOCUS "), "genbank")
 
@@ -135,7 +135,7 @@ def iter_embl(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> I
         Records; the id is the accession with its version, the description the DE lines.
 
     Raises:
-        SequenceFormatError: If Biopython cannot parse the text, or finds no sequence or one of another length.
+        SequenceFormatError: If Biopython cannot parse the text, finds none, or another length than stated.
     """
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "ID "), "embl")
 

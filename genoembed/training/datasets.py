@@ -22,16 +22,18 @@ _ROWS_PER_PACK = 64
 
 
 class PackedCorpus(Dataset[dict[str, "Tensor"]]):
-    """Rows of packed documents for causal training, one byte or two a token in memory.
+    """Rows of packed documents for causal training, two bytes and a bit a token in memory.
 
     Args:
-        documents: Token ids of one document each, as bytes.
+        documents: Token ids of one document each, as bytes or integers.
         window: Tokens of a row.
         eod_token_id: Ends each document.
         pad_token_id: Fills the last row.
 
     Raises:
-        ConfigError: If there is no document.
+        ConfigError: If there is no document, ``window`` is too small, or a token id is above 65535.
+        SequenceLengthError: If a document is empty.
+        ShapeError: If a document is not a row of integers.
 
     Example:
         >>> corpus = PackedCorpus([b"ACG", b"TT"], window=4)
@@ -40,7 +42,12 @@ class PackedCorpus(Dataset[dict[str, "Tensor"]]):
     """
 
     def __init__(
-        self, documents: Iterable[bytes], *, window: int, eod_token_id: int = 0, pad_token_id: int = 1
+        self,
+        documents: Iterable[bytes | NDArray[np.integer] | Sequence[int]],
+        *,
+        window: int,
+        eod_token_id: int = 0,
+        pad_token_id: int = 1,
     ) -> None:
         rows: list[NDArray[np.uint16]] = []
         ignored: list[NDArray[np.bool_]] = []
@@ -51,7 +58,7 @@ class PackedCorpus(Dataset[dict[str, "Tensor"]]):
             pad_token_id=pad_token_id,
             batch_size=_ROWS_PER_PACK,
         ):
-            rows.append(batch.input_ids.numpy().astype(np.uint16))
+            rows.append(_as_uint16(batch.input_ids.numpy()))
             ignored.append((batch.labels < 0).numpy())
         if not rows:
             message = "documents: none were given; give at least one sequence to train on"
@@ -68,6 +75,14 @@ class PackedCorpus(Dataset[dict[str, "Tensor"]]):
         ignored = np.unpackbits(self._ignored[index], count=self.window).astype(np.bool_)
         labels = input_ids.masked_fill(torch.from_numpy(ignored), -100)
         return {"input_ids": input_ids, "labels": labels}
+
+
+def _as_uint16(ids: NDArray[np.int64]) -> NDArray[np.uint16]:
+    for bad_id in (int(ids.min()), int(ids.max())):
+        if not 0 <= bad_id <= np.iinfo(np.uint16).max:
+            message = f"documents: token id {bad_id}, expected 0 to 65535; train with another tokenizer"
+            raise ConfigError(message)
+    return ids.astype(np.uint16)
 
 
 def random_strands(sequences: Iterable[bytes], *, seed: int) -> Iterable[bytes]:
@@ -96,10 +111,16 @@ def cut_documents(sequences: Sequence[bytes], *, max_length: int, seed: int) -> 
     Returns:
         All bases, each in one piece.
 
+    Raises:
+        ConfigError: If ``max_length`` is below 1.
+
     Example:
         >>> sorted(cut_documents([b"ACGTA", b"GG"], max_length=3, seed=0))
         [b'ACG', b'GG', b'TA']
     """
+    if max_length < 1:
+        message = f"max_length: {max_length}, expected 1 or more; set max_length to a multiple of the window"
+        raise ConfigError(message)
     pieces = [
         sequence[start : start + max_length]
         for sequence in sequences

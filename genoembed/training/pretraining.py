@@ -6,23 +6,37 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from genoembed.errors import ConfigError
+from genoembed.models.layers import find_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import nn
-    from torch.utils.data import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
+
+
+class TrainingRows(Protocol):
+    """Rows of one length, such as :class:`~genoembed.training.datasets.PackedCorpus`."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """Give ``input_ids`` and ``labels`` of a row. int64, shape ``(L,)``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +67,16 @@ class PretrainConfig:
     """Steps between checkpoints."""
     eval_steps: int = 200
     """Steps between measurements on the held-out rows."""
+    logging_steps: int = 10
+    """Steps between lines of ``metrics.jsonl``; a line's loss is the mean over them."""
     seed: int = 0
     """Order of the rows."""
 
 
 def pretrain(
     model: PreTrainedModel,
-    train_rows: Dataset[dict[str, torch.Tensor]],
-    heldout_rows: Dataset[dict[str, torch.Tensor]],
+    train_rows: TrainingRows,
+    heldout_rows: TrainingRows,
     *,
     config: PretrainConfig,
     output_dir: Path,
@@ -75,9 +91,13 @@ def pretrain(
         config: The recipe.
         output_dir: Folder for everything that is written.
         resume: Continue from the newest checkpoint in ``output_dir``.
+
+    Raises:
+        ConfigError: If there are no rows, or ``resume`` is set and there is no checkpoint.
     """
+    _check(train_rows, heldout_rows, config=config, output_dir=output_dir, resume=resume)
     if config.compile_blocks:
-        for block in model.blocks:
+        for block in model.get_submodule(find_blocks(model)).children():
             block.compile(dynamic=False)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -92,7 +112,7 @@ def pretrain(
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
-        logging_steps=10,
+        logging_steps=config.logging_steps,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",
@@ -102,7 +122,8 @@ def pretrain(
         report_to=[],
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_drop_last=True,
+        # a compiled block takes one shape; otherwise the last, shorter batch counts too
+        dataloader_drop_last=config.compile_blocks,
         disable_tqdm=True,
     )
     optimizer = torch.optim.AdamW(
@@ -116,16 +137,42 @@ def pretrain(
         optimizers=(optimizer, None),
         callbacks=[ClampPoles(), MetricsFile(output_dir / "metrics.jsonl")],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(str(output_dir / "final"))
 
 
+def _check(
+    train_rows: TrainingRows,
+    heldout_rows: TrainingRows,
+    *,
+    config: PretrainConfig,
+    output_dir: Path,
+    resume: bool,
+) -> None:
+    problems = []
+    fewest = config.rows_per_device if config.compile_blocks else 1
+    for name, rows in (("train_rows", train_rows), ("heldout_rows", heldout_rows)):
+        if len(rows) < fewest:
+            problems.append(f"{name}: {len(rows)} rows, expected {fewest} or more; give more sequence")
+    if resume and not (output_dir.is_dir() and get_last_checkpoint(str(output_dir))):
+        problems.append(f"resume: no checkpoint in {output_dir}; set resume=False to start from scratch")
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
     matrices, poles, rest = [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("log_poles"):
             poles.append(parameter)
-        elif parameter.dim() == 2 and "embed" not in name and ".filter." not in name:
+        elif parameter.dim() == 2 and id(parameter) not in embeddings and ".filter." not in name:
             matrices.append(parameter)
         else:
             rest.append(parameter)
@@ -165,6 +212,25 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        """Drop the lines of steps that will be trained again, or of an earlier run from scratch.
+
+        Args:
+            args: Unused.
+            state: Gives the step that training goes on from.
+            control: Unused.
+            **kwargs: Unused.
+        """
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) <= state.global_step] if state.global_step else []
+        if len(kept) < len(lines):
+            logger.info(
+                "%s: left out %d lines of steps that are trained again", self.path, len(lines) - len(kept)
+            )
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
     def on_log(
         self,
         args: object,
@@ -186,6 +252,15 @@ class MetricsFile(TrainerCallback):
         for name in ("loss", "eval_loss"):
             if name in line:
                 line[f"{name}_bits"] = line[name] / math.log(2)
+        logger.info("%s", line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Read the step of a line; one that a killed run has cut short counts as later than every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf

@@ -87,7 +87,7 @@ def command(
     An integer means blocks.N.mlp.l3 in StripedHyena 2 models, Evo 2 among them, and the output of block N in
     all others. A width of - is known only when the model runs.
     """
-    loaded = genoembed.load_model(model, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
+    loaded = genoembed.load_model(model, revision=revision, trust_remote_code=trust_remote_code)
     table = layer_table(loaded)
     if as_json:
         click.echo(json.dumps({"model": loaded.name, "layers": table}))

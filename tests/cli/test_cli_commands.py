@@ -1,0 +1,186 @@
+"""The commands around ``extract``: layers, models, info, convert, doctor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import genoembed
+from tests.tiny_models import build_tiny
+
+ROOT = Path(__file__).parents[2]
+ARCHIVES = ROOT / "tests" / "data" / "archives" / "v1"
+GOLDEN = ROOT / "tests" / "golden" / "a_base"
+BUNDLED = Path(genoembed.__file__).parent / "models" / "bundled" / "config.json"
+
+
+def test_layers_says_what_a_number_means(cli, tiny):
+    result = cli("layers", tiny)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["--layer", "module", "path", "block", "width"]
+    assert [line.split() for line in lines[1:6]] == [
+        *([str(n), f"blocks.{n}.mlp.l3", str(n), "32"] for n in range(4)),
+        ["final", "norm", "-", "32"],
+    ]
+    assert len(lines) == 7
+    assert "--all" in lines[6]
+
+
+def test_layers_all_lists_every_module_once(cli, tiny):
+    model = genoembed.load_model(tiny)
+    lines = cli("layers", tiny, "--all").stdout.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == [layer.path for layer in model.layers]
+    table = json.loads(cli("layers", tiny, "--json").stdout)["layers"]
+    assert [row["path"] for row in table] == [layer.path for layer in model.layers]
+    assert {row["path"] for row in table if row["is_number"]} == {x.path for x in model.resolve("all")}
+    assert [row["path"] for row in table if row["is_final"]] == ["norm"]
+
+
+def test_layers_of_another_family_are_its_blocks(cli, tmp_path):
+    lines = cli("layers", build_tiny("bert", tmp_path / "bert")).stdout.splitlines()
+    named = {line.split()[0]: line.split()[1] for line in lines[1:]}
+    assert [named[str(n)] for n in range(2)] == ["encoder.layer.0", "encoder.layer.1"]
+    # without a norm after the blocks, the last block is the final layer
+    assert any(line.split()[:4] == ["2", "or", "final", "encoder.layer.2"] for line in lines)
+
+
+def test_code_of_a_model_runs_only_if_trusted(cli, fasta):
+    folder = build_tiny("custom_conv", fasta.parent / "conv")
+    refused = cli("extract", fasta, "--model", folder, "--layer", 0, "-q")
+    assert refused.exit_code == 1
+    assert refused.stderr.endswith(
+        "read the code, then set trust_remote_code=True (trust_remote_code is --trust-remote-code)\n"
+    )
+    trusted = cli("extract", fasta, "--model", folder, "--layer", 0, "--trust-remote-code")
+    assert trusted.exit_code == 0, trusted.stderr
+
+
+def test_layers_of_an_unknown_model_is_one_line(cli, tmp_path):
+    result = cli("layers", tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: model '{tmp_path}/nothing': no such file or folder;")
+    assert result.stderr.count("\n") == 1
+
+
+def test_models_lists_the_bundled_one_first_and_says_what_fp8_means(cli):
+    lines = cli("models").stdout.splitlines()
+    known = genoembed.known_models()
+    assert [line.split()[0] for line in lines[1 : len(known) + 1]] == [model.name for model in known]
+    assert lines[1].startswith("genoembed-mini ")
+    row = next(line for line in lines if line.startswith("evo2_7b "))
+    for fact in ("32", "4096", "1,048,576", "6.58 G", "Apache-2.0", "13.8 GB"):
+        assert fact in row
+    assert sum(line.startswith(("FP8 yes: trained with 8-bit", "FP8 no: ")) for line in lines) == 2
+
+
+def test_models_json_holds_every_model(cli):
+    models = {model["name"]: model for model in json.loads(cli("models", "--json").stdout)}
+    assert set(models) == {model.name for model in genoembed.known_models()}
+    assert models["evo2_40b"]["needs_fp8"] is True
+    assert models["evo2_40b"]["layers"] == 50
+    assert [file["name"] for file in models["evo2_40b"]["files"]] == [
+        "evo2_40b.pt.part0",
+        "evo2_40b.pt.part1",
+    ]
+
+
+def test_info_says_what_is_in_a_file_and_how_it_was_made(cli, fasta, tiny):
+    cli("extract", fasta, "--model", tiny, "--layer", 2, "--rc", "mean", "--invalid", "mask", "-o", "out.h5")
+    lines = cli("info", "out.h5").stdout.splitlines()
+    facts = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines}
+    assert facts["rows"] == "3"
+    assert facts["first ids"] == "a, b, c"
+    assert facts["matrix"] == "blocks.2.mlp.l3: 3 x 32 float32"
+    assert facts["layers"] == "blocks.2.mlp.l3"
+    assert f"id={tiny}" in facts["model"]
+    assert "weights_sha256=" in facts["model"]
+    assert "pooling=mean" in facts["config: embedding"]
+    assert "rc=mean" in facts["config: embedding"]
+    assert "invalid=mask" in facts["config: input"]
+    assert f"name={fasta}" in facts["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), [("pooled", "pooled", "float32"), ("tokens", "tokens", "float16")]
+)
+def test_info_reads_the_first_files(name, kind, dtype, cli):
+    assert cli("info", ARCHIVES / f"{name}.h5").exit_code == 0
+    facts = json.loads(cli("info", ARCHIVES / f"{name}.h5", "--json").stdout)
+    assert (facts["kind"], facts["num_rows"], facts["schema_version"]) == (kind, 3, 1)
+    assert facts["first_ids"][0] == "chr1"
+    assert [matrix["name"] for matrix in facts["matrices"]] == ["blocks.28.mlp.l3", "blocks/10"]
+    assert {matrix["dtype"] for matrix in facts["matrices"]} == {dtype}
+    assert facts["provenance"]["note"] == "Grüße"
+
+
+def test_info_shows_only_the_first_ids(cli, fasta, tiny):
+    fasta.write_text("".join(f">r{n}\nACGT\n" for n in range(8)))
+    cli("extract", fasta, "--model", tiny, "--layer", 0)
+    assert "r0, r1, r2, r3, r4 and 3 more" in cli("info", "seqs.h5").stdout
+
+
+def test_info_of_something_else_is_one_line(cli, fasta):
+    result = cli("info", fasta)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {fasta}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_convert_makes_a_folder_that_extract_takes(cli, fasta):
+    checkpoint = GOLDEN / "evo2_golden_7bstyle.pt"
+    result = cli("convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "golden\n"
+    assert "genoembed extract INPUT --model golden" in result.stderr
+    assert cli("extract", fasta, "--model", "golden", "--layer", 0).exit_code == 0
+    again = cli("convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden")
+    assert again.exit_code == 1
+    assert again.stderr == (
+        "Error: golden: exists, expected a new folder; set overwrite or choose another output_dir "
+        "(output_dir is --output)\n"
+    )
+    replaced = cli(
+        "convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden", "--overwrite", "-q"
+    )
+    assert (replaced.exit_code, replaced.stderr) == (0, "")
+
+
+@dataclass(frozen=True)
+class FakeCheck:
+    name: str
+    passed: bool
+    detail: str = "as it should be"
+    seconds: float = 0.25
+
+
+@pytest.mark.parametrize(("passed", "code"), [((True, True), 0), ((True, False), 1)])
+def test_doctor_prints_each_check_and_fails_with_one(passed, code, cli, monkeypatch):
+    checks = [FakeCheck(name=f"check {n}", passed=value) for n, value in enumerate(passed)]
+
+    def run_doctor(*, on_check):
+        for check in checks:
+            on_check(check)
+        return checks
+
+    monkeypatch.setattr(genoembed, "run_doctor", run_doctor)
+    result = cli("doctor")
+    assert result.exit_code == code
+    lines = result.stdout.splitlines()
+    assert lines[0] == "ok      check 0: as it should be (0.2 s)"
+    assert lines[1].startswith("ok  " if passed[1] else "FAILED  check 1")
+    assert lines[2] == f"2 checks, {passed.count(False)} failed"
+
+
+@pytest.mark.skipif(not BUNDLED.is_file(), reason="the bundled model is not in this checkout")
+def test_defaults_embed_with_the_bundled_model(cli, fasta):
+    result = cli("extract", fasta)
+    assert result.exit_code == 0, result.stderr
+    with genoembed.open_embeddings("seqs.h5") as embeddings:
+        assert embeddings.provenance["model"]["id"] == "genoembed-mini"
+        assert len(embeddings) == 3
+    assert cli("layers").stdout.splitlines()[29].split()[:2] == ["28", "blocks.28.mlp.l3"]
+    assert cli("doctor").exit_code == 0

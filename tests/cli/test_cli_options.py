@@ -1,0 +1,160 @@
+"""Which options there are: a new one is a decision, written down here and in docs/CLI.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import click
+import pytest
+
+from genoembed import __version__
+from genoembed.cli import COMMANDS, main
+from genoembed.cli.options import in_command_line_words, option_name
+from genoembed.config import (
+    OPTION_STAGE,
+    ComputeDtype,
+    DuplicatePolicy,
+    EmptyPolicy,
+    Fusion,
+    GapPolicy,
+    InvalidPolicy,
+    Pooling,
+    StorageDtype,
+    Strands,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
+MESSAGES = {"-q", "--quiet", "-v", "--verbose"}
+OPTIONS = {
+    "extract": {
+        *("-o", "--output", "--overwrite", "--out-dtype"),
+        *(
+            "--model",
+            "--revision",
+            "--trust-remote-code",
+            "--dtype",
+            "--device",
+            "--batch-tokens",
+            "--threads",
+        ),
+        *("--layer", "--pool", "--skip-first", "--fuse", "--fusion-weights", "--rc"),
+        *("--window", "--stride", "--per-window"),
+        *("--regions", "--flank", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
+        *("--json", *MESSAGES),
+    },
+    "layers": {"--all", "--revision", "--trust-remote-code", "--json", *MESSAGES},
+    "models": {"--json"},
+    "info": {"--json"},
+    "convert": {"-o", "--output", "--name", "--config", "--overwrite", *MESSAGES},
+    "doctor": MESSAGES,
+}
+CHOICES = {
+    "pooling": Pooling,
+    "fusion": Fusion,
+    "rc": Strands,
+    "invalid": InvalidPolicy,
+    "duplicates": DuplicatePolicy,
+    "empty": EmptyPolicy,
+    "gaps": GapPolicy,
+    "dtype": ComputeDtype,
+    "out_dtype": StorageDtype,
+}
+
+
+def command(name: str) -> click.Command:
+    found = main.get_command(click.Context(main), name)
+    assert found is not None
+    return found
+
+
+def test_commands_are_these():
+    assert set(COMMANDS) == set(OPTIONS)
+    assert main.list_commands(click.Context(main)) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_these(name):
+    parameters = [parameter for parameter in command(name).params if isinstance(parameter, click.Option)]
+    assert {word for parameter in parameters for word in parameter.opts} == OPTIONS[name]
+    assert not any(parameter.secondary_opts for parameter in parameters)
+
+
+def test_extract_has_an_option_for_every_configuration_key_and_no_other():
+    parameters = {parameter.name: parameter for parameter in command("extract").params}
+    assert set(parameters) - {"as_json", "quiet", "verbose"} == set(OPTION_STAGE)
+    for key in set(OPTION_STAGE) - {"inputs"}:
+        assert option_name(key) in parameters[key].opts
+
+
+def test_extract_choices_are_those_of_the_configuration():
+    found = {
+        p.name: tuple(p.type.choices) for p in command("extract").params if isinstance(p.type, click.Choice)
+    }
+    assert found == {key: get_args(alias) for key, alias in CHOICES.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_itself_with_an_example(name, cli):
+    result = cli(name, "--help")
+    assert result.exit_code == 0
+    assert f"  genoembed {name}" in result.stdout.partition("Example")[2]
+    assert len(re.findall(r"^    (genoembed|zcat) ", result.stdout, flags=re.M)) >= (
+        2 if name == "extract" else 1
+    )
+    for parameter in command(name).params:
+        assert not isinstance(parameter, click.Option) or parameter.help
+
+
+def test_extract_help_says_what_an_integer_means_and_groups_its_options(cli):
+    text = " ".join(cli("extract", "-h").stdout.split())
+    assert "An integer means blocks.N.mlp.l3 (the MLP's output) in StripedHyena 2 models" in text
+    assert "the output of block N in all others" in text
+    groups = ("Input:", "Model:", "What is taken:", "Long sequences:", "Output:", "Messages:")
+    assert [group for group in groups if group not in text] == []
+
+
+def test_version_is_one_line(cli):
+    assert cli("--version").stdout == f"genoembed {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_docs_name_every_option(name):
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", DOCS.read_text(), flags=re.M | re.S)
+    assert section is not None
+    words = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", section.group(1)))
+    assert OPTIONS[name] <= words
+    assert f"genoembed {name}" in section.group(1)
+
+
+def test_docs_name_no_option_that_is_not_there():
+    words = set(re.findall(r"`(--[a-z][a-z-]*)", DOCS.read_text()))
+    assert words <= set().union(*OPTIONS.values()) | {"--help", "--version"}
+    assert len(words) > 30
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        ("pooling is 'men'; set pooling to one of mean", "pooling is --pool"),
+        ("set skip_first to 0", "skip_first is --skip-first"),
+        ("fusion_weights has 2 numbers for 3 layers; give one a layer", "fusion_weights is --fusion-weights"),
+        ("read the code, then set trust_remote_code=True", "trust_remote_code is --trust-remote-code"),
+        ("set overwrite or choose another output_dir", "output_dir is --output"),
+    ],
+)
+def test_hint_names_the_option_of_a_key(message, hint):
+    assert in_command_line_words(message) == f"{message} ({hint})"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "window is 9, but the context is 8; set window to 8",
+        "model 'x' has 3 layers",
+        "no fusion of pooling here",
+    ],
+)
+def test_hint_is_left_out_where_the_option_is_the_key_or_the_word_is_just_a_word(message):
+    assert in_command_line_words(message) == message

@@ -25,8 +25,33 @@ from genoembed.models.striped_hyena2.operators import causal_convolution, causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
 _IGNORE_INDEX = -100
+
+
+class StreamLinear(nn.Linear):
+    """Linear that writes to the residual stream; told apart because it starts small, by depth."""
+
+
+class Float32Keeper(nn.Module):
+    """Module of which some tensors stay float32 when the model is cast to half precision."""
+
+    float32_names: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = set()
+        for name in self.float32_names:
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                kept |= {id(tensor), id(tensor.grad)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_rounded = id(tensor) in kept and moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if is_rounded else moved
+
+        return super()._apply(keep, recurse)
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +92,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.l1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.l2 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.l3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.l3 = StreamLinear(config.intermediate_size, config.hidden_size, bias=False)
         is_linear = config.evo2_style_activations and layer_idx > 0
         self.act: Callable[[Tensor], Tensor] | None = (
             None if is_linear else _ACTIVATIONS[config.mlp_activation]
@@ -91,7 +116,7 @@ class GatedMLP(nn.Module):
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Float32Keeper):
     """Half-split rotary positions whose frequencies come from the checkpoint.
 
     Released Evo 2 files hold bfloat16-rounded frequencies in a buffer; recomputing them gives other
@@ -102,6 +127,7 @@ class RotaryEmbedding(nn.Module):
     """
 
     inv_freq: Tensor
+    float32_names = ("inv_freq",)
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__()
@@ -153,7 +179,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
+        self.out_proj = StreamLinear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
         self.rotary_emb = RotaryEmbedding(config)
 
     def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
@@ -184,13 +210,15 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
-class HyenaFilter(nn.Module):
+class HyenaFilter(Float32Keeper):
     """Short filter on the projections, gate, inner filter, gate.
 
     Args:
         config: Gives the widths, lengths and groups.
         kind: Which inner filter: ``hcs`` (correlation), ``hcm`` (convolution, skip) or ``hcl`` (modal, skip).
     """
+
+    float32_names = ("log_poles", "residues")
 
     def __init__(self, config: StripedHyena2Config, kind: str) -> None:
         super().__init__()
@@ -232,7 +260,7 @@ class HyenaFilter(nn.Module):
         return modal_convolution(u_BLD, self.log_poles[..., 0], self.residues, self.D)
 
 
-class OutFilterDense(nn.Linear):
+class OutFilterDense(StreamLinear):
     """Linear whose product is rounded before the bias is added.
 
     The original multiplies a transposed view here, which PyTorch does not fuse with the bias. In bfloat16 a
@@ -270,11 +298,6 @@ class HyenaBlock(GradientCheckpointingLayer):
         self.post_norm = RMSNorm(config)
         self.mlp = GatedMLP(config, layer_idx)
 
-    @property
-    def mixer_output(self) -> nn.Linear:
-        """The projection that writes the mixer's result to the residual stream."""
-        return self.out_filter_dense
-
     def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
         """Mix positions, then channels.
 
@@ -308,11 +331,6 @@ class AttentionBlock(GradientCheckpointingLayer):
         self.inner_mha_cls = Attention(config)
         self.post_norm = RMSNorm(config)
         self.mlp = GatedMLP(config, layer_idx)
-
-    @property
-    def mixer_output(self) -> nn.Linear:
-        """The projection that writes the mixer's result to the residual stream."""
-        return self.inner_mha_cls.out_proj
 
     def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
         """Mix positions, then channels.
@@ -362,9 +380,12 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' own initialisers leave alone what a checkpoint has filled already
+        # transformers' own initialisers leave alone what a checkpoint has filled already; it calls this for
+        # modules only that hold tensors themselves, so for no block
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            is_last = isinstance(module, StreamLinear)
+            depth = 2 * self.config.num_hidden_layers if is_last else 1
+            init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -375,11 +396,6 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
             _init_filter(module)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.default_frequencies(2 * module.inv_freq.shape[0]))
-        elif isinstance(module, HyenaBlock | AttentionBlock):
-            # what writes to the residual stream starts small, by depth; children come before their parent
-            for linear in (module.mixer_output, module.mlp.l3):
-                depth = 2 * self.config.num_hidden_layers
-                init.normal_(linear.weight, std=(depth * linear.in_features) ** -0.5)
 
 
 def _init_filter(module: HyenaFilter) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _BASES_PER_TOKEN = 16
 """No tokenizer in use joins more bases on average: longer records are cut without being tried whole."""
+_SHARES = (1.0, 0.95, 0.85, 0.7, 0.5)
+"""Of the bases that fill the context at a record's start; other places may have shorter tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class Cutter:
     """Context of the model, special tokens included; None is no limit."""
     is_causal: bool
     window: int | None = None
-    """Bases of a window; None is what the context surely holds."""
+    """Bases of a window; None is what the context holds, where tokens join bases as far as each fits."""
     stride: int | None = None
     """Bases from window to window."""
     skip_first: int = 0
@@ -130,22 +132,63 @@ class Cutter:
             yield self._piece(record, backward, window, record_index, number, is_reverse=True)
 
     def _cut(self, sequence: bytes, core_start: int, core_end: int) -> list[Window]:
-        length = len(sequence)
-        size = self.window
-        if size is None:
-            size = self.context_bases
-            if size is None or length <= size or self._fits_whole(sequence):
-                size = max(length, 1)
-        return list(
-            iter_windows(
-                length,
-                window_bp=size,
-                # a stride of the user's goes with the windows of the context, too
-                stride_bp=None if self.stride is None else min(self.stride, size),
-                causal=self.is_causal,
-                core_start=core_start,
-                core_end=core_end,
+        for size in self._sizes(sequence):
+            windows = list(
+                iter_windows(
+                    len(sequence),
+                    window_bp=size,
+                    # a stride of the user's goes with the windows of the context, too
+                    stride_bp=None if self.stride is None else min(self.stride, size),
+                    causal=self.is_causal,
+                    core_start=core_start,
+                    core_end=core_end,
+                )
             )
+            if self._surely_fits(size) or self._fit(sequence, windows):
+                break
+        return windows
+
+    def _sizes(self, sequence: bytes) -> Iterator[int]:
+        """Window sizes to try, the largest first; the last one surely fits, or is the user's own."""
+        length, surely = max(len(sequence), 1), self.context_bases
+        if self.window is not None:
+            yield self.window
+        elif surely is None or length <= surely:
+            yield length
+        else:
+            if not self.encoder.aligned:
+                yield from self._larger_sizes(sequence, surely)
+            yield surely
+
+    def _larger_sizes(self, sequence: bytes, surely: int) -> Iterator[int]:
+        """Sizes that fit only if tokens join bases there: all of it, what fills the context at its start."""
+        assert self.max_tokens is not None, "there is a sure size, so there is a context"
+        longest = self.max_tokens * _BASES_PER_TOKEN
+        if len(sequence) <= longest:
+            yield len(sequence)
+        starts = self.encoder.encode(sequence[:longest]).base_start
+        room = self.max_tokens - self.encoder.num_special_tokens
+        if starts is None or (starts >= 0).sum() <= room:
+            return
+        filled = int(starts[starts >= 0][room])
+        for share in _SHARES:
+            size = int(filled * share)
+            if surely < size < len(sequence):
+                yield size
+
+    def _surely_fits(self, size: int) -> bool:
+        return self.window is not None or self.context_bases is None or size <= self.context_bases
+
+    def _fit(self, sequence: bytes, windows: Sequence[Window]) -> bool:
+        assert self.max_tokens is not None, "what has no context surely fits"
+        strands = [(sequence, windows)]
+        if self.both_strands and self.mirror:
+            mirrored = [self._mirror(window, len(sequence)) for window in windows]
+            strands.append((reverse_complement(sequence), mirrored))
+        return all(
+            len(self.encoder.encode(text[window.start : window.end]).input_ids) <= self.max_tokens
+            for text, cuts in strands
+            for window in cuts
         )
 
     def _piece(
@@ -182,13 +225,6 @@ class Cutter:
                 skip_first=self.skip_first,
             ),
         )
-
-    def _fits_whole(self, sequence: bytes) -> bool:
-        if self.max_tokens is None or self.encoder.aligned:
-            return False
-        if len(sequence) > self.max_tokens * _BASES_PER_TOKEN:
-            return False
-        return len(self.encoder.encode(sequence).input_ids) <= self.max_tokens
 
     def _mirror(self, window: Window, length: int) -> Window:
         """The same core on the reverse complement; a causal model sees what is to the left of it there."""

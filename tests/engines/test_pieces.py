@@ -18,15 +18,18 @@ ENCODER = build_encoder(CharTokenizer())
 
 
 class KmerEncoder:
-    """Tokens of three bases, a special token on either side; a short remainder is a token a base."""
+    """Tokens of three bases, a special token on either side; N and a short remainder are a token a base."""
 
     pad_token_id = 0
     num_special_tokens = 2
     aligned = False
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        whole = len(sequence) // 3 * 3
-        starts = [*range(0, whole, 3), *range(whole, len(sequence))]
+        starts, position = [], 0
+        while position < len(sequence):
+            starts.append(position)
+            kmer = sequence[position : position + 3]
+            position += 3 if len(kmer) == 3 and b"N" not in kmer else 1
         return EncodedSequence(
             input_ids=np.arange(len(starts) + 2), base_start=np.array([-1, *starts, -1], dtype=np.int64)
         )
@@ -156,12 +159,40 @@ def test_kmers_count_where_they_start(length, window, causal, skip_first):
         assert piece.num_bases == max(0, cut.core_end - cut.start - first)
 
 
-def test_kmer_record_that_fits_is_whole_and_a_longer_one_is_cut_as_if_it_were_letters():
+def widths(cutter, sequence):
+    record = SequenceRecord(id="x", sequence=sequence)
+    return {cut.end - cut.start for cut in cutter.windows(record)}
+
+
+def test_kmer_windows_fill_the_context():
+    """Ten tokens beside the two special ones are thirty bases."""
     cutter = Cutter(encoder=KmerEncoder(), max_tokens=12, is_causal=False)
-    fits = SequenceRecord(id="x", sequence=b"ACG" * 10)
-    assert [(cut.start, cut.end) for cut in cutter.windows(fits)] == [(0, 30)]
-    longer = SequenceRecord(id="x", sequence=b"ACG" * 11)
-    assert {cut.end - cut.start for cut in cutter.windows(longer)} == {10}
+    assert widths(cutter, b"ACG" * 10) == {30}
+    assert widths(cutter, b"ACG" * 11) == {30}
+    assert widths(cutter, b"ACG" * 500) == {30}
+
+
+def test_kmer_windows_shrink_for_a_record_with_short_tokens_somewhere():
+    cutter = Cutter(encoder=KmerEncoder(), max_tokens=12, is_causal=False)
+    # 28 = 0.95 of 30 has a token a base at the end: 9 + 1 tokens; runs of N are a token a base
+    assert widths(cutter, b"ACG" * 50 + b"N" + b"ACG" * 50) < {28, 25}
+    assert widths(cutter, b"ACG" * 50 + b"N" * 40 + b"ACG" * 50) == {10}
+
+
+@settings(max_examples=80)
+@given(
+    sequence=st.lists(st.sampled_from([b"ACG" * 7, b"A", b"N", b"NNNN", b"GGTT"]), min_size=1, max_size=30),
+    causal=st.booleans(),
+    mirror=st.booleans(),
+)
+def test_kmer_pieces_fit_the_context_on_both_strands(sequence, causal, mirror):
+    record = SequenceRecord(id="x", sequence=b"".join(sequence))
+    cutter = Cutter(encoder=KmerEncoder(), max_tokens=12, is_causal=causal, both_strands=True, mirror=mirror)
+    pieces = list(cutter.pieces(record, 0, cutter.windows(record)))
+    assert max(len(piece.encoded.input_ids) for piece in pieces) <= 12
+    for is_reverse in (False, True):
+        counted = [piece.num_bases for piece in pieces if piece.is_reverse is is_reverse]
+        assert sum(counted) == len(record.sequence)
 
 
 def test_very_long_record_is_not_tried_whole():
@@ -171,7 +202,7 @@ def test_very_long_record_is_not_tried_whole():
             return super().encode(sequence)
 
     cutter = Cutter(encoder=Refusing(), max_tokens=12, is_causal=False)
-    assert len(cutter.windows(SequenceRecord(id="x", sequence=b"A" * 193))) > 10
+    assert len(cutter.windows(SequenceRecord(id="x", sequence=b"A" * 193))) > 6
 
 
 def test_cutter_reports_all_that_is_wrong():

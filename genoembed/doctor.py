@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from genoembed.batching.pad import pad_batch, pool_mask
 from genoembed.contracts import EmbeddingBlock, ObsRow
 from genoembed.errors import GenoembedError
 from genoembed.models.load import load_model
-from genoembed.models.locate import BUNDLED_FOLDER
+from genoembed.models.locate import locate_model
 from genoembed.models.provenance import weights_digest
 from genoembed.models.registry import BUNDLED_NAME
 from genoembed.pooling.reduce import pool
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.models.genomic_model import GenomicModel
+
+logger = logging.getLogger(__name__)
 
 KNOWN_ANSWER = "known_answer.json"
 """Beside the bundled weights: a sequence, a layer and the vector they give."""
@@ -57,22 +60,25 @@ class _WrongAnswerError(GenoembedError):
     """A test that gave another answer than the known one."""
 
 
-def run_doctor(*, on_check: Callable[[DoctorCheck], None] | None = None) -> list[DoctorCheck]:
+def run_doctor(
+    *, model: str = BUNDLED_NAME, on_check: Callable[[DoctorCheck], None] | None = None
+) -> list[DoctorCheck]:
     """Test this installation against known answers.
 
     Args:
+        model: The bundled model, or a folder that holds a known answer beside its weights.
         on_check: Called with each result as soon as it is there.
 
     Returns:
         One result a test; all are run, whatever fails.
     """
-    bundled = _Bundled()
+    known = _KnownModel(model)
     tests: list[tuple[str, Callable[[], str]]] = [
         ("tokenizer ids", _check_tokenizer),
-        ("bundled weights", bundled.check_digest),
-        ("bundled model's vector", bundled.check_vector),
-        ("batch and padding invariance", bundled.check_invariance),
-        ("bfloat16 against float32", bundled.check_bfloat16),
+        ("bundled weights", known.check_digest),
+        ("bundled model's vector", known.check_vector),
+        ("batch and padding invariance", known.check_invariance),
+        ("bfloat16 against float32", known.check_bfloat16),
         ("embedding file", _check_store),
         ("device", _describe_device),
     ]
@@ -83,6 +89,9 @@ def run_doctor(*, on_check: Callable[[DoctorCheck], None] | None = None) -> list
             passed, detail = True, test()
         except GenoembedError as error:
             passed, detail = False, str(error)
+        except Exception as error:  # whatever is broken here, the other tests are run
+            logger.debug("%s: failed", name, exc_info=True)
+            passed, detail = False, f"{type(error).__name__}: {error}; install genoembed again"
         check = DoctorCheck(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - started)
         checks.append(check)
         if on_check is not None:
@@ -119,21 +128,23 @@ def embed_sequences(model: GenomicModel, sequences: Sequence[bytes], layer: str)
     return model.forward(batch, [layer], reduce)[layer]
 
 
-class _Bundled:
-    """The tests of the bundled model, which is loaded once."""
+class _KnownModel:
+    """The tests of a model whose answer is known; it is loaded once."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._model: GenomicModel | None = None
         self._answer: dict[str, object] | None = None
 
     def check_digest(self) -> str:
         expected = str(self.answer["weights_sha256"])
-        _compare("the weights' SHA-256", weights_digest(BUNDLED_FOLDER), expected)
+        _compare("the weights' SHA-256", weights_digest(self.folder) or "no weights", expected)
         return f"SHA-256 {expected[:12]}..."
 
     def check_vector(self) -> str:
         vector = embed_sequences(self.model, [self.sequence], self.layer)[0]
         known = torch.tensor(self.answer["vector"])
+        _compare("the length of the vector", len(vector), len(known))
         error = float((vector - known).abs().max() / known.abs().max())
         _limit("the largest difference to the known vector, relative", error, _VECTOR_TOLERANCE)
         return f"{self.layer}: within {error:.1e} of the known vector"
@@ -148,26 +159,31 @@ class _Bundled:
 
     def check_bfloat16(self) -> str:
         exact = embed_sequences(self.model, [self.sequence], self.layer)[0]
-        rounded_model = load_model(BUNDLED_NAME, device="cpu", dtype="bfloat16")
+        rounded_model = load_model(self._name, device="cpu", dtype="bfloat16")
         rounded = embed_sequences(rounded_model, [self.sequence], self.layer)[0]
         cosine = float(torch.nn.functional.cosine_similarity(exact, rounded, dim=0))
-        if cosine < _BFLOAT16_COSINE:
+        if not cosine >= _BFLOAT16_COSINE:
             message = f"cosine {cosine:.4f}, expected {_BFLOAT16_COSINE} or more; use dtype='float32' here"
             raise _WrongAnswerError(message)
         return f"cosine {cosine:.5f}"
 
     @property
+    def folder(self) -> Path:
+        """Where the weights and their known answer are."""
+        return Path(locate_model(self._name).location)
+
+    @property
     def model(self) -> GenomicModel:
-        """The bundled model in float32 on the CPU."""
+        """The model in float32 on the CPU."""
         if self._model is None:
-            self._model = load_model(BUNDLED_NAME, device="cpu", dtype="float32")
+            self._model = load_model(self._name, device="cpu", dtype="float32")
         return self._model
 
     @property
     def answer(self) -> dict[str, object]:
-        """What is known about the bundled model."""
+        """What is known about the model."""
         if self._answer is None:
-            path = BUNDLED_FOLDER / KNOWN_ANSWER
+            path = self.folder / KNOWN_ANSWER
             if not path.is_file():
                 message = f"{path} is missing; install genoembed again"
                 raise _WrongAnswerError(message)

@@ -32,7 +32,7 @@ _REGISTRATIONS = (
 """Which Auto class, in which module, learns which of our classes, from which module."""
 
 _NEEDED = ("transformers.modeling_layers", "transformers.modeling_utils", "transformers.generation.utils")
-"""What ours are built on. The first of them imports the Auto classes itself: until it has run, ours cannot."""
+"""What ours are built on. The first of them imports the Auto classes itself: until it ran, ours cannot."""
 
 _WATCHED = frozenset((*_NEEDED, *(name for auto, _, ours, _ in _REGISTRATIONS for name in (auto, ours))))
 _running: set[str] = set()

@@ -24,7 +24,7 @@ from genoembed.training.pretraining import PretrainConfig, pretrain
 KNOWN_SEQUENCE = (
     "GAGTTTTATCGCTTCCATGACGCAGAAGTTAACACTTTCGGATATTTCTGATGAGTCGAAAAATTATCTTGATAAAGCAGGAATTACTACTGCTTGTTTAC"
 )
-"""The first 100 bases of phage phiX174 (NC_001422)."""
+"""The first 101 bases of phage phiX174 (NC_001422)."""
 KNOWN_LAYER = "blocks.28.mlp.l3"
 FLOAT32_TENSORS = ("log_poles", "residues", "inv_freq")
 

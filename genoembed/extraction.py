@@ -76,7 +76,7 @@ class ExtractionReport:
 def extract(
     inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
     *,
-    model: str | GenomicModel = "genoembed-mini",
+    model: str | PathLike[str] | GenomicModel = "genoembed-mini",
     layers: int | str | Sequence[int | str] = "final",
     pooling: Pooling = "mean",
     fusion: Fusion = "none",
@@ -109,6 +109,8 @@ def extract(
         ConfigError: If options are wrong, alone or together; all of them in one message.
         GenoembedError: If input, model or output fail; the output is then as it was before.
     """
+    if isinstance(model, PathLike):
+        model = fspath(model)
     config = embed_config(
         {
             "inputs": _as_strings(inputs),

@@ -251,8 +251,8 @@ def _encoding_words(encoding: dict) -> str:
     view_us = encoding["encode_s"] * 1e6
     copied_ms, reference_ms = encoding["encode_and_copy_s"] * 1e3, encoding["numpy_copy_s"] * 1e3
     return (
-        f"Encoding {megabases:.0f} Mb with `CharTokenizer`: {view_us:.0f} us, as ids are a view of the bytes; "
-        f"with a copy {copied_ms:.1f} ms; NumPy's copy of the same bytes {reference_ms:.1f} ms."
+        f"Encoding {megabases:.0f} Mb with `CharTokenizer`: {view_us:.0f} us (ids are a view of the bytes), "
+        f"or {copied_ms:.1f} ms with a copy; NumPy's copy of the same bytes {reference_ms:.1f} ms."
     )
 
 

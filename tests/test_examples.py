@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from genoembed import load_model
+from genoembed import load_model, read_sequences
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RUN_HERE = ("pretrain_mini.py",)
+RUN_HERE = ("pretrain_mini.py", "nearest_genes.py")
 TINY = ("--window", "64", "--hidden-size", "32", "--layers", "4", "--heldout-rows", "4", "--threads", "1")
 
 
@@ -70,3 +70,13 @@ def test_pretrain_mini_packages_a_model_whose_known_answer_holds(trained, tmp_pa
     vector = embed_sequences(model, [answer["sequence"].encode()], answer["layer"])[0]
     torch.testing.assert_close(vector, torch.tensor(answer["vector"]), rtol=1e-4, atol=1e-6)
     assert [check.name for check in run_doctor(model=str(target)) if not check.passed] == []
+
+
+def test_nearest_genes_names_a_neighbour_of_every_gene():
+    header, *rows = run_example(EXAMPLES / "nearest_genes.py").splitlines()
+    assert header == "32 genes, 128 features from blocks.28.mlp.l3"
+    names = {record.id for record in read_sequences(EXAMPLES / "data" / "bacterial_genes.fa.gz")}
+    pairs = [row.split() for row in rows]
+    assert {name for name, _, _ in pairs} == names
+    assert all(neighbour in names - {name} for name, neighbour, _ in pairs)
+    assert all(-1 < float(cosine) <= 1 for _, _, cosine in pairs)

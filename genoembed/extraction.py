@@ -5,16 +5,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
-import shlex
-import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +21,7 @@ from genoembed.config import embed_config
 from genoembed.contracts import EmbeddingBlock
 from genoembed.engines.embedder import RunStats, UnitEmbedder
 from genoembed.engines.local import run_units
+from genoembed.engines.provenance import describe_run
 from genoembed.engines.units import UNIT_BASES, iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.models.load import load_model
@@ -40,11 +35,6 @@ if TYPE_CHECKING:
     from genoembed.config import EmbedConfig, Fusion, Pooling
     from genoembed.contracts import TokenBlock
     from genoembed.models.genomic_model import GenomicModel
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +223,7 @@ def _write(
         for block in blocks:
             writer.append(block)
         counts.windows = embedder.stats.windows
-        writer.finish(_provenance(config, embedder, counts))
+        writer.finish({"genoembed_version": __version__, **describe_run(config, embedder, counts)})
         return writer.num_rows, width
 
 
@@ -241,50 +231,6 @@ def _feature_names(config: EmbedConfig, layer_widths: Mapping[str, int]) -> tupl
     """Names of the columns of the primary matrix."""
     names = feature_names(layer_widths, method=config.embedding.fusion, strands=config.embedding.rc)
     return next(iter(names.values()))
-
-
-def _provenance(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCounts) -> dict[str, Any]:
-    """Everything that is needed to say, and to repeat, how the file was made."""
-    return {
-        "genoembed_version": __version__,
-        "command": shlex.join(sys.argv),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": dict(embedder.model.provenance),
-        "tokenizer": type(embedder.model.tokenizer).__name__,
-        "layers": list(embedder.layers),
-        "config": config.to_dict(),
-        "counts": asdict(counts),
-        "inputs": [_file_facts(name) for name in config.input.inputs],
-        "regions": [_file_facts(name) for name in config.input.regions],
-        "stats": asdict(embedder.stats),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "numpy")},
-        },
-        "threads": torch.get_num_threads(),
-        "peak_memory_mb": peak_memory_mb(),
-    }
-
-
-def peak_memory_mb() -> int | None:
-    """Give the largest resident memory of this process so far.
-
-    Returns:
-        Mebibytes; None where the platform does not say.
-    """
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-def _file_facts(name: str) -> dict[str, str | int | None]:
-    path = Path(name)
-    if name == "-" or not path.is_file():
-        return {"name": name, "bytes": None, "sha256": None}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _as_strings(value: object) -> tuple[str, ...]:

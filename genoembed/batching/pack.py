@@ -1,6 +1,7 @@
-"""Packing: documents laid end to end in rows of one length, for causal training.
+"""Packing as one stream: documents laid end to end and cut into rows of one length, for causal training.
 
-B rows, L slots of a row (the window), S segments, T tokens.
+In: token ids of documents. Out: batches without padding, in which documents may be cut. For whole documents
+with some padding see :mod:`genoembed.batching.bins`. B rows, L slots of a row (the window).
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from genoembed.contracts import PackedBatch
-from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
+from genoembed.batching.packed_rows import (
+    IGNORE_INDEX,
+    Document,
+    PackCounts,
+    as_token_ids,
+    build_packed_batch,
+    size_problems,
+)
+from genoembed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+    from genoembed.contracts import PackedBatch
 
-IGNORE_INDEX = -100
+__all__ = ["IGNORE_INDEX", "PackCounts", "pack_stream", "packing_efficiency"]
+
+logger = logging.getLogger(__name__)
 
 
 def pack_stream(
-    documents: Iterable[bytes | bytearray | memoryview | NDArray[np.integer] | Sequence[int]],
+    documents: Iterable[Document],
     *,
     window: int,
     eod_token_id: int = 0,
@@ -33,6 +42,7 @@ def pack_stream(
     batch_size: int = 1,
     drop_last: bool = False,
     on_drop: Callable[[int], None] | None = None,
+    counts: PackCounts | None = None,
 ) -> Iterator[PackedBatch]:
     """Join documents, each followed by EOD, and cut the stream into equal windows.
 
@@ -51,6 +61,7 @@ def pack_stream(
         drop_last: Leave out the tokens that do not fill the last row, instead of padding it. Their number is
             logged and given to ``on_drop``.
         on_drop: Called once, at the end, with the number of tokens left out, when there are any.
+        counts: Filled in as batches are handed on.
 
     Yields:
         Batches of up to ``batch_size`` rows of ``window`` slots.
@@ -67,12 +78,13 @@ def pack_stream(
         >>> batch.position_ids.tolist(), batch.cu_seqlens.tolist()
         ([[0, 1, 2, 3, 0, 1, 0]], [0, 4, 6, 7])
     """
-    if problems := _size_problems(window, batch_size):
+    if problems := size_problems(window, batch_size):
         raise ConfigError(*problems)
+    tally = PackCounts() if counts is None else counts
     ids = np.empty(batch_size * window, dtype=np.int64)
     is_start = np.zeros(batch_size * window, dtype=np.bool_)
     filled = 0
-    for piece, opens_document in _iter_pieces(documents, eod_token_id):
+    for piece, opens_document in _iter_pieces(documents, eod_token_id, window, tally):
         taken = 0
         while taken < len(piece):
             count = min(len(piece) - taken, len(ids) - filled)
@@ -81,22 +93,21 @@ def pack_stream(
             taken += count
             filled += count
             if filled == len(ids):
-                yield _build_batch(ids, is_start, window)
+                yield _build_rows(ids, is_start, window, tally)
                 is_start[:] = False
                 filled = 0
-    num_rows, num_left = divmod(filled, window)
+    num_left = filled % window
     if drop_last and num_left:
         logger.info("pack_stream: left out %d tokens that do not fill a row of %d", num_left, window)
+        tally.dropped_tokens += num_left
+        filled -= num_left
         if on_drop is not None:
             on_drop(num_left)
-    elif num_left:
-        num_rows += 1
-        ids[filled : num_rows * window] = pad_token_id
-        is_start[filled] = True
-    if num_rows:
-        slots = num_rows * window
-        num_padding = max(0, slots - filled)
-        yield _build_batch(ids[:slots], is_start[:slots], window, num_padding=num_padding)
+    if filled:
+        slots = -(-filled // window) * window
+        ids[filled:slots] = pad_token_id
+        yield _build_rows(ids[:slots], is_start[:slots], window, tally, num_padding=slots - filled)
+    logger.info("pack_stream: %s, efficiency %.4f", tally, tally.efficiency)
 
 
 def packing_efficiency(batch: PackedBatch) -> float:
@@ -115,65 +126,30 @@ def packing_efficiency(batch: PackedBatch) -> float:
     return float((batch.segment_ids >= 0).double().mean())
 
 
-def _size_problems(window: int, batch_size: int) -> list[str]:
-    problems = []
-    if window < 2:
-        problems.append(f"window: {window}, expected 2 or more; set window to the context to train on")
-    if batch_size < 1:
-        problems.append(
-            f"batch_size: {batch_size}, expected 1 or more; set batch_size to the rows of a batch"
-        )
-    if window * batch_size >= 2**31:
-        problems.append(
-            f"window {window} x batch_size {batch_size}: {window * batch_size} slots, expected less "
-            "than 2**31; set a smaller window or batch_size"
-        )
-    return problems
-
-
 def _iter_pieces(
-    documents: Iterable[bytes | bytearray | memoryview | NDArray[np.integer] | Sequence[int]],
-    eod_token_id: int,
+    documents: Iterable[Document], eod_token_id: int, window: int, counts: PackCounts
 ) -> Iterator[tuple[NDArray[np.integer], bool]]:
     eod = np.array([eod_token_id], dtype=np.int64)
+    position = 0
     for number, document in enumerate(documents, start=1):
-        yield _as_ids(document, number), True
+        ids = as_token_ids(document, number)
+        counts.documents += 1
+        counts.cut_documents += position // window != (position + len(ids)) // window
+        position = (position + len(ids) + 1) % window
+        yield ids, True
         yield eod, False
 
 
-def _as_ids(
-    document: bytes | bytearray | memoryview | NDArray[np.integer] | Sequence[int], number: int
-) -> NDArray[np.integer]:
-    if len(document) == 0:
-        message = f"document {number}: no tokens, expected at least one; leave empty documents out"
-        raise SequenceLengthError(message)
-    if isinstance(document, (bytes, bytearray)):
-        return np.frombuffer(document, dtype=np.uint8)
-    ids = np.asarray(document)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        message = f"document {number}: {ids.dtype} of shape {ids.shape}, expected integers of shape (T,)"
-        raise ShapeError(message)
-    return ids
-
-
-def _build_batch(
-    ids: NDArray[np.int64], is_start: NDArray[np.bool_], window: int, *, num_padding: int = 0
+def _build_rows(
+    ids: NDArray[np.int64],
+    is_start: NDArray[np.bool_],
+    window: int,
+    counts: PackCounts,
+    *,
+    num_padding: int = 0,
 ) -> PackedBatch:
-    ids_BL = ids.reshape(-1, window).copy()
-    start_BL = is_start.reshape(-1, window).copy()
-    start_BL[:, 0] = True
-    slot_L = np.arange(window, dtype=np.int64)
-    segment_start_BL = np.maximum.accumulate(np.where(start_BL, slot_L, 0), axis=1)
-    segment_BL = np.cumsum(start_BL, axis=1, dtype=np.int64) - 1
-    labels_BL = np.where(start_BL, IGNORE_INDEX, ids_BL)
-    if num_padding:
-        segment_BL[-1, -num_padding:] = -1
-        labels_BL[-1, -num_padding:] = IGNORE_INDEX
-    boundaries = np.append(np.flatnonzero(start_BL), ids_BL.size).astype(np.int32)
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids_BL),
-        labels=torch.from_numpy(labels_BL),
-        position_ids=torch.from_numpy(slot_L - segment_start_BL),
-        segment_ids=torch.from_numpy(segment_BL),
-        cu_seqlens=torch.from_numpy(boundaries),
+    num_real_B = np.full(len(ids) // window, window, dtype=np.int64)
+    num_real_B[-1] -= num_padding
+    return build_packed_batch(
+        ids.reshape(-1, window), is_start.reshape(-1, window), num_real_B, counts=counts
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from genoembed.models.striped_hyena2 import modeling
+from genoembed.models.striped_hyena2 import blocks
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -145,11 +145,11 @@ def test_bfloat16_keeps_poles_residues_and_frequencies_in_float32(golden_model, 
         assert dtype == (torch.float32 if key.endswith(exact) else torch.bfloat16), key
 
 
-def _eps_inside(self: modeling.RMSNorm, x: Tensor) -> Tensor:
+def _eps_inside(self: blocks.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
 
 
-def _rope_interleaved(self: modeling.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
+def _rope_interleaved(self: blocks.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
     angles = ((positions / self.factor)[..., None] * self.inv_freq)[:, :, None]
     even, odd = x[..., ::2], x[..., 1::2]
     pairs = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
@@ -157,22 +157,22 @@ def _rope_interleaved(self: modeling.RotaryEmbedding, x: Tensor, positions: Tens
 
 
 MISTAKES = {
-    "eps inside the root": (modeling.RMSNorm, "forward", _eps_inside),
-    "interleaved rotary pairs": (modeling.RotaryEmbedding, "forward", _rope_interleaved),
+    "eps inside the root": (blocks.RMSNorm, "forward", _eps_inside),
+    "interleaved rotary pairs": (blocks.RotaryEmbedding, "forward", _rope_interleaved),
     "short filters turned round": (
-        modeling,
+        blocks,
         "causal_fir",
-        lambda x, taps, original=modeling.causal_fir: original(x, taps.flip(-1)),
+        lambda x, taps, original=blocks.causal_fir: original(x, taps.flip(-1)),
     ),
     "medium filters turned round": (
-        modeling,
+        blocks,
         "causal_convolution",
-        lambda x, taps, skip, original=modeling.causal_convolution: original(x, taps.flip(-1), skip),
+        lambda x, taps, skip, original=blocks.causal_convolution: original(x, taps.flip(-1), skip),
     ),
     "skip left out": (
-        modeling,
+        blocks,
         "modal_convolution",
-        lambda *inputs, original=modeling.modal_convolution: original(
+        lambda *inputs, original=blocks.modal_convolution: original(
             *inputs[:3], torch.zeros_like(inputs[3])
         ),
     ),

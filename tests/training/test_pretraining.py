@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ConfigError
-from genoembed.models.striped_hyena2.modeling import OutFilterDense
+from genoembed.models.striped_hyena2.blocks import OutFilterDense
 from genoembed.training import pretraining
 from genoembed.training.datasets import PackedCorpus
 from genoembed.training.pretraining import (

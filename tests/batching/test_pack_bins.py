@@ -178,10 +178,13 @@ def test_pack_bins_orders_rows_and_documents_by_the_seed():
     assert len(orders) == 5
 
 
-def test_pack_bins_fills_rows_with_the_best_fit():
-    (batch,) = pack_bins([b"ACGTAC", b"ACGT", b"ACG", b"A"], window=9, batch_size=9)
-    lengths = sorted(sorted(map(len, row)) for row in rows_of_segments(batch))
-    assert lengths == [[2, 7], [4, 5]]
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [([6, 5, 2], [[3, 7], [6]]), ([2, 2, 5, 6], [[3, 6], [3, 7]]), ([3, 5, 8, 1], [[2], [4, 6], [9]])],
+)
+def test_pack_bins_fills_the_fullest_row_that_takes_a_document(lengths, rows):
+    (batch,) = pack_bins(numbered(lengths), window=10, batch_size=9)
+    assert sorted(sorted(map(len, row)) for row in rows_of_segments(batch)) == rows
 
 
 def test_pack_bins_rows_do_not_come_sorted_by_length():

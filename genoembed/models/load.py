@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, PrecisionWarning
+from genoembed.errors import CheckpointError, GenoembedError, ModelError, PrecisionWarning
+from genoembed.models.architecture import (
+    NONSENSE,
+    auto_class,
+    base_of,
+    first_line,
+    loading_options,
+    needs_trust,
+    read_config,
+    unbuildable,
+)
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import ModelSource, locate_model
-from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models, suggestion
+from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -44,12 +44,6 @@ __all__ = ["DtypeName", "GenomicModel", "load_model"]
 DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_AUTO_CLASSES = {
-    "AutoModel": AutoModel,
-    "AutoModelForCausalLM": AutoModelForCausalLM,
-    "AutoModelForMaskedLM": AutoModelForMaskedLM,
-    "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
-}
 # stored by older releases, computed from the configuration today
 _COMPUTED_BUFFERS = ("inv_freq", "position_ids", "masked_bias")
 _NAMES_SHOWN = 5
@@ -87,12 +81,10 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = _choose_dtype(dtype, device)
     source = locate_model(name_or_path)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    config = _load_config(source, options)
+    options = loading_options(source, trust_remote_code=trust_remote_code, revision=revision)
+    config = read_config(source, options)
     whole, loading_info = _load_weights(source, config, options, dtype=chosen_dtype, device_map=device_map)
-    module = _base_of(whole)
+    module = base_of(whole)
     untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
     if device_map is None:
         module = module.to(device)
@@ -122,29 +114,6 @@ def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -
     return _DTYPES[dtype]
 
 
-def _load_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(source.location, **options)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(_needs_trust(source)) from error
-        message = f"model {source.name!r}: its config.json is of no kind that transformers reads ({error})"
-        raise ModelError(message) from error
-    except OSError as error:
-        message = (
-            f"model {source.name!r}: no such model here, and Hugging Face gives none "
-            f"({type(error).__name__}); {suggestion(source.name)}"
-        )
-        raise ModelNotFoundError(message) from error
-
-
-def _needs_trust(source: ModelSource) -> str:
-    return (
-        f"model {source.name!r}: it brings its own Python code, which runs only if trusted; read the code, "
-        "then set trust_remote_code=True"
-    )
-
-
 def _load_weights(
     source: ModelSource,
     config: PreTrainedConfig,
@@ -157,21 +126,28 @@ def _load_weights(
     extra = {} if device_map is None else {"device_map": device_map}
     try:
         with _without_progress_bars():
-            return _auto_class(config, options).from_pretrained(
-                source.location, config=config, dtype=dtype, output_loading_info=True, **options, **extra
+            return auto_class(config, trust_remote_code=options["trust_remote_code"]).from_pretrained(
+                source.location,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+                **extra,
             )
+    except GenoembedError:
+        raise
     except (pickle.UnpicklingError, SafetensorError, RuntimeError) as error:
         message = (
-            f"the weights cannot be read or do not fit config.json ({_first_line(error)}); fetch them again"
+            f"the weights cannot be read or do not fit config.json ({first_line(error)}); fetch them again"
         )
         raise CheckpointError(message, path=source.location) from error
     except OSError as error:
-        message = f"no weights were found ({_first_line(error)}); the folder needs safetensors files"
+        remedy = "the folder needs safetensors files" if source.is_local else "fetch the model while online"
+        message = f"no weights were found ({first_line(error)}); {remedy}"
         raise CheckpointError(message, path=source.location) from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(_needs_trust(source)) from error
-        raise
+    except (*NONSENSE, ImportError) as error:
+        raise unbuildable(source, error) from error
 
 
 @contextmanager
@@ -184,24 +160,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             enable_progress_bar()
-
-
-def _auto_class(config: PreTrainedConfig, options: Mapping[str, Any]) -> type[Any]:
-    """Choose the loader: repositories with code of their own do not always offer the bare model."""
-    auto_map = getattr(config, "auto_map", None) or {}
-    if options["trust_remote_code"]:
-        for name, auto_class in _AUTO_CLASSES.items():
-            if name in auto_map:
-                return auto_class
-    return AutoModel
-
-
-def _base_of(whole: PreTrainedModel) -> PreTrainedModel:
-    """Take the base model out of one with a head, and the encoder out of an encoder-decoder."""
-    base = whole.base_model
-    if getattr(base.config, "is_encoder_decoder", False):
-        base = base.get_encoder()
-    return base
 
 
 def _check_keys(
@@ -229,7 +187,7 @@ def _check_keys(
         for what, keys in (
             ("are missing and would be random", missing - unused),
             ("have no place in the model", unexpected),
-            ("have another shape", {str(key) for key in info["mismatched_keys"]}),
+            ("have another shape", {_shapes(key) for key in info["mismatched_keys"]}),
         )
         if keys
     ]
@@ -268,9 +226,9 @@ def _load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
-            raise ModelError(_needs_trust(source)) from error
+            raise needs_trust(source) from error
         message = (
-            f"model {source.name!r}: no tokenizer could be loaded ({_first_line(error)}); "
+            f"model {source.name!r}: no tokenizer could be loaded ({first_line(error)}); "
             "save the model's tokenizer into its folder"
         )
         raise ModelError(message) from error
@@ -301,6 +259,7 @@ def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> 
         source.location,
         file_name,
         revision=options.get("revision"),
+        local_files_only=options.get("local_files_only", False),
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
@@ -319,9 +278,12 @@ def _warn_about_precision(model: GenomicModel) -> None:
         warnings.warn(PrecisionWarning(message), stacklevel=3)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _shapes(mismatch: str | tuple[str, Iterable[int], Iterable[int]]) -> str:
+    """Phrase what transformers reports: the name alone, or with the shapes found and expected."""
+    if isinstance(mismatch, str):
+        return mismatch
+    name, found, expected = mismatch
+    return f"{name} is {tuple(found)}, expected {tuple(expected)}"
 
 
 def _listing(keys: Iterable[str]) -> str:

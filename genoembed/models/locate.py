@@ -9,16 +9,15 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants
 
 from genoembed.errors import ModelError, ModelNotFoundError
-from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models, suggestion
+from genoembed.models.hub import fetch_checkpoint, verify_checkpoint
+from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, KnownModel, known_models, suggestion
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 _LOG = logging.getLogger(__name__)
 
-BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -35,11 +34,12 @@ class ModelSource:
     """The registry's entry, if the name is one."""
 
 
-def locate_model(name_or_path: str) -> ModelSource:
+def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:
     """Find what a name stands for; a registry checkpoint is fetched and converted if need be.
 
     Args:
         name_or_path: Bundled or registry name, local folder, or Hugging Face id.
+        with_weights: Without, a registry checkpoint is only named: its location may be a folder to be.
 
     Returns:
         Where to load from. That a Hugging Face id exists is not checked here.
@@ -50,7 +50,10 @@ def locate_model(name_or_path: str) -> ModelSource:
     """
     entry = next((model for model in known_models() if model.name == name_or_path), None)
     if entry is not None:
-        folder = BUNDLED_FOLDER if entry.name == BUNDLED_NAME else converted_folder(entry)
+        if not with_weights:
+            folder = _folder_of(entry)
+            return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
+        folder = _folder_of(entry) if entry.name == BUNDLED_NAME else converted_folder(entry)
         if not (folder / "config.json").is_file():
             message = f"model {name_or_path!r}: {folder} holds no config.json; install genoembed again"
             raise ModelNotFoundError(message)
@@ -87,44 +90,25 @@ def converted_folder(entry: KnownModel) -> Path:
         ModelNotFoundError: If the checkpoint is neither on this machine nor within reach.
         CheckpointError: If what was fetched is damaged.
     """
-    folder = cache_folder() / entry.name
+    folder = _folder_of(entry)
     if (folder / "config.json").is_file():
         return folder
-    source = _merged_file(entry) or _fetched_file(entry)
+    source = _merged_file(entry) or fetch_checkpoint(entry, converted=folder)[0]
     _LOG.info("converting %s once, into %s", source, folder)
     return convert_checkpoint(source, folder, name=entry.name)
 
 
+def _folder_of(entry: KnownModel) -> Path:
+    return BUNDLED_FOLDER if entry.name == BUNDLED_NAME else cache_folder() / entry.name
+
+
 def _merged_file(entry: KnownModel) -> Path | None:
-    """Find the merged file that the original package leaves beside the hub cache."""
+    """Find the merged file that the original package leaves beside the hub cache, and verify it."""
     path = Path(constants.HF_HUB_CACHE).parent / f"{entry.name}.pt"
-    return path if path.is_file() else None
-
-
-def _fetched_file(entry: KnownModel) -> Path:
-    """Fetch all files of a checkpoint, from the hub's cache where they are there, and check their sizes."""
-    paths = [_fetch(entry, file.name) for file in entry.files]
-    for path, file in zip(paths, entry.files, strict=True):
-        size = path.stat().st_size
-        if file.num_bytes not in (None, size):
-            _LOG.warning("%s: %d bytes, but %s were recorded for %s", path, size, file.num_bytes, entry.name)
-    return paths[0]
-
-
-def _fetch(entry: KnownModel, file_name: str) -> Path:
-    assert entry.repo_id is not None
-    try:
-        return Path(hf_hub_download(entry.repo_id, file_name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(hf_hub_download(entry.repo_id, file_name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        message = (
-            f"model {entry.name!r}: {file_name} of {entry.repo_id} is not in the local cache and cannot be "
-            f"fetched ({type(error).__name__}); go online once, or convert a checkpoint and name its folder"
-        )
-        raise ModelNotFoundError(message) from error
+    if not path.is_file():
+        return None
+    verify_checkpoint(entry, [path])
+    return path
 
 
 def _check_folder(path: Path) -> None:

@@ -7,17 +7,22 @@ counts follow from the configurations (tied output embedding counted once).
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from genoembed.errors import ModelNotFoundError
+from genoembed.errors import ConfigError, ModelNotFoundError
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BUNDLED_NAME = "genoembed-mini"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 _FP8_NEEDED = (
     "trained with 8-bit (FP8) input projections. Without them the model runs, but its predictions are much "
@@ -47,14 +52,16 @@ class KnownModel:
     """What it is, in a few words."""
     context: int
     """Longest input, in tokens (one token, one base)."""
-    num_parameters: int | None
-    """Weights, the tied output embedding counted once; None for the bundled model, whose files say it."""
+    num_parameters: int
+    """Weights, the tied output embedding counted once."""
     license: str
     """SPDX identifier."""
     repo_id: str | None = None
     """Hugging Face repository; None for the bundled model."""
     files: tuple[CheckpointFile, ...] = ()
     """What to fetch from the repository, pieces in order."""
+    merged_sha256: str | None = None
+    """SHA-256 of the pieces laid end to end, where known."""
     needs_fp8: bool = False
     """Whether the published numbers need 8-bit input projections."""
     precision_note: str = ""
@@ -87,7 +94,7 @@ def known_models() -> tuple[KnownModel, ...]:
         >>> [model.name for model in known_models()][:3]
         ['genoembed-mini', 'evo2_1b_base', 'evo2_7b']
     """
-    return _MODELS
+    return (_bundled(BUNDLED_FOLDER), *_OFFICIAL)
 
 
 def find_model(name: str) -> KnownModel:
@@ -106,10 +113,10 @@ def find_model(name: str) -> KnownModel:
         >>> find_model("evo2_7b").context
         1048576
     """
-    for model in _MODELS:
+    for model in known_models():
         if model.name == name:
             return model
-    message = f"model {name!r} is not known ({', '.join(m.name for m in _MODELS)}); {suggestion(name)}"
+    message = f"model {name!r} is not known ({', '.join(m.name for m in known_models())}); {suggestion(name)}"
     raise ModelNotFoundError(message)
 
 
@@ -126,11 +133,67 @@ def suggestion(name: str) -> str:
         >>> suggestion("evo2-7b")
         "did you mean 'evo2_7b'?"
     """
-    names = [model.name for model in _MODELS]
+    names = [model.name for model in known_models()]
     near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.7)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"use a local folder, a Hugging Face id, or one of {', '.join(names)}"
+
+
+@cache
+def _bundled(folder: Path) -> KnownModel:
+    """Describe the bundled model by its own files, so that the two cannot differ."""
+    config = _bundled_config(folder / "config.json")
+    fields = inspect.signature(StripedHyena2Config).parameters
+    return KnownModel(
+        name=BUNDLED_NAME,
+        summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
+        context=config.max_position_embeddings,
+        num_parameters=count_parameters(config),
+        license="Apache-2.0",
+        precision_note="runs anywhere in float32",
+        config=MappingProxyType({key: value for key, value in config.to_dict().items() if key in fields}),
+    )
+
+
+def _bundled_config(path: Path) -> StripedHyena2Config:
+    """Read the folder's configuration; a source tree may not hold the weights yet."""
+    if not path.is_file():
+        return StripedHyena2Config(num_attention_heads=2)
+    try:
+        return StripedHyena2Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ConfigError) as error:
+        message = f"model {BUNDLED_NAME!r}: {path} is damaged ({error}); install genoembed again"
+        raise ModelNotFoundError(message) from error
+
+
+def count_parameters(config: StripedHyena2Config) -> int:
+    """Add up the weights of a StripedHyena 2 model, without building it.
+
+    Args:
+        config: Its configuration.
+
+    Returns:
+        Number of weights, the tied output embedding counted once.
+
+    Example:
+        >>> count_parameters(find_model("evo2_7b").build_config())
+        6581722880
+    """
+    width = config.hidden_size
+    projections = 3 * width * (width + bool(config.qkv_proj_bias))
+    output = width * width
+    hyena = projections + 3 * width * config.short_filter_length + output
+    hyena += width * bool(config.hyena_out_proj_bias)
+    mixers = {
+        "attention": projections + output + width * bool(config.mha_out_proj_bias),
+        "hcs": hyena + config.hcs_filter_groups * config.hcs_filter_length,
+        "hcm": hyena + config.hcm_filter_groups * config.hcm_filter_length + width,
+        "hcl": hyena + 2 * width * config.state_size + width,
+    }
+    norms_and_mlp = 2 * width + 3 * width * config.intermediate_size
+    blocks = (mixers[config.block_kind(index)] + norms_and_mlp for index in range(config.num_hidden_layers))
+    return config.vocab_size * width + sum(blocks) + width
 
 
 _PATTERN_24 = {
@@ -206,15 +269,7 @@ def _evo2(
 
 _7B_8K = _config(_PATTERN_32, width=4096, inner=11008, groups=256, context=32768, rope_base=1e4)
 
-_MODELS: tuple[KnownModel, ...] = (
-    KnownModel(
-        name=BUNDLED_NAME,
-        summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
-        context=8192,
-        num_parameters=None,
-        license="Apache-2.0",
-        precision_note="runs anywhere in float32",
-    ),
+_OFFICIAL: tuple[KnownModel, ...] = (
     _evo2(
         "evo2_1b_base",
         "Evo 2 1B, trained at 8 kb",

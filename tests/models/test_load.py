@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from genoembed.errors import CheckpointError, LayerError, ModelError, ModelNotFoundError
+from genoembed.errors import CheckpointError, ConfigError, LayerError, ModelError, ModelNotFoundError
+from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from tests.models.conftest import make_batch
 from tests.tiny_models import build_config
@@ -121,8 +122,66 @@ def test_weights_of_another_shape_are_refused(tiny_folder, tmp_path):
     folder = copy_with(
         tiny_folder("llama"), tmp_path / "m", lambda t: t.update({"norm.weight": torch.zeros(3)})
     )
-    with pytest.raises(CheckpointError, match=r"config.json"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 weights have another shape \(norm.weight is \(3,\), expected \(16,\)\); check",
+    ):
         load_model(folder, device="cpu")
+
+
+def test_weights_of_fewer_blocks_than_stated_are_refused(tiny_folder, tmp_path):
+    def drop_last(tensors):
+        for key in [key for key in tensors if key.startswith("layers.2.")]:
+            del tensors[key]
+
+    folder = copy_with(tiny_folder("llama"), tmp_path / "m", drop_last)
+    with pytest.raises(
+        CheckpointError, match=r"9 weights are missing and would be random \(layers.2.*4 more"
+    ):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": "wide"}, r"\(Validation error for field 'hidden_size': TypeError: .*\)"),
+        ({"num_attention_heads": 0}, r"\(integer modulo by zero\)"),
+        ({"hidden_act": "nothing"}, r"describes no model that transformers builds .*; check config.json"),
+        ({"num_hidden_layers": 0}, "holds no list of blocks"),
+    ],
+)
+@pytest.mark.parametrize("use", [load_model, describe_layers])
+def test_nonsense_in_a_configuration_is_one_line(use, change, problem, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=problem) as caught:
+        use(str(tmp_path / "m"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize("use", [load_model, describe_layers])
+def test_damaged_configuration_is_named(use, content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"its config.json (cannot be read|is of no kind)"):
+        use(str(tmp_path))
+
+
+def test_problem_of_our_own_configuration_says_where(tmp_path):
+    content = {"model_type": "striped_hyena2", "num_hidden_layers": 5}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="name each of the 5 blocks") as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert caught.value.__notes__ == [f"in the config.json of model {str(tmp_path)!r}"]
+
+
+def test_package_that_remote_code_needs_is_named(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("custom_conv"), tmp_path / "m")
+    code = tmp_path / "m" / "modeling_tiny_conv.py"
+    code.write_text(f"import no_such_package_at_all\n{code.read_text()}")
+    with pytest.raises(ModelError, match=r"needs packages that are not here \(.*no_such_package_at_all"):
+        load_model(str(tmp_path / "m"), device="cpu", trust_remote_code=True)
 
 
 def test_computed_buffers_of_older_releases_are_forgiven(tiny_folder, tmp_path):
@@ -214,7 +273,9 @@ def test_unknown_name_gets_near_names(monkeypatch):
         raise OSError(message)
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(ModelNotFoundError, match=r"'evo2-7b': no such model here, .* did you mean 'evo2_7b'"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"'evo2-7b': no such model here, .*offline mode .* did you mean 'evo2_7b'"
+    ):
         load_model("evo2-7b")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from genoembed.errors import ModelError, ModelNotFoundError, PrecisionWarning
+from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, PrecisionWarning
+from genoembed.models import hub as hub_module
 from genoembed.models import load as load_module
 from genoembed.models import locate
 from genoembed.models.load import load_model
@@ -38,7 +40,8 @@ def hub(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError(message)
         return str(repository / file_name)
 
-    monkeypatch.setattr(locate, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub_module, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: True)
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     return repository, asked
@@ -78,8 +81,8 @@ def test_registry_name_is_fetched_and_converted_once(hub, entry, tmp_path):
     assert model.location == tmp_path / "home" / "genoembed" / "evo2_tiny"
     assert asked == [
         (entry.repo_id, "evo2_tiny.pt.part0", True),
-        (entry.repo_id, "evo2_tiny.pt.part0", False),
         (entry.repo_id, "evo2_tiny.pt.part1", True),
+        (entry.repo_id, "evo2_tiny.pt.part0", False),
         (entry.repo_id, "evo2_tiny.pt.part1", False),
     ]
     assert (model.provenance["checkpoint"], model.provenance["license"]) == ("evo2_tiny", "Apache-2.0")
@@ -103,19 +106,106 @@ def test_merged_file_of_the_original_package_is_used(hub, entry, tmp_path):
     assert hub[1] == []
 
 
-def test_other_size_than_recorded_is_logged(hub, entry, caplog):
+def test_merged_file_is_verified_by_size_and_digest(hub, entry, tmp_path):
+    content = CHECKPOINT.read_bytes()
+    known = dataclasses.replace(entry, merged_sha256=hashlib.sha256(content).hexdigest())
+    merged = tmp_path / "home" / "evo2_tiny.pt"
+    merged.parent.mkdir()
+    merged.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    with pytest.raises(CheckpointError, match=rf"SHA-256 [0-9a-f]+ .*expected {known.merged_sha256}"):
+        converted_folder(known)
+    merged.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=rf"{len(content) - 1} bytes, expected {len(content)}"):
+        converted_folder(known)
+    merged.write_bytes(content)
+    assert (converted_folder(known) / "config.json").is_file()
+
+
+def with_digests(entry: KnownModel, repository: Path) -> KnownModel:
+    """Record the digests that the files in the repository have."""
+    files = tuple(
+        dataclasses.replace(file, sha256=hashlib.sha256((repository / file.name).read_bytes()).hexdigest())
+        for file in entry.files
+    )
+    whole = hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
+    return dataclasses.replace(entry, files=files, merged_sha256=whole)
+
+
+def test_pieces_with_the_recorded_digests_are_converted(hub, entry):
+    write_pieces(hub[0])
+    assert (converted_folder(with_digests(entry, hub[0])) / "config.json").is_file()
+
+
+@pytest.mark.parametrize("keep", ["pieces", "whole"])
+def test_other_digest_than_recorded_is_refused_before_converting(keep, hub, entry, tmp_path):
+    repository, _ = hub
+    write_pieces(repository)
+    known = with_digests(entry, repository)
+    known = dataclasses.replace(
+        known, **({"merged_sha256": None} if keep == "pieces" else {"files": entry.files})
+    )
+    piece = repository / "evo2_tiny.pt.part1"
+    changed = bytearray(piece.read_bytes())
+    changed[1000] ^= 1
+    piece.write_bytes(changed)
+    found = hashlib.sha256(changed).hexdigest()
+    expected = known.files[1].sha256
+    if keep == "whole":
+        found = hashlib.sha256((repository / "evo2_tiny.pt.part0").read_bytes() + changed).hexdigest()
+        expected = known.merged_sha256
+    with pytest.raises(
+        CheckpointError, match=rf"SHA-256 {found}.*expected {expected} as recorded .*; delete"
+    ):
+        converted_folder(known)
+    assert not (tmp_path / "home" / "genoembed").exists()
+
+
+def test_other_size_than_recorded_is_refused(hub, entry):
     write_pieces(hub[0])
     odd = dataclasses.replace(
         entry, files=(CheckpointFile(name=entry.files[0].name, num_bytes=7), entry.files[1])
     )
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(CheckpointError, match=r"evo2_tiny.pt.part0: \d+ bytes, expected 7 as recorded"):
         converted_folder(odd)
-    assert "but 7 were recorded for evo2_tiny" in caplog.text
 
 
-def test_unreachable_checkpoint_says_what_to_do(hub, entry):
-    with pytest.raises(ModelNotFoundError, match=r"evo2_tiny.pt.part0 of .* go online once, or convert"):
+def test_files_without_recorded_digests_are_said_to_be_unverified(hub, entry, caplog):
+    write_pieces(hub[0])
+    with caplog.at_level(logging.INFO):
+        converted_folder(entry)
+    assert "evo2_tiny: no SHA-256 is recorded, sizes only are verified" in caplog.text
+
+
+def test_unreachable_checkpoint_says_where_it_was_looked_for_and_how_to_get_it(hub, entry, monkeypatch):
+    repository, asked = hub
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: False)
+    with pytest.raises(ModelNotFoundError) as caught:
         locate_model("evo2_tiny")
+    text = str(caught.value)
+    assert "\n" not in text
+    for fact in (
+        str(repository.parent / "home" / "genoembed" / "evo2_tiny"),
+        str(repository.parent / "home" / "hub"),
+        "evo2_tiny.pt.part0 and evo2_tiny.pt.part1 (0.0 GB)",
+        "HF_HUB_OFFLINE",
+        f"{entry.repo_id} where there is a network, make a folder of it with genoembed convert",
+        "set model to that folder",
+    ):
+        assert fact in text
+    assert all(local_files_only for _, _, local_files_only in asked)
+
+
+def test_broken_download_says_what_to_do(hub, entry):
+    with pytest.raises(
+        ModelNotFoundError, match=r"fetching evo2_tiny.pt.part0 failed \(LocalEntryNot.*not cached"
+    ):
+        locate_model("evo2_tiny")
+
+
+def test_registry_name_needs_nothing_where_no_weights_are_wanted(hub, entry):
+    source = locate_model("evo2_tiny", with_weights=False)
+    assert (source.entry, source.is_local, hub[1]) == (entry, True, [])
+    assert not Path(source.location).exists()
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "evo2_7b.pt", "~/nowhere"])

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from genoembed.errors import ModelNotFoundError
-from genoembed.models.registry import find_model, known_models, suggestion
+from genoembed.models import registry
+from genoembed.models.registry import (
+    BUNDLED_FOLDER,
+    count_parameters,
+    find_model,
+    known_models,
+    suggestion,
+)
+from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
 
 # exact counts; published as 1B, 7B (6.5e9), 20B and 40B (40.3e9)
@@ -48,6 +61,7 @@ def test_parameter_count_on_the_meta_device(name):
     with torch.device("meta"):
         module = StripedHyena2ForCausalLM(config)
     assert module.num_parameters() == PARAMETERS[name] == entry.num_parameters == count_by_hand(config)
+    assert count_parameters(config) == PARAMETERS[name]
     assert len(module.state_dict()) + 1 == TENSORS.get(name, len(module.state_dict()) + 1)
 
 
@@ -93,3 +107,68 @@ def test_unknown_name_gets_near_names():
     with pytest.raises(ModelNotFoundError, match=r"model 'evo2_7B_bas' is not known .*'evo2_7b_base'"):
         find_model("evo2_7B_bas")
     assert suggestion("xyz").startswith("use a local folder, a Hugging Face id, or one of genoembed-mini")
+
+
+def test_bundled_model_has_the_default_shape_where_its_folder_is_empty(tmp_path):
+    entry = registry._bundled(tmp_path)
+    assert entry.num_parameters == 6_580_472
+    assert (entry.config["num_hidden_layers"], entry.config["hidden_size"], entry.context) == (32, 128, 8192)
+    assert entry.build_config().num_attention_heads == 2
+    assert find_model("genoembed-mini") == registry._bundled(BUNDLED_FOLDER)
+
+
+def test_bundled_model_is_described_by_its_folder(tmp_path):
+    config = StripedHyena2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=40,
+        hcs_layer_idxs=[0],
+        hcm_layer_idxs=[1],
+        hcl_layer_idxs=[2],
+        attn_layer_idxs=[3],
+        hcs_filter_groups=4,
+        max_position_embeddings=512,
+        qkv_proj_bias=True,
+        hyena_out_proj_bias=False,
+    )
+    config.save_pretrained(tmp_path)
+    entry = registry._bundled(tmp_path)
+    assert (entry.context, entry.config["num_hidden_layers"], entry.config["hidden_size"]) == (512, 4, 32)
+    with torch.device("meta"):
+        module = StripedHyena2ForCausalLM(entry.build_config())
+    assert entry.num_parameters == module.num_parameters()
+    kept = {key: value for key, value in config.to_dict().items() if key in entry.config}
+    assert kept == dict(entry.config)
+
+
+@pytest.mark.skipif(
+    not (BUNDLED_FOLDER / "model.safetensors").is_file(), reason="the bundled weights are not in this tree"
+)
+def test_registry_agrees_with_the_bundled_folder():
+    entry = find_model("genoembed-mini")
+    stated = json.loads((BUNDLED_FOLDER / "config.json").read_text())
+    assert {key: stated[key] for key in entry.config if key in stated} == {
+        key: value for key, value in entry.config.items() if key in stated
+    }
+    assert {"num_hidden_layers", "hidden_size", "num_attention_heads"} <= stated.keys()
+    assert entry.context == stated["max_position_embeddings"]
+    with safe_open(BUNDLED_FOLDER / "model.safetensors", framework="pt") as stored:
+        sizes = {key: stored.get_slice(key).get_shape() for key in stored.keys()}
+    weights = [shape for key, shape in sizes.items() if not key.endswith("inv_freq")]
+    assert entry.num_parameters == sum(torch.Size(shape).numel() for shape in weights)
+
+
+def test_damaged_bundled_configuration_is_named(tmp_path):
+    for content in ("{", "[]", json.dumps({"hidden_size": 0})):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelNotFoundError, match=r"config.json is damaged .*; install genoembed again"):
+            registry._bundled(tmp_path)
+
+
+def test_docs_say_which_digests_are_recorded():
+    text = (Path(__file__).parents[2] / "docs" / "CLI.md").read_text().replace("\n", " ")
+    stated = text.partition("SHA-256 digests are recorded for ")[2].partition(";")[0]
+    recorded = {model.name for model in known_models() if any(file.sha256 for file in model.files)}
+    assert set(re.findall(r"`(\w+)`", stated)) == recorded
+    assert len(recorded) == 5

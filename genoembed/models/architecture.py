@@ -1,0 +1,221 @@
+"""From where a model is to what it is: its configuration, the class that loads it, its base module.
+
+Nothing here reads weights. Shared by loading a model and by describing one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from genoembed.errors import GenoembedError, ModelError, ModelNotFoundError
+from genoembed.models.hub import hub_answers, silence_reason
+from genoembed.models.registry import suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from genoembed.models.locate import ModelSource
+
+_AUTO_CLASSES = {
+    "AutoModel": AutoModel,
+    "AutoModelForCausalLM": AutoModelForCausalLM,
+    "AutoModelForMaskedLM": AutoModelForMaskedLM,
+    "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+}
+# what constructors and configurations raise on values that do not belong together
+NONSENSE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    RuntimeError,
+    StrictDataclassError,
+)
+
+
+def loading_options(source: ModelSource, *, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    """Collect what every ``from_pretrained`` of one model is called with.
+
+    Args:
+        source: Where the model is.
+        trust_remote_code: Run code that the model's repository brings.
+        revision: Branch, tag or commit of a Hugging Face repository.
+
+    Returns:
+        Keyword arguments; where the hub does not answer, they ask its cache only.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if not source.is_local and not hub_answers():
+        options["local_files_only"] = True
+    return options
+
+
+def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched.
+
+    Args:
+        source: Where the model is.
+        options: As `loading_options` gives them.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ModelNotFoundError: If there is no such model.
+        ModelError: If the configuration is damaged, of an unknown kind, or code that is not trusted.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.location, **options)
+    except GenoembedError as error:
+        error.add_note(f"in the config.json of model {source.name!r}")
+        raise
+    except OSError as error:
+        if source.is_local:
+            message = (
+                f"model {source.name!r}: its config.json cannot be read ({first_line(error)}); write it anew"
+            )
+            raise ModelError(message) from error
+        reason = (
+            f"it is not in the Hugging Face cache, and {silence_reason()}"
+            if options.get("local_files_only")
+            else f"Hugging Face gives none ({first_line(error)})"
+        )
+        message = f"model {source.name!r}: no such model here, and {reason}; {suggestion(source.name)}"
+        raise ModelNotFoundError(message) from error
+    except ImportError as error:
+        raise unbuildable(source, error) from error
+    except NONSENSE as error:
+        if "trust_remote_code" in str(error):
+            raise needs_trust(source) from error
+        message = (
+            f"model {source.name!r}: its config.json is of no kind that transformers reads "
+            f"({first_line(error)}); check its model_type, or name another model"
+        )
+        raise ModelError(message) from error
+
+
+def needs_trust(source: ModelSource) -> ModelError:
+    """Phrase the refusal of code that is not trusted.
+
+    Args:
+        source: Where the model is.
+
+    Returns:
+        The error, to be raised.
+    """
+    message = (
+        f"model {source.name!r}: it brings its own Python code, which runs only if trusted; read the code, "
+        "then set trust_remote_code=True"
+    )
+    return ModelError(message)
+
+
+def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[Any]:
+    """Choose the loader: repositories with code of their own do not always offer the bare model.
+
+    Args:
+        config: The model's configuration.
+        trust_remote_code: Whether that code may run.
+
+    Returns:
+        The barest class that the repository offers.
+    """
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code:
+        for name, found in _AUTO_CLASSES.items():
+            if name in auto_map:
+                return found
+    return AutoModel
+
+
+def base_of(whole: PreTrainedModel) -> PreTrainedModel:
+    """Take the base model out of one with a head, and the encoder out of an encoder-decoder.
+
+    Args:
+        whole: A model, as its class builds it.
+
+    Returns:
+        The part that hidden states come from.
+    """
+    base = whole.base_model
+    if getattr(base.config, "is_encoder_decoder", False):
+        base = base.get_encoder()
+    return base
+
+
+def build_without_weights(
+    source: ModelSource, config: PreTrainedConfig, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Lay out a base model on the meta device: every module and shape, no memory.
+
+    Args:
+        source: Where the model is, for errors.
+        config: Its configuration.
+        trust_remote_code: Run code that the model's repository brings.
+
+    Returns:
+        The base model; it cannot run.
+
+    Raises:
+        ModelError: If transformers cannot build it, or it needs code that is not trusted.
+    """
+    loader = auto_class(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return base_of(loader.from_config(config, trust_remote_code=trust_remote_code))
+    except GenoembedError:
+        raise
+    except (*NONSENSE, ImportError) as error:
+        raise unbuildable(source, error) from error
+
+
+def unbuildable(source: ModelSource, error: Exception) -> ModelError:
+    """Phrase that transformers cannot build a model.
+
+    Args:
+        source: Where the model is.
+        error: What building it raised.
+
+    Returns:
+        The error, to be raised.
+    """
+    if "trust_remote_code" in str(error):
+        return needs_trust(source)
+    if isinstance(error, ImportError):
+        problem, remedy = "its code needs packages that are not here", "install them"
+    else:
+        problem, remedy = "its config.json describes no model that transformers builds", "check config.json"
+    return ModelError(f"model {source.name!r}: {problem} ({first_line(error)}); {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten another library's error to a line.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The first line of its text, two where the first is only a heading, or its class where it has none.
+
+    Example:
+        >>> first_line(ValueError("field 'depth':\\n  is text\\nsee above")), first_line(KeyError())
+        ("field 'depth': is text", 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

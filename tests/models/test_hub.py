@@ -1,0 +1,107 @@
+"""Whether the hub answers: every kind of silence, and every kind of answer, within seconds."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+from urllib.error import URLError
+
+import pytest
+
+from genoembed.errors import ModelNotFoundError
+from genoembed.models import architecture, hub
+from genoembed.models.describe import describe_layers
+from genoembed.models.hub import hub_answers, silence_reason
+from genoembed.models.load import load_model
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def server(answer: bytes | None):
+    """Listen on this machine; answer each connection with these bytes, or never."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        stop = threading.Event()
+
+        def serve() -> None:
+            listening.settimeout(0.05)
+            while not stop.is_set():
+                try:
+                    connection, _ = listening.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    if answer is None:
+                        stop.wait(10)
+                    else:
+                        connection.recv(4096)
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            stop.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "401 Unauthorized"])
+def test_any_answer_counts(status, monkeypatch):
+    with server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()) as address:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+        assert hub_answers()
+
+
+def test_closed_port_is_no_answer(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert not hub_answers()
+    assert silence_reason() == f"http://127.0.0.1:{port} does not answer"
+
+
+def test_silence_is_waited_for_once_and_briefly(monkeypatch):
+    monkeypatch.setattr(hub, "_ANSWER_TIMEOUT_S", 0.3)
+    with server(None) as address:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+        begin = time.monotonic()
+        assert not hub_answers()
+        assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"), [(ssl.SSLError("certificate"), True), (OSError("no route"), False)]
+)
+def test_certificates_are_left_to_the_hubs_client(reason, expected, monkeypatch):
+    def refuse(*_, **__):
+        raise URLError(reason)
+
+    monkeypatch.setattr(hub, "urlopen", refuse)
+    assert hub_answers() is expected
+
+
+def test_offline_mode_asks_nobody(monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    assert not hub_answers()
+    assert "HF_HUB_OFFLINE" in silence_reason()
+
+
+@pytest.mark.parametrize("use", [load_model, describe_layers])
+def test_hub_id_without_a_network_asks_the_cache_only(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(architecture, "hub_answers", lambda: False)
+    # the guard of tests/conftest.py fails this test if anything else is asked
+    with pytest.raises(
+        ModelNotFoundError, match=r"'some/thing': .* not in the Hugging Face cache, and .*answer"
+    ):
+        use("some/thing")

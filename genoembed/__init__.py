@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from genoembed.doctor import run_doctor
     from genoembed.errors import GenoembedError, GenoembedWarning
     from genoembed.extraction import ExtractionReport, extract
+    from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.load import GenomicModel, load_model
     from genoembed.models.registry import known_models
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -35,11 +36,13 @@ _HOMES = {
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
+    "ModelLayers": "genoembed.models.describe",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
+    "describe_layers": "genoembed.models.describe",
     "extract": "genoembed.extraction",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
@@ -56,12 +59,14 @@ __all__ = [
     "GenoembedWarning",
     "GenomicModel",
     "InputCounts",
+    "ModelLayers",
     "SequenceRecord",
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
     "StripedHyena2Model",
     "__version__",
     "convert_checkpoint",
+    "describe_layers",
     "extract",
     "known_models",
     "load_model",

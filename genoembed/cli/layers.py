@@ -12,43 +12,42 @@ from genoembed.cli.options import GroupedCommand, config_option
 from genoembed.cli.reporting import json_option, reporting_options
 from genoembed.cli.text import aligned
 from genoembed.config import DEFAULT_MODEL
-from genoembed.errors import LayerError
 
 if TYPE_CHECKING:
-    from genoembed import GenomicModel
+    from genoembed import ModelLayers
 
 MODEL = "Model"
 
 
-def layer_table(model: GenomicModel) -> list[dict[str, Any]]:
+def layer_table(described: ModelLayers) -> list[dict[str, Any]]:
     """Describe every layer of a model.
 
     Args:
-        model: The model.
+        described: The model's layers.
 
     Returns:
         Path, block number and width of each, and whether the block's number (``is_number``) or ``final``
         (``is_final``) means it.
     """
-    numbers, final = _paths(model, "all"), _paths(model, "final")
+    numbered = set(described.numbered)
     return [
         {
             "path": layer.path,
             "index": layer.index,
             "width": layer.width,
-            "is_number": layer.path in numbers,
-            "is_final": layer.path in final,
+            "is_number": layer.path in numbered,
+            "is_final": layer.path == described.final,
         }
-        for layer in model.layers
+        for layer in described.layers
     ]
 
 
-def _paths(model: GenomicModel, spec: str) -> set[str]:
-    """Resolve a spec; a model without such layers has none."""
-    try:
-        return {layer.path for layer in model.resolve(spec)}
-    except LayerError:
-        return set()
+def _meaning(described: ModelLayers) -> str:
+    """Say what an integer stands for, and how far it goes."""
+    if described.template is None:
+        return "Integers mean nothing here, because the blocks share one module: name a module path."
+    path, last = described.template.format(index="N"), described.num_blocks - 1
+    return f"--layer N means {path}, N from 0 to {last}, or from -{last + 1} to -1 counted from the end."
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -85,14 +84,17 @@ def command(
     """List the layers of MODEL (genoembed-mini unless named): what --layer takes, module path, block, width.
 
     An integer means blocks.N.mlp.l3 in StripedHyena 2 models, Evo 2 among them, and the output of block N in
-    all others. A width of - is known only when the model runs.
+    all others. No weights are read or fetched: a name of `genoembed models` needs no file at all, a Hugging
+    Face id its config.json. A width of - is known only when the model runs.
     """
-    loaded = genoembed.load_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    table = layer_table(loaded)
+    described = genoembed.describe_layers(model, revision=revision, trust_remote_code=trust_remote_code)
+    table = layer_table(described)
     if as_json:
-        click.echo(json.dumps({"model": loaded.name, "layers": table}))
+        facts = {"template": described.template, "num_blocks": described.num_blocks, "final": described.final}
+        click.echo(json.dumps({"model": described.name, **facts, "layers": table}))
         return
     shown = [row for row in table if show_all or row["is_number"] or row["is_final"]]
     click.echo(aligned(map(_line, shown), header=("--layer", "module path", "block", "width")))
+    click.echo(_meaning(described))
     if len(shown) < len(table):
         click.echo(f"{len(table)} modules can be named by path; --all lists them.")

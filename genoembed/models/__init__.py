@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.hooks import capture
     from genoembed.models.layers import list_layers, resolve_layers
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "GenomicModel": "genoembed.models.genomic_model",
     "KnownModel": "genoembed.models.registry",
+    "ModelLayers": "genoembed.models.describe",
     "capture": "genoembed.models.hooks",
+    "describe_layers": "genoembed.models.describe",
     "find_model": "genoembed.models.registry",
     "known_models": "genoembed.models.registry",
     "list_layers": "genoembed.models.layers",
@@ -29,7 +32,9 @@ _HOMES = {
 __all__ = [
     "GenomicModel",
     "KnownModel",
+    "ModelLayers",
     "capture",
+    "describe_layers",
     "find_model",
     "known_models",
     "list_layers",

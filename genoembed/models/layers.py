@@ -131,6 +131,30 @@ def num_blocks(module: nn.Module) -> int:
     return len(_blocks(module, find_blocks(module)))
 
 
+def number_template(module: nn.Module) -> str:
+    """Say what a layer number means.
+
+    Args:
+        module: A base model.
+
+    Returns:
+        Module path with ``{index}`` in place of the block number.
+    """
+    return getattr(module, "embedding_layer_template", None) or f"{find_blocks(module)}.{{index}}"
+
+
+def has_numbered_blocks(module: nn.Module) -> bool:
+    """Tell whether layer numbers mean something: not where the blocks share one module.
+
+    Args:
+        module: A base model.
+
+    Returns:
+        True if the model holds as many blocks as its configuration states.
+    """
+    return (_config_number(module, _DEPTH_KEYS) or num_blocks(module)) == num_blocks(module)
+
+
 def resolve_layers(
     module: nn.Module,
     specs: LayerSpec | Sequence[LayerSpec],
@@ -173,7 +197,7 @@ class _Resolver:
         self.blocks_path = find_blocks(module)
         self.depth = len(_blocks(module, self.blocks_path))
         self.stated_depth = _config_number(module, _DEPTH_KEYS) or self.depth
-        self.template = getattr(module, "embedding_layer_template", None) or f"{self.blocks_path}.{{index}}"
+        self.template = number_template(module)
         self.known = {info.path: info for info in list_layers(module)}
 
     def paths(self, spec: LayerSpec) -> Iterator[str]:

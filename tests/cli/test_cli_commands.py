@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +27,20 @@ def test_layers_says_what_a_number_means(cli, tiny):
         *([str(n), f"blocks.{n}.mlp.l3", str(n), "32"] for n in range(4)),
         ["final", "norm", "-", "32"],
     ]
-    assert len(lines) == 7
-    assert "--all" in lines[6]
+    assert lines[6] == (
+        "--layer N means blocks.N.mlp.l3, N from 0 to 3, or from -4 to -1 counted from the end."
+    )
+    assert len(lines) == 8
+    assert "--all" in lines[7]
 
 
 def test_layers_all_lists_every_module_once(cli, tiny):
     model = genoembed.load_model(tiny)
     lines = cli("layers", tiny, "--all").stdout.splitlines()
-    assert [line.split()[1] for line in lines[1:]] == [layer.path for layer in model.layers]
-    table = json.loads(cli("layers", tiny, "--json").stdout)["layers"]
+    assert [line.split()[1] for line in lines[1:-1]] == [layer.path for layer in model.layers]
+    facts = json.loads(cli("layers", tiny, "--json").stdout)
+    assert (facts["template"], facts["num_blocks"], facts["final"]) == ("blocks.{index}.mlp.l3", 4, "norm")
+    table = facts["layers"]
     assert [row["path"] for row in table] == [layer.path for layer in model.layers]
     assert {row["path"] for row in table if row["is_number"]} == {x.path for x in model.resolve("all")}
     assert [row["path"] for row in table if row["is_final"]] == ["norm"]
@@ -59,6 +65,59 @@ def test_code_of_a_model_runs_only_if_trusted(cli, fasta):
     assert trusted.exit_code == 0, trusted.stderr
 
 
+def test_layers_of_a_registry_model_needs_no_weights(cli, monkeypatch):
+    monkeypatch.setattr(genoembed, "load_model", lambda *_, **__: pytest.fail("weights were asked for"))
+    lines = cli("layers", "evo2_40b").stdout.splitlines()
+    assert lines[50].split() == ["49", "blocks.49.mlp.l3", "49", "8192"]
+    assert lines[52].startswith("--layer N means blocks.N.mlp.l3, N from 0 to 49,")
+
+
+def test_layers_without_numbers_say_so(cli, tmp_path):
+    config = {"model_type": "albert", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "Integers mean nothing here" in cli("layers", tmp_path).stdout
+
+
+@pytest.mark.parametrize("command", ["layers", "extract"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"model_type": "no-such-kind"}', "its config.json is of no kind that transformers reads"),
+        ("{", "its config.json cannot be read"),
+        ('{"model_type": "striped_hyena2", "hidden_size": 0}', "hidden_size is 0, expected a number above 0"),
+        (None, "a folder without config.json"),
+    ],
+)
+def test_useless_model_folder_is_one_line(command, content, problem, cli, fasta):
+    folder = fasta.parent / "model"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    words = [command, folder] if command == "layers" else [command, fasta, "--model", folder, "-q"]
+    result = cli(*words)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert problem in result.stderr
+    assert str(folder) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_model_folder_without_weights_is_one_line(cli, fasta, tiny):
+    folder = fasta.parent / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").unlink()
+    assert cli("layers", folder).exit_code == 0
+    result = cli("extract", fasta, "--model", folder, "-q")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "no weights were found" in result.stderr
+
+
+def test_registry_model_out_of_reach_is_one_line(cli, fasta):
+    result = cli("extract", fasta, "--model", "evo2_7b_microviridae", "-q")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "with genoembed convert, and set model to that folder" in result.stderr
+
+
 def test_layers_of_an_unknown_model_is_one_line(cli, tmp_path):
     result = cli("layers", tmp_path / "nothing")
     assert result.exit_code == 1
@@ -71,6 +130,10 @@ def test_models_lists_the_bundled_one_first_and_says_what_fp8_means(cli):
     known = genoembed.known_models()
     assert [line.split()[0] for line in lines[1 : len(known) + 1]] == [model.name for model in known]
     assert lines[1].startswith("genoembed-mini ")
+    assert lines[1].split()[1:3] == [
+        str(known[0].config["num_hidden_layers"]),
+        str(known[0].config["hidden_size"]),
+    ]
     row = next(line for line in lines if line.startswith("evo2_7b "))
     for fact in ("32", "4096", "1,048,576", "6.58 G", "Apache-2.0", "13.8 GB"):
         assert fact in row

@@ -1,0 +1,90 @@
+"""What can be captured in a model, without its weights.
+
+In: a name, as `load_model` takes it. Out: the layers that the loaded model would have, what a layer number
+means, and up to which block. Promised: no weights are fetched or read, and memory does not grow with the
+model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from genoembed.models.architecture import build_without_weights, loading_options, read_config
+from genoembed.models.layers import (
+    final_candidates,
+    has_numbered_blocks,
+    list_layers,
+    num_blocks,
+    number_template,
+)
+from genoembed.models.locate import locate_model
+from genoembed.models.registry import BUNDLED_NAME
+
+if TYPE_CHECKING:
+    from genoembed.contracts import LayerInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLayers:
+    """The layers of a model, and what short names mean among them."""
+
+    name: str
+    """The model's name as given."""
+    layers: tuple[LayerInfo, ...]
+    """Every module that can be captured, in the model's order."""
+    template: str | None
+    """Module path that a layer number means, with ``{index}`` in place of the number; None where the blocks
+    share one module, so that numbers mean nothing."""
+    num_blocks: int
+    """Layer numbers go from 0 to one below this, or from minus this to -1, counted from the end."""
+    final: str
+    """Module path that ``final`` means, by the model's structure; a loaded model makes sure by running."""
+
+    @property
+    def numbered(self) -> tuple[str, ...]:
+        """Module paths that the layer numbers mean, from 0."""
+        if self.template is None:
+            return ()
+        return tuple(self.template.format(index=index) for index in range(self.num_blocks))
+
+
+def describe_layers(
+    name_or_path: str = BUNDLED_NAME, *, trust_remote_code: bool = False, revision: str | None = None
+) -> ModelLayers:
+    """List what can be captured in a model; nothing but its configuration is read.
+
+    Names of the registry need no files at all, Hugging Face ids their ``config.json`` (and the code, if it is
+    trusted). Modules for which a checkpoint holds no weights, such as an untrained pooler, are listed too.
+
+    Args:
+        name_or_path: Bundled or registry name, local folder, or Hugging Face id; looked for in this order.
+        trust_remote_code: Run code that the model's repository brings.
+        revision: Branch, tag or commit of a Hugging Face repository.
+
+    Returns:
+        Its layers, with widths where they are known without running it.
+
+    Raises:
+        ModelNotFoundError: If nothing answers to the name.
+        ModelError: If the model needs code that is not trusted, or its configuration describes none.
+
+    Example:
+        >>> described = describe_layers("evo2_7b")
+        >>> described.template, described.num_blocks, described.final
+        ('blocks.{index}.mlp.l3', 32, 'norm')
+    """
+    source = locate_model(name_or_path, with_weights=False)
+    if source.entry is not None:
+        config = source.entry.build_config()
+    else:
+        options = loading_options(source, trust_remote_code=trust_remote_code, revision=revision)
+        config = read_config(source, options)
+    module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
+    return ModelLayers(
+        name=name_or_path,
+        layers=list_layers(module),
+        template=number_template(module) if has_numbered_blocks(module) else None,
+        num_blocks=num_blocks(module),
+        final=final_candidates(module)[0],
+    )

@@ -24,7 +24,7 @@ class RunTotals(Protocol):
 
     @property
     def records(self) -> int:
-        """Records that are done; grows unit by unit."""
+        """Records that are done."""
 
     @property
     def bases(self) -> int:

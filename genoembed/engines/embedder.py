@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config import EmbedConfig
-    from genoembed.contracts import Batch, EmbeddingBlock, SequenceRecord, TokenBlock
+    from genoembed.contracts import Batch, EmbeddingBlock, SequenceRecord, TokenBlock, Window
     from genoembed.engines.pieces import Piece
     from genoembed.engines.units import WorkUnit
     from genoembed.models.genomic_model import GenomicModel
@@ -134,18 +134,26 @@ class UnitEmbedder:
             for piece in self._cutter.pieces(record, index, windows)
         )
         taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
+        num_strands = 1 if self.config.embedding.rc == "none" else 2
+        left = [len(windows) * num_strands for windows in cuts]
         for slab in self._slabs(pieces):
             for piece, vectors in self._run_slab(slab, unit.records):
-                taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
-                    vectors=vectors, weight=piece.num_bases
-                )
+                if vectors is not None:
+                    taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
+                        vectors=vectors, weight=piece.num_bases
+                    )
+                left[piece.record_index] -= 1
+                if not left[piece.record_index]:
+                    self._count_record(unit.records[piece.record_index], cuts[piece.record_index])
         block = self._rows.build(unit.records, cuts, taken)
-        self.stats.records += len(unit.records)
-        self.stats.bases += sum(len(record.sequence) for record in unit.records)
-        self.stats.windows += sum(map(len, cuts))
         if self._on_batch is not None:
             self._on_batch(self.stats)
         return block
+
+    def _count_record(self, record: SequenceRecord, windows: Sequence[Window]) -> None:
+        self.stats.records += 1
+        self.stats.bases += len(record.sequence)
+        self.stats.windows += len(windows)
 
     def _check(self, encoder: SequenceEncoder) -> None:
         """Refuse what does not go with this model, before anything is read."""
@@ -181,8 +189,14 @@ class UnitEmbedder:
 
     def _run_slab(
         self, slab: list[Piece], records: Sequence[SequenceRecord]
-    ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-        kept = [piece for piece in slab if piece.pool_mask.any()]
+    ) -> Iterator[tuple[Piece, dict[str, Tensor] | None]]:
+        """Give each piece with its vectors; None where no token of it counts, which need not run."""
+        kept = []
+        for piece in slab:
+            if piece.pool_mask.any():
+                kept.append(piece)
+            else:
+                yield piece, None
         plan = plan_batches(
             [len(piece.encoded.input_ids) for piece in kept],
             max_tokens=self.config.model.batch_tokens,

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from genoembed.errors import GenoembedError, ModelError, ModelNotFoundError
-from genoembed.models.hub import hub_answers, silence_reason
 from genoembed.models.registry import suggestion
 
 if TYPE_CHECKING:
@@ -47,31 +46,12 @@ NONSENSE = (
 )
 
 
-def loading_options(source: ModelSource, *, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
-    """Collect what every ``from_pretrained`` of one model is called with.
-
-    Args:
-        source: Where the model is.
-        trust_remote_code: Run code that the model's repository brings.
-        revision: Branch, tag or commit of a Hugging Face repository.
-
-    Returns:
-        Keyword arguments; where the hub does not answer, they ask its cache only.
-    """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    if not source.is_local and not hub_answers():
-        options["local_files_only"] = True
-    return options
-
-
 def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
     """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched.
 
     Args:
         source: Where the model is.
-        options: As `loading_options` gives them.
+        options: Keyword arguments of every ``from_pretrained`` of this model.
 
     Returns:
         The configuration.
@@ -91,12 +71,10 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedCo
                 f"model {source.name!r}: its config.json cannot be read ({first_line(error)}); write it anew"
             )
             raise ModelError(message) from error
-        reason = (
-            f"it is not in the Hugging Face cache, and {silence_reason()}"
-            if options.get("local_files_only")
-            else f"Hugging Face gives none ({first_line(error)})"
+        message = (
+            f"model {source.name!r}: no such model here, and Hugging Face gives none ({first_line(error)}); "
+            f"{suggestion(source.name)}"
         )
-        message = f"model {source.name!r}: no such model here, and {reason}; {suggestion(source.name)}"
         raise ModelNotFoundError(message) from error
     except ImportError as error:
         raise unbuildable(source, error) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from genoembed.models.architecture import build_without_weights, loading_options, read_config
+from genoembed.models.architecture import build_without_weights, read_config
 from genoembed.models.layers import (
     final_candidates,
     has_numbered_blocks,
@@ -18,7 +18,7 @@ from genoembed.models.layers import (
     num_blocks,
     number_template,
 )
-from genoembed.models.locate import locate_model
+from genoembed.models.locate import locate_model, reachable_source
 from genoembed.models.registry import BUNDLED_NAME
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def describe_layers(
     if source.entry is not None:
         config = source.entry.build_config()
     else:
-        options = loading_options(source, trust_remote_code=trust_remote_code, revision=revision)
-        config = read_config(source, options)
+        source = reachable_source(source, revision=revision)
+        config = read_config(source, {"trust_remote_code": trust_remote_code, "revision": revision})
     module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
     return ModelLayers(
         name=name_or_path,

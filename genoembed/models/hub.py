@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from genoembed.errors import CheckpointError, ModelNotFoundError
 
@@ -80,7 +80,7 @@ def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
         CheckpointError: If a file has another size or digest than recorded.
     """
     assert entry.repo_id is not None
-    cached = [_cached(entry.repo_id, file.name) for file in entry.files]
+    cached = [cached_file(entry.repo_id, file.name) for file in entry.files]
     if None in cached and not hub_answers():
         raise _out_of_reach(entry, silence_reason(), converted)
     paths = []
@@ -92,11 +92,22 @@ def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _cached(repo_id: str, file_name: str) -> Path | None:
+def cached_file(repo_id: str, file_name: str, *, revision: str | None = None) -> Path | None:
+    """Find a file in the hub's cache, without asking the hub.
+
+    Args:
+        repo_id: Hugging Face repository.
+        file_name: Path within it.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The file, or None if it is not there or the id is none.
+    """
     try:
-        return Path(hf_hub_download(repo_id, file_name, local_files_only=True))
-    except LocalEntryNotFoundError:
+        found = try_to_load_from_cache(repo_id, file_name, revision=revision)
+    except HFValidationError:
         return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _download(entry: KnownModel, file_name: str, converted: Path) -> Path:

@@ -26,14 +26,13 @@ from genoembed.models.architecture import (
     auto_class,
     base_of,
     first_line,
-    loading_options,
     needs_trust,
     read_config,
     unbuildable,
 )
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
-from genoembed.models.locate import ModelSource, locate_model
+from genoembed.models.locate import ModelSource, locate_model, reachable_source
 from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models
 
 if TYPE_CHECKING:
@@ -80,8 +79,10 @@ def load_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = _choose_dtype(dtype, device)
-    source = locate_model(name_or_path)
-    options = loading_options(source, trust_remote_code=trust_remote_code, revision=revision)
+    source = reachable_source(locate_model(name_or_path), revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
     config = read_config(source, options)
     whole, loading_info = _load_weights(source, config, options, dtype=chosen_dtype, device_map=device_map)
     module = base_of(whole)
@@ -143,7 +144,8 @@ def _load_weights(
         )
         raise CheckpointError(message, path=source.location) from error
     except OSError as error:
-        remedy = "the folder needs safetensors files" if source.is_local else "fetch the model while online"
+        is_cache = Path(source.location).parent.name == "snapshots" or not source.is_local
+        remedy = "fetch the model while online" if is_cache else "the folder needs safetensors files"
         message = f"no weights were found ({first_line(error)}); {remedy}"
         raise CheckpointError(message, path=source.location) from error
     except (*NONSENSE, ImportError) as error:
@@ -259,7 +261,6 @@ def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> 
         source.location,
         file_name,
         revision=options.get("revision"),
-        local_files_only=options.get("local_files_only", False),
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -5,6 +5,7 @@ Names resolve in this order: bundled, registry, local folder, Hugging Face id.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from genoembed.errors import ModelError, ModelNotFoundError
-from genoembed.models.hub import fetch_checkpoint, verify_checkpoint
+from genoembed.models.hub import (
+    cached_file,
+    fetch_checkpoint,
+    hub_answers,
+    silence_reason,
+    verify_checkpoint,
+)
 from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, KnownModel, known_models, suggestion
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
@@ -66,6 +73,33 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
         message = f"model {name_or_path!r}: no such file or folder; {suggestion(path.name)}"
         raise ModelNotFoundError(message)
     return ModelSource(name=name_or_path, location=name_or_path, is_local=False)
+
+
+def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSource:
+    """Point a Hugging Face id to its snapshot in the cache where the hub does not answer.
+
+    Several of transformers' loaders ask the hub again and again in that case, for half a minute each time.
+
+    Args:
+        source: Where a model comes from.
+        revision: Branch, tag or commit of a Hugging Face repository.
+
+    Returns:
+        The same for what is local, and as long as the hub answers.
+
+    Raises:
+        ModelNotFoundError: If neither the hub nor the cache gives the model.
+    """
+    if source.is_local or hub_answers():
+        return source
+    config_path = cached_file(source.location, "config.json", revision=revision)
+    if config_path is None:
+        message = (
+            f"model {source.name!r}: no such model here, it is not in the Hugging Face cache "
+            f"{constants.HF_HUB_CACHE}, and {silence_reason()}; {suggestion(source.name)}"
+        )
+        raise ModelNotFoundError(message)
+    return dataclasses.replace(source, location=str(config_path.parent), is_local=True)
 
 
 def cache_folder() -> Path:

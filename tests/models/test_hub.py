@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import threading
@@ -11,8 +12,8 @@ from urllib.error import URLError
 
 import pytest
 
-from genoembed.errors import ModelNotFoundError
-from genoembed.models import architecture, hub
+from genoembed.errors import CheckpointError, ModelNotFoundError
+from genoembed.models import hub, locate
 from genoembed.models.describe import describe_layers
 from genoembed.models.hub import hub_answers, silence_reason
 from genoembed.models.load import load_model
@@ -99,9 +100,29 @@ def test_offline_mode_asks_nobody(monkeypatch):
 @pytest.mark.parametrize("use", [load_model, describe_layers])
 def test_hub_id_without_a_network_asks_the_cache_only(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(architecture, "hub_answers", lambda: False)
-    # the guard of tests/conftest.py fails this test if anything else is asked
+    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     with pytest.raises(
-        ModelNotFoundError, match=r"'some/thing': .* not in the Hugging Face cache, and .*answer"
+        ModelNotFoundError, match=r"'some/thing': .* not in the Hugging Face cache .*, and .*answer"
     ):
         use("some/thing")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "custom_conv"])
+def test_cached_hub_id_loads_without_a_network(family, tiny_folder, tmp_path, monkeypatch):
+    repository = tmp_path / "models--some--thing"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tiny_folder(family), repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    trusted = family == "custom_conv"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    model = load_model("some/thing", device="cpu", trust_remote_code=trusted)
+    assert (model.name, model.provenance["revision"]) == ("some/thing", "a" * 40)
+    assert describe_layers("some/thing", trust_remote_code=trusted).layers == model.layers
+    (repository / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"snapshots/a+: no weights were found .*; fetch the model while"
+    ):
+        load_model("some/thing", device="cpu", trust_remote_code=trusted)

@@ -33,10 +33,10 @@ def hub(tmp_path, monkeypatch):
     repository.mkdir()
     asked = []
 
-    def fetch(repo_id, file_name, *, local_files_only=False):
-        asked.append((repo_id, file_name, local_files_only))
-        if local_files_only or not (repository / file_name).is_file():
-            message = "not cached"
+    def fetch(repo_id, file_name):
+        asked.append((repo_id, file_name))
+        if not (repository / file_name).is_file():
+            message = "no such file"
             raise LocalEntryNotFoundError(message)
         return str(repository / file_name)
 
@@ -80,10 +80,8 @@ def test_registry_name_is_fetched_and_converted_once(hub, entry, tmp_path):
         model = load_model("evo2_tiny", device="cpu")
     assert model.location == tmp_path / "home" / "genoembed" / "evo2_tiny"
     assert asked == [
-        (entry.repo_id, "evo2_tiny.pt.part0", True),
-        (entry.repo_id, "evo2_tiny.pt.part1", True),
-        (entry.repo_id, "evo2_tiny.pt.part0", False),
-        (entry.repo_id, "evo2_tiny.pt.part1", False),
+        (entry.repo_id, "evo2_tiny.pt.part0"),
+        (entry.repo_id, "evo2_tiny.pt.part1"),
     ]
     assert (model.provenance["checkpoint"], model.provenance["license"]) == ("evo2_tiny", "Apache-2.0")
     asked.clear()
@@ -192,12 +190,23 @@ def test_unreachable_checkpoint_says_where_it_was_looked_for_and_how_to_get_it(h
         "set model to that folder",
     ):
         assert fact in text
-    assert all(local_files_only for _, _, local_files_only in asked)
+    assert asked == []
+
+
+def test_files_in_the_hubs_cache_are_not_fetched(hub, entry, tmp_path, monkeypatch):
+    cached = tmp_path / "home" / "hub" / f"models--{entry.repo_id.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("b" * 40)
+    (cached / "snapshots" / ("b" * 40)).mkdir(parents=True)
+    write_pieces(cached / "snapshots" / ("b" * 40))
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: False)
+    assert (converted_folder(entry) / "config.json").is_file()
+    assert hub[1] == []
 
 
 def test_broken_download_says_what_to_do(hub, entry):
     with pytest.raises(
-        ModelNotFoundError, match=r"fetching evo2_tiny.pt.part0 failed \(LocalEntryNot.*not cached"
+        ModelNotFoundError, match=r"fetching evo2_tiny.pt.part0 failed \(LocalEntryNot.*no such file"
     ):
         locate_model("evo2_tiny")
 

@@ -123,7 +123,7 @@ class _Imports(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self._inside("function", node.body)
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
+    visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_If(self, node: ast.If) -> None:
         checking = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")

@@ -162,18 +162,20 @@ MISTAKES = {
     "short filters turned round": (
         blocks,
         "causal_fir",
-        lambda x, taps, original=blocks.causal_fir: original(x, taps.flip(-1)),
+        lambda x, taps, original=blocks.causal_fir, **rest: original(x, taps.flip(-1), **rest),
     ),
     "medium filters turned round": (
         blocks,
         "causal_convolution",
-        lambda x, taps, skip, original=blocks.causal_convolution: original(x, taps.flip(-1), skip),
+        lambda x, taps, skip, original=blocks.causal_convolution, **rest: original(
+            x, taps.flip(-1), skip, **rest
+        ),
     ),
     "skip left out": (
         blocks,
         "modal_convolution",
-        lambda *inputs, original=blocks.modal_convolution: original(
-            *inputs[:3], torch.zeros_like(inputs[3])
+        lambda *inputs, original=blocks.modal_convolution, **rest: original(
+            *inputs[:3], torch.zeros_like(inputs[3]), **rest
         ),
     ),
 }

@@ -7,6 +7,7 @@ B sequences, L positions, D hidden size, I inner size, H heads, E head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from typing import Self
 
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+    from genoembed.models.striped_hyena2.segments import SegmentLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockContext:
+    """What every block of a forward pass must know about the rows."""
+
+    position_ids_BL: Tensor
+    """Rotary positions. int64, ``(B, L)`` or ``(1, L)``."""
+    key_mask_BL: Tensor | None = None
+    """False where a position is padding on the left. Bool, ``(B, L)``; None where there is none."""
+    segments: SegmentLayout | None = None
+    """Where packed neighbours begin, if they are to be kept apart; the rows are one long row then."""
 
 
 class StreamLinear(nn.Linear):
@@ -175,13 +189,12 @@ class Attention(nn.Module):
         self.out_proj = StreamLinear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Attend to this and earlier positions.
 
         Args:
             x_BLD: Floating, shape ``(B, L, D)``.
-            position_ids_BL: int64, shape ``(B, L)`` or ``(1, L)``.
-            key_mask_BL: False where a key is padding. Bool, shape ``(B, L)``; None where all count.
+            context: Positions, padding and segments.
 
         Returns:
             Shape ``(B, L, D)``.
@@ -189,18 +202,31 @@ class Attention(nn.Module):
         batch, length, width = x_BLD.shape
         qkv = self.Wqkv(x_BLD).view(batch, length, self.num_heads, 3, width // self.num_heads)
         query, key, value = qkv.unbind(dim=3)
-        query = self.rotary_emb(query, position_ids_BL).transpose(1, 2)
-        key = self.rotary_emb(key, position_ids_BL).transpose(1, 2)
-        attention_mask = None
-        if key_mask_BL is not None:
-            square = torch.ones(length, length, dtype=torch.bool, device=x_BLD.device)
-            # the diagonal stays, so that a padded query has something to attend to
-            itself = torch.eye(length, dtype=torch.bool, device=x_BLD.device)
-            attention_mask = square.tril() & (key_mask_BL[:, None, None, :] | itself)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value.transpose(1, 2), attn_mask=attention_mask, is_causal=attention_mask is None
-        )
+        query = self.rotary_emb(query, context.position_ids_BL).transpose(1, 2)
+        key = self.rotary_emb(key, context.position_ids_BL).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if context.segments is not None:
+            parts = (each.split(context.segments.lengths, dim=2) for each in (query, key, value))
+            mixed = torch.cat([_attend(*part) for part in zip(*parts, strict=True)], dim=2)
+        else:
+            mixed = _attend(query, key, value, context.key_mask_BL)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def _attend(
+    query_BHLE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, key_mask_BL: Tensor | None = None
+) -> Tensor:
+    """Causal attention within a row; ``key_mask_BL`` is False where a key is padding."""
+    attention_mask = None
+    if key_mask_BL is not None:
+        length = query_BHLE.shape[2]
+        square = torch.ones(length, length, dtype=torch.bool, device=query_BHLE.device)
+        # the diagonal stays, so that a padded query has something to attend to
+        itself = torch.eye(length, dtype=torch.bool, device=query_BHLE.device)
+        attention_mask = square.tril() & (key_mask_BL[:, None, None, :] | itself)
+    return F.scaled_dot_product_attention(
+        query_BHLE, key_BHLE, value_BHLE, attn_mask=attention_mask, is_causal=attention_mask is None
+    )
 
 
 class HyenaFilter(Float32Keeper):
@@ -229,28 +255,30 @@ class HyenaFilter(Float32Keeper):
             self.log_poles = nn.Parameter(torch.empty(width, config.state_size, 1, dtype=torch.float32))
             self.residues = nn.Parameter(torch.empty(width, config.state_size, dtype=torch.float32))
 
-    def forward(self, z_BLP: Tensor) -> Tensor:
+    def forward(self, z_BLP: Tensor, starts_BM: Tensor | None = None) -> Tensor:
         """Filter projected tokens.
 
         Args:
             z_BLP: Output of the input projections. Floating, shape ``(B, L, 3 D)``.
+            starts_BM: True where a chunk starts a segment. Bool, shape ``(B, M)``.
 
         Returns:
             Shape ``(B, L, D)``, dtype of the input.
         """
-        z_BLP = causal_fir(z_BLP, self.short_filter_weight[:, 0])
+        z_BLP = causal_fir(z_BLP, self.short_filter_weight[:, 0], starts_BM=starts_BM)
         if self.interleave:
             post_gate, pre_gate, value = z_BLP.unflatten(-1, (-1, 3)).unbind(-1)
         else:
             post_gate, pre_gate, value = z_BLP.chunk(3, dim=-1)
-        return post_gate * self._inner(pre_gate * value)
+        return post_gate * self._inner(pre_gate * value, starts_BM)
 
-    def _inner(self, u_BLD: Tensor) -> Tensor:
+    def _inner(self, u_BLD: Tensor, starts_BM: Tensor | None) -> Tensor:
         if self.kind == "hcs":
-            return causal_fir(u_BLD, self.h[:, 0])
+            return causal_fir(u_BLD, self.h[:, 0], starts_BM=starts_BM)
         if self.kind == "hcm":
-            return causal_convolution(u_BLD, self.h[:, 0], self.D)
-        return modal_convolution(u_BLD, self.log_poles[..., 0], self.residues, self.D)
+            return causal_convolution(u_BLD, self.h[:, 0], self.D, starts_BM=starts_BM)
+        poles = self.log_poles[..., 0]
+        return modal_convolution(u_BLD, poles, self.residues, self.D, starts_BM=starts_BM)
 
 
 class OutFilterDense(StreamLinear):
@@ -291,22 +319,22 @@ class HyenaBlock(GradientCheckpointingLayer):
         self.post_norm = RMSNorm(config)
         self.mlp = GatedMLP(config, layer_idx)
 
-    def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Mix positions, then channels.
 
         Args:
             x_BLD: Residual stream. Floating, shape ``(B, L, D)``.
-            position_ids_BL: Unused; blocks share one signature.
-            key_mask_BL: False where a position is padding on the left. Bool, shape ``(B, L)``.
+            context: Positions, padding and segments.
 
         Returns:
             Residual stream, shape ``(B, L, D)``.
         """
         z_BLP = self.projections(self.pre_norm(x_BLD))
-        if key_mask_BL is not None:
+        if context.key_mask_BL is not None:
             # filters have no bias: a zero that goes in adds nothing anywhere
-            z_BLP = z_BLP.masked_fill(~key_mask_BL[..., None], 0)
-        x_BLD = x_BLD + self.out_filter_dense(self.filter(z_BLP))
+            z_BLP = z_BLP.masked_fill(~context.key_mask_BL[..., None], 0)
+        starts_BM = None if context.segments is None else context.segments.starts_1M
+        x_BLD = x_BLD + self.out_filter_dense(self.filter(z_BLP, starts_BM))
         return x_BLD + self.mlp(self.post_norm(x_BLD))
 
 
@@ -325,16 +353,15 @@ class AttentionBlock(GradientCheckpointingLayer):
         self.post_norm = RMSNorm(config)
         self.mlp = GatedMLP(config, layer_idx)
 
-    def forward(self, x_BLD: Tensor, position_ids_BL: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Mix positions, then channels.
 
         Args:
             x_BLD: Residual stream. Floating, shape ``(B, L, D)``.
-            position_ids_BL: int64, shape ``(B, L)`` or ``(1, L)``.
-            key_mask_BL: False where a position is padding on the left. Bool, shape ``(B, L)``.
+            context: Positions, padding and segments.
 
         Returns:
             Residual stream, shape ``(B, L, D)``.
         """
-        x_BLD = x_BLD + self.inner_mha_cls(self.pre_norm(x_BLD), position_ids_BL, key_mask_BL)
+        x_BLD = x_BLD + self.inner_mha_cls(self.pre_norm(x_BLD), context)
         return x_BLD + self.mlp(self.post_norm(x_BLD))

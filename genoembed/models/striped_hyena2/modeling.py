@@ -17,9 +17,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from genoembed.errors import ShapeError
-from genoembed.models.striped_hyena2.blocks import AttentionBlock, HyenaBlock, RMSNorm
+from genoembed.models.striped_hyena2.blocks import AttentionBlock, BlockContext, HyenaBlock, RMSNorm
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.initialization import initialize_module
+from genoembed.models.striped_hyena2.segments import lay_out_segments
 
 _IGNORE_INDEX = -100
 
@@ -100,6 +101,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: object,
@@ -113,6 +115,8 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             position_ids: Rotary positions. int64, shape ``(B, L)``; None counts from 0, padding on the left
                 left out.
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
+            segment_ids: Number of the packed segment that a token belongs to, negative at padding. With it no
+                segment sees another, exactly. Integer, shape ``(B, L)``.
             output_hidden_states: Whether to return the residual stream before each block and the normed end;
                 None asks the configuration.
             return_dict: False returns a plain tuple; None asks the configuration.
@@ -122,10 +126,10 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
-                ``attention_mask`` is not ``(B, L)``.
+                ``attention_mask`` or ``segment_ids`` is not ``(B, L)``.
         """
         x_BLD, streams = self._run_blocks(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states
+            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, output_hidden_states
         )
         output = BaseModelOutput(last_hidden_state=x_BLD, hidden_states=streams)
         return self._as_asked(output, return_dict)
@@ -136,6 +140,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        segment_ids: Tensor | None,
         keep_hidden_states: bool | None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         if (input_ids is None) == (inputs_embeds is None):
@@ -144,20 +149,43 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         if keep_hidden_states is None:
             keep_hidden_states = bool(self.config.output_hidden_states)
         x_BLD = self.embedding_layer(input_ids) if inputs_embeds is None else inputs_embeds
-        key_mask = _left_padding(attention_mask, x_BLD)
-        if position_ids is None:
-            position_ids = _count_from_first_token(x_BLD, key_mask)
+        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids)
+        if context.segments is not None:
+            x_BLD = context.segments.spread(x_BLD)
         streams = [x_BLD]
         for block in self.blocks:
-            x_BLD = block(x_BLD, position_ids, key_mask)
+            x_BLD = block(x_BLD, context)
             if keep_hidden_states:
                 streams.append(x_BLD)
         x_BLD = self.norm(x_BLD)
-        return x_BLD, (*streams[:-1], x_BLD) if keep_hidden_states else None
+        streams = [*streams[:-1], x_BLD] if keep_hidden_states else []
+        if context.segments is not None:
+            x_BLD = context.segments.collect(x_BLD)
+            streams = [context.segments.collect(stream) for stream in streams]
+        return x_BLD, tuple(streams) or None
 
     def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+
+def _build_context(
+    x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, segment_ids: Tensor | None
+) -> BlockContext:
+    """Say what the blocks must know about the rows; the positions of segments always count from 0."""
+    if segment_ids is not None:
+        if segment_ids.shape != x_BLD.shape[:2]:
+            message = (
+                f"segment_ids has shape {tuple(segment_ids.shape)}, expected {tuple(x_BLD.shape[:2])}; "
+                "give each token the number of its segment"
+            )
+            raise ShapeError(message)
+        segments = lay_out_segments(segment_ids.to(x_BLD.device))
+        return BlockContext(position_ids_BL=segments.position_ids_1N, segments=segments)
+    key_mask = _left_padding(attention_mask, x_BLD)
+    if position_ids is None:
+        position_ids = _count_from_first_token(x_BLD, key_mask)
+    return BlockContext(position_ids_BL=position_ids, key_mask_BL=key_mask)
 
 
 def _left_padding(attention_mask: Tensor | None, x_BLD: Tensor) -> Tensor | None:
@@ -201,6 +229,7 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -216,6 +245,8 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
                 left out.
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Aligned with the input (the loss shifts them); -100 takes no part. int64, ``(B, L)``.
+            segment_ids: Number of the packed segment that a token belongs to, negative at padding. With it no
+                segment sees another, exactly. Integer, shape ``(B, L)``.
             output_hidden_states: Whether to return the residual streams; None asks the configuration.
             logits_to_keep: Score only this many last positions; 0 scores all.
             num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
@@ -227,10 +258,10 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
-                ``attention_mask`` is not ``(B, L)``.
+                ``attention_mask`` or ``segment_ids`` is not ``(B, L)``.
         """
         x_BLD, streams = self._run_blocks(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states
+            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, output_hidden_states
         )
         if logits_to_keep:
             x_BLD = x_BLD[:, -logits_to_keep:]

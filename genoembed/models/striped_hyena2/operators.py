@@ -6,6 +6,9 @@ rounded once to the input's dtype.
 
 B sequences, L positions, D channels, G filter groups (each serves ``D / G`` neighbouring channels),
 K taps, S states, C chunk length, M chunks.
+
+With ``starts_BM`` the row is cut into M equal chunks, and history ends where a chunk starts afresh: what lies
+before it has no influence and gets no gradient, exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ CHUNK = 128
 """Positions a Toeplitz product covers."""
 
 
-def causal_fir(x: Tensor, taps: Tensor) -> Tensor:
+def causal_fir(x: Tensor, taps: Tensor, *, starts_BM: Tensor | None = None) -> Tensor:
     """Correlate each channel with a short filter whose last tap weighs the current position.
 
     ``y[t] = sum_k taps[k] * x[t - (K - 1) + k]``, as shifted multiply-adds.
@@ -26,6 +29,7 @@ def causal_fir(x: Tensor, taps: Tensor) -> Tensor:
     Args:
         x: Input. Floating, shape ``(B, L, D)``.
         taps: Filters. Floating, shape ``(G, K)``; G divides D.
+        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
 
     Returns:
         Shape ``(B, L, D)``, dtype of ``x``.
@@ -37,14 +41,21 @@ def causal_fir(x: Tensor, taps: Tensor) -> Tensor:
     """
     length, num_taps = x.shape[1], taps.shape[1]
     weights = taps.to(_accumulator(x)).repeat_interleave(x.shape[2] // taps.shape[0], dim=0)
-    padded = F.pad(x, (0, 0, num_taps - 1, 0)).to(weights.dtype)
+    if starts_BM is None:
+        padded = F.pad(x, (0, 0, num_taps - 1, 0)).to(weights.dtype)
+    else:
+        frames_BMFD = _chunks_with_history(x, starts_BM, num_taps - 1)
+        padded = frames_BMFD.flatten(0, 1).to(weights.dtype)
+        length = x.shape[1] // starts_BM.shape[1]
     total = padded[:, num_taps - 1 :] * weights[:, -1]
     for k in range(num_taps - 1):
         total = total + padded[:, k : k + length] * weights[:, k]
-    return total.to(x.dtype)
+    return total.view_as(x).to(x.dtype)
 
 
-def causal_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None) -> Tensor:
+def causal_convolution(
+    x: Tensor, taps: Tensor, skip: Tensor | None = None, *, starts_BM: Tensor | None = None
+) -> Tensor:
     """Convolve each channel with a filter whose first tap weighs the current position.
 
     ``y[t] = sum_k taps[k] * x[t - k] + skip * x[t]``, as one Toeplitz product per filter group over chunks of
@@ -54,6 +65,7 @@ def causal_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None) -> T
         x: Input. Floating, shape ``(B, L, D)``.
         taps: Filters. Floating, shape ``(G, K)``; G divides D.
         skip: Weight of the input itself. Floating, shape ``(D,)``.
+        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
 
     Returns:
         Shape ``(B, L, D)``, dtype of ``x``; one rounding.
@@ -68,13 +80,16 @@ def causal_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None) -> T
         return x
     num_groups = taps.shape[0]
     taps = taps[:, :length].to(_accumulator(x))
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK, length) if starts_BM is None else length // starts_BM.shape[1]
     history = -(-(taps.shape[1] - 1) // chunk) * chunk
     num_chunks = -(-length // chunk)
-    padded = F.pad(x, (0, 0, history, num_chunks * chunk - length))
-    frames = padded.unfold(1, history + chunk, chunk)  # (B, M, D, history + C)
-    frames = frames.reshape(batch * num_chunks, num_groups, width // num_groups, history + chunk)
-    columns = frames.permute(1, 3, 0, 2).reshape(num_groups, history + chunk, -1).to(taps.dtype)
+    if starts_BM is None:
+        padded = F.pad(x, (0, 0, history, num_chunks * chunk - length))
+        frames_BMFD = padded.unfold(1, history + chunk, chunk).transpose(2, 3)
+    else:
+        frames_BMFD = _chunks_with_history(x, starts_BM, history)
+    frames = frames_BMFD.reshape(batch * num_chunks, history + chunk, num_groups, width // num_groups)
+    columns = frames.permute(2, 1, 0, 3).reshape(num_groups, history + chunk, -1).to(taps.dtype)
     toeplitz = toeplitz_matrix(taps, num_rows=chunk, history=history)
     product = torch.bmm(toeplitz, columns).view(num_groups, chunk, batch, num_chunks, width // num_groups)
     result = product.permute(2, 3, 1, 0, 4).reshape(batch, num_chunks * chunk, width)[:, :length]
@@ -83,7 +98,9 @@ def causal_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None) -> T
     return result.to(x.dtype)
 
 
-def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tensor) -> Tensor:
+def modal_convolution(
+    x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tensor, *, starts_BM: Tensor | None = None
+) -> Tensor:
     """Convolve each channel with a sum of decaying exponentials over the whole past.
 
     ``h[t] = sum_s residues[s] * exp(log_poles[s] * t)``, ``y = round(h * x) + skip x``: within a chunk a
@@ -94,6 +111,7 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
         log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
         residues: Weight of each mode. Shape ``(D, S)``.
         skip: Weight of the input itself. Shape ``(D,)``.
+        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
 
     Returns:
         Shape ``(B, L, D)``, dtype of ``x``.
@@ -109,7 +127,7 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
         return x
     dtype = _accumulator(x)
     log_poles, residues = log_poles.to(dtype), residues.to(dtype)
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK, length) if starts_BM is None else length // starts_BM.shape[1]
     num_chunks = -(-length // chunk)
     padded = F.pad(x, (0, 0, 0, num_chunks * chunk - length)).view(batch, num_chunks, chunk, width)
     columns = padded.permute(3, 2, 0, 1).reshape(width, chunk, batch * num_chunks).to(dtype)
@@ -120,7 +138,7 @@ def modal_convolution(x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tens
     if num_chunks > 1:
         num_states = log_poles.shape[1]
         entering = torch.bmm(decay.flip(-1), columns).view(width, num_states, batch, num_chunks)
-        carried = _scan_chunks(entering, torch.exp(log_poles * chunk))
+        carried = _scan_chunks(entering, torch.exp(log_poles * chunk), starts_BM)
         # what the state before the chunk still gives after 1 .. C steps
         leaving = (residues * torch.exp(log_poles))[:, :, None] * decay
         carried = carried.reshape(width, num_states, batch * num_chunks)
@@ -162,14 +180,35 @@ def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
     return rectangle[:, :, num_rows - 1 :]
 
 
-def _scan_chunks(entering: Tensor, decay: Tensor) -> Tensor:
+def _chunks_with_history(x: Tensor, starts_BM: Tensor, history: int) -> Tensor:
+    """Give each chunk behind the positions before it, 0 where a start lies between; ``(B, M, F, D)``."""
+    batch, length, width = x.shape
+    num_chunks = starts_BM.shape[1]
+    chunks_BMCD = x.view(batch, num_chunks, length // num_chunks, width)
+    chunk = chunks_BMCD.shape[2]
+    frames = [chunks_BMCD]
+    is_cut_BM = torch.zeros_like(starts_BM)
+    for back in range(1, -(-history // chunk) + 1):
+        # the chunk that lies `back` before is cut off by a start in this chunk or in any between
+        is_cut_BM = is_cut_BM | F.pad(starts_BM, (back - 1, 0), value=True)[:, :num_chunks]
+        earlier = F.pad(chunks_BMCD, (0, 0, 0, 0, back, 0))[:, :num_chunks]
+        frames.insert(0, earlier.masked_fill(is_cut_BM[..., None, None], 0))
+    joined = torch.cat(frames, dim=2)
+    return joined[:, :, joined.shape[2] - chunk - history :]
+
+
+def _scan_chunks(entering: Tensor, decay: Tensor, starts_BM: Tensor | None = None) -> Tensor:
     """State before each chunk, from what each chunk adds: a recurrence over the last axis, by doubling."""
     state = F.pad(entering, (1, 0))[..., :-1]
     factor = decay[:, :, None, None]
+    if starts_BM is not None:
+        state = state.masked_fill(starts_BM, 0)
+        factor = factor.expand_as(state).masked_fill(starts_BM, 0)
     shift = 1
     while shift < entering.shape[-1]:
         state = state + factor * F.pad(state, (shift, 0))[..., :-shift]
-        factor = factor * factor
+        earlier = factor if starts_BM is None else F.pad(factor, (shift, 0))[..., :-shift]
+        factor = factor * earlier
         shift *= 2
     return state
 

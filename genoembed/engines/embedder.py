@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config import EmbedConfig
-    from genoembed.contracts import Batch, EmbeddingBlock, SequenceRecord, TokenBlock, Window
+    from genoembed.contracts import Batch, EmbeddingBlock, SequenceRecord, TokenBlock
     from genoembed.engines.pieces import Piece
     from genoembed.engines.units import WorkUnit
     from genoembed.models.genomic_model import GenomicModel
@@ -128,32 +128,35 @@ class UnitEmbedder:
             SequenceLengthError: If a window has more tokens than the context.
         """
         cuts = [self._cutter.windows(record) for record in unit.records]
-        pieces = (
-            piece
-            for index, (record, windows) in enumerate(zip(unit.records, cuts, strict=True))
-            for piece in self._cutter.pieces(record, index, windows)
-        )
+        # what a record still waits for: being cut to its end, and each of its pieces
+        waiting = [1] * len(unit.records)
+
+        def settle(index: int) -> None:
+            waiting[index] -= 1
+            if not waiting[index]:
+                self.stats.records += 1
+                self.stats.bases += len(unit.records[index].sequence)
+                self.stats.windows += len(cuts[index])
+
+        def cut() -> Iterator[Piece]:
+            for index, (record, windows) in enumerate(zip(unit.records, cuts, strict=True)):
+                for piece in self._cutter.pieces(record, index, windows):
+                    waiting[index] += 1
+                    yield piece
+                settle(index)
+
         taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
-        num_strands = 1 if self.config.embedding.rc == "none" else 2
-        left = [len(windows) * num_strands for windows in cuts]
-        for slab in self._slabs(pieces):
+        for slab in self._slabs(cut()):
             for piece, vectors in self._run_slab(slab, unit.records):
                 if vectors is not None:
                     taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
                         vectors=vectors, weight=piece.num_bases
                     )
-                left[piece.record_index] -= 1
-                if not left[piece.record_index]:
-                    self._count_record(unit.records[piece.record_index], cuts[piece.record_index])
+                settle(piece.record_index)
         block = self._rows.build(unit.records, cuts, taken)
         if self._on_batch is not None:
             self._on_batch(self.stats)
         return block
-
-    def _count_record(self, record: SequenceRecord, windows: Sequence[Window]) -> None:
-        self.stats.records += 1
-        self.stats.bases += len(record.sequence)
-        self.stats.windows += len(windows)
 
     def _check(self, encoder: SequenceEncoder) -> None:
         """Refuse what does not go with this model, before anything is read."""

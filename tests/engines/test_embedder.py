@@ -80,6 +80,21 @@ def test_running_totals_add_up():
     assert RunStats().padding_share == 0
 
 
+@pytest.mark.parametrize("slab_batches", [1, 32])
+def test_records_are_counted_once_and_as_they_are_done(slab_batches, monkeypatch):
+    monkeypatch.setattr(embedder_module, "_SLAB_BATCHES", slab_batches)
+    records = (*RECORDS, dataclasses.replace(RECORDS[6], id="flanked", core_start=35, core_end=None))
+    done = []
+    embedder = embedder_of(
+        "esm", window=20, stride=15, rc="mean", batch_tokens=24, on_batch=lambda s: done.append(s.records)
+    )
+    embedder(WorkUnit(number=0, records=records))
+    assert embedder.stats.records == len(records)
+    assert embedder.stats.bases == sum(len(record.sequence) for record in records)
+    assert done == sorted(done)
+    assert any(0 < count < len(records) for count in done)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_slabs_change_nothing(pooling, monkeypatch):
     options = {"pooling": pooling, "window": 20, "stride": 10, "rc": "mean", "layers": ("0", "final")}

@@ -121,7 +121,7 @@ def test_row_a_window(family, tmp_path):
             expected.append(
                 reference.pooled(sequence[start:end], "final", "mean", core=(first - start, past - start))
             )
-            ids.append(f"{name}:{first}-{past}")
+            ids.append(f"{name}:{first + 1}-{past}")
             spans.append((first, past))
             digests.append(hashlib.sha256(sequence[start:end].encode()).hexdigest())
     assert found.ids == ids
@@ -318,7 +318,7 @@ def test_windows_of_a_region_are_named_in_the_contigs_coordinates(strand, genome
     assert in_order[0][0] == 100
     assert in_order[-1][1] == 200
     assert all(one[1] == other[0] for one, other in itertools.pairwise(in_order))
-    assert found.ids == [f"chr1:101-200({strand}):{start}-{end}" for start, end in spans]
+    assert found.ids == [f"chr1:101-200({strand}):{start + 1}-{end}" for start, end in spans]
     assert set(found.obs["strand"]) == {strand}
 
 

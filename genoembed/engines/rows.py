@@ -206,7 +206,7 @@ def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
         before, after = after, before
     start, end = record.start + before, end - after
     return ObsRow(
-        id=f"{record.id}:{start}-{end}",
+        id=f"{record.id}:{start + 1}-{end}",  # as places are written: from 1, both ends included
         description=record.description,
         length=window.core_end - window.core_start,
         start=start,

@@ -31,8 +31,8 @@ class RunTotals(Protocol):
         """Their bases."""
 
     @property
-    def real_tokens(self) -> int:
-        """Tokens that went through the model, padding left out; grows batch by batch."""
+    def bases_under_way(self) -> int:
+        """Bases of other records that are done; grows batch by batch."""
 
     @property
     def padding_share(self) -> float:
@@ -48,8 +48,8 @@ class Reading:
     """Where a run stands."""
 
     records: int
-    bases: float
-    """Bases that went through the model; between units an estimate from the tokens."""
+    bases: int
+    """Bases that went through the model; overlap of windows and the second strand count once."""
     bases_per_s: float
     padding_share: float
     elapsed_s: float
@@ -78,9 +78,6 @@ class Meter:
         self.expected_bases = expected_bases
         self._clock = clock
         self._started: float | None = None
-        self._bases = 0
-        self._tokens = 0
-        self._tokens_per_base = 1.0
 
     def read(self, totals: RunTotals) -> Reading:
         """Take the totals in.
@@ -94,12 +91,7 @@ class Meter:
         now = self._clock()
         if self._started is None:
             self._started = now - totals.forward_s
-        if totals.bases > self._bases:
-            self._bases, self._tokens = totals.bases, totals.real_tokens
-            self._tokens_per_base = max(totals.real_tokens / totals.bases, 1e-3)
-        bases = self._bases + (totals.real_tokens - self._tokens) / self._tokens_per_base
-        if self.expected_bases is not None:
-            bases = min(bases, max(self.expected_bases, self._bases))
+        bases = totals.bases + totals.bases_under_way
         elapsed = max(now - self._started, 1e-9)
         rate = bases / elapsed
         left = None
@@ -128,7 +120,7 @@ def show_progress(expected_bases: int | None) -> Iterator[Callable[[RunTotals], 
     meter = Meter(expected_bases)
     if not _logger.isEnabledFor(logging.INFO):
         yield None
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         with _bar(meter) as on_totals:
             yield on_totals
     else:

@@ -48,6 +48,8 @@ class LineHandler(logging.Handler):
         Args:
             record: Warnings and errors are marked as such.
         """
+        if sys.stderr is None:  # closed by the caller
+            return
         mark = "Warning: " if record.levelno >= logging.WARNING else ""
         try:
             sys.stderr.write(mark + " ".join(record.getMessage().splitlines()) + "\n")

@@ -20,7 +20,7 @@ from genoembed.batching.order import plan_batches
 from genoembed.batching.pad import pad_batch
 from genoembed.engines.pieces import Cutter
 from genoembed.engines.rows import RowBuilder, Taken
-from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.errors import ConfigError, ModelError, NonFiniteError
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import check_pooling, pool
 from genoembed.tokenization.hf import build_encoder
@@ -50,6 +50,8 @@ class RunStats:
     """Records that are done."""
     bases: int = 0
     """Bases of records that are done."""
+    bases_under_way: int = 0
+    """Bases of other records that are done; overlap of windows and the other strand count once."""
     windows: int = 0
     """Windows cut from them, on one strand."""
     batches: int = 0
@@ -123,17 +125,22 @@ class UnitEmbedder:
 
         Raises:
             EmptyPoolError: If nothing of a record is left to pool.
+            ModelError: If the device's memory does not hold a forward pass.
             NonFiniteError: If the model gives NaN or infinity.
             ShapeError: If layers of unequal widths are to be fused element by element.
             SequenceLengthError: If a window has more tokens than the context.
         """
         cuts = [self._cutter.windows(record) for record in unit.records]
         # what a record still waits for: being cut to its end, and each of its pieces
-        waiting = [1] * len(unit.records)
+        waiting, under_way = [1] * len(unit.records), [0] * len(unit.records)
+        num_strands = 1 if self.config.embedding.rc == "none" else 2
 
-        def settle(index: int) -> None:
+        def settle(index: int, num_bases: int = 0) -> None:
             waiting[index] -= 1
+            under_way[index] += num_bases
+            self.stats.bases_under_way += num_bases
             if not waiting[index]:
+                self.stats.bases_under_way -= under_way[index]
                 self.stats.records += 1
                 self.stats.bases += len(unit.records[index].sequence)
                 self.stats.windows += len(cuts[index])
@@ -152,7 +159,7 @@ class UnitEmbedder:
                     taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
                         vectors=vectors, weight=piece.num_bases
                     )
-                settle(piece.record_index)
+                settle(piece.record_index, piece.num_bases // num_strands)
         block = self._rows.build(unit.records, cuts, taken)
         if self._on_batch is not None:
             self._on_batch(self.stats)
@@ -217,6 +224,8 @@ class UnitEmbedder:
                 mine = {layer: rows_of[position] for layer, rows_of in vectors.items()}
                 self._check_finite(mine, records[kept[row].record_index])
                 yield kept[row], mine
+            if self._on_batch is not None:
+                self._on_batch(self.stats)
 
     def _forward(self, batch: Batch) -> dict[str, Sequence[Tensor]]:
         """Vectors of each row by layer: ``(D,)`` pooled, ``(T, D)`` a token."""
@@ -234,7 +243,15 @@ class UnitEmbedder:
                 hidden_BLD, mask, method=method, attention_mask_BL=real_BL.to(hidden_BLD.device)
             ).cpu()
 
-        captured = self.model.forward(batch, self.layers, reduce)
+        try:
+            captured = self.model.forward(batch, self.layers, reduce)
+        except torch.OutOfMemoryError as error:
+            num_rows, length = batch.input_ids.shape
+            message = (
+                f"device {str(self.model.device)!r} has no memory left for {num_rows} x {length} tokens; set "
+                "batch_tokens lower, or window where a single sequence is too long"
+            )
+            raise ModelError(message) from error
         if not self.layer_widths:
             self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in captured.items()}
             feature_names(self.layer_widths, method=self.config.embedding.fusion)  # refuses unequal widths
@@ -242,8 +259,6 @@ class UnitEmbedder:
         self.stats.batches += 1
         self.stats.slots += batch.num_tokens
         self.stats.real_tokens += int(batch.attention_mask.sum())
-        if self._on_batch is not None:
-            self._on_batch(self.stats)
         if method == "none":
             return {layer: torch.split(hidden_TD, counts) for layer, hidden_TD in captured.items()}
         return {layer: pooled_BD.unbind() for layer, pooled_BD in captured.items()}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from genoembed.config import embed_config
 from genoembed.contracts import SequenceRecord
 from genoembed.engines import embedder as embedder_module
 from genoembed.engines.embedder import RunStats, UnitEmbedder
 from genoembed.engines.units import WorkUnit
+from genoembed.errors import ModelError
 from tests.by_hand import ALL_FAMILIES, embed, model_of, random_dna
 
 RECORDS = tuple(
@@ -93,6 +96,37 @@ def test_records_are_counted_once_and_as_they_are_done(slab_batches, monkeypatch
     assert embedder.stats.bases == sum(len(record.sequence) for record in records)
     assert done == sorted(done)
     assert any(0 < count < len(records) for count in done)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 20}, {"stride": 10}, {"rc": "mean"}], ids=["apart", "overlap", "strands"]
+)
+def test_totals_count_overlap_and_the_other_strand_once(options):
+    record = SequenceRecord(id="long", sequence=random_dna(400, 1).encode())
+    seen = []
+    embedder = embedder_of(
+        "llama",
+        window=20,
+        batch_tokens=40,
+        on_batch=lambda stats: seen.append(stats.bases + stats.bases_under_way),
+        **options,
+    )
+    embedder(WorkUnit(number=0, records=(record,)))
+    assert seen == sorted(seen)
+    steps = [later - earlier for earlier, later in itertools.pairwise([0, *seen[:-1]])]
+    assert len(steps) >= 10
+    assert all(0 < step <= 40 for step in steps)
+    assert seen[-2:] == [400, 400]
+    assert embedder.stats.bases_under_way == 0
+
+
+def test_no_memory_left_says_what_to_set(monkeypatch):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(type(model_of("llama")), "forward", forward)
+    with pytest.raises(ModelError, match=r"'cpu' has no memory left for 8 x 60 tokens; set batch_tokens low"):
+        embedder_of("llama")(WorkUnit(number=0, records=RECORDS))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])

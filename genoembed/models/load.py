@@ -74,10 +74,11 @@ def load_model(
 
     Raises:
         ModelNotFoundError: If nothing answers to the name.
-        ModelError: If the model needs code that is not trusted, has no tokenizer, or ``dtype`` is unknown.
+        ModelError: If the model needs code that is not trusted, has no tokenizer, ``dtype`` is unknown, or
+            ``device`` is not there.
         CheckpointError: If the weights are damaged or do not fit the configuration.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
     source = reachable_source(locate_model(name_or_path), revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -99,6 +100,23 @@ def load_model(
     )
     _warn_about_precision(model)
     return model
+
+
+def _choose_device(device: str | torch.device | None) -> torch.device:
+    """Find the device, and make sure that it takes tensors: torch says so late, in words of many kinds."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = f" ({first_line(error)})" if str(device).startswith("cuda") else ""
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        message = (
+            f"device {str(device)!r} cannot be used here{reason}, expected one such as {there}; "
+            "set device to one of these, or leave it out"
+        )
+        raise ModelError(message) from error
+    return torch.device(device)
 
 
 def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -> torch.dtype:

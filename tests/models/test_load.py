@@ -57,7 +57,9 @@ def test_model_is_in_eval_mode_and_says_what_it_is(tiny_model):
 
 
 def test_loading_draws_nothing(tiny_folder, capfd):
-    load_model(str(tiny_folder("llama")), device="cpu")
+    folder = str(tiny_folder("llama"))
+    capfd.readouterr()  # writing the folder draws, where no test did it before
+    load_model(folder, device="cpu")
     assert capfd.readouterr() == ("", "")
 
 
@@ -86,6 +88,14 @@ def test_dtype_is_as_asked(dtype, expected, tiny_folder):
 def test_unknown_dtype_is_refused(tiny_folder):
     with pytest.raises(ModelError, match="dtype 'float8' is not known, expected auto, float32"):
         load_model(str(tiny_folder("llama")), device="cpu", dtype="float8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_device_that_is_not_there_is_refused(device, tiny_folder):
+    with pytest.raises(
+        ModelError, match=rf"device '{device}' cannot be used here.*, expected one such as cpu"
+    ):
+        load_model(str(tiny_folder("llama")), device=device)
 
 
 def test_device_map_is_handed_on(tiny_folder, monkeypatch):

@@ -241,6 +241,19 @@ def test_damaged_files_are_refused(content, suffix, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nobody_is_told_to_switch_safe_loading_off(tmp_path):
+    source = tmp_path / "text.pt"
+    source.write_text(">a\nA\n")
+    with pytest.raises(CheckpointError, match="not in PyTorch's format") as caught:
+        convert_checkpoint(source, tmp_path / "out", config=GOLDEN / "b_1m" / "config.yml")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_an_absent_checkpoint_of_unknown_name_is_called_absent(tmp_path):
+    with pytest.raises(CheckpointError, match=r"mine\.pt: no such file"):
+        convert_checkpoint(tmp_path / "mine.pt", tmp_path / "out")
+
+
 def test_other_content_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds a list, expected tensors by name"):

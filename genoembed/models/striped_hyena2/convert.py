@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from genoembed.errors import CheckpointError, ModelError
+from genoembed.models.architecture import first_line
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
@@ -84,8 +85,8 @@ def convert_checkpoint(
             f"{output_dir}: holds the checkpoint itself, expected another folder; choose another output_dir"
         )
         raise ModelError(message)
-    entry, model_config = _describe(source, name=name, config=config)
     files = checkpoint_files(source)
+    entry, model_config = _describe(source, name=name, config=config)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
         folder = Path(temporary) / "model"
@@ -152,8 +153,9 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         return _open_safetensors(whole) if whole.suffix == ".safetensors" else _open_pickle(whole, path)
     except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # not even a pickle
-            raise _unreadable(error, path) from error
+        if "Unsupported operand" in str(error):  # torch's own words advise to run whatever it holds
+            reason = "not in PyTorch's format"
+            raise _unreadable(reason, path) from error
         message = (
             "it holds Python objects besides tensors, which could run code; refused, nothing was executed. "
             "Expected tensors only; get the checkpoint from its authors"
@@ -162,11 +164,10 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
     except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _unreadable(error, path) from error
+        raise _unreadable(first_line(error), path) from error
 
 
-def _unreadable(error: Exception, path: Path) -> CheckpointError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+def _unreadable(reason: str, path: Path) -> CheckpointError:
     message = f"cannot be read as a checkpoint ({reason}); it may be cut short, fetch it again"
     return CheckpointError(message, path=str(path))
 

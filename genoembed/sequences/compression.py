@@ -112,9 +112,13 @@ def check_readable(path: str) -> None:
         path: File name, or ``-`` for standard input.
 
     Raises:
-        InputFileError: If there is no such file, it is a folder, or it may not be read.
+        InputFileError: If there is no such file, it is a folder, it may not be read, or standard input is
+            closed.
     """
     if path == STDIN:
+        if sys.stdin is None:
+            problem = "standard input is closed, expected sequences; pipe them in or name a file"
+            raise InputFileError(problem, path=path)
         return
     if Path(path).is_dir():
         problem = "is a folder, expected a file; name the files in it"

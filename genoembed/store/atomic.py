@@ -33,12 +33,14 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         The absolute path, with symbolic links followed: a link to a file stays a link.
 
     Raises:
-        StoreError: If the file exists and must stay, is not a regular file, or its folder is missing or
-            cannot be written to.
+        StoreError: If the file exists and must stay, is not a regular file, is meant to be standard output
+            (``-``), or its folder is missing or cannot be written to.
     """
     target = Path(os.path.realpath(path))
     problem = None
-    if target.is_dir():
+    if os.fspath(path) == "-":
+        problem = "HDF5 cannot be written to standard output; set output to a file name"
+    elif target.is_dir():
         problem = "is a folder, expected a file name; set output to a file inside it"
     elif target.exists() and not target.is_file():
         problem = "is a device or pipe, expected a regular file; set output to a file name"

@@ -115,6 +115,14 @@ def test_standard_input_needs_no_seek(monkeypatch, compress):
     assert [(r.id, r.sequence, r.source) for r in records] == [(*pair, "-") for pair in PAIRS]
 
 
+def test_closed_standard_input_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(
+        InputFileError, match=r"^-: standard input is closed, expected sequences; pipe them in"
+    ):
+        list(read_sequences("-"))
+
+
 def test_genbank_and_embl_give_version_definition_and_line(tmp_path):
     text = (CASES / "tiny.gb").read_bytes()
     path = write(tmp_path, b"\n" + text + gzip.decompress(gzip.compress(text)).replace(b"TINY1", b"TINY9"))

@@ -191,6 +191,13 @@ def test_check_output_refuses_a_place_without_files(tmp_path, name, message):
         check_output(tmp_path / name)
 
 
+def test_check_output_refuses_standard_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"^-: HDF5 cannot be written to standard output; set output to"):
+        check_output("-")
+    assert check_output("./-") == tmp_path.resolve() / "-"
+
+
 def test_check_output_never_replaces_a_device(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match="is a device or pipe, expected a regular file"):

@@ -135,7 +135,7 @@ def extract(
         blocks = run_units(iter_units(records, max_bases=_unit_bases(embedder, config)), embedder)
         num_rows, width = _write(blocks, config, embedder, counts)
     seconds = time.perf_counter() - started
-    logger.info("%s: %s rows in %.1f s", config.output.output, num_rows, seconds)
+    logger.debug("%s: complete, rows: %d, seconds: %.1f", config.output.output, num_rows, seconds)
     return ExtractionReport(
         output=Path(config.output.output),
         num_rows=num_rows,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from genoembed.sequences import InputCounts, read_sequences
     from genoembed.store import EmbeddingFile, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
+    from genoembed.training.run import PretrainReport, pretrain
 
 _HOMES = {
     "CharTokenizer": "genoembed.tokenization.char",
@@ -37,6 +38,7 @@ _HOMES = {
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
     "ModelLayers": "genoembed.models.describe",
+    "PretrainReport": "genoembed.training.run",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
@@ -47,6 +49,7 @@ _HOMES = {
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "open_embeddings": "genoembed.store",
+    "pretrain": "genoembed.training.run",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
 }
@@ -60,6 +63,7 @@ __all__ = [
     "GenomicModel",
     "InputCounts",
     "ModelLayers",
+    "PretrainReport",
     "SequenceRecord",
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
@@ -71,6 +75,7 @@ __all__ = [
     "known_models",
     "load_model",
     "open_embeddings",
+    "pretrain",
     "read_sequences",
     "run_doctor",
 ]

@@ -54,7 +54,7 @@ class InputConfig:
     """Leave soft-masked bases in lower case."""
 
     def __post_init__(self) -> None:
-        _raise_all(_field_problems(self, at_least={"flank": (0, "bases")}))
+        _raise_all(field_problems(self, at_least={"flank": (0, "bases")}))
         if not self.inputs:
             message = "inputs is empty; name at least one sequence file, or '-' for standard input"
             raise ConfigError(message)
@@ -80,7 +80,7 @@ class ModelConfig:
     """Slots of one forward pass, padding included."""
 
     def __post_init__(self) -> None:
-        _raise_all(_field_problems(self, at_least={"threads": (1, ""), "batch_tokens": (1, "slots")}))
+        _raise_all(field_problems(self, at_least={"threads": (1, ""), "batch_tokens": (1, "slots")}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ class EmbeddingConfig:
     """Whether and how the reverse complement takes part."""
 
     def __post_init__(self) -> None:
-        _raise_all(_field_problems(self, at_least={"skip_first": (0, "bases")}))
+        _raise_all(field_problems(self, at_least={"skip_first": (0, "bases")}))
         problems = []
         if not self.layers:
             problems.append("layers is empty; name at least one layer, or leave it out for 'final'")
@@ -134,7 +134,7 @@ class WindowConfig:
     """A row a window instead of a row a record."""
 
     def __post_init__(self) -> None:
-        _raise_all(_field_problems(self, at_least={"window": (1, "bases"), "stride": (1, "bases")}))
+        _raise_all(field_problems(self, at_least={"window": (1, "bases"), "stride": (1, "bases")}))
         if self.window and self.stride and self.stride > self.window:
             message = (
                 f"stride is {self.stride}, but window is {self.window}: bases between windows would be lost; "
@@ -155,7 +155,7 @@ class OutputConfig:
     """Replace an existing file, once the new one is complete."""
 
     def __post_init__(self) -> None:
-        _raise_all(_field_problems(self))
+        _raise_all(field_problems(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,9 +263,7 @@ def _unknown_key(key: str) -> str:
     return f"{key!r} is no option" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _field_problems(
-    config: object, *, at_least: Mapping[str, tuple[int, str]] | None = None
-) -> Iterable[str]:
+def field_problems(config: object, *, at_least: Mapping[str, tuple[int, str]] | None = None) -> Iterable[str]:
     """Check each field of a dataclass by itself.
 
     Args:
@@ -296,6 +294,8 @@ def _mismatch(value: object, hint: Any) -> str:
         kind, _ = get_args(hint)
         wanted = "" if value is None else _mismatch(value, kind)
         return f"{wanted}, or leave it out" if wanted else ""
+    if get_origin(hint) is dict:
+        return "" if isinstance(value, dict) else "a table of names and values"
     if get_origin(hint) is tuple:
         kind, _ = get_args(hint)
         is_right = isinstance(value, tuple) and not any(_mismatch(item, kind) for item in value)

@@ -26,7 +26,13 @@ import numpy as np
 from genoembed.errors import ConfigError
 from genoembed.sequences import read_sequences, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
-from genoembed.training.corpus_config import CorpusConfig, CorpusCounts, CorpusState, config_differences
+from genoembed.training.corpus_config import (
+    CorpusConfig,
+    CorpusCounts,
+    CorpusState,
+    config_differences,
+    is_heldout,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -182,14 +188,18 @@ class DocumentStream:
         config = self.config
         for index in self._generator(_FILE_ORDER).permutation(len(self._names)):
             # one call a file: only its own ids are remembered
-            yield from read_sequences(
+            for record in read_sequences(
                 self._names[index],
                 invalid=config.invalid,
                 duplicates="suffix",
                 empty=config.empty,
                 gaps=config.gaps,
                 counts=self.counts.read,
-            )
+            ):
+                if is_heldout(record.sequence, config.heldout_fraction) == config.heldout:
+                    yield record
+                else:
+                    self.counts.other_side_records += 1
 
     def _spans(self, sequence: bytes, is_counted_here: bool) -> Iterator[tuple[int, int]]:
         for start, end in self._spans_between_runs(sequence, is_counted_here):

@@ -6,11 +6,12 @@ that :class:`~genoembed.training.corpus.DocumentStream` adds to.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from genoembed.errors import ConfigError
-from genoembed.sequences import InputCounts, Policies
+from genoembed.sequences import InputCounts, Policies, reverse_complement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,10 @@ class CorpusConfig:
     """Which part of the documents to give, from 0: with several data workers, ``rank * workers + worker``."""
     num_shards: int = 1
     """Parts in all: ranks times workers. Each reads all files, and gives every ``num_shards``-th document."""
+    heldout_fraction: float = 0.0
+    """Share of the records that is set aside to measure on, 0 to below 1; see ``is_heldout``."""
+    heldout: bool = False
+    """Give the records that are set aside, and not the others."""
     invalid: InvalidPolicy = "error"
     """Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``."""
     gaps: GapPolicy = "error"
@@ -55,8 +60,13 @@ class CorpusConfig:
         ]
         if not problems and self.shard >= self.num_shards:
             problems.append(f"shard: {self.shard} of {self.num_shards}; set shard to 0 to num_shards - 1")
-        if not isinstance(self.both_strands, bool):
-            problems.append(f"both_strands is {self.both_strands!r}; set both_strands to True or False")
+        problems += [
+            f"{name} is {getattr(self, name)!r}; set {name} to True or False"
+            for name in ("both_strands", "heldout")
+            if not isinstance(getattr(self, name), bool)
+        ]
+        if not 0 <= self.heldout_fraction < 1:
+            problems.append(f"heldout_fraction is {self.heldout_fraction}; set it to 0 or more, and below 1")
         try:
             Policies(invalid=self.invalid, gaps=self.gaps, empty=self.empty)
         except ConfigError as error:
@@ -97,6 +107,8 @@ class CorpusCounts:
     """Bases of these runs."""
     cut_documents: int = 0
     """Documents over ``max_document_bp`` that were cut; summed over all shards, each counts once."""
+    other_side_records: int = 0
+    """Records left out because they are on the other side of the split by ``heldout_fraction``."""
     read: InputCounts = field(default_factory=InputCounts)
     """Records and what the policies did to them; each shard reads, and counts, all of them."""
 
@@ -137,6 +149,25 @@ class CorpusState:
         except (KeyError, TypeError) as error:
             message = f"corpus state: {error}; the state is damaged or from another version: start again"
             raise ConfigError(message) from error
+
+
+def is_heldout(sequence: bytes, fraction: float) -> bool:
+    """Decide by the bases alone whether a record is set aside to measure on.
+
+    The same sequence is on the same side in every run and on both strands, whatever its id or file.
+
+    Args:
+        sequence: Upper-case DNA, whole record.
+        fraction: Share of all possible records to set aside.
+
+    Returns:
+        Whether it is set aside.
+    """
+    if not fraction:
+        return False
+    canonical = min(sequence, reverse_complement(sequence))
+    drawn = int.from_bytes(hashlib.sha256(canonical).digest()[:8], "big")
+    return drawn < fraction * 2**64
 
 
 def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ADAM_BETAS = (0.9, 0.98)
+ADAM_EPSILON = 1e-8
 MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
 
@@ -99,7 +101,34 @@ def pretrain(
     if config.compile_blocks:
         for block in model.get_submodule(find_blocks(model)).children():
             block.compile(dynamic=False)
-    arguments = TrainingArguments(
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(config, output_dir),
+        train_dataset=train_rows,
+        eval_dataset=heldout_rows,
+        optimizers=(optimizer, None),
+        callbacks=[ClampPoles(), MetricsFile(output_dir / "metrics.jsonl")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model(str(output_dir / "final"))
+
+
+def training_arguments(config: PretrainConfig, output_dir: Path, **others: Any) -> TrainingArguments:
+    """Say the recipe in the words of transformers.
+
+    Args:
+        config: The recipe.
+        output_dir: Folder for checkpoints.
+        **others: Further arguments, or others in place of these.
+
+    Returns:
+        The arguments of a trainer that reports through callbacks only.
+    """
+    recipe: dict[str, Any] = dict(
         output_dir=str(output_dir),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.rows_per_device,
@@ -126,20 +155,7 @@ def pretrain(
         dataloader_drop_last=config.compile_blocks,
         disable_tqdm=True,
     )
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-8
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=heldout_rows,
-        optimizers=(optimizer, None),
-        callbacks=[ClampPoles(), MetricsFile(output_dir / "metrics.jsonl")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(str(output_dir / "final"))
+    return TrainingArguments(**(recipe | others))
 
 
 def _check(
@@ -161,7 +177,16 @@ def _check(
         raise ConfigError(*problems)
 
 
-def _parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Divide the parameters by what AdamW should do with them.
+
+    Args:
+        model: Its parameters.
+        config: Rates and weight decay.
+
+    Returns:
+        Matrices with decay, everything else without, and poles with a rate of their own.
+    """
     embeddings = {
         id(parameter)
         for module in model.modules()
@@ -221,7 +246,7 @@ class MetricsFile(TrainerCallback):
             control: Unused.
             **kwargs: Unused.
         """
-        if not self.path.is_file():
+        if not state.is_world_process_zero or not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= state.global_step] if state.global_step else []
@@ -248,14 +273,47 @@ class MetricsFile(TrainerCallback):
             logs: What was logged.
             **kwargs: Unused.
         """
+        if not state.is_world_process_zero:
+            return
         line: dict[str, float] = {"step": state.global_step, **(logs or {})}
         for name in ("loss", "eval_loss"):
             if name in line:
                 line[f"{name}_bits"] = line[name] / math.log(2)
-        logger.info("%s", line)
+        logger.info("%s", describe_line(line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def describe_line(line: Mapping[str, float]) -> str:
+    """Say a line of ``metrics.jsonl`` in words that fit a terminal.
+
+    Args:
+        line: Its values by name.
+
+    Returns:
+        Such as ``step 20: loss 1.923 bits, rate 0.002``; values without words of their own are left out.
+
+    Example:
+        >>> describe_line({"step": 20, "loss_bits": 1.923, "learning_rate": 2e-3, "packing_percent": 100})
+        'step 20: loss 1.923 bits, rate 0.002, packing 100.0 %'
+    """
+    said = [text % line[name] for name, text in _WORDS.items() if name in line]
+    return f"step {line['step']}: {', '.join(said)}"
+
+
+_WORDS = {
+    "loss_bits": "loss %.3f bits",
+    "eval_loss_bits": "held-out loss %.3f bits",
+    "eval_bits_per_base": "held-out %.4f bits per base",
+    "tokens_per_second": "%.0f tokens/s",
+    "learning_rate": "rate %.3g",
+    "grad_norm": "gradient %.3g",
+    "packing_percent": "packing %.1f %%",
+    "padding_percent": "padding %.1f %%",
+    "padded_cost": "padded batches would cost %.2fx",
+    "train_runtime": "%.0f s in all",
+}
 
 
 def _step_of(line: str) -> float:

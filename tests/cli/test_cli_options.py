@@ -48,6 +48,17 @@ OPTIONS = {
     "models": {"--json"},
     "info": {"--json"},
     "convert": {"-o", "--output", "--name", "--config", "--overwrite", *MESSAGES},
+    "pretrain": {
+        *("-o", "--output", "--config", "--resume", "--overwrite", "--threads"),
+        *("--model", "--revision", "--trust-remote-code", "--like", "--hidden-size", "--layers"),
+        *("--heldout", "--heldout-fraction", "--heldout-rows", "--packing", "--window", "--isolate"),
+        *("--one-strand", "--n-run-bp", "--max-document-bp", "--shuffle-documents"),
+        *("--invalid", "--empty", "--gaps"),
+        *("--max-steps", "--rows-per-device", "--accumulation-steps", "--learning-rate"),
+        *("--pole-rate-scale", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--dtype"),
+        *("--compile-blocks", "--gradient-checkpointing", "--seed"),
+        *("--save-steps", "--eval-steps", "--logging-steps", *MESSAGES),
+    },
     "doctor": MESSAGES,
 }
 CHOICES = {

@@ -228,7 +228,7 @@ def test_compiled_blocks_need_a_full_batch(tmp_path):
 @pytest.mark.parametrize("build", [striped_hyena, llama])
 def test_parameter_groups_hold_each_parameter_once(build):
     model = build()
-    groups = pretraining._parameter_groups(model, CONFIG)
+    groups = pretraining.parameter_groups(model, CONFIG)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert len(set(grouped)) == len(grouped)
@@ -237,7 +237,7 @@ def test_parameter_groups_hold_each_parameter_once(build):
 @pytest.mark.parametrize("build", [striped_hyena, llama])
 def test_weight_decay_falls_on_the_matrices_of_linear_maps_only(build):
     model = build()
-    groups = pretraining._parameter_groups(model, CONFIG)
+    groups = pretraining.parameter_groups(model, CONFIG)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     linear = {
@@ -251,11 +251,11 @@ def test_weight_decay_falls_on_the_matrices_of_linear_maps_only(build):
 
 def test_poles_have_a_rate_of_their_own():
     model = striped_hyena()
-    (group,) = [g for g in pretraining._parameter_groups(model, CONFIG) if "lr" in g]
+    (group,) = [g for g in pretraining.parameter_groups(model, CONFIG) if "lr" in g]
     assert group["lr"] == CONFIG.learning_rate * CONFIG.pole_rate_scale
     assert group["weight_decay"] == 0.0
     assert [id(p) for p in group["params"]] == [id(model.get_parameter("blocks.2.filter.log_poles"))]
-    assert all("lr" not in group for group in pretraining._parameter_groups(llama(), CONFIG))
+    assert all("lr" not in group for group in pretraining.parameter_groups(llama(), CONFIG))
 
 
 def test_clamp_poles_touches_poles_above_the_bound_only():
@@ -283,6 +283,7 @@ def test_clamp_poles_is_at_work_while_training(tmp_path):
 def test_metrics_file_survives_a_line_that_was_cut(tmp_path):
     class State:
         global_step = 4
+        is_world_process_zero = True
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 1.0}\n{"step": 6, "loss": 0.9}\n{"step": 4, "lo')

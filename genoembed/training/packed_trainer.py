@@ -1,0 +1,305 @@
+"""The loop: transformers' Trainer, fed with packed rows, measured in bits per base, stopped by a signal.
+
+Promised: each process reads its own shard and nothing is handed around; a measurement weighs every base that
+is held out the same, on any number of processes; an interruption ends with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from genoembed.batching.packed_rows import IGNORE_INDEX
+from genoembed.training.pretraining import ADAM_BETAS, ADAM_EPSILON, parameter_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+    from types import FrameType
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from genoembed.training.pretraining import PretrainConfig
+    from genoembed.training.stream import HeldoutRows, PackedStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Pace:
+    """What was trained on since the last line, in this process."""
+
+    tokens: int = 0
+    """Real tokens; padding does not count."""
+    slots: int = 0
+    seconds: float = 0.0
+    """Reading, forward, backward and update; measurements and checkpoints do not count."""
+
+
+class PackedTrainer(Trainer):
+    """A Trainer over :class:`~genoembed.training.stream.PackedStream`.
+
+    Args:
+        model: Causal, with logits.
+        args: As for ``Trainer``.
+        recipe: Rates and weight decay.
+        stream: Rows of this process, starting with the next one to use.
+        heldout: Rows to measure on, the same in each process.
+        isolating: Fields of a row that the model gets beside ids and labels.
+        forward_options: Further arguments of the forward pass.
+        callbacks: As for ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: PretrainConfig,
+        stream: PackedStream,
+        heldout: HeldoutRows,
+        isolating: tuple[str, ...],
+        forward_options: Mapping[str, Any],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._recipe, self._stream, self._heldout = recipe, stream, heldout
+        self._fields = ("input_ids", *isolating)
+        self._forward_options = dict(forward_options)
+        self._pace = Pace()
+        self._adamw: torch.optim.Optimizer | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=stream,
+            eval_dataset=[],
+            callbacks=[*callbacks, _Stopwatch(self._pace)],
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW with a group each for matrices, poles and the rest.
+
+        Args:
+            model: What is trained; None takes the trainer's.
+
+        Returns:
+            The optimizer.
+        """
+        if self._adamw is None:
+            self._adamw = torch.optim.AdamW(
+                parameter_groups(model or self.model, self._recipe),
+                lr=self._recipe.learning_rate,
+                betas=ADAM_BETAS,
+                eps=ADAM_EPSILON,
+            )
+        self.optimizer = self._adamw
+        return self._adamw
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and history of a finished run: training on would add a step.
+
+        Args:
+            checkpoint: After the last step.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Read the stream as it is: accelerate would read it in one process and hand rows around.
+
+        Returns:
+            Batches on the CPU; the trainer moves them.
+        """
+        return DataLoader(
+            self._stream, batch_size=self.args.per_device_train_batch_size, collate_fn=self._collate
+        )
+
+    def _collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self._pace.tokens += sum(int((row["segment_ids"] >= 0).sum()) for row in rows)
+        self._pace.slots += sum(row["segment_ids"].numel() for row in rows)
+        return {name: torch.stack([row[name] for row in rows]) for name in (*self._fields, "labels")}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Add the options of the forward pass.
+
+        Args:
+            model: As for ``Trainer``.
+            inputs: As for ``Trainer``.
+            *args: As for ``Trainer``.
+            **kwargs: As for ``Trainer``.
+
+        Returns:
+            As ``Trainer`` does.
+        """
+        return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure on what is held out, and log it.
+
+        Returns:
+            ``eval_loss`` in nats a token, EOD counted, and ``eval_bits_per_base``, EOD not counted.
+        """
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        # nats and number of all targets, and of those that are bases
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for batch in self._heldout_batches():
+            labels = batch.pop("labels")[:, 1:].to(self.args.device)
+            inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            with self.compute_loss_context_manager():
+                logits = model(**inputs, **self._forward_options).logits[:, :-1]
+            nats = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+            ).double()
+            is_target = labels.flatten() != IGNORE_INDEX
+            is_base = is_target & (labels.flatten() != self._heldout.eod_token_id)
+            totals += torch.stack(
+                [nats[is_target].sum(), is_target.sum(), nats[is_base].sum(), is_base.sum()]
+            )
+        model.train(was_training)
+        nats, targets, base_nats, bases = self.accelerator.reduce(totals, "sum").tolist()
+        bits_per_token = base_nats / max(bases, 1) / math.log(2)
+        metrics = {
+            "eval_loss": nats / max(targets, 1),
+            "eval_bits_per_base": bits_per_token * self._heldout.tokens_per_base,
+        }
+        self.log(dict(metrics))
+        trainer: Any = self
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
+        return metrics
+
+    def _heldout_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Give this process its batches: as many as each other has, filled up with rows that take no loss."""
+        rows, world = self.args.per_device_eval_batch_size, self.args.world_size
+        index = torch.arange(-(-len(self._heldout) // (rows * world)) * rows * world)
+        for start in range(self.args.process_index * rows, len(index), rows * world):
+            chosen = index[start : start + rows]
+            batch = {
+                name: self._heldout.tensors[name][chosen % len(self._heldout)]
+                for name in (*self._fields, "labels")
+            }
+            batch["labels"][chosen >= len(self._heldout)] = IGNORE_INDEX
+            yield batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed and packing to a line about training.
+
+        Args:
+            logs: What the trainer says.
+            start_time: As for ``Trainer``.
+        """
+        if "loss" in logs:
+            logs |= self._packing_metrics()
+        super().log(logs, start_time)
+
+    def _packing_metrics(self) -> dict[str, float]:
+        pace, stream = self._pace, self._stream
+        local = [pace.tokens, pace.slots, stream.packed.tokens, stream.packed.slots]
+        totals = torch.tensor([*local, stream.padded.tokens, stream.padded.slots], dtype=torch.float64)
+        if self.args.world_size > 1:
+            # float64 would not do on every device; these numbers need no exactness there
+            totals = self.accelerator.reduce(totals.float().to(self.args.device), "sum").cpu()
+        tokens, slots, all_tokens, all_slots, padded_tokens, padded_slots = totals.tolist()
+        efficiency = all_tokens / all_slots
+        metrics = {
+            "tokens_per_second": tokens / pace.seconds if pace.seconds else 0.0,
+            "packing_percent": 100 * efficiency,
+            "padding_percent": 100 * (1 - tokens / slots) if slots else 0.0,
+            "padded_cost": padded_slots / padded_tokens * efficiency if padded_tokens else 1.0,
+            "corpus_epoch": stream.epoch,
+        }
+        pace.tokens, pace.slots, pace.seconds = 0, 0, 0.0
+        return metrics
+
+
+class _Stopwatch(TrainerCallback):
+    """Time steps, and nothing else."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._since = 0.0
+
+    def _restart(self, *_: object, **__: object) -> None:
+        self._since = time.perf_counter()
+
+    on_train_begin = _restart
+    on_evaluate = _restart
+    on_save = _restart
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        now = time.perf_counter()
+        self._pace.seconds += now - self._since
+        self._since = now
+
+
+class StopOnSignal(TrainerCallback):
+    """Let SIGINT and SIGTERM end training after the step that is being done, with a checkpoint.
+
+    A second signal has its usual effect.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_at: int | None = None
+        """Step after which training stopped because of a signal."""
+        self._is_asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals; only the main thread can.
+
+        Yields:
+            Nothing; training runs inside.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            self._is_asked = True
+            logger.info("interrupted: saving a checkpoint after this step; interrupt again to stop at once")
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Stop all processes if one was asked to.
+
+        Args:
+            args: Gives the device and the number of processes.
+            state: Gives the step.
+            control: Is told to save and to stop.
+            **kwargs: Unused.
+        """
+        asked = self._is_asked
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(flag)
+            asked = bool(flag)
+        if asked and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            control.should_training_stop = True

@@ -234,7 +234,7 @@ def _default_output(inputs: object) -> str:
     """Name the output where inputs are right; where they are not, that is what will be reported."""
     if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], str):
         return default_output(inputs[0])
-    return ""
+    return default_output("-")
 
 
 def default_output(first_input: str) -> str:
@@ -244,15 +244,16 @@ def default_output(first_input: str) -> str:
         first_input: A file name, or ``-``.
 
     Returns:
-        Its stem, without the endings of compression and format, and ``.h5``; in the current folder for ``-``.
+        Its stem, without the endings of compression and format, and ``.h5``; in the current folder for ``-``
+        and for what is no file name, which reading refuses.
 
     Example:
         >>> default_output("data/genome.fa.gz"), default_output("-")
         ('data/genome.h5', 'embeddings.h5')
     """
-    if first_input == "-":
-        return "embeddings.h5"
     path = Path(first_input)
+    if first_input == "-" or not path.name:
+        return "embeddings.h5"
     if path.suffix.lower() in {".gz", ".bgz", ".bz2", ".xz", ".zst"}:
         path = path.with_suffix("")
     return os.fspath(path.with_suffix(".h5"))
@@ -298,10 +299,13 @@ def _mismatch(value: object, hint: Any) -> str:
         return "" if isinstance(value, dict) else "a table of names and values"
     if get_origin(hint) is tuple:
         kind, _ = get_args(hint)
-        is_right = isinstance(value, tuple) and not any(_mismatch(item, kind) for item in value)
-        return "" if is_right else f"a tuple, each item {_KINDS[kind]}"
+        found = [_mismatch(item, kind) for item in value] if isinstance(value, tuple) else [_KINDS[kind]]
+        wanted = next(filter(None, found), "")
+        return wanted and f"a tuple, each item {wanted}"
     if isinstance(value, bool) and hint is not bool:
         return _KINDS[hint]
+    if value == "" and hint is str:
+        return "a text that is not empty"
     return "" if isinstance(value, (int, float) if hint is float else hint) else _KINDS[hint]
 
 

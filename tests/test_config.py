@@ -58,6 +58,10 @@ REFUSED = [
     ({"out_dtype": "bfloat16"}, r"^out_dtype is 'bfloat16'; set out_dtype to one of float32, float16$"),
     ({"output": 3}, r"^output is 3; set output to a text$"),
     ({"overwrite": "yes"}, r"^overwrite is 'yes'; set overwrite to True or False$"),
+    ({"output": ""}, r"^output is ''; set output to a text that is not empty$"),
+    ({"model": ""}, r"^model is ''; set model to a text that is not empty$"),
+    ({"device": ""}, r"^device is ''; set device to a text that is not empty, or leave it out$"),
+    ({"inputs": ("",)}, r"^inputs is \(''\,\); set inputs to a tuple, each item a text that is not empty$"),
     ({"windw": 10}, r"^'windw' is no option; did you mean 'window'\?$"),
     ({"zzz": 10}, r"^'zzz' is no option$"),
 ]
@@ -140,6 +144,9 @@ def test_to_dict_survives_json_and_builds_the_same_configuration():
         ("x.gb", "x.h5"),
         ("plain", "plain.h5"),
         ("-", "embeddings.h5"),
+        (".", "embeddings.h5"),
+        ("/", "embeddings.h5"),
+        ("", "embeddings.h5"),
     ],
 )
 def test_default_output_is_the_stem_of_the_first_input(first, expected):

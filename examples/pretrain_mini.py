@@ -4,6 +4,9 @@ The corpus is a FASTA of training contigs and one of held-out contigs (benchmark
 
     python examples/pretrain_mini.py train train.fa heldout.fa runs/mini
     python examples/pretrain_mini.py package runs/mini/final genoembed/models/bundled
+
+Rows are packed once and held in memory, as they were for the bundled weights; for a corpus of your own take
+`genoembed pretrain --like evo2_7b --hidden-size 128` (docs/PRETRAINING.md), which reads it as a stream.
 """
 
 from __future__ import annotations

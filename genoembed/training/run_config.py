@@ -109,6 +109,12 @@ class DataConfig:
                 "heldout or heldout_fraction, expected exactly one of them; set heldout to a file that is "
                 "not in the corpus, or heldout_fraction to a share such as 0.02"
             )
+        if isinstance(self.heldout, tuple) and isinstance(self.corpus, tuple):
+            problems += [
+                f"heldout: {name} is in the corpus, too; hold out other files, or set heldout_fraction"
+                for name in self.heldout
+                if name in self.corpus
+            ]
         fraction = self.heldout_fraction
         if isinstance(fraction, float | int) and not 0 < fraction < 1:
             problems.append(f"heldout_fraction is {fraction}; set it between 0 and 1, such as 0.02")

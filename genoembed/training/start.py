@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from genoembed.models.locate import ModelSource
     from genoembed.training.run_config import StartConfig
+
+logger = logging.getLogger(__name__)
 
 _HEAD_SIZES = (128, 64, 32, 16, 8)
 _MIN_HEADS = 2
@@ -58,11 +61,13 @@ def build_start(config: StartConfig, *, window: int, seed: int) -> Start:
         The model in float32 and train mode, its tokenizer, and its token rules.
 
     Raises:
-        ConfigError: If the shape is wrong.
+        ConfigError: If the shape is wrong, or ``window`` is above the context of a model that is not
+            StripedHyena 2.
         ModelError: If the model is not found or not causal, its weights do not fit, or it has no end token.
     """
     if config.model is not None:
         model, tokenizer = _load(config.model, config)
+        _fit_context(model, window=window, name=config.model)
         check_causal(model, name=config.model)
         return Start(model.train(), tokenizer, token_rules(tokenizer, name=config.model), is_new=False)
     shape = _shape(config.shape, window) if config.shape is not None else _shrunk(config, window)
@@ -175,6 +180,18 @@ def _tokenizer(source: ModelSource, model_type: str, options: Mapping[str, Any])
             "save the model's tokenizer into its folder"
         )
         raise ModelError(message) from error
+
+
+def _fit_context(model: PreTrainedModel, *, window: int, name: str) -> None:
+    """Let a StripedHyena 2 model's context grow with the rows it is trained on; refuse what others lack."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None or window <= context:
+        return
+    if not isinstance(model, StripedHyena2ForCausalLM):
+        message = f"window: {window}, but the context of {name} is {context}; set window to {context} or less"
+        raise ConfigError(message)
+    logger.info("%s: context grows from %d to %d tokens", name, context, window)
+    model.config.max_position_embeddings = window
 
 
 def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:

@@ -19,6 +19,8 @@ from genoembed.training import run
 from genoembed.training.corpus import DocumentStream
 from genoembed.training.corpus_config import CorpusConfig
 from genoembed.training.packed_trainer import StopOnSignal
+from genoembed.training.run_config import RecipeConfig, StartConfig
+from genoembed.training.start import build_start
 from tests.training.test_start import save_causal
 
 SMALL = {
@@ -262,3 +264,28 @@ def test_signal_handlers_are_put_back():
         assert signal.getsignal(signal.SIGINT) == before
     assert signal.getsignal(signal.SIGINT) == before
     assert stop.stopped_at is None
+
+
+def test_gradient_checkpointing_computes_blocks_again():
+    model = build_start(StartConfig(like="evo2_7b", hidden_size=32, layers=4), window=32, seed=0).model
+    calls = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.full((1, 32), 65)
+    for expected in (1, 2):
+        calls.clear()
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert len(calls) == expected
+        run._checkpoint_activations(model)
+
+
+@pytest.mark.parametrize(("is_new", "rate"), [(True, 2e-3 / 2), (False, 2e-4 / 2)])
+def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
+    model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(run, "_has_bfloat16", lambda has=has_bfloat16: has)
+        recipe = run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
+        assert recipe.learning_rate == pytest.approx(rate)
+        assert (recipe.warmup_steps, recipe.bf16) == (50, has_bfloat16)
+    given = RecipeConfig(max_steps=10, learning_rate=0.5, warmup_steps=3, dtype="bfloat16")
+    recipe = run._resolved_recipe(given, model)
+    assert (recipe.learning_rate, recipe.warmup_steps, recipe.bf16) == (0.5, 3, True)

@@ -46,6 +46,7 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
         ({"like": None, "model": "x", "layers": 2}, "shrink like, which is not given"),
         ({"like": None, "shape": 3}, "set shape to a table of names and values"),
         ({"heldout": ("h.fa",)}, "expected exactly one of them"),
+        ({"heldout_fraction": None, "heldout": ("a.fa",)}, "heldout: a.fa is in the corpus, too"),
         ({"heldout_fraction": None}, "expected exactly one of them"),
         ({"heldout_fraction": 1.5}, "heldout_fraction is 1.5; set it between 0 and 1"),
         ({"corpus": None}, "corpus is empty"),

@@ -173,3 +173,16 @@ def test_shape_without_context_takes_the_window():
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "attn_layer_idxs": [0], "num_attention_heads": 2}
     assert start(shape=fields).model.config.max_position_embeddings == 64
     assert start(shape={**fields, "max_position_embeddings": 99}).model.config.max_position_embeddings == 99
+
+
+def test_a_window_above_the_context_is_refused_or_widens_it(tmp_path):
+    name = save_causal("llama", tmp_path / "llama")
+    with pytest.raises(
+        ConfigError, match=r"window: 65, but the context of .* is 64; set window to 64 or less"
+    ):
+        build_start(StartConfig(model=name), window=65, seed=0)
+    start(like="evo2_7b", hidden_size=32, layers=4).model.save_pretrained(tmp_path / "sh2")
+    wider = build_start(StartConfig(model=str(tmp_path / "sh2")), window=96, seed=0)
+    assert wider.model.config.max_position_embeddings == 96
+    narrower = build_start(StartConfig(model=str(tmp_path / "sh2")), window=32, seed=0)
+    assert narrower.model.config.max_position_embeddings == 64

@@ -74,11 +74,10 @@ def describe_layers(
         >>> described.template, described.num_blocks, described.final
         ('blocks.{index}.mlp.l3', 32, 'norm')
     """
-    source = locate_model(name_or_path, with_weights=False)
+    source = reachable_source(locate_model(name_or_path, with_weights=False), revision=revision)
     if source.entry is not None:
         config = source.entry.build_config()
     else:
-        source = reachable_source(source, revision=revision)
         config = read_config(source, {"trust_remote_code": trust_remote_code, "revision": revision})
     module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
     return ModelLayers(

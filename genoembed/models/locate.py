@@ -89,7 +89,14 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
 
     Raises:
         ModelNotFoundError: If neither the hub nor the cache gives the model.
+        ModelError: If a revision is asked for of what has none.
     """
+    if source.is_local and revision is not None:
+        message = (
+            f"model {source.name!r}: revision is {revision!r}, but only a Hugging Face id has revisions; "
+            "leave revision out"
+        )
+        raise ModelError(message)
     if source.is_local or hub_answers():
         return source
     config_path = cached_file(source.location, "config.json", revision=revision)

@@ -16,6 +16,7 @@ from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, Pr
 from genoembed.models import hub as hub_module
 from genoembed.models import load as load_module
 from genoembed.models import locate
+from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from genoembed.models.locate import converted_folder, locate_model
 from genoembed.models.registry import CheckpointFile, KnownModel, find_model
@@ -245,3 +246,11 @@ def test_damaged_installation_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(locate, "BUNDLED_FOLDER", tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"'genoembed-mini': .* install genoembed again"):
         locate_model("genoembed-mini")
+
+
+@pytest.mark.parametrize("load", [load_model, describe_layers])
+def test_revision_of_what_has_none_is_refused(load):
+    with pytest.raises(
+        ModelError, match="'genoembed-mini': revision is 'v2', but only a Hugging Face id has"
+    ):
+        load("genoembed-mini", revision="v2")

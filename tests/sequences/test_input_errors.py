@@ -59,6 +59,8 @@ def case_folder(tmp_path, monkeypatch):
 def test_documented_error_has_its_message(row, case_folder, monkeypatch):
     if "without pyfaidx" in row.what:
         monkeypatch.setitem(sys.modules, "pyfaidx", None)
+    if "standard input closed" in row.what:
+        monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(GenoembedError, match=f"^{re.escape(row.message)}$"):
         run_documented_call(row.call)
     assert row.exit_code == 1

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 _AUTO = "transformers.models.auto."
-_CONFIGURATION = "genoembed.models.striped_hyena2.configuration"
-_MODELING = "genoembed.models.striped_hyena2.modeling"
+_OURS = "genoembed.models.striped_hyena2."
+_CONFIGURATION = f"{_OURS}configuration"
+_MODELING = f"{_OURS}modeling"
 _TOKENIZER = "genoembed.tokenization.char"
 
 _REGISTRATIONS = (
@@ -40,8 +41,11 @@ _running: set[str] = set()
 
 
 def _register_what_is_ready() -> None:
-    """Register every pair whose two modules have run; one still running calls this again at its end."""
-    if not _running.isdisjoint(_NEEDED):
+    """Register every pair whose two modules have run; one still running calls this again at its end.
+
+    While any of them runs, importing another of ours could come back to it half-way.
+    """
+    if _running:
         return
     for auto_module, auto_name, our_module, our_name in _REGISTRATIONS:
         auto_class = getattr(sys.modules.get(auto_module), auto_name, None)
@@ -60,7 +64,7 @@ class _AutoClassWatcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _WATCHED:
+        if fullname not in _WATCHED and not fullname.startswith(_OURS):
             return None
         spec = next(
             (

@@ -7,6 +7,8 @@ CPUs in float32); it goes on only with the config that it began with.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import math
@@ -141,6 +143,8 @@ class _Run:
         self.isolating = isolating_inputs(self.start.model, self.start.rules) if data.isolate else ()
         self.recipe = _resolved_recipe(config.recipe, self.start)
         self.arguments = _arguments(self.recipe, folder)
+        if torch.distributed.is_initialized():
+            atexit.register(_leave_process_group)
         shard = {"shard": self.arguments.process_index, "num_shards": self.arguments.world_size}
         self.corpus = _corpus_config(data, seed=config.recipe.seed)
         self.rows = RowShape(
@@ -292,12 +296,21 @@ class _Run:
             trainer.save_model(str(final))
         if self.arguments.process_index == 0:
             self.start.tokenizer.save_pretrained(final)
+        if torch.distributed.is_initialized():  # torchrun ends the others when one is gone
+            torch.distributed.barrier()
         return PretrainReport(
             output=str(final),
             steps=steps,
             bits_per_base=last[-1]["eval_bits_per_base"],
             metrics=str(self.folder / METRICS_FILE),
         )
+
+
+def _leave_process_group() -> None:
+    """End the group while the interpreter lives: its threads can make a process abort that ends with them."""
+    gc.collect()  # what is wrapped for the group holds it
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

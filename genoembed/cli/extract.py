@@ -60,7 +60,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
     key="model",
     group=MODEL,
     metavar="NAME",
-    help="One of 'genoembed models', a local folder, or a Hugging Face id.",
+    help="One of 'genoembed models', a local folder, an Evo 2 checkpoint file, or a Hugging Face id.",
 )
 @config_option(key="revision", group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face id.")
 @config_option(

@@ -1,8 +1,9 @@
 """Load any genomic language model through one door.
 
-In: a name (bundled, registry, local folder, Hugging Face id). Out: a `GenomicModel`: the base model in eval
-mode, its tokenizer, and the facts that the other stages need. Promised: no code from a repository runs unless
-it is trusted, nothing is unpickled, and no weight that an embedding depends on is left random.
+In: a name (bundled, registry, local folder or checkpoint file, Hugging Face id). Out: a `GenomicModel`: the
+base model in eval mode, its tokenizer, and the facts that the other stages need. Promised: no code from a
+repository runs unless it is trusted, nothing is unpickled, and no weight that an embedding depends on is left
+random.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        name_or_path: Bundled or registry name, local folder, or Hugging Face id; looked for in this order.
+        name_or_path: Bundled or registry name, local folder or checkpoint file, or Hugging Face id; looked
+            for in this order. A checkpoint file is converted the first time.
         device: Where to run; None takes CUDA if present, else the CPU.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 on CUDA devices that
             have it, else float32.

@@ -1,11 +1,12 @@
 """Find out what a model's name stands for, and fetch and convert what the registry knows.
 
-Names resolve in this order: bundled, registry, local folder, Hugging Face id.
+Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from genoembed.models.hub import (
     verify_checkpoint,
 )
 from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, KnownModel, known_models, suggestion
-from genoembed.models.striped_hyena2.convert import convert_checkpoint
+from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint
 
 _LOG = logging.getLogger(__name__)
 
+_CHUNK_BYTES = 1 << 22
+_CONVERTIBLE = (".pt", ".safetensors")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -45,7 +48,8 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
     """Find what a name stands for; a registry checkpoint is fetched and converted if need be.
 
     Args:
-        name_or_path: Bundled or registry name, local folder, or Hugging Face id.
+        name_or_path: Bundled or registry name, local folder, checkpoint file (converted the first time, into
+            the cache, by its contents), or Hugging Face id.
         with_weights: Without, a registry checkpoint is only named: its location may be a folder to be.
 
     Returns:
@@ -53,7 +57,9 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
 
     Raises:
         ModelNotFoundError: If nothing answers to the name.
-        ModelError: If it is a checkpoint file, or a folder without ``config.json``.
+        ModelError: If it is a file that is no checkpoint, or one whose name does not tell its shape, or a
+            folder without ``config.json``.
+        CheckpointError: If it is a checkpoint file that is damaged or does not fit its configuration.
     """
     entry = next((model for model in known_models() if model.name == name_or_path), None)
     if entry is not None:
@@ -66,6 +72,8 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
             raise ModelNotFoundError(message)
         return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
     path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return ModelSource(name=name_or_path, location=str(_converted_file(path)), is_local=True)
     if path.exists():
         _check_folder(path)
         return ModelSource(name=name_or_path, location=str(path), is_local=True)
@@ -152,10 +160,27 @@ def _merged_file(entry: KnownModel) -> Path | None:
     return path
 
 
-def _check_folder(path: Path) -> None:
-    if path.is_file():
-        message = f"model {str(path)!r}: a file, expected a folder; convert it first and name the new folder"
+def _converted_file(path: Path) -> Path:
+    """Give the folder of a converted checkpoint file; its contents name it: none stands for another."""
+    if not path.name.endswith(_CONVERTIBLE) and ".part" not in path.suffix:
+        message = (
+            f"model {str(path)!r}: a file that is no checkpoint, expected one that ends in .pt, .pt.part0 "
+            "... or .safetensors, or a folder written by save_pretrained; name one of these"
+        )
         raise ModelError(message)
+    digest = hashlib.sha256()
+    for part in checkpoint_files(path):
+        with part.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    folder = cache_folder() / f"{path.name.partition('.')[0]}-{digest.hexdigest()[:16]}"
+    if not (folder / "config.json").is_file():
+        _LOG.info("converting %s once, into %s", path, folder)
+        convert_checkpoint(path, folder)
+    return folder
+
+
+def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in _CHECKPOINT_SUFFIXES)
         hint = (

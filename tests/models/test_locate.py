@@ -224,9 +224,36 @@ def test_absent_path_is_never_looked_up_online(name):
         locate_model(name)
 
 
-def test_checkpoint_file_and_bare_folder_say_to_convert(tmp_path):
-    with pytest.raises(ModelError, match="a file, expected a folder; convert it first"):
-        locate_model(str(CHECKPOINT))
+def test_checkpoint_file_is_converted_once_and_kept_by_its_contents(hub, entry, tmp_path):
+    shutil.copy(CHECKPOINT, tmp_path / "evo2_tiny.pt")
+    first = locate_model(str(tmp_path / "evo2_tiny.pt"))
+    assert Path(first.location).parent == tmp_path / "home" / "genoembed"
+    written = (Path(first.location) / "config.json").stat().st_mtime_ns
+    with pytest.warns(PrecisionWarning, match="evo2_tiny"):
+        model = load_model(str(tmp_path / "evo2_tiny.pt"), device="cpu")
+    assert str(model.location) == first.location
+    assert (model.location / "config.json").stat().st_mtime_ns == written
+    # the same bytes in pieces are the same checkpoint, other bytes under the same name are not
+    write_pieces(tmp_path)
+    assert locate_model(str(tmp_path / "evo2_tiny.pt.part0")).location == first.location
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "evo2_tiny.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=r"evo2_tiny\.pt"):
+        locate_model(str(other / "evo2_tiny.pt"))
+
+
+def test_checkpoint_file_whose_name_says_nothing_needs_a_configuration(hub, tmp_path):
+    shutil.copy(CHECKPOINT, tmp_path / "mine.pt")
+    with pytest.raises(ModelError, match=r"'mine' is no checkpoint of the registry"):
+        locate_model(str(tmp_path / "mine.pt"))
+
+
+def test_other_file_and_bare_folder_say_what_to_name(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(ModelError, match="a file that is no checkpoint"):
+        locate_model(str(tmp_path / "notes.txt"))
+    (tmp_path / "notes.txt").unlink()
     with pytest.raises(ModelError, match=r"without config.json; name a folder written by save_pretrained"):
         locate_model(str(tmp_path))
     shutil.copy(CHECKPOINT, tmp_path / "x.pt")

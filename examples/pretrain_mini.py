@@ -22,7 +22,7 @@ import genoembed
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences
 from genoembed.models.provenance import weights_digest
 from genoembed.training.datasets import PackedCorpus, cut_documents, random_strands
-from genoembed.training.pretraining import PretrainConfig, pretrain
+from genoembed.training.pretraining import PretrainConfig, pretrain_rows
 
 KNOWN_SEQUENCE = (
     "GAGTTTTATCGCTTCCATGACGCAGAAGTTAACACTTTCGGATATTTCTGATGAGTCGAAAAATTATCTTGATAAAGCAGGAATTACTACTGCTTGTTTAC"
@@ -78,7 +78,7 @@ def train(
     heldout_pieces = cut_documents(read_contigs(heldout), max_length=window - 1, seed=0)
     torch.manual_seed(0)
     model = genoembed.StripedHyena2ForCausalLM(mini_config(hidden_size, layers))
-    pretrain(
+    pretrain_rows(
         model,
         train_rows,
         PackedCorpus(heldout_pieces[:heldout_rows], window=window),

@@ -146,7 +146,7 @@ def _load_weights(
     """Load through the barest class that the repository offers; report which keys did not fit."""
     extra = {} if device_map is None else {"device_map": device_map}
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             return auto_class(config, trust_remote_code=options["trust_remote_code"]).from_pretrained(
                 source.location,
                 config=config,
@@ -173,7 +173,7 @@ def _load_weights(
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing on standard error, which belongs to the caller."""
     was_enabled = is_progress_bar_enabled()
     disable_progress_bar()

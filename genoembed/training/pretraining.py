@@ -75,7 +75,7 @@ class PretrainConfig:
     """Order of the rows."""
 
 
-def pretrain(
+def pretrain_rows(
     model: PreTrainedModel,
     train_rows: TrainingRows,
     heldout_rows: TrainingRows,

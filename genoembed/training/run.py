@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from genoembed._version import __version__
 from genoembed.errors import ConfigError, ModelError
 from genoembed.models.layers import find_blocks
+from genoembed.models.load import without_progress_bars
 from genoembed.training.corpus import DocumentStream
 from genoembed.training.corpus_config import CorpusConfig
 from genoembed.training.isolation import forward_options, isolating_inputs
@@ -38,7 +37,7 @@ from genoembed.training.start import build_start
 from genoembed.training.stream import PackedStream, RowShape, read_heldout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from os import PathLike
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -251,7 +250,7 @@ class _Run:
             logger.info("resume: all %d steps are done", done)
             trainer.restore(self.checkpoint)
             return self._finish(trainer)
-        with stop.listening(), _without_progress_bars():
+        with stop.listening(), without_progress_bars():
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         if stop.stopped_at is not None:
             message = (
@@ -292,7 +291,7 @@ class _Run:
         if not last or last[-1]["step"] != steps:
             last = [trainer.evaluate()]
         final = self.folder / "final"
-        with _without_progress_bars():
+        with without_progress_bars():
             trainer.save_model(str(final))
         if self.arguments.process_index == 0:
             self.start.tokenizer.save_pretrained(final)
@@ -324,18 +323,6 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing on standard error at each checkpoint."""
-    was_enabled = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            enable_progress_bar()
 
 
 def _resolved_recipe(recipe: RecipeConfig, start: Start) -> PretrainConfig:

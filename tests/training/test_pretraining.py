@@ -21,7 +21,7 @@ from genoembed.training.pretraining import (
     ClampPoles,
     MetricsFile,
     PretrainConfig,
-    pretrain,
+    pretrain_rows,
 )
 from tests.tiny_models import build_config
 
@@ -83,7 +83,7 @@ def curve(folder, name: str) -> list[tuple[float, float]]:
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     model = striped_hyena()
-    pretrain(model, rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=folder)
+    pretrain_rows(model, rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=folder)
     return folder, model
 
 
@@ -123,7 +123,7 @@ def test_pretrain_prints_nothing_and_leaves_what_it_was_given(capsys, tmp_path):
     given = rows()
     before = [given[index]["input_ids"].tolist() for index in range(len(given))]
     config = dataclasses.replace(CONFIG, max_steps=1)
-    pretrain(striped_hyena(), given, rows(), config=config, output_dir=tmp_path)
+    pretrain_rows(striped_hyena(), given, rows(), config=config, output_dir=tmp_path)
     assert capsys.readouterr().out == ""
     assert [given[index]["input_ids"].tolist() for index in range(len(given))] == before
 
@@ -139,11 +139,11 @@ def test_pretrain_resumed_equals_uninterrupted(whole_run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pretraining, "ClampPoles", lambda: Killer())
     with pytest.raises(KilledError, match="step 9"):
-        pretrain(striped_hyena(), rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path)
+        pretrain_rows(striped_hyena(), rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path)
     monkeypatch.undo()
     assert curve(tmp_path, "loss")[-1][0] == 8
     resumed = striped_hyena(seed=5)
-    pretrain(resumed, rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path, resume=True)
+    pretrain_rows(resumed, rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path, resume=True)
     for name in ("loss", "eval_loss"):
         assert curve(tmp_path, name) == curve(whole_run[0], name)
     for name, tensor in whole_run[1].state_dict().items():
@@ -153,24 +153,24 @@ def test_pretrain_resumed_equals_uninterrupted(whole_run, tmp_path, monkeypatch)
 def test_pretrain_from_scratch_forgets_the_metrics_of_an_earlier_run(whole_run, tmp_path):
     shutil.copy(whole_run[0] / "metrics.jsonl", tmp_path)
     config = dataclasses.replace(CONFIG, max_steps=2)
-    pretrain(striped_hyena(), rows(), rows(), config=config, output_dir=tmp_path)
+    pretrain_rows(striped_hyena(), rows(), rows(), config=config, output_dir=tmp_path)
     assert [step for step, _ in curve(tmp_path, "loss")] == [2]
 
 
 def test_pretrain_is_the_same_for_the_same_seed(whole_run, tmp_path):
-    pretrain(striped_hyena(), rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path)
+    pretrain_rows(striped_hyena(), rows(), rows(REPEATS[:1]), config=CONFIG, output_dir=tmp_path)
     assert curve(tmp_path, "loss") == curve(whole_run[0], "loss")
 
 
 def test_pretrain_in_bfloat16_stays_near_float32(whole_run, tmp_path):
     config = dataclasses.replace(CONFIG, bf16=True)
-    pretrain(striped_hyena(), rows(), rows(REPEATS[:1]), config=config, output_dir=tmp_path)
+    pretrain_rows(striped_hyena(), rows(), rows(REPEATS[:1]), config=config, output_dir=tmp_path)
     exact, rounded = curve(whole_run[0], "loss"), curve(tmp_path, "loss")
     assert [loss for _, loss in rounded] == pytest.approx([loss for _, loss in exact], rel=0.1)
 
 
 def test_pretrain_trains_a_hugging_face_model_too(tmp_path):
-    pretrain(llama(), letter_rows(), letter_rows(), config=CONFIG, output_dir=tmp_path)
+    pretrain_rows(llama(), letter_rows(), letter_rows(), config=CONFIG, output_dir=tmp_path)
     losses = [loss for _, loss in curve(tmp_path, "loss")]
     assert losses[-1] < losses[0] - 0.5
     assert LlamaForCausalLM.from_pretrained(tmp_path / "final").config.num_hidden_layers == 3
@@ -182,7 +182,7 @@ def test_compile_blocks_compiles_each_block_once(build, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
     model, corpus = build(), letter_rows()
     config = dataclasses.replace(CONFIG, max_steps=1, compile_blocks=True)
-    pretrain(model, corpus, corpus, config=config, output_dir=tmp_path)
+    pretrain_rows(model, corpus, corpus, config=config, output_dir=tmp_path)
     blocks = model.blocks if build is striped_hyena else model.model.layers
     assert [module for module, _ in compiled] == list(blocks)
     assert all(options == {"dynamic": False} for _, options in compiled)
@@ -193,7 +193,7 @@ def test_evaluation_counts_a_batch_that_is_not_full(tmp_path):
     assert len(heldout) == 1 < CONFIG.rows_per_device
     config = dataclasses.replace(CONFIG, max_steps=1, learning_rate=0.0, eval_steps=1)
     model = striped_hyena()
-    pretrain(model, rows(), heldout, config=config, output_dir=tmp_path)
+    pretrain_rows(model, rows(), heldout, config=config, output_dir=tmp_path)
     with torch.inference_mode():
         expected = model.eval()(**{name: tensor[None] for name, tensor in heldout[0].items()}).loss
     ((_, measured),) = curve(tmp_path, "eval_loss")
@@ -209,7 +209,9 @@ def test_pretrain_reports_all_that_is_missing(tmp_path):
             raise IndexError(index)
 
     with pytest.raises(ConfigError, match="no checkpoint in") as caught:
-        pretrain(striped_hyena(), NoRows(), NoRows(), config=CONFIG, output_dir=tmp_path / "new", resume=True)
+        pretrain_rows(
+            striped_hyena(), NoRows(), NoRows(), config=CONFIG, output_dir=tmp_path / "new", resume=True
+        )
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         "train_rows",
         "heldout_rows",
@@ -222,7 +224,7 @@ def test_compiled_blocks_need_a_full_batch(tmp_path):
     few = PackedCorpus([b"ACG"], window=4)
     config = dataclasses.replace(CONFIG, compile_blocks=True)
     with pytest.raises(ConfigError, match="train_rows: 1 rows, expected 4 or more"):
-        pretrain(striped_hyena(), few, rows(), config=config, output_dir=tmp_path)
+        pretrain_rows(striped_hyena(), few, rows(), config=config, output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("build", [striped_hyena, llama])
@@ -276,7 +278,7 @@ def test_clamp_poles_is_at_work_while_training(tmp_path):
     with torch.no_grad():
         model.blocks[2].filter.log_poles.fill_(0.01)
     config = dataclasses.replace(CONFIG, max_steps=1, learning_rate=0.0)
-    pretrain(model, rows(), rows(), config=config, output_dir=tmp_path)
+    pretrain_rows(model, rows(), rows(), config=config, output_dir=tmp_path)
     assert (model.blocks[2].filter.log_poles == MAX_LOG_POLE).all()
 
 

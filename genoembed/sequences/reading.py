@@ -147,23 +147,48 @@ def _finish(
 ) -> Iterator[SequenceRecord]:
     ids = IdRegistry(policies.duplicates)
     for raw in raw_records:
-        cleaned = clean_body(raw, policies)
-        if cleaned is None:
-            counts.skipped_invalid += 1
-            _LOG.info("%s:%s: record %r skipped: letters outside the alphabet", raw.path, raw.line, raw.id)
-            continue
-        if _is_empty(raw, cleaned):
-            if policies.empty == "error":
-                problem = "has no bases; set empty='skip' or remove it"
-                raise EmptyRecordError(problem, path=raw.path, line=raw.line, record_id=raw.id)
-            counts.skipped_empty += 1
-            _LOG.info("%s:%s: record %r skipped: no bases", raw.path, raw.line, raw.id)
-            continue
-        name = ids.admit(raw.id, path=raw.path, line=raw.line)
-        record = _build_record(raw, cleaned, name)
-        _count(record, cleaned, counts, renamed=name != raw.id)
-        yield record
+        record = clean_record(raw, policies=policies, ids=ids, counts=counts)
+        if record is not None:
+            yield record
     _LOG.info("input: %s", counts)
+
+
+def clean_record(
+    raw: RawRecord, *, policies: Policies, ids: IdRegistry, counts: InputCounts
+) -> SequenceRecord | None:
+    """Put one parsed record through the policies: letters first, then emptiness, then its id.
+
+    Args:
+        raw: The record; its body is used up.
+        policies: What to do with what is not clean.
+        ids: The ids of the run so far; takes this one in.
+        counts: Added to.
+
+    Returns:
+        The record as the model will see it, or None if a policy leaves it out.
+
+    Raises:
+        AlphabetError: If a letter is invalid under the policies.
+        SequenceFormatError: If the sequence has a control byte or a ``>``.
+        EmptyRecordError: If the record has no bases and ``empty`` is ``error``.
+        DuplicateIdError: If the id is taken and ``duplicates`` is ``error``.
+    """
+    cleaned = clean_body(raw, policies)
+    if cleaned is None:
+        counts.skipped_invalid += 1
+        _LOG.info("%s:%s: record %r skipped: letters outside the alphabet", raw.path, raw.line, raw.id)
+        return None
+    if _is_empty(raw, cleaned):
+        if policies.empty == "error":
+            problem = "has no bases; set empty='skip' or remove it"
+            raise EmptyRecordError(problem, path=raw.path, line=raw.line, record_id=raw.id)
+        counts.skipped_empty += 1
+        _LOG.info("%s:%s: record %r skipped: no bases", raw.path, raw.line, raw.id)
+        return None
+    name = ids.admit(raw.id, path=raw.path, line=raw.line)
+    record = _build_record(raw, cleaned, name)
+    _count(record, cleaned, counts, renamed=name != raw.id)
+    return record
 
 
 def _is_empty(raw: RawRecord, cleaned: CleanedBody) -> bool:

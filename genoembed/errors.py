@@ -11,7 +11,8 @@ so that no caller needs to parse text::
     |   |-- DuplicateIdError               an id that appears twice
     |   |-- EmptyRecordError               a record without bases
     |   |-- SequenceLengthError            longer than the context, or shorter than what is asked for
-    |   `-- RegionError                    a BED or GFF3 row that does not fit the reference
+    |   |-- RegionError                    a BED or GFF3 row that does not fit the reference
+    |   `-- LabelError                     a label that is missing, or is none of the task's
     |-- InputFileError (OSError)           path: missing, unreadable
     |-- ConfigError (ValueError)           problems, all reported at once
     |-- ShapeError (ValueError)
@@ -88,6 +89,10 @@ class SequenceLengthError(InputError):
 
 class RegionError(InputError):
     """A BED or GFF3 row that does not fit the reference."""
+
+
+class LabelError(InputError):
+    """A label that is missing, unreadable, or none of the task's."""
 
 
 class InputFileError(GenoembedError, OSError):

@@ -1,8 +1,7 @@
 """StripedHyena 2 against the reference implementation, live, on three random models.
 
 Optional: runs where the package ``vtx`` is installed (``pip install --no-deps vtx einops tqdm``). It runs in
-a process of its own (this file as a script), because it opens a log file in the current folder, takes over
-the root logger and needs three stand-ins for parts that want CUDA.
+a process of its own (this file as a script), because it litters the process (see ``tests.vortex_live``).
 
 Observed with vtx 1.1.0 and torch 2.13.0 on a CPU, largest of the three models, all lengths together. float32:
 logits 3.4e-5 (at rms 2.9), module outputs 3.1e-5 (at rms 8.9), relative rms 9e-7. bfloat16: rms error of the
@@ -12,8 +11,8 @@ logits against the reference in float32 is 0.9997 to 1.0071 times the reference'
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,13 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-HAS_VTX = all(importlib.util.find_spec(name) for name in ("vortex", "einops", "tqdm"))
+from tests.vortex_live import CONSTANTS, HAS_VTX, build_reference, cast_reference, stirred_weights
+
 SEEDS = (0, 1, 2)
 LENGTHS = (1, 6, 128, 300)
 LOGITS_ATOL, MODULE_ATOL, RELATIVE_RMS, BF16_RMS_RATIO = 5e-4, 2e-4, 1e-5, 1.2
 GOLDEN_RMS = 4.5
 """Size of the values for which the absolute tolerances were set; larger values get as much more."""
-EXACT = ("log_poles", "residues", "inv_freq")
 
 
 def random_description(seed: int) -> dict[str, object]:
@@ -45,44 +44,19 @@ def random_description(seed: int) -> dict[str, object]:
         for kind in ("attn", "hcl", "hcm", "hcs")
     }
     description |= {
-        "vocab_size": 512,
+        **CONSTANTS,
         "hidden_size": width,
         "num_filters": width,
         "num_layers": len(kinds),
         "num_attention_heads": heads,
         "inner_mlp_size": rng.randrange(16, 100),
-        "short_filter_length": 3,
         "hcs_filter_length": rng.choice([7, 5]),
-        "hcm_filter_length": 128,
         "hcs_filter_groups": rng.choice(divisors),
         "hcm_filter_groups": rng.choice(divisors),
         "state_size": rng.choice([16, 4]),
-        "eps": 1e-6,
         "rotary_emb_base": rng.choice([10000, 1000000]),
         "max_seqlen": 8192,
         "evo2_style_activations": seed != SEEDS[-1],
-        "hyena_out_proj_bias": True,
-        "mha_out_proj_bias": True,
-        "qkv_proj_bias": False,
-        "interleave": True,
-        "column_split": True,
-        "column_split_hyena": False,
-        "tie_embeddings": True,
-        "final_norm": True,
-        "proj_groups": 1,
-        "short_filter_bias": False,
-        "mlp_activation": "gelu",
-        "use_flash_attn": False,
-        "use_flashfft": False,
-        "use_fp8_input_projections": False,
-        "inner_size_multiple_of": 1,
-        "model_parallel_size": 1,
-        "make_vocab_size_divisible_by": 8,
-        "hyena_filter_groups": 1,
-        "mlp_init_method": "torch.nn.init.zeros_",
-        "mlp_output_init_method": "torch.nn.init.zeros_",
-        "inference_mode": True,
-        "prefill_style": "fft",
     }
     if seed % 2:
         description |= {"use_interpolated_rotary_pos_emb": True, "rotary_emb_scaling_factor": 32}
@@ -117,24 +91,14 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.write_text(json.dumps(random_description(seed)))
         torch.manual_seed(seed)
         model = StripedHyena2ForCausalLM(read_vortex_config(config))
-        weights = {
-            # representable in bfloat16, so that both precisions can use them
-            key: value if key.endswith(EXACT) else _stirred(key, value).bfloat16().float()
-            for key, value in model.state_dict().items()
-        }
-        weights["unembed.weight"] = weights["embedding_layer.weight"].clone()
+        weights = stirred_weights(model)
         save_file(weights, root / f"{seed}.weights.safetensors")
         save_file(random_inputs(seed), root / f"{seed}.inputs.safetensors")
     command = [sys.executable, str(Path(__file__).resolve()), *map(str, SEEDS)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
-
-
-def _stirred(key: str, value: torch.Tensor) -> torch.Tensor:
-    """Move everything that starts at a constant, and make the embedding large enough to matter."""
-    scale = 0.5 if "embedding" in key else 0.1
-    return value + scale * torch.randn_like(value) * (1.0 if value.dim() < 2 or "embedding" in key else 0.1)
 
 
 @pytest.mark.vtx
@@ -181,33 +145,12 @@ def test_random_model_equals_reference(reference_folder: Path, seed: int, dtype:
 
 def run_reference(seeds: list[str]) -> None:
     """Run in its own process: the reference on the models in the current folder, in both precisions."""
-    from contextlib import nullcontext
-    from types import ModuleType
-
-    def apply_rotary(x, cos, sin, *, seqlen_offsets=0, inplace=False, **_):
-        length = x.shape[1]
-        cos, sin = (table[seqlen_offsets : seqlen_offsets + length, None].float() for table in (cos, sin))
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
-        return x.copy_(turned) if inplace else turned
-
-    for name in ("vortex.ops", "vortex.ops.embedding", "vortex.ops.embedding.rotary"):
-        sys.modules[name] = ModuleType(name)
-    sys.modules["vortex.ops.embedding.rotary"].apply_rotary = apply_rotary
-    torch.cuda.device = lambda _device: nullcontext()
-
-    from vortex.model.model import StripedHyena
-    from vortex.model.utils import dotdict
-
     for seed in seeds:
-        config = dotdict(json.loads(Path(f"{seed}.yml").read_text()))
-        model = StripedHyena(config).float().eval()
-        model.custom_load_state_dict(load_file(f"{seed}.weights.safetensors"), strict=False)
+        description = json.loads(Path(f"{seed}.yml").read_text())
+        model = build_reference(description, load_file(f"{seed}.weights.safetensors"))
         outputs = {}
         for dtype in ("float32", "bfloat16"):
-            for key, parameter in model.named_parameters():
-                if not key.endswith(EXACT):
-                    parameter.data = parameter.data.to(getattr(torch, dtype))
+            cast_reference(model, getattr(torch, dtype))
             for length, input_ids in load_file(f"{seed}.inputs.safetensors").items():
                 with torch.inference_mode():
                     for name, value in _reference_outputs(model, input_ids).items():

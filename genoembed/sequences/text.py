@@ -31,9 +31,25 @@ def iter_text(path: str) -> Iterator[bytes]:
         InputFileError: If the file cannot be opened or read.
         SequenceFormatError: If compressed data is damaged or stops early.
     """
+    yield from iter_text_blocks(iter_decompressed(path))
+
+
+def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Give text one kind of line end, and take a byte order mark off.
+
+    Args:
+        raw_blocks: The text, cut anywhere; the first block has the whole mark, if there is one.
+
+    Yields:
+        Blocks that are not empty; together they are the text.
+
+    Example:
+        >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"]))
+        [b'a', b'\\nb', b'\\n']
+    """
     held = b""
     bom = _BOM
-    for raw in iter_decompressed(path):
+    for raw in raw_blocks:
         block = (held + raw).removeprefix(bom)
         held = bom = b""
         if b"\r" in block:

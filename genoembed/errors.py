@@ -29,7 +29,8 @@ so that no caller needs to parse text::
 
     GenoembedWarning (UserWarning)
     |-- PoolingMismatchWarning
-    `-- PrecisionWarning
+    |-- PrecisionWarning
+    `-- TrainingWarning
 """
 
 from __future__ import annotations
@@ -235,3 +236,7 @@ class PoolingMismatchWarning(GenoembedWarning):
 
 class PrecisionWarning(GenoembedWarning):
     """Numbers that will differ from what the model was trained to give."""
+
+
+class TrainingWarning(GenoembedWarning):
+    """Training that runs but does not do what it seems to do."""

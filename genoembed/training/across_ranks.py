@@ -1,0 +1,122 @@
+"""Rows that lie on several processes, seen as one batch, with the gradient that one process would give.
+
+In: the rows of this rank. Out: the rows of all ranks, in rank order, and means over all of them. Promised:
+the average over ranks of the gradients, which is what data-parallel training takes, is the gradient of the
+same loss on one process that holds all rows, whether ranks hold equally many rows or not.
+
+Each rank takes the loss of its own rows against the rows of all. The backward pass of the gathering adds up,
+for each row, what the losses of all ranks say about it. What is left is a factor: averaging divides by the
+number of ranks, so :meth:`RankRows.mean` multiplies by it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from genoembed.errors import ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RankRows:
+    """How many rows each rank holds, and where those of this rank stand among all.
+
+    Building one is a collective call: every rank does it, in the same order.
+
+    Args:
+        num_rows: Rows of this rank, at least 1.
+        across: Whether to look at the other ranks. Without them, and without a process group, this rank's
+            rows are all there are.
+        device: Where the rows are.
+
+    Raises:
+        ShapeError: If a rank holds no row.
+
+    Example:
+        >>> rows = RankRows(3, across=False, device=torch.device("cpu"))
+        >>> rows.start, rows.total, float(rows.mean(torch.tensor([1.0, 2.0, 6.0])))
+        (0, 3, 3.0)
+    """
+
+    def __init__(self, num_rows: int, *, across: bool, device: torch.device) -> None:
+        together = across and dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if together else 1
+        self.sizes = (num_rows,)
+        self.rank = dist.get_rank() if together else 0
+        if together:
+            counts = torch.zeros(self.world_size, dtype=torch.int64, device=device)
+            counts[self.rank] = num_rows
+            dist.all_reduce(counts)
+            self.sizes = tuple(counts.tolist())
+        if min(self.sizes) < 1:
+            message = f"rows of each rank: {list(self.sizes)}, expected 1 or more; drop the last, short batch"
+            raise ShapeError(message)
+        self.start = sum(self.sizes[: self.rank])
+        """Number of this rank's first row among all."""
+        self.total = sum(self.sizes)
+        """Rows of all ranks."""
+
+    def gather(self, rows: Tensor, *, group_size: int = 1, pad: float | None = None) -> Tensor:
+        """Lay the rows of all ranks end to end; gradients flow back to the rank that a row came from.
+
+        Args:
+            rows: Of this rank, any dtype, shape ``(N * group_size, ...)``.
+            group_size: Rows that belong to each counted row, such as the passages of a query.
+            pad: Fill dimension 1, which may differ between ranks, to the longest with this value.
+
+        Returns:
+            Rows of all ranks, in rank order, shape ``(total * group_size, ...)``.
+        """
+        if self.world_size == 1:
+            return rows
+        if pad is not None:
+            rows = _fill_columns(rows, pad)
+        sizes = tuple(size * group_size for size in self.sizes)
+        was_bool = rows.dtype == torch.bool
+        gathered: Tensor = _Gather.apply(rows.to(torch.uint8) if was_bool else rows, sizes)
+        return gathered.bool() if was_bool else gathered
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Average over the rows of all ranks, as this rank's share of a loss.
+
+        Args:
+            values_N: Of this rank's rows, floating, shape ``(N,)``.
+
+        Returns:
+            Scalar: ``world_size * sum / total``. Its average over ranks is the mean over all rows; on one
+            process, and where ranks hold equally many rows, it is the plain mean.
+        """
+        return values_N.sum() * (self.world_size / self.total)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward pass sums the gradients of all ranks and keeps this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        rank = dist.get_rank()
+        start = sum(ctx.sizes[:rank])
+        return total[start : start + ctx.sizes[rank]], None
+
+
+def _fill_columns(rows: Tensor, value: float) -> Tensor:
+    width = torch.tensor(rows.shape[1], device=rows.device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    missing = int(width) - rows.shape[1]
+    filler = rows.new_full((rows.shape[0], missing, *rows.shape[2:]), value)
+    return torch.cat([rows, filler], dim=1)

@@ -1,0 +1,336 @@
+"""Prediction heads: a class, several labels, numbers for a sequence, or a class for each token.
+
+In: pooled vectors (or hidden states, for tokens). Out: logits or numbers, and the loss that goes with them.
+What a prediction needs later - class weights, the mean and deviation of the targets - is in the state dict.
+
+B rows, L padded length, D hidden size, C classes, K targets of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from genoembed.errors import ConfigError
+from genoembed.training.losses import (
+    IGNORE_INDEX,
+    classification_loss,
+    multilabel_loss,
+    regression_loss,
+    token_classification_loss,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INIT_DEVIATION = 0.02
+
+
+def new_linear(width: int, outputs: int, *, generator: torch.Generator | None = None) -> nn.Linear:
+    """Make a linear layer that starts small: weights from N(0, 0.02^2), biases 0.
+
+    Args:
+        width: Size of its input.
+        outputs: Size of its output.
+        generator: Source of the weights; None is a new one with seed 0, never the global one.
+
+    Returns:
+        The layer, on the CPU, in torch's default dtype.
+
+    Example:
+        >>> new_linear(3, 2).bias.tolist()
+        [0.0, 0.0]
+    """
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, width, outputs)
+    generator = generator or torch.Generator().manual_seed(0)
+    nn.init.normal_(layer.weight, std=_INIT_DEVIATION, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class PredictionHead(nn.Module):
+    """Dropout, an optional pooler (a linear projection), dropout again, and the output layer.
+
+    Args:
+        width: Hidden size, D.
+        outputs: Numbers for each vector.
+        dropout: Share of the input that is dropped in training, 0 up to 1.
+        add_pooler: Put a linear projection of D to D before the output; it starts as the identity.
+        generator: Source of the weights; None is a new one with seed 0.
+
+    Raises:
+        ConfigError: If a size or the dropout is out of range.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        outputs: int,
+        *,
+        dropout: float = 0.0,
+        add_pooler: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        problems = [] if outputs >= 1 else [f"outputs is {outputs}; expected 1 or more"]
+        if not 0 <= dropout < 1:
+            problems.append(f"dropout is {dropout}; set dropout to 0 or more, and below 1")
+        if problems:
+            raise ConfigError(*problems)
+        self.pooler: nn.Linear | None = None
+        if add_pooler:
+            self.pooler = new_linear(width, width, generator=generator)
+            nn.init.eye_(self.pooler.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.output = new_linear(width, outputs, generator=generator)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Give the outputs of each vector.
+
+        Args:
+            vectors: Floating, shape ``(..., D)``.
+
+        Returns:
+            In the dtype of the weights, shape ``(..., outputs)``.
+        """
+        vectors = vectors.to(self.output.weight.dtype)
+        if self.pooler is not None:
+            vectors = self.pooler(self.dropout(vectors))
+        outputs: Tensor = self.output(self.dropout(vectors))
+        return outputs
+
+
+class ClassificationHead(PredictionHead):
+    """One of C classes for each pooled vector, or for each hidden state (``loss`` takes either).
+
+    Args:
+        width: Hidden size, D.
+        num_classes: C, at least 2.
+        class_weights: Weight of each class in the loss, C numbers; None weighs rows alike.
+        label_smoothing: Share of the target spread evenly over all classes, 0 up to 1.
+        ignore_index: Label of a token without label.
+        dropout: As in :class:`PredictionHead`.
+        add_pooler: As in :class:`PredictionHead`.
+        generator: As in :class:`PredictionHead`.
+
+    Raises:
+        ConfigError: If a value is out of range.
+
+    Example:
+        >>> head = ClassificationHead(4, 3)
+        >>> head(torch.ones(2, 4)).shape, head(torch.ones(2, 5, 4)).shape
+        (torch.Size([2, 3]), torch.Size([2, 5, 3]))
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = IGNORE_INDEX,
+        dropout: float = 0.0,
+        add_pooler: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(width, num_classes, dropout=dropout, add_pooler=add_pooler, generator=generator)
+        problems = [] if num_classes >= 2 else [f"num_classes is {num_classes}; expected 2 or more"]
+        if not 0 <= label_smoothing < 1:
+            problems.append(f"label_smoothing is {label_smoothing}; set it to 0 or more, and below 1")
+        if class_weights is not None and (
+            class_weights.shape != (num_classes,) or not bool((class_weights > 0).all())
+        ):
+            problems.append(
+                f"class_weights: {class_weights.tolist()}, expected {num_classes} numbers above 0"
+            )
+        if problems:
+            raise ConfigError(*problems)
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        weights = None if class_weights is None else class_weights.detach().to(torch.get_default_dtype())
+        self.register_buffer("class_weights", weights)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Take the loss of a batch.
+
+        Args:
+            logits: From this head, shape ``(B, C)``, or ``(B, L, C)`` for tokens.
+            labels: int64, shape ``(B,)``, or ``(B, L)`` for tokens.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            InputError: If a label is no class, or no token has one.
+            ShapeError: If shapes do not belong together.
+        """
+        if logits.ndim == 3:
+            return token_classification_loss(
+                logits,
+                labels,
+                class_weights_C=self.class_weights,
+                label_smoothing=self.label_smoothing,
+                ignore_index=self.ignore_index,
+            )
+        return classification_loss(
+            logits, labels, class_weights_C=self.class_weights, label_smoothing=self.label_smoothing
+        )
+
+    def predict(self, vectors: Tensor) -> Tensor:
+        """Give the probabilities of the classes.
+
+        Args:
+            vectors: Floating, shape ``(..., D)``.
+
+        Returns:
+            Floating, at least float32, shape ``(..., C)``; sums to 1.
+        """
+        return torch.softmax(_wide(self(vectors)), dim=-1)
+
+
+class MultilabelHead(PredictionHead):
+    """Each of C labels on or off, for a pooled vector; takes what :class:`PredictionHead` takes.
+
+    Example:
+        >>> head = MultilabelHead(4, 3)
+        >>> head.predict(torch.zeros(1, 4))
+        tensor([[0.5000, 0.5000, 0.5000]], grad_fn=<SigmoidBackward0>)
+    """
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Take the loss of a batch.
+
+        Args:
+            logits: From this head, shape ``(B, C)``.
+            targets: 1 where a label is on, else 0, shape ``(B, C)``.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            InputError: If a target is outside 0 to 1.
+            ShapeError: If shapes do not belong together.
+        """
+        return multilabel_loss(logits, targets)
+
+    def predict(self, vectors: Tensor) -> Tensor:
+        """Give the probability of each label.
+
+        Args:
+            vectors: Floating, shape ``(..., D)``.
+
+        Returns:
+            Floating, at least float32, shape ``(..., C)``.
+        """
+        return torch.sigmoid(_wide(self(vectors)))
+
+
+class RegressionHead(PredictionHead):
+    """K numbers for a pooled vector, learned in units of their own deviation.
+
+    ``fit_targets`` must have been called once, with the targets of
+    the training part; mean and deviation are then part of the state.
+
+    Args:
+        width: Hidden size, D.
+        outputs: K.
+        dropout: As in :class:`PredictionHead`.
+        add_pooler: As in :class:`PredictionHead`.
+        generator: As in :class:`PredictionHead`.
+
+    Example:
+        >>> head = RegressionHead(4, 1)
+        >>> head.fit_targets(torch.tensor([[10.0], [14.0]]))
+        >>> head.predict(torch.zeros(1, 4))
+        tensor([[12.]], grad_fn=<AddBackward0>)
+    """
+
+    target_mean: Tensor
+    target_deviation: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        outputs: int = 1,
+        *,
+        dropout: float = 0.0,
+        add_pooler: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(width, outputs, dropout=dropout, add_pooler=add_pooler, generator=generator)
+        self.register_buffer("target_mean", torch.zeros(outputs))
+        self.register_buffer("target_deviation", torch.full((outputs,), torch.nan))
+
+    def fit_targets(self, targets_NK: Tensor) -> None:
+        """Learn mean and standard deviation of the targets.
+
+        Args:
+            targets_NK: Targets of the training part, floating, shape ``(N, K)``.
+
+        Raises:
+            ConfigError: If there are too few, one is not finite, or all of a column are equal.
+        """
+        if targets_NK.ndim != 2 or targets_NK.shape[1] != len(self.target_mean) or len(targets_NK) < 2:
+            message = (
+                f"targets: shape {tuple(targets_NK.shape)}, expected (N, {len(self.target_mean)}) with two "
+                "rows or more"
+            )
+            raise ConfigError(message)
+        wide = targets_NK.double()
+        deviation = wide.std(dim=0, unbiased=False)
+        if not bool((deviation > 0).all()) or not bool(wide.isfinite().all()):
+            message = (
+                f"targets: standard deviation {deviation.tolist()}, expected finite numbers above 0; a "
+                "target that never changes cannot be learned"
+            )
+            raise ConfigError(message)
+        self.target_mean.copy_(wide.mean(dim=0))
+        self.target_deviation.copy_(deviation)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Take the mean squared error in units of the targets' deviation.
+
+        Args:
+            outputs: From this head, shape ``(B, K)``.
+            targets: In their own units, shape ``(B, K)``, or ``(B,)`` for one target.
+
+        Returns:
+            Scalar; 1 for a head that always says the mean.
+
+        Raises:
+            ConfigError: If ``fit_targets`` was not called.
+            InputError: If a target is not finite.
+            ShapeError: If shapes do not belong together.
+        """
+        self._check_fitted()
+        targets = targets[:, None] if targets.ndim == 1 else targets
+        standard = (targets.double() - self.target_mean.double()) / self.target_deviation.double()
+        return regression_loss(outputs, standard)
+
+    def predict(self, vectors: Tensor) -> Tensor:
+        """Give the numbers in their own units.
+
+        Args:
+            vectors: Floating, shape ``(..., D)``.
+
+        Returns:
+            Floating, at least float32, shape ``(..., K)``.
+
+        Raises:
+            ConfigError: If ``fit_targets`` was not called.
+        """
+        self._check_fitted()
+        return _wide(self(vectors)) * self.target_deviation + self.target_mean
+
+    def _check_fitted(self) -> None:
+        if not bool(self.target_deviation.isfinite().all()):
+            message = "regression: mean and deviation of the targets are not known; call fit_targets first"
+            raise ConfigError(message)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,276 @@
+"""The three representations of BGE-M3 (Chen et al. 2024) and the scores between them.
+
+In: dense vectors, sparse weights of terms, and a vector for each kept token or window. Out: matrices of
+similarities, all before any temperature. Promised: a score depends on no padding. MaxSim looks for the best
+passage token among the kept ones only; against zero vectors in padding, every score below 0 would rise to 0.
+
+B queries, P passages, D width, U terms of a row, M vectors of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from genoembed.errors import ShapeError
+from genoembed.training.kmer_terms import NO_TERM
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from genoembed.training.across_ranks import RankRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class M3Vectors:
+    """What the heads make of a batch; a head that was not run leaves None."""
+
+    dense: Tensor | None = None
+    """Floating, ``(B, D)``."""
+    term_ids: Tensor | None = None
+    """Terms, each once a row, ``NO_TERM`` where a row has fewer. int64, ``(B, U)``."""
+    term_weights: Tensor | None = None
+    """At least 0, and 0 where there is no term. Floating, ``(B, U)``."""
+    tokens: Tensor | None = None
+    """Vectors of tokens or windows. Floating, ``(B, M, D)``."""
+    token_mask: Tensor | None = None
+    """True where a vector counts. Bool, ``(B, M)``."""
+
+    def __post_init__(self) -> None:
+        if (self.term_ids is None) != (self.term_weights is None):
+            message = "sparse: term_ids and term_weights, expected both or neither"
+            raise ShapeError(message)
+        if (self.tokens is None) != (self.token_mask is None):
+            message = "multi-vector: tokens and token_mask, expected both or neither"
+            raise ShapeError(message)
+
+    def __len__(self) -> int:
+        return max((len(value) for value in self.tensors().values()), default=0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what is there by name, as :func:`~genoembed.training.grad_cache.cached_backward` takes it.
+
+        Returns:
+            Name to tensor.
+        """
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def gather(self, rows: RankRows, *, group_size: int = 1) -> M3Vectors:
+        """Lay the rows of all ranks end to end.
+
+        Args:
+            rows: What each rank holds.
+            group_size: Rows that belong to each counted row.
+
+        Returns:
+            Rows of all ranks; gradients flow back.
+        """
+        gathered = {}
+        for name, value in self.tensors().items():
+            gathered[name] = rows.gather(value, group_size=group_size, pad=_FILL[name])
+        return M3Vectors(**gathered)
+
+
+_FILL = {"dense": None, "term_ids": NO_TERM, "term_weights": 0.0, "tokens": 0.0, "token_mask": 0.0}
+
+
+def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
+    """Lay the rows of several chunks end to end, padded to the longest.
+
+    Args:
+        chunks: As from ``M3Vectors.tensors``, all with the same names, at least one.
+
+    Returns:
+        All rows; gradients flow back.
+
+    Example:
+        >>> parts = [{"dense": torch.ones(2, 3)}, {"dense": torch.zeros(1, 3)}]
+        >>> len(join_vectors(parts))
+        3
+    """
+    joined = {}
+    for name in chunks[0]:
+        values = [chunk[name] for chunk in chunks]
+        fill = _FILL[name]
+        if fill is not None:
+            width = max(value.shape[1] for value in values)
+            values = [_widened(value, width, fill) for value in values]
+        joined[name] = torch.cat(values)
+    return M3Vectors(**joined)
+
+
+def dense_scores(query_BD: Tensor, passage_PD: Tensor) -> Tensor:
+    """Take dot products: cosines, for normalised vectors.
+
+    Args:
+        query_BD: Floating, shape ``(B, D)``.
+        passage_PD: Floating, shape ``(P, D)``.
+
+    Returns:
+        float32 (float64 for float64 input), shape ``(B, P)``.
+
+    Example:
+        >>> dense_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[11.]])
+    """
+    return _wide(query_BD) @ _wide(passage_PD).T
+
+
+def sparse_scores(
+    query_ids: Tensor, query_weights: Tensor, passage_ids: Tensor, passage_weights: Tensor
+) -> Tensor:
+    """Sum the products of the weights of shared terms.
+
+    Works on the terms that occur in these rows, not on a vocabulary, so terms may be of any number.
+
+    Args:
+        query_ids: Terms, each once a row, ``NO_TERM`` elsewhere. int64, shape ``(B, U)``.
+        query_weights: Floating, shape ``(B, U)``.
+        passage_ids: As ``query_ids``, shape ``(P, U')``.
+        passage_weights: Floating, shape ``(P, U')``.
+
+    Returns:
+        float32 (float64 for float64 input), shape ``(B, P)``.
+
+    Example:
+        >>> ids, weights = torch.tensor([[7, 5], [9, -1]]), torch.tensor([[2.0, 1.0], [4.0, 0.0]])
+        >>> sparse_scores(ids, weights, ids, weights)
+        tensor([[ 5.,  0.],
+                [ 0., 16.]])
+    """
+    every, columns = torch.unique(
+        torch.cat([query_ids.flatten(), passage_ids.flatten()]), return_inverse=True
+    )
+    query_columns = columns[: query_ids.numel()].reshape(query_ids.shape)
+    passage_columns = columns[query_ids.numel() :].reshape(passage_ids.shape)
+    query_BV = _spread_terms(query_ids, query_weights, query_columns, len(every))
+    passage_PV = _spread_terms(passage_ids, passage_weights, passage_columns, len(every))
+    return query_BV @ passage_PV.T
+
+
+def multi_vector_scores(
+    query_BMD: Tensor, query_mask_BM: Tensor, passage_PMD: Tensor, passage_mask_PM: Tensor
+) -> Tensor:
+    """Average, over a query's kept vectors, the best dot product with a kept vector of the passage (MaxSim).
+
+    Runs query by query: the memory for values is that of one query against all passages.
+
+    Args:
+        query_BMD: Floating, shape ``(B, M, D)``.
+        query_mask_BM: True where a vector counts. Bool, shape ``(B, M)``.
+        passage_PMD: Floating, shape ``(P, M', D)``.
+        passage_mask_PM: True where a vector counts. Bool, shape ``(P, M')``.
+
+    Returns:
+        float32 (float64 for float64 input), shape ``(B, P)``.
+
+    Raises:
+        ShapeError: If a row keeps no vector.
+
+    Example:
+        >>> query, passage = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[-3.0], [0.0]]])
+        >>> kept = torch.tensor([[True, False]])
+        >>> multi_vector_scores(query, kept, passage, kept)
+        tensor([[-3.]])
+    """
+    for name, mask in (("query", query_mask_BM), ("passage", passage_mask_PM)):
+        if not bool(mask.any(dim=1).all()):
+            empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+            message = f"{name} rows {empty}: no vector is kept, expected at least one; lower skip_first"
+            raise ShapeError(message)
+    query_BMD, passage_PMD = _wide(query_BMD), _wide(passage_PMD)
+    scores = []
+    for query_MD, query_mask_M in zip(query_BMD, query_mask_BM, strict=True):
+        products_MPM = torch.einsum("id,pjd->ipj", query_MD, passage_PMD)
+        best_MP = products_MPM.masked_fill(~passage_mask_PM, -torch.inf).max(dim=-1).values
+        kept_MP = torch.where(query_mask_M[:, None], best_MP, 0)
+        scores.append(kept_MP.sum(dim=0) / query_mask_M.sum())
+    return torch.stack(scores)
+
+
+def hybrid_scores(
+    query: M3Vectors, passage: M3Vectors, *, weights: tuple[float, float, float] = (1.0, 0.3, 1.0)
+) -> Tensor:
+    """Score with all representations that both sides have; at inference, and as the ensemble in training.
+
+    Args:
+        query: B rows.
+        passage: P rows.
+        weights: Of dense, sparse and multi-vector; those of a representation that is not there fall away.
+
+    Returns:
+        Weighted sum of the scores, shape ``(B, P)``.
+
+    Raises:
+        ShapeError: If the sides have no representation in common.
+
+    Example:
+        >>> one = M3Vectors(dense=torch.ones(1, 1))
+        >>> hybrid_scores(one, one, weights=(2.0, 0.3, 1.0))
+        tensor([[2.]])
+    """
+    found = head_scores(query, passage)
+    by_name = dict(zip(HEADS, weights, strict=True))
+    if not found:
+        message = "hybrid: query and passage have no representation in common, expected at least one"
+        raise ShapeError(message)
+    return torch.stack([by_name[name] * scores for name, scores in found.items()]).sum(dim=0)
+
+
+HEADS = ("dense", "sparse", "multi_vector")
+
+
+def head_scores(query: M3Vectors, passage: M3Vectors) -> dict[str, Tensor]:
+    """Score with each representation that both sides have.
+
+    Args:
+        query: B rows.
+        passage: P rows.
+
+    Returns:
+        ``dense``, ``sparse`` and ``multi_vector``, each ``(B, P)``, as far as there.
+
+    Example:
+        >>> one = M3Vectors(dense=torch.ones(1, 2))
+        >>> head_scores(one, one)
+        {'dense': tensor([[2.]])}
+    """
+    found = {}
+    q, p = query, passage
+    if q.dense is not None and p.dense is not None:
+        found["dense"] = dense_scores(q.dense, p.dense)
+    if (
+        q.term_ids is not None
+        and q.term_weights is not None
+        and p.term_ids is not None
+        and p.term_weights is not None
+    ):
+        found["sparse"] = sparse_scores(q.term_ids, q.term_weights, p.term_ids, p.term_weights)
+    if (
+        q.tokens is not None
+        and q.token_mask is not None
+        and p.tokens is not None
+        and p.token_mask is not None
+    ):
+        found["multi_vector"] = multi_vector_scores(q.tokens, q.token_mask, p.tokens, p.token_mask)
+    return found
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _widened(rows: Tensor, width: int, value: float) -> Tensor:
+    filler = rows.new_full((rows.shape[0], width - rows.shape[1], *rows.shape[2:]), value)
+    return torch.cat([rows, filler], dim=1)
+
+
+def _spread_terms(ids: Tensor, weights: Tensor, columns: Tensor, num_columns: int) -> Tensor:
+    weights = torch.where(ids == NO_TERM, 0, _wide(weights))
+    table = weights.new_zeros((len(ids), num_columns))
+    return table.scatter_add(1, columns, weights)

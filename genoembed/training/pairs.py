@@ -1,8 +1,8 @@
 """Retrieval examples: a query, what it should find, and what it should not.
 
 In: JSON lines with ``query``, ``pos`` (a list), ``neg`` (a list, may be empty or left out) and, where a
-teacher scored them, ``teacher_scores``; optional ``id`` and ``group``. Out: :class:`RetrievalExample`, one at a
-time in file order, letters cleaned by the policies of ``extract``. Unknown keys are errors, and so is a
+teacher scored them, ``teacher_scores``; optional ``id`` and ``group``. Out: :class:`RetrievalExample`, one at
+a time in file order, letters cleaned by the policies of ``extract``. Unknown keys are errors, and so is a
 negative that is its own query or positive, unless a policy says otherwise.
 """
 
@@ -89,6 +89,14 @@ class _Texts(NamedTuple):
     query: str
     pos: list[str]
     neg: list[str]
+
+
+class _Cleaned(NamedTuple):
+    """The same after the policies."""
+
+    query: bytes
+    pos: list[bytes]
+    neg: list[bytes]
 
 
 def iter_pairs(
@@ -187,37 +195,42 @@ def _iter(
         for row in iter_json_lines(name):
             number += 1
             row_id = _row_id(row, number)
-            texts = _texts(row, row_id)
-            scores = _scores(row, row_id, len(texts.pos) + len(texts.neg))
-            cleaned = _clean(row, row_id, texts, policies, counts.read)
+            cleaned = _clean(row, row_id, _texts(row, row_id), policies, counts.read)
             if cleaned is None:
                 counts.skipped_rows += 1
                 continue
-            row_id = ids.admit(row_id, path=row.path, line=row.line)
-            query, pos, neg = cleaned[0], cleaned[1 : 1 + len(texts.pos)], cleaned[1 + len(texts.pos) :]
-            kept = _true_negatives(query, pos, neg)
-            if len(kept) < len(neg) and false_negatives == "error":
-                raise _false_negative(row, row_id, neg, kept)
-            if false_negatives == "keep":
-                counts.kept_false_negatives += len(neg) - len(kept)
-                kept = list(range(len(neg)))
-            counts.dropped_false_negatives += len(neg) - len(kept)
-            if scores is not None:
-                scores = scores[: len(pos)] + tuple(scores[len(pos) + index] for index in kept)
-            group = row.values.get("group")
-            example = RetrievalExample(
-                id=row_id,
-                query=query,
-                pos=tuple(pos),
-                neg=tuple(neg[index] for index in kept),
-                teacher_scores=scores,
-                group=None if group is None else str(group),
-                source=row.path,
-                line=row.line,
-            )
+            admitted = ids.admit(row_id, path=row.path, line=row.line)
+            example = _example(row, admitted, cleaned, false_negatives, counts)
             _count(example, counts)
             yield example
     logger.info("pairs: %s", counts)
+
+
+def _example(
+    row: TableRow, row_id: str, texts: _Cleaned, policy: FalseNegativePolicy, counts: PairCounts
+) -> RetrievalExample:
+    query, pos, neg = texts
+    scores = _scores(row, row_id, len(pos) + len(neg))
+    kept = _true_negatives(query, pos, neg)
+    num_false = len(neg) - len(kept)
+    if num_false and policy == "error":
+        raise _false_negative(row, row_id, neg, kept)
+    if policy == "keep":
+        counts.kept_false_negatives += num_false
+        kept = list(range(len(neg)))
+    else:
+        counts.dropped_false_negatives += num_false
+    group = row.values.get("group")
+    return RetrievalExample(
+        id=row_id,
+        query=query,
+        pos=tuple(pos),
+        neg=tuple(neg[index] for index in kept),
+        teacher_scores=scores and scores[: len(pos)] + tuple(scores[len(pos) + index] for index in kept),
+        group=None if group is None else str(group),
+        source=row.path,
+        line=row.line,
+    )
 
 
 def _count(example: RetrievalExample, counts: PairCounts) -> None:
@@ -293,7 +306,10 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
         return None
     if not isinstance(scores, list) or len(scores) != num_passages:
         found = f"{len(scores)} numbers" if isinstance(scores, list) else _shown(scores)
-        problem = f"teacher_scores: {found} for {num_passages} sequences of pos and neg, expected one each; mend the row"
+        problem = (
+            f"teacher_scores: {found} for {num_passages} sequences of pos and neg, expected one each; "
+            "mend the row"
+        )
         raise LabelError(problem, path=row.path, line=row.line, record_id=row_id)
     for place, score in enumerate(scores, start=1):
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
@@ -306,7 +322,7 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
 
 def _clean(
     row: TableRow, row_id: str, texts: _Texts, policies: Policies, counts: InputCounts
-) -> list[bytes] | None:
+) -> _Cleaned | None:
     """Clean all sequences of a row, or give None if a policy leaves one out."""
     named = [("query", texts.query)]
     named += [(f"pos {place}", text) for place, text in enumerate(texts.pos, start=1)]
@@ -326,7 +342,8 @@ def _clean(
         if record is None:
             return None
         cleaned.append(record.sequence)
-    return cleaned
+    first_neg = 1 + len(texts.pos)
+    return _Cleaned(cleaned[0], cleaned[1:first_neg], cleaned[first_neg:])
 
 
 def _true_negatives(query: bytes, pos: Sequence[bytes], neg: Sequence[bytes]) -> list[int]:

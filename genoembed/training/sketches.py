@@ -1,0 +1,226 @@
+"""Which sequences are kin: bottom MinHash sketches of canonical k-mers, and clusters of what resembles.
+
+In: sequences. Out: sketches, identities of pairs, clusters. A sketch keeps the ``s`` smallest hashes of a
+sequence's k-mers, strands counted as one (Mash: Ondov et al. 2016, Genome Biology 17:132). Two sketches are
+compared below the smaller of their largest hashes, where both are complete: the share of the smaller one's
+k-mers that the other has too is the containment C, and C**(1/k) the identity of the part they share if
+letters change independently (Hera, Pierce-Ward and Koslicki 2023, Genome Research 33:1061). So a fragment is
+kin to what it was cut from. k-mers with letters other than ACGT say nothing and are left out, and so are
+repeats of one to three letters (poly-A, CACACA ...), which unrelated sequences share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from genoembed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+DEFAULT_KMER_SIZE = 16
+"""As Mash's clustering of RefSeq: in sequences of up to a megabase, hardly a 16-mer is shared by chance."""
+DEFAULT_SKETCH_SIZE = 400
+"""As Mash's clustering of RefSeq; a sequence of up to 415 bases is kept whole."""
+DEFAULT_IDENTITY = 0.8
+"""The 80 % that families of repeats are defined by (Wicker et al. 2007, Nature Reviews Genetics 8:973)."""
+MIN_SHARED = 2
+"""k-mers that kin share at least."""
+
+_MAX_KMER_SIZE = 31
+_MAX_PERIOD = 3
+_ROW_BITS = 11
+_CHUNK_BASES = 1 << 17
+_PAIRS_AT_ONCE = 1 << _ROW_BITS
+
+_CODES = np.full(256, 4, dtype=np.uint8)
+for _letters in (b"Aa", b"Cc", b"Gg", b"TtUu"):
+    for _letter in _letters:
+        _CODES[_letter] = (b"Aa", b"Cc", b"Gg", b"TtUu").index(_letters)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KinshipConfig:
+    """What counts as kin."""
+
+    kmer_size: int = DEFAULT_KMER_SIZE
+    """Bases of a k-mer, 4 to 31."""
+    sketch_size: int = DEFAULT_SKETCH_SIZE
+    """Hashes kept of a sequence."""
+    identity: float = DEFAULT_IDENTITY
+    """Identity from which sequences are kin, above 0, at most 1."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 4 <= self.kmer_size <= _MAX_KMER_SIZE:
+            problems.append(f"kmer_size is {self.kmer_size}; set kmer_size to 4 to {_MAX_KMER_SIZE}")
+        if self.sketch_size < 1:
+            problems.append(f"sketch_size is {self.sketch_size}; set sketch_size to 1 or more")
+        if not 0 < self.identity <= 1:
+            problems.append(f"identity is {self.identity}; set identity above 0, at most 1, such as 0.8")
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sketches:
+    """Sketches of many sequences, end to end."""
+
+    hashes: NDArray[np.uint64]
+    """Ascending and distinct within a sequence."""
+    offsets: NDArray[np.int64]
+    """Those of sequence ``i`` are ``hashes[offsets[i]:offsets[i + 1]]``."""
+    kmer_size: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, index: int) -> NDArray[np.uint64]:
+        """Give the sketch of one sequence: ascending, distinct hashes."""
+        return self.hashes[self.offsets[index] : self.offsets[index + 1]]
+
+
+def build_sketches(sequences: Sequence[bytes], *, config: KinshipConfig | None = None) -> Sketches:
+    """Sketch sequences.
+
+    Args:
+        sequences: DNA in either case.
+        config: k-mer and sketch size.
+
+    Returns:
+        A sketch each; empty for a sequence without a k-mer that counts.
+
+    Example:
+        >>> sketches = build_sketches([b"ACGTTGCAAC", b"GTTGCAACGT"], config=KinshipConfig(kmer_size=6))
+        >>> sketches.of(0).tolist() == sketches.of(1).tolist(), len(sketches.of(0))
+        (True, 4)
+    """
+    chosen = config or KinshipConfig()
+    parts: list[NDArray[np.uint64]] = []
+    lengths = np.zeros(len(sequences) + 1, dtype=np.int64)
+    for first, chunk in _chunks(sequences):
+        joined = b"N".join(chunk) + b"N"
+        hashes, is_kept = _hash_kmers(joined, chosen.kmer_size)
+        start = 0
+        for index, sequence in enumerate(chunk, start=first):
+            end = start + max(0, len(sequence) - chosen.kmer_size + 1)
+            ordered = np.sort(hashes[start:end][is_kept[start:end]])
+            is_new = np.ones(len(ordered), dtype=np.bool_)
+            np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
+            smallest = ordered[is_new][: chosen.sketch_size]
+            parts.append(smallest)
+            lengths[index + 1] = len(smallest)
+            start += len(sequence) + 1
+    hashes_all = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    return Sketches(hashes=hashes_all, offsets=np.cumsum(lengths), kmer_size=chosen.kmer_size)
+
+
+def _chunks(sequences: Sequence[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+    chunk: list[bytes] = []
+    size = first = 0
+    for index, sequence in enumerate(sequences):
+        chunk.append(sequence)
+        size += len(sequence)
+        if size >= _CHUNK_BASES:
+            yield first, chunk
+            chunk, size, first = [], 0, index + 1
+    if chunk:
+        yield first, chunk
+
+
+def _hash_kmers(joined: bytes, k: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Hash the canonical k-mer at each position, and say which count."""
+    codes = _CODES[np.frombuffer(joined, dtype=np.uint8)]
+    size = max(0, len(codes) - k + 1)
+    forward = np.zeros(size, dtype=np.uint64)
+    reverse = np.zeros(size, dtype=np.uint64)
+    for place in range(k):
+        letters = (codes[place : place + size] & 3).astype(np.uint64)
+        forward = (forward << np.uint64(2)) | letters
+        reverse |= (np.uint64(3) - letters) << np.uint64(2 * place)
+    unknown = np.concatenate([[0], np.cumsum(codes == 4)])
+    is_kept = unknown[k : k + size] == unknown[:size]
+    for period in range(1, min(_MAX_PERIOD, k - 1) + 1):
+        mask = np.uint64((1 << 2 * (k - period)) - 1)
+        is_kept &= (forward >> np.uint64(2 * period)) != (forward & mask)
+    return mix(np.minimum(forward, reverse)), is_kept
+
+
+def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble integers with the finalizer of SplitMix64, a bijection: distinct k-mers never collide.
+
+    Args:
+        keys: Any integers. uint64, any shape; not changed.
+
+    Returns:
+        One scrambled integer each.
+    """
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+def pair_identities(
+    sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Estimate the identities of pairs of sequences.
+
+    Args:
+        sketches: Of all sequences.
+        left: One sequence of each pair. int64, shape ``(P,)``.
+        right: The other. int64, shape ``(P,)``.
+
+    Returns:
+        Identity of each pair, 0 to 1; 0 where fewer than ``MIN_SHARED`` k-mers are shared (fewer than all, if
+        the smaller sketch has no more). float64, shape ``(P,)``.
+    """
+    identities = np.zeros(len(left))
+    for start in range(0, len(left), _PAIRS_AT_ONCE):
+        part = slice(start, start + _PAIRS_AT_ONCE)
+        shared, smaller = _overlaps(sketches, left[part], right[part])
+        is_enough = shared >= np.maximum(1, np.minimum(MIN_SHARED, smaller))
+        containment = np.where(is_enough, shared / np.maximum(smaller, 1), 0.0)
+        identities[part] = containment ** (1 / sketches.kmer_size)
+    return identities
+
+
+def _overlaps(
+    sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count hashes below the common bound: shared, and of the smaller side."""
+    left_rows, left_hashes = _gather(sketches, left)
+    right_rows, right_hashes = _gather(sketches, right)
+    bound = np.minimum(_largest(sketches, left), _largest(sketches, right))
+    counts = [
+        np.bincount(rows[hashes <= bound[rows]], minlength=len(left))
+        for rows, hashes in ((left_rows, left_hashes), (right_rows, right_hashes))
+    ]
+    keys = np.concatenate([_row_keys(left_rows, left_hashes), _row_keys(right_rows, right_hashes)])
+    keys.sort(kind="stable")  # two ascending runs, which a merge sort joins in one pass
+    shared = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(64 - _ROW_BITS)
+    return np.bincount(shared.astype(np.int64), minlength=len(left)), np.minimum(*counts)
+
+
+def _row_keys(rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Put row and hash into one integer; of the hash, 53 bits are enough to tell some hundred apart."""
+    return (rows.astype(np.uint64) << np.uint64(64 - _ROW_BITS)) | (hashes >> np.uint64(_ROW_BITS))
+
+
+def _gather(sketches: Sketches, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    starts, sizes = sketches.offsets[wanted], sketches.offsets[wanted + 1] - sketches.offsets[wanted]
+    rows = np.repeat(np.arange(len(wanted)), sizes)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rows, sketches.hashes[np.repeat(starts, sizes) + within]
+
+
+def _largest(sketches: Sketches, wanted: NDArray[np.int64]) -> NDArray[np.uint64]:
+    ends = sketches.offsets[wanted + 1]
+    is_empty = ends == sketches.offsets[wanted]
+    largest = sketches.hashes[np.maximum(ends - 1, 0)] if len(sketches.hashes) else np.zeros_like(ends)
+    return np.where(is_empty, 0, largest).astype(np.uint64)

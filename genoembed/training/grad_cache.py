@@ -74,7 +74,7 @@ def cached_backward(
         for chunk in chunks:
             states.append(_RandomState.now())
             cached.append({name: _leaf(value) for name, value in encode(chunk).items()})
-    torch.clear_autocast_cache()  # casts made without a graph would be taken again, with none
+    torch.clear_autocast_cache()  # casts made without a graph must not be taken again
     with torch.enable_grad():
         output = loss(list(cached))
         backward(output.loss)

@@ -135,7 +135,7 @@ class M3Loss(nn.Module):
         losses = {name: rows.mean(loss_B) for name, loss_B in rows_of_losses.items()}
         loss = self._unified(losses)
         if self._takes_part() and "ensemble" in scores:
-            teacher = torch.softmax(scores["ensemble"].detach(), dim=1)
+            teacher = torch.softmax(scores["ensemble"], dim=1)  # soft_entropy_rows sends it no gradient
             taught = {h: rows.mean(soft_entropy_rows(scores[h], teacher)) for h in HEADS}
             loss = (loss + self._weighed(taught) / 3) / 2
             losses |= {f"self_{name}": value for name, value in taught.items()}

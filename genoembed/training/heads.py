@@ -308,7 +308,7 @@ class RegressionHead(PredictionHead):
         """
         self._check_fitted()
         targets = targets[:, None] if targets.ndim == 1 else targets
-        standard = (targets.double() - self.target_mean.double()) / self.target_deviation.double()
+        standard = (_wide(targets) - self.target_mean) / self.target_deviation
         return regression_loss(outputs, standard)
 
     def predict(self, vectors: Tensor) -> Tensor:

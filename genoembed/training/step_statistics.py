@@ -95,12 +95,13 @@ def score_statistics(
     used_BC = scores_BC.isfinite().scatter(1, targets_B[:, None], value=False)
     used_B = used_BC.sum(dim=1)
     negative = torch.where(used_BC, scores_BC, 0).sum() / used_B.sum()
+    wide = _widest(scores_BC)
     numbers = torch.stack(
         [
-            used_B.double().mean(),
-            positive_B.double().mean() * temperature,
-            negative.double() * temperature,
-            torch.log1p(used_B.double()).mean(),
+            used_B.to(wide).mean(),
+            positive_B.to(wide).mean() * temperature,
+            negative.to(wide) * temperature,
+            torch.log1p(used_B.to(wide)).mean(),
         ]
     ).tolist()
     return StepStatistics(
@@ -130,7 +131,7 @@ def relative_spread(vectors_ND: Tensor) -> float:
         >>> relative_spread(torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
         0.0
     """
-    wide_ND = vectors_ND.detach().to(torch.float32 if vectors_ND.device.type == "mps" else torch.float64)
+    wide_ND = vectors_ND.detach().to(_widest(vectors_ND))
     from_centre = (wide_ND - wide_ND.mean(dim=0)).square().sum(dim=1).mean()
     length = wide_ND.square().sum(dim=1).mean()
     return float(from_centre / length) if bool(length > 0) else 0.0
@@ -158,3 +159,8 @@ def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
         squares = [grad.to(torch.float32).square().sum() for grad in grads]
         norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     return norms
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    """Give the widest floating dtype of a device."""
+    return torch.float32 if values.device.type == "mps" else torch.float64

@@ -145,5 +145,5 @@ def _output(near_B: Tensor, far_B: Tensor, margin: float, *, vectors: Tensor, le
         spread=relative_spread(vectors) if len(vectors) > 1 else math.nan,
     )
     loss = loss_B.sum() / max(triplets, 1)
-    parts = {"active": float((loss_B.detach() > 0).double().mean())} if triplets else {}
+    parts = {"active": float((loss_B.detach() > 0).to(loss_B.dtype).mean())} if triplets else {}
     return LossOutput(loss=loss, statistics=statistics, parts=parts)

@@ -248,8 +248,10 @@ def folder_of(family: str) -> Path:
 
 @cache
 def model_of(family: str) -> GenomicModel:
-    """The family as genoembed loads it."""
-    return load_model(str(folder_of(family)), device="cpu", trust_remote_code=family == "custom_conv")
+    """The family as genoembed loads it, in float32 on every machine."""
+    return load_model(
+        str(folder_of(family)), device="cpu", dtype="float32", trust_remote_code=family == "custom_conv"
+    )
 
 
 @cache

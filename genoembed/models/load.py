@@ -34,6 +34,7 @@ from genoembed.models.architecture import (
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import ModelSource, locate_model, reachable_source
+from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def load_model(
         name_or_path: Bundled or registry name, local folder or checkpoint file, or Hugging Face id; looked
             for in this order. A checkpoint file is converted the first time.
         device: Where to run; None takes CUDA if present, else the CPU.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 on CUDA devices that
-            have it, else float32.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 where the device
+            multiplies matrices in it (CUDA from Ampere on, CPUs with AMX), else float32.
         trust_remote_code: Run code that the model's repository brings.
         revision: Branch, tag or commit of a Hugging Face repository.
         device_map: Spread the model over devices with accelerate (``auto`` or a mapping); ``device`` then
@@ -125,8 +126,7 @@ def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+        return automatic_dtype(device)
     if dtype not in _DTYPES:
         message = (
             f"dtype {dtype!r} is not known, expected auto, {', '.join(_DTYPES)}; set dtype to one of them"

@@ -169,7 +169,7 @@ def test_default_output_lies_beside_the_input(tmp_path):
 @pytest.mark.parametrize("family", ["llama", STRIPED])
 def test_model_by_name_is_the_model_that_was_loaded(family, tmp_path):
     by_name = embed(tmp_path, RECORDS, str(folder_of(family)), device="cpu", dtype="float32")
-    by_path = embed(tmp_path, RECORDS, folder_of(family), device="cpu")
+    by_path = embed(tmp_path, RECORDS, folder_of(family), device="cpu", dtype="float32")
     np.testing.assert_array_equal(matrix_of(by_path), matrix_of(by_name))
     loaded = embed(tmp_path, RECORDS, model_of(family))
     np.testing.assert_array_equal(matrix_of(by_name), matrix_of(loaded))

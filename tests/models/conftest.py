@@ -31,7 +31,10 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], GenomicMod
     """Load a family's tiny model, once."""
     return cache(
         lambda family: load_model(
-            str(tiny_folder(family)), device="cpu", trust_remote_code=family == "custom_conv"
+            str(tiny_folder(family)),
+            device="cpu",
+            dtype="float32",
+            trust_remote_code=family == "custom_conv",
         )
     )
 

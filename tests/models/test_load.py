@@ -71,8 +71,7 @@ def test_remote_code_needs_trust(tiny_folder):
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
-        (None, torch.float32),
-        ("auto", torch.float32),
+        ("float32", torch.float32),
         ("bfloat16", torch.bfloat16),
         ("float16", torch.float16),
         (torch.bfloat16, torch.bfloat16),
@@ -83,6 +82,35 @@ def test_dtype_is_as_asked(dtype, expected, tiny_folder):
     assert model.dtype == expected
     captured = model.forward(make_batch([5, 6, 7]), ["layers.0"])["layers.0"]
     assert captured.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", [None, "auto"])
+@pytest.mark.parametrize(("has_unit", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_follows_the_matrix_unit_where_none_is_asked(
+    dtype, has_unit, expected, tiny_folder, monkeypatch
+):
+    monkeypatch.setattr("genoembed.models.precision.has_amx", lambda: has_unit)
+    assert load_model(str(tiny_folder("llama")), device="cpu", dtype=dtype).dtype == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is mapped")
+def test_weights_of_the_type_that_is_stored_stay_in_the_file(tiny_folder):
+    """Memory-mapped: no copy of the checkpoint in memory, and several processes share one."""
+    path = tiny_folder("llama") / "model.safetensors"
+    model = load_model(str(path.parent), device="cpu", dtype="float32")
+    spans = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
+    weights = dict(model.module.named_parameters())
+    copied = [
+        name
+        for name, weight in weights.items()
+        if not any(start <= weight.data_ptr() < end for start, end in spans)
+    ]
+    assert len(weights) > 10
+    assert copied == []
 
 
 def test_unknown_dtype_is_refused(tiny_folder):
@@ -207,7 +235,8 @@ def test_computed_buffers_of_older_releases_are_forgiven(tiny_folder, tmp_path):
 def test_heads_are_left_behind(family, head, tiny_folder, tmp_path):
     torch.manual_seed(1)
     whole = head(build_config(family)).eval()
-    model = load_model(with_tokenizer(whole, tmp_path / "m", tiny_folder(family)), device="cpu")
+    folder = with_tokenizer(whole, tmp_path / "m", tiny_folder(family))
+    model = load_model(folder, device="cpu", dtype="float32")
     assert type(model.module).__name__ == type(whole.base_model).__name__
     batch = make_batch([5, 6, 7, 8])
     (layer,) = model.resolve(1)

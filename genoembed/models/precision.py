@@ -1,0 +1,42 @@
+"""Which type a model computes in where nobody says so: one rule for files, scores and loaded models.
+
+bfloat16 where the device multiplies matrices in it, float32 elsewhere. A device that only emulates bfloat16,
+or has vector instructions for it but no matrix unit, is not faster in it, and would lose digits for nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def automatic_dtype(device: torch.device) -> torch.dtype:
+    """Choose the type of weights and activations.
+
+    Args:
+        device: Where the model runs.
+
+    Returns:
+        bfloat16 on CUDA devices from compute capability 8.0 (Ampere) on and on CPUs with AMX (Intel, from
+        Sapphire Rapids on), as far as this torch uses them; float32 elsewhere.
+
+    Example:
+        >>> automatic_dtype(torch.device("meta"))
+        torch.float32
+    """
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and has_amx()
+
+
+def has_amx() -> bool:
+    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used.
+
+    Returns:
+        False, too, where torch cannot tell.
+    """
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return ask is not None and bool(ask())

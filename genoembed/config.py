@@ -71,13 +71,14 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that the model's repository brings."""
     dtype: ComputeDtype = "auto"
-    """Type of the activations; ``auto`` is bfloat16 on CUDA, float32 elsewhere."""
+    """Type of weights and activations; ``auto`` is bfloat16 where the device multiplies matrices in it
+    (CUDA from Ampere on, CPUs with AMX), float32 elsewhere."""
     device: str | None = None
     """Torch device; None is CUDA if present, else the CPU."""
     threads: int | None = None
     """Threads of the CPU's matrix products; None leaves torch's choice."""
-    batch_tokens: int = 8192
-    """Slots of one forward pass, padding included."""
+    batch_tokens: int | None = None
+    """Slots of one forward pass, padding included; None takes what is fast on the device."""
 
     def __post_init__(self) -> None:
         _raise_all(field_problems(self, at_least={"threads": (1, ""), "batch_tokens": (1, "slots")}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,11 +18,11 @@ import torch
 
 from genoembed._version import __version__
 from genoembed.config import embed_config
-from genoembed.contracts import EmbeddingBlock
-from genoembed.engines.embedder import RunStats, UnitEmbedder
+from genoembed.engines.embedder import UnitEmbedder
 from genoembed.engines.local import run_units
+from genoembed.engines.overlap import write_behind
 from genoembed.engines.provenance import describe_run
-from genoembed.engines.units import UNIT_BASES, iter_units
+from genoembed.engines.units import UNIT_BASES, UNIT_RECORDS, iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.models.load import load_model
 from genoembed.pooling.fuse import feature_names
@@ -33,14 +33,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig, Fusion, Pooling
-    from genoembed.contracts import TokenBlock
+    from genoembed.contracts import SequenceRecord
+    from genoembed.engines.embedder import EmbeddedUnit
+    from genoembed.engines.stats import RunStats
+    from genoembed.engines.units import WorkUnit
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
 
 _LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
 _UNIT_VALUES = 1 << 26
-"""Values of a unit of token vectors: 256 MiB."""
+"""Values of the vectors of a unit: 256 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +135,8 @@ def extract(
         embedder = UnitEmbedder(loaded, config, on_batch=progress)
         logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
         started = time.perf_counter()
-        blocks = run_units(iter_units(records, max_bases=_unit_bases(embedder, config)), embedder)
-        num_rows, width = _write(blocks, config, embedder, counts)
+        with closing(run_units(_units(records, embedder, config), embedder)) as done:
+            num_rows, width = _write(done, config, embedder, counts)
     seconds = time.perf_counter() - started
     logger.debug("%s: complete, rows: %d, seconds: %.1f", config.output.output, num_rows, seconds)
     return ExtractionReport(
@@ -176,12 +179,14 @@ def _threads(wanted: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _unit_bases(embedder: UnitEmbedder, config: EmbedConfig) -> int:
-    """Bases of a work unit: fewer where each gives a vector of its own, as they are held until written."""
-    if config.embedding.pooling != "none":
-        return UNIT_BASES
-    values_per_base = embedder.width_bound * (1 if config.embedding.rc == "none" else 2)
-    return max(1, min(UNIT_BASES, _UNIT_VALUES // values_per_base))
+def _units(
+    records: Iterable[SequenceRecord], embedder: UnitEmbedder, config: EmbedConfig
+) -> Iterator[WorkUnit]:
+    """Group records so that the vectors of a unit, which are held until it is written, stay within bounds."""
+    max_vectors = max(1, _UNIT_VALUES // embedder.width_bound)
+    per_vector = embedder.bases_per_vector
+    max_bases = UNIT_BASES if per_vector is None else min(UNIT_BASES, max_vectors * per_vector)
+    return iter_units(records, max_bases=max_bases, max_records=min(UNIT_RECORDS, max_vectors))
 
 
 def _load(config: EmbedConfig) -> GenomicModel:
@@ -195,36 +200,41 @@ def _load(config: EmbedConfig) -> GenomicModel:
 
 
 def _write(
-    blocks: Iterable[EmbeddingBlock | TokenBlock],
+    done: Iterator[EmbeddedUnit],
     config: EmbedConfig,
     embedder: UnitEmbedder,
     counts: InputCounts,
 ) -> tuple[int, int]:
-    """Write the blocks as they come; gives rows and width."""
-    blocks = iter(blocks)
-    first = next(blocks, None)
+    """Build rows and write them, in a thread, while the next unit runs; gives rows and width."""
+    first = next(done, None)
     if first is None:
         problem = (
             f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
             f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
         )
         raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
-    matrices = first.matrices if isinstance(first, EmbeddingBlock) else first.values
-    is_pooled = isinstance(first, EmbeddingBlock)
-    width = next(iter(matrices.values())).shape[1]
+    is_pooled = config.embedding.pooling != "none"
+    names = _feature_names(config, embedder.layer_widths)
     with EmbeddingWriter(
         config.output.output,
         kind="pooled" if is_pooled else "tokens",
         dtype=config.output.out_dtype,
-        feature_names=_feature_names(config, embedder.layer_widths) if is_pooled else None,
+        feature_names=names if is_pooled else None,
         overwrite=config.output.overwrite,
     ) as writer:
-        writer.append(first)
-        for block in blocks:
-            writer.append(block)
+
+        def write(unit: EmbeddedUnit) -> None:
+            writer.append(embedder.rows(unit))
+
+        with write_behind(write, depth=1) as put:
+            put(first)
+            del first
+            for unit in done:
+                put(unit)
+                del unit
         counts.windows = embedder.stats.windows
         writer.finish({"genoembed_version": __version__, **describe_run(config, embedder, counts)})
-        return writer.num_rows, width
+        return writer.num_rows, len(names)
 
 
 def _feature_names(config: EmbedConfig, layer_widths: Mapping[str, int]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ REFUSED = [
     ({"threads": 0}, r"^threads is 0; set threads to 1 or more$"),
     ({"threads": 1.5}, r"^threads is 1\.5; set threads to a whole number, or leave it out$"),
     ({"batch_tokens": 0}, r"^batch_tokens is 0; set batch_tokens to 1 or more slots$"),
-    ({"batch_tokens": True}, r"^batch_tokens is True; set batch_tokens to a whole number$"),
+    ({"batch_tokens": True}, r"^batch_tokens is True; set batch_tokens to a whole number, or leave it out$"),
     ({"layers": ()}, r"^layers is empty; name at least one layer, or leave it out for 'final'$"),
     ({"layers": (28,)}, r"^layers is \(28,\); set layers to a tuple, each item a text$"),
     ({"pooling": "avg"}, r"^pooling is 'avg'; set pooling to one of mean, max, first, last, cls"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 from genoembed import extract
+from genoembed.engines.pieces import Cutter
 from genoembed.errors import (
     AlphabetError,
     ConfigError,
@@ -18,6 +22,7 @@ from genoembed.errors import (
     StoreError,
 )
 from genoembed.models.genomic_model import GenomicModel
+from genoembed.store import EmbeddingWriter
 from tests.by_hand import STRIPED, embed, folder_of, model_of, random_dna, write_fasta
 
 RECORDS = {"a": random_dna(40, 1), "b": random_dna(10, 2)}
@@ -218,3 +223,54 @@ def test_threads_are_set_for_the_run_and_back(fasta, tmp_path):
     )
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+def test_reading_and_writing_happen_beside_the_forward_passes(fasta, tmp_path, monkeypatch):
+    """Torch stays in the caller's thread, where Ctrl-C arrives."""
+    where = {"model": set(), "encode": set(), "append": set()}
+
+    def watch(owner, name, key):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            where[key].add(threading.current_thread().name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    model = model_of("llama")
+    watch(type(model), "forward", "model")
+    watch(EmbeddingWriter, "append", "append")
+    watch(Cutter, "_piece", "encode")
+    extract(fasta, model=model, output=tmp_path / "o.h5")
+    assert where == {
+        "model": {threading.current_thread().name},
+        "encode": {"genoembed-reading"},
+        "append": {"genoembed-writing"},
+    }
+
+
+@pytest.mark.parametrize("tail", ["", ">bad\nACGJ\n"])
+def test_no_thread_outlives_a_run(tail, tmp_path):
+    fasta = write_fasta(tmp_path / "input.fa", RECORDS)
+    with fasta.open("a") as file:
+        file.write(tail)
+    with pytest.raises(AlphabetError, match="'J'") if tail else nullcontext():
+        extract(fasta, model=model_of("llama"), output=tmp_path / "o.h5")
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("genoembed")] == []
+
+
+def test_error_of_writing_is_the_error_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("genoembed.extraction.UNIT_BASES", 5)
+    fasta = write_fasta(tmp_path / "input.fa", {str(index): "ACGTA" for index in range(30)})
+    appended = []
+
+    def append(self, block):
+        appended.append(len(block.rows))
+        raise StoreError("the disk is full", path=str(tmp_path))
+
+    monkeypatch.setattr(EmbeddingWriter, "append", append)
+    with pytest.raises(StoreError, match="the disk is full"):
+        extract(fasta, model=model_of("llama"))
+    assert appended == [1]
+    assert names_in(tmp_path) == ["input.fa"]

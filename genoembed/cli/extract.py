@@ -67,7 +67,10 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
     key="trust_remote_code", group=MODEL, help="Run the Python code that a model brings. Read it first."
 )
 @config_option(
-    key="dtype", group=MODEL, help="Type of the activations; auto is bfloat16 on CUDA, float32 elsewhere."
+    key="dtype",
+    group=MODEL,
+    help="Type of weights and activations; auto is bfloat16 where the device multiplies matrices in it "
+    "(CUDA from Ampere on, CPUs with AMX), float32 elsewhere. The file says which it was.",
 )
 @config_option(
     key="device",
@@ -76,9 +79,17 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
     help="cpu, cuda, cuda:1 ...; without it, CUDA if there is one.",
 )
 @config_option(
-    key="batch_tokens", group=MODEL, metavar="N", help="Tokens of one forward pass; fewer need less memory."
+    key="batch_tokens",
+    group=MODEL,
+    metavar="N",
+    help="Tokens of one forward pass; fewer need less memory. Without it, what is fast on the device.",
 )
-@config_option(key="threads", group=MODEL, metavar="N", help="CPU threads; without it, torch decides.")
+@config_option(
+    key="threads",
+    group=MODEL,
+    metavar="N",
+    help="CPU threads of the model; without it, torch decides. Reading and writing have one more each.",
+)
 @config_option(
     key="layers",
     group=VECTORS,

@@ -50,9 +50,10 @@ def details(report: ExtractionReport) -> list[str]:
     """
     counts, stats = report.counts, report.stats
     took = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
+    repeats = f", {count(stats.repeats, 'repeat')} not run again" if stats.repeats else ""
     return [
         f"read {count(counts.records, 'record')}, {count(counts.bases, 'base')} "
-        f"from {count(counts.files, 'file')}, cut into {count(stats.windows, 'window')}",
+        f"from {count(counts.files, 'file')}, cut into {count(stats.windows, 'window')}{repeats}",
         *policy_lines(counts),
         f"{count(stats.batches, 'forward pass', 'forward passes')}, {stats.padding_share:.1%} padding, "
         f"{tokens_per_s(report):,.0f} tokens/s, {took}",

@@ -1,27 +1,29 @@
-"""Run work units one after the other in this process."""
+"""Run work units in this process, with reading and writing in threads beside the forward passes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+from genoembed.engines.overlap import read_ahead
 
-    from genoembed.contracts import EmbeddingBlock, TokenBlock
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+    from genoembed.engines.embedder import EmbeddedUnit, UnitEmbedder
     from genoembed.engines.units import WorkUnit
 
+_SLABS_AHEAD = 1
 
-def run_units(
-    units: Iterable[WorkUnit], embed: Callable[[WorkUnit], EmbeddingBlock | TokenBlock]
-) -> Iterator[EmbeddingBlock | TokenBlock]:
-    """Embed each unit.
+
+def run_units(units: Iterable[WorkUnit], embedder: UnitEmbedder) -> Generator[EmbeddedUnit, None, None]:
+    """Embed each unit; reading, cutting and tokenizing the next batches happen in a thread meanwhile.
 
     Args:
-        units: In input order.
-        embed: Turns a unit into rows.
+        units: In input order; iterated in the thread.
+        embedder: Lays them out in the thread, and runs the model in the caller's.
 
     Yields:
-        Blocks in input order.
+        Units in input order, as they are done. Closing this generator ends the thread.
     """
-    for unit in units:
-        yield embed(unit)
+    with read_ahead(embedder.lay_out(units), depth=_SLABS_AHEAD) as slabs:
+        yield from embedder.run(slabs)

@@ -9,8 +9,11 @@ the same pieces, strands swapped. Where each window has its own row, it is cut a
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from genoembed.batching.pad import pool_mask
 from genoembed.contracts import Window
@@ -21,7 +24,6 @@ from genoembed.sequences.windows import iter_windows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from genoembed.contracts import EncodedSequence, SequenceRecord
@@ -47,6 +49,8 @@ class Piece:
     """Bases that count: those of the core that this piece answers for, less those skipped."""
     encoded: EncodedSequence
     pool_mask: NDArray[np.bool_]
+    content: bytes
+    """SHA-256 of the tokens that the model sees and of which of them count; equal for equal vectors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,18 +216,20 @@ class Cutter:
                 problem, path=record.source or None, line=record.line, record_id=record.id
             )
         first = max(window.core_start, window.start + self.skip_first)
+        counted = pool_mask(
+            encoded,
+            core_start=window.core_start - window.start,
+            core_end=window.core_end - window.start,
+            skip_first=self.skip_first,
+        )
         return Piece(
             record_index=record_index,
             window_index=window_index,
             is_reverse=is_reverse,
             num_bases=max(0, window.core_end - first),
             encoded=encoded,
-            pool_mask=pool_mask(
-                encoded,
-                core_start=window.core_start - window.start,
-                core_end=window.core_end - window.start,
-                skip_first=self.skip_first,
-            ),
+            pool_mask=counted,
+            content=_digest(encoded.input_ids, counted),
         )
 
     def _mirror(self, window: Window, length: int) -> Window:
@@ -240,3 +246,10 @@ class Cutter:
 def _core_end(record: SequenceRecord) -> int:
     assert record.core_end is not None, "a record sets it when it is made"
     return record.core_end
+
+
+def _digest(input_ids: NDArray[np.integer], counted: NDArray[np.bool_]) -> bytes:
+    """Tell pieces apart; the ids of one encoder have one dtype, so equal bytes are equal ids."""
+    digest = hashlib.sha256(np.ascontiguousarray(input_ids).data)
+    digest.update(counted.data)
+    return digest.digest()

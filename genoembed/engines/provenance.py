@@ -52,6 +52,7 @@ def describe_run(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCount
             **{package: version(package) for package in ("torch", "transformers", "numpy")},
         },
         "threads": torch.get_num_threads(),
+        "batch_tokens": embedder.batch_tokens,
         "peak_memory_mb": peak_memory_mb(),
     }
 

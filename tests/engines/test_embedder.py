@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ import torch
 
 from genoembed.config import embed_config
 from genoembed.contracts import SequenceRecord
-from genoembed.engines import embedder as embedder_module
-from genoembed.engines.embedder import RunStats, UnitEmbedder
+from genoembed.engines.embedder import BATCH_TOKENS, UnitEmbedder
+from genoembed.engines.stats import RunStats
 from genoembed.engines.units import WorkUnit
 from genoembed.errors import ModelError
-from tests.by_hand import ALL_FAMILIES, embed, model_of, random_dna
+from genoembed.pooling import reduce
+from tests.by_hand import ALL_FAMILIES, STRIPED, embed, model_of, random_dna, revcomp
 
 RECORDS = tuple(
     SequenceRecord(id=f"r{index}", sequence=random_dna(length, index).encode())
@@ -85,7 +88,7 @@ def test_running_totals_add_up():
 
 @pytest.mark.parametrize("slab_batches", [1, 32])
 def test_records_are_counted_once_and_as_they_are_done(slab_batches, monkeypatch):
-    monkeypatch.setattr(embedder_module, "_SLAB_BATCHES", slab_batches)
+    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", slab_batches)
     records = (*RECORDS, dataclasses.replace(RECORDS[6], id="flanked", core_start=35, core_end=None))
     done = []
     embedder = embedder_of(
@@ -120,6 +123,97 @@ def test_totals_count_overlap_and_the_other_strand_once(options):
     assert embedder.stats.bases_under_way == 0
 
 
+def test_budget_follows_the_device_unless_it_is_set():
+    assert embedder_of("llama").batch_tokens == BATCH_TOKENS["cpu"]
+    assert embedder_of("llama", batch_tokens=77).batch_tokens == 77
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+@pytest.mark.parametrize("slab_batches", [1, 32])
+@pytest.mark.parametrize("family", ["esm", "custom_conv", STRIPED])
+def test_equal_sequences_run_once_and_each_has_its_row(family, slab_batches, pooling, monkeypatch):
+    """Also on the other strand: the reverse complement of b is a."""
+    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", slab_batches)
+    one, other = random_dna(30, 1), random_dna(20, 2)
+    sequences = {"a": one, "b": revcomp(one), "c": other, "d": one, "e": "ACGT", "f": other}
+    records = tuple(SequenceRecord(id=name, sequence=text.encode()) for name, text in sequences.items())
+    options = {"pooling": pooling, "rc": "concat", "layers": ("0", "final"), "batch_tokens": 40}
+    alone = [embedder_of(family, **options)(WorkUnit(number=0, records=(record,))) for record in records]
+    seen = watched_batches(monkeypatch, family)
+    embedder = embedder_of(family, **options)
+    together = embedder(WorkUnit(number=0, records=records))
+    # both strands of a and c, and the palindrome once
+    num_special = 2 if family == "esm" else 0
+    assert sorted(itertools.chain(*seen)) == [length + num_special for length in (4, 20, 20, 30, 30)]
+    assert embedder.stats.repeats == 12 - 5
+    assert embedder.stats.real_tokens == sum(itertools.chain(*seen))
+    assert (embedder.stats.records, embedder.stats.bases) == (6, sum(map(len, sequences.values())))
+    assert [row.id for row in together.rows] == list(sequences)
+    field = "values" if pooling == "none" else "matrices"
+    for layer, matrix in getattr(together, field).items():
+        expected = np.concatenate([getattr(block, field)[layer] for block in alone])
+        np.testing.assert_allclose(matrix, expected, rtol=1e-5, atol=1e-5)
+        if pooling == "mean":
+            np.testing.assert_array_equal(matrix[0], matrix[3])
+            np.testing.assert_array_equal(matrix[2], matrix[5])
+
+
+def test_equal_windows_of_one_record_run_once(monkeypatch):
+    seen = watched_batches(monkeypatch, "llama")
+    embedder = embedder_of("llama", window=10, stride=10, per_window=True)
+    block = embedder(
+        WorkUnit(number=0, records=(SequenceRecord(id="n", sequence=b"N" * 50 + b"ACGTA" + b"N" * 25),))
+    )
+    assert len(block.rows) == 8
+    assert sum(map(len, seen)) == 2
+    assert embedder.stats.repeats == 6
+    assert embedder.stats.windows == 8
+
+
+def test_equal_sequences_of_two_units_run_in_each(monkeypatch):
+    """What a unit holds is gone when it is written."""
+    seen = watched_batches(monkeypatch, "llama")
+    embedder = embedder_of("llama")
+    for number in range(2):
+        embedder(WorkUnit(number=number, records=(SequenceRecord(id=str(number), sequence=b"ACGT"),)))
+    assert seen == [[4], [4]]
+    assert embedder.stats.repeats == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", STRIPED])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean"])
+def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
+    """Pooled on the fly: memory does not grow with the number of layers."""
+    captured, alive = [], []
+
+    def pool(hidden_BLD, *args, **options):
+        # the one before is this block's input, the caller's variable still
+        alive.append(sum(reference() is not None for reference in captured[:-1]))
+        captured.append(weakref.ref(hidden_BLD))
+        pooled = reduce.pool(hidden_BLD, *args, **options)
+        assert pooled.untyped_storage().nbytes() < hidden_BLD.untyped_storage().nbytes()
+        return pooled
+
+    monkeypatch.setattr("genoembed.engines.forward.pool", pool)
+    embedder_of(family, layers=("all",), pooling=pooling)(WorkUnit(number=0, records=RECORDS))
+    assert len(captured) >= 3
+    assert set(alive) == {0}
+
+
+def test_forward_and_pooling_are_timed_apart(monkeypatch):
+    def pool(*args, **options):
+        time.sleep(0.05)
+        return reduce.pool(*args, **options)
+
+    monkeypatch.setattr("genoembed.engines.forward.pool", pool)
+    embedder = embedder_of("llama", layers=("all",))
+    started = time.perf_counter()
+    embedder(WorkUnit(number=0, records=RECORDS))
+    whole = time.perf_counter() - started
+    assert 0.15 <= embedder.stats.pooling_s < whole
+    assert 0 < embedder.stats.forward_s <= whole - embedder.stats.pooling_s
+
+
 def test_no_memory_left_says_what_to_set(monkeypatch):
     def forward(*_, **__):
         raise torch.OutOfMemoryError
@@ -133,7 +227,7 @@ def test_no_memory_left_says_what_to_set(monkeypatch):
 def test_slabs_change_nothing(pooling, monkeypatch):
     options = {"pooling": pooling, "window": 20, "stride": 10, "rc": "mean", "layers": ("0", "final")}
     whole = embedder_of("esm", **options)(WorkUnit(number=0, records=RECORDS))
-    monkeypatch.setattr(embedder_module, "_SLAB_BATCHES", 1)
+    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", 1)
     cut = embedder_of("esm", batch_tokens=24, **options)(WorkUnit(number=0, records=RECORDS))
     assert cut.rows == whole.rows
     field = "values" if pooling == "none" else "matrices"
@@ -175,13 +269,13 @@ def test_window_rows_hash_what_they_show_only():
 
 def test_token_units_shrink_with_the_width(tmp_path, monkeypatch):
     units = []
-    original = UnitEmbedder.__call__
+    original = UnitEmbedder.rows
 
-    def call(self, unit):
-        units.append(len(unit.records))
-        return original(self, unit)
+    def rows(self, embedded):
+        units.append(len(embedded.unit.records))
+        return original(self, embedded)
 
-    monkeypatch.setattr(UnitEmbedder, "__call__", call)
+    monkeypatch.setattr(UnitEmbedder, "rows", rows)
     monkeypatch.setattr("genoembed.extraction._UNIT_VALUES", 16 * 2 * 60)
     records = {record.id: record.sequence.decode() for record in RECORDS}
     found = embed(tmp_path, records, model_of("llama"), layers=[0, "final"], pooling="none")
@@ -190,3 +284,25 @@ def test_token_units_shrink_with_the_width(tmp_path, monkeypatch):
     units.clear()
     embed(tmp_path, records, model_of("llama"), layers=[0, "final"])
     assert units == [8]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_records"),
+    [
+        ({}, [5, 3]),  # five vectors of two layers
+        ({"rc": "mean"}, [2, 2, 2, 2]),
+        ({"window": 20, "stride": 10, "per_window": True}, [2, 2, 2, 1, 1]),  # 50 bases
+        ({"window": 20, "stride": 20}, [4, 2, 2]),  # 100 bases
+    ],
+)
+def test_pooled_units_shrink_with_layers_strands_and_windows(options, num_records, tmp_path, monkeypatch):
+    """Vectors of all layers are held until a unit is written."""
+    units = []
+    original = UnitEmbedder.rows
+    monkeypatch.setattr(
+        UnitEmbedder, "rows", lambda self, done: units.append(len(done.unit.records)) or original(self, done)
+    )
+    monkeypatch.setattr("genoembed.extraction._UNIT_VALUES", 16 * 2 * 5)
+    records = {record.id: record.sequence.decode() for record in RECORDS}
+    embed(tmp_path, records, model_of("llama"), layers=[0, "final"], **options)
+    assert units == num_records

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import SequenceRecord
-from genoembed.engines.local import run_units
-from genoembed.engines.units import WorkUnit, iter_units
+from genoembed.engines.units import iter_units
 
 
 def records_of(lengths):
@@ -47,17 +46,3 @@ def test_iter_units_reads_no_further_than_it_must():
     units = iter_units(source(), max_bases=10)
     next(units)
     assert read == ["0", "1", "2"]
-
-
-def test_run_units_is_lazy_and_in_order():
-    done = []
-
-    def embed(unit):
-        done.append(unit.number)
-        return unit.number
-
-    blocks = run_units((WorkUnit(number=number, records=()) for number in range(3)), embed)
-    assert done == []
-    assert next(blocks) == 0
-    assert done == [0]
-    assert list(blocks) == [1, 2]

@@ -1,0 +1,180 @@
+"""Threads beside the forward pass: a source that runs ahead of its user, a sink that runs behind.
+
+In: an iterable, or a function to feed. Promised: items keep their order; no more than ``depth`` of them wait;
+what ends the thread is raised where its items are used; leaving the ``with`` ends the thread, whatever it is
+left by. Torch does its work in the caller's thread only, so interruptions find it there.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+Item = TypeVar("Item")
+
+_WAKE_S = 0.2
+"""Waiting is cut into pieces: on some systems a lock that is waited for keeps Ctrl-C out."""
+_PATIENCE_S = 1.0
+"""How long a source is waited for that may hang in a read that nothing ends, of standard input say."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Last item of a source, with what ended it."""
+
+    error: BaseException | None
+
+
+@contextmanager
+def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Iterator[Item]]:
+    """Run an iterable in a thread, a few items ahead of who uses it.
+
+    Args:
+        source: Iterated in the thread.
+        depth: Items that may wait, at least 1. One more is being made.
+
+    Yields:
+        An iterator over the same items, which raises what ``source`` raised, after the items before it.
+
+    Example:
+        >>> with read_ahead("abc", depth=2) as letters:
+        ...     list(letters)
+        ['a', 'b', 'c']
+    """
+    waiting: Queue[Item | _End] = Queue(maxsize=depth)
+    stopped = threading.Event()
+    # a daemon: a read of standard input that never returns must not keep the process
+    thread = threading.Thread(
+        target=_fill, args=(source, waiting, stopped), name="genoembed-reading", daemon=True
+    )
+    thread.start()
+    try:
+        yield _taken(waiting)
+    finally:
+        stopped.set()
+        end = time.monotonic() + _PATIENCE_S
+        while thread.is_alive() and time.monotonic() < end:
+            _clear(waiting)  # a thread that waits for room goes on, and sees that it is over
+            thread.join(timeout=0.01)
+
+
+@contextmanager
+def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[Callable[[Item], None]]:
+    """Call a function in a thread, item by item.
+
+    Leaving the ``with`` waits for the items that were handed over; leaving it by an exception drops those
+    that wait still. In either case the thread is done with its last item then.
+
+    Args:
+        consume: Called with each item, in order, until it raises.
+        depth: Items that may wait, at least 1.
+
+    Yields:
+        What to hand items to; raises what ``consume`` raised, as the end of the ``with`` does.
+
+    Example:
+        >>> seen = []
+        >>> with write_behind(seen.append, depth=1) as put:
+        ...     put("a"), put("b")
+        (None, None)
+        >>> seen
+        ['a', 'b']
+    """
+    sink = _Sink(consume, depth)
+    sink.thread.start()
+    try:
+        yield sink.put
+    except BaseException:
+        sink.is_abandoned = True
+        raise
+    finally:
+        sink.close()
+    sink.check()
+
+
+class _Sink(Generic[Item]):
+    """The thread of ``write_behind`` and what it shares with the caller's."""
+
+    def __init__(self, consume: Callable[[Item], object], depth: int) -> None:
+        self.is_abandoned = False
+        self.error: BaseException | None = None
+        self._consume = consume
+        self._waiting: Queue[Item | _End] = Queue(maxsize=depth)
+        self.thread = threading.Thread(target=self._work, name="genoembed-writing", daemon=True)
+
+    def put(self, item: Item) -> None:
+        self.check()
+        self._put(item)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self._put(_End(None))
+        self.thread.join()
+
+    def _put(self, item: Item | _End) -> None:
+        """Wait for room; it comes, as the thread takes items to the end even when it has failed."""
+        while True:
+            try:
+                return self._waiting.put(item, timeout=_WAKE_S)
+            except Full:
+                continue
+
+    def _work(self) -> None:
+        while not isinstance(item := self._waiting.get(), _End):
+            if self.error is None and not self.is_abandoned:
+                try:
+                    self._consume(item)
+                except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+                    self.error = error
+            del item  # it may be large, and the next one may be long in coming
+
+
+def _fill(source: Iterable[Item], waiting: Queue[Item | _End], stopped: threading.Event) -> None:
+    # While this frame lives, standard input is not closed. Python would do that as it exits, ask for the lock
+    # that a hanging read holds, and abort.
+    stdin = sys.stdin
+    error: BaseException | None = None
+    try:
+        for item in source:
+            if stopped.is_set():
+                break
+            waiting.put(item)
+            del item  # not held while the next one is made
+    except BaseException as caught:  # noqa: BLE001 - raised where the items are used
+        error = caught
+    if not stopped.is_set():
+        waiting.put(_End(error))
+    del stdin
+
+
+def _taken(waiting: Queue[Item | _End]) -> Iterator[Item]:
+    while True:
+        try:
+            item = waiting.get(timeout=_WAKE_S)
+        except Empty:
+            continue
+        if isinstance(item, _End):
+            if item.error is not None:
+                raise item.error
+            return
+        yield item
+        del item
+
+
+def _clear(waiting: Queue[Item]) -> None:
+    while True:
+        try:
+            waiting.get_nowait()
+        except Empty:
+            return

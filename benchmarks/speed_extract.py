@@ -5,7 +5,7 @@ turns in one process with the same weights and threads:
 
 - ``genoembed.extract``, as it chooses (``auto``) and in float32;
 - the usual loop: Bio.SeqIO, batches of 8 in file order, padded to the longest, ``output_hidden_states=True``,
-  mean with the mask, float32;
+  mean with the mask, float32 (and in the type that ``auto`` chose, where that is another);
 - the same loop, one record at a time, which gives what all vectors are compared with;
 - sentence-transformers' ``encode`` with mean pooling, float32, its own batching.
 
@@ -165,7 +165,7 @@ def usual_loop(
         hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
         mask = inputs["attention_mask"].unsqueeze(-1)
         vectors.append((hidden * mask).sum(1) / mask.sum(1))
-    matrix = torch.cat(vectors).numpy()
+    matrix = torch.cat(vectors).float().numpy()
     np.save(fasta.with_suffix(".npy"), matrix)
     return matrix
 
@@ -267,6 +267,11 @@ class Comparison:
         loop = functools.partial(usual_loop, model, tokenizer, fasta)
         ways["loop of 8"] = functools.partial(loop, rows_per_batch=LOOP_ROWS)
         ways["one at a time"] = functools.partial(loop, rows_per_batch=1)
+        if dtype != "float32":
+            lower = AutoModel.from_pretrained(folder, dtype=automatic.dtype).eval()
+            ways[f"loop of 8 ({dtype})"] = functools.partial(
+                usual_loop, lower, tokenizer, fasta, rows_per_batch=LOOP_ROWS
+            )
         if HAS_SENTENCE_TRANSFORMERS:
             ways["sentence-transformers"] = functools.partial(sentence_encoder(folder), fasta)
         else:

@@ -2,8 +2,8 @@
 
 In: :class:`~genoembed.training.encode.EncodedExample` rows. Out: ``input_ids``, ``attention_mask``,
 ``pool_mask`` and ``labels``. Promised: a label is ignored because its position is padding, never because of
-an id, so a genuine EOS counts even where the padding id is the same; padding is on the right, and only up to the
-smallest multiple asked for. Also here: which rows share a batch, and what padding costs. B rows, L padded
+an id, so a genuine EOS counts even where the padding id is the same; padding is on the right, and only up to
+the smallest multiple asked for. Also here: which rows share a batch, and what padding costs. B rows, L padded
 length, C classes or targets.
 """
 

@@ -132,8 +132,8 @@ def encode_token_example(
     if int(has_base.sum()) != len(sequence) and several_bases == "error":
         message = (
             f"{name}{int(has_base.sum())} tokens for {len(sequence)} labelled bases, expected one a base; "
-            "take a model with one token a base, or set several_bases='first' to learn the label of each token's "
-            "first base"
+            "take a model with one token a base, or set several_bases='first' to learn the label of each "
+            "token's first base"
         )
         raise ShapeError(message)
     labels = np.full(len(starts), ignore_index, dtype=np.int64)

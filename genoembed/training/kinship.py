@@ -179,10 +179,12 @@ def _shared_entries(sketches: Sketches) -> tuple[NDArray[np.uint64], NDArray[np.
     owners = np.repeat(np.arange(len(sketches), dtype=np.int64), np.diff(sketches.offsets))
     order = np.argsort(sketches.hashes, kind="stable")
     hashes = sketches.hashes[order]
-    is_same = np.concatenate([[False], hashes[1:] == hashes[:-1], [False]])
-    is_shared = is_same[1:] | is_same[:-1]
+    follows = np.zeros(len(hashes), dtype=np.bool_)
+    np.equal(hashes[1:], hashes[:-1], out=follows[1:])
+    is_shared = follows.copy()
+    is_shared[:-1] |= follows[1:]
     hashes, owners = hashes[is_shared], owners[order[is_shared]]
-    run = np.cumsum(~is_same[:-1][is_shared]) - 1
+    run = np.cumsum(~follows[is_shared]) - 1
     sizes = np.bincount(run)[run] if len(run) else np.zeros(0, np.int64)
     crowded = np.flatnonzero(sizes > _NEIGHBOURS + 1)
     shuffled = np.lexsort((mix(hashes[crowded] ^ mix(owners[crowded].astype(np.uint64))), hashes[crowded]))

@@ -321,7 +321,8 @@ def _unnamed(row: TableRow) -> str | None:
 def _cell(row: TableRow, column: str, key: str) -> object:
     if column in row.values:
         return row.values[column]
-    shown = ", ".join(repr(name) for name in list(row.values)[:6]) or "none"
+    names = [name if len(name) <= 30 else f"{name[:27]}..." for name in list(row.values)[:6]]
+    shown = ", ".join(map(repr, names)) or "none"
     near = get_close_matches(column, row.values, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}? Set {key}" if near else f"set {key}, or add the column"
     problem = f"no column {column!r} (there are {shown}); {remedy}"

@@ -159,8 +159,9 @@ def _report(report: LeakReport, splits: Splits, policy: FindingPolicy) -> None:
     first = report.examples[0]
     found = (
         f"{report.leaked['validation']} of {len(splits.validation)} validation rows and "
-        f"{report.leaked['test']} of {len(splits.test)} test rows have kin among the rows to train "
-        f"on; first: {first.heldout_id} ({first.heldout_place}) and {first.train_id} ({first.train_place}), identity {first.identity:.2f}"
+        f"{report.leaked['test']} of {len(splits.test)} test rows have kin among the rows to train on; "
+        f"first: {first.heldout_id} ({first.heldout_place}) and {first.train_id} ({first.train_place}), "
+        f"identity {first.identity:.2f}"
     )
     if policy == "error":
         message = f"homologs: {found}; set split='homology', or homologs='drop' or 'keep'"

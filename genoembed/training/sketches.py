@@ -6,7 +6,8 @@ compared below the smaller of their largest hashes, where both are complete: the
 k-mers that the other has too is the containment C, and C**(1/k) the identity of the part they share if
 letters change independently (Hera, Pierce-Ward and Koslicki 2023, Genome Research 33:1061). So a fragment is
 kin to what it was cut from. k-mers with letters other than ACGT say nothing and are left out, and so are
-repeats of one to three letters (poly-A, CACACA ...), which unrelated sequences share.
+microsatellites (poly-A, CACACA ...: units of up to six letters that fit three times), which unrelated
+sequences share.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MIN_SHARED = 2
 """k-mers that kin share at least."""
 
 _MAX_KMER_SIZE = 31
-_MAX_PERIOD = 3
+_MAX_PERIOD = 6
 _ROW_BITS = 11
 _CHUNK_BASES = 1 << 17
 _PAIRS_AT_ONCE = 1 << _ROW_BITS
@@ -145,7 +146,7 @@ def _hash_kmers(joined: bytes, k: int) -> tuple[NDArray[np.uint64], NDArray[np.b
         reverse |= (np.uint64(3) - letters) << np.uint64(2 * place)
     unknown = np.concatenate([[0], np.cumsum(codes == 4)])
     is_kept = unknown[k : k + size] == unknown[:size]
-    for period in range(1, min(_MAX_PERIOD, k - 1) + 1):
+    for period in range(1, min(_MAX_PERIOD, k // 3) + 1):
         mask = np.uint64((1 << 2 * (k - period)) - 1)
         is_kept &= (forward >> np.uint64(2 * period)) != (forward & mask)
     return mix(np.minimum(forward, reverse)), is_kept

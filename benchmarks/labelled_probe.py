@@ -71,7 +71,8 @@ def fusions_of(names: Sequence[str], paths: Sequence[str]) -> dict[str, tuple[st
             for chosen in pools:
                 members = tuple(f"{path} {pool}" for path in spread for pool in chosen)
                 fusions[f"{len(spread)} {title} {'+'.join(chosen)}"] = members
-                if f"{members[0]} rc" in names:
+                # three ways of pooling on both strands are some thousand features: too dear for every fold
+                if f"{members[0]} rc" in names and len(chosen) < 3:
                     both = (*members, *(f"{name} rc" for name in members))
                     fusions[f"{len(spread)} {title} {'+'.join(chosen)}, both strands"] = both
     for kind in ("windows", "bases"):

@@ -15,6 +15,7 @@ def plan_batches(
     *,
     max_tokens: int,
     max_rows: int | None = None,
+    max_padding: int | None = None,
     equal_lengths: bool = False,
 ) -> list[tuple[int, ...]]:
     """Group pieces by length so that no batch has over ``max_tokens`` slots.
@@ -27,6 +28,8 @@ def plan_batches(
         lengths: Tokens of each piece, at least 1.
         max_tokens: Slots of a batch, padding included, at least 1.
         max_rows: Rows of a batch, at least 1. None: any number.
+        max_padding: Slots of a batch that may hold padding, at least 0: a batch is closed before a piece that
+            is so much longer. What is right is what a forward pass costs beside its slots. None: any number.
         equal_lengths: Whether all pieces of a batch must have one length, for models that padding would
             change.
 
@@ -34,7 +37,7 @@ def plan_batches(
         Indices into ``lengths``, one tuple a batch.
 
     Raises:
-        ConfigError: If ``max_tokens`` or ``max_rows`` is below 1.
+        ConfigError: If ``max_tokens`` or ``max_rows`` is below 1, or ``max_padding`` below 0.
         SequenceLengthError: If a piece has no tokens.
 
     Example:
@@ -42,11 +45,17 @@ def plan_batches(
         [(2, 0, 3), (1,)]
         >>> plan_batches([3, 9, 2, 3], max_tokens=9, equal_lengths=True)
         [(2,), (0, 3), (1,)]
+        >>> plan_batches([3, 9, 2, 3], max_tokens=99, max_padding=4)
+        [(2, 0, 3), (1,)]
     """
     problems = [
-        f"{name}: {value}, expected 1 or more; set {name} to 1 or more"
-        for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows))
-        if value is not None and value < 1
+        f"{name}: {value}, expected {least} or more; set {name} to {least} or more"
+        for name, value, least in (
+            ("max_tokens", max_tokens, 1),
+            ("max_rows", max_rows, 1),
+            ("max_padding", max_padding, 0),
+        )
+        if value is not None and value < least
     ]
     if problems:
         raise ConfigError(*problems)
@@ -55,13 +64,17 @@ def plan_batches(
         raise SequenceLengthError(message)
     batches: list[tuple[int, ...]] = []
     batch: list[int] = []
+    num_real = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[index]
         is_full = (len(batch) + 1) * length > max_tokens or len(batch) == max_rows
-        if batch and (is_full or (equal_lengths and length != lengths[batch[0]])):
+        # the padding of the pieces before it, if it came in
+        is_longer = max_padding is not None and len(batch) * length - num_real > max_padding
+        if batch and (is_full or is_longer or (equal_lengths and length != lengths[batch[0]])):
             batches.append(tuple(batch))
-            batch = []
+            batch, num_real = [], 0
         batch.append(index)
+        num_real += length
     if batch:
         batches.append(tuple(batch))
     return batches

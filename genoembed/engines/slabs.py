@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SLAB_BATCHES = 32
 """Batches' worth of tokens in a slab: enough to find pieces of like length."""
+_PADDING_PART = 16
+"""Of a batch, what may be padding: one 16th, about what a pass costs that runs fewer pieces instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,7 @@ class SlabBuilder:
         plan = plan_batches(
             [len(piece.encoded.input_ids) for piece in draft.fresh],
             max_tokens=self.batch_tokens,
+            max_padding=self.batch_tokens // _PADDING_PART,
             equal_lengths=self.equal_lengths,
         )
         return Slab(

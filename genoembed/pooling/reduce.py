@@ -12,14 +12,17 @@ import torch
 from genoembed.errors import ConfigError, EmptyPoolError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
 Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean"]
 
-# Tokens widened to the accumulator's dtype at a time: bounds the extra memory of a long sequence.
-_CHUNK_TOKENS = 4096
+# Values of a row that are copied (masked, widened to the accumulator's dtype) at a time. On a CPU the copy
+# stays in the cache; elsewhere few large kernels are better than many small ones. Not shared among the rows,
+# as a row's sum must not depend on how many there are.
+_CHUNK_VALUES = {"cpu": 1 << 16}
+_CHUNK_VALUES_ELSEWHERE = 1 << 26
 
 
 def pool(
@@ -182,15 +185,28 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _kept_chunks(hidden_BLD: Tensor, mask_BL: Tensor, fill: float) -> Iterator[tuple[slice, Tensor]]:
+    """Give slices of the positions with their values, ``fill`` where a token is not kept."""
+    length, width = hidden_BLD.shape[1:]
+    on_cpu = hidden_BLD.device.type == "cpu"
+    values = _CHUNK_VALUES.get(hidden_BLD.device.type, _CHUNK_VALUES_ELSEWHERE)
+    step = max(1, values // max(1, width))
+    for start in range(0, length, step):
+        chunk = slice(start, start + step)
+        # most chunks keep all; to ask would stop a GPU
+        if on_cpu and bool(mask_BL[:, chunk].all()):
+            yield chunk, hidden_BLD[:, chunk]
+        else:
+            # Masked values are replaced, not multiplied by 0: NaN times 0 is NaN.
+            yield chunk, torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk], fill)
+
+
 def _weighted_sum_mean(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> Tensor:
     wide = torch.float32 if hidden_BLD.device.type == "mps" else torch.float64
     weights_BL = torch.where(mask_BL, weights_BL, 0).to(wide)
     sum_BD = hidden_BLD.new_zeros((hidden_BLD.shape[0], hidden_BLD.shape[2]), dtype=wide)
-    for start in range(0, hidden_BLD.shape[1], _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
-        # Masked values are replaced, not multiplied by 0: NaN times 0 is NaN.
-        kept_BLD = torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk], 0).to(wide)
-        sum_BD += torch.bmm(weights_BL[:, None, chunk], kept_BLD)[:, 0]
+    for chunk, kept_BLD in _kept_chunks(hidden_BLD, mask_BL, 0):
+        sum_BD += torch.bmm(weights_BL[:, None, chunk], kept_BLD.to(wide))[:, 0]
     return (sum_BD / weights_BL.sum(dim=1, keepdim=True)).to(_result_dtype(hidden_BLD))
 
 
@@ -203,14 +219,10 @@ def _weighted_mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def _max_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    dtype = _result_dtype(hidden_BLD)
-    shape = (hidden_BLD.shape[0], hidden_BLD.shape[2])
-    max_BD = torch.full(shape, -torch.inf, dtype=dtype, device=hidden_BLD.device)
-    for start in range(0, hidden_BLD.shape[1], _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
-        kept_BLD = torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk].to(dtype), -torch.inf)
+    max_BD = hidden_BLD.new_full((hidden_BLD.shape[0], hidden_BLD.shape[2]), -torch.inf)
+    for _, kept_BLD in _kept_chunks(hidden_BLD, mask_BL, -torch.inf):
         max_BD = torch.maximum(max_BD, kept_BLD.amax(dim=1))
-    return max_BD
+    return max_BD.to(_result_dtype(hidden_BLD))
 
 
 def _first_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:

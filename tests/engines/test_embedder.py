@@ -55,9 +55,17 @@ def test_model_without_mask_that_sees_both_sides_gets_equal_lengths(monkeypatch)
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family != "custom_conv"])
 def test_other_models_share_batches_between_lengths(family, monkeypatch):
     seen = watched_batches(monkeypatch, family)
-    embedder_of(family)(WorkUnit(number=0, records=RECORDS))
+    embedder_of(family, batch_tokens=8192)(WorkUnit(number=0, records=RECORDS))
     assert len(seen) == 1
     assert len(set(seen[0])) > 2
+
+
+def test_batch_is_closed_before_a_piece_that_would_pad_it_much(monkeypatch):
+    seen = watched_batches(monkeypatch, "llama")
+    embedder = embedder_of("llama", batch_tokens=640)
+    embedder(WorkUnit(number=0, records=RECORDS))
+    assert seen == [[1, 3, 17, 17, 17], [40, 40, 60]]
+    assert embedder.stats.slots - embedder.stats.real_tokens == (16 + 14) + (20 + 20)
 
 
 @pytest.mark.parametrize(("batch_tokens", "most_rows"), [(1, 1), (120, 7), (10_000, 8)])
@@ -220,7 +228,7 @@ def test_no_memory_left_says_what_to_set(monkeypatch):
 
     monkeypatch.setattr(type(model_of("llama")), "forward", forward)
     with pytest.raises(ModelError, match=r"'cpu' has no memory left for 8 x 60 tokens; set batch_tokens low"):
-        embedder_of("llama")(WorkUnit(number=0, records=RECORDS))
+        embedder_of("llama", batch_tokens=8192)(WorkUnit(number=0, records=RECORDS))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])

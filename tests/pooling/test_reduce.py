@@ -45,24 +45,26 @@ def test_pool_equals_the_oracle(method, case):
 
 @methods
 @settings(deadline=None, max_examples=40)
-@given(case=hidden_and_mask(), num_padding=st.integers(1, 9), chunk=st.sampled_from([1, 3, 4096]))
+@given(case=hidden_and_mask(), num_padding=st.integers(1, 9), chunk=st.sampled_from([1, 3, 9, 1 << 16]))
 def test_pool_is_bitwise_the_same_with_any_padding(method, case, num_padding, chunk):
     hidden, mask = torch.from_numpy(case[0]).float(), torch.from_numpy(case[1])
     rubbish = torch.full((hidden.shape[0], num_padding, hidden.shape[2]), torch.nan)
     padded = torch.cat([hidden, rubbish], dim=1)
     padded_mask = torch.nn.functional.pad(mask, (0, num_padding), value=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduce, "_CHUNK_TOKENS", chunk)
+        patch.setitem(reduce._CHUNK_VALUES, "cpu", chunk)
         assert torch.equal(pool(hidden, mask, method=method), pool(padded, padded_mask, method=method))
 
 
 @methods
 @settings(deadline=None, max_examples=40)
-@given(case=hidden_and_mask())
-def test_pool_a_row_does_not_depend_on_its_batch_mates(method, case):
+@given(case=hidden_and_mask(), chunk=st.sampled_from([3, 9, 1 << 16]))
+def test_pool_a_row_does_not_depend_on_its_batch_mates(method, case, chunk):
     hidden, mask = torch.from_numpy(case[0]).float(), torch.from_numpy(case[1])
-    together = pool(hidden, mask, method=method)
-    alone = [pool(hidden[row : row + 1], mask[row : row + 1], method=method) for row in range(len(mask))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reduce._CHUNK_VALUES, "cpu", chunk)
+        together = pool(hidden, mask, method=method)
+        alone = [pool(hidden[row : row + 1], mask[row : row + 1], method=method) for row in range(len(mask))]
     assert torch.equal(together, torch.cat(alone))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +15,11 @@ from genoembed.contracts import SequenceRecord
 from genoembed.engines.embedder import UnitEmbedder
 from genoembed.engines.units import WorkUnit
 from genoembed.models.locate import BUNDLED_FOLDER
-from tests.by_hand import ALL_FAMILIES, model_of, random_dna
+from tests.by_hand import ALL_FAMILIES, STRIPED, folder_of, model_of, random_dna
 
 TOLERANCE = 1e-5
+HALF_TOLERANCE = 1e-2
+"""In bfloat16, relative to the vector's largest value."""
 LONGEST = 600
 SOME_BASES = st.sampled_from([(17, "ACGT"), (17, "ACGTN"), (64, "ACGT"), (65, "ACGT"), (LONGEST, "ACGT")])
 ANY_BASES = st.tuples(st.integers(1, LONGEST), st.sampled_from(["ACGT", "ACGTN", "A"]))
@@ -95,9 +99,66 @@ def test_batches_of_one_three_and_sixteen_rows_agree(family, num_rows, monkeypat
         np.testing.assert_allclose(matrix, alone[layer], rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.skipif(
+def assert_close_in_any_company(model, case):
+    """Half precision: products of other shapes are rounded elsewhere."""
+    records, order, budget = case
+    alone = [vectors_of(model, [record], batch_tokens=1) for record in records]
+    together = vectors_of(model, [records[index] for index in order], batch_tokens=budget)
+    for layer, matrix in together.items():
+        for row, index in zip(matrix, order, strict=True):
+            (expected,) = alone[index][layer]
+            assert np.abs(row - expected).max() <= HALF_TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", ["esm", "llama", STRIPED])
+@settings(max_examples=6)
+@given(case=batches())
+def test_half_precision_vectors_hardly_depend_on_company(family, case, half_model_of):
+    assert_close_in_any_company(half_model_of(family), case)
+
+
+@pytest.fixture(scope="session")
+def half_model_of():
+    """A tiny family, or the bundled model, in bfloat16; each loaded once."""
+    return cache(
+        lambda family: load_model(
+            "genoembed-mini" if family == "bundled" else str(folder_of(family)),
+            device="cpu",
+            dtype="bfloat16",
+        )
+    )
+
+
+HAS_BUNDLED_WEIGHTS = pytest.mark.skipif(
     not (BUNDLED_FOLDER / "model.safetensors").exists(), reason="the bundled weights are not in this tree"
 )
+
+
+@HAS_BUNDLED_WEIGHTS
+@settings(max_examples=3)
+@given(case=batches())
+def test_bundled_model_in_half_precision_hardly_depends_on_company(case, half_model_of):
+    assert_close_in_any_company(half_model_of("bundled"), case)
+
+
+@HAS_BUNDLED_WEIGHTS
+def test_bundled_model_in_half_precision_is_close_to_full(bundled, half_model_of):
+    """What ``dtype='auto'`` costs on a CPU with a matrix unit."""
+    records = [
+        SequenceRecord(id=f"r{index}", sequence=random_dna(length, index).encode())
+        for index, length in enumerate((150, 400, 1000))
+    ]
+    options = {"batch_tokens": 2048, "layers": ("28", "final")}
+    full = vectors_of(bundled, records, **options)
+    half = vectors_of(half_model_of("bundled"), records, **options)
+    assert len(full) == 2
+    for layer, matrix in full.items():
+        for exact, rounded in zip(matrix, half[layer], strict=True):
+            assert not np.array_equal(exact, rounded)
+            assert np.abs(exact - rounded).max() <= HALF_TOLERANCE * np.abs(exact).max()
+
+
+@HAS_BUNDLED_WEIGHTS
 @settings(max_examples=4)
 @given(case=batches())
 def test_bundled_model_does_not_depend_on_company(bundled, case):

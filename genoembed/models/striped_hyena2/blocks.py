@@ -8,13 +8,14 @@ B sequences, L positions, D hidden size, I inner size, H heads, E head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from genoembed.models.striped_hyena2.filter_cache import FilterCache
 from genoembed.models.striped_hyena2.operators import causal_convolution, causal_fir, modal_convolution
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ class HyenaFilter(Float32Keeper):
         width = config.hidden_size
         self.kind = kind
         self.interleave = config.interleave
+        self._cache = FilterCache()
         self.short_filter_weight = nn.Parameter(torch.empty(3 * width, 1, config.short_filter_length))
         if kind == "hcs":
             self.h = nn.Parameter(torch.empty(config.hcs_filter_groups, 1, config.hcs_filter_length))
@@ -255,30 +257,89 @@ class HyenaFilter(Float32Keeper):
             self.log_poles = nn.Parameter(torch.empty(width, config.state_size, 1, dtype=torch.float32))
             self.residues = nn.Parameter(torch.empty(width, config.state_size, dtype=torch.float32))
 
-    def forward(self, z_BLP: Tensor, starts_BM: Tensor | None = None) -> Tensor:
+    def forward(self, parts_BLD: tuple[Tensor, Tensor, Tensor], starts_BM: Tensor | None = None) -> Tensor:
         """Filter projected tokens.
 
         Args:
-            z_BLP: Output of the input projections. Floating, shape ``(B, L, 3 D)``.
+            parts_BLD: Gate after the inner filter, gate before it, and value. Floating, each ``(B, L, D)``.
             starts_BM: True where a chunk starts a segment. Bool, shape ``(B, M)``.
 
         Returns:
             Shape ``(B, L, D)``, dtype of the input.
         """
-        z_BLP = causal_fir(z_BLP, self.short_filter_weight[:, 0], starts_BM=starts_BM)
-        if self.interleave:
-            post_gate, pre_gate, value = z_BLP.unflatten(-1, (-1, 3)).unbind(-1)
-        else:
-            post_gate, pre_gate, value = z_BLP.chunk(3, dim=-1)
+        taps = split_rows(self.short_filter_weight[:, 0], is_interleaved=self.interleave)
+        post_gate, pre_gate, value = (
+            causal_fir(part, part_taps, starts_BM=starts_BM)
+            for part, part_taps in zip(parts_BLD, taps, strict=True)
+        )
         return post_gate * self._inner(pre_gate * value, starts_BM)
 
     def _inner(self, u_BLD: Tensor, starts_BM: Tensor | None) -> Tensor:
         if self.kind == "hcs":
             return causal_fir(u_BLD, self.h[:, 0], starts_BM=starts_BM)
+        # in training a laid-out filter serves once, and elsewhere building it costs little
+        is_kept = starts_BM is None and not torch.is_grad_enabled() and u_BLD.device.type == "cpu"
+        kept = self._cache if is_kept else None
         if self.kind == "hcm":
-            return causal_convolution(u_BLD, self.h[:, 0], self.D, starts_BM=starts_BM)
+            return causal_convolution(u_BLD, self.h[:, 0], self.D, starts_BM=starts_BM, kept=kept)
         poles = self.log_poles[..., 0]
-        return modal_convolution(u_BLD, poles, self.residues, self.D, starts_BM=starts_BM)
+        return modal_convolution(u_BLD, poles, self.residues, self.D, starts_BM=starts_BM, kept=kept)
+
+
+def split_rows(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the three parts of what is stored for a projection of three times the width, as views.
+
+    Args:
+        weight: Stored rows. Shape ``(3 D, ...)``.
+        is_interleaved: Whether row ``3 d + p`` belongs to part p, or row ``p D + d``.
+
+    Returns:
+        Rows of the gate after the inner filter, of the gate before it, of the value; each ``(D, ...)``.
+    """
+    parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
+    return parts[0], parts[1], parts[2]
+
+
+class Projections(nn.Linear):
+    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved.
+
+    Args:
+        config: Gives the width, the bias and the order of rows.
+    """
+
+    def __init__(self, config: StripedHyena2Config) -> None:
+        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
+        self.is_interleaved = config.interleave
+
+    def project_parts(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to each part.
+
+        Args:
+            x_BLD: Floating, shape ``(B, L, D)``.
+
+        Returns:
+            Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
+        """
+        weights = split_rows(self.weight, is_interleaved=self.is_interleaved)
+        biases = (
+            (None, None, None)
+            if self.bias is None
+            else split_rows(self.bias, is_interleaved=self.is_interleaved)
+        )
+        first, second, third = (F.linear(x_BLD, w, b) for w, b in zip(weights, biases, strict=True))
+        return first, second, third
+
+
+def _project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of the projection; a module that is watched, wrapped or replaced is called as a whole."""
+    is_plain = type(projections) is Projections and not (
+        projections._forward_hooks or projections._forward_pre_hooks or "forward" in vars(projections)
+    )
+    if is_plain:
+        return cast("Projections", projections).project_parts(x_BLD)
+    z_BLP = projections(x_BLD)
+    parts = z_BLP.unflatten(-1, (-1, 3)).unbind(-1) if is_interleaved else z_BLP.chunk(3, dim=-1)
+    return parts[0], parts[1], parts[2]
 
 
 class OutFilterDense(StreamLinear):
@@ -313,7 +374,7 @@ class HyenaBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.pre_norm = RMSNorm(config)
-        self.projections = nn.Linear(width, 3 * width, bias=config.qkv_proj_bias)
+        self.projections: nn.Module = Projections(config)
         self.filter = HyenaFilter(config, config.block_kind(layer_idx))
         self.out_filter_dense = OutFilterDense(width, width, bias=config.hyena_out_proj_bias)
         self.post_norm = RMSNorm(config)
@@ -329,12 +390,14 @@ class HyenaBlock(GradientCheckpointingLayer):
         Returns:
             Residual stream, shape ``(B, L, D)``.
         """
-        z_BLP = self.projections(self.pre_norm(x_BLD))
+        parts_BLD = _project(self.projections, self.pre_norm(x_BLD), is_interleaved=self.filter.interleave)
         if context.key_mask_BL is not None:
             # filters have no bias: a zero that goes in adds nothing anywhere
-            z_BLP = z_BLP.masked_fill(~context.key_mask_BL[..., None], 0)
+            is_padding = ~context.key_mask_BL[..., None]
+            first, second, third = (part.masked_fill(is_padding, 0) for part in parts_BLD)
+            parts_BLD = first, second, third
         starts_BM = None if context.segments is None else context.segments.starts_1M
-        x_BLD = x_BLD + self.out_filter_dense(self.filter(z_BLP, starts_BM))
+        x_BLD = x_BLD + self.out_filter_dense(self.filter(parts_BLD, starts_BM))
         return x_BLD + self.mlp(self.post_norm(x_BLD))
 
 

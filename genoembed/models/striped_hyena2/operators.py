@@ -1,60 +1,83 @@
 """The convolutions of StripedHyena 2: exactly causal, differentiable, channels last, without FFT.
 
-Everything takes and returns ``(B, L, D)``, the layout in which a Linear leaves its output, so nothing is
-transposed between a projection and its filter. Sums are float32 (float64 for float64 input); the result is
-rounded once to the input's dtype.
+Everything takes and returns ``(B, L, D)``, the layout in which a Linear leaves its output. A short filter
+is a depthwise convolution in that layout. The others are Toeplitz products over chunks of the sequence, for
+which channels move before positions and back. Which product serves which filter, and in which dtype, is
+decided here and nowhere else.
 
 B sequences, L positions, D channels, G filter groups (each serves ``D / G`` neighbouring channels),
 K taps, S states, C chunk length, M chunks.
 
+A sequence can come in blocks: what an operator needs of the past goes in as ``history`` or ``state``.
 With ``starts_BM`` the row is cut into M equal chunks, and history ends where a chunk starts afresh: what lies
 before it has no influence and gets no gradient, exactly.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genoembed.models.striped_hyena2.fir import depthwise_correlation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from genoembed.models.striped_hyena2.filter_cache import FilterCache
+
+_Matrices = TypeVar("_Matrices")
+
 CHUNK = 128
-"""Positions a Toeplitz product covers."""
+"""Positions that a Toeplitz product of the medium filter covers."""
+MODAL_CHUNK = 64
+"""The same for the long filter, whose matrices are one a channel and should stay in cache."""
 
 
-def causal_fir(x: Tensor, taps: Tensor, *, starts_BM: Tensor | None = None) -> Tensor:
+def causal_fir(
+    x: Tensor, taps: Tensor, *, history: Tensor | None = None, starts_BM: Tensor | None = None
+) -> Tensor:
     """Correlate each channel with a short filter whose last tap weighs the current position.
 
-    ``y[t] = sum_k taps[k] * x[t - (K - 1) + k]``, as shifted multiply-adds.
+    ``y[t] = sum_k taps[k] * x[t - (K - 1) + k]``.
 
     Args:
         x: Input. Floating, shape ``(B, L, D)``.
         taps: Filters. Floating, shape ``(G, K)``; G divides D.
-        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
+        history: The inputs before ``x``, the latest last; None stands for zeros. Shape ``(B, K - 1, D)``.
+        starts_BM: True where a chunk starts afresh; excludes ``history``. Bool, shape ``(B, M)``.
 
     Returns:
-        Shape ``(B, L, D)``, dtype of ``x``.
+        Shape ``(B, L, D)``, dtype of ``x``; one rounding.
 
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
         >>> causal_fir(x, torch.tensor([[0.5, 1.0]])).flatten()
         tensor([  1.0000,  10.5000, 105.0000])
     """
-    length, num_taps = x.shape[1], taps.shape[1]
-    weights = taps.to(_accumulator(x)).repeat_interleave(x.shape[2] // taps.shape[0], dim=0)
-    if starts_BM is None:
-        padded = F.pad(x, (0, 0, num_taps - 1, 0)).to(weights.dtype)
-    else:
-        frames_BMFD = _chunks_with_history(x, starts_BM, num_taps - 1)
-        padded = frames_BMFD.flatten(0, 1).to(weights.dtype)
-        length = x.shape[1] // starts_BM.shape[1]
-    total = padded[:, num_taps - 1 :] * weights[:, -1]
-    for k in range(num_taps - 1):
-        total = total + padded[:, k : k + length] * weights[:, k]
-    return total.view_as(x).to(x.dtype)
+    if not x.numel():
+        return x
+    dtype, reach = product_dtype(x), taps.shape[1] - 1
+    taps_DK = taps.to(dtype).repeat_interleave(x.shape[2] // taps.shape[0], dim=0)
+    if starts_BM is not None:
+        frames_BMFD = _chunks_with_history(x.to(dtype), starts_BM, reach)
+        filtered = depthwise_correlation(frames_BMFD.flatten(0, 1), taps_DK, left_zeros=0)
+        return filtered.reshape(x.shape).to(x.dtype)
+    if history is not None:
+        x = torch.cat((history.to(x.dtype), x), dim=1)
+    return depthwise_correlation(x.to(dtype), taps_DK, left_zeros=reach if history is None else 0).to(x.dtype)
 
 
 def causal_convolution(
-    x: Tensor, taps: Tensor, skip: Tensor | None = None, *, starts_BM: Tensor | None = None
+    x: Tensor,
+    taps: Tensor,
+    skip: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
+    starts_BM: Tensor | None = None,
+    kept: FilterCache | None = None,
 ) -> Tensor:
     """Convolve each channel with a filter whose first tap weighs the current position.
 
@@ -65,10 +88,12 @@ def causal_convolution(
         x: Input. Floating, shape ``(B, L, D)``.
         taps: Filters. Floating, shape ``(G, K)``; G divides D.
         skip: Weight of the input itself. Floating, shape ``(D,)``.
-        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
+        history: The inputs before ``x``, the latest last; None stands for zeros. Shape ``(B, K - 1, D)``.
+        starts_BM: True where a chunk starts afresh; excludes ``history``. Bool, shape ``(B, M)``.
+        kept: Where the laid-out filter is kept for the next call; None builds it, with gradients.
 
     Returns:
-        Shape ``(B, L, D)``, dtype of ``x``; one rounding.
+        Shape ``(B, L, D)``, dtype of ``x``; the sum over taps is rounded once, then the skip is added.
 
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
@@ -76,30 +101,100 @@ def causal_convolution(
         tensor([  1.0000,  10.5000, 105.0000])
     """
     batch, length, width = x.shape
-    if not length:
+    if not x.numel():
         return x
     num_groups = taps.shape[0]
-    taps = taps[:, :length].to(_accumulator(x))
     chunk = min(CHUNK, length) if starts_BM is None else length // starts_BM.shape[1]
-    history = -(-(taps.shape[1] - 1) // chunk) * chunk
+    matrix = _laid_out(convolution_matrix, (taps,), chunk, product_dtype(x), kept)
+    reach = matrix.shape[2] - chunk
     num_chunks = -(-length // chunk)
-    if starts_BM is None:
-        padded = F.pad(x, (0, 0, history, num_chunks * chunk - length))
-        frames_BMFD = padded.unfold(1, history + chunk, chunk).transpose(2, 3)
+    if starts_BM is not None:
+        frames_BMFD = _chunks_with_history(x, starts_BM, reach)
     else:
-        frames_BMFD = _chunks_with_history(x, starts_BM, history)
-    frames = frames_BMFD.reshape(batch * num_chunks, history + chunk, num_groups, width // num_groups)
-    columns = frames.permute(2, 1, 0, 3).reshape(num_groups, history + chunk, -1).to(taps.dtype)
-    toeplitz = toeplitz_matrix(taps, num_rows=chunk, history=history)
-    product = torch.bmm(toeplitz, columns).view(num_groups, chunk, batch, num_chunks, width // num_groups)
-    result = product.permute(2, 3, 1, 0, 4).reshape(batch, num_chunks * chunk, width)[:, :length]
-    if skip is not None:
-        result = result + skip.to(taps.dtype) * x
-    return result.to(x.dtype)
+        frames_BMFD = _overlapping_chunks(x, history, chunk=chunk, num_chunks=num_chunks, reach=reach)
+    frames = frames_BMFD.reshape(batch * num_chunks, reach + chunk, num_groups, width // num_groups)
+    columns = frames.permute(2, 1, 0, 3).reshape(num_groups, reach + chunk, -1)
+    product = torch.bmm(matrix, columns.to(matrix.dtype))
+    product = product.view(num_groups, chunk, batch, num_chunks, width // num_groups)
+    filtered = (
+        product.permute(2, 3, 1, 0, 4).reshape(batch, num_chunks * chunk, width)[:, :length].to(x.dtype)
+    )
+    return filtered if skip is None else torch.addcmul(filtered, x, skip.to(x.dtype))
+
+
+def convolution_matrix(taps: Tensor, *, chunk: int, dtype: torch.dtype) -> Tensor:
+    """Lay filters out for :func:`causal_convolution`; worth keeping while the taps stay.
+
+    Args:
+        taps: Filters, first tap for the current position. Shape ``(G, K)``.
+        chunk: Positions a product covers: ``min(CHUNK, L)``.
+        dtype: Of the products.
+
+    Returns:
+        Shape ``(G, chunk, reach + chunk)``; ``reach`` is ``K - 1`` rounded up to chunks.
+    """
+    history = -(-(taps.shape[1] - 1) // chunk) * chunk
+    return toeplitz_matrix(taps.to(_accumulator(dtype)), num_rows=chunk, history=history).to(dtype)
+
+
+class ModalMatrices(NamedTuple):
+    """A modal filter laid out for chunks of C positions."""
+
+    inside_DCC: Tensor
+    """What input j of a chunk gives to output i, at ``[:, j, i]``."""
+    entering_DCS: Tensor
+    """What input j of a chunk adds to the state after it."""
+    leaving_DSC: Tensor
+    """What the state before a chunk gives to output i."""
+    decay_DS: Tensor
+    """What is left of a state after a chunk. float32 or float64."""
+
+
+def modal_matrices(log_poles: Tensor, residues: Tensor, *, chunk: int, dtype: torch.dtype) -> ModalMatrices:
+    """Lay a modal filter out for :func:`modal_convolution`; worth keeping while poles and residues stay.
+
+    Args:
+        log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
+        residues: Weight of each mode. Shape ``(D, S)``.
+        chunk: Positions a product covers.
+        dtype: Of the products.
+
+    Returns:
+        The matrices, built in float32 (float64 for float64) and rounded once.
+    """
+    accumulator = _accumulator(dtype)
+    log_poles, residues = log_poles.to(accumulator), residues.to(accumulator)
+    steps = torch.arange(chunk, device=log_poles.device, dtype=accumulator)
+    decay_DSC = torch.exp(log_poles[:, :, None] * steps)  # a mode's value after 0 .. C - 1 steps
+    impulse_DC = torch.bmm(residues[:, None], decay_DSC)[:, 0]
+    inside_DCC = toeplitz_matrix(impulse_DC, num_rows=chunk, history=0).transpose(1, 2)
+    # what the state before the chunk still gives after 1 .. C steps
+    leaving_DSC = (residues * torch.exp(log_poles))[:, :, None] * decay_DSC
+    return ModalMatrices(
+        inside_DCC.to(dtype),
+        decay_DSC.flip(-1).transpose(1, 2).to(dtype),
+        leaving_DSC.to(dtype),
+        torch.exp(log_poles * chunk),
+    )
+
+
+class ModalOutput(NamedTuple):
+    """Output of a modal filter and what it carries on."""
+
+    output: Tensor
+    """Shape ``(B, L, D)``, dtype of the input."""
+    state_BDS: Tensor
+    """Every mode's value after the last position. float32 or float64, shape ``(B, D, S)``."""
 
 
 def modal_convolution(
-    x: Tensor, log_poles: Tensor, residues: Tensor, skip: Tensor, *, starts_BM: Tensor | None = None
+    x: Tensor,
+    log_poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    *,
+    starts_BM: Tensor | None = None,
+    kept: FilterCache | None = None,
 ) -> Tensor:
     """Convolve each channel with a sum of decaying exponentials over the whole past.
 
@@ -112,6 +207,7 @@ def modal_convolution(
         residues: Weight of each mode. Shape ``(D, S)``.
         skip: Weight of the input itself. Shape ``(D,)``.
         starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
+        kept: Where the laid-out filter is kept for the next call; None builds it, with gradients.
 
     Returns:
         Shape ``(B, L, D)``, dtype of ``x``.
@@ -122,30 +218,60 @@ def modal_convolution(
         >>> modal_convolution(x, half, torch.ones(1, 1), torch.zeros(1)).flatten()
         tensor([1.0000, 0.5000, 0.2500])
     """
-    batch, length, width = x.shape
-    if not length:
+    if not x.numel():
         return x
-    dtype = _accumulator(x)
-    log_poles, residues = log_poles.to(dtype), residues.to(dtype)
-    chunk = min(CHUNK, length) if starts_BM is None else length // starts_BM.shape[1]
-    num_chunks = -(-length // chunk)
-    padded = F.pad(x, (0, 0, 0, num_chunks * chunk - length)).view(batch, num_chunks, chunk, width)
-    columns = padded.permute(3, 2, 0, 1).reshape(width, chunk, batch * num_chunks).to(dtype)
-    steps = torch.arange(chunk, device=x.device, dtype=dtype)
-    decay = torch.exp(log_poles[:, :, None] * steps)  # (D, S, C): a mode's value after 0 .. C - 1 steps
-    impulse = torch.einsum("ds,dsc->dc", residues, decay)
-    inside = torch.bmm(toeplitz_matrix(impulse, num_rows=chunk, history=0), columns)
-    if num_chunks > 1:
-        num_states = log_poles.shape[1]
-        entering = torch.bmm(decay.flip(-1), columns).view(width, num_states, batch, num_chunks)
-        carried = _scan_chunks(entering, torch.exp(log_poles * chunk), starts_BM)
-        # what the state before the chunk still gives after 1 .. C steps
-        leaving = (residues * torch.exp(log_poles))[:, :, None] * decay
-        carried = carried.reshape(width, num_states, batch * num_chunks)
-        inside = inside + torch.bmm(leaving.transpose(1, 2), carried)
-    filtered = inside.view(width, chunk, batch, num_chunks).permute(2, 3, 1, 0)
-    filtered = filtered.reshape(batch, num_chunks * chunk, width)[:, :length].to(x.dtype)
-    return filtered + skip.to(x.dtype) * x
+    chunk = min(MODAL_CHUNK, x.shape[1]) if starts_BM is None else x.shape[1] // starts_BM.shape[1]
+    matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
+    rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
+    before_DBMS = None
+    if rows_DBMC.shape[2] > 1:
+        before_DBMS = _states_before(_enter(rows_DBMC, matrices), matrices.decay_DS, starts_BM=starts_BM)
+    return torch.addcmul(_leave(rows_DBMC, before_DBMS, matrices, like=x), x, skip.to(x.dtype))
+
+
+def modal_convolution_from(
+    x: Tensor,
+    log_poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    *,
+    state_BDS: Tensor | None,
+    kept: FilterCache | None = None,
+) -> ModalOutput:
+    """Go on with :func:`modal_convolution` where an earlier block of the sequence ended.
+
+    Args:
+        x: The next block. Floating, shape ``(B, L, D)``; L is at least 1.
+        log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
+        residues: Weight of each mode. Shape ``(D, S)``.
+        skip: Weight of the input itself. Shape ``(D,)``.
+        state_BDS: State after the earlier blocks; None at the beginning. Shape ``(B, D, S)``.
+        kept: As for :func:`modal_convolution`.
+
+    Returns:
+        The block's output and the state after it.
+
+    Example:
+        >>> half_life = torch.tensor([[0.5]]).log(), torch.ones(1, 1), torch.zeros(1)
+        >>> first = modal_convolution_from(torch.ones(1, 1, 1), *half_life, state_BDS=None)
+        >>> more = modal_convolution_from(torch.zeros(1, 2, 1), *half_life, state_BDS=first.state_BDS)
+        >>> more.output.flatten()
+        tensor([0.5000, 0.2500])
+    """
+    length = x.shape[1]
+    chunk = min(MODAL_CHUNK, length)
+    matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
+    rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
+    entering_DBMS = _enter(rows_DBMC, matrices)
+    before_DBMS = _states_before(entering_DBMS, matrices.decay_DS, first_BDS=state_BDS)
+    filtered = _leave(rows_DBMC, before_DBMS, matrices, like=x)
+    # the last chunk may be a short one: only its own positions enter, and the state fades by as many
+    last = length - (rows_DBMC.shape[2] - 1) * chunk
+    entered_DBS = torch.bmm(rows_DBMC[:, :, -1, :last], matrices.entering_DCS[:, chunk - last :])
+    faded_DS = torch.exp(log_poles.to(matrices.decay_DS.dtype) * last)
+    state_DBS = before_DBMS[:, :, -1] * faded_DS[:, None] + entered_DBS
+    output = torch.addcmul(filtered, x, skip.to(x.dtype))
+    return ModalOutput(output, state_DBS.transpose(0, 1))
 
 
 def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
@@ -180,6 +306,62 @@ def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
     return rectangle[:, :, num_rows - 1 :]
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which filters are multiplied; every sum is float32 (float64 for float64).
+
+    Half precision only where the machine multiplies in it; elsewhere float32 is faster.
+
+    Args:
+        x: The input.
+
+    Returns:
+        The dtype of ``x``, or float32.
+    """
+    if x.dtype not in _HALF or x.device.type == "cuda":
+        return x.dtype
+    has_units = x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_BFLOAT16_UNITS
+    return torch.bfloat16 if has_units else torch.float32
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+_HAS_BFLOAT16_UNITS = bool(
+    torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
+def _laid_out(
+    build: Callable[..., _Matrices],
+    weights: tuple[Tensor, ...],
+    chunk: int,
+    dtype: torch.dtype,
+    kept: FilterCache | None,
+) -> _Matrices:
+    if kept is None:
+        return build(*weights, chunk=chunk, dtype=dtype)
+    return kept.get(lambda: build(*weights, chunk=chunk, dtype=dtype), weights, (chunk, dtype))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _overlapping_chunks(
+    x: Tensor, history: Tensor | None, *, chunk: int, num_chunks: int, reach: int
+) -> Tensor:
+    """Give each chunk behind the ``reach`` positions before it; ``(B, M, reach + C, D)``."""
+    batch, length, width = x.shape
+    before = 0 if history is None else history.shape[1]
+    padded = F.pad(
+        x if history is None else torch.cat((history.to(x.dtype), x), dim=1),
+        (0, 0, reach - before, num_chunks * chunk - length),
+    )
+    chunks = padded.view(batch, -1, chunk, width)
+    return torch.cat([chunks[:, back : back + num_chunks] for back in range(reach // chunk + 1)], dim=2)
+
+
 def _chunks_with_history(x: Tensor, starts_BM: Tensor, history: int) -> Tensor:
     """Give each chunk behind the positions before it, 0 where a start lies between; ``(B, M, F, D)``."""
     batch, length, width = x.shape
@@ -197,21 +379,68 @@ def _chunks_with_history(x: Tensor, starts_BM: Tensor, history: int) -> Tensor:
     return joined[:, :, joined.shape[2] - chunk - history :]
 
 
-def _scan_chunks(entering: Tensor, decay: Tensor, starts_BM: Tensor | None = None) -> Tensor:
-    """State before each chunk, from what each chunk adds: a recurrence over the last axis, by doubling."""
-    state = F.pad(entering, (1, 0))[..., :-1]
-    factor = decay[:, :, None, None]
+class _Turned(torch.autograd.Function):
+    """A matrix copied with its axes swapped; the gradient comes back the same way, not through a view."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        return matrix.t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        turned: Tensor = _Turned.apply(grad)
+        return turned
+
+
+def _channels_first(x: Tensor, *, chunk: int) -> Tensor:
+    """Cut rows into chunks (the last filled up with zeros) and put channels first; ``(D, B, M, C)``."""
+    batch, length, width = x.shape
+    missing = -length % chunk
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    turned: Tensor = _Turned.apply(x.reshape(-1, width))
+    return turned.view(width, batch, -1, chunk)
+
+
+def _enter(rows_DBMC: Tensor, matrices: ModalMatrices) -> Tensor:
+    """What each chunk adds to the states; ``(D, B, M, S)``, float32 or float64."""
+    width, batch, num_chunks, _ = rows_DBMC.shape
+    entering = torch.bmm(rows_DBMC.flatten(1, 2), matrices.entering_DCS)
+    return entering.view(width, batch, num_chunks, -1).to(matrices.decay_DS.dtype)
+
+
+def _leave(rows_DBMC: Tensor, before_DBMS: Tensor | None, matrices: ModalMatrices, *, like: Tensor) -> Tensor:
+    """Filter each chunk, with what the states before it still give; back to ``(B, L, D)``."""
+    filtered = torch.bmm(rows_DBMC.flatten(1, 2), matrices.inside_DCC)
+    if before_DBMS is not None:
+        before = before_DBMS.flatten(1, 2).to(filtered.dtype)
+        filtered = torch.baddbmm(filtered, before, matrices.leaving_DSC)
+    batch, length, width = like.shape
+    turned: Tensor = _Turned.apply(filtered.view(width, -1))
+    return turned.view(batch, -1, width)[:, :length].to(like.dtype)
+
+
+def _states_before(
+    entering_DBMS: Tensor,
+    decay_DS: Tensor,
+    *,
+    first_BDS: Tensor | None = None,
+    starts_BM: Tensor | None = None,
+) -> Tensor:
+    """State before each chunk, from what each chunk adds: a recurrence over chunks, by doubling."""
+    state = F.pad(entering_DBMS, (0, 0, 1, 0))[:, :, :-1]
+    if first_BDS is not None:
+        first = first_BDS.to(state.dtype).transpose(0, 1)[:, :, None]
+        state = torch.cat((first, state[:, :, 1:]), dim=2)
+    factor = decay_DS[:, None, None]
     if starts_BM is not None:
-        state = state.masked_fill(starts_BM, 0)
-        factor = factor.expand_as(state).masked_fill(starts_BM, 0)
+        is_start = starts_BM[..., None]
+        state = state.masked_fill(is_start, 0)
+        factor = factor.expand_as(state).masked_fill(is_start, 0)
     shift = 1
-    while shift < entering.shape[-1]:
-        state = state + factor * F.pad(state, (shift, 0))[..., :-shift]
-        earlier = factor if starts_BM is None else F.pad(factor, (shift, 0))[..., :-shift]
+    while shift < entering_DBMS.shape[2]:
+        state = state + factor * F.pad(state, (0, 0, shift, 0))[:, :, :-shift]
+        earlier = factor if starts_BM is None else F.pad(factor, (0, 0, shift, 0))[:, :, :-shift]
         factor = factor * earlier
         shift *= 2
     return state
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -36,7 +36,7 @@ from genoembed.analysis import baseline_features, cross_validate, probe, split_f
 from genoembed.analysis.metrics import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from genoembed import GenomicModel
     from genoembed.analysis import MetricSummary, ProbeResult
@@ -92,9 +92,37 @@ def measure_set(labelled: LabelledSet, options: argparse.Namespace) -> dict[str,
         options: Of the command.
 
     Returns:
-        Everything that the tables need, as plain values.
+        Everything that the tables need, as plain values; only the models asked for.
     """
-    started = time.process_time()
+    result: dict[str, Any] = {
+        "set": labelled.name,
+        "rows": len(labelled.target),
+        "task": labelled.task,
+        "classes": _class_counts(labelled),
+        "bases": sum(len(sequence) for sequence in labelled.sequences),
+        "folds": "stratified" if labelled.groups is None else "grouped",
+        "baselines": kept_once(labelled, "baselines", (), options, lambda: measure_baselines(labelled)),
+        "models": {},
+    }
+    for which in options.which:
+        model, weights = load_which(options.model, which, dtype=options.dtype, seed=SEED)
+        told = (weights, options.dtype, options.strands)
+        result["models"][which] = kept_once(
+            labelled, which, told, options, lambda m=model, w=weights: measure_model(m, w, labelled, options)
+        )
+        logger.info("%s: %s measured", labelled.name, which)
+    return result
+
+
+def measure_baselines(labelled: LabelledSet) -> dict[str, Any]:
+    """Score composition, k-mers and, for equal lengths, one-hot letters.
+
+    Args:
+        labelled: The set.
+
+    Returns:
+        Metrics by name of the baseline.
+    """
     folds = split_folds(
         labelled.target, task=labelled.task, groups=labelled.groups, num_folds=NUM_FOLDS, seed=SEED
     )
@@ -103,31 +131,63 @@ def measure_set(labelled: LabelledSet, options: argparse.Namespace) -> dict[str,
         scores = cross_validate(matrix, labelled.target, folds, task=labelled.task)
         baselines[name] = {metric: asdict(summary) for metric, summary in scores.items()}
         logger.info("%s: %s %s", labelled.name, name, _shown(scores))
-    result: dict[str, Any] = {
-        "set": labelled.name,
-        "rows": len(labelled.target),
-        "task": labelled.task,
-        "classes": _class_counts(labelled),
-        "bases": sum(len(sequence) for sequence in labelled.sequences),
-        "folds": "stratified" if labelled.groups is None else "grouped",
-        "baselines": baselines,
-        "baseline_cpu_seconds": time.process_time() - started,
-        "models": {},
+    return baselines
+
+
+def measure_model(
+    model: GenomicModel, weights: str, labelled: LabelledSet, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Score what the nested probe makes of a model's states.
+
+    Args:
+        model: The model.
+        weights: Digest of its weights.
+        labelled: The set.
+        options: Of the command.
+
+    Returns:
+        Metrics, choices and CPU seconds.
+    """
+    features = features_of(model, weights, labelled, options)
+    started = time.process_time()
+    found = probe_features(features, labelled)
+    logger.info("%s: %s", labelled.name, _shown(found.metrics))
+    if options.drop_features:
+        for folder in features.folders:
+            shutil.rmtree(folder)
+    return _as_plain(found) | {
+        "forward_cpu_seconds": features.cpu_seconds,
+        "probe_cpu_seconds": time.process_time() - started,
     }
-    for which in WHICH:
-        model, weights = load_which(options.model, which, dtype=options.dtype, seed=SEED)
-        features = features_of(model, weights, labelled, options)
-        started = time.process_time()
-        found = probe_features(features, labelled)
-        logger.info("%s: %s %s", labelled.name, which, _shown(found.metrics))
-        result["models"][which] = _as_plain(found) | {
-            "forward_cpu_seconds": features.cpu_seconds,
-            "probe_cpu_seconds": time.process_time() - started,
-        }
-        if options.drop_features:
-            for folder in features.folders:
-                shutil.rmtree(folder)
-    return result
+
+
+def kept_once(
+    labelled: LabelledSet,
+    what: str,
+    told: tuple[str, ...],
+    options: argparse.Namespace,
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure, or take what an earlier run has measured on the same rows under the same conditions.
+
+    Args:
+        labelled: The set.
+        what: What is measured; part of the file's name.
+        told: Further conditions.
+        options: Of the command; gives the cache folder.
+        measure: Measures.
+
+    Returns:
+        Plain values.
+    """
+    conditions = json.dumps([_VERSION, what, *told, labelled.digest, str(labelled.target.tolist())])
+    name = f"{labelled.name}-{what}-{hashlib.sha256(conditions.encode()).hexdigest()[:16]}.json"
+    kept = options.cache / name
+    if not kept.exists():
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps(measure()), encoding="utf-8")
+        part.replace(kept)
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def features_of(
@@ -266,6 +326,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="labelled sets: NAME.tsv, perhaps with NAME.groups")
     parser.add_argument("--cache", type=Path, required=True, help="folder for features and finished sets")
     parser.add_argument("--model", default="genoembed-mini")
+    parser.add_argument(
+        "--which",
+        nargs="+",
+        choices=WHICH,
+        default=WHICH,
+        help="only these; the tables are written by a run with both",
+    )
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--max-rows", type=int, help="first rows of each set only")
     parser.add_argument(
@@ -306,22 +373,6 @@ def find_sets(folder: Path, names: Sequence[str] | None) -> list[Path]:
     return [path for name, path in found.items() if names is None or name in names]
 
 
-def measure_once(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a set, or take what an earlier run has measured with the same weights, rows and options."""
-    labelled = read_labelled(path, max_rows=options.max_rows)
-    weights = [load_which(options.model, which, dtype=options.dtype, seed=SEED)[1] for which in WHICH]
-    told = json.dumps(
-        [_VERSION, weights, options.dtype, options.strands, labelled.digest, str(labelled.target.tolist())]
-    )
-    kept = options.cache / f"{labelled.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    if not kept.exists():
-        result = measure_set(labelled, options)
-        part = kept.with_suffix(".part")
-        part.write_text(json.dumps(result), encoding="utf-8")
-        part.replace(kept)
-    return json.loads(kept.read_text(encoding="utf-8"))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure set by set; the files are written anew after each."""
     options = read_options(arguments)
@@ -332,9 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     with threadpool_limits(options.threads):
         for path in paths:
-            results.append(measure_once(path, options))
-            _write(results, options)
-    print(to_markdown(results), end="")
+            results.append(measure_set(read_labelled(path, max_rows=options.max_rows), options))
+            if set(options.which) == set(WHICH):
+                _write(results, options)
+    if set(options.which) == set(WHICH):
+        print(to_markdown(results), end="")
 
 
 def _write(results: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from genoembed.models.striped_hyena2 import blocks
+from genoembed.models.striped_hyena2 import attention, blocks, hyena
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _eps_inside(self: blocks.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
 
 
-def _rope_interleaved(self: blocks.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
+def _rope_interleaved(self: attention.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
     angles = ((positions / self.factor)[..., None] * self.inv_freq)[:, :, None]
     even, odd = x[..., ::2], x[..., 1::2]
     pairs = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
@@ -158,23 +158,23 @@ def _rope_interleaved(self: blocks.RotaryEmbedding, x: Tensor, positions: Tensor
 
 MISTAKES = {
     "eps inside the root": (blocks.RMSNorm, "forward", _eps_inside),
-    "interleaved rotary pairs": (blocks.RotaryEmbedding, "forward", _rope_interleaved),
+    "interleaved rotary pairs": (attention.RotaryEmbedding, "forward", _rope_interleaved),
     "short filters turned round": (
-        blocks,
+        hyena,
         "causal_fir",
-        lambda x, taps, original=blocks.causal_fir, **rest: original(x, taps.flip(-1), **rest),
+        lambda x, taps, original=hyena.causal_fir, **rest: original(x, taps.flip(-1), **rest),
     ),
     "medium filters turned round": (
-        blocks,
+        hyena,
         "causal_convolution",
-        lambda x, taps, skip, original=blocks.causal_convolution, **rest: original(
+        lambda x, taps, skip, original=hyena.causal_convolution, **rest: original(
             x, taps.flip(-1), skip, **rest
         ),
     ),
     "skip left out": (
-        blocks,
+        hyena,
         "modal_convolution",
-        lambda *inputs, original=blocks.modal_convolution, **rest: original(
+        lambda *inputs, original=hyena.modal_convolution, **rest: original(
             *inputs[:3], torch.zeros_like(inputs[3]), **rest
         ),
     ),

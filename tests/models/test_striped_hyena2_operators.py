@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genoembed.models.striped_hyena2.filter_matrices import toeplitz_matrix
 from genoembed.models.striped_hyena2.operators import (
     CHUNK,
     causal_convolution,
     causal_fir,
     modal_convolution,
-    toeplitz_matrix,
 )
 
 ALL_LENGTHS = range(1, 301)

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from genoembed.models.striped_hyena2.blocks import HyenaFilter, RMSNorm, RotaryEmbedding, StreamLinear
+from genoembed.models.striped_hyena2.attention import RotaryEmbedding
+from genoembed.models.striped_hyena2.blocks import RMSNorm
+from genoembed.models.striped_hyena2.hyena import HyenaFilter
+from genoembed.models.striped_hyena2.layers import StreamLinear
 
 if TYPE_CHECKING:
     from torch import Tensor

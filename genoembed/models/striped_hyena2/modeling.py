@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from genoembed.errors import ShapeError
-from genoembed.models.striped_hyena2.blocks import AttentionBlock, BlockContext, HyenaBlock, RMSNorm
+from genoembed.models.striped_hyena2.blocks import AttentionBlock, HyenaBlock, RMSNorm
+from genoembed.models.striped_hyena2.cache import StripedHyena2Cache
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.initialization import initialize_module
+from genoembed.models.striped_hyena2.layers import BlockContext
 from genoembed.models.striped_hyena2.segments import lay_out_segments
 
 _IGNORE_INDEX = -100
@@ -55,6 +57,12 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     embedding_layer_template = "blocks.{index}.mlp.l3"
     """What a layer given as an integer means, as in Evo 2's own example."""
     is_causal_by_construction = True
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # filters carry more than keys and values; generate starts without a cache and takes the model's own
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules only that hold tensors themselves, so for no block
@@ -102,54 +110,63 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        past_key_values: StripedHyena2Cache | None = None,
+        use_cache: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: object,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         """Run the blocks.
+
+        A long sequence may come in blocks of any length: with ``use_cache`` the output has
+        ``past_key_values``, which the call for the next block takes. What comes out is what the whole
+        sequence gives at once.
 
         Args:
             input_ids: Token ids. int64, shape ``(B, L)``.
             attention_mask: 1 where a token is real. Padding on the right changes nothing before it and
-                needs no mask; padding on the left is masked exactly. Shape ``(B, L)``.
+                needs no mask; padding on the left is masked exactly. Shape ``(B, L)``, or ``(B, T + L)``
+                after T tokens of earlier blocks; sequences that began with padding need it with every block.
             position_ids: Rotary positions. int64, shape ``(B, L)``; None counts from 0, padding on the left
                 left out.
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             segment_ids: Number of the packed segment that a token belongs to, negative at padding. With it no
-                segment sees another, exactly. Integer, shape ``(B, L)``.
+                segment sees another, exactly. Integer, shape ``(B, L)``; not together with a cache.
+            past_key_values: State after the earlier blocks of the sequences; brought up to date.
+            use_cache: Start such a state if none is given.
             output_hidden_states: Whether to return the residual stream before each block and the normed end;
                 None asks the configuration.
             return_dict: False returns a plain tuple; None asks the configuration.
 
         Returns:
-            ``last_hidden_state`` (after the final norm), shape ``(B, L, D)``; ``hidden_states`` if asked for.
+            ``last_hidden_state`` (after the final norm), shape ``(B, L, D)``; ``hidden_states`` and
+            ``past_key_values`` if asked for.
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
-                ``attention_mask`` or ``segment_ids`` is not ``(B, L)``.
+                ``attention_mask`` or ``segment_ids`` does not fit them, or segments come with a cache.
         """
-        x_BLD, streams = self._run_blocks(
-            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, output_hidden_states
+        cache = StripedHyena2Cache() if use_cache and past_key_values is None else past_key_values
+        x_BLD = self._embed(input_ids, inputs_embeds)
+        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids, cache)
+        x_BLD, streams = self._run_blocks(x_BLD, context, output_hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x_BLD, hidden_states=streams, past_key_values=cache
         )
-        output = BaseModelOutput(last_hidden_state=x_BLD, hidden_states=streams)
         return self._as_asked(output, return_dict)
 
-    def _run_blocks(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        segment_ids: Tensor | None,
-        keep_hidden_states: bool | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             message = "give exactly one of input_ids and inputs_embeds"
             raise ShapeError(message)
+        embedded: Tensor = self.embedding_layer(input_ids) if inputs_embeds is None else inputs_embeds
+        return embedded
+
+    def _run_blocks(
+        self, x_BLD: Tensor, context: BlockContext, keep_hidden_states: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         if keep_hidden_states is None:
             keep_hidden_states = bool(self.config.output_hidden_states)
-        x_BLD = self.embedding_layer(input_ids) if inputs_embeds is None else inputs_embeds
-        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids)
         if context.segments is not None:
             x_BLD = context.segments.spread(x_BLD)
         streams = [x_BLD]
@@ -157,6 +174,8 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             x_BLD = block(x_BLD, context)
             if keep_hidden_states:
                 streams.append(x_BLD)
+        if context.cache is not None:
+            context.cache.length += x_BLD.shape[1]
         x_BLD = self.norm(x_BLD)
         streams = [*streams[:-1], x_BLD] if keep_hidden_states else []
         if context.segments is not None:
@@ -170,10 +189,19 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
 
 
 def _build_context(
-    x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, segment_ids: Tensor | None
+    x_BLD: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    cache: StripedHyena2Cache | None,
 ) -> BlockContext:
     """Say what the blocks must know about the rows; the positions of segments always count from 0."""
     if segment_ids is not None:
+        if cache is not None:
+            message = (
+                "segment_ids together with past_key_values or use_cache; run packed rows without a cache"
+            )
+            raise ShapeError(message)
         if segment_ids.shape != x_BLD.shape[:2]:
             message = (
                 f"segment_ids has shape {tuple(segment_ids.shape)}, expected {tuple(x_BLD.shape[:2])}; "
@@ -182,32 +210,37 @@ def _build_context(
             raise ShapeError(message)
         segments = lay_out_segments(segment_ids.to(x_BLD.device))
         return BlockContext(position_ids_BL=segments.position_ids_1N, segments=segments)
-    key_mask = _left_padding(attention_mask, x_BLD)
+    before = 0 if cache is None else cache.length
+    key_mask = _hidden_keys(attention_mask, x_BLD, before=before, goes_on=cache is not None)
     if position_ids is None:
-        position_ids = _count_from_first_token(x_BLD, key_mask)
-    return BlockContext(position_ids_BL=position_ids, key_mask_BL=key_mask)
+        position_ids = _count_from_first_token(x_BLD, key_mask, before=before)
+    return BlockContext(position_ids_BL=position_ids, key_mask_BT=key_mask, cache=cache)
 
 
-def _left_padding(attention_mask: Tensor | None, x_BLD: Tensor) -> Tensor | None:
-    """Mask of real tokens where padding precedes one of them; None where causality hides it already."""
+def _hidden_keys(
+    attention_mask: Tensor | None, x_BLD: Tensor, *, before: int, goes_on: bool
+) -> Tensor | None:
+    """Mask of real tokens if padding precedes one of them, here or later; None where causality hides it."""
     if attention_mask is None:
         return None
-    if attention_mask.shape != x_BLD.shape[:2]:
+    batch, length = x_BLD.shape[:2]
+    if attention_mask.shape != (batch, before + length):
         message = (
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(x_BLD.shape[:2])}; "
-            "give 1 where a token is real and 0 where it is padding"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, before + length)}; "
+            "give 1 where a token is real and 0 where it is padding, tokens of earlier blocks included"
         )
         raise ShapeError(message)
     mask = attention_mask.to(x_BLD.device).bool()
-    return mask if bool((~mask[:, :-1] & mask[:, 1:]).any()) else None
+    is_felt = ~mask if goes_on else ~mask[:, :-1] & mask[:, 1:]
+    return mask if bool(is_felt.any()) else None
 
 
-def _count_from_first_token(x_BLD: Tensor, key_mask_BL: Tensor | None) -> Tensor:
+def _count_from_first_token(x_BLD: Tensor, key_mask_BT: Tensor | None, *, before: int) -> Tensor:
     """Positions; attention sees differences only, but cos and sin are rounded by absolute position."""
-    positions_1L = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None]
-    if key_mask_BL is None:
+    positions_1L = torch.arange(before, before + x_BLD.shape[1], device=x_BLD.device)[None]
+    if key_mask_BT is None:
         return positions_1L
-    first_B1 = key_mask_BL.int().argmax(dim=1, keepdim=True)
+    first_B1 = key_mask_BT.int().argmax(dim=1, keepdim=True)
     return (positions_1L - first_B1).clamp(min=0)
 
 
@@ -230,58 +263,84 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        past_key_values: StripedHyena2Cache | None = None,
+        use_cache: bool = False,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **_: object,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Score the next token at every position.
 
         Args:
             input_ids: Token ids. int64, shape ``(B, L)``.
-            attention_mask: 1 where a token is real. Shape ``(B, L)``.
+            attention_mask: 1 where a token is real. Shape ``(B, L)``, or ``(B, T + L)`` after T tokens of
+                earlier blocks.
             position_ids: Rotary positions. int64, shape ``(B, L)``; None counts from 0, padding on the left
                 left out.
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Aligned with the input (the loss shifts them); -100 takes no part. int64, ``(B, L)``.
             segment_ids: Number of the packed segment that a token belongs to, negative at padding. With it no
-                segment sees another, exactly. Integer, shape ``(B, L)``.
+                segment sees another, exactly. Integer, shape ``(B, L)``; not together with a cache.
+            past_key_values: State after the earlier blocks of the sequences; brought up to date.
+            use_cache: Start such a state if none is given.
             output_hidden_states: Whether to return the residual streams; None asks the configuration.
             logits_to_keep: Score only this many last positions; 0 scores all.
             num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
             return_dict: False returns a plain tuple; None asks the configuration.
 
         Returns:
-            ``logits`` of shape ``(B, L, V)``, ``loss`` in nats where labels are given, ``hidden_states`` if
-            asked for.
+            ``logits`` of shape ``(B, L, V)``, ``loss`` in nats where labels are given, ``hidden_states`` and
+            ``past_key_values`` if asked for.
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
-                ``attention_mask`` or ``segment_ids`` is not ``(B, L)``.
+                ``attention_mask`` or ``segment_ids`` does not fit them, or segments come with a cache.
         """
-        x_BLD, streams = self._run_blocks(
-            input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, output_hidden_states
-        )
+        cache = StripedHyena2Cache() if use_cache and past_key_values is None else past_key_values
+        x_BLD = self._embed(input_ids, inputs_embeds)
+        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids, cache)
+        x_BLD, streams = self._run_blocks(x_BLD, context, output_hidden_states)
         if logits_to_keep:
             x_BLD = x_BLD[:, -logits_to_keep:]
         logits = self.unembed(x_BLD, self.embedding_layer.weight)
         loss = None if labels is None else _next_token_loss(logits, labels, num_items_in_batch)
-        return self._as_asked(CausalLMOutput(loss=loss, logits=logits, hidden_states=streams), return_dict)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=streams, past_key_values=cache
+        )
+        return self._as_asked(output, return_dict)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object
-    ) -> dict[str, Tensor | None]:
-        """Hand the whole sequence to each step.
+        self,
+        input_ids: Tensor,
+        past_key_values: StripedHyena2Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = True,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Hand each step of ``generate`` the tokens that the cache has not seen.
 
         Args:
-            input_ids: int64, shape ``(B, L)``.
-            attention_mask: Shape ``(B, L)``.
+            input_ids: The whole sequences so far. int64, shape ``(B, T + L)``.
+            past_key_values: State after the first T tokens.
+            attention_mask: Shape ``(B, T + L)``.
+            inputs_embeds: Embedded prompt, for the first step only. Shape ``(B, T + L, D)``.
+            use_cache: Whether to keep a state; without one each step runs everything again.
 
         Returns:
             Arguments of :meth:`forward`.
         """
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        seen = 0 if past_key_values is None else past_key_values.length
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
+        if use_cache:
+            inputs["past_key_values"] = past_key_values
+        if inputs_embeds is not None and not seen:
+            return {**inputs, "inputs_embeds": inputs_embeds}
+        # after an embedded prompt the ids hold new tokens only
+        new = 1 if inputs_embeds is not None else input_ids.shape[1] - (seen if use_cache else 0)
+        return {**inputs, "input_ids": input_ids[:, input_ids.shape[1] - new :]}
 
 
 def _next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -1,0 +1,188 @@
+"""The mixer of StripedHyena 2's Hyena blocks: projections to two gates and a value, and the filters between.
+
+Parameter names, shapes and stored layouts are the original's.
+
+B sequences, L positions, M chunks, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genoembed.models.striped_hyena2.cache import HyenaState, last_positions
+from genoembed.models.striped_hyena2.filter_cache import FilterCache
+from genoembed.models.striped_hyena2.layers import Float32Keeper
+from genoembed.models.striped_hyena2.operators import (
+    causal_convolution,
+    causal_fir,
+    modal_convolution,
+    modal_convolution_from,
+)
+
+if TYPE_CHECKING:
+    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+
+
+class HyenaFilter(Float32Keeper):
+    """Short filter on the projections, gate, inner filter, gate.
+
+    Args:
+        config: Gives the widths, lengths and groups.
+        kind: Which inner filter: ``hcs`` (correlation), ``hcm`` (convolution, skip) or ``hcl`` (modal, skip).
+    """
+
+    float32_names = ("log_poles", "residues")
+
+    def __init__(self, config: StripedHyena2Config, kind: str) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.kind = kind
+        self.interleave = config.interleave
+        self._cache = FilterCache()
+        self.short_filter_weight = nn.Parameter(torch.empty(3 * width, 1, config.short_filter_length))
+        if kind == "hcs":
+            self.h = nn.Parameter(torch.empty(config.hcs_filter_groups, 1, config.hcs_filter_length))
+            return
+        self.D = nn.Parameter(torch.empty(width))
+        if kind == "hcm":
+            self.h = nn.Parameter(torch.empty(config.hcm_filter_groups, 1, config.hcm_filter_length))
+        else:
+            self.log_poles = nn.Parameter(torch.empty(width, config.state_size, 1, dtype=torch.float32))
+            self.residues = nn.Parameter(torch.empty(width, config.state_size, dtype=torch.float32))
+
+    def forward(self, parts_BLD: tuple[Tensor, Tensor, Tensor], starts_BM: Tensor | None = None) -> Tensor:
+        """Filter projected tokens.
+
+        Args:
+            parts_BLD: Gate after the inner filter, gate before it, and value. Floating, each ``(B, L, D)``.
+            starts_BM: True where a chunk starts a segment. Bool, shape ``(B, M)``.
+
+        Returns:
+            Shape ``(B, L, D)``, dtype of the input.
+        """
+        post_gate, pre_gate, value = (
+            causal_fir(part, taps, starts_BM=starts_BM)
+            for part, taps in zip(parts_BLD, self._short_taps(), strict=True)
+        )
+        return post_gate * self._inner(pre_gate * value, starts_BM)
+
+    def go_on(
+        self, parts_BLD: tuple[Tensor, Tensor, Tensor], state: HyenaState | None
+    ) -> tuple[Tensor, HyenaState]:
+        """Filter the next block of a sequence.
+
+        Args:
+            parts_BLD: As for :meth:`forward`; L is at least 1.
+            state: After the blocks before; None at the beginning.
+
+        Returns:
+            What :meth:`forward` gives for these positions of the whole sequence, and the state after them.
+        """
+        before = (None, None, None) if state is None else state.short
+        taps = self._short_taps()
+        post_gate, pre_gate, value = (
+            causal_fir(part, part_taps, history=history)
+            for part, part_taps, history in zip(parts_BLD, taps, before, strict=True)
+        )
+        first, second, third = (
+            last_positions(history, part, count=part_taps.shape[1] - 1)
+            for part, part_taps, history in zip(parts_BLD, taps, before, strict=True)
+        )
+        filtered, inner = self._inner_from(pre_gate * value, None if state is None else state.inner)
+        return post_gate * filtered, HyenaState(short=(first, second, third), inner=inner)
+
+    def _short_taps(self) -> tuple[Tensor, Tensor, Tensor]:
+        return split_rows(self.short_filter_weight[:, 0], is_interleaved=self.interleave)
+
+    def _inner(self, u_BLD: Tensor, starts_BM: Tensor | None) -> Tensor:
+        if self.kind == "hcs":
+            return causal_fir(u_BLD, self.h[:, 0], starts_BM=starts_BM)
+        kept = self._kept(u_BLD) if starts_BM is None else None
+        if self.kind == "hcm":
+            return causal_convolution(u_BLD, self.h[:, 0], self.D, starts_BM=starts_BM, kept=kept)
+        poles = self.log_poles[..., 0]
+        return modal_convolution(u_BLD, poles, self.residues, self.D, starts_BM=starts_BM, kept=kept)
+
+    def _inner_from(self, u_BLD: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.kind == "hcl":
+            modes = (self.log_poles[..., 0], self.residues)
+            return modal_convolution_from(u_BLD, *modes, self.D, state_BDS=state, kept=self._kept(u_BLD))
+        taps = self.h[:, 0]
+        if self.kind == "hcs":
+            filtered = causal_fir(u_BLD, taps, history=state)
+        else:
+            filtered = causal_convolution(u_BLD, taps, self.D, history=state, kept=self._kept(u_BLD))
+        return filtered, last_positions(state, u_BLD, count=taps.shape[1] - 1)
+
+    def _kept(self, u_BLD: Tensor) -> FilterCache | None:
+        """In training a laid-out filter serves once, and elsewhere than on CPUs building it costs little."""
+        return self._cache if u_BLD.device.type == "cpu" and not torch.is_grad_enabled() else None
+
+
+def split_rows(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the three parts of what is stored for a projection of three times the width, as views.
+
+    Args:
+        weight: Stored rows. Shape ``(3 D, ...)``.
+        is_interleaved: Whether row ``3 d + p`` belongs to part p, or row ``p D + d``.
+
+    Returns:
+        Rows of the gate after the inner filter, of the gate before it, of the value; each ``(D, ...)``.
+    """
+    parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
+    return parts[0], parts[1], parts[2]
+
+
+class Projections(nn.Linear):
+    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved.
+
+    Args:
+        config: Gives the width, the bias and the order of rows.
+    """
+
+    def __init__(self, config: StripedHyena2Config) -> None:
+        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
+        self.is_interleaved = config.interleave
+
+    def project_parts(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to each part.
+
+        Args:
+            x_BLD: Floating, shape ``(B, L, D)``.
+
+        Returns:
+            Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
+        """
+        weights = split_rows(self.weight, is_interleaved=self.is_interleaved)
+        biases = (
+            (None, None, None)
+            if self.bias is None
+            else split_rows(self.bias, is_interleaved=self.is_interleaved)
+        )
+        first, second, third = (F.linear(x_BLD, w, b) for w, b in zip(weights, biases, strict=True))
+        return first, second, third
+
+
+def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the parts of a projection.
+
+    Args:
+        projections: :class:`Projections`; one that is watched, wrapped or replaced is called as a whole.
+        x_BLD: Floating, shape ``(B, L, D)``.
+        is_interleaved: Order of its output channels.
+
+    Returns:
+        Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
+    """
+    is_plain = type(projections) is Projections and not (
+        projections._forward_hooks or projections._forward_pre_hooks or "forward" in vars(projections)
+    )
+    if is_plain:
+        return cast("Projections", projections).project_parts(x_BLD)
+    z_BLP = projections(x_BLD)
+    parts = z_BLP.unflatten(-1, (-1, 3)).unbind(-1) if is_interleaved else z_BLP.chunk(3, dim=-1)
+    return parts[0], parts[1], parts[2]

@@ -18,7 +18,8 @@ import torch
 
 from genoembed._version import __version__
 from genoembed.config import embed_config
-from genoembed.engines.embedder import UnitEmbedder
+from genoembed.contracts import EmbeddingBlock
+from genoembed.engines.embedder import EmbeddedUnit, UnitEmbedder
 from genoembed.engines.local import run_units
 from genoembed.engines.overlap import write_behind
 from genoembed.engines.provenance import describe_run
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig, Fusion, Pooling
-    from genoembed.contracts import SequenceRecord
-    from genoembed.engines.embedder import EmbeddedUnit
+    from genoembed.contracts import SequenceRecord, TokenBlock
     from genoembed.engines.stats import RunStats
     from genoembed.engines.units import WorkUnit
     from genoembed.models.genomic_model import GenomicModel
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
-_UNIT_VALUES = 1 << 26
-"""Values of the vectors of a unit: 256 MiB."""
+_UNIT_VALUES = 1 << 25
+"""Values of the vectors of a unit: 128 MiB. Two units are held, and a copy of one while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +213,8 @@ def _write(
             f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
         )
         raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
-    is_pooled = config.embedding.pooling != "none"
+    first_block = embedder.rows(first)  # says which record it is, if nothing of it is left to pool
+    is_pooled = isinstance(first_block, EmbeddingBlock)
     names = _feature_names(config, embedder.layer_widths)
     with EmbeddingWriter(
         config.output.output,
@@ -223,12 +224,12 @@ def _write(
         overwrite=config.output.overwrite,
     ) as writer:
 
-        def write(unit: EmbeddedUnit) -> None:
-            writer.append(embedder.rows(unit))
+        def write(done: EmbeddedUnit | EmbeddingBlock | TokenBlock) -> None:
+            writer.append(embedder.rows(done) if isinstance(done, EmbeddedUnit) else done)
 
         with write_behind(write, depth=1) as put:
-            put(first)
-            del first
+            put(first_block)
+            del first, first_block  # a unit may be large, and the run long
             for unit in done:
                 put(unit)
                 del unit

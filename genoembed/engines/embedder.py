@@ -16,6 +16,7 @@ from genoembed.engines.pieces import Cutter
 from genoembed.engines.rows import RowBuilder, Taken
 from genoembed.engines.slabs import SlabBuilder
 from genoembed.engines.stats import RunStats, UnitTally
+from genoembed.engines.vectors import PieceVectors
 from genoembed.errors import ConfigError
 from genoembed.pooling.reduce import check_pooling
 from genoembed.tokenization.hf import build_encoder
@@ -50,6 +51,7 @@ class EmbeddedUnit:
     cuts: Sequence[Sequence[Window]]
     """Windows of each record, on the forward strand."""
     taken: TakenPieces
+    vectors: PieceVectors
 
 
 class UnitEmbedder:
@@ -175,7 +177,9 @@ class UnitEmbedder:
                 progress.take(work.pieces, self._runner.run(work, slab.unit.records))
                 self._report()
             if slab.is_last:
-                embedded = EmbeddedUnit(unit=slab.unit, cuts=slab.cuts, taken=progress.taken)
+                embedded = EmbeddedUnit(
+                    unit=slab.unit, cuts=slab.cuts, taken=progress.taken, vectors=progress.vectors
+                )
                 progress = None
                 self._report()
                 del slab
@@ -194,7 +198,7 @@ class UnitEmbedder:
         Raises:
             EmptyPoolError: If nothing of a record is left to pool.
         """
-        return self._rows.build(embedded.unit.records, embedded.cuts, embedded.taken)
+        return self._rows.build(embedded.unit.records, embedded.cuts, embedded.taken, embedded.vectors)
 
     def _report(self) -> None:
         if self._on_batch is not None:
@@ -226,9 +230,10 @@ class _UnitProgress:
 
     def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int) -> None:
         self.taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
+        self.vectors = PieceVectors(sum(map(len, slab.cuts)) * num_strands)
         self._stats = stats
         self._tally = UnitTally(slab, stats, num_strands=num_strands)
-        self._vectors: dict[bytes, Mapping[str, Tensor]] = {}
+        self._numbers: dict[bytes, int] = {}
         self._followers: dict[bytes, list[Piece]] = defaultdict(list)
 
     def open(self, slab: Slab) -> None:
@@ -238,20 +243,20 @@ class _UnitProgress:
             self._tally.settle(piece)
         self._stats.repeats += len(slab.repeats)
         for piece in slab.repeats:
-            if piece.content in self._vectors:
+            if piece.content in self._numbers:
                 self._keep(piece)
             else:
                 self._followers[piece.content].append(piece)
 
-    def take(self, pieces: Sequence[Piece], vectors: Sequence[Mapping[str, Tensor]]) -> None:
+    def take(self, pieces: Sequence[Piece], vectors: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
         """Keep what the pieces of a batch gave."""
-        for piece, mine in zip(pieces, vectors, strict=True):
-            self._vectors[piece.content] = mine
+        for piece, number in zip(pieces, self.vectors.add(vectors), strict=True):
+            self._numbers[piece.content] = number
             for same in (piece, *self._followers.pop(piece.content, ())):
                 self._keep(same)
 
     def _keep(self, piece: Piece) -> None:
-        taken = Taken(vectors=self._vectors[piece.content], weight=piece.num_bases)
+        taken = Taken(number=self._numbers[piece.content], weight=piece.num_bases)
         self.taken[piece.record_index, piece.is_reverse][piece.window_index] = taken
         self._tally.settle(piece)
 

@@ -18,7 +18,7 @@ from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import pool
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -49,7 +49,9 @@ class BatchRunner:
         self._embedding = embedding
         self._stats = stats
 
-    def run(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> list[dict[str, Tensor]]:
+    def run(
+        self, work: PieceBatch, records: Sequence[SequenceRecord]
+    ) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Run one batch.
 
         Args:
@@ -57,7 +59,8 @@ class BatchRunner:
             records: Of the unit, for errors.
 
         Returns:
-            Vectors of each piece by layer: float32 on the CPU, ``(D,)`` pooled, ``(T, D)`` a token.
+            Vectors by layer, float32 on the CPU: one matrix ``(B, D)`` where they are pooled, else ``(T, D)``
+            for each piece.
 
         Raises:
             ModelError: If the device's memory does not hold the pass.
@@ -70,8 +73,10 @@ class BatchRunner:
             self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in taken.items()}
             feature_names(self.layer_widths, method=self._embedding.fusion)  # refuses unequal widths
         rows = {layer: pooling.split(vectors) for layer, vectors in taken.items()}
-        _check_finite(taken, rows, [records[piece.record_index] for piece in work.pieces])
-        return [dict(zip(rows, vectors, strict=True)) for vectors in zip(*rows.values(), strict=True)]
+        for layer, vectors in taken.items():
+            if not bool(torch.isfinite(vectors).all()):
+                raise _not_finite(layer, rows[layer], [records[piece.record_index] for piece in work.pieces])
+        return rows
 
     def _forward(self, batch: Batch, pooling: _BatchPooling) -> dict[str, Tensor]:
         started = time.perf_counter()
@@ -120,9 +125,9 @@ class _BatchPooling:
         self.seconds += time.perf_counter() - started
         return taken
 
-    def split(self, vectors: Tensor) -> tuple[Tensor, ...]:
-        """Give each row its own vectors."""
-        return torch.split(vectors, self._counts) if self._method == "none" else vectors.unbind()
+    def split(self, vectors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Give each row its own vectors: that is what rows of a matrix are, unless tokens are kept."""
+        return torch.split(vectors, self._counts) if self._method == "none" else vectors
 
     def _masks_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._masks:
@@ -130,18 +135,13 @@ class _BatchPooling:
         return self._masks[device]
 
 
-def _check_finite(
-    taken: Mapping[str, Tensor], rows: Mapping[str, Sequence[Tensor]], records: Sequence[SequenceRecord]
-) -> None:
-    for layer, vectors in taken.items():
-        if bool(torch.isfinite(vectors).all()):
-            continue
-        spoiled = next(
-            record
-            for record, mine in zip(records, rows[layer], strict=True)
-            if not bool(torch.isfinite(mine).all())
-        )
-        problem = (
-            f"layer {layer!r} gives values that are not finite; set dtype='float32', or leave the record out"
-        )
-        raise NonFiniteError(problem, record_id=spoiled.id)
+def _not_finite(
+    layer: str, rows: Tensor | Sequence[Tensor], records: Sequence[SequenceRecord]
+) -> NonFiniteError:
+    spoiled = next(
+        record for record, mine in zip(records, rows, strict=True) if not bool(torch.isfinite(mine).all())
+    )
+    problem = (
+        f"layer {layer!r} gives values that are not finite; set dtype='float32', or leave the record out"
+    )
+    return NonFiniteError(problem, record_id=spoiled.id)

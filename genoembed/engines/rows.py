@@ -18,6 +18,7 @@ import torch
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, EmptyPoolError
 from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
+from genoembed.pooling.reduce import Pooling as PooledBy
 from genoembed.pooling.reduce import merge_windows
 
 if TYPE_CHECKING:
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
 
     from genoembed.config import EmbeddingConfig
     from genoembed.contracts import SequenceRecord, Window
+    from genoembed.engines.vectors import PieceVectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
     """What one piece gave."""
 
-    vectors: Mapping[str, Tensor]
-    """By layer: ``(D,)`` pooled, ``(T, D)`` a token."""
+    number: int
+    """Of its vectors, among those of the unit."""
     weight: int
     """Bases that count in it, at least 1."""
 
@@ -56,6 +58,7 @@ class RowBuilder:
         records: Sequence[SequenceRecord],
         cuts: Sequence[Sequence[Window]],
         taken: TakenPieces,
+        vectors: PieceVectors,
     ) -> EmbeddingBlock | TokenBlock:
         """Build the rows of a unit.
 
@@ -63,6 +66,7 @@ class RowBuilder:
             records: The unit's records.
             cuts: Windows of each record, on the forward strand.
             taken: What the pieces gave.
+            vectors: The vectors that ``taken`` speaks of.
 
         Returns:
             A row a record, or a row a window; in order.
@@ -74,20 +78,17 @@ class RowBuilder:
         """
         rows: list[ObsRow] = []
         strands = (False,) if self.embedding.rc == "none" else (False, True)
-        vectors: dict[bool, dict[str, list[Tensor]]] = {
-            is_reverse: {layer: [] for layer in self.layers} for is_reverse in strands
-        }
+        parts: dict[bool, list[list[Taken]]] = {is_reverse: [] for is_reverse in strands}
         for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
             for number, row in self._rows(record, windows):
                 rows.append(row)
-                for is_reverse, by_layer in vectors.items():
-                    parts = self._parts(taken, (index, is_reverse), number)
-                    self._check(parts, record, row)
-                    for layer in self.layers:
-                        by_layer[layer].append(self._merge([part.vectors[layer] for part in parts], parts))
+                for is_reverse in strands:
+                    mine = self._parts(taken, (index, is_reverse), number)
+                    self._check(mine, record, row, vectors)
+                    parts[is_reverse].append(mine)
         if self.embedding.pooling == "none":
-            return self._token_block(rows, vectors[False], vectors.get(True))
-        return self._pooled_block(rows, vectors[False], vectors.get(True))
+            return self._token_block(rows, parts[False], parts.get(True), vectors)
+        return self._pooled_block(rows, parts[False], parts.get(True), vectors)
 
     def _rows(self, record: SequenceRecord, windows: Sequence[Window]) -> Iterator[tuple[int | None, ObsRow]]:
         """The file's rows of a record, each with the number of its window (None is all of them)."""
@@ -103,11 +104,13 @@ class RowBuilder:
         numbers = sorted(pieces) if number is None else [number]
         return [pieces[wanted] for wanted in numbers if wanted in pieces]
 
-    def _check(self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow) -> None:
+    def _check(
+        self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow, vectors: PieceVectors
+    ) -> None:
         if not parts:
             raise EmptyPoolError(_nothing_left(record, row, self.embedding.skip_first))
         if self.embedding.pooling == "none" and self.embedding.rc != "none":
-            num_tokens = sum(len(part.vectors[self.layers[0]]) for part in parts)
+            num_tokens = vectors.num_tokens(self.layers[0], [part.number for part in parts])
             if num_tokens != row.length:
                 message = (
                     f"record {record.id!r}: {num_tokens} tokens for {row.length} bases, but pooling='none' "
@@ -115,26 +118,17 @@ class RowBuilder:
                 )
                 raise ConfigError(message)
 
-    def _merge(self, vectors: Sequence[Tensor], parts: Sequence[Taken]) -> Tensor:
-        """Join the windows of one row, at one layer and strand."""
-        method = self.embedding.pooling
-        if method == "none":
-            return torch.cat(list(vectors))
-        if len(vectors) == 1:
-            return vectors[0]
-        weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
-        return merge_windows(torch.stack(list(vectors)), weights, method=method)
-
     def _pooled_block(
         self,
         rows: Sequence[ObsRow],
-        forward: Mapping[str, list[Tensor]],
-        reverse: Mapping[str, list[Tensor]] | None,
+        forward: Sequence[Sequence[Taken]],
+        reverse: Sequence[Sequence[Taken]] | None,
+        vectors: PieceVectors,
     ) -> EmbeddingBlock:
         def combined(layer: str) -> Tensor:
             return combine_strands(
-                torch.stack(forward[layer]),
-                None if reverse is None else torch.stack(reverse[layer]),
+                self._merged(forward, layer, vectors),
+                None if reverse is None else self._merged(reverse, layer, vectors),
                 method=self.embedding.rc,
             )
 
@@ -143,24 +137,42 @@ class RowBuilder:
             rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
         )
 
+    def _merged(self, parts: Sequence[Sequence[Taken]], layer: str, vectors: PieceVectors) -> Tensor:
+        """Pooled vectors of all rows at one layer and strand; those of several windows are merged."""
+        matrix_ND = vectors.pooled(layer, [mine[0].number for mine in parts])
+        for row, mine in enumerate(parts):
+            if len(mine) > 1:
+                weights = torch.tensor([part.weight for part in mine], dtype=torch.float64)
+                windows_KD = vectors.pooled(layer, [part.number for part in mine])
+                matrix_ND[row] = merge_windows(windows_KD, weights, method=self._pooling)
+        return matrix_ND
+
+    @property
+    def _pooling(self) -> PooledBy:
+        assert self.embedding.pooling != "none", "token vectors are not merged"
+        return self.embedding.pooling
+
     def _token_block(
         self,
         rows: Sequence[ObsRow],
-        forward: Mapping[str, list[Tensor]],
-        reverse: Mapping[str, list[Tensor]] | None,
+        forward: Sequence[Sequence[Taken]],
+        reverse: Sequence[Sequence[Taken]] | None,
+        vectors: PieceVectors,
     ) -> TokenBlock:
+        def tokens(layer: str, parts: Sequence[Taken]) -> Tensor:
+            return vectors.tokens(layer, [part.number for part in parts])
+
         def combined(layer: str) -> Tensor:
-            others = [None] * len(rows) if reverse is None else reverse[layer]
-            pairs = zip(forward[layer], others, strict=True)
+            others = [None] * len(rows) if reverse is None else [tokens(layer, mine) for mine in reverse]
             return torch.cat(
                 [
-                    combine_token_strands(tokens_TD, reverse_TD, method=self.embedding.rc)
-                    for tokens_TD, reverse_TD in pairs
+                    combine_token_strands(tokens(layer, mine), other_TD, method=self.embedding.rc)
+                    for mine, other_TD in zip(forward, others, strict=True)
                 ]
             )
 
         values = self._fused(combined)
-        lengths = [len(tokens_TD) for tokens_TD in forward[self.layers[0]]]
+        lengths = [vectors.num_tokens(self.layers[0], [part.number for part in mine]) for mine in forward]
         return TokenBlock(
             rows=tuple(rows),
             lengths=np.array(lengths, dtype=np.int64),

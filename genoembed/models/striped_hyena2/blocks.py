@@ -44,11 +44,15 @@ class RMSNorm(nn.Module):
             x_BLD: Floating, shape ``(B, L, D)``.
 
         Returns:
-            Shape ``(B, L, D)``, dtype of the input.
+            Shape ``(B, L, D)``, dtype of the input; under autocast that of its products, which are all that
+            reads it.
         """
         norm_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True)
         rms_BL1 = norm_BL1.to(x_BLD.dtype) * x_BLD.shape[-1] ** -0.5
-        return x_BLD / (rms_BL1 + self.eps) * self.scale.to(x_BLD.dtype)
+        normed_BLD = x_BLD / (rms_BL1 + self.eps) * self.scale.to(x_BLD.dtype)
+        if torch.is_autocast_enabled(x_BLD.device.type):
+            normed_BLD = normed_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
+        return normed_BLD
 
 
 class GatedMLP(nn.Module):

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from genoembed.tokenization.hf import SequenceEncoder
 
 BATCH_TOKENS = {"cpu": 2048}
-"""Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster: what one
-layer hands to the next stays in the cache (``benchmarks/results/batch_tokens.md``)."""
+"""Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster, as what one
+layer hands to the next stays in the cache; docs/CONCEPTS.md has the figures."""
 _BATCH_TOKENS_ELSEWHERE = 16384
 _WIDE = 16384
 _PROBE = b"ACGT" * 6
@@ -87,7 +87,9 @@ class UnitEmbedder:
         )
         """Slots of a forward pass, padding included."""
         self.stats = RunStats()
-        self._runner = BatchRunner(model, self.layers, config.embedding, self.stats)
+        self._runner = BatchRunner(
+            model, self.layers, config.embedding, self.stats, block_tokens=self.batch_tokens
+        )
         self._on_batch = on_batch
         encoder = build_encoder(model.tokenizer)
         self._check(encoder)

@@ -16,6 +16,7 @@ import torch
 from genoembed.errors import ModelError, NonFiniteError
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import pool
+from genoembed.pooling.running import RunningPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +38,17 @@ class BatchRunner:
         layers: Module paths.
         embedding: How they are pooled and fused.
         stats: The totals to add to.
+        block_tokens: Longer rows run block by block, if the model carries its state from one to the next.
     """
 
     def __init__(
-        self, model: GenomicModel, layers: Sequence[str], embedding: EmbeddingConfig, stats: RunStats
+        self,
+        model: GenomicModel,
+        layers: Sequence[str],
+        embedding: EmbeddingConfig,
+        stats: RunStats,
+        *,
+        block_tokens: int,
     ) -> None:
         self.layer_widths: dict[str, int] = {}
         """Features of each layer; empty before the first batch."""
@@ -48,6 +56,7 @@ class BatchRunner:
         self._layers = layers
         self._embedding = embedding
         self._stats = stats
+        self._block_tokens = block_tokens
 
     def run(
         self, work: PieceBatch, records: Sequence[SequenceRecord]
@@ -81,7 +90,12 @@ class BatchRunner:
     def _forward(self, batch: Batch, pooling: _BatchPooling) -> dict[str, Tensor]:
         started = time.perf_counter()
         try:
-            captured = self._model.forward(batch, self._layers, pooling)
+            if self._model.carries_state and batch.input_ids.shape[1] > self._block_tokens:
+                take = pooling.take_block
+                self._model.forward_in_blocks(batch, self._layers, take, block_tokens=self._block_tokens)
+                captured = pooling.joined()
+            else:
+                captured = self._model.forward(batch, self._layers, pooling)
         except torch.OutOfMemoryError as error:
             num_rows, length = batch.input_ids.shape
             message = (
@@ -112,6 +126,8 @@ class _BatchPooling:
         self._batch = batch
         self._counts = batch.pool_mask.sum(dim=1).tolist()
         self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._running: dict[str, RunningPool] = {}
+        self._tokens: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def __call__(self, _: str, hidden_BLD: Tensor) -> Tensor:
         started = time.perf_counter()
@@ -124,6 +140,28 @@ class _BatchPooling:
             taken = pool(hidden_BLD, mask_BL, method=self._method, attention_mask_BL=real_BL, empty="nan")
         self.seconds += time.perf_counter() - started
         return taken
+
+    def take_block(self, layer: str, hidden_BCD: Tensor, span: slice) -> None:
+        """Take the activations of some positions in."""
+        started = time.perf_counter()
+        mask_BC = self._masks_on(hidden_BCD.device)[0][:, span]
+        if self._method == "none":
+            tokens = tuple(row[mask].float().cpu() for row, mask in zip(hidden_BCD, mask_BC, strict=True))
+            self._tokens.setdefault(layer, []).append(tokens)
+        else:
+            if layer not in self._running:
+                self._running[layer] = RunningPool(self._method)
+            self._running[layer].add(hidden_BCD, mask_BC)
+        self.seconds += time.perf_counter() - started
+
+    def joined(self) -> dict[str, Tensor]:
+        """Give what the blocks gave together, as if all positions had come at once."""
+        if self._method == "none":
+            return {
+                layer: torch.cat([block[row] for row in range(len(self._counts)) for block in blocks])
+                for layer, blocks in self._tokens.items()
+            }
+        return {layer: running.pooled() for layer, running in self._running.items()}
 
     def split(self, vectors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Give each row its own vectors: that is what rows of a matrix are, unless tokens are kept."""

@@ -134,6 +134,21 @@ def test_summary_says_what_the_policies_did(cli, fasta, tiny):
     assert sum("tokens/s" in line and "% padding" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("again", "words"), [(0, ""), (1, ", 1 repeat not run again"), (3, ", 3 repeats not")]
+)
+def test_summary_counts_what_was_not_run_again(again, words, cli, fasta, tiny):
+    fasta.write_text(
+        "".join(f">{name}\n{'ACGTT' if name <= again else 'A' * name}\n" for name in range(9)[1:])
+    )
+    fasta.write_text(fasta.read_text() + ">x\nACGTT\n")
+    result = cli("extract", fasta, "--model", tiny, "--layer", 1, "--json")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("read 9 records")]
+    assert line.partition("9 windows")[2].startswith(words)
+    assert bool(line.partition("9 windows")[2]) == bool(words)
+    assert json.loads(result.stdout)["stats"]["repeats"] == again
+
+
 def test_every_count_of_a_policy_has_words():
     plain = {"files", "records", "bases", "windows"}
     names = [field.name for field in dataclasses.fields(genoembed.InputCounts)]

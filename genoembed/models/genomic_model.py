@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from genoembed.errors import LayerError, ShapeError
+from genoembed.errors import LayerError, ModelError, ShapeError
 from genoembed.models.adapters import (
     PaddingPolicy,
     Probe,
@@ -148,6 +148,11 @@ class GenomicModel:
                 raise LayerError(message, spec=layer.path)
         return layers
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether a sequence may run in blocks, each going on from the state that the one before has left."""
+        return bool(getattr(self.module, "carries_state", False))
+
     def forward(
         self,
         batch: Batch,
@@ -189,6 +194,45 @@ class GenomicModel:
         ):
             self.module(batch.input_ids.to(self.device), **arguments)
         return outputs
+
+    def forward_in_blocks(
+        self,
+        batch: Batch,
+        layers: Sequence[str],
+        take: Callable[[str, Tensor, slice], None],
+        *,
+        block_tokens: int,
+    ) -> None:
+        """Run one batch block by block of its positions, so that memory holds the activations of one block.
+
+        Args:
+            batch: Padded rows; moved to the model's device.
+            layers: Module paths, as `resolve` gives them.
+            take: Called with each path, its activations of a block, ``(B, C, D)`` in the model's dtype, and
+                the block's positions, as soon as they are there; from left to right.
+            block_tokens: Positions of a block.
+
+        Raises:
+            ModelError: If the model carries no state from block to block.
+            LayerError: If a layer does not run, or gives something else than one vector a token.
+        """
+        if not self.carries_state:
+            message = f"{self.name} carries no state from block to block; set window to cut long sequences"
+            raise ModelError(message)
+        mask_BL = batch.attention_mask.to(self.device)
+        length = batch.input_ids.shape[1]
+        state = self.module.new_cache()
+        with torch.inference_mode(), evaluating(self.module):
+            for start in range(0, length, block_tokens):
+                span = slice(start, min(length, start + block_tokens))
+
+                def keep_none(path: str, activations: Tensor, span: slice = span) -> Tensor:
+                    take(path, _as_rows(activations, mask_BL[:, span], path=path), span)
+                    return activations[:0]
+
+                arguments = forward_arguments(self.module, mask_BL[:, : span.stop])
+                with capture(self.module, layers, reduce=keep_none):
+                    self.module(batch.input_ids[:, span].to(self.device), past_key_values=state, **arguments)
 
     @cached_property
     def _probe(self) -> Probe:

@@ -201,13 +201,28 @@ def _kept_chunks(hidden_BLD: Tensor, mask_BL: Tensor, fill: float) -> Iterator[t
             yield chunk, torch.where(mask_BL[:, chunk, None], hidden_BLD[:, chunk], fill)
 
 
-def _weighted_sum_mean(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> Tensor:
+def weighted_sum(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the hidden states of the kept tokens, and their weights.
+
+    Args:
+        hidden_BLD: Hidden states. Floating, shape ``(B, L, D)``.
+        mask_BL: True where a token is kept. Bool, shape ``(B, L)``.
+        weights_BL: Shape ``(B, L)``.
+
+    Returns:
+        Weighted sums ``(B, D)`` and sums of weights ``(B, 1)``, float64 (float32 on devices without it).
+    """
     wide = torch.float32 if hidden_BLD.device.type == "mps" else torch.float64
     weights_BL = torch.where(mask_BL, weights_BL, 0).to(wide)
     sum_BD = hidden_BLD.new_zeros((hidden_BLD.shape[0], hidden_BLD.shape[2]), dtype=wide)
     for chunk, kept_BLD in _kept_chunks(hidden_BLD, mask_BL, 0):
         sum_BD += torch.bmm(weights_BL[:, None, chunk], kept_BLD.to(wide))[:, 0]
-    return (sum_BD / weights_BL.sum(dim=1, keepdim=True)).to(_result_dtype(hidden_BLD))
+    return sum_BD, weights_BL.sum(dim=1, keepdim=True)
+
+
+def _weighted_sum_mean(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    sum_BD, weight_B1 = weighted_sum(hidden_BLD, mask_BL, weights_BL)
+    return (sum_BD / weight_B1).to(_result_dtype(hidden_BLD))
 
 
 def _mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:

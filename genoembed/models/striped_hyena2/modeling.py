@@ -57,12 +57,22 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     embedding_layer_template = "blocks.{index}.mlp.l3"
     """What a layer given as an integer means, as in Evo 2's own example."""
     is_causal_by_construction = True
+    carries_state = True
+    """Whether a sequence may come in blocks, each with the ``past_key_values`` of the one before."""
     _is_stateful = True
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # filters carry more than keys and values; generate starts without a cache and takes the model's own
         return False
+
+    def new_cache(self) -> StripedHyena2Cache:
+        """Start the state of a pass that takes sequences block by block.
+
+        Returns:
+            An empty state, for ``past_key_values`` of the first block and all after it.
+        """
+        return StripedHyena2Cache()
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules only that hold tensors themselves, so for no block
@@ -169,13 +179,14 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             keep_hidden_states = bool(self.config.output_hidden_states)
         if context.segments is not None:
             x_BLD = context.segments.spread(x_BLD)
+        if context.cache is not None:
+            # before the blocks, for a pass may end early at the deepest block that is asked for
+            context.cache.length += x_BLD.shape[1]
         streams = [x_BLD]
         for block in self.blocks:
             x_BLD = block(x_BLD, context)
             if keep_hidden_states:
                 streams.append(x_BLD)
-        if context.cache is not None:
-            context.cache.length += x_BLD.shape[1]
         x_BLD = self.norm(x_BLD)
         streams = [*streams[:-1], x_BLD] if keep_hidden_states else []
         if context.segments is not None:

@@ -27,17 +27,21 @@ if TYPE_CHECKING:
     from genoembed.sequences import InputCounts, read_sequences
     from genoembed.store import EmbeddingFile, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
+    from genoembed.training.finetuning import FinetuneReport, finetune
+    from genoembed.training.predict import PredictionReport, predict
     from genoembed.training.run import PretrainReport, pretrain
 
 _HOMES = {
     "CharTokenizer": "genoembed.tokenization.char",
     "EmbeddingFile": "genoembed.store",
     "ExtractionReport": "genoembed.extraction",
+    "FinetuneReport": "genoembed.training.finetuning",
     "GenoembedError": "genoembed.errors",
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
     "ModelLayers": "genoembed.models.describe",
+    "PredictionReport": "genoembed.training.predict",
     "PretrainReport": "genoembed.training.run",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
@@ -46,9 +50,11 @@ _HOMES = {
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
     "extract": "genoembed.extraction",
+    "finetune": "genoembed.training.finetuning",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "open_embeddings": "genoembed.store",
+    "predict": "genoembed.training.predict",
     "pretrain": "genoembed.training.run",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
@@ -58,11 +64,13 @@ __all__ = [
     "CharTokenizer",
     "EmbeddingFile",
     "ExtractionReport",
+    "FinetuneReport",
     "GenoembedError",
     "GenoembedWarning",
     "GenomicModel",
     "InputCounts",
     "ModelLayers",
+    "PredictionReport",
     "PretrainReport",
     "SequenceRecord",
     "StripedHyena2Config",
@@ -72,9 +80,11 @@ __all__ = [
     "convert_checkpoint",
     "describe_layers",
     "extract",
+    "finetune",
     "known_models",
     "load_model",
     "open_embeddings",
+    "predict",
     "pretrain",
     "read_sequences",
     "run_doctor",

@@ -85,7 +85,7 @@ RULES = {
     "training": Rule(
         internal=(*STAGES, "config", "registration", "_version", *FLOOR),
         third_party=("torch", "transformers", "numpy", "safetensors"),
-        in_functions=("peft", "pyarrow"),
+        in_functions=("peft", "pyarrow", "sklearn"),
     ),
     "analysis": Rule(
         internal=("store", "models", "sequences", *FLOOR),

@@ -1,4 +1,4 @@
-"""Packed causal pretraining on ``transformers.Trainer``."""
+"""What a pretraining run is made of: its recipe, AdamW's parameter groups, and what watches each step."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-
-from genoembed.errors import ConfigError
-from genoembed.models.layers import find_blocks
+from transformers import TrainerCallback, TrainingArguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +22,6 @@ ADAM_BETAS = (0.9, 0.98)
 ADAM_EPSILON = 1e-8
 MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
-
-
-class TrainingRows(Protocol):
-    """Rows of one length, such as :class:`~genoembed.training.datasets.PackedCorpus`."""
-
-    def __len__(self) -> int:
-        """Count the rows."""
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        """Give ``input_ids`` and ``labels`` of a row. int64, shape ``(L,)``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,49 +55,7 @@ class PretrainConfig:
     logging_steps: int = 10
     """Steps between lines of ``metrics.jsonl``; a line's loss is the mean over them."""
     seed: int = 0
-    """Order of the rows."""
-
-
-def pretrain_rows(
-    model: PreTrainedModel,
-    train_rows: TrainingRows,
-    heldout_rows: TrainingRows,
-    *,
-    config: PretrainConfig,
-    output_dir: Path,
-    resume: bool = False,
-) -> None:
-    """Train a causal model on packed rows; write checkpoints, the final model and ``metrics.jsonl``.
-
-    Args:
-        model: Any causal model of transformers that takes ``input_ids`` and ``labels``.
-        train_rows: Rows of :class:`~genoembed.training.datasets.PackedCorpus`.
-        heldout_rows: Rows on which bits per token are measured while training runs.
-        config: The recipe.
-        output_dir: Folder for everything that is written.
-        resume: Continue from the newest checkpoint in ``output_dir``.
-
-    Raises:
-        ConfigError: If there are no rows, or ``resume`` is set and there is no checkpoint.
-    """
-    _check(train_rows, heldout_rows, config=config, output_dir=output_dir, resume=resume)
-    if config.compile_blocks:
-        for block in model.get_submodule(find_blocks(model)).children():
-            block.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON
-    )
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(config, output_dir),
-        train_dataset=train_rows,
-        eval_dataset=heldout_rows,
-        optimizers=(optimizer, None),
-        callbacks=[ClampPoles(), MetricsFile(output_dir / "metrics.jsonl")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(str(output_dir / "final"))
+    """Initial weights, order of documents, strands."""
 
 
 def training_arguments(config: PretrainConfig, output_dir: Path, **others: Any) -> TrainingArguments:
@@ -151,30 +92,9 @@ def training_arguments(config: PretrainConfig, output_dir: Path, **others: Any) 
         report_to=[],
         prediction_loss_only=True,
         remove_unused_columns=False,
-        # a compiled block takes one shape; otherwise the last, shorter batch counts too
-        dataloader_drop_last=config.compile_blocks,
         disable_tqdm=True,
     )
     return TrainingArguments(**(recipe | others))
-
-
-def _check(
-    train_rows: TrainingRows,
-    heldout_rows: TrainingRows,
-    *,
-    config: PretrainConfig,
-    output_dir: Path,
-    resume: bool,
-) -> None:
-    problems = []
-    fewest = config.rows_per_device if config.compile_blocks else 1
-    for name, rows in (("train_rows", train_rows), ("heldout_rows", heldout_rows)):
-        if len(rows) < fewest:
-            problems.append(f"{name}: {len(rows)} rows, expected {fewest} or more; give more sequence")
-    if resume and not (output_dir.is_dir() and get_last_checkpoint(str(output_dir))):
-        problems.append(f"resume: no checkpoint in {output_dir}; set resume=False to start from scratch")
-    if problems:
-        raise ConfigError(*problems)
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
@@ -280,6 +200,14 @@ class MetricsFile(TrainerCallback):
             if name in line:
                 line[f"{name}_bits"] = line[name] / math.log(2)
         logger.info("%s", describe_line(line))
+        self.write(line)
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Append a line.
+
+        Args:
+            line: Its values by name.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -97,6 +97,17 @@ class DenseHead(nn.Module):
             ShapeError: If shapes do not belong together.
         """
         pooled_BD = pool(hidden_BLD, mask_BL, method=self.pooling, attention_mask_BL=attention_mask_BL)
+        return self.project(pooled_BD)
+
+    def project(self, pooled_BD: Tensor) -> Tensor:
+        """Project and normalise what is pooled already, such as the mean over a sequence's windows.
+
+        Args:
+            pooled_BD: Floating, shape ``(B, D)``.
+
+        Returns:
+            float32 (float64 for float64 input), shape ``(B, D)``.
+        """
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
         return F.normalize(_wide(pooled_BD), dim=-1) if self.normalise else pooled_BD

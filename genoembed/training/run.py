@@ -143,7 +143,7 @@ class _Run:
         self.recipe = _resolved_recipe(config.recipe, self.start)
         self.arguments = _arguments(self.recipe, folder)
         if torch.distributed.is_initialized():
-            atexit.register(_leave_process_group)
+            atexit.register(leave_process_group)
         shard = {"shard": self.arguments.process_index, "num_shards": self.arguments.world_size}
         self.corpus = _corpus_config(data, seed=config.recipe.seed)
         self.rows = RowShape(
@@ -221,7 +221,7 @@ class _Run:
             num_rows=data.heldout_rows,
         )
         logger.info("held out: %d rows of %d documents", len(heldout), heldout.documents)
-        done = _steps_of(self.checkpoint)
+        done = steps_of(self.checkpoint)
         recipe = self.recipe
         self.stream.skip_rows = done * recipe.accumulation_steps * recipe.rows_per_device
         if self.stream.skip_rows:
@@ -305,7 +305,7 @@ class _Run:
         )
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End the group while the interpreter lives: its threads can make a process abort that ends with them."""
     gc.collect()  # what is wrapped for the group holds it
     if torch.distributed.is_initialized():
@@ -333,13 +333,17 @@ def _resolved_recipe(recipe: RecipeConfig, start: Start) -> PretrainConfig:
     shared |= {
         "learning_rate": rate if recipe.learning_rate is None else recipe.learning_rate,
         "warmup_steps": warmup if recipe.warmup_steps is None else recipe.warmup_steps,
-        "bf16": _has_bfloat16() if recipe.dtype == "auto" else recipe.dtype == "bfloat16",
+        "bf16": has_bfloat16() if recipe.dtype == "auto" else recipe.dtype == "bfloat16",
     }
     return PretrainConfig(**shared)
 
 
-def _has_bfloat16() -> bool:
-    """Whether the hardware multiplies in bfloat16: elsewhere that is slower than float32."""
+def has_bfloat16() -> bool:
+    """Tell whether the hardware multiplies in bfloat16: elsewhere that is slower than float32.
+
+    Returns:
+        True if it does.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -347,10 +351,8 @@ def _has_bfloat16() -> bool:
 
 
 def _arguments(recipe: PretrainConfig, folder: Path) -> TrainingArguments:
-    # the stream leaves out used rows itself; a batch of the stream is always full
-    return training_arguments(
-        recipe, folder, ignore_data_skip=True, dataloader_drop_last=False, ddp_find_unused_parameters=False
-    )
+    # the stream leaves out used rows itself
+    return training_arguments(recipe, folder, ignore_data_skip=True, ddp_find_unused_parameters=False)
 
 
 def _corpus_config(data: DataConfig, *, seed: int) -> CorpusConfig:
@@ -376,12 +378,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Returns:
         The checkpoint; one that a killed run has left in pieces is passed over.
     """
-    complete = [path for path in folder.glob("checkpoint-*") if _steps_of(path)]
-    return max(complete, key=_steps_of, default=None)
+    complete = [path for path in folder.glob("checkpoint-*") if steps_of(path)]
+    return max(complete, key=steps_of, default=None)
 
 
-def _steps_of(checkpoint: Path | None) -> int:
-    """Steps that a checkpoint is after; 0 where its state, which is written last, is missing or cut."""
+def steps_of(checkpoint: Path | None) -> int:
+    """Count the steps that a checkpoint is after.
+
+    Args:
+        checkpoint: Of a trainer.
+
+    Returns:
+        The steps; 0 where its state, which is written last, is missing or cut.
+    """
     if checkpoint is None:
         return 0
     try:

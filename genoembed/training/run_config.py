@@ -222,7 +222,7 @@ def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | N
         >>> config.data.window, config.recipe.max_steps
         (1024, 5)
     """
-    in_file = {} if file is None else _read(Path(file))
+    in_file = {} if file is None else read_config_file(Path(file))
     problems = [f"{file}: {_unknown(key)}" for key in in_file if key not in KEY_STAGE]
     problems += [_unknown(key) for key in options if key not in KEY_STAGE]
     given = {key: value for key, value in options.items() if value is not None}
@@ -241,7 +241,19 @@ def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | N
     return TrainConfig(**parts)
 
 
-def _read(path: Path) -> dict[str, object]:
+def read_config_file(path: Path) -> dict[str, object]:
+    """Read flat keys and values.
+
+    Args:
+        path: TOML, or JSON (told by ``.json``).
+
+    Returns:
+        Values by key, unchecked.
+
+    Raises:
+        ConfigError: If the file is not what its name says.
+        InputFileError: If it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

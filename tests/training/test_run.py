@@ -282,7 +282,7 @@ def test_gradient_checkpointing_computes_blocks_again():
 def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
     model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
     for has_bfloat16 in (True, False):
-        monkeypatch.setattr(run, "_has_bfloat16", lambda has=has_bfloat16: has)
+        monkeypatch.setattr(run, "has_bfloat16", lambda has=has_bfloat16: has)
         recipe = run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
         assert recipe.learning_rate == pytest.approx(rate)
         assert (recipe.warmup_steps, recipe.bf16) == (50, has_bfloat16)

@@ -1,0 +1,251 @@
+"""The encoder that is fine-tuned: a model cut at a layer, pooling, and fusion of several layers.
+
+In: padded batches. Out: pooled vectors or hidden states, with gradient. Promised: blocks behind the deepest
+layer never run; pooling and fusion are those of ``extract``, so a saved encoder embeds as it was trained.
+
+B rows, L padded length, D hidden size, K layers.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genoembed.errors import ConfigError, LayerError, ModelError
+from genoembed.models.adapters import forward_arguments
+from genoembed.models.hooks import capture
+from genoembed.pooling.fuse import fuse
+from genoembed.pooling.reduce import check_pooling, pool
+from genoembed.tokenization.hf import build_encoder
+from genoembed.training.tuning import Tuned, set_up_tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from genoembed.contracts import EncodedSequence
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.training.finetune_config import EncoderConfig
+
+_PROBE = b"ACGT" * 6
+
+
+class Encoder(nn.Module):
+    """A backbone, where it is cut, and how its layers become vectors.
+
+    Args:
+        model: As ``load_model`` gives it, in float32.
+        config: Layers, pooling, fusion, and what learns.
+        seed: Of new weights.
+        fusion_weights: Of a saved ``weighted`` fusion, one a layer, all above 0; None starts with equal ones.
+
+    Raises:
+        ConfigError: If pooling, fusion or tuning do not go with the model.
+        LayerError: If a layer is not there.
+    """
+
+    def __init__(
+        self,
+        model: GenomicModel,
+        config: EncoderConfig,
+        *,
+        seed: int = 0,
+        fusion_weights: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone: nn.Module = model.module
+        self.layers = tuple(info.path for info in model.resolve(config.layers))
+        self.pooling, self.fusion = config.pooling, config.fusion
+        self.padding, self.is_causal, self.name = model.padding, model.is_causal, model.name
+        self.takes_mask = model.accepts_attention_mask
+        self._check()
+        self.fusion_logits: nn.Parameter | None = None
+        if self.fusion == "weighted":
+            start = torch.tensor(fusion_weights or (1.0,) * len(self.layers)).clamp(min=1e-12).log()
+            self.fusion_logits = nn.Parameter(start)
+        self._probe_batch = _probe(model)
+        self.widths = self._find_widths()
+        self.width = self._fused_width()
+        self.tuned: Tuned = set_up_tuning(self.backbone, self._run_probe, config=config, seed=seed)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of the backbone learns."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    @property
+    def fusion_weights(self) -> tuple[float, ...]:
+        """Weights of the layers, as ``extract`` takes them; empty unless they are learned."""
+        if self.fusion_logits is None:
+            return ()
+        return tuple(torch.softmax(self.fusion_logits.detach().double(), dim=0).tolist())
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set the mode; a backbone that does not learn stays without dropout.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            Itself.
+        """
+        super().train(mode)
+        if self.is_frozen:
+            self.backbone.eval()
+        return self
+
+    def pooled_layers(
+        self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Pool each layer.
+
+        Args:
+            input_ids: int64, shape ``(B, L)``.
+            attention_mask: 1 where a token is real; padding is on the right. Shape ``(B, L)``.
+            pool_mask: True where a token counts. Bool, shape ``(B, L)``.
+
+        Returns:
+            By module path, float32, shape ``(B, D)``.
+
+        Raises:
+            EmptyPoolError: If a row keeps no token.
+            ModelError: If the model would see padding.
+        """
+
+        def reduce(hidden_BLD: Tensor) -> Tensor:
+            return pool(hidden_BLD, pool_mask, method=self.pooling, attention_mask_BL=attention_mask)
+
+        return self._run(input_ids, attention_mask, reduce)
+
+    def fuse(self, layers: Mapping[str, Tensor]) -> Tensor:
+        """Make one vector of those of several layers.
+
+        Args:
+            layers: Vectors or hidden states by module path, floating, last dimension D.
+
+        Returns:
+            Shape as before, the last dimension ``width``.
+        """
+        values = list(layers.values())
+        if len(values) == 1:
+            return values[0]
+        if self.fusion_logits is not None:
+            weights_K = torch.softmax(self.fusion_logits, dim=0)
+            stacked = torch.stack(values, dim=-1)
+            return (stacked.to(torch.promote_types(stacked.dtype, weights_K.dtype)) * weights_K).sum(dim=-1)
+        flat = {path: value.flatten(end_dim=-2) for path, value in layers.items()}
+        (fused,) = fuse(flat, method=self.fusion).values()
+        return fused.unflatten(0, values[0].shape[:-1])
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
+        """Give one vector a row. As :meth:`pooled_layers`, fused.
+
+        Args:
+            input_ids: As there.
+            attention_mask: As there.
+            pool_mask: As there.
+
+        Returns:
+            float32, shape ``(B, width)``.
+        """
+        return self.fuse(self.pooled_layers(input_ids, attention_mask, pool_mask))
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Give the fused hidden states.
+
+        Args:
+            input_ids: int64, shape ``(B, L)``.
+            attention_mask: 1 where a token is real; padding is on the right. Shape ``(B, L)``.
+
+        Returns:
+            Floating, shape ``(B, L, width)``; what stands at padding means nothing.
+
+        Raises:
+            ModelError: If the model would see padding.
+        """
+        keeps_graph = torch.is_grad_enabled() and not self.is_frozen
+
+        def reduce(hidden_BLD: Tensor) -> Tensor:
+            # without a graph a later block may write into what an earlier one gave
+            return hidden_BLD if keeps_graph or len(self.layers) == 1 else hidden_BLD.clone()
+
+        return self.fuse(self._run(input_ids, attention_mask, reduce))
+
+    def _run(
+        self, input_ids: Tensor, attention_mask: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        if self.padding == "equal" and not bool(attention_mask.all()):
+            message = (
+                f"batch: rows of different lengths, but {self.name} sees padding (it is neither causal nor "
+                "takes a mask); set rows_per_device to 1, or give sequences of one length"
+            )
+            raise ModelError(message)
+        arguments: dict[str, Any] = forward_arguments(
+            self.backbone, attention_mask if self.takes_mask else None
+        )
+
+        def take(path: str, activations: Tensor) -> Tensor:
+            return reduce(_as_rows(activations, attention_mask, path=path))
+
+        with torch.no_grad() if self.is_frozen else nullcontext():
+            with capture(self.backbone, self.layers, reduce=take) as outputs:
+                self.backbone(input_ids, **arguments)
+        return outputs
+
+    def _check(self) -> None:
+        check_pooling(self.pooling, is_causal=self.is_causal)
+        several = len(self.layers) > 1
+        if several == (self.fusion == "none"):
+            message = (
+                f"fusion is {self.fusion!r} for {len(self.layers)} layers ({', '.join(self.layers)}); "
+                + (
+                    "set fusion to 'concat', 'mean', 'max' or 'weighted'"
+                    if several
+                    else "set fusion to 'none'"
+                )
+            )
+            raise ConfigError(message)
+
+    def _run_probe(self) -> Tensor:
+        device = next(self.backbone.parameters()).device
+        ids, mask = (tensor.to(device) for tensor in self._probe_batch)
+        found = self._run(ids, mask, lambda hidden: hidden.float())
+        return torch.stack([value.square().mean() for value in found.values()])
+
+    def _find_widths(self) -> dict[str, int]:
+        device = next(self.backbone.parameters()).device
+        ids, mask = (tensor.to(device) for tensor in self._probe_batch)
+        self.backbone.eval()
+        with torch.no_grad():
+            found = self._run(ids, mask, lambda hidden: hidden)
+        return {path: int(value.shape[-1]) for path, value in found.items()}
+
+    def _fused_width(self) -> int:
+        flat = {path: torch.zeros(1, width) for path, width in self.widths.items()}
+        weights = [1.0] * len(flat) if self.fusion == "weighted" else None
+        return int(next(iter(fuse(flat, method=self.fusion, weights=weights).values())).shape[-1])
+
+
+def _probe(model: GenomicModel) -> tuple[Tensor, Tensor]:
+    encoder = build_encoder(model.tokenizer)
+    limit = len(_PROBE) if model.max_length is None else min(len(_PROBE), encoder.max_bases(model.max_length))
+    encoded: EncodedSequence = encoder.encode(_PROBE[:limit])
+    ids = torch.from_numpy(np.array(encoded.input_ids, dtype=np.int64))[None]
+    return ids, torch.ones_like(ids)
+
+
+def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
+    """Lay activations out as ``(B, L, D)``; some models run their blocks on the real tokens only."""
+    if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
+        return activations
+    if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
+        rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
+        return rows_BLD.masked_scatter(mask_BL.bool()[..., None], activations)
+    message = (
+        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector a token; name a "
+        "block, a norm or an MLP"
+    )
+    raise LayerError(message, spec=path)

@@ -1,0 +1,259 @@
+"""The rows of a fine-tuning run: read, cleaned, parted into training, validation and test.
+
+In: a :class:`~genoembed.training.finetune_config.FinetuneConfig`. Out: :class:`Sides` of labelled sequences
+or of retrieval examples. Promised: the same files and config give the same sides; what was dropped is counted
+and logged; no side is silently empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from genoembed.errors import ConfigError, SequenceFormatError
+from genoembed.sequences import Policies
+from genoembed.training.cleaning import CleaningConfig, clean_labelled
+from genoembed.training.finetune_config import LABEL_KINDS
+from genoembed.training.kinship import Clusters, cluster_kin
+from genoembed.training.labelled import LabelledSequence, read_labelled
+from genoembed.training.labelled_config import LabelledConfig
+from genoembed.training.leaks import check_leaks
+from genoembed.training.pairs import RetrievalExample, read_pairs
+from genoembed.training.sketches import KinshipConfig
+from genoembed.training.splits import SplitConfig, Splits, group_clusters, split_rows
+from genoembed.training.tables import iter_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from genoembed.training.finetune_config import Contrast, FinetuneConfig, FinetuneDataConfig
+    from genoembed.training.labelled_config import LabelKind
+
+logger = logging.getLogger(__name__)
+
+RowT = TypeVar("RowT", LabelledSequence, RetrievalExample)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sides(Generic[RowT]):
+    """Rows by what they are for."""
+
+    train: list[RowT]
+    validation: list[RowT]
+    """May be empty: then nothing stops training early."""
+    test: list[RowT]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all rows, by side: equal for equal data, whatever its files are called."""
+        found = hashlib.sha256()
+        for side in (self.train, self.validation, self.test):
+            found.update(b"side")
+            for row in side:
+                found.update(repr(_content(row)).encode())
+        return found.hexdigest()
+
+
+def find_contrast(config: FinetuneConfig) -> Contrast:
+    """Tell where the pairs of a contrastive task come from.
+
+    Args:
+        config: Of the run.
+
+    Returns:
+        What ``contrast`` says; else ``labels`` where there is a table of them or a label column, ``examples``
+        for tables with ``query``, ``views`` for sequences alone.
+    """
+    if config.objective.task == "retrieval":
+        return "examples"
+    if config.objective.contrast != "auto":
+        return config.objective.contrast
+    if config.data.labels is not None:
+        return "labels"
+    columns = _columns(config.data.train[0])
+    if "query" in columns:
+        found: Contrast = "examples"
+    else:
+        found = "labels" if columns.issuperset(config.data.label_columns) else "views"
+    logger.info("contrast: %s, by the columns of %s", found, config.data.train[0])
+    return found
+
+
+def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequence]:
+    """Read labelled sequences.
+
+    Args:
+        config: Of the run.
+        kind: What a label is.
+
+    Returns:
+        The rows of each side.
+
+    Raises:
+        ConfigError: If options do not go together, or a side would be empty.
+        InputError: If a row is wrong; names file, line and record.
+        InputFileError: If a file is missing or cannot be read.
+    """
+    data = config.data
+    given = (data.train, data.validation, data.test)
+    table = None if kind == "none" else data.labels
+    read = [
+        read_labelled(files, config=_labelled(data, kind), labels=table, policies=_policies(data))
+        if files
+        else []
+        for files in given
+    ]
+    cleaning = CleaningConfig(
+        both_strands=not data.one_strand, duplicates=data.repeats, conflicts=data.conflicts
+    )
+    read = [clean_labelled(rows, kind=kind, config=cleaning).rows for rows in read]
+    rows = [row for part in read for row in part]
+    clusters = _clusters(rows, data)
+    if any(given[1:]):
+        splits = _splits_of_files([len(part) for part in read])
+    else:
+        splits = split_rows(rows, kind=kind, config=_split(config), clusters=clusters)
+    return _sealed(rows, rows, splits, clusters, data)
+
+
+def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
+    """Read retrieval examples. Kin are told by their queries, or by the groups that rows name.
+
+    Args:
+        config: Of the run.
+
+    Returns:
+        The rows of each side.
+
+    Raises:
+        ConfigError: If options do not go together, or a side would be empty.
+        InputError: If a row is wrong; names file, line and record.
+        InputFileError: If a file is missing or cannot be read.
+    """
+    data = config.data
+    given = (data.train, data.validation, data.test)
+    read = [
+        read_pairs(files, policies=_policies(data), false_negatives=data.false_negatives) if files else []
+        for files in given
+    ]
+    rows = [row for part in read for row in part]
+    queries = [
+        LabelledSequence(
+            id=row.id, sequence=row.query, label=None, source=row.source, line=row.line, group=row.group
+        )
+        for row in rows
+    ]
+    clusters = _clusters(queries, data, by_group=all(row.group for row in rows))
+    if any(given[1:]):
+        splits = _splits_of_files([len(part) for part in read])
+    else:
+        config_of_split = _split(config)
+        splits = split_rows(queries, kind="none", config=config_of_split, clusters=clusters)
+    return _sealed(rows, queries, splits, clusters, data)
+
+
+def _labelled(data: FinetuneDataConfig, kind: LabelKind) -> LabelledConfig:
+    return LabelledConfig(
+        kind=kind,
+        sequence_column=data.sequence_column,
+        label_columns=data.label_columns,
+        label_delimiter=data.label_delimiter,
+        ignore_label=data.ignore_label,
+        id_column=data.id_column,
+        split_column=data.split_column,
+        group_column=data.group_column,
+        unlabelled=data.unlabelled,
+    )
+
+
+def _policies(data: FinetuneDataConfig) -> Policies:
+    return Policies(
+        invalid=data.invalid,
+        duplicates=data.duplicates,
+        empty=data.empty,
+        gaps=data.gaps,
+        keep_case=data.keep_case,
+    )
+
+
+def _split(config: FinetuneConfig) -> SplitConfig:
+    data = config.data
+    return SplitConfig(
+        split=data.split,
+        validation_fraction=data.validation_fraction,
+        test_fraction=data.test_fraction,
+        seed=config.recipe.seed,
+    )
+
+
+def _clusters(
+    rows: Sequence[LabelledSequence], data: FinetuneDataConfig, *, by_group: bool | None = None
+) -> Clusters | None:
+    if data.split != "homology" and data.homologs == "ignore":
+        return None
+    if data.group_column is not None if by_group is None else by_group:
+        return Clusters(labels=group_clusters(rows))
+    return cluster_kin([row.sequence for row in rows], config=KinshipConfig(identity=data.kin_identity))
+
+
+def _splits_of_files(sizes: Sequence[int]) -> Splits:
+    bounds = np.cumsum([0, *sizes])
+    parts = [np.arange(bounds[i], bounds[i + 1], dtype=np.int64) for i in range(len(sizes))]
+    return Splits(train=parts[0], validation=parts[1], test=parts[2])
+
+
+def _sealed(
+    rows: Sequence[RowT],
+    sequences: Sequence[LabelledSequence],
+    splits: Splits,
+    clusters: Clusters | None,
+    data: FinetuneDataConfig,
+) -> Sides[RowT]:
+    if clusters is not None and data.homologs != "ignore":
+        kinship = KinshipConfig(identity=data.kin_identity)
+        splits = check_leaks(sequences, splits, clusters, policy=data.homologs, config=kinship).splits
+    sides = Sides(**{side: [rows[i] for i in members] for side, members in splits.sides().items()})
+    if not sides.train:
+        message = "train: no row is left to learn from; give more, or change the policies"
+        raise ConfigError(message)
+    logger.info(
+        "rows: %d to train on, %d to validate, %d to test",
+        len(sides.train),
+        len(sides.validation),
+        len(sides.test),
+    )
+    return sides
+
+
+def _columns(path: str) -> set[str]:
+    """List the columns of a table; empty for a sequence file."""
+    try:
+        first = next(iter_rows(path), None)
+    except SequenceFormatError:
+        return set()
+    return set() if first is None else set(first.values)
+
+
+def _content(row: LabelledSequence | RetrievalExample) -> tuple[object, ...]:
+    if isinstance(row, LabelledSequence):
+        return (row.id, row.sequence, row.label)
+    return (row.id, row.query, row.pos, row.neg, row.teacher_scores, row.group)
+
+
+def label_kind(task: str, contrast: Contrast | None) -> LabelKind:
+    """Say what the labels of a task are.
+
+    Args:
+        task: Of the run.
+        contrast: Where its pairs come from, for contrastive tasks.
+
+    Returns:
+        The kind of labels to read.
+    """
+    if contrast is not None:
+        return "class" if contrast == "labels" else "none"
+    return LABEL_KINDS[task]

@@ -1,0 +1,517 @@
+"""The loop of fine-tuning: transformers' Trainer with our models, batches, measures and statistics.
+
+Promised: what a step does depends on config, data and step alone, so a run that goes on gives the losses of a
+run that was never stopped; a line of the log says what its steps really compared and what padding cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from genoembed.errors import CheckpointError
+from genoembed.training.batches import split_batch
+from genoembed.training.collate import LengthGroupedSampler, PaddingMeter
+from genoembed.training.grad_cache import cached_backward
+from genoembed.training.loss_watch import LossWatch
+from genoembed.training.pretraining import ADAM_EPSILON, MetricsFile
+from genoembed.training.step_statistics import LossOutput, gradient_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from transformers import TrainingArguments
+
+    from genoembed.training.batches import EpochDataset
+    from genoembed.training.evaluation import Measure
+
+logger = logging.getLogger(__name__)
+
+ADAM_BETAS = (0.9, 0.999)
+POLE_RATE_SCALE = 0.1
+"""Poles of long filters move this much slower, as in pretraining."""
+_ROWS_PER_CLASS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast the parts of a model learn."""
+
+    encoder: float
+    head: float
+    weight_decay: float
+
+
+@dataclass(slots=True)
+class _Book:
+    """What was trained on since the last line."""
+
+    padding: PaddingMeter = field(default_factory=PaddingMeter)
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of a batch; those that are none are left out."""
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self.sums[name] += value
+                self.steps[name] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Give means, and what padding cost."""
+        means = {name: total / self.steps[name] for name, total in self.sums.items()}
+        return means | (self.padding.metrics(self.seconds) if self.seconds else {})
+
+
+class FinetuneTrainer(Trainer):
+    """A Trainer for the models of :mod:`genoembed.training.task_models`.
+
+    Args:
+        model: What is trained.
+        args: As for ``Trainer``.
+        dataset: Rows to train on.
+        collate: Makes batches of them.
+        sampler: Their order.
+        rates: Learning rates.
+        measures: By side, such as ``eval``.
+        micro_batch: Rows encoded at a time in contrastive tasks; None encodes whole batches.
+        callbacks: As for ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        dataset: EpochDataset,
+        collate: Callable[[Any], dict[str, Tensor]],
+        sampler: Sampler[int],
+        rates: Rates,
+        measures: Mapping[str, Measure[Any]],
+        micro_batch: int | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._sampler, self._rates, self._measures = sampler, rates, measures
+        self._micro_batch = micro_batch
+        self._book, self._watch = _Book(), LossWatch()
+        self._adamw: torch.optim.Optimizer | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=dataset,
+            eval_dataset=[],
+            callbacks=[*callbacks, _SetEpoch(dataset, sampler)],
+        )
+        # each batch gives a mean of its own
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Read rows in the order of the sampler.
+
+        Returns:
+            Batches, dealt to the processes.
+        """
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self._sampler,
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW with groups for encoder and heads, with and without weight decay, and for poles.
+
+        Args:
+            model: What is trained; None takes the trainer's.
+
+        Returns:
+            The optimizer.
+        """
+        if self._adamw is None:
+            self._adamw = torch.optim.AdamW(
+                parameter_groups(model or self.model, self._rates),
+                lr=self._rates.encoder,
+                betas=ADAM_BETAS,
+                eps=ADAM_EPSILON,
+            )
+        self.optimizer = self._adamw
+        return self._adamw
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Run the model, and note what it compared.
+
+        Args:
+            model: As for ``Trainer``.
+            inputs: A batch.
+            return_outputs: Whether to give the output too.
+            num_items_in_batch: Not looked at.
+
+        Returns:
+            The loss, or loss and output.
+        """
+        output = model(**inputs)
+        self._note(output.get("contrast"))
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Do forward and backward of a batch.
+
+        Args:
+            model: As for ``Trainer``.
+            inputs: A batch.
+            num_items_in_batch: Not looked at.
+
+        Returns:
+            The loss, without graph.
+        """
+        started = time.perf_counter()
+        if self._micro_batch is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._cached_step(model, inputs, self._micro_batch)
+        if self.accelerator.sync_gradients and self._logs_after_this_step():
+            norms = gradient_norms(self.accelerator.unwrap_model(model).parts)
+            self._book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})
+        for name, mask in inputs.items():
+            if name.endswith("attention_mask"):
+                self._book.padding.add(mask)
+        self._book.seconds += time.perf_counter() - started
+        return loss
+
+    def _cached_step(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> Tensor:
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        inner: Any = self.accelerator.unwrap_model(model)
+
+        def encode(piece: dict[str, Tensor]) -> dict[str, Tensor]:
+            with self.compute_loss_context_manager():
+                return model(**piece, want="hidden")
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+
+        output = cached_backward(
+            split_batch(batch, rows=rows),
+            encode=encode,
+            loss=lambda chunks: inner.contrast_loss(chunks, batch),
+            backward=backward,
+            without_sync=lambda: self.accelerator.no_sync(model),
+        )
+        self._note(output)
+        return output.loss / self.current_gradient_accumulation_steps
+
+    def _note(self, contrast: LossOutput | None) -> None:
+        if contrast is None or not self.model.training:
+            return
+        self._watch.observe(contrast)
+        parts = {f"loss_{name}": value for name, value in contrast.parts.items()}
+        self._book.add(contrast.statistics.as_metrics() | parts)
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step % self.args.logging_steps == 0 or step == self.state.max_steps
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, side: str = "eval", **__: Any) -> dict[str, float]:
+        """Measure on rows that are held out, and log it.
+
+        Args:
+            *_: Not looked at.
+            side: Which measure.
+            **__: Not looked at.
+
+        Returns:
+            Metrics, each with the side before its name.
+        """
+        model = self.model
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            found = self._measures[side](model)
+        model.train(was_training)
+        metrics = {f"{side}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        if side == "eval":
+            trainer: Any = self
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add statistics to a line about training.
+
+        Args:
+            logs: What the trainer says.
+            start_time: As for ``Trainer``.
+        """
+        if "loss" in logs:
+            logs |= self._book.metrics()
+            self._book = _Book()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save what learns, and buffers; what does not learn is in the model that was started from."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.model.state_dict() if state_dict is None else state_dict
+        kept = {name: values[name].contiguous() for name in self._learned() if name in values}
+        save_file(kept, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        torch.save(self.args, os.fspath(folder / "training_args.bin"))
+
+    def _learned(self) -> list[str]:
+        """Name parameters that learn, each once, and buffers outside the backbone."""
+        learned = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        buffers = [
+            name
+            for name, _ in self.model.named_buffers()
+            if not name.startswith(("encoder.backbone.", "model."))
+        ]
+        return [*learned, *buffers]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = set(load_result.missing_keys) & set(self._learned())
+        if missing or load_result.unexpected_keys:
+            names = ", ".join(sorted([*missing, *load_result.unexpected_keys])[:3])
+            message = (
+                f"{len(missing)} weights are missing and {len(load_result.unexpected_keys)} have no place "
+                f"({names}); set overwrite to start again"
+            )
+            raise CheckpointError(message, path=str(self.args.output_dir))
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """Split the parameters that learn by rate and weight decay.
+
+    Args:
+        model: With an ``encoder``, or a ``model``; the rest are heads.
+        rates: Learning rates.
+
+    Returns:
+        Groups for AdamW, empty ones left out. Matrices decay; embeddings, filters and vectors do not.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_backbone = name.startswith(("encoder.backbone.", "model."))
+        rate = rates.encoder if in_backbone else rates.head
+        if name.endswith("log_poles"):
+            rate *= POLE_RATE_SCALE
+        decays = parameter.dim() == 2 and id(parameter) not in embeddings and ".filter." not in name
+        decay = rates.weight_decay if decays and not name.endswith("log_poles") else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+class _SetEpoch(TrainerCallback):
+    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in."""
+
+    def __init__(self, dataset: EpochDataset, sampler: Sampler[int]) -> None:
+        self._listeners: list[Any] = [dataset, sampler]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Pass the epoch on.
+
+        Args:
+            args: Unused.
+            state: Gives the epoch.
+            control: Unused.
+            **kwargs: Unused.
+        """
+        for listener in self._listeners:
+            listener.set_epoch(int(state.epoch or 0))
+
+
+class StopEarly(TrainerCallback):
+    """End training when the metric has not become better for some evaluations.
+
+    It looks at the whole log each time and keeps nothing, so a run that goes on stops where it would have.
+
+    Args:
+        metric: Name in the log.
+        is_greater_better: Direction.
+        patience: Evaluations.
+        min_epochs: Not before so many epochs.
+    """
+
+    def __init__(self, metric: str, *, is_greater_better: bool, patience: int, min_epochs: int) -> None:
+        self._metric, self._sign = metric, 1 if is_greater_better else -1
+        self._patience, self._min_epochs = patience, min_epochs
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Decide.
+
+        Args:
+            args: Unused.
+            state: Holds the log.
+            control: Is told to stop.
+            **kwargs: Unused.
+        """
+        values = [self._sign * line[self._metric] for line in state.log_history if self._metric in line]
+        if not values or (state.epoch or 0) < self._min_epochs:
+            return
+        since_best = len(values) - 1 - values.index(max(values))
+        if since_best >= self._patience:
+            logger.info(
+                "%s has not become better for %d evaluations: training ends", self._metric, since_best
+            )
+            control.should_training_stop = True
+
+
+class FinetuneLog(MetricsFile):
+    """Append what the trainer logs to ``metrics.jsonl``, and say it in a line.
+
+    Args:
+        path: The file.
+        shown: Names of metrics that are said, beside the loss.
+    """
+
+    def __init__(self, path: Path, *, shown: Sequence[str]) -> None:
+        super().__init__(path)
+        self._shown = tuple(shown)
+
+    def on_log(
+        self,
+        args: object,
+        state: Any,
+        control: object,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Write one line.
+
+        Args:
+            args: Unused.
+            state: Gives the step.
+            control: Unused.
+            logs: What was logged.
+            **kwargs: Unused.
+        """
+        if not state.is_world_process_zero:
+            return
+        line: dict[str, float] = {"step": state.global_step, **(logs or {})}
+        said = [f"{name} {line[name]:.4g}" for name in line if self._is_said(name)]
+        if said:
+            logger.info("step %d: %s", state.global_step, ", ".join(said))
+        self.write(line)
+
+    def _is_said(self, name: str) -> bool:
+        bare = name.removeprefix("eval_").removeprefix("test_")
+        return name in _SAID or (name != bare and bare in self._shown)
+
+
+_SAID = (
+    "loss",
+    "learning_rate",
+    "padding_percent",
+    "tokens_per_second",
+    "negatives_per_query",
+    "positive_score",
+    "negative_score",
+)
+
+
+class ClassSampler(Sampler[int]):
+    """Orders rows so that batches hold several of a class: those of a class come four at a time.
+
+    Each row is in each epoch once; the order depends on labels, seed and epoch alone.
+
+    Args:
+        labels: Class of each row.
+        seed: Decides about the order.
+    """
+
+    def __init__(self, labels: Sequence[object], *, seed: int) -> None:
+        by_label: dict[object, list[int]] = defaultdict(list)
+        for index, label in enumerate(labels):
+            by_label[label].append(index)
+        self._classes, self._count, self._seed = list(by_label.values()), len(labels), seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0.
+
+        Args:
+            epoch: Its number.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        pieces = []
+        for members in self._classes:
+            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            pieces += [order[i : i + _ROWS_PER_CLASS] for i in range(0, len(order), _ROWS_PER_CLASS)]
+        for index in torch.randperm(len(pieces), generator=generator).tolist():
+            yield from pieces[index]
+
+
+class RandomOrder(ClassSampler):
+    """Orders rows at random, by seed and epoch.
+
+    Args:
+        count: Number of rows.
+        seed: Decides about the order.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        super().__init__(range(count), seed=seed)
+
+
+def new_sampler(
+    lengths: Sequence[int],
+    *,
+    labels: Sequence[object] | None,
+    batch_size: int,
+    seed: int,
+    mixed_lengths: bool,
+) -> Sampler[int]:
+    """Choose the order of rows.
+
+    Args:
+        lengths: Of each row.
+        labels: Classes that batches should hold several rows of; None for none.
+        batch_size: Rows of a step's batch, all devices together.
+        seed: Of the run.
+        mixed_lengths: Random rows instead of rows of like length.
+
+    Returns:
+        The sampler.
+    """
+    if labels is not None:
+        return ClassSampler(labels, seed=seed)
+    if mixed_lengths:
+        return RandomOrder(len(lengths), seed=seed)
+    return LengthGroupedSampler(lengths, batch_size=batch_size, seed=seed)

@@ -1,0 +1,354 @@
+"""Fine-tune a model: labelled sequences or pairs in, a folder that embeds and predicts out.
+
+``read -> clean -> part -> load and cut the model -> train -> choose the best step -> test -> save``.
+Promised: the same config, data and seed give the same model on CPUs; a run that was killed goes on from its
+newest checkpoint with the losses of a run that was never killed; ``finetune.json`` runs the same again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback
+from transformers.trainer_utils import set_seed
+
+from genoembed._version import __version__
+from genoembed.errors import ConfigError
+from genoembed.models.load import without_progress_bars
+from genoembed.training.finetune_config import PREDICTION_TASKS, finetune_config
+from genoembed.training.finetune_recipe import finetune_arguments, rates_of, resolve_recipe, total_steps
+from genoembed.training.finetune_start import set_up_task
+from genoembed.training.finetune_trainer import FinetuneLog, FinetuneTrainer, StopEarly, new_sampler
+from genoembed.training.packed_trainer import StopOnSignal
+from genoembed.training.prediction_metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
+from genoembed.training.pretraining import ClampPoles
+from genoembed.training.run import METRICS_FILE, RUN_FILE, leave_process_group, newest_checkpoint
+from genoembed.training.run_config import differences
+from genoembed.training.saved_model import save_finetuned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from os import PathLike
+
+    from transformers import TrainerCallback, TrainingArguments
+
+    from genoembed.training.finetune_config import FinetuneConfig, Task
+
+__all__ = ["FinetuneReport", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "finetune.json"
+REPORT_FILE = "report.json"
+_FILE_KEYS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneReport:
+    """What a run did."""
+
+    output: str
+    """Folder of the model: for ``extract``, ``predict`` and ``AutoModel``."""
+    steps: int
+    """Optimizer steps, those before a resumption counted."""
+    best_step: int
+    """The step whose weights were saved."""
+    metric: str
+    """What chose it."""
+    validation: dict[str, float]
+    """Metrics on the validation rows at that step; empty without any."""
+    test: dict[str, float]
+    """Metrics on the test rows; empty without any."""
+    metrics: str
+    """JSON-lines file with the whole curve."""
+    config: str
+    """JSON file that runs the same training again."""
+
+
+def finetune(
+    train: str | PathLike[str] | Iterable[str | PathLike[str]] | None,
+    output_dir: str | PathLike[str],
+    *,
+    task: Task | None = None,
+    labels: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Fine-tune a model.
+
+    Writes checkpoints, ``metrics.jsonl``, ``finetune.json``, ``run.json`` and, at the end, the folder
+    ``final``. SIGINT and SIGTERM end the run after the step being done, with a checkpoint.
+
+    Args:
+        train: Files to learn from; None takes those of ``config``.
+        output_dir: Folder for everything that is written.
+        task: ``classification``, ``multilabel``, ``regression``, ``token``, ``lm``, ``contrastive``,
+            ``triplet`` or ``retrieval``; None takes that of ``config``.
+        labels: Table from id to label, where ``train`` are sequence files.
+        config: TOML or JSON file with values for what ``options`` leave out.
+        resume: Go on from the newest checkpoint in ``output_dir``.
+        overwrite: Start again where there is a run in ``output_dir``.
+        threads: CPU threads; None leaves torch's choice.
+        **options: Any field of the stages of :mod:`genoembed.training.finetune_config`, such as ``model``,
+            ``layers``, ``tuning``, ``split``, ``max_epochs``, ``learning_rate``. None stands for the file's
+            value, or the default.
+
+    Returns:
+        Where the model is, and how good it is.
+
+    Raises:
+        ConfigError: If options are wrong or do not go with the data, ``output_dir`` holds a run and neither
+            ``resume`` nor ``overwrite`` is set, or the run to resume has another config.
+        MissingExtraError: If a package of the extra ``finetune`` is needed and missing.
+        GenoembedError: If data or model fail.
+        KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
+    """
+    files = {name: _as_strings(options.get(name)) for name in _FILE_KEYS[1:]}
+    table = None if labels is None else os.fspath(labels)
+    keys = options | files | {"train": _as_strings(train), "task": task, "labels": table}
+    if isinstance(keys.get("model"), os.PathLike):
+        keys["model"] = os.fspath(keys["model"])
+    settings = finetune_config(keys, file=config)
+    if threads is not None:
+        if threads < 1:
+            message = f"threads is {threads}; set threads to 1 or more"
+            raise ConfigError(message)
+        torch.set_num_threads(threads)
+    folder = Path(output_dir)
+    if resume and (folder / REPORT_FILE).is_file():
+        logger.info("resume: the run in %s is complete", folder)
+        return FinetuneReport(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    if settings.objective.task in PREDICTION_TASKS:
+        check_metrics_installed()
+    _refuse_folder(folder, resume=resume, overwrite=overwrite)
+    state = torch.get_rng_state()
+    try:
+        return _Run(settings, folder).train(resume=resume)
+    finally:
+        torch.set_rng_state(state)
+
+
+def _as_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
+    if paths is None:
+        return None
+    if isinstance(paths, str | os.PathLike):
+        paths = (paths,)
+    return tuple(os.fspath(path) for path in paths) or None
+
+
+def _refuse_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
+    if found and not (resume or overwrite):
+        message = (
+            f"{folder}: there is a run already ({found[0].name}); set resume to go on with it, overwrite to "
+            "start again, or another output_dir"
+        )
+        raise ConfigError(message)
+
+
+class _Run:
+    """One run: everything that is checked before the first step, then training.
+
+    Args:
+        config: What is asked for.
+        folder: Where it goes.
+    """
+
+    def __init__(self, config: FinetuneConfig, folder: Path) -> None:
+        set_seed(config.recipe.seed)
+        self.asked, self.folder = config, folder
+        self.setup = set_up_task(config)
+        parameters = list(self.setup.model.parameters())
+        logger.info(
+            "tuning %s: %d of %d parameters learn",
+            config.encoder.tuning,
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters),
+        )
+        self.config = resolve_recipe(config, num_rows=len(self.setup.dataset), width=self.setup.width)
+        self.arguments = self._arguments()
+        if torch.distributed.is_initialized():
+            atexit.register(leave_process_group)
+        recipe = self.config.recipe
+        if self.setup.group_sampler is not None:
+            ranks = self.arguments.world_size if config.objective.across_devices else 1
+            self.setup.group_sampler.check_batch(
+                min(recipe.rows_per_device * ranks, len(self.setup.dataset)),
+                in_batch_negatives=not config.objective.own_negatives_only,
+            )
+
+    def _arguments(self) -> TrainingArguments:
+        recipe, rows = self.config.recipe, len(self.setup.dataset)
+        # a batch of one has nothing to compare with
+        is_single = rows % recipe.rows_per_device == 1 and rows > 1
+        drops_last = self.setup.contrast is not None and is_single
+        return finetune_arguments(
+            recipe,
+            self.folder,
+            num_rows=rows,
+            has_validation="eval" in self.setup.measures,
+            drops_last=drops_last,
+        )
+
+    def train(self, *, resume: bool) -> FinetuneReport:
+        """Train to the end, or to a signal."""
+        checkpoint = self._claim(resume=resume)
+        stop = StopOnSignal()
+        trainer = self._trainer(stop)
+        trainer.remove_callback(PrinterCallback)
+        self._write_files()
+        total = total_steps(
+            self.config.recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size
+        )
+        logger.info("training for %d steps at most, rate %.2g", total, self.config.recipe.learning_rate)
+        with stop.listening(), without_progress_bars():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.stopped_at is not None:
+            message = (
+                f"{self.folder / f'checkpoint-{stop.stopped_at}'} is saved; run the same again with resume "
+                f"to go on at step {stop.stopped_at + 1}"
+            )
+            raise KeyboardInterrupt(message)
+        return self._finish(trainer)
+
+    def _claim(self, *, resume: bool) -> Path | None:
+        """Compare with the run that is there and find its checkpoint, or clear it away."""
+        stored = self.folder / RUN_FILE
+        if resume:
+            self._compare(stored)
+            checkpoint = newest_checkpoint(self.folder)
+            logger.info("resume: %s", checkpoint or f"no checkpoint yet in {self.folder}, from the start")
+            return checkpoint
+        if self.arguments.process_index == 0:
+            names = (RUN_FILE, METRICS_FILE, CONFIG_FILE, REPORT_FILE, "final")
+            for path in (*self.folder.glob("checkpoint-*"), *(self.folder / name for name in names)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return None
+
+    def _compare(self, stored: Path) -> None:
+        try:
+            found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
+        except (OSError, ValueError, KeyError) as error:
+            message = (
+                f"resume: no run in {self.folder} ({stored.name} is missing or damaged); set resume to False"
+            )
+            raise ConfigError(message) from error
+        expected = self._compared()
+        problems = differences(found, expected, where=str(self.folder))
+        if found.get("rows") != expected["rows"]:
+            problems = [problem for problem in problems if not problem.startswith("rows:")]
+            problems.append(
+                f"train: the rows are not those of the run in {self.folder}; give the same files, or "
+                "overwrite to start again"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+    def _compared(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that began; files may move, rows may not change."""
+        values: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
+        for name in (*_FILE_KEYS, "labels"):
+            values["data"].pop(name)
+        return {**values, "rows": self.setup.digest, "processes": self.arguments.world_size}
+
+    def _trainer(self, stop: StopOnSignal) -> FinetuneTrainer:
+        recipe, setup = self.config.recipe, self.setup
+        shown = (str(recipe.metric), *METRICS[self.config.objective.task][:2], "loss")
+        callbacks: list[TrainerCallback] = [
+            ClampPoles(),
+            FinetuneLog(self.folder / METRICS_FILE, shown=shown),
+            stop,
+        ]
+        if "eval" in setup.measures:
+            callbacks.append(
+                StopEarly(
+                    f"eval_{recipe.metric}",
+                    is_greater_better=recipe.metric not in SMALLER_IS_BETTER,
+                    patience=recipe.patience,
+                    min_epochs=recipe.min_epochs,
+                )
+            )
+        return FinetuneTrainer(
+            model=setup.model,
+            args=self.arguments,
+            dataset=setup.dataset,
+            collate=setup.collate,
+            sampler=new_sampler(
+                setup.lengths,
+                labels=setup.classes,
+                batch_size=recipe.rows_per_device * self.arguments.world_size,
+                seed=recipe.seed,
+                mixed_lengths=recipe.mixed_lengths,
+            ),
+            rates=rates_of(recipe),
+            measures=setup.measures,
+            micro_batch=recipe.micro_batch,
+            callbacks=callbacks,
+        )
+
+    def _write_files(self) -> None:
+        if self.arguments.process_index:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(self.folder / RUN_FILE, {"genoembed": __version__, "compared": self._compared()})
+        _write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
+
+    def _finish(self, trainer: FinetuneTrainer) -> FinetuneReport:
+        state, metric = trainer.state, str(self.config.recipe.metric)
+        test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
+        best = int(state.best_global_step or state.global_step)
+        validation = _line_of(state.log_history, best, f"eval_{metric}")
+        final = self.folder / "final"
+        report = FinetuneReport(
+            output=str(final),
+            steps=int(state.global_step),
+            best_step=best,
+            metric=metric,
+            validation=_bare(validation, "eval_"),
+            test=_bare(test, "test_"),
+            metrics=str(self.folder / METRICS_FILE),
+            config=str(self.folder / CONFIG_FILE),
+        )
+        if self.arguments.process_index == 0:
+            self._save(final, trainer)
+            _write_json(self.folder / REPORT_FILE, asdict(report))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return report
+
+    def _save(self, final: Path, trainer: FinetuneTrainer) -> None:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model.cpu()
+        save_finetuned(
+            model,
+            final,
+            config=self.config,
+            tokenizer=self.setup.tokenizer,
+            space=self.setup.space,
+            source=self.setup.source,
+        )
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _line_of(history: list[dict[str, float]], step: int, metric: str) -> dict[str, float]:
+    return next((line for line in reversed(history) if line.get("step") == step and metric in line), {})
+
+
+def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:
+    return {name.removeprefix(side): value for name, value in metrics.items() if name.startswith(side)}

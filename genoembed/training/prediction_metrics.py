@@ -1,0 +1,155 @@
+"""How good predictions are: the metrics of each task, with scikit-learn, and the one that decides.
+
+In: true labels and what a head predicts. Out: numbers by name.
+
+N rows (for labels of bases, bases), C classes or labels, K targets.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from genoembed.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+METRICS = {
+    "classification": ("mcc", "accuracy", "macro_f1", "auroc", "auprc", "loss"),
+    "token": ("macro_f1", "mcc", "accuracy", "auroc", "auprc", "loss"),
+    "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),
+    "regression": ("spearman", "pearson", "r2", "loss"),
+    "lm": ("loss", "bits_per_token"),
+    "contrastive": ("mrr", "recall_at_1", "recall_at_10"),
+    "triplet": ("mrr", "recall_at_1", "recall_at_10"),
+    "retrieval": ("mrr", "recall_at_1", "recall_at_10"),
+}
+"""Metrics of each task; the first one stops training unless another is asked for."""
+SMALLER_IS_BETTER = ("loss", "bits_per_token")
+
+
+def check_metrics_installed() -> None:
+    """Refuse to start what could not be measured.
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
+
+
+def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating]) -> dict[str, float]:
+    """Compare probabilities of classes with the truth.
+
+    Args:
+        true_N: Class of each row, shape ``(N,)``, at least one.
+        probability_NC: Shape ``(N, C)``.
+
+    Returns:
+        ``accuracy``, ``macro_f1`` and ``mcc`` of the likeliest class; ``auroc`` and ``auprc`` (average
+        precision): of class 1 for two classes, else the mean over the classes that occur, each against the
+        rest; NaN where only one class occurs.
+
+    Example:
+        >>> found = class_metrics(np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]]))
+        >>> found["accuracy"], found["auroc"]
+        (1.0, 1.0)
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    guess_N = probability_NC.argmax(axis=1)
+    hot_NC = np.eye(probability_NC.shape[1], dtype=np.int64)[true_N]
+    columns = [1] if probability_NC.shape[1] == 2 else range(probability_NC.shape[1])
+    return {
+        "accuracy": float(accuracy_score(true_N, guess_N)),
+        "macro_f1": float(f1_score(true_N, guess_N, average="macro", zero_division=0)),
+        "mcc": float(matthews_corrcoef(true_N, guess_N)),
+        **_areas(hot_NC, probability_NC, columns),
+    }
+
+
+def multilabel_metrics(
+    true_NC: NDArray[np.floating], probability_NC: NDArray[np.floating]
+) -> dict[str, float]:
+    """Compare probabilities of labels with the truth.
+
+    Args:
+        true_NC: 1 where a label is on, shape ``(N, C)``.
+        probability_NC: Shape ``(N, C)``; above 0.5 a label is predicted.
+
+    Returns:
+        ``accuracy`` (rows with all labels right), ``macro_f1``, and ``auroc`` and ``auprc``, means over the
+        labels that are on in some rows and off in others.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    on_NC, guess_NC = (true_NC > 0.5).astype(int), (probability_NC > 0.5).astype(int)
+    return {
+        "accuracy": float(accuracy_score(on_NC, guess_NC)),
+        "macro_f1": float(f1_score(on_NC, guess_NC, average="macro", zero_division=0)),
+        **_areas(on_NC, probability_NC, range(on_NC.shape[1])),
+    }
+
+
+def number_metrics(true_NK: NDArray[np.floating], guess_NK: NDArray[np.floating]) -> dict[str, float]:
+    """Compare predicted numbers with the true ones.
+
+    Args:
+        true_NK: Shape ``(N, K)``.
+        guess_NK: Shape ``(N, K)``.
+
+    Returns:
+        ``pearson``, ``spearman`` and ``r2``, means over the targets; a correlation with what never changes is
+        0.
+
+    Example:
+        >>> number_metrics(np.array([[1.0], [2.0], [9.0]]), np.array([[0.0], [1.0], [2.0]]))["spearman"]
+        1.0
+    """
+    from sklearn.metrics import r2_score
+
+    pairs = list(zip(true_NK.T.astype(np.float64), guess_NK.T.astype(np.float64), strict=True))
+    r2 = float(r2_score(true_NK, guess_NK)) if len(true_NK) > 1 else math.nan
+    return {
+        "pearson": float(np.mean([_correlation(true, guess) for true, guess in pairs])),
+        "spearman": float(np.mean([_correlation(_ranks(true), _ranks(guess)) for true, guess in pairs])),
+        "r2": r2,
+    }
+
+
+def _areas(
+    on_NC: NDArray[np.integer], probability_NC: NDArray[np.floating], columns: Sequence[int] | range
+) -> dict[str, float]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    varied = [c for c in columns if 0 < on_NC[:, c].sum() < len(on_NC)]
+    if not varied:
+        return {"auroc": math.nan, "auprc": math.nan}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "auroc": float(np.mean([roc_auc_score(on_NC[:, c], probability_NC[:, c]) for c in varied])),
+            "auprc": float(
+                np.mean([average_precision_score(on_NC[:, c], probability_NC[:, c]) for c in varied])
+            ),
+        }
+
+
+def _correlation(first_N: NDArray[np.float64], second_N: NDArray[np.float64]) -> float:
+    first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
+    scale = np.sqrt((first_N @ first_N) * (second_N @ second_N))
+    return float(first_N @ second_N / scale) if scale > 0 else 0.0
+
+
+def _ranks(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank from 0, ties sharing their mean rank."""
+    _, codes, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[codes]

@@ -1,0 +1,148 @@
+"""What of a model learns: all of it, nothing, its last blocks, or adapters beside its linear layers.
+
+In: a model and a call that runs it. Out: the same model with ``requires_grad`` set. Promised: whatever does
+not take part in that call (blocks behind the cut, heads nobody asked for) does not learn.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from genoembed.errors import ConfigError
+from genoembed.models.layers import find_blocks
+from genoembed.training.lora import add_adapters, merge_adapters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from genoembed.training.finetune_config import EncoderConfig
+
+
+@dataclass(slots=True)
+class Tuned:
+    """A model that is set up to learn."""
+
+    module: nn.Module
+    adapters: Any = None
+    _is_merged: bool = field(default=False)
+
+    def merge(self) -> None:
+        """Let adapters become part of the weights; for the end of training."""
+        if self.adapters is not None and not self._is_merged:
+            merge_adapters(self.adapters)
+            self._is_merged = True
+
+
+def set_up_tuning(module: nn.Module, run: Callable[[], Tensor], *, config: EncoderConfig, seed: int) -> Tuned:
+    """Choose what learns.
+
+    Args:
+        module: The model, every weight of which may learn.
+        run: Runs it on a few tokens and gives something that has a gradient.
+        config: How to tune.
+        seed: Of new weights.
+
+    Returns:
+        The model, for :meth:`Tuned.merge`.
+
+    Raises:
+        ConfigError: If nothing of what is asked for is there.
+        MissingExtraError: If adapters are asked for and peft is not installed.
+    """
+    order = _run_order(module, run)
+    adapters = None
+    if config.tuning == "frozen":
+        module.requires_grad_(requires_grad=False)
+    elif config.tuning == "lora":
+        blocks = find_blocks(_base(module))
+        linears = [
+            path
+            for path in order
+            if _is_linear(module.get_submodule(path))
+            and f"{blocks}." in path
+            and not (_is_mamba(module) and path.endswith(".out_proj"))
+        ]
+        if not linears:
+            message = "tuning 'lora': the blocks hold no linear layer; set tuning to 'full' or 'last_n'"
+            raise ConfigError(message)
+        adapters = add_adapters(module, linears, config=config, seed=seed)
+    else:
+        if config.tuning == "last_n":
+            _keep_last_blocks(module, order, config.last_n)
+        _stop_unreached(module, run)
+    return Tuned(module, adapters)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    base = getattr(module, "base_model", module)
+    return base if isinstance(base, nn.Module) else module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    """Tell a model whose kernels take the weight of ``out_proj``, past any adapter."""
+    return "mamba" in str(getattr(getattr(module, "config", None), "model_type", ""))
+
+
+def _run_order(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
+    """List the modules that run, in the order in which they start."""
+    order: dict[str, None] = {}
+    handles = [
+        child.register_forward_pre_hook(lambda _m, _i, path=path: order.setdefault(path))
+        for path, child in module.named_modules()
+        if path
+    ]
+    try:
+        with torch.no_grad(), _quiet(module):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)
+
+
+def _keep_last_blocks(module: nn.Module, order: list[str], last_n: int) -> None:
+    """Let the last blocks that run learn, and what starts after the first of them."""
+    base = _base(module)
+    prefix = next(f"{name}." if name else "" for name, child in module.named_modules() if child is base)
+    stem = f"{prefix}{find_blocks(base)}."
+    blocks = [path for path in order if path.startswith(stem) and "." not in path.removeprefix(stem)]
+    if len(blocks) < last_n:
+        message = f"last_n is {last_n}, but {len(blocks)} blocks run; set last_n to {len(blocks)} or less"
+        raise ConfigError(message)
+    later = set(order[order.index(blocks[-last_n]) :])
+    for path, child in module.named_modules():
+        for parameter in child.parameters(recurse=False):
+            parameter.requires_grad_(path in later)
+
+
+def _stop_unreached(module: nn.Module, run: Callable[[], Tensor]) -> None:
+    """Stop parameters that get no gradient: data-parallel training would wait for it."""
+    with torch.enable_grad(), _quiet(module):
+        run().sum().backward()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+        parameter.grad = None
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Without dropout, so that no random number is drawn."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, is_training in modes.items():
+            child.training = is_training

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.pretrain_mini import KNOWN_SEQUENCE, mini_config, package
-from genoembed import CharTokenizer, StripedHyena2ForCausalLM, doctor, load_model
+from examples.package_mini import KNOWN_SEQUENCE, package
+from genoembed import CharTokenizer, doctor, load_model
 from genoembed.doctor import KNOWN_ANSWER, DoctorCheck, embed_sequences, run_doctor
 from genoembed.models.locate import BUNDLED_FOLDER
 from genoembed.models.provenance import weights_digest
+from tests.tiny_models import build_striped_hyena
 
 TOKENIZER, DIGEST, VECTOR, INVARIANCE, BFLOAT16, STORE, DEVICE = NAMES = (
     "tokenizer ids",
@@ -32,9 +33,8 @@ MAX_PACKAGE_BYTES = 16_000_000
 @pytest.fixture(scope="module")
 def sound_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("doctor")
-    torch.manual_seed(0)
-    StripedHyena2ForCausalLM(mini_config(32, 4)).save_pretrained(root / "trained")
-    package.callback(trained=root / "trained", target=root / "packaged", layer=LAYER)
+    build_striped_hyena().save_pretrained(root / "trained")
+    package(root / "trained", root / "packaged", layer=LAYER)
     return root / "packaged"
 
 

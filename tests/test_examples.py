@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from examples.package_mini import FLOAT32_TENSORS, KNOWN_SEQUENCE
 from genoembed import load_model, read_sequences
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
+from genoembed.models.locate import BUNDLED_FOLDER
+from genoembed.training.run_config import train_config
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RUN_HERE = ("pretrain_mini.py", "nearest_genes.py")
-TINY = ("--window", "64", "--hidden-size", "32", "--layers", "4", "--heldout-rows", "4", "--threads", "1")
+RUN_HERE = ("package_mini.py", "nearest_genes.py")
 
 
 def run_example(*words: object) -> str:
@@ -35,11 +38,13 @@ def run_example(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """The recipe of the bundled model, cut to two steps of short rows."""
     folder = tmp_path_factory.mktemp("mini")
     data = EXAMPLES / "data"
     run_example(
-        EXAMPLES / "pretrain_mini.py", "train", data / "virus.fa", data / "bacterial_genes.fa.gz", folder,
-        "--steps", 2, "--eval-steps", 1, *TINY,
+        "-m", "genoembed", "pretrain", data / "virus.fa", "--heldout", data / "bacterial_genes.fa.gz",
+        "--config", EXAMPLES / "mini.toml", "-o", folder, "--threads", 1,
+        "--max-steps", 2, "--warmup-steps", 1, "--window", 64, "--heldout-rows", 4, "--eval-steps", 1,
     )  # fmt: skip
     return folder
 
@@ -49,22 +54,42 @@ def test_every_example_is_run():
     assert scripts == set(RUN_HERE)
 
 
-def test_pretrain_mini_trains(trained):
+def test_mini_recipe_is_that_of_the_card():
+    config = train_config({"corpus": ("a.fa",), "heldout": ("b.fa",)}, file=EXAMPLES / "mini.toml")
+    data, recipe = config.data, config.recipe
+    assert (data.window, data.packing, data.isolate, data.heldout_rows) == (1024, "stream", False, 96)
+    assert (recipe.max_steps, recipe.rows_per_device, recipe.accumulation_steps) == (4700, 4, 1)
+    assert (recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay) == (2e-3, 200, 0.1)
+    assert (recipe.max_grad_norm, recipe.seed) == (1, 0)
+
+
+def test_mini_recipe_trains_a_model_of_the_bundled_shape(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     measured = [line["eval_loss_bits"] for line in lines if "eval_loss_bits" in line]
     assert len(measured) == 2
     assert measured[1] < measured[0] < 12
-    assert (trained / "checkpoint-2").is_dir()
-
-
-def test_pretrain_mini_packages_a_model_whose_known_answer_holds(trained, tmp_path):
-    target = tmp_path / "packaged"
-    shown = run_example(
-        EXAMPLES / "pretrain_mini.py", "package", trained / "final", target, "--layer", "blocks.2.mlp.l3"
+    made, bundled = (
+        json.loads((folder / "config.json").read_text()) for folder in (trained / "final", BUNDLED_FOLDER)
     )
-    assert shown.startswith(f"{target}: ")
-    assert {path.name for path in target.iterdir()} >= {"config.json", "model.safetensors", KNOWN_ANSWER}
+    fields = bundled.keys() - {"transformers_version"}
+    assert len(fields) > 30
+    assert {name: made[name] for name in fields} == {name: bundled[name] for name in fields}
+
+
+def test_package_mini_packages_a_model_whose_known_answer_holds(trained, tmp_path):
+    target = tmp_path / "packaged"
+    shown = run_example(EXAMPLES / "package_mini.py", trained / "final", target)
+    size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
+    assert shown == f"{target}: {size:.2f} MB\n"
+    assert {path.name for path in target.iterdir()} >= {
+        path.name for path in BUNDLED_FOLDER.iterdir() if path.suffix != ".md"
+    }
+    weights = load_file(target / "model.safetensors")
+    kept = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in weights if name.endswith(FLOAT32_TENSORS)} != set()
+    assert {weights[name].dtype for name in weights.keys() - kept} == {torch.float16}
     answer = json.loads((target / KNOWN_ANSWER).read_text())
+    assert (answer["sequence"], answer["layer"]) == (KNOWN_SEQUENCE, "blocks.28.mlp.l3")
     model = load_model(str(target), device="cpu", dtype="float32")
     assert len(model.tokenizer) == 512
     vector = embed_sequences(model, [answer["sequence"].encode()], answer["layer"])[0]

@@ -2,6 +2,7 @@
 
 Two or three layers, random weights, a vocabulary over DNA letters, and real tokenizer files. One family,
 ``custom_conv``, brings its own code: a convolution over both directions that takes no attention mask.
+:func:`build_striped_hyena` gives a model of our own architecture, in memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+
+from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +122,30 @@ def build_tiny(family: str, folder: Path) -> Path:
         torch.set_rng_state(generator_state)
     _write_tokenizer(family, folder)
     return folder
+
+
+def build_striped_hyena(*, seed: int = 0) -> StripedHyena2ForCausalLM:
+    """Build a StripedHyena 2 model of the first four blocks of Evo 2 7B's pattern, one of each kind.
+
+    Args:
+        seed: Of the weights; the global generator is left alone.
+
+    Returns:
+        The model, in train mode.
+    """
+    config = StripedHyena2Config(
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        hcs_layer_idxs=[0],
+        hcm_layer_idxs=[1],
+        hcl_layer_idxs=[2],
+        attn_layer_idxs=[3],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StripedHyena2ForCausalLM(config)
 
 
 def build_config(family: str) -> PreTrainedConfig:

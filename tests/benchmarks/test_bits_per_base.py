@@ -12,8 +12,7 @@ import bits_per_base
 import pytest
 import torch
 
-from examples.pretrain_mini import mini_config
-from genoembed import StripedHyena2ForCausalLM
+from tests.tiny_models import build_striped_hyena
 
 SEQUENCE = b"ACGGTTACNGATTACAGATTACAACGTTGCA" * 3
 
@@ -56,8 +55,7 @@ def test_score_contig_scores_each_base_after_the_first_once(window, context, row
 
 
 def test_score_contig_of_one_window_equals_the_loss_of_the_model():
-    torch.manual_seed(0)
-    model = StripedHyena2ForCausalLM(mini_config(32, 4)).eval()
+    model = build_striped_hyena().eval()
     sequence = SEQUENCE.replace(b"N", b"")
     ids = torch.tensor([list(sequence)])
     with torch.inference_mode():
@@ -81,8 +79,7 @@ def test_read_groups_keeps_contigs_under_the_first_word_of_their_header(tmp_path
 
 
 def test_script_writes_figures_beside_markov_models(tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    StripedHyena2ForCausalLM(mini_config(32, 4)).save_pretrained(tmp_path / "model")
+    build_striped_hyena().save_pretrained(tmp_path / "model")
     contig = SEQUENCE.decode()
     (tmp_path / "heldout.fa").write_text(
         f">phage|x|1\n{contig}\n>phage|x|2\n{contig}\n>human|y|1\n{contig[:50]}\n"

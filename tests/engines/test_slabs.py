@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,3 +135,28 @@ def test_repeats_fill_slabs_too():
     held = [len(run_pieces(slab)) + len(slab.repeats) for slab in slabs]
     assert sum(held) == 1000
     assert max(held) == slabs_module.SLAB_BATCHES
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "causal", "padded"),
+    [
+        (10, None, True, 16),
+        (256, None, True, 256),
+        (257, None, True, 320),
+        (1000, None, True, 1024),
+        (1000, 1010, True, 1010),  # not beyond the context
+        (1000, None, False, 1000),  # a mask would cost more
+    ],
+)
+def test_lengths_of_causal_models_are_rounded_so_that_few_shapes_run(length, context, causal, padded):
+    cutter = Cutter(encoder=ENCODER, max_tokens=context, is_causal=causal)
+    made = SlabBuilder(cutter=cutter, batch_tokens=4096, equal_lengths=False)
+    (slab,) = made.slabs([unit_of([random_dna(length)])])
+    batch = slab.batches[0].batch
+    assert batch.input_ids.shape == (1, padded)
+    assert int(batch.attention_mask.sum()) == length
+
+
+def test_models_that_see_padding_get_no_rounded_lengths():
+    (slab,) = builder(batch_tokens=4096, equal_lengths=True).slabs([unit_of([random_dna(1000)])])
+    assert slab.batches[0].batch.input_ids.shape == (1, 1000)

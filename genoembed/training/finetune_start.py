@@ -16,7 +16,7 @@ import torch
 from genoembed.contracts import EncodedSequence
 from genoembed.errors import ConfigError, SequenceLengthError
 from genoembed.models.adapters import context_length
-from genoembed.models.load import load_model
+from genoembed.models.load import load_model, without_progress_bars
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.augment import AugmentConfig, Augmented
 from genoembed.training.batches import (
@@ -429,11 +429,14 @@ def _causal(config: FinetuneConfig) -> TaskSetup:
     if config.data.split == "stratified":
         config = replace(config, data=replace(config.data, split="random"))
     sides = read_sides(config, kind="none")
-    start = build_start(
-        StartConfig(model=wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code),
-        window=2,
-        seed=recipe.seed,
-    )
+    with without_progress_bars():
+        start = build_start(
+            StartConfig(
+                model=wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+            ),
+            window=2,
+            seed=recipe.seed,
+        )
     max_tokens = context_length(start.model)
     crop = config.augment.max_crop_bp
     encode = _DocumentEncoder(start=start, max_tokens=max_tokens)

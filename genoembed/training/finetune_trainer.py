@@ -265,6 +265,16 @@ class FinetuneTrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Let the loss decide between equal metrics, such as the 0 of a head that knows one class yet."""
+        best, name = self.state.best_metric, str(self.args.metric_for_best_model)
+        if best is not None and metrics.get(name) == best and "eval_loss" in metrics:
+            lines = [line for line in self.state.log_history if "eval_loss" in line]
+            before = [line["eval_loss"] for line in lines if line["step"] == self.state.best_global_step]
+            if before and metrics["eval_loss"] < before[-1]:
+                self.state.best_metric = None
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add statistics to a line about training.
 
@@ -354,7 +364,8 @@ class _SetEpoch(TrainerCallback):
 class StopEarly(TrainerCallback):
     """End training when the metric has not become better for some evaluations.
 
-    It looks at the whole log each time and keeps nothing, so a run that goes on stops where it would have.
+    Of equal metrics, the one with the smaller loss is better. It looks at the whole log each time and keeps
+    nothing, so a run that goes on stops where it would have.
 
     Args:
         metric: Name in the log.
@@ -376,7 +387,11 @@ class StopEarly(TrainerCallback):
             control: Is told to stop.
             **kwargs: Unused.
         """
-        values = [self._sign * line[self._metric] for line in state.log_history if self._metric in line]
+        values = [
+            (self._sign * line[self._metric], -line.get("eval_loss", 0.0))
+            for line in state.log_history
+            if self._metric in line
+        ]
         if not values or (state.epoch or 0) < self._min_epochs:
             return
         since_best = len(values) - 1 - values.index(max(values))

@@ -208,7 +208,7 @@ class ContrastModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.head, self.contrast = encoder, head, contrast
-        self.config, self.margin, self.distance = config, margin, distance
+        self.comparison, self.margin, self.distance = config, margin, distance
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -269,12 +269,12 @@ class ContrastModel(nn.Module):
             return supervised_contrastive(
                 found["rows"],
                 batch["labels"],
-                temperature=self.config.temperature,
-                across_devices=self.config.across_devices,
+                temperature=self.comparison.temperature,
+                across_devices=self.comparison.across_devices,
             )
         if self.contrast == "views":
             pairs = found["rows"].unflatten(0, (-1, 2))
-            return two_view_loss(pairs[:, 0], pairs[:, 1], config=self.config, ids_B=batch["ids"])
+            return two_view_loss(pairs[:, 0], pairs[:, 1], config=self.comparison, ids_B=batch["ids"])
         if self.margin is not None:
             group = found["passage"].unflatten(0, (len(found["query"]), -1))
             return triplet_margin(
@@ -283,7 +283,7 @@ class ContrastModel(nn.Module):
         return info_nce(
             found["query"],
             found["passage"],
-            config=self.config,
+            config=self.comparison,
             ids=_pair_ids(batch),
             teacher_scores_BG=batch.get("teacher_scores"),
         )

@@ -99,13 +99,14 @@ def test_terminal_gets_a_bar(spawn, fasta, tiny):
     words = ["extract", fasta, "--model", tiny, "--layer", 0]
     process = spawn(*words, stdout=subprocess.PIPE, stderr=terminal)
     os.close(terminal)
-    stdout, _ = process.communicate(timeout=60)
     shown = b""
     try:
+        # a terminal holds 4 kB only, then who writes to it waits
         while chunk := os.read(master, 65536):
             shown += chunk
     except OSError:  # how Linux says that the other side of a terminal is closed
         pass
+    stdout, _ = process.communicate(timeout=60)
     os.close(master)
     assert process.returncode == 0
     assert stdout.decode().splitlines() == [f"{fasta.parent / 'seqs.h5'}: 3 rows x 32, blocks.0.mlp.l3"]

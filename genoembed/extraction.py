@@ -19,6 +19,7 @@ import torch
 from genoembed._version import __version__
 from genoembed.config import embed_config
 from genoembed.contracts import EmbeddingBlock
+from genoembed.engines.carried import CARRIED, carried_options, find_facts
 from genoembed.engines.embedder import EmbeddedUnit, UnitEmbedder
 from genoembed.engines.local import run_units
 from genoembed.engines.overlap import write_behind
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord, TokenBlock
     from genoembed.engines.stats import RunStats
     from genoembed.engines.units import WorkUnit
+    from genoembed.models.finetuned import FinetunedFacts
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,9 @@ def extract(
     inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
     *,
     model: str | PathLike[str] | GenomicModel = "genoembed-mini",
-    layers: int | str | Sequence[int | str] = "final",
-    pooling: Pooling = "mean",
-    fusion: Fusion = "none",
+    layers: int | str | Sequence[int | str] | None = None,
+    pooling: Pooling | None = None,
+    fusion: Fusion | None = None,
     output: str | PathLike[str] | None = None,
     progress: Callable[[RunStats], None] | None = None,
     **options: Any,
@@ -82,10 +84,12 @@ def extract(
     Args:
         inputs: Sequence files; ``-`` is standard input.
         model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
-        layers: Block numbers, module paths, globs, ``final`` or ``all``; one or several.
+        layers: Block numbers, module paths, globs, ``final`` or ``all``; one or several. None takes what a
+            fine-tuned model was trained with, and ``final`` of any other.
         pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, or ``none`` for a vector
-            a token.
-        fusion: ``none``, ``concat``, ``mean``, ``max`` or ``weighted``, over layers.
+            a token. None: as trained, else ``mean``.
+        fusion: ``none``, ``concat``, ``mean``, ``max`` or ``weighted``, over layers. None: as trained, else
+            ``none``.
         output: The file to write; None is the first input's stem and ``.h5``.
         progress: Called with the running totals after each forward pass.
         **options: Any other field of :class:`~genoembed.config.EmbedConfig`: ``regions``, ``flank``,
@@ -104,15 +108,20 @@ def extract(
     """
     if isinstance(model, PathLike):
         model = fspath(model)
+    facts = find_facts(model)
+    given = options | {
+        "layers": None if layers is None else _as_strings(layers),
+        "pooling": pooling,
+        "fusion": fusion,
+    }
+    given = {name: _frozen(name, value) for name, value in given.items() if value is not None}
     config = embed_config(
         {
             "inputs": _as_strings(inputs),
             "model": model if isinstance(model, str) else model.name,
-            "layers": _as_strings(layers),
-            "pooling": pooling,
-            "fusion": fusion,
             "output": None if output is None else fspath(output),
-            **{name: _frozen(name, value) for name, value in options.items() if value is not None},
+            **given,
+            **carried_options(facts, {name: given[name] for name in CARRIED if name in given}),
         }
     )
     _check_files(config)
@@ -132,11 +141,11 @@ def extract(
     )
     with _threads(config.model.threads):
         loaded = _load(config) if isinstance(model, str) else model
-        embedder = UnitEmbedder(loaded, config, on_batch=progress)
+        embedder = UnitEmbedder(loaded, config, on_batch=progress, facts=facts)
         logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
         started = time.perf_counter()
         with closing(run_units(_units(records, embedder, config), embedder)) as done:
-            num_rows, width = _write(done, config, embedder, counts)
+            num_rows, width = _write(done, config, embedder, counts, facts)
     seconds = time.perf_counter() - started
     logger.debug("%s: complete, rows: %d, seconds: %.1f", config.output.output, num_rows, seconds)
     return ExtractionReport(
@@ -204,6 +213,7 @@ def _write(
     config: EmbedConfig,
     embedder: UnitEmbedder,
     counts: InputCounts,
+    facts: FinetunedFacts | None,
 ) -> tuple[int, int]:
     """Build rows and write them, in a thread, while the next unit runs; gives rows and width."""
     first = next(done, None)
@@ -234,7 +244,8 @@ def _write(
                 put(unit)
                 del unit
         counts.windows = embedder.stats.windows
-        writer.finish({"genoembed_version": __version__, **describe_run(config, embedder, counts)})
+        trained = {} if facts is None else {"finetuned": dict(facts.values)}
+        writer.finish({"genoembed_version": __version__, **describe_run(config, embedder, counts), **trained})
         return writer.num_rows, len(names)
 
 

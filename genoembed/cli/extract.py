@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import genoembed
 from genoembed.cli.options import GroupedCommand, config_option
@@ -24,6 +25,8 @@ VECTORS = "What is taken"
 WINDOWS = "Long sequences"
 INPUT = "Input"
 OUTPUT = "Output"
+CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
+"""What a fine-tuned model knows by itself."""
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[float, ...]:
@@ -33,6 +36,11 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
     except ValueError as error:
         message = f"{', '.join(texts)!r} is no list of numbers such as 0.2,0.8"
         raise click.BadParameter(message, ctx=ctx, param=option) from error
+
+
+def _is_left_out(key: str) -> bool:
+    """Tell whether an option was not given: a fine-tuned model then has a say in it."""
+    return click.get_current_context().get_parameter_source(key) is ParameterSource.DEFAULT
 
 
 @click.command(
@@ -159,6 +167,7 @@ def command(*, as_json: bool, **options: Any) -> None:
     """
     config = embed_config(options)
     promise_output(config.output.output)
+    options |= dict.fromkeys(filter(_is_left_out, CARRIED))
     expected = None if config.input.regions else estimate_bases(config.input.inputs)
     with show_progress(expected) as on_totals:
         report = genoembed.extract(**options, progress=on_totals)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from genoembed.engines.carried import finisher
 from genoembed.engines.forward import BatchRunner
 from genoembed.engines.pieces import Cutter
 from genoembed.engines.rows import RowBuilder, Taken
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from genoembed.engines.rows import TakenPieces
     from genoembed.engines.slabs import Slab
     from genoembed.engines.units import WorkUnit
+    from genoembed.models.finetuned import FinetunedFacts
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.tokenization.hf import SequenceEncoder
 
@@ -61,6 +63,7 @@ class UnitEmbedder:
         model: The loaded model.
         config: What to do.
         on_batch: Called with the running totals after each forward pass.
+        facts: What a fine-tuned model says about its vectors.
 
     Raises:
         ConfigError: If pooling, fusion, windows or strands do not go with the model.
@@ -73,6 +76,7 @@ class UnitEmbedder:
         config: EmbedConfig,
         *,
         on_batch: Callable[[RunStats], None] | None = None,
+        facts: FinetunedFacts | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -107,7 +111,10 @@ class UnitEmbedder:
             cutter=self._cutter, batch_tokens=self.batch_tokens, equal_lengths=model.padding == "equal"
         )
         self._rows = RowBuilder(
-            layers=self.layers, embedding=config.embedding, per_window=config.windows.per_window
+            layers=self.layers,
+            embedding=config.embedding,
+            per_window=config.windows.per_window,
+            finish=finisher(facts, config.embedding, self.layers),
         )
 
     def __call__(self, unit: WorkUnit) -> EmbeddingBlock | TokenBlock:

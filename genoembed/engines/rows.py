@@ -52,6 +52,8 @@ class RowBuilder:
     layers: tuple[str, ...]
     embedding: EmbeddingConfig
     per_window: bool
+    finish: Callable[[Tensor], Tensor] | None = None
+    """What a fine-tuned model does to fused vectors, strand by strand."""
 
     def build(
         self,
@@ -132,7 +134,20 @@ class RowBuilder:
                 method=self.embedding.rc,
             )
 
-        matrices = self._fused(combined)
+        def finished(parts: Sequence[Sequence[Taken]] | None) -> Tensor | None:
+            if parts is None or self.finish is None:
+                return None
+            ((name, fused_ND),) = self._fused(lambda layer: self._merged(parts, layer, vectors)).items()
+            names.append(name)
+            return self.finish(fused_ND)
+
+        names: list[str] = []
+        first_ND = finished(forward)
+        if first_ND is None:
+            matrices = self._fused(combined)
+        else:
+            matrix_ND = combine_strands(first_ND, finished(reverse), method=self.embedding.rc)
+            matrices = {names[0]: matrix_ND}
         return EmbeddingBlock(
             rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
         )

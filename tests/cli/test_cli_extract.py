@@ -96,6 +96,9 @@ def test_defaults_are_those_of_the_configuration(cli, fasta, monkeypatch):
     monkeypatch.setattr(genoembed, "extract", extract)
     cli("extract", fasta)
     taken.pop("progress")
+    # a fine-tuned model has a say in what was not asked for
+    carried = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
+    assert {name: taken.pop(name) for name in carried} == dict.fromkeys(carried)
     assert embed_config(taken) == embed_config({"inputs": (str(fasta),)})
     assert taken["model"] == "genoembed-mini"
 

@@ -206,7 +206,12 @@ def _contrast_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Pairs from query/pos/neg rows, class labels, or two views of a sequence.  [auto]",
             **_choice("auto", "examples", "labels", "views"),
         ),
-        _option("--temperature", group=CONTRAST, help="[0.05; labels 0.1; retrieval 0.02]", **_NUMBER),
+        _option(
+            "--temperature",
+            group=CONTRAST,
+            help="Scores are divided by it.  [0.05; labels 0.1; retrieval 0.02]",
+            **_NUMBER,
+        ),
         _option(
             "--scope",
             group=CONTRAST,

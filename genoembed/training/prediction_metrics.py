@@ -67,12 +67,14 @@ def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating
     guess_N = probability_NC.argmax(axis=1)
     hot_NC = np.eye(probability_NC.shape[1], dtype=np.int64)[true_N]
     columns = [1] if probability_NC.shape[1] == 2 else range(probability_NC.shape[1])
-    return {
-        "accuracy": float(accuracy_score(true_N, guess_N)),
-        "macro_f1": float(f1_score(true_N, guess_N, average="macro", zero_division=0)),
-        "mcc": float(matthews_corrcoef(true_N, guess_N)),
-        **_areas(hot_NC, probability_NC, columns),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about classes that do not occur
+        return {
+            "accuracy": float(accuracy_score(true_N, guess_N)),
+            "macro_f1": float(f1_score(true_N, guess_N, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(true_N, guess_N)),
+            **_areas(hot_NC, probability_NC, columns),
+        }
 
 
 def multilabel_metrics(
@@ -91,11 +93,13 @@ def multilabel_metrics(
     from sklearn.metrics import accuracy_score, f1_score
 
     on_NC, guess_NC = (true_NC > 0.5).astype(int), (probability_NC > 0.5).astype(int)
-    return {
-        "accuracy": float(accuracy_score(on_NC, guess_NC)),
-        "macro_f1": float(f1_score(on_NC, guess_NC, average="macro", zero_division=0)),
-        **_areas(on_NC, probability_NC, range(on_NC.shape[1])),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about labels that do not occur
+        return {
+            "accuracy": float(accuracy_score(on_NC, guess_NC)),
+            "macro_f1": float(f1_score(on_NC, guess_NC, average="macro", zero_division=0)),
+            **_areas(on_NC, probability_NC, range(on_NC.shape[1])),
+        }
 
 
 def number_metrics(true_NK: NDArray[np.floating], guess_NK: NDArray[np.floating]) -> dict[str, float]:
@@ -132,14 +136,11 @@ def _areas(
     varied = [c for c in columns if 0 < on_NC[:, c].sum() < len(on_NC)]
     if not varied:
         return {"auroc": math.nan, "auprc": math.nan}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {
-            "auroc": float(np.mean([roc_auc_score(on_NC[:, c], probability_NC[:, c]) for c in varied])),
-            "auprc": float(
-                np.mean([average_precision_score(on_NC[:, c], probability_NC[:, c]) for c in varied])
-            ),
-        }
+    pairs = [(on_NC[:, c], probability_NC[:, c]) for c in varied]
+    return {
+        "auroc": float(np.mean([roc_auc_score(*pair) for pair in pairs])),
+        "auprc": float(np.mean([average_precision_score(*pair) for pair in pairs])),
+    }
 
 
 def _correlation(first_N: NDArray[np.float64], second_N: NDArray[np.float64]) -> float:

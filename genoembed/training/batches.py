@@ -54,6 +54,9 @@ class RowEncoder(Protocol):
         Args:
             view: The sequence as it is to be seen, and labels of its bases.
             row: Where it comes from.
+
+        Returns:
+            The row of a batch.
         """
 
 

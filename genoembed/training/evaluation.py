@@ -222,7 +222,6 @@ class ExampleMeasure:
         runner: For models that compare one vector a sequence.
         encoder: For retrieval heads, which see whole sequences.
         collate: For them.
-        max_tokens: Of the model.
     """
 
     def __init__(

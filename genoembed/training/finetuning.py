@@ -26,10 +26,11 @@ from genoembed.models.load import without_progress_bars
 from genoembed.training.finetune_config import PREDICTION_TASKS, finetune_config
 from genoembed.training.finetune_recipe import finetune_arguments, rates_of, resolve_recipe, total_steps
 from genoembed.training.finetune_start import set_up_task
-from genoembed.training.finetune_trainer import FinetuneLog, FinetuneTrainer, StopEarly, new_sampler
+from genoembed.training.finetune_trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.training.packed_trainer import StopOnSignal
 from genoembed.training.prediction_metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
 from genoembed.training.pretraining import ClampPoles
+from genoembed.training.row_order import new_sampler
 from genoembed.training.run import METRICS_FILE, RUN_FILE, leave_process_group, newest_checkpoint
 from genoembed.training.run_config import differences
 from genoembed.training.saved_model import save_finetuned

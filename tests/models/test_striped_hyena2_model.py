@@ -311,3 +311,28 @@ def test_channels_in_thirds_equal_permuted_triples() -> None:
     assert relative(thirds(ids).logits, triples(ids).logits) > 1e-2
     thirds.load_state_dict(state)
     assert relative(thirds(ids).logits, triples(ids).logits) < 1e-5
+
+
+def test_no_captured_output_is_overwritten_later_in_the_pass() -> None:
+    # inference multiplies into memory that nobody else holds; a hook that holds an output must keep it as it was
+    model = tiny_model()
+    ids = letters(1, 150)
+    for watched in (lambda name: True, lambda name: name.endswith(("l1", "projections"))):
+        kept, copies = {}, {}
+
+        def keep(module, _inputs, output, kept=kept, copies=copies):
+            kept[module], copies[module] = output, output.clone()
+
+        modules = [m for name, m in model.named_modules() if watched(name) and not list(m.children())]
+        handles = [module.register_forward_hook(keep) for module in modules]
+        try:
+            with torch.inference_mode():
+                model(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert len(kept) >= 8
+        assert all(torch.equal(kept[module], copies[module]) for module in kept)
+    with torch.inference_mode():
+        in_place = model(ids).logits
+    assert torch.allclose(in_place, model(ids).logits.detach(), atol=1e-6)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from genoembed.models.striped_hyena2.attention import Attention
 from genoembed.models.striped_hyena2.hyena import HyenaFilter, Projections, project
-from genoembed.models.striped_hyena2.layers import StreamLinear
+from genoembed.models.striped_hyena2.layers import StreamLinear, is_watched, multiply_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
         """
         norm_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True)
         rms_BL1 = norm_BL1.to(x_BLD.dtype) * x_BLD.shape[-1] ** -0.5
-        normed_BLD = x_BLD / (rms_BL1 + self.eps) * self.scale.to(x_BLD.dtype)
+        normed_BLD = multiply_into(x_BLD / (rms_BL1 + self.eps), self.scale.to(x_BLD.dtype))
         if torch.is_autocast_enabled(x_BLD.device.type):
             normed_BLD = normed_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
         return normed_BLD
@@ -85,7 +85,8 @@ class GatedMLP(nn.Module):
         gate_BLI = self.l1(x_BLD)
         if self.act is not None:
             gate_BLI = self.act(gate_BLI)
-        return self.l3(gate_BLI * self.l2(x_BLD))
+        is_owned = self.act is not None or not is_watched(self.l1)
+        return self.l3((multiply_into if is_owned else torch.mul)(gate_BLI, self.l2(x_BLD)))
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
@@ -108,7 +109,7 @@ class OutFilterDense(StreamLinear):
             Shape ``(B, L, D)``.
         """
         product_BLD = F.linear(x_BLD, self.weight)
-        return product_BLD if self.bias is None else product_BLD + self.bias.to(product_BLD.dtype)
+        return product_BLD if self.bias is None else product_BLD.add_(self.bias.to(product_BLD.dtype))
 
 
 class HyenaBlock(GradientCheckpointingLayer):

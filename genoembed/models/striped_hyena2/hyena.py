@@ -7,7 +7,7 @@ B sequences, L positions, M chunks, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genoembed.models.striped_hyena2.cache import HyenaState, last_positions
 from genoembed.models.striped_hyena2.filter_cache import FilterCache
-from genoembed.models.striped_hyena2.layers import Float32Keeper
+from genoembed.models.striped_hyena2.layers import Float32Keeper, is_watched, multiply_into
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
@@ -68,7 +68,7 @@ class HyenaFilter(Float32Keeper):
             causal_fir(part, taps, starts_BM=starts_BM)
             for part, taps in zip(parts_BLD, self._short_taps(), strict=True)
         )
-        return post_gate * self._inner(pre_gate * value, starts_BM)
+        return multiply_into(post_gate, self._inner(multiply_into(pre_gate, value), starts_BM))
 
     def go_on(
         self, parts_BLD: tuple[Tensor, Tensor, Tensor], state: HyenaState | None
@@ -92,8 +92,9 @@ class HyenaFilter(Float32Keeper):
             last_positions(history, part, count=part_taps.shape[1] - 1)
             for part, part_taps, history in zip(parts_BLD, taps, before, strict=True)
         )
-        filtered, inner = self._inner_from(pre_gate * value, None if state is None else state.inner)
-        return post_gate * filtered, HyenaState(short=(first, second, third), inner=inner)
+        gated = multiply_into(pre_gate, value)
+        filtered, inner = self._inner_from(gated, None if state is None else state.inner)
+        return multiply_into(post_gate, filtered), HyenaState(short=(first, second, third), inner=inner)
 
     def _short_taps(self) -> tuple[Tensor, Tensor, Tensor]:
         return split_rows(self.short_filter_weight[:, 0], is_interleaved=self.interleave)
@@ -178,11 +179,8 @@ def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> t
     Returns:
         Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
     """
-    is_plain = type(projections) is Projections and not (
-        projections._forward_hooks or projections._forward_pre_hooks or "forward" in vars(projections)
-    )
-    if is_plain:
-        return cast("Projections", projections).project_parts(x_BLD)
+    if type(projections) is Projections and not is_watched(projections):
+        return projections.project_parts(x_BLD)
     z_BLP = projections(x_BLD)
     parts = z_BLP.unflatten(-1, (-1, 3)).unbind(-1) if is_interleaved else z_BLP.chunk(3, dim=-1)
     return parts[0], parts[1], parts[2]

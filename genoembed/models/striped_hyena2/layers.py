@@ -53,3 +53,34 @@ class Float32Keeper(nn.Module):
             return tensor.to(moved.device) if is_rounded else moved
 
         return super()._apply(keep, recurse)
+
+
+def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
+    """Multiply into memory that nobody else holds; into new memory while gradients are recorded.
+
+    Args:
+        owned: Just made, and seen by no hook. Overwritten in inference. Floating, any shape.
+        other: Broadcasts to it.
+
+    Returns:
+        The product, shape and dtype of ``owned``.
+
+    Example:
+        >>> x = torch.tensor([2.0])
+        >>> with torch.no_grad():
+        ...     multiply_into(x, torch.tensor([3.0])) is x
+        True
+    """
+    return owned * other if torch.is_grad_enabled() else owned.mul_(other)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Say whether what a module returns may be held by someone else than its caller.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True if it has hooks, or a forward that was put in place of its class's.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -70,7 +70,7 @@ def _option(
 @_option("--n-run-bp", group=DATA, type=int, metavar="BASES", help="Leave out runs of N this long.  [10]")
 @_option("--max-document-bp", group=DATA, type=int, metavar="BASES", help="Cut longer records.  [8 windows]")
 @_option(
-    "--shuffle-documents", group=DATA, type=int, metavar="N", help="Documents to draw the next from.  [4096]"
+    "--shuffle-documents", group=DATA, type=int, metavar="N", help="Documents to draw the next from.  [32768]"
 )
 @_option(
     "--invalid",

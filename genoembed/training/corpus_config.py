@@ -32,7 +32,7 @@ class CorpusConfig:
     max_document_bp: int | None = None
     """Cut longer documents every so many bases; each piece is a document of its own. None cuts nothing.
     Without it, the documents of one chromosome stay together however large the buffer."""
-    shuffle_documents: int = 4096
+    shuffle_documents: int = 32768
     """Documents among which the next one is drawn; 1 keeps the order of the files."""
     shuffle_bp: int = 2**28
     """Bases that wait in the shuffle at most (one document more, at times)."""

@@ -84,7 +84,7 @@ class DataConfig:
     """Runs of at least this many ``N`` are left out and end a document."""
     max_document_bp: int | None = None
     """Cut longer records every so many bases; None is eight windows."""
-    shuffle_documents: int = 4096
+    shuffle_documents: int = 32768
     """Documents among which the next one is drawn."""
     invalid: InvalidPolicy = "error"
     """Letters outside IUPAC DNA."""

@@ -21,7 +21,8 @@ _ROWS_PER_CLASS = 4
 
 
 class ClassSampler(Sampler[int]):
-    """Orders rows so that batches hold several of a class: those of a class come four at a time.
+    """Orders rows so that batches hold several of a class: those of a class come four at a time,
+    beside those of others.
 
     Each row is in each epoch once; the order depends on labels, seed and epoch alone.
 
@@ -50,12 +51,15 @@ class ClassSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        pieces = []
+        rounds: dict[int, list[list[int]]] = defaultdict(list)
         for members in self._classes:
             order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            pieces += [order[i : i + _ROWS_PER_CLASS] for i in range(0, len(order), _ROWS_PER_CLASS)]
-        for index in torch.randperm(len(pieces), generator=generator).tolist():
-            yield from pieces[index]
+            for start in range(0, len(order), _ROWS_PER_CLASS):
+                rounds[start].append(order[start : start + _ROWS_PER_CLASS])
+        # a round has a piece of each class that still has one, so neighbours are of different classes
+        for start in sorted(rounds):
+            for index in torch.randperm(len(rounds[start]), generator=generator).tolist():
+                yield from rounds[start][index]
 
 
 class RandomOrder(ClassSampler):
@@ -67,7 +71,7 @@ class RandomOrder(ClassSampler):
     """
 
     def __init__(self, count: int, *, seed: int) -> None:
-        super().__init__(range(count), seed=seed)
+        super().__init__(range(count), seed=seed)  # a class each, so one round
 
 
 def new_sampler(

@@ -58,7 +58,7 @@ def test_mini_recipe_is_that_of_the_card():
     config = train_config({"corpus": ("a.fa",), "heldout": ("b.fa",)}, file=EXAMPLES / "mini.toml")
     data, recipe = config.data, config.recipe
     assert (data.window, data.packing, data.isolate, data.heldout_rows) == (1024, "stream", False, 96)
-    assert (recipe.max_steps, recipe.rows_per_device, recipe.accumulation_steps) == (4700, 4, 1)
+    assert (recipe.max_steps, recipe.rows_per_device, recipe.accumulation_steps) == (4900, 4, 1)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay) == (2e-3, 200, 0.1)
     assert (recipe.max_grad_norm, recipe.seed) == (1, 0)
 

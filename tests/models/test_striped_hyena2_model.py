@@ -314,7 +314,7 @@ def test_channels_in_thirds_equal_permuted_triples() -> None:
 
 
 def test_no_captured_output_is_overwritten_later_in_the_pass() -> None:
-    # inference multiplies into memory that nobody else holds; a hook that holds an output must keep it as it was
+    # inference multiplies into memory that nobody else holds; what a hook holds must stay as it was
     model = tiny_model()
     ids = letters(1, 150)
     for watched in (lambda name: True, lambda name: name.endswith(("l1", "projections"))):

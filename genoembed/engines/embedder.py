@@ -41,6 +41,8 @@ BATCH_TOKENS = {"cpu": 2048}
 """Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster, as what one
 layer hands to the next stays in the cache; docs/CONCEPTS.md has the figures."""
 _BATCH_TOKENS_ELSEWHERE = 16384
+LEAST_BLOCK_TOKENS = 512
+"""A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _WIDE = 16384
 _PROBE = b"ACGT" * 6
 
@@ -92,7 +94,11 @@ class UnitEmbedder:
         """Slots of a forward pass, padding included."""
         self.stats = RunStats()
         self._runner = BatchRunner(
-            model, self.layers, config.embedding, self.stats, block_tokens=self.batch_tokens
+            model,
+            self.layers,
+            config.embedding,
+            self.stats,
+            block_tokens=max(self.batch_tokens, LEAST_BLOCK_TOKENS),
         )
         self._on_batch = on_batch
         encoder = build_encoder(model.tokenizer)
@@ -108,7 +114,10 @@ class UnitEmbedder:
             mirror=config.windows.per_window,
         )
         self._slabs = SlabBuilder(
-            cutter=self._cutter, batch_tokens=self.batch_tokens, equal_lengths=model.padding == "equal"
+            cutter=self._cutter,
+            batch_tokens=self.batch_tokens,
+            equal_lengths=model.padding == "equal",
+            rounds_lengths=model.carries_state,
         )
         self._rows = RowBuilder(
             layers=self.layers,

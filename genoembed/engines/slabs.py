@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 SLAB_BATCHES = 32
 """Batches' worth of tokens in a slab: enough to find pieces of like length."""
 _SHORT, _SHORT_STEP, _STEP = 256, 16, 64
-"""Padded lengths of causal models are multiples of a step, a smaller one below a length. Libraries prepare a
-kernel for every new shape and keep it: with each length its own, half-precision passes took a third longer
-and memory grew by a megabyte a shape. Models that need a mask for padding lose more by the mask."""
+"""Rounded lengths are multiples of a step, a smaller one below a length. Libraries prepare a kernel for every
+new shape and keep it: with each length its own, half-precision passes took a third longer and memory grew by
+a megabyte a shape."""
 _PADDING_PART = 16
 """Of a batch, what may be padding: one 16th, about what a pass costs that runs fewer pieces instead."""
 
@@ -77,6 +77,8 @@ class SlabBuilder:
     """Slots of a batch, padding included."""
     equal_lengths: bool
     """Whether padding would change the model's output, so that a batch must hold pieces of one length."""
+    rounds_lengths: bool = False
+    """Whether batches are padded to few lengths; for models that pad without a mask, which costs more."""
 
     def slabs(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
         """Lay out unit after unit.
@@ -150,7 +152,7 @@ class SlabBuilder:
 
     def _padded(self, length: int) -> int:
         """Length that a piece is padded to; not beyond the context."""
-        if self.equal_lengths or not self.cutter.is_causal:
+        if self.equal_lengths or not self.rounds_lengths:
             return length
         step = _STEP if length > _SHORT else _SHORT_STEP
         rounded = -(-length // step) * step

@@ -138,25 +138,27 @@ def test_repeats_fill_slabs_too():
 
 
 @pytest.mark.parametrize(
-    ("length", "context", "causal", "padded"),
+    ("length", "context", "rounds", "padded"),
     [
         (10, None, True, 16),
         (256, None, True, 256),
         (257, None, True, 320),
         (1000, None, True, 1024),
         (1000, 1010, True, 1010),  # not beyond the context
-        (1000, None, False, 1000),  # a mask would cost more
+        (1000, None, False, 1000),
     ],
 )
-def test_lengths_of_causal_models_are_rounded_so_that_few_shapes_run(length, context, causal, padded):
-    cutter = Cutter(encoder=ENCODER, max_tokens=context, is_causal=causal)
-    made = SlabBuilder(cutter=cutter, batch_tokens=4096, equal_lengths=False)
-    (slab,) = made.slabs([unit_of([random_dna(length)])])
+def test_lengths_are_rounded_so_that_few_shapes_run(length, context, rounds, padded):
+    cutter = Cutter(encoder=ENCODER, max_tokens=context, is_causal=True)
+    made = SlabBuilder(cutter=cutter, batch_tokens=4096, equal_lengths=False, rounds_lengths=rounds)
+    (slab,) = made.slabs([unit_of([random_dna(length, 0)])])
     batch = slab.batches[0].batch
     assert batch.input_ids.shape == (1, padded)
     assert int(batch.attention_mask.sum()) == length
 
 
 def test_models_that_see_padding_get_no_rounded_lengths():
-    (slab,) = builder(batch_tokens=4096, equal_lengths=True).slabs([unit_of([random_dna(1000)])])
+    cutter = Cutter(encoder=ENCODER, max_tokens=None, is_causal=True)
+    made = SlabBuilder(cutter=cutter, batch_tokens=4096, equal_lengths=True, rounds_lengths=True)
+    (slab,) = made.slabs([unit_of([random_dna(1000, 0)])])
     assert slab.batches[0].batch.input_ids.shape == (1, 1000)

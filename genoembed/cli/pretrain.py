@@ -104,9 +104,7 @@ def _option(
     type=click.Choice(("auto", "float32", "bfloat16")),
     help="Of matrix products; auto is bfloat16 where the hardware has it.  [auto]",
 )
-@_option(
-    "--compile-blocks", group=RECIPE, is_flag=True, help="torch.compile each block: a minute, then faster."
-)
+@_option("--compile-blocks", group=RECIPE, is_flag=True, help="torch.compile each block; no gain on CPUs.")
 @_option("--gradient-checkpointing", group=RECIPE, is_flag=True, help="Less memory for a third more time.")
 @_option("--seed", group=RECIPE, type=int, metavar="N", help="Initial weights, order, strands.  [0]")
 @_option("--save-steps", group=RUN, type=int, metavar="N", help="Steps between checkpoints.  [200]")

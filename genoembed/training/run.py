@@ -27,6 +27,7 @@ from genoembed._version import __version__
 from genoembed.errors import ConfigError, ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
+from genoembed.models.precision import automatic_dtype
 from genoembed.training.corpus import DocumentStream
 from genoembed.training.corpus_config import CorpusConfig
 from genoembed.training.isolation import forward_options, isolating_inputs
@@ -344,10 +345,8 @@ def has_bfloat16() -> bool:
     Returns:
         True if it does.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return automatic_dtype(device) == torch.bfloat16
 
 
 def _arguments(recipe: PretrainConfig, folder: Path) -> TrainingArguments:

@@ -255,3 +255,18 @@ def test_autocast_keeps_the_products_close() -> None:
             y = FAST[operator](x, *parameters[operator])
         error = (y.double() - slow[operator]).square().mean().sqrt()
         assert error < 0.01 * slow[operator].square().mean().sqrt()
+
+
+def test_fir_without_a_convolution_library_gives_the_same(monkeypatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, WIDTH, dtype=torch.float64, requires_grad=True)
+    taps = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 40, WIDTH, dtype=torch.float64)
+    expected = causal_fir(x, taps)
+    gradients = torch.autograd.grad((expected * weights).sum(), (x, taps))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)  # it must not be asked
+    plain = causal_fir(x, taps)
+    assert torch.allclose(plain, expected, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad((plain * weights).sum(), (x, taps)), gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-11)

@@ -64,9 +64,23 @@ class _DepthwiseCorrelation(torch.autograd.Function):
 
 def _correlate(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
     """Correlate with ``zeros`` zeros before and after each row."""
+    if x_BFD.device.type == "cpu" and not torch.backends.mkldnn.is_available():
+        return _shift_and_add(x_BFD, taps_DK, zeros=zeros)
     line = x_BFD.contiguous().transpose(1, 2).unsqueeze(2)  # (B, D, 1, F), channels last in memory
     taps = taps_DK[:, None, None, :]
     return F.conv2d(line, taps, padding=(0, zeros), groups=taps_DK.shape[0]).squeeze(2).transpose(1, 2)
+
+
+def _shift_and_add(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
+    """The same where torch has no such library, and would run channel after channel."""
+    wide = torch.float64 if x_BFD.dtype == torch.float64 else torch.float32
+    padded = F.pad(x_BFD, (0, 0, zeros, zeros)).to(wide)
+    num_taps = taps_DK.shape[1]
+    length = padded.shape[1] - num_taps + 1
+    total = padded[:, :length] * taps_DK[:, 0]
+    for k in range(1, num_taps):
+        total = torch.addcmul(total, padded[:, k : k + length], taps_DK[:, k].to(wide))
+    return total.to(x_BFD.dtype)
 
 
 def _tap_gradient(x_BFD: Tensor, grad_BND: Tensor, *, shift: int) -> Tensor:

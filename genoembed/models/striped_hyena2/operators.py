@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genoembed.models.precision import automatic_dtype
 from genoembed.models.striped_hyena2.filter_matrices import convolution_matrix, modal_matrices
 from genoembed.models.striped_hyena2.fir import depthwise_correlation
 
@@ -242,10 +243,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-_HAS_BFLOAT16_UNITS = bool(
-    torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+# asked once: a compiled block could not ask
+_HAS_BFLOAT16_UNITS = automatic_dtype(torch.device("cpu")) == torch.bfloat16
 
 
 def _laid_out(

@@ -212,7 +212,13 @@ class _Run:
         total = total_steps(
             self.config.recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size
         )
-        logger.info("training for %d steps at most, rate %.2g", total, self.config.recipe.learning_rate)
+        recipe = self.config.recipe
+        logger.info(
+            "training for %d steps at most, rate %.2g, of heads %.2g",
+            total,
+            recipe.learning_rate,
+            recipe.head_learning_rate,
+        )
         with stop.listening(), without_progress_bars():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.stopped_at is not None:

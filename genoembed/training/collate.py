@@ -3,8 +3,7 @@
 In: :class:`~genoembed.training.encode.EncodedExample` rows. Out: ``input_ids``, ``attention_mask``,
 ``pool_mask`` and ``labels``. Promised: a label is ignored because its position is padding, never because of
 an id, so a genuine EOS counts even where the padding id is the same; padding is on the right, and only up to
-the smallest multiple asked for. Also here: which rows share a batch, and what padding costs. B rows, L padded
-length, C classes or targets.
+the smallest multiple asked for. Also here: what padding costs. B rows, L padded length, C classes or targets.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from genoembed.batching.pad import pad_batch
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.training.encode import IGNORE_INDEX, EncodedExample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -129,73 +127,6 @@ def _sequence_labels(examples: Sequence[EncodedExample]) -> Tensor:
     return torch.from_numpy(np.stack([label for label in labels if label is not None]))
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Orders rows so that those of a batch have like lengths, and batches come in random order.
-
-    Rows are shuffled, sorted by length within pools of ``pool_batches`` batches, cut into batches, and the
-    batches shuffled (so lengths do not run down within a pool). The batch with the longest row comes first:
-    memory that does not suffice shows at once. Every row is in every epoch once; the order depends on
-    lengths, seed and epoch only.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows that one step pads together: rows of a device times devices.
-        seed: Decides about the order.
-        pool_batches: More make batches more even and less random.
-
-    Raises:
-        ConfigError: If there is no row, or a number is out of range.
-
-    Example:
-        >>> list(LengthGroupedSampler([5, 1, 5, 1], batch_size=2, seed=0)) in ([0, 2, 1, 3], [2, 0, 3, 1],
-        ...     [0, 2, 3, 1], [2, 0, 1, 3])
-        True
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, seed: int = 0, pool_batches: int = 50
-    ) -> None:
-        numbers = (("batch_size", batch_size, 1), ("seed", seed, 0), ("pool_batches", pool_batches, 1))
-        problems = [
-            f"{n} is {value}; set {n} to {least} or more" for n, value, least in numbers if value < least
-        ]
-        if not len(lengths):
-            problems.append("lengths: no row to order; give at least one")
-        if problems:
-            raise ConfigError(*problems)
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._batch_size = batch_size
-        self._pool = pool_batches * batch_size
-        self._seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0; data loaders of accelerate and transformers call this.
-
-        Args:
-            epoch: Its number.
-        """
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self._seed, self.epoch])
-        order = rng.permutation(len(self._lengths))
-        batches = []
-        for start in range(0, len(order), self._pool):
-            pool = order[start : start + self._pool]
-            pool = pool[np.argsort(-self._lengths[pool], kind="stable")]
-            batches += [pool[at : at + self._batch_size] for at in range(0, len(pool), self._batch_size)]
-        # only the last batch may be short, else those after it would be cut elsewhere
-        tail = [batches.pop()] if len(batches[-1]) < self._batch_size else []
-        batches = [batches[index] for index in rng.permutation(len(batches))]
-        longest = max(range(len(batches)), key=lambda index: self._lengths[batches[index]].max(), default=0)
-        batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
-        return iter(np.concatenate(batches + tail).tolist())
-
-
 @dataclass(kw_only=True, slots=True)
 class PaddingMeter:
     """Counts what padding costs.
@@ -230,6 +161,21 @@ class PaddingMeter:
         self.slots += rows * length
         self.tokens += int(attention_mask.sum())
         self.longest = max(self.longest, length)
+
+    @classmethod
+    def joined(cls, meters: Sequence[PaddingMeter]) -> PaddingMeter:
+        """Add up what several processes have counted.
+
+        Args:
+            meters: At least one.
+
+        Returns:
+            Their sum.
+        """
+        sums = {
+            name: sum(getattr(m, name) for m in meters) for name in ("batches", "rows", "slots", "tokens")
+        }
+        return cls(**sums, longest=max(meter.longest for meter in meters))
 
     @property
     def padding_share(self) -> float:

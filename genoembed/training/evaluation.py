@@ -16,14 +16,15 @@ import torch
 
 from genoembed.errors import ConfigError
 from genoembed.training.augment import Augmented, augment, augmentation_rng
-from genoembed.training.batches import check_lengths, group_numbers
 from genoembed.training.candidates import sequence_identity
 from genoembed.training.encode import IGNORE_INDEX, encode_example
+from genoembed.training.epoch_rows import group_numbers
 from genoembed.training.labelled import LabelledSequence
 from genoembed.training.m3_vectors import M3Vectors, head_scores, hybrid_scores, join_vectors
 from genoembed.training.pairs import RetrievalExample
 from genoembed.training.prediction_metrics import class_metrics, multilabel_metrics, number_metrics
 from genoembed.training.ranking_metrics import ranking_metrics
+from genoembed.training.row_encoding import check_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.training.augment import AugmentConfig
-    from genoembed.training.batches import GroupCollator, LabelEncoder
+    from genoembed.training.batches import GroupCollator
     from genoembed.training.finetune_config import Contrast
     from genoembed.training.labels import LabelSpace
+    from genoembed.training.row_encoding import LabelEncoder
     from genoembed.training.start import Start
     from genoembed.training.task_models import CausalModel, ContrastModel, PredictionModel, RetrievalModel
     from genoembed.training.windowed import WindowedRunner

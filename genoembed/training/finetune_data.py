@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -47,6 +47,14 @@ class Sides(Generic[RowT]):
     """May be empty: then nothing stops training early."""
     test: list[RowT]
 
+    def held_out(self) -> list[tuple[str, list[RowT]]]:
+        """Name the sides that are measured on, ``eval`` and ``test``, as far as they have rows.
+
+        Returns:
+            Name and rows of each.
+        """
+        return [(name, rows) for name, rows in (("eval", self.validation), ("test", self.test)) if rows]
+
     @property
     def digest(self) -> str:
         """SHA-256 of all rows, by side: equal for equal data, whatever its files are called."""
@@ -83,6 +91,20 @@ def find_contrast(config: FinetuneConfig) -> Contrast:
     return found
 
 
+def without_strata(config: FinetuneConfig) -> FinetuneConfig:
+    """Part rows without labels at random, where it is only the default that they be stratified.
+
+    Args:
+        config: Of the run.
+
+    Returns:
+        The same with another split.
+    """
+    if config.data.split != "stratified":
+        return config
+    return replace(config, data=replace(config.data, split="random"))
+
+
 def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequence]:
     """Read labelled sequences.
 
@@ -99,25 +121,20 @@ def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequ
         InputFileError: If a file is missing or cannot be read.
     """
     data = config.data
-    given = (data.train, data.validation, data.test)
     table = None if kind == "none" else data.labels
     read = [
         read_labelled(files, config=_labelled(data, kind), labels=table, policies=_policies(data))
         if files
         else []
-        for files in given
+        for files in _files(data)
     ]
     cleaning = CleaningConfig(
         both_strands=not data.one_strand, duplicates=data.repeats, conflicts=data.conflicts
     )
     read = [clean_labelled(rows, kind=kind, config=cleaning).rows for rows in read]
     rows = [row for part in read for row in part]
-    clusters = _clusters(rows, data)
-    if any(given[1:]):
-        splits = _splits_of_files([len(part) for part in read])
-    else:
-        splits = split_rows(rows, kind=kind, config=_split(config), clusters=clusters)
-    return _sealed(rows, rows, splits, clusters, data)
+    by_group = data.group_column is not None
+    return _parted(rows, rows, [len(part) for part in read], config, kind=kind, by_group=by_group)
 
 
 def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
@@ -135,10 +152,9 @@ def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
         InputFileError: If a file is missing or cannot be read.
     """
     data = config.data
-    given = (data.train, data.validation, data.test)
     read = [
         read_pairs(files, policies=_policies(data), false_negatives=data.false_negatives) if files else []
-        for files in given
+        for files in _files(data)
     ]
     rows = [row for part in read for row in part]
     queries = [
@@ -147,13 +163,8 @@ def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
         )
         for row in rows
     ]
-    clusters = _clusters(queries, data, by_group=all(row.group for row in rows))
-    if any(given[1:]):
-        splits = _splits_of_files([len(part) for part in read])
-    else:
-        config_of_split = _split(config)
-        splits = split_rows(queries, kind="none", config=config_of_split, clusters=clusters)
-    return _sealed(rows, queries, splits, clusters, data)
+    by_group = all(row.group for row in rows)
+    return _parted(rows, queries, [len(part) for part in read], config, kind="none", by_group=by_group)
 
 
 def _labelled(data: FinetuneDataConfig, kind: LabelKind) -> LabelledConfig:
@@ -190,12 +201,35 @@ def _split(config: FinetuneConfig) -> SplitConfig:
     )
 
 
+def _files(data: FinetuneDataConfig) -> tuple[tuple[str, ...], ...]:
+    return (data.train, data.validation, data.test)
+
+
+def _parted(
+    rows: Sequence[RowT],
+    sequences: Sequence[LabelledSequence],
+    sizes: Sequence[int],
+    config: FinetuneConfig,
+    *,
+    kind: LabelKind,
+    by_group: bool,
+) -> Sides[RowT]:
+    """Part rows by their files, or by what ``split`` says where there is one file alone."""
+    data = config.data
+    clusters = _clusters(sequences, data, by_group=by_group)
+    if any(_files(data)[1:]):
+        splits = _splits_of_files(sizes)
+    else:
+        splits = split_rows(sequences, kind=kind, config=_split(config), clusters=clusters)
+    return _sealed(rows, sequences, splits, clusters, data)
+
+
 def _clusters(
-    rows: Sequence[LabelledSequence], data: FinetuneDataConfig, *, by_group: bool | None = None
+    rows: Sequence[LabelledSequence], data: FinetuneDataConfig, *, by_group: bool
 ) -> Clusters | None:
     if data.split != "homology" and data.homologs == "ignore":
         return None
-    if data.group_column is not None if by_group is None else by_group:
+    if by_group:
         return Clusters(labels=group_clusters(rows))
     return cluster_kin([row.sequence for row in rows], config=KinshipConfig(identity=data.kin_identity))
 

@@ -17,8 +17,8 @@ from transformers import TrainingArguments
 
 from genoembed.errors import ConfigError
 from genoembed.training.finetune_trainer import Rates
+from genoembed.training.precision import uses_bfloat16
 from genoembed.training.prediction_metrics import METRICS, SMALLER_IS_BETTER
-from genoembed.training.run import has_bfloat16
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,9 +74,7 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
         learning_rate=rate,
         head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
         metric=metric,
-        dtype="bfloat16"
-        if recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and has_bfloat16())
-        else "float32",
+        dtype="bfloat16" if uses_bfloat16(recipe.dtype) else "float32",
     )
     return replace(config, recipe=resolved)
 
@@ -98,7 +96,7 @@ def rates_of(recipe: FinetuneRecipe) -> Rates:
 
 
 def finetune_arguments(
-    recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool, drops_last: bool
+    recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
 ) -> TrainingArguments:
     """Say a resolved recipe in the words of transformers.
 
@@ -107,7 +105,6 @@ def finetune_arguments(
         folder: Of the run.
         num_rows: Rows to train on.
         has_validation: Whether there is something to measure on while training.
-        drops_last: Whether a last batch that is short is left out.
 
     Returns:
         The arguments.
@@ -138,7 +135,6 @@ def finetune_arguments(
         data_seed=recipe.seed,
         report_to=[],
         remove_unused_columns=False,
-        dataloader_drop_last=drops_last,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
@@ -148,9 +144,11 @@ def finetune_arguments(
     if recipe.schedule == "plateau":
         mode = "max" if is_greater_better else "min"
         arguments["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
-    else:
-        arguments["warmup_steps"] = math.ceil(recipe.warmup_fraction * total_steps(recipe, num_rows=num_rows))
-    return TrainingArguments(**arguments)
+    found = TrainingArguments(**arguments)
+    if recipe.schedule != "plateau":  # it knows only now how many processes there are
+        steps = total_steps(recipe, num_rows=num_rows, world_size=found.world_size)
+        found.warmup_steps = math.ceil(recipe.warmup_fraction * steps)
+    return found
 
 
 def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:

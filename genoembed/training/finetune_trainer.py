@@ -6,40 +6,37 @@ run that was never stopped; a line of the log says what its steps really compare
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from genoembed.errors import CheckpointError
+from genoembed.training.adamw import AdamWTrainer, decaying_parameters, is_pole
 from genoembed.training.batches import split_batch
-from genoembed.training.collate import PaddingMeter
+from genoembed.training.finetune_callbacks import SetEpoch
 from genoembed.training.grad_cache import cached_backward
 from genoembed.training.loss_watch import LossWatch
-from genoembed.training.pretraining import ADAM_EPSILON, MetricsFile
+from genoembed.training.rank_batches import RankBatches
+from genoembed.training.step_book import StepBook
 from genoembed.training.step_statistics import LossOutput, gradient_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
     from torch.utils.data import Sampler
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
-    from genoembed.training.batches import EpochDataset
+    from genoembed.training.epoch_rows import EpochDataset
     from genoembed.training.evaluation import Measure
-
-logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 POLE_RATE_SCALE = 0.1
@@ -55,29 +52,7 @@ class Rates:
     weight_decay: float
 
 
-@dataclass(slots=True)
-class _Book:
-    """What was trained on since the last line."""
-
-    padding: PaddingMeter = field(default_factory=PaddingMeter)
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a batch; those that are none are left out."""
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                self.sums[name] += value
-                self.steps[name] += 1
-
-    def metrics(self) -> dict[str, float]:
-        """Give means, and what padding cost."""
-        means = {name: total / self.steps[name] for name, total in self.sums.items()}
-        return means | (self.padding.metrics(self.seconds) if self.seconds else {})
-
-
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(AdamWTrainer):
     """A Trainer for the models of :mod:`genoembed.training.task_models`.
 
     Args:
@@ -85,7 +60,8 @@ class FinetuneTrainer(Trainer):
         args: As for ``Trainer``.
         dataset: Rows to train on.
         collate: Makes batches of them.
-        sampler: Their order.
+        sampler: Their order, the same in each process.
+        least_rows: Rows that a batch needs in each process.
         rates: Learning rates.
         measures: By side, such as ``eval``.
         micro_batch: Rows encoded at a time in contrastive tasks; None encodes whole batches.
@@ -100,60 +76,43 @@ class FinetuneTrainer(Trainer):
         dataset: EpochDataset,
         collate: Callable[[Any], dict[str, Tensor]],
         sampler: Sampler[int],
+        least_rows: int,
         rates: Rates,
         measures: Mapping[str, Measure[Any]],
         micro_batch: int | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self._sampler, self._rates, self._measures = sampler, rates, measures
-        self._micro_batch = micro_batch
-        self._book, self._watch = _Book(), LossWatch()
-        self._adamw: torch.optim.Optimizer | None = None
+        self._measures, self._micro_batch = measures, micro_batch
+        self._book, self._watch = StepBook(), LossWatch()
+        self._batches = RankBatches(
+            sampler,
+            rows=args.per_device_train_batch_size,
+            least=least_rows,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
         super().__init__(
+            groups=lambda model: parameter_groups(model, rates),
+            rate=rates.encoder,
+            betas=ADAM_BETAS,
             model=model,
             args=args,
             data_collator=collate,
             train_dataset=dataset,
             eval_dataset=[],
-            callbacks=[*callbacks, _SetEpoch(dataset, sampler)],
+            callbacks=[*callbacks, SetEpoch(dataset, sampler)],
         )
         # each batch gives a mean of its own
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Read rows in the order of the sampler.
+        """Read the rows of this process: accelerate would fill up a short batch with rows that come again.
 
         Returns:
-            Batches, dealt to the processes.
+            Batches on the CPU; the trainer moves them.
         """
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=self._sampler,
-            collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        return self.accelerator.prepare(loader)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW with groups for encoder and heads, with and without weight decay, and for poles.
-
-        Args:
-            model: What is trained; None takes the trainer's.
-
-        Returns:
-            The optimizer.
-        """
-        if self._adamw is None:
-            self._adamw = torch.optim.AdamW(
-                parameter_groups(model or self.model, self._rates),
-                lr=self._rates.encoder,
-                betas=ADAM_BETAS,
-                eps=ADAM_EPSILON,
-            )
-        self.optimizer = self._adamw
-        return self._adamw
+        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
@@ -256,6 +215,8 @@ class FinetuneTrainer(Trainer):
         with self.compute_loss_context_manager():
             found = self._measures[side](model)
         model.train(was_training)
+        # every process measures all rows; that all stop alike must not hang on a last bit
+        (found,) = broadcast_object_list([found])
         metrics = {f"{side}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         if side == "eval":
@@ -282,7 +243,7 @@ class FinetuneTrainer(Trainer):
         """
         if "loss" in logs:
             logs |= self._book.metrics()
-            self._book = _Book()
+            self._book = StepBook()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -325,129 +286,15 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     Returns:
         Groups for AdamW, empty ones left out. Matrices decay; embeddings, filters and vectors do not.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    decaying = decaying_parameters(model)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         in_backbone = name.startswith(("encoder.backbone.", "model."))
         rate = rates.encoder if in_backbone else rates.head
-        if name.endswith("log_poles"):
+        if is_pole(name):
             rate *= POLE_RATE_SCALE
-        decays = parameter.dim() == 2 and id(parameter) not in embeddings and ".filter." not in name
-        decay = rates.weight_decay if decays and not name.endswith("log_poles") else 0.0
+        decay = rates.weight_decay if name in decaying else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-class _SetEpoch(TrainerCallback):
-    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in."""
-
-    def __init__(self, dataset: EpochDataset, sampler: Sampler[int]) -> None:
-        self._listeners: list[Any] = [dataset, sampler]
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Pass the epoch on.
-
-        Args:
-            args: Unused.
-            state: Gives the epoch.
-            control: Unused.
-            **kwargs: Unused.
-        """
-        for listener in self._listeners:
-            listener.set_epoch(int(state.epoch or 0))
-
-
-class StopEarly(TrainerCallback):
-    """End training when the metric has not become better for some evaluations.
-
-    Of equal metrics, the one with the smaller loss is better. It looks at the whole log each time and keeps
-    nothing, so a run that goes on stops where it would have.
-
-    Args:
-        metric: Name in the log.
-        is_greater_better: Direction.
-        patience: Evaluations.
-        min_epochs: Not before so many epochs.
-    """
-
-    def __init__(self, metric: str, *, is_greater_better: bool, patience: int, min_epochs: int) -> None:
-        self._metric, self._sign = metric, 1 if is_greater_better else -1
-        self._patience, self._min_epochs = patience, min_epochs
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Decide.
-
-        Args:
-            args: Unused.
-            state: Holds the log.
-            control: Is told to stop.
-            **kwargs: Unused.
-        """
-        values = [
-            (self._sign * line[self._metric], -line.get("eval_loss", 0.0))
-            for line in state.log_history
-            if self._metric in line
-        ]
-        if not values or (state.epoch or 0) < self._min_epochs:
-            return
-        since_best = len(values) - 1 - values.index(max(values))
-        if since_best >= self._patience:
-            logger.info(
-                "%s has not become better for %d evaluations: training ends", self._metric, since_best
-            )
-            control.should_training_stop = True
-
-
-class FinetuneLog(MetricsFile):
-    """Append what the trainer logs to ``metrics.jsonl``, and say it in a line.
-
-    Args:
-        path: The file.
-        shown: Names of metrics that are said, beside the loss.
-    """
-
-    def __init__(self, path: Path, *, shown: Sequence[str]) -> None:
-        super().__init__(path)
-        self._shown = tuple(shown)
-
-    def on_log(
-        self,
-        args: object,
-        state: Any,
-        control: object,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        """Write one line.
-
-        Args:
-            args: Unused.
-            state: Gives the step.
-            control: Unused.
-            logs: What was logged.
-            **kwargs: Unused.
-        """
-        if not state.is_world_process_zero:
-            return
-        line: dict[str, float] = {"step": state.global_step, **(logs or {})}
-        said = [f"{name} {line[name]:.4g}" for name in line if self._is_said(name)]
-        if said:
-            logger.info("step %d: %s", state.global_step, ", ".join(said))
-        self.write(line)
-
-    def _is_said(self, name: str) -> bool:
-        bare = name.removeprefix("eval_").removeprefix("test_")
-        return name in _SAID or (name != bare and bare in self._shown)
-
-
-_SAID = (
-    "loss",
-    "learning_rate",
-    "padding_percent",
-    "tokens_per_second",
-    "negatives_per_query",
-    "positive_score",
-    "negative_score",
-)

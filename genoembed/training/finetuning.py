@@ -7,11 +7,9 @@ newest checkpoint with the losses of a run that was never killed; ``finetune.jso
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +19,28 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from genoembed._version import __version__
-from genoembed.errors import ConfigError
 from genoembed.models.load import without_progress_bars
+from genoembed.training.finetune_callbacks import FinetuneLog, StopEarly
 from genoembed.training.finetune_config import PREDICTION_TASKS, finetune_config
 from genoembed.training.finetune_recipe import finetune_arguments, rates_of, resolve_recipe, total_steps
 from genoembed.training.finetune_start import set_up_task
-from genoembed.training.finetune_trainer import FinetuneLog, FinetuneTrainer, StopEarly
-from genoembed.training.packed_trainer import StopOnSignal
+from genoembed.training.finetune_trainer import FinetuneTrainer
+from genoembed.training.interruption import StopOnSignal
 from genoembed.training.prediction_metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
 from genoembed.training.pretraining import ClampPoles
+from genoembed.training.processes import leave_process_group_at_exit, use_threads, wait_for_all
 from genoembed.training.row_order import new_sampler
-from genoembed.training.run import METRICS_FILE, RUN_FILE, leave_process_group, newest_checkpoint
-from genoembed.training.run_config import differences
+from genoembed.training.run_folder import (
+    FINAL_FOLDER,
+    METRICS_FILE,
+    RUN_FILE,
+    checkpoint_to_resume,
+    clear_run,
+    compare_with_run,
+    path_strings,
+    refuse_other_run,
+    write_json,
+)
 from genoembed.training.saved_model import save_finetuned
 
 if TYPE_CHECKING:
@@ -115,47 +123,26 @@ def finetune(
         GenoembedError: If data or model fail.
         KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
     """
-    files = {name: _as_strings(options.get(name)) for name in _FILE_KEYS[1:]}
+    files = {name: path_strings(options.get(name)) for name in _FILE_KEYS[1:]}
     table = None if labels is None else os.fspath(labels)
-    keys = options | files | {"train": _as_strings(train), "task": task, "labels": table}
+    keys = options | files | {"train": path_strings(train), "task": task, "labels": table}
     if isinstance(keys.get("model"), os.PathLike):
         keys["model"] = os.fspath(keys["model"])
     settings = finetune_config(keys, file=config)
-    if threads is not None:
-        if threads < 1:
-            message = f"threads is {threads}; set threads to 1 or more"
-            raise ConfigError(message)
-        torch.set_num_threads(threads)
+    use_threads(threads)
     folder = Path(output_dir)
     if resume and (folder / REPORT_FILE).is_file():
         logger.info("resume: the run in %s is complete", folder)
         return FinetuneReport(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
     if settings.objective.task in PREDICTION_TASKS:
         check_metrics_installed()
-    _refuse_folder(folder, resume=resume, overwrite=overwrite)
+    if not (resume or overwrite):
+        refuse_other_run(folder)
     state = torch.get_rng_state()
     try:
         return _Run(settings, folder).train(resume=resume)
     finally:
         torch.set_rng_state(state)
-
-
-def _as_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
-    if paths is None:
-        return None
-    if isinstance(paths, str | os.PathLike):
-        paths = (paths,)
-    return tuple(os.fspath(path) for path in paths) or None
-
-
-def _refuse_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
-    if found and not (resume or overwrite):
-        message = (
-            f"{folder}: there is a run already ({found[0].name}); set resume to go on with it, overwrite to "
-            "start again, or another output_dir"
-        )
-        raise ConfigError(message)
 
 
 class _Run:
@@ -179,8 +166,7 @@ class _Run:
         )
         self.config = resolve_recipe(config, num_rows=len(self.setup.dataset), width=self.setup.width)
         self.arguments = self._arguments()
-        if torch.distributed.is_initialized():
-            atexit.register(leave_process_group)
+        leave_process_group_at_exit()
         recipe = self.config.recipe
         if self.setup.group_sampler is not None:
             ranks = self.arguments.world_size if config.objective.across_devices else 1
@@ -190,16 +176,11 @@ class _Run:
             )
 
     def _arguments(self) -> TrainingArguments:
-        recipe, rows = self.config.recipe, len(self.setup.dataset)
-        # a batch of one has nothing to compare with
-        is_single = rows % recipe.rows_per_device == 1 and rows > 1
-        drops_last = self.setup.contrast is not None and is_single
         return finetune_arguments(
-            recipe,
+            self.config.recipe,
             self.folder,
-            num_rows=rows,
+            num_rows=len(self.setup.dataset),
             has_validation="eval" in self.setup.measures,
-            drops_last=drops_last,
         )
 
     def train(self, *, resume: bool) -> FinetuneReport:
@@ -221,46 +202,21 @@ class _Run:
         )
         with stop.listening(), without_progress_bars():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.stopped_at is not None:
-            message = (
-                f"{self.folder / f'checkpoint-{stop.stopped_at}'} is saved; run the same again with resume "
-                f"to go on at step {stop.stopped_at + 1}"
-            )
-            raise KeyboardInterrupt(message)
+        stop.raise_if_stopped(self.folder)
         return self._finish(trainer)
 
     def _claim(self, *, resume: bool) -> Path | None:
         """Compare with the run that is there and find its checkpoint, or clear it away."""
-        stored = self.folder / RUN_FILE
         if resume:
-            self._compare(stored)
-            checkpoint = newest_checkpoint(self.folder)
-            logger.info("resume: %s", checkpoint or f"no checkpoint yet in {self.folder}, from the start")
-            return checkpoint
-        if self.arguments.process_index == 0:
-            names = (RUN_FILE, METRICS_FILE, CONFIG_FILE, REPORT_FILE, "final")
-            for path in (*self.folder.glob("checkpoint-*"), *(self.folder / name for name in names)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return None
-
-    def _compare(self, stored: Path) -> None:
-        try:
-            found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
-        except (OSError, ValueError, KeyError) as error:
             message = (
-                f"resume: no run in {self.folder} ({stored.name} is missing or damaged); set resume to False"
-            )
-            raise ConfigError(message) from error
-        expected = self._compared()
-        problems = differences(found, expected, where=str(self.folder))
-        if found.get("rows") != expected["rows"]:
-            problems = [problem for problem in problems if not problem.startswith("rows:")]
-            problems.append(
                 f"train: the rows are not those of the run in {self.folder}; give the same files, or "
                 "overwrite to start again"
             )
-        if problems:
-            raise ConfigError(*problems)
+            compare_with_run(self.folder, self._compared(), digests={"rows": message})
+            return checkpoint_to_resume(self.folder)
+        if self.arguments.process_index == 0:
+            clear_run(self.folder, CONFIG_FILE, REPORT_FILE)
+        return None
 
     def _compared(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that began; files may move, rows may not change."""
@@ -298,25 +254,30 @@ class _Run:
                 seed=recipe.seed,
                 mixed_lengths=recipe.mixed_lengths,
             ),
+            least_rows=self._least_rows(),
             rates=rates_of(recipe),
             measures=setup.measures,
             micro_batch=recipe.micro_batch,
             callbacks=callbacks,
         )
 
+    def _least_rows(self) -> int:
+        """Say how many rows each process needs: a batch of one has nothing to compare with."""
+        compares_elsewhere = self.config.objective.across_devices and self.arguments.world_size > 1
+        return 1 if self.setup.contrast is None or compares_elsewhere else 2
+
     def _write_files(self) -> None:
         if self.arguments.process_index:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / RUN_FILE, {"genoembed": __version__, "compared": self._compared()})
-        _write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
+        write_json(self.folder / RUN_FILE, {"genoembed": __version__, "compared": self._compared()})
+        write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
 
     def _finish(self, trainer: FinetuneTrainer) -> FinetuneReport:
         state, metric = trainer.state, str(self.config.recipe.metric)
         test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
         best = int(state.best_global_step or state.global_step)
         validation = _line_of(state.log_history, best, f"eval_{metric}")
-        final = self.folder / "final"
+        final = self.folder / FINAL_FOLDER
         report = FinetuneReport(
             output=str(final),
             steps=int(state.global_step),
@@ -329,9 +290,8 @@ class _Run:
         )
         if self.arguments.process_index == 0:
             self._save(final, trainer)
-            _write_json(self.folder / REPORT_FILE, asdict(report))
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            write_json(self.folder / REPORT_FILE, asdict(report))
+        wait_for_all()
         return report
 
     def _save(self, final: Path, trainer: FinetuneTrainer) -> None:
@@ -345,12 +305,6 @@ class _Run:
             space=self.setup.space,
             source=self.setup.source,
         )
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _line_of(history: list[dict[str, float]], step: int, metric: str) -> dict[str, float]:

@@ -1,42 +1,36 @@
-"""The loop: transformers' Trainer, fed with packed rows, measured in bits per base, stopped by a signal.
+"""The loop: transformers' Trainer, fed with packed rows and measured in bits per base.
 
 Promised: each process reads its own shard and nothing is handed around; a measurement weighs every base that
-is held out the same, on any number of processes; an interruption ends with a checkpoint.
+is held out the same, on any number of processes.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from genoembed.batching.packed_rows import IGNORE_INDEX
-from genoembed.training.pretraining import ADAM_BETAS, ADAM_EPSILON, parameter_groups
+from genoembed.training.adamw import AdamWTrainer
+from genoembed.training.pretraining import ADAM_BETAS, parameter_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
-    from types import FrameType
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, TrainingArguments
 
     from genoembed.training.pretraining import PretrainConfig
     from genoembed.training.stream import HeldoutRows, PackedStream
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,7 +44,7 @@ class Pace:
     """Reading, forward, backward and update; measurements and checkpoints do not count."""
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(AdamWTrainer):
     """A Trainer over :class:`~genoembed.training.stream.PackedStream`.
 
     Args:
@@ -76,12 +70,14 @@ class PackedTrainer(Trainer):
         forward_options: Mapping[str, Any],
         callbacks: list[TrainerCallback],
     ) -> None:
-        self._recipe, self._stream, self._heldout = recipe, stream, heldout
+        self._stream, self._heldout = stream, heldout
         self._fields = ("input_ids", *isolating)
         self._forward_options = dict(forward_options)
         self._pace = Pace()
-        self._adamw: torch.optim.Optimizer | None = None
         super().__init__(
+            groups=lambda model: parameter_groups(model, recipe),
+            rate=recipe.learning_rate,
+            betas=ADAM_BETAS,
             model=model,
             args=args,
             data_collator=self._collate,
@@ -89,25 +85,6 @@ class PackedTrainer(Trainer):
             eval_dataset=[],
             callbacks=[*callbacks, _Stopwatch(self._pace)],
         )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW with a group each for matrices, poles and the rest.
-
-        Args:
-            model: What is trained; None takes the trainer's.
-
-        Returns:
-            The optimizer.
-        """
-        if self._adamw is None:
-            self._adamw = torch.optim.AdamW(
-                parameter_groups(model or self.model, self._recipe),
-                lr=self._recipe.learning_rate,
-                betas=ADAM_BETAS,
-                eps=ADAM_EPSILON,
-            )
-        self.optimizer = self._adamw
-        return self._adamw
 
     def restore(self, checkpoint: Path) -> None:
         """Take weights and history of a finished run: training on would add a step.
@@ -246,60 +223,3 @@ class _Stopwatch(TrainerCallback):
         now = time.perf_counter()
         self._pace.seconds += now - self._since
         self._since = now
-
-
-class StopOnSignal(TrainerCallback):
-    """Let SIGINT and SIGTERM end training after the step that is being done, with a checkpoint.
-
-    A second signal has its usual effect.
-    """
-
-    def __init__(self) -> None:
-        self.stopped_at: int | None = None
-        """Step after which training stopped because of a signal."""
-        self._is_asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals; only the main thread can.
-
-        Yields:
-            Nothing; training runs inside.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            self._is_asked = True
-            logger.info("interrupted: saving a checkpoint after this step; interrupt again to stop at once")
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Stop all processes if one was asked to.
-
-        Args:
-            args: Gives the device and the number of processes.
-            state: Gives the step.
-            control: Is told to save and to stop.
-            **kwargs: Unused.
-        """
-        asked = self._is_asked
-        if args.world_size > 1:
-            flag = torch.tensor(int(asked), device=args.device)
-            torch.distributed.all_reduce(flag)
-            asked = bool(flag)
-        if asked and state.global_step < state.max_steps:
-            self.stopped_at = state.global_step
-            control.should_save = True
-            control.should_training_stop = True

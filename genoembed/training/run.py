@@ -7,33 +7,43 @@ CPUs in float32); it goes on only with the config that it began with.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import logging
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from genoembed._version import __version__
-from genoembed.errors import ConfigError, ModelError
+from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
-from genoembed.models.precision import automatic_dtype
 from genoembed.training.corpus import DocumentStream
 from genoembed.training.corpus_config import CorpusConfig
+from genoembed.training.interruption import StopOnSignal
 from genoembed.training.isolation import forward_options, isolating_inputs
-from genoembed.training.packed_trainer import PackedTrainer, StopOnSignal
-from genoembed.training.pretraining import ClampPoles, MetricsFile, PretrainConfig, training_arguments
-from genoembed.training.run_config import DOCUMENT_WINDOWS, differences, train_config
+from genoembed.training.metrics_file import MetricsFile
+from genoembed.training.packed_trainer import PackedTrainer
+from genoembed.training.precision import uses_bfloat16
+from genoembed.training.pretraining import ClampPoles, PretrainConfig, training_arguments
+from genoembed.training.processes import leave_process_group_at_exit, use_threads, wait_for_all
+from genoembed.training.run_config import DOCUMENT_WINDOWS, train_config
+from genoembed.training.run_folder import (
+    FINAL_FOLDER,
+    METRICS_FILE,
+    RUN_FILE,
+    checkpoint_to_resume,
+    clear_run,
+    compare_with_run,
+    path_strings,
+    refuse_other_run,
+    steps_of,
+    write_json,
+)
 from genoembed.training.start import build_start
 from genoembed.training.stream import PackedStream, RowShape, read_heldout
 
@@ -50,8 +60,6 @@ __all__ = ["PretrainReport", "pretrain"]
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
 _BASE_RATE, _BASE_WIDTH = 2e-3, 128
 _MAX_WARMUP = 200
 
@@ -107,25 +115,12 @@ def pretrain(
         GenoembedError: If corpus or model fail.
         KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
     """
-    keys = options | {"corpus": _as_strings(corpus), "heldout": _as_strings(options.get("heldout"))}
+    keys = options | {"corpus": path_strings(corpus), "heldout": path_strings(options.get("heldout"))}
     settings = train_config(keys, file=config)
-    folder = Path(output_dir)
-    if threads is not None:
-        if threads < 1:
-            message = f"threads is {threads}; set threads to 1 or more"
-            raise ConfigError(message)
-        torch.set_num_threads(threads)
-    run = _Run(settings, folder)
+    use_threads(threads)
+    run = _Run(settings, Path(output_dir))
     run.claim_folder(resume=resume, overwrite=overwrite)
     return run.train()
-
-
-def _as_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
-    if paths is None:
-        return None
-    if isinstance(paths, str | os.PathLike):
-        paths = (paths,)
-    return tuple(os.fspath(path) for path in paths) or None
 
 
 class _Run:
@@ -143,8 +138,7 @@ class _Run:
         self.isolating = isolating_inputs(self.start.model, self.start.rules) if data.isolate else ()
         self.recipe = _resolved_recipe(config.recipe, self.start)
         self.arguments = _arguments(self.recipe, folder)
-        if torch.distributed.is_initialized():
-            atexit.register(leave_process_group)
+        leave_process_group_at_exit()
         shard = {"shard": self.arguments.process_index, "num_shards": self.arguments.world_size}
         self.corpus = _corpus_config(data, seed=config.recipe.seed)
         self.rows = RowShape(
@@ -160,44 +154,17 @@ class _Run:
 
     def claim_folder(self, *, resume: bool, overwrite: bool) -> None:
         """Compare with the run that is there, find its checkpoint, or clear it away."""
-        stored = self.folder / RUN_FILE
         if resume:
-            self._compare(stored)
-            self.checkpoint = newest_checkpoint(self.folder)
-            logger.info(
-                "resume: %s", self.checkpoint or f"no checkpoint yet in {self.folder}, from the start"
-            )
+            told = "names, sizes or order of the files are not those of the run in"
+            remedy = "name the same files, or overwrite to start again"
+            digests = {key: f"{key}: {told} {self.folder}; {remedy}" for key in ("corpus", "heldout")}
+            compare_with_run(self.folder, self._compared(), digests=digests)
+            self.checkpoint = checkpoint_to_resume(self.folder)
             return
-        found = [path for path in (stored, *self.folder.glob("checkpoint-*")) if path.exists()]
-        if found and not overwrite:
-            message = (
-                f"{self.folder}: there is a run already ({found[0].name}); set resume to go on with it, "
-                "overwrite to start again, or another output_dir"
-            )
-            raise ConfigError(message)
+        if not overwrite:
+            refuse_other_run(self.folder)
         if self.arguments.process_index == 0:
-            for path in (*found, self.folder / METRICS_FILE, self.folder / "final"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def _compare(self, stored: Path) -> None:
-        try:
-            found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
-        except (OSError, ValueError, KeyError) as error:
-            message = (
-                f"resume: no run in {self.folder} ({stored.name} is missing or damaged); set resume to False"
-            )
-            raise ConfigError(message) from error
-        expected = self._compared()
-        problems = differences(found, expected, where=str(self.folder))
-        for key in ("corpus", "heldout"):
-            if found["data"][key] != expected["data"][key]:
-                problems = [problem for problem in problems if not problem.startswith(f"{key}:")]
-                problems.append(
-                    f"{key}: names, sizes or order of the files are not those of the run in {self.folder}; "
-                    "name the same files, or overwrite to start again"
-                )
-        if problems:
-            raise ConfigError(*problems)
+            clear_run(self.folder)
 
     def _compared(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that began; files may move, not change."""
@@ -244,8 +211,7 @@ class _Run:
             callbacks=self._callbacks(stop),
         )
         trainer.remove_callback(PrinterCallback)
-        if torch.distributed.is_initialized():  # the others still look at the folder
-            torch.distributed.barrier()
+        wait_for_all()  # the others still look at the folder
         self._write_run_file()
         if self.checkpoint is not None and done >= recipe.max_steps:
             logger.info("resume: all %d steps are done", done)
@@ -253,12 +219,7 @@ class _Run:
             return self._finish(trainer)
         with stop.listening(), without_progress_bars():
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        if stop.stopped_at is not None:
-            message = (
-                f"{self.folder / f'checkpoint-{stop.stopped_at}'} is saved; run the same again with resume "
-                f"to go on at step {stop.stopped_at + 1} of {recipe.max_steps}"
-            )
-            raise KeyboardInterrupt(message)
+        stop.raise_if_stopped(self.folder, total=recipe.max_steps)
         return self._finish(trainer)
 
     def _callbacks(self, stop: StopOnSignal) -> list[TrainerCallback]:
@@ -273,7 +234,6 @@ class _Run:
     def _write_run_file(self) -> None:
         if self.arguments.process_index:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         run = {
             "genoembed": __version__,
             "compared": self._compared(),
@@ -282,35 +242,25 @@ class _Run:
             "corpus_config": asdict(self.corpus),
             "model_config": self.start.model.config.to_dict(),
         }
-        part = self.folder / f".{RUN_FILE}.part"
-        part.write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf-8")
-        part.replace(self.folder / RUN_FILE)
+        write_json(self.folder / RUN_FILE, run)
 
     def _finish(self, trainer: PackedTrainer) -> PretrainReport:
         last = [line for line in trainer.state.log_history if "eval_bits_per_base" in line]
         steps = int(trainer.state.global_step)
         if not last or last[-1]["step"] != steps:
             last = [trainer.evaluate()]
-        final = self.folder / "final"
+        final = self.folder / FINAL_FOLDER
         with without_progress_bars():
             trainer.save_model(str(final))
         if self.arguments.process_index == 0:
             self.start.tokenizer.save_pretrained(final)
-        if torch.distributed.is_initialized():  # torchrun ends the others when one is gone
-            torch.distributed.barrier()
+        wait_for_all()
         return PretrainReport(
             output=str(final),
             steps=steps,
             bits_per_base=last[-1]["eval_bits_per_base"],
             metrics=str(self.folder / METRICS_FILE),
         )
-
-
-def leave_process_group() -> None:
-    """End the group while the interpreter lives: its threads can make a process abort that ends with them."""
-    gc.collect()  # what is wrapped for the group holds it
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -334,19 +284,9 @@ def _resolved_recipe(recipe: RecipeConfig, start: Start) -> PretrainConfig:
     shared |= {
         "learning_rate": rate if recipe.learning_rate is None else recipe.learning_rate,
         "warmup_steps": warmup if recipe.warmup_steps is None else recipe.warmup_steps,
-        "bf16": has_bfloat16() if recipe.dtype == "auto" else recipe.dtype == "bfloat16",
+        "bf16": uses_bfloat16(recipe.dtype),
     }
     return PretrainConfig(**shared)
-
-
-def has_bfloat16() -> bool:
-    """Tell whether the hardware multiplies in bfloat16: elsewhere that is slower than float32.
-
-    Returns:
-        True if it does.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return automatic_dtype(device) == torch.bfloat16
 
 
 def _arguments(recipe: PretrainConfig, folder: Path) -> TrainingArguments:
@@ -366,37 +306,6 @@ def _corpus_config(data: DataConfig, *, seed: int) -> CorpusConfig:
         gaps=data.gaps,
         empty=data.empty,
     )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end.
-
-    Args:
-        folder: Of the run.
-
-    Returns:
-        The checkpoint; one that a killed run has left in pieces is passed over.
-    """
-    complete = [path for path in folder.glob("checkpoint-*") if steps_of(path)]
-    return max(complete, key=steps_of, default=None)
-
-
-def steps_of(checkpoint: Path | None) -> int:
-    """Count the steps that a checkpoint is after.
-
-    Args:
-        checkpoint: Of a trainer.
-
-    Returns:
-        The steps; 0 where its state, which is written last, is missing or cut.
-    """
-    if checkpoint is None:
-        return 0
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
-    except (OSError, ValueError, KeyError):
-        return 0
 
 
 class _SaveTokenizer(TrainerCallback):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+COUNTED = ("queries", "left_out", "masked_false_negatives")
+"""Numbers of a step that add up over ranks; the others are means."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepStatistics:
     """What one step really compared, on this rank."""

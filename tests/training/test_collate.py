@@ -13,8 +13,9 @@ from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.collate import LengthGroupedSampler, PaddedCollator, PaddingMeter
+from genoembed.training.collate import PaddedCollator, PaddingMeter
 from genoembed.training.encode import encode_example, encode_token_example
+from genoembed.training.row_order import LengthGroupedSampler
 
 ENCODER = build_encoder(CharTokenizer())
 

@@ -16,10 +16,10 @@ from genoembed import StripedHyena2ForCausalLM
 from genoembed.batching.pack import pack_stream
 from genoembed.models.striped_hyena2.blocks import OutFilterDense
 from genoembed.training import run
+from genoembed.training.metrics_file import MetricsFile
 from genoembed.training.pretraining import (
     MAX_LOG_POLE,
     ClampPoles,
-    MetricsFile,
     PretrainConfig,
     parameter_groups,
 )

@@ -18,8 +18,9 @@ from genoembed.errors import ConfigError, ModelError
 from genoembed.training import run
 from genoembed.training.corpus import DocumentStream
 from genoembed.training.corpus_config import CorpusConfig
-from genoembed.training.packed_trainer import StopOnSignal
+from genoembed.training.interruption import StopOnSignal
 from genoembed.training.run_config import RecipeConfig, StartConfig
+from genoembed.training.run_folder import newest_checkpoint
 from genoembed.training.start import build_start
 from tests.training.test_start import save_causal
 
@@ -215,11 +216,11 @@ def test_resume_without_a_run_is_refused(corpus, tmp_path):
 
 def test_resume_passes_over_a_checkpoint_in_pieces(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "copy")
-    newest = run.newest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
     assert newest is not None
     assert newest.name == "checkpoint-8"
     (newest / "trainer_state.json").write_text('{"global_st')
-    assert run.newest_checkpoint(folder) == folder / "checkpoint-6"
+    assert newest_checkpoint(folder) == folder / "checkpoint-6"
 
 
 def test_pretraining_goes_on_from_a_model_with_another_tokenizer(corpus, tmp_path):
@@ -282,7 +283,7 @@ def test_gradient_checkpointing_computes_blocks_again():
 def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
     model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
     for has_bfloat16 in (True, False):
-        monkeypatch.setattr(run, "has_bfloat16", lambda has=has_bfloat16: has)
+        monkeypatch.setattr("genoembed.training.precision.has_bfloat16", lambda has=has_bfloat16: has)
         recipe = run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
         assert recipe.learning_rate == pytest.approx(rate)
         assert (recipe.warmup_steps, recipe.bf16) == (50, has_bfloat16)

@@ -1,0 +1,47 @@
+"""The processes of a run: the threads of each, and the group that several form under ``torchrun``."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+
+import torch
+import torch.distributed as dist
+
+from genoembed.errors import ConfigError
+
+
+def use_threads(threads: int | None) -> None:
+    """Set how many CPU threads torch uses.
+
+    Args:
+        threads: 1 or more; None leaves torch's choice.
+
+    Raises:
+        ConfigError: If the number is below 1.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        message = f"threads is {threads}; set threads to 1 or more"
+        raise ConfigError(message)
+    torch.set_num_threads(threads)
+
+
+def leave_process_group() -> None:
+    """End the group while the interpreter lives: its threads can make a process abort that ends with them."""
+    gc.collect()  # what is wrapped for the group holds it
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_process_group_at_exit() -> None:
+    """Have the group, if there is one, ended before the interpreter is."""
+    if dist.is_initialized():
+        atexit.register(leave_process_group)
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here: torchrun ends the others when one is gone."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,162 @@
+"""The folder of a training run: what is in it, who may write into it, and where a run goes on.
+
+In: a folder. Out: checkpoints and what the run was asked to do. Promised: a run is neither overwritten nor
+gone on with unless that is asked for, and it goes on only with the config that it began with; a file that is
+written appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from genoembed.errors import ConfigError
+from genoembed.training.run_config import differences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from os import PathLike
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+FINAL_FOLDER = "final"
+
+
+def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
+    """Give one path or several as strings.
+
+    Args:
+        paths: As a caller gives them.
+
+    Returns:
+        At least one, or None where there is none.
+
+    Example:
+        >>> path_strings("a.fa"), path_strings(["a.fa", "b.fa"]), path_strings([])
+        (('a.fa',), ('a.fa', 'b.fa'), None)
+    """
+    if paths is None:
+        return None
+    if isinstance(paths, str | os.PathLike):
+        paths = (paths,)
+    return tuple(os.fspath(path) for path in paths) or None
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Refuse a folder in which there is a run.
+
+    Args:
+        folder: Where a run that begins wants to write.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
+    if found:
+        message = (
+            f"{folder}: there is a run already ({found[0].name}); set resume to go on with it, "
+            "overwrite to start again, or another output_dir"
+        )
+        raise ConfigError(message)
+
+
+def clear_run(folder: Path, *others: str) -> None:
+    """Delete what an earlier run has left.
+
+    Args:
+        folder: Of that run.
+        *others: Names of further files that it may have written.
+    """
+    names = (RUN_FILE, METRICS_FILE, FINAL_FOLDER, *others)
+    for path in (*folder.glob("checkpoint-*"), *(folder / name for name in names)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapping[str, str]) -> None:
+    """Refuse to go on with a run that was asked for something else.
+
+    Args:
+        folder: Of the run that began.
+        expected: What a run that goes on must share with it, as JSON has it.
+        digests: Keys whose values say nothing to people, and what to say instead of them.
+
+    Raises:
+        ConfigError: If there is no run, or it differs; all differences at once.
+    """
+    stored = folder / RUN_FILE
+    try:
+        found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
+    except (OSError, ValueError, KeyError) as error:
+        message = f"resume: no run in {folder} ({stored.name} is missing or damaged); set resume to False"
+        raise ConfigError(message) from error
+    problems = differences(found, expected, where=str(folder))
+    for key, message in digests.items():
+        others = [problem for problem in problems if not problem.startswith(f"{key}:")]
+        if len(others) < len(problems):
+            problems = [*others, message]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """Find the checkpoint that a run goes on from, and say which.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        The newest complete checkpoint; None starts from the beginning.
+    """
+    checkpoint = newest_checkpoint(folder)
+    logger.info("resume: %s", checkpoint or f"no checkpoint yet in {folder}, from the start")
+    return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint that was written to its end.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        The checkpoint; one that a killed run has left in pieces is passed over.
+    """
+    complete = [path for path in folder.glob("checkpoint-*") if steps_of(path)]
+    return max(complete, key=steps_of, default=None)
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """Count the steps that a checkpoint is after.
+
+    Args:
+        checkpoint: Of a trainer.
+
+    Returns:
+        The steps; 0 where its state, which is written last, is missing or cut.
+    """
+    if checkpoint is None:
+        return 0
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        values: What goes into it; what JSON does not know is written as text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+    part.replace(path)

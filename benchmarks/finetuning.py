@@ -1,0 +1,588 @@
+"""What fine-tuning reaches on labelled sets, beside a frozen probe, k-mers and one-hot letters.
+
+The first rows of each ``NAME.tsv`` of a folder (``sequence<TAB>label``) are dealt into five folds; where
+``NAME.groups`` stands beside it, rows of one group share a fold. Seed s tests on fold s; of the rest, an
+eighth (whole groups) stops training and chooses the best epoch. Fine-tuning is ``genoembed.finetune``, full
+and with LoRA. The frozen probe and the plain features are linear models on the same rows, validation rows
+included, with layer, pooling and penalty chosen inside them: ``pooled``, one vector a sequence; ``places``,
+also vectors at windows and bases. What is measured is kept in the cache folder, so that a run that was
+stopped goes on where it was.
+
+``--tries`` measures variants of the recipe on validation rows of one set, and nothing on test rows.
+
+Example::
+
+    python benchmarks/finetuning.py labelled/ --cache kept/ --tries splice_uci
+    python benchmarks/finetuning.py labelled/ --cache kept/ --json benchmarks/results/finetuning.json \
+        --markdown benchmarks/results/finetuning.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from describe_machine import PACKAGES, describe_machine
+from labelled_features import LabelledSet, capture_features, load_which, read_labelled
+from threadpoolctl import threadpool_limits
+
+import genoembed
+from genoembed.analysis import baseline_features, probe, split_folds
+from genoembed.analysis.linear import score_fold
+from genoembed.analysis.preparation import encode_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from labelled_features import Features
+    from numpy.typing import NDArray
+
+    from genoembed.training.finetune_config import Task
+
+logger = logging.getLogger("finetuning")
+
+SETS = ("splice_uci", "meth_6ma_yeast", "prom_ecoli", "prom_sigma", "reg_plant_prom")
+RECIPE: dict[str, Any] = {"max_epochs": 6}
+"""What differs from the package's defaults, for time."""
+ARMS: dict[str, dict[str, Any]] = {
+    "lora": {"tuning": "lora"},
+    "full": {"tuning": "full"},
+}
+TRIES: dict[str, dict[str, Any]] = {
+    "full, mean, rate 1e-3": {"layers": "blocks.15", "learning_rate": 1e-3},
+    "full, mean, default rate": {"layers": "blocks.15"},
+    "full, last, rate 1e-3": {"layers": "blocks.15", "learning_rate": 1e-3, "pooling": "last"},
+    "full, one base, rate 1e-3": {"layers": "blocks.15", "learning_rate": 1e-3, "at_base": 0.75},
+    "LoRA, mean, rate 3e-3": {"layers": "blocks.15", "learning_rate": 3e-3, "tuning": "lora"},
+    "LoRA, mean, default rate": {"layers": "blocks.15", "tuning": "lora"},
+    "full, max, rate 1e-3": {"layers": "blocks.15", "learning_rate": 1e-3, "pooling": "max"},
+    "full, mean, rate 3e-3": {"layers": "blocks.15", "learning_rate": 3e-3},
+    "full, mean, final, rate 1e-3": {"learning_rate": 1e-3},
+}
+"""Variants that were tried, by name, before the recipe was fixed."""
+METRICS = {"classification": ("mcc", "accuracy", "macro_f1"), "regression": ("spearman", "pearson", "r2")}
+TITLES = {
+    "gc_length": "GC, length",
+    "kmer_4": "4-mer",
+    "kmer_6": "6-mer",
+    "one_hot": "one-hot",
+    "pooled": "frozen, pooled",
+    "places": "frozen, places",
+    "lora": "LoRA",
+    "full": "full",
+}
+PLAIN = ("gc_length", "kmer_4", "kmer_6", "one_hot")
+TUNED = tuple(ARMS)
+NUM_FOLDS = 5
+VALIDATION_PARTS = 8
+BLOCKS_EVERY = 4
+DELIMITER, IGNORED = ",", "."
+_VERSION = 1
+
+
+class Parts(NamedTuple):
+    """Rows by side."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def part_rows(labelled: LabelledSet, *, seed: int) -> Parts:
+    """Deal the rows to the sides; rows of a group stay together.
+
+    Args:
+        labelled: The set.
+        seed: The fold to test on; also decides which rows validate.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    rest = np.flatnonzero(folds_of(labelled) != seed)
+    inner = split_folds(
+        labelled.target[rest],
+        task=labelled.task,
+        groups=None if labelled.groups is None else labelled.groups[rest],
+        num_folds=VALIDATION_PARTS,
+        seed=seed,
+    )
+    test = np.flatnonzero(folds_of(labelled) == seed)
+    return Parts(rest[inner != 0], rest[inner == 0], test)
+
+
+def folds_of(labelled: LabelledSet) -> NDArray[np.int64]:
+    """Deal the rows into the folds that are tested on."""
+    return split_folds(
+        labelled.target, task=labelled.task, groups=labelled.groups, num_folds=NUM_FOLDS, seed=0
+    )
+
+
+def write_tables(
+    labelled: LabelledSet, parts: Parts, folder: Path, *, at_base: float | None = None
+) -> dict[str, Path]:
+    """Write a table a side, as ``genoembed finetune`` reads it.
+
+    Args:
+        labelled: The set.
+        parts: Its rows by side.
+        folder: Where.
+        at_base: Write labels of bases, of which all are ignored but the one at this share of the sequence.
+
+    Returns:
+        Files by side.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for side, rows in parts._asdict().items():
+        files[side] = folder / f"{side}.tsv"
+        lines = []
+        for row in rows:
+            sequence, label = labelled.sequences[row].decode(), str(labelled.target[row])
+            if at_base is not None:
+                label = label_of_base(label, len(sequence), at_base)
+            lines.append(f"{sequence}\t{label}")
+        files[side].write_text("\n".join(["sequence\tlabel", *lines]) + "\n", encoding="ascii")
+    return files
+
+
+def label_of_base(label: str, bases: int, share: float) -> str:
+    """Say a label of a sequence as labels of its bases, of which one counts.
+
+    Args:
+        label: Of the sequence.
+        bases: Its length.
+        share: Where the base stands, from 0 to below 1.
+
+    Returns:
+        A cell of a table.
+
+    Example:
+        >>> label_of_base("IE", 4, 0.5)
+        '.,.,IE,.'
+    """
+    labels = [IGNORED] * bases
+    labels[int(bases * share)] = label
+    return DELIMITER.join(labels)
+
+
+def fine_tune(
+    labelled: LabelledSet, seed: int, settings: Mapping[str, Any], options: argparse.Namespace, *, test: bool
+) -> dict[str, Any]:
+    """Fine-tune once.
+
+    Args:
+        labelled: The set.
+        seed: Of split and training.
+        settings: For ``genoembed.finetune``.
+        options: Of the command.
+        test: Whether to measure on test rows.
+
+    Returns:
+        Metrics by side, steps, and CPU seconds.
+    """
+    folder = options.cache / f"run-{labelled.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = dict(settings)
+    at_base = settings.pop("at_base", None)
+    parts = part_rows(labelled, seed=seed)
+    files = write_tables(labelled, parts, folder / "tables", at_base=at_base)
+    task: Task = labelled.task
+    if at_base is not None:
+        task = "token"
+        settings |= {"label_delimiter": DELIMITER, "ignore_label": IGNORED, "metric": "mcc"}
+    started, clock = time.process_time(), time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", genoembed.errors.GenoembedWarning)
+        report = genoembed.finetune(
+            files["train"],
+            folder,
+            task=task,
+            validation=files["validation"],
+            test=files["test"] if test else None,
+            test_fraction=0.0,
+            model=options.model,
+            seed=seed,
+            threads=options.threads,
+            **settings,
+        )
+    curve = [json.loads(line) for line in Path(report.metrics).read_text(encoding="utf-8").splitlines()]
+    shutil.rmtree(folder)
+    return {
+        "test": report.test,
+        "validation": report.validation,
+        "curve": [line[f"eval_{report.metric}"] for line in curve if f"eval_{report.metric}" in line],
+        "best_step": report.best_step,
+        "steps": report.steps,
+        "cpu_seconds": time.process_time() - started,
+        "seconds": time.perf_counter() - clock,
+    }
+
+
+class Candidates(Mapping[str, "NDArray[np.floating]"]):
+    """Some of the features that were captured, with the rows asked for.
+
+    Args:
+        features: All of them.
+        names: Which.
+    """
+
+    def __init__(self, features: Features, names: Sequence[str]) -> None:
+        self._features, self._names = features, tuple(names)
+
+    def __getitem__(self, name: str) -> NDArray[np.floating]:
+        return self._features[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def candidate_names(names: Sequence[str], *, places: bool) -> list[str]:
+    """Choose what the frozen probe may choose among.
+
+    Args:
+        names: All features, ``PATH KIND``.
+        places: Whether to allow vectors at windows and bases.
+
+    Returns:
+        Pooled states behind every fourth block, and with ``places`` what is there of windows and bases.
+    """
+    chosen = []
+    for name in names:
+        path, kind = name.split(" ")
+        is_place = kind in ("windows", "bases")
+        number = path.removeprefix("blocks.")
+        if is_place:
+            if places:
+                chosen.append(name)
+        elif number.isdigit() and int(number) % BLOCKS_EVERY == BLOCKS_EVERY - 1:
+            chosen.append(name)
+    return chosen
+
+
+def probe_frozen(labelled: LabelledSet, options: argparse.Namespace, *, places: bool) -> dict[str, Any]:
+    """Score the frozen probe on all five folds."""
+    model, weights = load_which(options.model, "trained", dtype="float32", seed=0)
+    features = capture_features(model, weights, labelled, options.cache, max_tokens=3000)
+    started = time.process_time()
+    found = probe(
+        Candidates(features, candidate_names(list(features), places=places)),
+        labelled.target,
+        task=labelled.task,
+        groups=labelled.groups,
+        num_folds=NUM_FOLDS,
+        seed=0,
+    )
+    return {
+        "folds": {metric: list(summary.folds) for metric, summary in found.metrics.items()},
+        "choices": [asdict(choice) for choice in found.choices],
+        "forward_cpu_seconds": features.cpu_seconds,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def score_plain(labelled: LabelledSet, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Score composition, k-mers and one-hot letters on the folds that are tested on.
+
+    Args:
+        labelled: The set.
+        seeds: The folds.
+
+    Returns:
+        Metrics by fold, by feature.
+    """
+    folds, codes = folds_of(labelled), encode_target(labelled.target, task=labelled.task)
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name, matrix in baseline_features(labelled.sequences).items():
+        found = [score_fold([[matrix]], codes, folds, seed, task=labelled.task).metrics for seed in seeds]
+        scores[name] = {metric: [one[metric] for one in found] for metric in found[0]}
+    return scores
+
+
+def kept_once(
+    name: str, told: Sequence[object], options: argparse.Namespace, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure, or take what an earlier run has measured under the same conditions.
+
+    Args:
+        name: Of the file.
+        told: Conditions.
+        options: Of the command; gives the cache folder.
+        measure: Measures.
+
+    Returns:
+        Plain values.
+    """
+    digest = hashlib.sha256(json.dumps([_VERSION, options.model, *told], sort_keys=True).encode())
+    kept = options.cache / f"{name}-{digest.hexdigest()[:16]}.json"
+    if not kept.exists():
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps(measure()), encoding="utf-8")
+        part.replace(kept)
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def measure_set(labelled: LabelledSet, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one set with everything.
+
+    Args:
+        labelled: The set.
+        options: Of the command.
+
+    Returns:
+        ``scores``: metrics by method, a value a seed; and what was chosen and spent.
+    """
+    rows = [labelled.name, labelled.digest, labelled.target.tolist()]
+    scores: dict[str, dict[str, list[float]]] = {}
+    details: dict[str, Any] = {}
+    for arm in options.arms:
+        settings = RECIPE | ARMS[arm]
+        runs = []
+        for seed in options.seeds:
+            run = kept_once(
+                f"{labelled.name}-{arm}-{seed}",
+                [*rows, seed, settings],
+                options,
+                lambda s=seed, w=settings: fine_tune(labelled, s, w, options, test=True),
+            )
+            logger.info("%s, %s, seed %d: %s", labelled.name, arm, seed, run["test"])
+            runs.append(run)
+        scores[arm] = {m: [run["test"][m] for run in runs] for m in METRICS[labelled.task]}
+        details[arm] = runs
+    for kind in ("pooled", "places") if options.with_probe else ():
+        found = kept_once(
+            f"{labelled.name}-{kind}",
+            [*rows, kind],
+            options,
+            lambda k=kind: probe_frozen(labelled, options, places=k == "places"),
+        )
+        scores[kind] = {m: [found["folds"][m][s] for s in options.seeds] for m in METRICS[labelled.task]}
+        details[kind] = found
+    if options.with_plain:
+        told = [*rows, list(options.seeds)]
+        plain = kept_once(
+            f"{labelled.name}-plain", told, options, lambda: score_plain(labelled, options.seeds)
+        )
+        scores |= {name: {m: v[m] for m in METRICS[labelled.task]} for name, v in plain.items()}
+    parts = part_rows(labelled, seed=options.seeds[0])
+    return {
+        "set": labelled.name,
+        "task": labelled.task,
+        "rows": {side: len(value) for side, value in parts._asdict().items()},
+        "bases": len(labelled.sequences[0]),
+        "split": "stratified" if labelled.groups is None else "grouped",
+        "scores": scores,
+        "details": details,
+    }
+
+
+def run_tries(labelled: LabelledSet, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the variants of the recipe on validation rows.
+
+    Args:
+        labelled: The set.
+        options: Of the command.
+
+    Returns:
+        A row a variant: its settings, and the validation metrics at its best epoch.
+    """
+    rows = []
+    for name, settings in TRIES.items():
+        found = kept_once(
+            f"try-{labelled.name}",
+            [labelled.name, labelled.digest, labelled.target.tolist(), RECIPE | settings],
+            options,
+            lambda s=settings: fine_tune(labelled, 0, RECIPE | s, options, test=False),
+        )
+        metric = METRICS[labelled.task][0]
+        logger.info("%s: %s %.3f after %s", name, metric, found["validation"][metric], found["curve"])
+        epochs = len(found["curve"])
+        row = {"variant": name, metric: found["validation"][metric], "loss": found["validation"]["loss"]}
+        best = round(found["best_step"] / (found["steps"] / epochs))
+        rows.append(row | {"best epoch": f"{best} of {epochs}", "CPU seconds": round(found["cpu_seconds"])})
+    return rows
+
+
+def to_markdown(
+    results: Sequence[Mapping[str, Any]], tries: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """Lay results out as tables.
+
+    Args:
+        results: As ``measure_set`` gives them.
+        tries: Of ``run_tries``, by set.
+
+    Returns:
+        Markdown.
+    """
+    parts = []
+    for task, metrics in METRICS.items():
+        chosen = [result for result in results if result["task"] == task]
+        for metric in metrics if chosen else ():
+            parts.append(f"## {task.capitalize()}: {metric}\n\n{score_table(chosen, metric)}")
+    if results:
+        parts.append(
+            "Mean and standard deviation (n - 1) over seeds; each seed has its own test rows. The last "
+            "column is the better tuning less the best plain feature (the better by the mean on test rows, "
+            "on both sides), seed by seed; losses in bold.\n"
+        )
+    for name, rows in tries.items():
+        parts.append(f"## Tried on validation rows of {name}\n\n{try_table(rows)}")
+    return "\n".join(parts)
+
+
+def score_table(results: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Lay one metric out.
+
+    Args:
+        results: Sets of one task.
+        metric: Its name.
+
+    Returns:
+        A Markdown table.
+    """
+    names = [name for name in TITLES if any(name in result["scores"] for result in results)]
+    titles = ["set", "rows: train, validation, test", *(TITLES[name] for name in names)]
+    titles.append("tuned - plain")
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for result in results:
+        cells = [result["set"], ", ".join(str(count) for count in result["rows"].values())]
+        cells += [_cell(result["scores"].get(name, {}).get(metric)) for name in names]
+        lines.append(f"| {' | '.join([*cells, difference(result['scores'], metric)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> str:
+    """Give the best tuned less the best plain score, in words.
+
+    Args:
+        scores: Of one set.
+        metric: Which.
+
+    Returns:
+        Mean and deviation of the differences by seed; bold where it is a loss.
+    """
+    best = []
+    for group in (TUNED, PLAIN):
+        values = [scores[name][metric] for name in group if name in scores]
+        if not values:
+            return "-"
+        best.append(max(values, key=np.mean))
+    by_seed = np.subtract(*best)
+    spread = f" ± {by_seed.std(ddof=1):.3f}" if len(by_seed) > 1 else ""
+    text = f"{by_seed.mean():+.3f}{spread}"
+    return f"**{text}**" if by_seed.mean() < 0 else text
+
+
+def try_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay variants out as a Markdown table."""
+    lines = [f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}"]
+    for row in rows:
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="labelled sets: NAME.tsv, perhaps with NAME.groups")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what was measured")
+    parser.add_argument("--model", default="genoembed-mini")
+    parser.add_argument("--sets", nargs="+", metavar="NAME", default=list(SETS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="below 5: folds to test on")
+    parser.add_argument("--max-rows", type=int, default=1000, help="first rows of each set only")
+    parser.add_argument("--tries", nargs="+", metavar="NAME", default=[], help="only variants, on these sets")
+    parser.add_argument("--only-tuned", action="store_true", help="no probe and no plain features")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="few rows and steps: does the script work?")
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        RECIPE["max_steps"] = 2
+        options.max_rows, options.seeds, options.sets = 120, [0], options.sets[:1]
+    options.with_probe = options.with_plain = not options.only_tuned
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure set by set; the files are written anew after each."""
+    options = read_options(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "genoembed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    tries: dict[str, list[dict[str, Any]]] = {}
+    with threadpool_limits(options.threads):
+        for name in options.tries:
+            tries[name] = run_tries(_read(name, options), options)
+            print(to_markdown([], {name: tries[name]}))
+        for name in () if options.tries else options.sets:
+            results.append(measure_set(_read(name, options), options))
+            write_results(results, tries, options)
+    if results:
+        print(to_markdown(results, tries), end="")
+
+
+def _read(name: str, options: argparse.Namespace) -> LabelledSet:
+    return read_labelled(options.folder / f"{name}.tsv", max_rows=options.max_rows)
+
+
+def write_results(
+    results: Sequence[Mapping[str, Any]],
+    tries: Mapping[str, Sequence[Mapping[str, Any]]],
+    options: argparse.Namespace,
+) -> None:
+    """Write what is there so far.
+
+    Args:
+        results: Of sets.
+        tries: Of variants, by set.
+        options: Of the command.
+    """
+    machine = describe_machine((*PACKAGES, "peft", "scikit-learn"))
+    machine |= {"threads": options.threads, "note": options.note or "none"}
+    told = {
+        "model": options.model,
+        "recipe": RECIPE,
+        "arms": {arm: ARMS[arm] for arm in options.arms},
+        "max_rows": options.max_rows,
+        "seeds": options.seeds,
+    }
+    if options.json:
+        values = {"machine": machine, **told, "tries": tries, "sets": results}
+        options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if options.markdown:
+        lines = ["# Fine-tuning on labelled sets", ""]
+        lines += [f"- {key}: {value}" for key, value in (machine | told).items()]
+        text = "\n".join([*lines, "", to_markdown(results, tries)])
+        options.markdown.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -84,6 +84,48 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One alternative allele of a VCF row, as VCF writes it."""
+
+    contig: str
+    position: int
+    """1-based place of the first base of ``ref``, as in VCF."""
+    ref: str
+    """Bases of the reference, upper case, at least one."""
+    alt: str
+    """Bases instead of them, upper case, at least one."""
+    id: str = ""
+    """The row's ID; empty where it has none."""
+    path: str = ""
+    """The VCF as the user gave it (``-`` for standard input)."""
+    line: int | None = None
+    """1-based line of the row."""
+
+    @property
+    def start(self) -> int:
+        """0-based place of the first base of ``ref``."""
+        return self.position - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantContext:
+    """A variant with what the model sees of it: the same stretch of a contig with either allele."""
+
+    variant: Variant
+    """As the row has it."""
+    normalized: Variant
+    """The same change, left-aligned and trimmed."""
+    start: int
+    """First base of the stretch on the contig, 0-based."""
+    end: int
+    """One past its last base, on the reference."""
+    ref_sequence: bytes
+    """The stretch as the reference has it, upper case."""
+    alt_sequence: bytes
+    """The stretch with the alternative allele."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedSequence:
     """Token ids of one window, and which base each token starts at."""
 

@@ -12,6 +12,7 @@ so that no caller needs to parse text::
     |   |-- EmptyRecordError               a record without bases
     |   |-- SequenceLengthError            longer than the context, or shorter than what is asked for
     |   |-- RegionError                    a BED or GFF3 row that does not fit the reference
+    |   |-- VariantError                   a VCF row that does not fit the reference, or cannot be used
     |   `-- LabelError                     a label that is missing, or is none of the task's
     |-- InputFileError (OSError)           path: missing, unreadable
     |-- ConfigError (ValueError)           problems, all reported at once
@@ -90,6 +91,10 @@ class SequenceLengthError(InputError):
 
 class RegionError(InputError):
     """A BED or GFF3 row that does not fit the reference."""
+
+
+class VariantError(InputError):
+    """A row of a VCF that does not fit the reference, is malformed, or cannot be used."""
 
 
 class LabelError(InputError):

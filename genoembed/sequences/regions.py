@@ -1,4 +1,4 @@
-"""Regions of an indexed FASTA, with flanks.
+"""Regions of an indexed FASTA, with flanks; and the indexed FASTA itself, for whoever looks up places.
 
 In: one FASTA file, plain or bgzip, and intervals. Out: raw records of three pieces, left flank, region and
 right flank, as on the forward strand; ``reading`` cleans and turns them. The FASTA is never changed;
@@ -26,15 +26,13 @@ from genoembed.errors import (
     RegionError,
     SequenceFormatError,
 )
-from genoembed.sequences.compression import find_codec
-from genoembed.sequences.intervals import check_regions, iter_intervals
+from genoembed.sequences.compression import check_readable, find_codec
+from genoembed.sequences.intervals import Interval, check_regions, iter_intervals
 from genoembed.sequences.rawrecord import RawRecord, Span
 from genoembed.sequences.text import WHITESPACE, iter_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from genoembed.sequences.intervals import Interval
 
 _BGZIP_SUFFIXES = (".gz", ".bgz")
 # pyfaidx goes by the file's name, so a name that lies has to be refused here.
@@ -192,3 +190,77 @@ def _contig_length(contigs: Any, path: str, interval: Interval) -> int:
         )
         raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
     return length
+
+
+class ReferenceFasta:
+    """An indexed FASTA of which stretches are read; a context manager, which opens and closes it.
+
+    Args:
+        path: The FASTA file, plain or bgzip; its index is written beside it if it is missing or older.
+        purpose: What needs it, for the error where pyfaidx is not installed.
+
+    Raises:
+        MissingExtraError: If pyfaidx is not installed.
+        InputFileError: If the file cannot be read.
+        SequenceFormatError: If it is no FASTA that can be read by place.
+    """
+
+    def __init__(self, path: str, *, purpose: str) -> None:
+        try:
+            import pyfaidx
+        except ImportError as error:
+            raise MissingExtraError(package="pyfaidx", extra="regions", purpose=purpose) from error
+        check_readable(path)
+        _check_reference(path)
+        self.path = path
+        self._pyfaidx = pyfaidx
+        self._contigs: Any = None
+
+    def __enter__(self) -> ReferenceFasta:
+        self._contigs = _open_index(self._pyfaidx, self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._contigs.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the contigs, in the order of the file."""
+        return list(self._contigs.index)
+
+    def length(self, contig: str) -> int | None:
+        """Give the length of a contig.
+
+        Args:
+            contig: Its name.
+
+        Returns:
+            Bases; None if there is no such contig.
+        """
+        entry = self._contigs.index.get(contig)
+        return None if entry is None else int(entry.rlen)
+
+    def fetch(self, contig: str, start: int, end: int) -> bytes:
+        """Read a stretch.
+
+        Args:
+            contig: Name of a contig that is there.
+            start: First base, 0-based.
+            end: One past the last base, within the contig.
+
+        Returns:
+            The letters as they are in the file, ``end - start`` of them.
+
+        Raises:
+            SequenceFormatError: If the stretch is not where the index has it.
+        """
+        if end <= start:
+            return b""
+        interval = Interval(contig, start, end, "+", "", self.path, None)
+        try:
+            bases = _read_span(self._contigs, contig, start, end)
+        except (OSError, *_DAMAGE_ERRORS) as error:
+            raise _stale_index(self.path, interval) from error
+        if len(bases) != end - start:
+            raise _stale_index(self.path, interval)
+        return bases

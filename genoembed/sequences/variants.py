@@ -1,0 +1,315 @@
+"""Variants of a VCF against an indexed FASTA, each allele with the bases around it.
+
+In: a VCF (plain or compressed, a file or standard input), read row by row, and the reference it was called
+against. Out: one :class:`~genoembed.contracts.VariantContext` an allele. Promised: REF is what the reference
+has, or the row is refused; both sequences are the same stretch of the contig; alleles that have no sequence
+of their own are counted, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from genoembed.contracts import Variant, VariantContext
+from genoembed.errors import ConfigError, SequenceFormatError, VariantError
+from genoembed.sequences.alleles import Change, anchor, left_align
+from genoembed.sequences.compression import STDIN, check_readable
+from genoembed.sequences.regions import ReferenceFasta
+from genoembed.sequences.text import iter_lines, iter_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOG = logging.getLogger(__name__)
+
+UnsupportedPolicy: TypeAlias = Literal["skip", "error"]
+
+DEFAULT_FLANK = 512
+_COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT")
+_REF = re.compile(r"[ACGTNRYSWKMBDHV]+")
+_ALT = re.compile(r"[ACGTN]+")
+_NO_BASE = re.compile(rb"[^ACGTNRYSWKMBDHV]")
+_TO_DNA = bytes.maketrans(b"U", b"T")
+_SHOWN_BASES = 20
+# VCF has no codes for several bases in REF: they stand as the first of their bases, by the alphabet
+_FIRST_OF_CODE = dict(zip(b"RYSWKMBDHV", b"ACCAGACAAA", strict=True))
+
+
+@dataclass(kw_only=True, slots=True)
+class VariantCounts:
+    """What was read of a VCF, and what became of it. The reader adds to it row by row."""
+
+    rows: int = 0
+    """Rows read."""
+    alleles: int = 0
+    """Alleles handed on."""
+    normalized: int = 0
+    """Of these, alleles that were trimmed or moved to the left."""
+    symbolic: int = 0
+    """Skipped: ``<DEL>``, ``<NON_REF>`` and the like."""
+    breakends: int = 0
+    """Skipped: breakends, such as ``G]17:198982]``."""
+    spanning: int = 0
+    """Skipped: ``*``, an allele that lies in another row's deletion."""
+    absent: int = 0
+    """Skipped: ``.``, a row without alternative, and an ALT that is the REF."""
+
+    @property
+    def skipped(self) -> int:
+        """Alleles that were left out."""
+        return self.symbolic + self.breakends + self.spanning + self.absent
+
+
+class _Row(NamedTuple):
+    variant: Variant
+    """With the row's ALT column as its ``alt``."""
+    alts: list[str]
+
+
+def read_variants(
+    vcf: str | PathLike[str],
+    reference: str | PathLike[str],
+    *,
+    flank: int = DEFAULT_FLANK,
+    unsupported: UnsupportedPolicy = "skip",
+    counts: VariantCounts | None = None,
+) -> Iterator[VariantContext]:
+    """Read the alleles of a VCF, in constant memory.
+
+    Rows with several alternatives give a variant each. REF is compared with the reference, letter by letter
+    and whatever the case. Insertions and deletions are left-aligned and trimmed before the stretch around
+    them is cut, so that all spellings of a change give the same sequences. FILTER, QUAL and genotypes are not
+    looked at. Options and file names are checked at once; rows are read as the iterator is used.
+
+    Args:
+        vcf: The file; ``-`` is standard input. A header is not needed.
+        reference: FASTA, plain or bgzip; its index is written beside it.
+        flank: Bases on either side of the change, as far as the contig has them; at least 1.
+        unsupported: Alleles without a sequence of their own (symbolic, breakends, ``*``, ``.``): ``skip`` and
+            count them, or ``error``.
+        counts: Filled in as rows are read.
+
+    Returns:
+        Variants in the order of rows and alleles.
+
+    Raises:
+        ConfigError: If an option is wrong.
+        InputFileError: If a file is missing or cannot be read.
+        MissingExtraError: If pyfaidx is not installed.
+        SequenceFormatError: If a file is in another format, or damaged.
+        VariantError: If a row is malformed, does not fit the reference, or has an unsupported allele.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "r.fa").write_text(">c\\nGGCACACATT\\n")
+        ...     _ = Path(folder, "v.vcf").write_text("c\\t7\\t.\\tCAT\\tT\\n")
+        ...     (found,) = read_variants(Path(folder, "v.vcf"), Path(folder, "r.fa"), flank=2)
+        >>> found.normalized.position, found.normalized.ref, found.normalized.alt
+        (2, 'GCA', 'G')
+        >>> found.ref_sequence, found.alt_sequence
+        (b'GGCACA', b'GGCA')
+    """
+    vcf, reference = fspath(vcf), fspath(reference)
+    problems = []
+    if flank < 1:
+        problems.append(f"flank is {flank}; set flank to 1 or more bases")
+    if unsupported not in ("skip", "error"):
+        problems.append(f"unsupported is {unsupported!r}; set unsupported to one of skip, error")
+    if reference == STDIN:
+        problems.append("reference is '-', but it has to be indexed; save it to a file first")
+    if problems:
+        raise ConfigError(*problems)
+    check_readable(vcf)
+    contigs = ReferenceFasta(reference, purpose="comparing variants with a reference")
+    return _contexts(vcf, contigs, flank, unsupported, VariantCounts() if counts is None else counts)
+
+
+def _contexts(
+    vcf: str, contigs: ReferenceFasta, flank: int, unsupported: UnsupportedPolicy, counts: VariantCounts
+) -> Iterator[VariantContext]:
+    with contigs:
+        for row in _iter_rows(vcf):
+            counts.rows += 1
+            length = _check_reference(row.variant, contigs)
+            for alt in row.alts:
+                kind = _unsupported_kind(row.variant, alt)
+                if kind is None:
+                    counts.alleles += 1
+                    found = _show(replace(row.variant, alt=alt), contigs, length, flank)
+                    change = (found.normalized.position, found.normalized.ref, found.normalized.alt)
+                    counts.normalized += change != (row.variant.position, row.variant.ref, alt)
+                    yield found
+                elif unsupported == "error":
+                    problem = f"ALT {alt!r} has no sequence to look at; set unsupported='skip' or remove it"
+                    raise _error(row.variant, problem)
+                else:
+                    setattr(counts, kind, getattr(counts, kind) + 1)
+    _LOG.info("%s: %s", vcf, counts)
+
+
+def _iter_rows(path: str) -> Iterator[_Row]:
+    is_empty = True
+    for line, raw in enumerate(iter_lines(iter_text(path)), start=1):
+        if raw.startswith(b"BCF\x02"):
+            problem = "BCF, expected VCF; convert it with: bcftools view"
+            raise SequenceFormatError(problem, path=path)
+        if raw.startswith(b"##") or not raw.strip():
+            is_empty = False
+            continue
+        is_empty = False
+        columns = _decoded(path, line, raw).split("\t", len(_COLUMNS))[: len(_COLUMNS)]
+        if not raw.startswith(b"#"):
+            yield _parse(path, line, columns)
+        elif tuple(column.strip() for column in columns) != _COLUMNS:
+            problem = (
+                f"the header has columns {' '.join(columns)}, expected {' '.join(_COLUMNS)}; give a VCF file"
+            )
+            raise VariantError(problem, path=path, line=line)
+    if is_empty:
+        problem = "the file is empty, expected a VCF; check the step that wrote it"
+        raise SequenceFormatError(problem, path=path)
+
+
+def _decoded(path: str, line: int, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        problem = f"the row has byte 0x{raw[error.start]:02x}, expected UTF-8 text; check that it is a VCF"
+        raise VariantError(problem, path=path, line=line) from error
+
+
+def _parse(path: str, line: int, columns: list[str]) -> _Row:
+    if len(columns) < len(_COLUMNS):
+        problem = (
+            f"the row has {len(columns)} column(s), expected CHROM, POS, ID, REF, ALT; "
+            "separate columns with tabs"
+        )
+        raise VariantError(problem, path=path, line=line)
+    contig, position, name, ref, alts = (column.strip() for column in columns)
+    if not re.fullmatch("[0-9]{1,15}", position) or int(position) == 0:
+        problem = f"POS is {position!r}, expected a whole number from 1 on; correct the row"
+        raise VariantError(problem, path=path, line=line)
+    if not _REF.fullmatch(ref.upper()):
+        problem = f"REF is {_short(ref)!r}, expected letters A, C, G, T or N; correct the row"
+        raise VariantError(problem, path=path, line=line)
+    variant = Variant(
+        contig=contig,
+        position=int(position),
+        ref=ref.upper(),
+        alt=alts.upper(),
+        id="" if name == "." else name,
+        path=path,
+        line=line,
+    )
+    return _Row(variant, [alt if alt.startswith("<") else alt.upper() for alt in alts.split(",")])
+
+
+def _unsupported_kind(variant: Variant, alt: str) -> str | None:
+    """Name the count that an allele without a sequence of its own goes to; None for all others."""
+    if alt == "*":
+        return "spanning"
+    if alt in (".", variant.ref):
+        return "absent"
+    if alt.startswith("<") and alt.endswith(">"):
+        return "symbolic"
+    if any(mark in alt for mark in "[].") and len(alt) > 1:
+        return "breakends"
+    if _ALT.fullmatch(alt):
+        return None
+    problem = f"ALT is {_short(alt)!r}, expected letters A, C, G, T or N; correct the row"
+    raise _error(variant, problem)
+
+
+def _check_reference(variant: Variant, contigs: ReferenceFasta) -> int:
+    """Compare REF with the reference; gives the length of the contig."""
+    length = contigs.length(variant.contig)
+    if length is None:
+        raise _unknown_contig(variant, contigs)
+    end = variant.start + len(variant.ref)
+    if end > length:
+        problem = (
+            f"REF ends at base {end}, but contig {variant.contig!r} of {contigs.path} has {length} bases; "
+            "give the reference that the VCF was called against"
+        )
+        raise _error(variant, problem)
+    found = _fetch(contigs, variant.contig, variant.start, end)
+    if not _agree(variant.ref, found):
+        raise _wrong_reference(variant, found, contigs, length)
+    return length
+
+
+def _agree(ref: str, found: bytes) -> bool:
+    pairs = zip(ref.encode(), found, strict=True)
+    return all(asked == base or asked == _FIRST_OF_CODE.get(base) for asked, base in pairs)
+
+
+def _wrong_reference(variant: Variant, found: bytes, contigs: ReferenceFasta, length: int) -> VariantError:
+    start, end = variant.position, variant.start + len(variant.ref)
+    remedy = "give the reference that the VCF was called against, or correct the row"
+    if end < length and _agree(variant.ref, _fetch(contigs, variant.contig, variant.start + 1, end + 1)):
+        remedy = "it fits one base further on: count POS from 1, as VCF does"
+    problem = (
+        f"REF is {_short(variant.ref)!r}, but {contigs.path} has {_short(found.decode())!r} at "
+        f"{variant.contig}:{start}-{end}; {remedy}"
+    )
+    return _error(variant, problem)
+
+
+def _unknown_contig(variant: Variant, contigs: ReferenceFasta) -> VariantError:
+    names = contigs.names
+    bare = variant.contig.removeprefix("chr")
+    same = [name for name in names if name.removeprefix("chr") == bare]
+    near = same or get_close_matches(variant.contig, names[:10_000], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? Rename the contigs of one of the two" if near else "correct the name"
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return _error(variant, f"contig {variant.contig!r} is not in {contigs.path} ({shown}); {hint}")
+
+
+def _show(variant: Variant, contigs: ReferenceFasta, length: int, flank: int) -> VariantContext:
+    """Normalise a variant and cut the stretch around it."""
+
+    def fetch(start: int, end: int) -> bytes:
+        return _fetch(contigs, variant.contig, start, end)
+
+    end = variant.start + len(variant.ref)
+    # the reference's own letters: REF may have one base where the reference has a code for several
+    change = left_align(Change(variant.start, fetch(variant.start, end), variant.alt.encode()), fetch)
+    spelled = anchor(change, fetch)
+    start, end = max(0, change.start - flank), min(length, change.end + flank)
+    stretch = fetch(start, end)
+    if wrong := _NO_BASE.search(stretch):
+        problem = (
+            f"the reference has {wrong.group().decode(errors='replace')!r} at base "
+            f"{start + wrong.start() + 1} of {variant.contig!r}, expected IUPAC letters; mend the reference"
+        )
+        raise _error(variant, problem)
+    first, past = change.start - start, change.end - start
+    return VariantContext(
+        variant=variant,
+        normalized=replace(
+            variant, position=spelled.start + 1, ref=spelled.ref.decode(), alt=spelled.alt.decode()
+        ),
+        start=start,
+        end=end,
+        ref_sequence=stretch,
+        alt_sequence=stretch[:first] + change.alt + stretch[past:],
+    )
+
+
+def _fetch(contigs: ReferenceFasta, contig: str, start: int, end: int) -> bytes:
+    return contigs.fetch(contig, start, end).upper().translate(_TO_DNA)
+
+
+def _short(letters: str) -> str:
+    return letters if len(letters) <= _SHOWN_BASES else f"{letters[:_SHOWN_BASES]}..."
+
+
+def _error(variant: Variant, problem: str) -> VariantError:
+    return VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from genoembed.training.contrastive import ContrastScope
     from genoembed.training.epoch_rows import EpochDataset
     from genoembed.training.evaluation import Measure
-    from genoembed.training.finetune_config import Contrast, FinetuneConfig, ScopeChoice
+    from genoembed.training.finetune_config import FinetuneConfig
+    from genoembed.training.finetune_stages import Contrast, ScopeChoice
     from genoembed.training.task_setup import LoadedBase
 
 _COSINE_MARGIN, _EUCLIDEAN_MARGIN = 0.3, 1.0

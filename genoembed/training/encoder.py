@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from genoembed.contracts import EncodedSequence
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.training.finetune_config import EncoderConfig
+    from genoembed.training.finetune_stages import EncoderConfig
 
 _PROBE = b"ACGT" * 6
 

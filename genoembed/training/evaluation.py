@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from genoembed.training.augment import AugmentConfig
     from genoembed.training.batches import GroupCollator
-    from genoembed.training.finetune_config import Contrast
+    from genoembed.training.finetune_stages import Contrast
     from genoembed.training.labels import LabelSpace
     from genoembed.training.row_encoding import LabelEncoder
     from genoembed.training.start import Start

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -17,10 +17,10 @@ import numpy as np
 from genoembed.errors import ConfigError, SequenceFormatError
 from genoembed.sequences import Policies
 from genoembed.training.cleaning import CleaningConfig, clean_labelled
-from genoembed.training.finetune_config import LABEL_KINDS
+from genoembed.training.finetune_stages import LABEL_KINDS
 from genoembed.training.kinship import Clusters, cluster_kin
 from genoembed.training.labelled import LabelledSequence, read_labelled
-from genoembed.training.labelled_config import LabelledConfig
+from genoembed.training.labelled_config import LabelledConfig, TableColumns
 from genoembed.training.leaks import check_leaks
 from genoembed.training.pairs import RetrievalExample, read_pairs
 from genoembed.training.sketches import KinshipConfig
@@ -30,7 +30,8 @@ from genoembed.training.tables import iter_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from genoembed.training.finetune_config import Contrast, FinetuneConfig, FinetuneDataConfig
+    from genoembed.training.finetune_config import FinetuneConfig
+    from genoembed.training.finetune_stages import Contrast, FinetuneDataConfig
     from genoembed.training.labelled_config import LabelKind
 
 logger = logging.getLogger(__name__)
@@ -168,17 +169,7 @@ def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
 
 
 def _labelled(data: FinetuneDataConfig, kind: LabelKind) -> LabelledConfig:
-    return LabelledConfig(
-        kind=kind,
-        sequence_column=data.sequence_column,
-        label_columns=data.label_columns,
-        label_delimiter=data.label_delimiter,
-        ignore_label=data.ignore_label,
-        id_column=data.id_column,
-        split_column=data.split_column,
-        group_column=data.group_column,
-        unlabelled=data.unlabelled,
-    )
+    return LabelledConfig(kind=kind, **{item.name: getattr(data, item.name) for item in fields(TableColumns)})
 
 
 def _policies(data: FinetuneDataConfig) -> Policies:

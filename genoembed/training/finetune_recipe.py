@@ -23,7 +23,8 @@ from genoembed.training.prediction_metrics import METRICS, SMALLER_IS_BETTER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from genoembed.training.finetune_config import FinetuneConfig, FinetuneRecipe
+    from genoembed.training.finetune_config import FinetuneConfig
+    from genoembed.training.finetune_stages import FinetuneRecipe
 
 _SMALL, _LARGE = 2_000, 20_000
 _FULL_RATE, _FULL_WIDTH = 3e-5, 768

@@ -21,8 +21,9 @@ from transformers.trainer_utils import set_seed
 from genoembed._version import __version__
 from genoembed.models.load import without_progress_bars
 from genoembed.training.finetune_callbacks import FinetuneLog, StopEarly
-from genoembed.training.finetune_config import PREDICTION_TASKS, finetune_config
+from genoembed.training.finetune_config import finetune_config
 from genoembed.training.finetune_recipe import finetune_arguments, rates_of, resolve_recipe, total_steps
+from genoembed.training.finetune_stages import PREDICTION_TASKS
 from genoembed.training.finetune_start import set_up_task
 from genoembed.training.finetune_trainer import FinetuneTrainer
 from genoembed.training.interruption import StopOnSignal
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
     from transformers import TrainerCallback, TrainingArguments
 
-    from genoembed.training.finetune_config import FinetuneConfig, Task
+    from genoembed.training.finetune_config import FinetuneConfig
+    from genoembed.training.finetune_stages import Task
 
 __all__ = ["FinetuneReport", "finetune"]
 

@@ -19,11 +19,9 @@ UnlabelledPolicy: TypeAlias = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledConfig:
-    """Where sequences and labels stand in a table, and what a label is."""
+class TableColumns:
+    """Where sequences and labels stand in a table."""
 
-    kind: LabelKind = "class"
-    """``class``, ``multilabel``, ``regression``, ``token`` (one a base) or ``none`` (sequences only)."""
     sequence_column: str = "sequence"
     """Column of the sequences."""
     label_columns: tuple[str, ...] = ("label",)
@@ -40,6 +38,14 @@ class LabelledConfig:
     """Column of groups that no split may cut, instead of clusters of homologs."""
     unlabelled: UnlabelledPolicy = "error"
     """A sequence whose id is not in the table of labels: stop, or leave it out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledConfig(TableColumns):
+    """Where sequences and labels stand, and what a label is."""
+
+    kind: LabelKind = "class"
+    """``class``, ``multilabel``, ``regression``, ``token`` (one a base) or ``none`` (sequences only)."""
 
     def __post_init__(self) -> None:
         problems = list(field_problems(self))

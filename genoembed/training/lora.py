@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from genoembed.training.finetune_config import EncoderConfig
+    from genoembed.training.finetune_stages import EncoderConfig
 
 _NAMES_SHOWN = 6
 

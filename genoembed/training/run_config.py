@@ -6,18 +6,14 @@ Promised: an unknown key is an error that names the nearest one, and all problem
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from genoembed.config import EmptyPolicy, GapPolicy, InvalidPolicy, field_problems
-from genoembed.errors import ConfigError, InputFileError
+from genoembed.training.flat_keys import FlatKeys, raise_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from os import PathLike
 
 Packing: TypeAlias = Literal["stream", "bins"]
@@ -47,7 +43,7 @@ class StartConfig:
     """Start from scratch with these fields of ``StripedHyena2Config``; only in a file, or from Python."""
 
     def __post_init__(self) -> None:
-        _raise_all(field_problems(self, at_least={"hidden_size": (8, ""), "layers": (1, "blocks")}))
+        raise_all(field_problems(self, at_least={"hidden_size": (8, ""), "layers": (1, "blocks")}))
         given = [name for name in ("model", "like", "shape") if getattr(self, name) is not None]
         problems = []
         if len(given) != 1:
@@ -57,7 +53,7 @@ class StartConfig:
             )
         if self.like is None and (self.hidden_size or self.layers):
             problems.append("hidden_size and layers shrink like, which is not given; set like")
-        _raise_all(problems)
+        raise_all(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +114,7 @@ class DataConfig:
         fraction = self.heldout_fraction
         if isinstance(fraction, float | int) and not 0 < fraction < 1:
             problems.append(f"heldout_fraction is {fraction}; set it between 0 and 1, such as 0.02")
-        _raise_all(problems)
+        raise_all(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +167,7 @@ class RecipeConfig:
             ]
             if not self.weight_decay >= 0:
                 problems.append(f"weight_decay is {self.weight_decay}; set weight_decay to 0 or more")
-        _raise_all(problems)
+        raise_all(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,15 +187,9 @@ class TrainConfig:
         return asdict(self)
 
 
-_STAGES: dict[str, type[Any]] = {"start": StartConfig, "data": DataConfig, "recipe": RecipeConfig}
-KEY_STAGE = {field.name: stage for stage, cls in _STAGES.items() for field in fields(cls)}
+_KEYS = FlatKeys("pretraining", start=StartConfig, data=DataConfig, recipe=RecipeConfig)
+KEY_STAGE = _KEYS.stage_of
 """The stage that each flat key belongs to."""
-_TUPLES = {
-    name
-    for cls in _STAGES.values()
-    for name, hint in get_type_hints(cls).items()
-    if get_origin(hint) is tuple
-}
 
 
 def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | None = None) -> TrainConfig:
@@ -222,100 +212,8 @@ def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | N
         >>> config.data.window, config.recipe.max_steps
         (1024, 5)
     """
-    in_file = {} if file is None else read_config_file(Path(file))
-    problems = [f"{file}: {_unknown(key)}" for key in in_file if key not in KEY_STAGE]
-    problems += [_unknown(key) for key in options if key not in KEY_STAGE]
-    given = {key: value for key, value in options.items() if value is not None}
-    values = {key: _plain(key, value) for key, value in (in_file | given).items() if key in KEY_STAGE}
-    parts: dict[str, Any] = {}
-    for stage, cls in _STAGES.items():
-        of_stage = {key: value for key, value in values.items() if KEY_STAGE[key] == stage}
-        if stage == "recipe" and "max_steps" not in of_stage:
-            problems.append("max_steps is missing; set max_steps to the optimizer steps to train for")
-            of_stage["max_steps"] = 1
-        try:
-            parts[stage] = cls(**({"corpus": ()} | of_stage if stage == "data" else of_stage))
-        except ConfigError as error:
-            problems += error.problems
-    _raise_all(problems)
-    return TrainConfig(**parts)
-
-
-def read_config_file(path: Path) -> dict[str, object]:
-    """Read flat keys and values.
-
-    Args:
-        path: TOML, or JSON (told by ``.json``).
-
-    Returns:
-        Values by key, unchecked.
-
-    Raises:
-        ConfigError: If the file is not what its name says.
-        InputFileError: If it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        message = f"cannot be read ({error.strerror}); name a TOML or JSON file"
-        raise InputFileError(message, path=str(path)) from error
-    try:
-        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        message = f"{path}: not {kind} ({error}); mend the file"
-        raise ConfigError(message) from error
-    if not isinstance(values, dict):
-        message = f"{path}: {type(values).__name__}, expected keys and values; write an object"
-        raise ConfigError(message)
-    return values
-
-
-def _plain(key: str, value: object) -> object:
-    if key not in _TUPLES:
-        return value
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, KEY_STAGE, n=1)
-    remedy = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(KEY_STAGE))}"
-    return f"{key!r} is no option of pretraining; {remedy}"
-
-
-def differences(found: Mapping[str, object], expected: Mapping[str, object], *, where: str) -> list[str]:
-    """Say where a stored run is not the one that is asked for.
-
-    Args:
-        found: Nested plain values of the stored run.
-        expected: Those of this run.
-        where: Name of the stored run.
-
-    Returns:
-        A sentence for each value that differs.
-
-    Example:
-        >>> differences({"data": {"window": 32}}, {"data": {"window": 64}}, where="run")
-        ['window: 64, but 32 in run; set window to 32, or overwrite to start again']
-    """
-    old, new = dict(_leaves(found)), dict(_leaves(expected))
-    return [
-        f"{key}: {new.get(key)!r}, but {old.get(key)!r} in {where}; "
-        f"set {key} to {old.get(key)!r}, or overwrite to start again"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and key != "shape":
-            yield from _leaves(value)
-        else:
-            yield key, list(value) if isinstance(value, tuple) else value
-
-
-def _raise_all(problems: Any) -> None:
-    found = tuple(problems)
-    if found:
-        raise ConfigError(*found)
+    values, problems = _KEYS.read(options, file=file)
+    if "max_steps" not in values:
+        problems.append("max_steps is missing; set max_steps to the optimizer steps to train for")
+    needed: dict[str, dict[str, object]] = {"data": {"corpus": ()}, "recipe": {"max_steps": 1}}
+    return TrainConfig(**_KEYS.build(values, problems, needed=needed))

@@ -14,7 +14,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from genoembed.errors import ConfigError
-from genoembed.training.run_config import differences
+from genoembed.training.flat_keys import differences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -20,7 +20,7 @@ from genoembed.errors import CheckpointError, ConfigError
 from genoembed.models.finetuned import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned, read_heads
 from genoembed.models.load import load_model, without_progress_bars
 from genoembed.training.encoder import Encoder
-from genoembed.training.finetune_config import EncoderConfig
+from genoembed.training.finetune_stages import EncoderConfig
 from genoembed.training.heads import ClassificationHead, MultilabelHead, RegressionHead
 from genoembed.training.labels import LabelSpace
 from genoembed.training.task_models import CausalModel, ContrastModel, PredictionModel, RetrievalModel

@@ -7,6 +7,7 @@ prediction need. Everything goes through ``forward``, so that wrappers (data-par
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from genoembed.training.encoder import Encoder
-    from genoembed.training.finetune_config import Contrast
+    from genoembed.training.finetune_stages import Contrast
     from genoembed.training.m3 import M3Loss
     from genoembed.training.retrieval_heads import M3Heads
     from genoembed.training.step_statistics import LossOutput
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 Head: TypeAlias = "ClassificationHead | MultilabelHead | RegressionHead"
 Want: TypeAlias = Literal["loss", "layers", "hidden", "predict"]
-Batch: TypeAlias = "dict[str, Tensor]"
 
 
 class PredictionModel(nn.Module):
@@ -184,7 +184,76 @@ class VectorHead(nn.Module):
         return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
 
 
-class ContrastModel(nn.Module):
+class ComparingModel(nn.Module, ABC):
+    """An encoder and heads that learn from how sequences compare.
+
+    Args:
+        encoder: Gives hidden states and pooled vectors.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, *, want: Want = "loss", **batch: Tensor) -> dict[str, Any]:
+        """Encode a batch, and take its loss.
+
+        Args:
+            want: ``loss``; ``layers``: pooled vectors by layer; ``hidden``: what :meth:`contrast_loss` takes;
+                ``predict``: the dense vectors of fused ``vectors``.
+            **batch: Rows (``input_ids`` ..., and ``labels`` or ``ids``); or ``query_`` and ``passage_`` rows.
+
+        Returns:
+            By name.
+        """
+        if want == "predict":
+            return {"dense": self.dense(batch["vectors"])}
+        if want == "layers":
+            return self.encoder.pooled_layers(*_rows(batch, ""))
+        vectors = self.encode(batch)
+        if want == "hidden":
+            return vectors
+        contrast = self.contrast_loss([vectors], batch)
+        return {"loss": contrast.loss, "contrast": contrast}
+
+    @abstractmethod
+    def dense(self, fused_ND: Tensor) -> Tensor:
+        """Make fused vectors comparable.
+
+        Args:
+            fused_ND: Floating, shape ``(N, D)``.
+
+        Returns:
+            Shape ``(N, D)``.
+        """
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Represent the rows that a batch has.
+
+        Args:
+            batch: As :meth:`forward` takes it.
+
+        Returns:
+            What :meth:`contrast_loss` takes, by name.
+        """
+
+    @abstractmethod
+    def contrast_loss(
+        self, chunks: Sequence[Mapping[str, Tensor]], batch: Mapping[str, Tensor]
+    ) -> LossOutput:
+        """Take the loss of a batch.
+
+        Args:
+            chunks: From :meth:`encode`, in order.
+            batch: The whole batch.
+
+        Returns:
+            The loss.
+        """
+
+
+class ContrastModel(ComparingModel):
     """An encoder that learns from pairs or triplets.
 
     Args:
@@ -206,8 +275,8 @@ class ContrastModel(nn.Module):
         margin: float | None = None,
         distance: Distance = "euclidean",
     ) -> None:
-        super().__init__()
-        self.encoder, self.head, self.contrast = encoder, head, contrast
+        super().__init__(encoder)
+        self.head, self.contrast = head, contrast
         self.comparison, self.margin, self.distance = config, margin, distance
 
     @property
@@ -215,51 +284,19 @@ class ContrastModel(nn.Module):
         """What gradients are reported of."""
         return {"encoder": self.encoder} | ({"head": self.head} if self.head.pooler is not None else {})
 
-    def forward(self, *, want: Want = "loss", **batch: Tensor) -> dict[str, Any]:
-        """Encode a batch, and take its loss.
-
-        Args:
-            want: ``loss``; ``layers``: pooled vectors by layer; ``hidden``: what :meth:`contrast_loss` takes;
-                ``predict``: the vectors of fused ``vectors``.
-            **batch: Rows (``input_ids`` ..., and ``labels`` or ``ids``); or ``query_`` and ``passage_`` rows.
-
-        Returns:
-            By name.
-        """
-        if want == "predict":
-            return {"dense": self.head(batch["vectors"])}
-        if want == "layers":
-            return self.encoder.pooled_layers(*_rows(batch, ""))
-        vectors = self.encode(batch)
-        if want == "hidden":
-            return vectors
-        contrast = self.contrast_loss([vectors], batch)
-        return {"loss": contrast.loss, "contrast": contrast}
+    def dense(self, fused_ND: Tensor) -> Tensor:
+        """Project and normalise; see :class:`ComparingModel`."""
+        return self.head(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give the vectors of the rows that a batch has.
-
-        Args:
-            batch: As :meth:`forward` takes it.
-
-        Returns:
-            ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``.
-        """
+        """Give comparable vectors: ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``."""
         sides = {"rows": ""} if "input_ids" in batch else {"query": "query_", "passage": "passage_"}
         return {name: self.head(self.encoder.pooled(*_rows(batch, prefix))) for name, prefix in sides.items()}
 
     def contrast_loss(
         self, chunks: Sequence[Mapping[str, Tensor]], batch: Mapping[str, Tensor]
     ) -> LossOutput:
-        """Take the loss of vectors.
-
-        Args:
-            chunks: From :meth:`encode`, in order.
-            batch: The whole batch.
-
-        Returns:
-            The loss.
-        """
+        """Take the loss of vectors; see :class:`ComparingModel`."""
         found = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         if self.contrast == "labels":
             if self.margin is not None:
@@ -289,7 +326,7 @@ class ContrastModel(nn.Module):
         )
 
 
-class RetrievalModel(nn.Module):
+class RetrievalModel(ComparingModel):
     """An encoder with dense, sparse and multi-vector heads.
 
     Args:
@@ -299,8 +336,8 @@ class RetrievalModel(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, heads: M3Heads, loss: M3Loss) -> None:
-        super().__init__()
-        self.encoder, self.heads, self.loss = encoder, heads, loss
+        super().__init__(encoder)
+        self.heads, self.loss = heads, loss
         if heads.mode == "fix_encoder":
             set_trainable(encoder, heads)
 
@@ -319,36 +356,12 @@ class RetrievalModel(nn.Module):
             if part is not None and any(p.requires_grad for p in part.parameters())
         }
 
-    def forward(self, *, want: Want = "loss", **batch: Tensor) -> dict[str, Any]:
-        """Encode a batch, and take its loss.
-
-        Args:
-            want: ``loss``; ``layers``: pooled vectors by layer; ``hidden``: what :meth:`contrast_loss` takes
-                (for ``rows``, their representations); ``predict``: the dense vectors of fused ``vectors``.
-            **batch: ``query_`` and ``passage_`` rows, or rows.
-
-        Returns:
-            By name.
-        """
-        if want == "predict":
-            return {"dense": self.heads.dense.project(batch["vectors"])}
-        if want == "layers":
-            return self.encoder.pooled_layers(*_rows(batch, ""))
-        vectors = self.encode(batch)
-        if want == "hidden":
-            return vectors
-        contrast = self.contrast_loss([vectors], batch)
-        return {"loss": contrast.loss, "contrast": contrast}
+    def dense(self, fused_ND: Tensor) -> Tensor:
+        """Project and normalise; see :class:`ComparingModel`."""
+        return self.heads.dense.project(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give the representations of the rows that a batch has.
-
-        Args:
-            batch: As :meth:`forward` takes it.
-
-        Returns:
-            Tensors of :class:`M3Vectors` by name, with ``query.`` and ``passage.`` before it for pairs.
-        """
+        """Give tensors of :class:`M3Vectors` by name, for pairs with ``query.`` or ``passage.`` before."""
         sides = {"": ""} if "input_ids" in batch else {"query.": "query_", "passage.": "passage_"}
         found: dict[str, Tensor] = {}
         for name, prefix in sides.items():
@@ -365,15 +378,7 @@ class RetrievalModel(nn.Module):
     def contrast_loss(
         self, chunks: Sequence[Mapping[str, Tensor]], batch: Mapping[str, Tensor]
     ) -> LossOutput:
-        """Take the loss of representations.
-
-        Args:
-            chunks: From :meth:`encode`, in order.
-            batch: The whole batch.
-
-        Returns:
-            The loss.
-        """
+        """Take the loss of representations; see :class:`ComparingModel`."""
         query, passage = (_of_side(chunks, side) for side in ("query.", "passage."))
         return self.loss(query, passage, ids=_pair_ids(batch), teacher_scores_BG=batch.get("teacher_scores"))
 

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from genoembed.training.collate import LabelTarget
     from genoembed.training.epoch_rows import EpochDataset
     from genoembed.training.evaluation import Measure
-    from genoembed.training.finetune_config import Contrast, FinetuneConfig
+    from genoembed.training.finetune_config import FinetuneConfig
     from genoembed.training.finetune_data import Sides
+    from genoembed.training.finetune_stages import Contrast
     from genoembed.training.labels import LabelSpace
     from genoembed.training.negatives import GroupSampler
     from genoembed.training.task_models import CausalModel, ContrastModel, PredictionModel, RetrievalModel

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from genoembed.training.finetune_config import EncoderConfig
+    from genoembed.training.finetune_stages import EncoderConfig
 
 
 @dataclass(slots=True)

@@ -1,0 +1,177 @@
+"""Configurations of several stages, given as flat keys: by Python, by a file, or by the command line.
+
+In: values by key, and a TOML or JSON file for what they leave out. Out: one dataclass a stage. Promised: an
+unknown key is an error that names the nearest one, and all problems come in one message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+
+from genoembed.errors import ConfigError, InputFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from os import PathLike
+
+
+class FlatKeys:
+    """The keys of some stages, and how configurations are made of them.
+
+    Args:
+        purpose: What they are options of.
+        plain: Changes a value before it is checked, given key and value; None leaves it.
+        **stages: Dataclass of each stage; no two share a field.
+    """
+
+    def __init__(
+        self, purpose: str, *, plain: Callable[[str, object], object] | None = None, **stages: type[Any]
+    ) -> None:
+        self._purpose, self._plain, self._stages = purpose, plain, stages
+        self.stage_of = {item.name: stage for stage, cls in stages.items() for item in fields(cls)}
+        """The stage that each flat key belongs to."""
+        hints = {name: hint for cls in stages.values() for name, hint in get_type_hints(cls).items()}
+        self._tuples = {name for name, hint in hints.items() if get_origin(hint) is tuple}
+
+    def read(
+        self, options: Mapping[str, object], *, file: str | PathLike[str] | None
+    ) -> tuple[dict[str, object], list[str]]:
+        """Join options and a file.
+
+        Args:
+            options: Values by key; None stands for the file's value, or the default.
+            file: TOML or JSON (told by ``.json``) with the same keys.
+
+        Returns:
+            Values of known keys, and a sentence for each key that is not.
+
+        Raises:
+            ConfigError: If the file is not what its name says.
+            InputFileError: If it cannot be read.
+        """
+        in_file = {} if file is None else read_config_file(Path(file))
+        problems = [f"{file}: {self._unknown(key)}" for key in in_file if key not in self.stage_of]
+        problems += [self._unknown(key) for key in options if key not in self.stage_of]
+        given = {key: value for key, value in options.items() if value is not None}
+        joined = (in_file | given).items()
+        return {key: self._fitted(key, value) for key, value in joined if key in self.stage_of}, problems
+
+    def build(
+        self,
+        values: Mapping[str, object],
+        problems: list[str],
+        *,
+        needed: Mapping[str, Mapping[str, object]],
+    ) -> dict[str, Any]:
+        """Build every stage.
+
+        Args:
+            values: By key, all known.
+            problems: What is wrong already.
+            needed: By stage, what stands in for keys without default, so that all else is checked, too.
+
+        Returns:
+            The stages by name.
+
+        Raises:
+            ConfigError: If anything is wrong; everything at once.
+        """
+        parts, found = {}, list(problems)
+        for stage, cls in self._stages.items():
+            of_stage = {key: value for key, value in values.items() if self.stage_of[key] == stage}
+            try:
+                parts[stage] = cls(**{**needed.get(stage, {}), **of_stage})
+            except ConfigError as error:
+                found += error.problems
+        raise_all(found)
+        return parts
+
+    def _fitted(self, key: str, value: object) -> object:
+        value = value if self._plain is None else self._plain(key, value)
+        return tuple(value) if key in self._tuples and isinstance(value, list | tuple) else value
+
+    def _unknown(self, key: str) -> str:
+        near = difflib.get_close_matches(key, self.stage_of, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(self.stage_of))}"
+        return f"{key!r} is no option of {self._purpose}; {remedy}"
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Read flat keys and values.
+
+    Args:
+        path: TOML, or JSON (told by ``.json``).
+
+    Returns:
+        Values by key, unchecked.
+
+    Raises:
+        ConfigError: If the file is not what its name says.
+        InputFileError: If it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        message = f"cannot be read ({error.strerror}); name a TOML or JSON file"
+        raise InputFileError(message, path=str(path)) from error
+    try:
+        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        message = f"{path}: not {kind} ({error}); mend the file"
+        raise ConfigError(message) from error
+    if not isinstance(values, dict):
+        message = f"{path}: {type(values).__name__}, expected keys and values; write an object"
+        raise ConfigError(message)
+    return values
+
+
+def differences(found: Mapping[str, object], expected: Mapping[str, object], *, where: str) -> list[str]:
+    """Say where a stored run is not the one that is asked for.
+
+    Args:
+        found: Nested plain values of the stored run.
+        expected: Those of this run.
+        where: Name of the stored run.
+
+    Returns:
+        A sentence for each value that differs.
+
+    Example:
+        >>> differences({"data": {"window": 32}}, {"data": {"window": 64}}, where="run")
+        ['window: 64, but 32 in run; set window to 32, or overwrite to start again']
+    """
+    old, new = dict(_leaves(found)), dict(_leaves(expected))
+    return [
+        f"{key}: {new.get(key)!r}, but {old.get(key)!r} in {where}; "
+        f"set {key} to {old.get(key)!r}, or overwrite to start again"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "shape":
+            yield from _leaves(value)
+        else:
+            yield key, list(value) if isinstance(value, tuple) else value
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise all problems as one error.
+
+    Args:
+        problems: One sentence each; none is no error.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    found = tuple(problems)
+    if found:
+        raise ConfigError(*found)

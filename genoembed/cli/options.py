@@ -8,10 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import click
 
-from genoembed.config import EmbedConfig
+from genoembed.config import DuplicatePolicy, EmbedConfig, EmptyPolicy, GapPolicy, InvalidPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+BASES: dict[str, Any] = {"type": int, "metavar": "BASES"}
+SHARE: dict[str, Any] = {"type": float, "metavar": "SHARE"}
+NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
+NAME: dict[str, Any] = {"metavar": "NAME"}
+FILES: dict[str, Any] = {"multiple": True, "metavar": "FILE"}
+FLAG: dict[str, Any] = {"is_flag": True}
+
+_POLICIES = {
+    "--invalid": (InvalidPolicy, "Letters outside IUPAC DNA: stop, skip the record, or mask to N.  [error]"),
+    "--duplicates": (DuplicatePolicy, "Ids that appear twice: stop, or append _2, _3 ...  [error]"),
+    "--empty": (EmptyPolicy, "A record without bases: stop, or skip it.  [error]"),
+    "--gaps": (GapPolicy, "Gap letters (- . *): stop, or take them out.  [error]"),
+}
 
 _STAGE_TYPES = tuple(get_type_hints(EmbedConfig).values())
 _FIELDS = {field.name: field for stage in _STAGE_TYPES for field in dataclasses.fields(stage)}
@@ -100,6 +115,55 @@ class GroupedCommand(click.Command):
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def file_option(
+    *names: str, group: str, help: str, **attributes: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an option that is None where it was not given, so that a configuration file can say it.
+
+    Args:
+        *names: As for ``click.option``.
+        group: Heading in the help.
+        help: What it does, with the default in brackets.
+        **attributes: Anything else that ``click.option`` takes.
+
+    Returns:
+        A decorator.
+    """
+    return click.option(*names, cls=GroupedOption, group=group, help=help, **{"default": None} | attributes)
+
+
+def choice(*names: str) -> dict[str, Any]:
+    """Give what an option with a few values is declared with.
+
+    Args:
+        *names: The values.
+
+    Returns:
+        Attributes for :func:`file_option`.
+    """
+    return {"type": click.Choice(names)}
+
+
+def policy_options(*names: str, group: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare what is done with records that are not clean.
+
+    Args:
+        *names: Of ``--invalid``, ``--duplicates``, ``--empty`` and ``--gaps``.
+        group: Heading in the help.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            policy, help = _POLICIES[name]
+            function = file_option(name, group=group, help=help, **choice(*get_args(policy)))(function)
+        return function
+
+    return decorate
 
 
 def config_option(

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import genoembed
-from genoembed.cli.options import GroupedCommand, GroupedOption
+from genoembed.cli.options import COUNT, FLAG, GroupedCommand, choice, file_option, policy_options
 from genoembed.cli.outcome import promise_output
 from genoembed.cli.reporting import reporting_options
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _logger = logging.getLogger(__name__)
 
 INPUT, OUTPUT, RUN = "Input", "Output", "Run"
-
-
-def _option(
-    *names: str, group: str, help: str, **attributes: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    settings = {"default": None} | attributes
-    return click.option(*names, cls=GroupedOption, group=group, help=help, **settings)
 
 
 @click.command(
@@ -39,7 +29,7 @@ def _option(
 )
 @click.argument("model", metavar="DIR")
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
-@_option(
+@file_option(
     "-o",
     "--output",
     group=OUTPUT,
@@ -47,38 +37,23 @@ def _option(
     metavar="FILE",
     help="The table; without it, standard output.",
 )
-@_option(
+@file_option(
     "--format",
     group=OUTPUT,
     default="auto",
-    type=click.Choice(("auto", "tsv", "parquet")),
+    **choice("auto", "tsv", "parquet"),
     help="auto goes by the name.  [auto]",
 )
-@_option("--overwrite", group=OUTPUT, is_flag=True, default=False, help="Replace FILE, once complete.")
-@_option(
-    "--invalid",
-    group=INPUT,
-    type=click.Choice(("error", "skip", "mask")),
-    help="Letters outside IUPAC DNA.  [error]",
-)
-@_option(
-    "--duplicates",
-    group=INPUT,
-    type=click.Choice(("error", "suffix")),
-    help="Ids that appear twice.  [error]",
-)
-@_option("--empty", group=INPUT, type=click.Choice(("error", "skip")), help="No bases.  [error]")
-@_option("--gaps", group=INPUT, type=click.Choice(("error", "strip")), help="Gap letters.  [error]")
-@_option("--keep-case", group=INPUT, is_flag=True, help="Without it, as in training.")
-@_option(
-    "--batch-rows", group=RUN, default=16, type=int, metavar="N", help="Windows of a forward pass.  [16]"
-)
-@_option("--device", group=RUN, metavar="DEVICE", help="cpu, cuda ...; without it, CUDA if present.")
-@_option("--threads", group=RUN, type=int, metavar="N", help="CPU threads; without it, torch decides.")
-@_option(
+@file_option("--overwrite", group=OUTPUT, **FLAG, default=False, help="Replace FILE, once complete.")
+@policy_options("--invalid", "--duplicates", "--empty", "--gaps", group=INPUT)
+@file_option("--keep-case", group=INPUT, **FLAG, help="Without it, as in training.")
+@file_option("--batch-rows", group=RUN, default=16, **COUNT, help="Windows of a forward pass.  [16]")
+@file_option("--device", group=RUN, metavar="DEVICE", help="cpu, cuda ...; without it, CUDA if present.")
+@file_option("--threads", group=RUN, **COUNT, help="CPU threads; without it, torch decides.")
+@file_option(
     "--trust-remote-code",
     group=RUN,
-    is_flag=True,
+    **FLAG,
     default=False,
     help="Run Python code that DIR brings.",
 )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
+    from genoembed.scoring.sequences import ScoreReport, score
+    from genoembed.scoring.variants import VariantReport, score_variants
     from genoembed.sequences import InputCounts, read_sequences
     from genoembed.store import EmbeddingFile, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
@@ -43,10 +45,12 @@ _HOMES = {
     "ModelLayers": "genoembed.models.describe",
     "PredictionReport": "genoembed.training.predict",
     "PretrainReport": "genoembed.training.run",
+    "ScoreReport": "genoembed.scoring.sequences",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
+    "VariantReport": "genoembed.scoring.variants",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
     "extract": "genoembed.extraction",
@@ -58,6 +62,8 @@ _HOMES = {
     "pretrain": "genoembed.training.run",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
+    "score": "genoembed.scoring.sequences",
+    "score_variants": "genoembed.scoring.variants",
 }
 
 __all__ = [
@@ -72,10 +78,12 @@ __all__ = [
     "ModelLayers",
     "PredictionReport",
     "PretrainReport",
+    "ScoreReport",
     "SequenceRecord",
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
     "StripedHyena2Model",
+    "VariantReport",
     "__version__",
     "convert_checkpoint",
     "describe_layers",
@@ -88,6 +96,8 @@ __all__ = [
     "pretrain",
     "read_sequences",
     "run_doctor",
+    "score",
+    "score_variants",
 ]
 
 registration.install()

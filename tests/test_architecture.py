@@ -73,6 +73,10 @@ RULES = {
         internal=(*STAGES, "engines", "config", "registration", "_version", *FLOOR),
         third_party=("torch", "numpy"),
     ),
+    "scoring": Rule(
+        internal=(*STAGES, "engines", "config", "_version", *FLOOR),
+        third_party=("torch", "numpy"),
+    ),
     "doctor": Rule(
         internal=(*STAGES, "registration", "_version", *FLOOR),
         third_party=("torch", "numpy"),

@@ -1,0 +1,317 @@
+"""Run sequences through a causal model: strands, windows, start token, batches by length.
+
+In: records. Out: the log-likelihood of each token of each strand, and pooled vectors where layers are asked
+for. Promised: a sequence's numbers do not depend on its batch-mates; each base is scored once a strand, in
+the window where it has most context; what has no prediction is NaN and counted.
+
+B rows, L padded length, C positions of a block, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from genoembed.batching.order import plan_batches
+from genoembed.batching.pad import pad_batch
+from genoembed.contracts import SequenceRecord
+from genoembed.engines.pieces import Cutter
+from genoembed.engines.stats import RunStats
+from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.pooling.running import RunningPool
+from genoembed.scoring.start import StartedSequence, StartToken, find_start_token, start_sequence
+from genoembed.sequences.alphabet import reverse_complement
+from genoembed.tokenization.hf import build_encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from genoembed.contracts import Batch, Window
+    from genoembed.models.language_model import LanguageModel
+    from genoembed.scoring.start import StartChoice
+
+ScoreStrands: TypeAlias = Literal["none", "mean"]
+ScorePooling: TypeAlias = Literal["mean", "max", "last"]
+
+BATCH_TOKENS = {"cpu": 2_048}
+_BATCH_TOKENS_ELSEWHERE = 16_384
+_LEAST_BLOCK_TOKENS = 512
+_SHORT, _SHORT_STEP, _STEP = 256, 16, 64
+_PADDING_PART = 16
+_PLAIN = np.zeros(256, dtype=np.int64)
+_PLAIN[list(b"ACGTacgt")] = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerOptions:
+    """How sequences are scored."""
+
+    rc: ScoreStrands = "none"
+    """``mean``: the reverse complement is scored as well, and both count half."""
+    start_token: StartChoice = "auto"
+    window: int | None = None
+    stride: int | None = None
+    batch_tokens: int | None = None
+    layers: tuple[str, ...] = ()
+    """Module paths whose pooled vectors are taken, too."""
+    pooling: ScorePooling = "mean"
+
+
+class StrandScore(NamedTuple):
+    """One strand of a record: its tokens from left to right, special tokens left out."""
+
+    starts: NDArray[np.int64]
+    """First base of each token, on this strand."""
+    widths: NDArray[np.int64]
+    """Bases of each token."""
+    log_probs: NDArray[np.float64]
+    """Natural logarithm of each token's probability; NaN where there is none: no token before it, or a letter
+    other than A, C, G and T in it."""
+    vectors: dict[str, Tensor]
+    """Pooled activations by layer. float32, shape ``(D,)``."""
+    num_windows: int
+
+    @property
+    def scored_bases(self) -> int:
+        """Bases that have a prediction."""
+        return int(self.widths[~np.isnan(self.log_probs)].sum())
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over the tokens that have a prediction; NaN if none has."""
+        return float(np.nansum(self.log_probs)) if self.scored_bases else float("nan")
+
+
+@dataclass(slots=True)
+class _Row:
+    """A window of a strand of a record, as a row of a forward pass."""
+
+    owner: int
+    """Number of the strand: twice the record's, plus 1 for the reverse complement."""
+    window: Window
+    tokens: StartedSequence
+    counted: NDArray[np.bool_]
+    """Tokens of bases that this window answers for."""
+    key: bytes = b""
+    log_probs: NDArray[np.float32] | None = None
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SequenceScorer:
+    """Scores records with one model.
+
+    Args:
+        model: The model with its head.
+        options: How.
+        on_batch: Called with the running totals after each forward pass.
+
+    Raises:
+        ConfigError: If windows do not go with the model.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: ScorerOptions,
+        *,
+        on_batch: Callable[[RunStats], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.start_token: StartToken = find_start_token(model.model.tokenizer, options.start_token)
+        self.batch_tokens = options.batch_tokens or BATCH_TOKENS.get(
+            model.model.device.type, _BATCH_TOKENS_ELSEWHERE
+        )
+        """Slots of a forward pass, padding included."""
+        self.stats = RunStats()
+        context = model.model.max_length
+        self._cutter = Cutter(
+            encoder=build_encoder(model.model.tokenizer),
+            max_tokens=None if context is None else context - int(self.start_token.is_added),
+            is_causal=True,
+            window=options.window,
+            stride=options.stride,
+        )
+        size = options.window or self._cutter.context_bases
+        if size is not None and options.stride is not None and options.stride >= size:
+            message = (
+                f"stride is {options.stride}, but window is {size}: the first base of a window would have no "
+                f"base before it; set stride to {size - 1} or less"
+            )
+            raise ConfigError(message)
+        self._on_batch = on_batch
+
+    @property
+    def context_bases(self) -> int | None:
+        """Bases that surely fit the model's context; None is no limit."""
+        return self._cutter.context_bases
+
+    @property
+    def has_token_per_base(self) -> bool:
+        """Whether each base is a token of its own."""
+        probe = b"ACGT" * 6
+        starts = self._cutter.encoder.encode(probe).base_start
+        return starts is None or starts[starts >= 0].tolist() == list(range(len(probe)))
+
+    def num_windows(self, record: SequenceRecord) -> int:
+        """Count the windows that a record is cut into.
+
+        Args:
+            record: With at least one base.
+
+        Returns:
+            1 for one that fits.
+        """
+        return len(self._cutter.windows(record))
+
+    def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...]]:
+        """Score a few records; what is equal to the model runs once.
+
+        Args:
+            records: With at least one base each.
+
+        Returns:
+            For each record its strand, or both, the given one first.
+
+        Raises:
+            ModelError: If the device's memory does not hold a forward pass.
+            NonFiniteError: If the model gives NaN or infinity.
+            SequenceLengthError: If a window has more tokens than the context.
+        """
+        rows = [row for index, record in enumerate(records) for row in self._rows(record, index)]
+        first: dict[bytes, _Row] = {}
+        for row in rows:
+            first.setdefault(row.key, row)
+        self.stats.repeats += len(rows) - len(first)
+        self._run(list(first.values()), records)
+        for row in rows:
+            row.log_probs, row.vectors = first[row.key].log_probs, first[row.key].vectors
+        strands: dict[int, list[_Row]] = {}
+        for row in rows:
+            strands.setdefault(row.owner, []).append(row)
+        sides = (0,) if self.options.rc == "none" else (0, 1)
+        return [
+            tuple(_joined(strands[2 * index + side], records[index], is_reverse=side == 1) for side in sides)
+            for index in range(len(records))
+        ]
+
+    def count(self, record: SequenceRecord, strands: Sequence[StrandScore]) -> None:
+        """Add a record that is done to the totals.
+
+        Args:
+            record: The record.
+            strands: Its scores.
+        """
+        self.stats.records += 1
+        self.stats.bases += len(record.sequence)
+        self.stats.windows += strands[0].num_windows
+
+    def _rows(self, record: SequenceRecord, index: int) -> Iterator[_Row]:
+        yield from self._strand_rows(record, 2 * index)
+        if self.options.rc == "mean":
+            yield from self._strand_rows(_turned(record), 2 * index + 1)
+
+    def _strand_rows(self, record: SequenceRecord, owner: int) -> Iterator[_Row]:
+        windows = self._cutter.windows(record)
+        for window, piece in zip(windows, self._cutter.pieces(record, 0, windows), strict=True):
+            tokens = start_sequence(
+                piece.encoded, window.end - window.start, self.start_token, is_start=window.start == 0
+            )
+            bases = tokens.first_base + window.start
+            counted = (tokens.first_base >= 0) & (bases >= window.core_start) & (bases < window.core_end)
+            digest = hashlib.sha256(tokens.encoded.input_ids.data)
+            digest.update(counted.data)
+            yield _Row(owner, window, tokens, counted, digest.digest())
+
+    def _run(self, rows: Sequence[_Row], records: Sequence[SequenceRecord]) -> None:
+        plan = plan_batches(
+            [self._padded(len(row.counted)) for row in rows],
+            max_tokens=self.batch_tokens,
+            max_padding=self.batch_tokens // _PADDING_PART,
+        )
+        for numbers in plan:
+            chosen = [rows[number] for number in numbers]
+            batch = pad_batch(
+                [row.tokens.encoded for row in chosen],
+                pool_masks=[row.counted for row in chosen],
+                rows=numbers,
+                pad_token_id=self._cutter.encoder.pad_token_id,
+                pad_to_multiple_of=self._padded(max(len(row.counted) for row in chosen)),
+            )
+            self._run_batch(batch, chosen, records)
+
+    def _run_batch(self, batch: Batch, rows: Sequence[_Row], records: Sequence[SequenceRecord]) -> None:
+        started = time.perf_counter()
+        pools = {layer: RunningPool(self.options.pooling) for layer in self.options.layers}
+
+        def take(layer: str, hidden_BCD: Tensor, span: slice) -> None:
+            pools[layer].add(hidden_BCD, batch.pool_mask[:, span].to(hidden_BCD.device))
+
+        log_probs_BL = self.model.log_probs(
+            batch,
+            layers=self.options.layers,
+            take=take,
+            block_tokens=max(self.batch_tokens, _LEAST_BLOCK_TOKENS),
+        )
+        pooled = {layer: pool.pooled().cpu() for layer, pool in pools.items()}
+        for number, row in enumerate(rows):
+            row.log_probs = log_probs_BL[number, : len(row.counted)].numpy()
+            row.vectors = {layer: vectors_BD[number] for layer, vectors_BD in pooled.items()}
+            _check_finite(row, records[row.owner // 2])
+        stats = self.stats
+        stats.batches += 1
+        stats.slots += batch.num_tokens
+        stats.real_tokens += int(batch.attention_mask.sum())
+        stats.forward_s += time.perf_counter() - started
+        if self._on_batch is not None:
+            self._on_batch(stats)
+
+    def _padded(self, length: int) -> int:
+        """Round lengths where each new shape costs a kernel, as in extraction; not beyond the context."""
+        if not self.model.model.carries_state:
+            return length
+        step = _STEP if length > _SHORT else _SHORT_STEP
+        rounded = -(-length // step) * step
+        context = self.model.model.max_length
+        return rounded if context is None else max(length, min(rounded, context))
+
+
+def _turned(record: SequenceRecord) -> SequenceRecord:
+    sequence = reverse_complement(record.sequence)
+    return SequenceRecord(id=record.id, sequence=sequence, source=record.source, line=record.line)
+
+
+def _check_finite(row: _Row, record: SequenceRecord) -> None:
+    assert row.log_probs is not None
+    predicted = row.counted.copy()
+    predicted[0] = False  # no token precedes it
+    vectors = row.vectors.values()
+    if np.isfinite(row.log_probs[predicted]).all() and all(torch.isfinite(v).all() for v in vectors):
+        return
+    problem = "the model gives values that are not finite; set dtype='float32', or leave the record out"
+    raise NonFiniteError(problem, record_id=record.id)
+
+
+def _joined(rows: Iterable[_Row], record: SequenceRecord, *, is_reverse: bool) -> StrandScore:
+    """Lay the windows of a strand end to end; take out what has letters that are no bases."""
+    sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
+    plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
+    rows = list(rows)
+    starts = np.concatenate([(row.tokens.first_base + row.window.start)[row.counted] for row in rows])
+    widths = np.concatenate([row.tokens.num_bases[row.counted] for row in rows])
+    log_probs = np.concatenate([_values(row)[row.counted] for row in rows]).astype(np.float64)
+    log_probs[plain[starts + widths] - plain[starts] != widths] = np.nan
+    return StrandScore(starts, widths, log_probs, rows[0].vectors, len(rows))
+
+
+def _values(row: _Row) -> NDArray[np.float32]:
+    assert row.log_probs is not None, "every row has run, or one that is equal to it"
+    return row.log_probs

@@ -1,0 +1,250 @@
+"""Log-likelihoods of sequences: files in, a table out.
+
+``read -> windows -> model -> table``, a few records at a time. Promised: the same policies for letters, ids
+and gaps as in ``extract``; a sequence longer than the context is scored whole, in blocks or windows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from genoembed.engines.units import iter_units
+from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
+from genoembed.scoring.setup import run_options, torch_threads
+from genoembed.scoring.tables import open_table
+from genoembed.sequences import InputCounts, read_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from genoembed.contracts import SequenceRecord
+    from genoembed.engines.stats import RunStats
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.scoring.scorer import StrandScore
+    from genoembed.scoring.setup import RunOptions
+    from genoembed.scoring.tables import TableWriter
+
+logger = logging.getLogger(__name__)
+
+PART_BASES, PART_RECORDS = 1 << 20, 1 << 10
+"""Bases, and records, that are in memory together; a longer record is alone."""
+_POLICIES = ("invalid", "duplicates", "empty", "gaps", "keep_case")
+PER_BASE_COLUMNS = ("id", "start", "end", "bases", "log_likelihood")
+
+
+class SequenceScore(NamedTuple):
+    """One row of the table."""
+
+    id: str
+    length: int
+    """Bases of the sequence."""
+    scored: float
+    """Bases that have a prediction; the mean of both strands with ``rc='mean'``."""
+    log_likelihood: float
+    """Sum of natural logarithms; the mean of both strands with ``rc='mean'``; NaN if nothing is scored."""
+    mean_log_likelihood: float
+    """A scored base."""
+    perplexity: float
+    """``exp(-mean_log_likelihood)``: 4 for a model that knows nothing about four bases."""
+    bits_per_base: float
+    """``-mean_log_likelihood / ln 2``: 2 for such a model."""
+    start_token: str
+    """Id of the token before the first base, or ``none``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreReport:
+    """What a run did."""
+
+    output: str | None
+    """The table; ``-`` is standard output; None where rows were asked for."""
+    per_base: str | None
+    """The table of bases."""
+    rows: tuple[SequenceScore, ...]
+    """The table's rows, where no output was named; else empty."""
+    num_rows: int
+    unscored: int
+    """Records of which no base has a prediction."""
+    start_token: str
+    """Id of the token before each sequence's first base, or ``none``."""
+    counts: InputCounts
+    """What was read, and what the input policies did."""
+    stats: RunStats
+    """What the forward passes cost."""
+    seconds: float
+    """Wall time, without loading the model."""
+
+
+def score(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    model: str | PathLike[str] | GenomicModel = "genoembed-mini",
+    output: str | PathLike[str] | None = None,
+    per_base: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[RunStats], None] | None = None,
+    **options: Any,
+) -> ScoreReport:
+    """Score the sequences of files with a causal model: how likely is each of them?
+
+    The log-likelihood of a sequence is the sum over its bases of ``ln p(base | all bases before it)``, the
+    log-softmax taken in float32. Letters other than A, C, G and T are context only. Columns of the table are
+    the fields of :class:`SequenceScore`.
+
+    Args:
+        inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
+        model: Name or folder of a causal model, or one that is loaded already.
+        output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
+        per_base: A second table, a row a base (a row a token for models whose tokens have several bases):
+            ``id``, ``start``, ``end`` (0-based, half-open), ``bases``, ``log_likelihood``.
+        overwrite: Replace existing files, once the new ones are complete.
+        window: Bases that the model sees at once; None is what its context holds.
+        stride: Bases from window to window; None is three quarters of a window.
+        progress: Called with the running totals after each forward pass.
+        **options: ``rc`` (``none``, or ``mean`` of both strands), ``start_token`` (``auto``, or ``none`` to
+            start with the first base, which then has no prediction), ``revision``, ``trust_remote_code``,
+            ``dtype`` (float32), ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``,
+            ``empty``, ``gaps``, ``keep_case`` as for ``extract``. A model that is loaded already takes no
+            ``revision``, ``trust_remote_code``, ``dtype`` or ``device``. None stands for the default.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If options are wrong, alone or together; all of them in one message.
+        ModelError: If the model is not causal, or has no next-token head.
+        GenoembedError: If input, model or output fail; outputs are then as they were before.
+    """
+    policies = {name: options.pop(name) for name in _POLICIES if name in options}
+    run = run_options(model, options, call="score")
+    run.check(window=window, stride=stride)
+    table, bases_table = (None if path is None else fspath(path) for path in (output, per_base))
+    if table is not None and table == bases_table:
+        message = f"output and per_base are both {table!r}; set per_base to another name"
+        raise ConfigError(message)
+    counts = InputCounts()
+    policies = {name: value for name, value in policies.items() if value is not None}
+    records = read_sequences(inputs, counts=counts, **policies)
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(run.threads))
+        scorer = _build_scorer(run, window, stride, progress)
+        _check_per_base(scorer, bases_table)
+        started = time.perf_counter()
+        outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
+        for record, strands in _scored(records, scorer):
+            outputs.add(_row(record, strands, str(scorer.start_token)), record, strands)
+        if not outputs.num_rows:
+            problem = f"no record is left to score ({counts}); check the input, or set invalid='mask'"
+            raise EmptyRecordError(problem, path=str(inputs))
+    if outputs.unscored:
+        logger.warning("%d records have no base with a prediction (NA in the table)", outputs.unscored)
+    return ScoreReport(
+        output=table,
+        per_base=bases_table,
+        rows=tuple(outputs.rows),
+        num_rows=outputs.num_rows,
+        unscored=outputs.unscored,
+        start_token=str(scorer.start_token),
+        counts=counts,
+        stats=scorer.stats,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Outputs:
+    """The table, or rows in memory; and the table of bases, where one is asked for."""
+
+    def __init__(self, stack: ExitStack, table: str | None, per_base: str | None, *, overwrite: bool) -> None:
+        self.rows: list[SequenceScore] = []
+        self.num_rows = self.unscored = 0
+        self._table: TableWriter | None = None
+        self._bases: TableWriter | None = None
+        if table is not None:
+            self._table = stack.enter_context(open_table(table, SequenceScore._fields, overwrite=overwrite))
+        if per_base is not None:
+            self._bases = stack.enter_context(open_table(per_base, PER_BASE_COLUMNS, overwrite=overwrite))
+
+    def add(self, row: SequenceScore, record: SequenceRecord, strands: Sequence[StrandScore]) -> None:
+        """Write or keep a row."""
+        self.num_rows += 1
+        self.unscored += math.isnan(row.log_likelihood)
+        if self._table is None:
+            self.rows.append(row)
+        else:
+            self._table.write(row)
+        if self._bases is not None:
+            for line in _base_rows(record, strands):
+                self._bases.write(line)
+
+
+def _build_scorer(
+    run: RunOptions, window: int | None, stride: int | None, progress: Callable[[RunStats], None] | None
+) -> SequenceScorer:
+    options = ScorerOptions(
+        rc=run.rc,
+        start_token=run.start_token,
+        window=window,
+        stride=stride,
+        batch_tokens=run.batch_tokens,
+    )
+    return SequenceScorer(run.load(), options, on_batch=progress)
+
+
+def _check_per_base(scorer: SequenceScorer, per_base: str | None) -> None:
+    if per_base is not None and scorer.options.rc == "mean" and not scorer.has_token_per_base:
+        message = (
+            "per_base with rc='mean' needs a token a base, and this tokenizer joins bases; set rc='none'"
+        )
+        raise ConfigError(message)
+
+
+def _scored(
+    records: Iterable[SequenceRecord], scorer: SequenceScorer
+) -> Iterator[tuple[SequenceRecord, tuple[StrandScore, ...]]]:
+    for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
+        for record, strands in zip(unit.records, scorer.score(unit.records), strict=True):
+            scorer.count(record, strands)
+            yield record, strands
+
+
+def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: str) -> SequenceScore:
+    scored = sum(strand.scored_bases for strand in strands) / len(strands)
+    total = sum(strand.log_likelihood for strand in strands) / len(strands)
+    mean = total / scored if scored else math.nan
+    return SequenceScore(
+        id=record.id,
+        length=len(record.sequence),
+        scored=scored,
+        log_likelihood=total,
+        mean_log_likelihood=mean,
+        perplexity=math.exp(-mean),
+        bits_per_base=-mean / math.log(2),
+        start_token=start_token,
+    )
+
+
+def _base_rows(
+    record: SequenceRecord, strands: Sequence[StrandScore]
+) -> Iterator[tuple[str, int, int, str, float]]:
+    """Give each token its bases and its log-likelihood, the mean of the strands that have one."""
+    forward = strands[0]
+    stacked = np.stack([forward.log_probs, *(strand.log_probs[::-1] for strand in strands[1:])])
+    known = ~np.isnan(stacked)
+    sums, numbers = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
+    values = np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan)
+    text = record.sequence.decode("ascii")
+    for start, width, value in zip(
+        forward.starts.tolist(), forward.widths.tolist(), values.tolist(), strict=True
+    ):
+        yield record.id, start, start + width, text[start : start + width], value

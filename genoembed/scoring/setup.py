@@ -1,0 +1,170 @@
+"""What both ways of scoring share: options checked before anything is read, and the model with its head."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+
+from genoembed.config import DEFAULT_MODEL, ModelConfig, WindowConfig
+from genoembed.engines.carried import find_facts
+from genoembed.errors import ConfigError, ModelError, PrecisionWarning
+from genoembed.models.language_model import LanguageModel
+from genoembed.models.load import load_model
+from genoembed.scoring.scorer import ScorePooling, ScoreStrands
+from genoembed.scoring.start import StartChoice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from genoembed.models.genomic_model import GenomicModel
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+_CHOICES = {"rc": ScoreStrands, "start_token": StartChoice, "pooling": ScorePooling}
+_LOADING = ("revision", "trust_remote_code", "dtype", "device")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """The model and how it runs, for both ways of scoring."""
+
+    model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL
+    revision: str | None = None
+    trust_remote_code: bool | None = None
+    dtype: Dtype | None = None
+    """None is float32: what is looked at here are small differences."""
+    device: str | None = None
+    threads: int | None = None
+    batch_tokens: int | None = None
+    rc: ScoreStrands = "none"
+    start_token: StartChoice = "auto"
+
+    def check(self, *, window: int | None = None, stride: int | None = None, pooling: str = "mean") -> None:
+        """Refuse what is wrong with these options, and with those given here.
+
+        Args:
+            window: Bases of a window.
+            stride: Bases from window to window.
+            pooling: How activations become one vector.
+
+        Raises:
+            ConfigError: For all that is wrong, at once.
+        """
+        problems: list[str] = []
+        for name, value in (("rc", self.rc), ("start_token", self.start_token), ("pooling", pooling)):
+            choices = get_args(_CHOICES[name])
+            if value not in choices:
+                problems.append(f"{name} is {value!r}; set {name} to one of {', '.join(choices)}")
+        if not isinstance(self.model, str | PathLike):
+            given = [name for name in _LOADING if getattr(self, name) is not None]
+            if given:
+                problems.append(
+                    f"{', '.join(given)}: the model is loaded already; leave it out, or give model by name"
+                )
+        for build in (self._model_config, lambda: WindowConfig(window=window, stride=stride)):
+            try:
+                build()
+            except ConfigError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise ConfigError(*problems)
+
+    def _model_config(self) -> ModelConfig:
+        return ModelConfig(
+            model=fspath(self.model) if isinstance(self.model, str | PathLike) else self.model.name,
+            revision=self.revision,
+            trust_remote_code=bool(self.trust_remote_code),
+            dtype=self.dtype or "float32",
+            device=self.device,
+            threads=self.threads,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def load(self) -> LanguageModel:
+        """Load the model and its head.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelError: If it is not found, not causal, or was trained for vectors.
+            CheckpointError: If its weights are damaged, or lack the head.
+        """
+        config = self._model_config()
+        is_name = isinstance(self.model, str | PathLike)
+        if find_facts(config.model if is_name else self.model) is not None:  # type: ignore[arg-type]
+            message = (
+                f"model {config.model!r} was fine-tuned for vectors or labels, so its next-token head is no "
+                "longer of use; set model to the one that it was trained from"
+            )
+            raise ModelError(message)
+        if not isinstance(self.model, str | PathLike):
+            return LanguageModel(self.model)
+        return LanguageModel(
+            load_model(
+                config.model,
+                device=config.device,
+                dtype=config.dtype,
+                trust_remote_code=config.trust_remote_code,
+                revision=config.revision,
+            )
+        )
+
+
+def run_options(
+    model: str | PathLike[str] | GenomicModel, options: Mapping[str, Any], *, call: str
+) -> RunOptions:
+    """Collect the options of a call; None stands for the default.
+
+    Args:
+        model: Name, folder, or loaded.
+        options: All others, by name.
+        call: What was called, for the error.
+
+    Returns:
+        The options, not checked yet.
+
+    Raises:
+        ConfigError: If there is no such option.
+    """
+    unknown = [name for name in options if name not in RunOptions.__dataclass_fields__]
+    if unknown:
+        raise ConfigError(*(f"{name!r} is no option of {call}" for name in unknown))
+    return RunOptions(model=model, **{name: value for name, value in options.items() if value is not None})
+
+
+def warn_of_precision(model: GenomicModel) -> None:
+    """Say that differences between alleles get lost in half precision.
+
+    Args:
+        model: As loaded.
+    """
+    if model.dtype != torch.float32:
+        name = str(model.dtype).removeprefix("torch.")
+        message = f"{model.name} runs in {name}: differences between alleles are rounded; set dtype='float32'"
+        warnings.warn(PrecisionWarning(message), stacklevel=4)
+
+
+@contextmanager
+def torch_threads(wanted: int | None) -> Iterator[None]:
+    """Set torch's number of threads, and set it back.
+
+    Args:
+        wanted: None leaves it.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        if wanted is not None:
+            torch.set_num_threads(before)

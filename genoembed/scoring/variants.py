@@ -1,0 +1,276 @@
+"""What variants change in the eyes of a causal model: VCF and reference in, a table out.
+
+Both alleles of a variant are seen in the same stretch of the contig. Promised: REF is checked, changes are
+left-aligned, nothing is cut off, and alleles that cannot be scored are counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from genoembed._version import __version__
+from genoembed.errors import ConfigError, VariantError
+from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
+from genoembed.scoring.setup import run_options, torch_threads, warn_of_precision
+from genoembed.scoring.tables import open_table
+from genoembed.scoring.variant_rows import (
+    COLUMNS_WITHOUT_VECTORS,
+    DeltaFile,
+    ScoredVariant,
+    VariantScore,
+    allele_records,
+    score_alleles,
+)
+from genoembed.sequences.variants import DEFAULT_FLANK, VariantCounts, read_variants
+from genoembed.store import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from genoembed.contracts import SequenceRecord, VariantContext
+    from genoembed.engines.stats import RunStats
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.scoring.scorer import ScorePooling
+    from genoembed.scoring.setup import RunOptions
+    from genoembed.scoring.tables import TableWriter
+    from genoembed.sequences.variants import UnsupportedPolicy
+
+logger = logging.getLogger(__name__)
+
+_PART_BASES = 1 << 18
+"""Bases whose scores are in memory together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantReport:
+    """What a run did."""
+
+    output: str | None
+    """The table; ``-`` is standard output; None where rows were asked for."""
+    vectors: str | None
+    """The HDF5 file of differences of vectors."""
+    rows: tuple[VariantScore, ...]
+    """The table's rows, where no output was named; else empty."""
+    num_rows: int
+    layer: str | None
+    """Module path of the layer that vectors come from."""
+    start_token: str
+    """Id of the token before each stretch's first base, or ``none``."""
+    counts: VariantCounts
+    """What was read, and what was skipped."""
+    stats: RunStats
+    """What the forward passes cost."""
+    seconds: float
+    """Wall time, without loading the model."""
+
+
+def score_variants(
+    vcf: str | PathLike[str],
+    reference: str | PathLike[str],
+    *,
+    model: str | PathLike[str] | GenomicModel = "genoembed-mini",
+    output: str | PathLike[str] | None = None,
+    flank: int = DEFAULT_FLANK,
+    unsupported: UnsupportedPolicy = "skip",
+    layer: int | str | None = None,
+    pooling: ScorePooling = "mean",
+    vectors: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[RunStats], None] | None = None,
+    **options: Any,
+) -> VariantReport:
+    """Score the alleles of a VCF against the reference.
+
+    For each allele the log-likelihood of the stretch of ``flank`` bases on either side is taken with the
+    reference's bases and with the allele's. With ``layer`` both are embedded as well, in the same pass.
+    Columns of the table are the fields of :class:`~genoembed.scoring.variant_rows.VariantScore`; those of
+    vectors are left out without ``layer``.
+
+    Args:
+        vcf: Plain or compressed; ``-`` is standard input.
+        reference: FASTA that the VCF was called against, plain or bgzip; its index is written beside it.
+        model: Name or folder of a causal model, or one that is loaded already.
+        output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
+        flank: Bases on either side of a change, as far as the contig has them.
+        unsupported: Alleles without a sequence (symbolic, breakends, ``*``, ``.``): ``skip``, counted, or
+            ``error``.
+        layer: Where vectors are taken: block number, module path or ``final``.
+        pooling: ``mean``, ``max`` or ``last``, over the bases of the stretch.
+        vectors: HDF5 file for the differences of vectors, alt - ref, a row an allele; needs ``layer``.
+        overwrite: Replace existing files, once the new ones are complete.
+        progress: Called with the running totals after each forward pass.
+        **options: ``rc``, ``start_token``, ``revision``, ``trust_remote_code``, ``dtype`` (float32),
+            ``device``, ``threads`` and ``batch_tokens``, as for ``score``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If options are wrong, alone or together.
+        VariantError: If a row is malformed or does not fit the reference or the model's context.
+        ModelError: If the model is not causal, or has no next-token head.
+        GenoembedError: If input, model or output fail; outputs are then as they were before.
+    """
+    run = run_options(model, options, call="score_variants")
+    run.check(pooling=pooling)
+    table, vector_file = (None if path is None else fspath(path) for path in (output, vectors))
+    _check_outputs(table, vector_file, layer)
+    counts = VariantCounts()
+    contexts = read_variants(vcf, reference, flank=flank, unsupported=unsupported, counts=counts)
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(run.threads))
+        scorer = _build_scorer(run, layer, pooling, progress)
+        started = time.perf_counter()
+        outputs = _Outputs(stack, scorer, table, vector_file, overwrite=overwrite)
+        for scored in _scored(contexts, scorer):
+            outputs.add(scored)
+        if not outputs.num_rows and vector_file is not None:
+            problem = f"no allele is left to score ({counts}), so there is no vector; leave vectors out"
+            raise VariantError(problem, path=fspath(vcf))
+        outputs.finish({"vcf": fspath(vcf), "reference": fspath(reference), "flank": flank}, counts)
+    if counts.skipped:
+        logger.warning("%d alleles without a sequence were skipped: %s", counts.skipped, counts)
+    return VariantReport(
+        output=table,
+        vectors=vector_file,
+        rows=tuple(outputs.rows),
+        num_rows=outputs.num_rows,
+        layer=next(iter(scorer.options.layers), None),
+        start_token=str(scorer.start_token),
+        counts=counts,
+        stats=scorer.stats,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_outputs(table: str | None, vector_file: str | None, layer: int | str | None) -> None:
+    if vector_file is not None and layer is None:
+        message = "vectors are asked for, but no layer; set layer, too"
+        raise ConfigError(message)
+    if vector_file is not None and table == vector_file:
+        message = f"output and vectors are both {table!r}; set vectors to another name"
+        raise ConfigError(message)
+
+
+def _build_scorer(
+    run: RunOptions,
+    layer: int | str | None,
+    pooling: ScorePooling,
+    progress: Callable[[RunStats], None] | None,
+) -> SequenceScorer:
+    loaded = run.load()
+    warn_of_precision(loaded.model)
+    layers = () if layer is None else tuple(info.path for info in loaded.model.resolve(layer))
+    if len(layers) > 1:
+        message = f"layer {layer!r} means {len(layers)} layers; set layer to one of them"
+        raise ConfigError(message)
+    options = ScorerOptions(
+        rc=run.rc,
+        start_token=run.start_token,
+        batch_tokens=run.batch_tokens,
+        layers=layers,
+        pooling=pooling,
+    )
+    return SequenceScorer(loaded, options, on_batch=progress)
+
+
+class _Outputs:
+    """The table, or rows in memory; and the file of vectors, where one is asked for."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        scorer: SequenceScorer,
+        table: str | None,
+        vector_file: str | None,
+        *,
+        overwrite: bool,
+    ) -> None:
+        layers = scorer.options.layers
+        columns = VariantScore._fields if layers else COLUMNS_WITHOUT_VECTORS
+        self.rows: list[VariantScore] = []
+        self.num_rows = 0
+        self._scorer = scorer
+        self._width = len(columns)
+        self._writer: TableWriter | None = None
+        self._deltas: DeltaFile | None = None
+        if table is not None:
+            self._writer = stack.enter_context(open_table(table, columns, overwrite=overwrite))
+        if vector_file is not None:
+            writer = EmbeddingWriter(vector_file, kind="pooled", overwrite=overwrite)
+            self._deltas = DeltaFile(stack.enter_context(writer), layers[0])
+
+    def add(self, scored: ScoredVariant) -> None:
+        """Write or keep a row."""
+        self.num_rows += 1
+        if self._writer is None:
+            self.rows.append(scored.row)
+        else:
+            self._writer.write(scored.row[: self._width])
+        if self._deltas is not None:
+            self._deltas.add(scored)
+
+    def finish(self, inputs: dict[str, object], counts: VariantCounts) -> None:
+        """Complete the file of vectors; the table is complete when its stack ends."""
+        if self._deltas is None:
+            return
+        scorer = self._scorer
+        self._deltas.finish(
+            {
+                "genoembed_version": __version__,
+                "kind": "variant deltas, alt - ref",
+                "model": dict(scorer.model.model.provenance),
+                "layers": list(scorer.options.layers),
+                "config": {**inputs, "pooling": scorer.options.pooling, "rc": scorer.options.rc},
+                "start_token": str(scorer.start_token),
+                "counts": asdict(counts),
+            }
+        )
+
+
+def _scored(contexts: Iterable[VariantContext], scorer: SequenceScorer) -> Iterator[ScoredVariant]:
+    layer = next(iter(scorer.options.layers), None)
+    for part in _parts(contexts):
+        pairs = [allele_records(context) for context in part]
+        for context, pair in zip(part, pairs, strict=True):
+            _check_fit(context, pair, scorer)
+        scores = scorer.score([record for pair in pairs for record in pair])
+        for index, context in enumerate(part):
+            scorer.count(pairs[index][1], scores[2 * index + 1])
+            yield score_alleles(
+                context,
+                scores[2 * index],
+                scores[2 * index + 1],
+                layer=layer,
+                start_token=str(scorer.start_token),
+            )
+
+
+def _check_fit(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> None:
+    """Refuse what would need windows: the alleles of a variant would be cut at different places."""
+    if all(scorer.num_windows(record) == 1 for record in pair):
+        return
+    variant, longest = context.variant, max(len(record.sequence) for record in pair)
+    problem = (
+        f"the stretch around {variant.contig}:{variant.position} has {longest} bases, but the model's "
+        f"context holds {scorer.context_bases}; set flank lower, or leave long variants out"
+    )
+    raise VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)
+
+
+def _parts(contexts: Iterable[VariantContext]) -> Iterator[list[VariantContext]]:
+    part: list[VariantContext] = []
+    bases = 0
+    for context in contexts:
+        part.append(context)
+        bases += len(context.ref_sequence) + len(context.alt_sequence)
+        if bases >= _PART_BASES:
+            yield part
+            part, bases = [], 0
+    if part:
+        yield part

@@ -20,7 +20,7 @@ from genoembed.training.run_config import train_config
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RUN_HERE = ("package_mini.py", "nearest_genes.py")
+RUN_HERE = ("package_mini.py", "nearest_genes.py", "score_variants.py")
 
 
 def run_example(*words: object) -> str:
@@ -105,3 +105,19 @@ def test_nearest_genes_names_a_neighbour_of_every_gene():
     assert {name for name, _, _ in pairs} == names
     assert all(neighbour in names - {name} for name, neighbour, _ in pairs)
     assert all(-1 < float(cosine) <= 1 for _, _, cosine in pairs)
+
+
+def test_score_variants_scores_every_allele_of_the_file():
+    header, *rows = run_example(EXAMPLES / "score_variants.py").splitlines()
+    assert header == "6 alleles, vectors of blocks.28.mlp.l3"
+    cells = [row.split() for row in rows]
+    assert [cell[:3] for cell in cells] == [
+        ["Y36", "27959", "T>C"],
+        ["Y36", "27959", "T>A"],
+        ["K49", "27996", "A>T"],
+        ["K49T", "27997", "A>C"],
+        ["L53del", "28007", "TTTA>T"],
+        ["K178fs", "28388", "AA>A"],
+    ]
+    assert [cell[5] for cell in cells[4:]] == ["28007:TTTA>T", "28384:TA>T"]
+    assert all(abs(float(cell[3])) > 0 and float(cell[4]) > 0 for cell in cells)

@@ -56,7 +56,7 @@ def test_sequence_file_holds_the_stated_records(name):
 
 def test_every_file_is_described_and_small():
     files = [path for path in DATA.iterdir() if path.name != "SOURCES.md" and path.suffix != ".fai"]
-    assert {path.name for path in files} == {*SEQUENCE_FILES, "regions.bed", "regions.gff3"}
+    assert {path.name for path in files} == {*SEQUENCE_FILES, "regions.bed", "regions.gff3", "variants.vcf"}
     described = (DATA / "SOURCES.md").read_text()
     assert all(path.name in described for path in files)
     assert sum(path.stat().st_size for path in files) < 400_000

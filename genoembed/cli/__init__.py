@@ -15,7 +15,18 @@ import click
 from genoembed._version import __version__
 from genoembed.cli.outcome import exit_codes
 
-COMMANDS = ("extract", "layers", "models", "info", "convert", "pretrain", "finetune", "predict", "doctor")
+COMMANDS = (
+    "extract",
+    "layers",
+    "models",
+    "info",
+    "convert",
+    "pretrain",
+    "finetune",
+    "predict",
+    "score",
+    "doctor",
+)
 """Every command, in the order of the help; each is ``command`` in the module of its name."""
 
 

@@ -192,6 +192,7 @@ class SequenceScorer:
             first.setdefault(row.key, row)
         self.stats.repeats += len(rows) - len(first)
         self._run(list(first.values()), records)
+        self.stats.bases_under_way = 0  # from here on they are counted record by record
         for row in rows:
             row.log_probs, row.vectors = first[row.key].log_probs, first[row.key].vectors
         strands: dict[int, list[_Row]] = {}
@@ -271,6 +272,8 @@ class SequenceScorer:
         stats.slots += batch.num_tokens
         stats.real_tokens += int(batch.attention_mask.sum())
         stats.forward_s += time.perf_counter() - started
+        bases = sum(int(row.tokens.num_bases[row.counted].sum()) for row in rows)
+        stats.bases_under_way += bases // (1 if self.options.rc == "none" else 2)
         if self._on_batch is not None:
             self._on_batch(stats)
 

@@ -83,6 +83,13 @@ OPTIONS = {
         *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
         *MESSAGES,
     },
+    "score": {
+        *("--vcf", "--reference", "--rc", "--start-token", "-o", "--output", "--overwrite"),
+        *("--per-base", "--window", "--stride", "--invalid", "--duplicates", "--empty", "--gaps"),
+        *("--keep-case", "--flank", "--unsupported", "--layer", "--pool", "--vectors", "--model"),
+        *("--revision", "--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads"),
+        *MESSAGES,
+    },
     "doctor": MESSAGES,
 }
 CHOICES = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 from genoembed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean", "none"]
 Fusion: TypeAlias = Literal["none", "concat", "mean", "max", "weighted"]
@@ -28,6 +29,8 @@ EmptyPolicy: TypeAlias = Literal["error", "skip"]
 GapPolicy: TypeAlias = Literal["error", "strip"]
 ComputeDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 StorageDtype: TypeAlias = Literal["float32", "float16"]
+FailurePolicy: TypeAlias = Literal["stop", "skip"]
+Engine: TypeAlias = Literal["local", "ray"]
 
 DEFAULT_MODEL = "genoembed-mini"
 
@@ -153,10 +156,67 @@ class OutputConfig:
     out_dtype: StorageDtype = "float32"
     """How values are stored; float16 loses small differences."""
     overwrite: bool = False
-    """Replace an existing file, once the new one is complete."""
+    """Replace an existing file, once the new one is complete; finished units of another run are dropped."""
+    resume: bool = False
+    """Leave an existing file as it is if it is complete and this very run made it."""
 
     def __post_init__(self) -> None:
         _raise_all(field_problems(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How the work is divided, and what happens when a part of it fails."""
+
+    unit_bases: int = 1_000_000
+    """Bases of a work unit, which is embedded and saved as a whole; a longer record is a unit of its own."""
+    on_error: FailurePolicy = "stop"
+    """A record that fails: stop, or leave its vector out (NaN), say so in its flags, and go on."""
+    shard: str | None = None
+    """``I/N``: only every Nth unit, beginning with the Ith; ``genoembed merge`` joins them."""
+    engine: Engine = "local"
+    """This process, or workers of a Ray cluster."""
+    workers: int | None = None
+    """Workers of Ray; None is one a GPU, or one where there is none."""
+    ray_address: str | None = None
+    """Ray cluster to connect to; None starts one here, or takes RAY_ADDRESS."""
+
+    def __post_init__(self) -> None:
+        problems = list(field_problems(self, at_least={"unit_bases": (1, "bases"), "workers": (1, "")}))
+        problems += [] if problems else self._problems()
+        _raise_all(problems)
+
+    def _problems(self) -> Iterator[str]:
+        if self.shard is not None and read_shard(self.shard) is None:
+            yield f"shard is {self.shard!r}; set shard to I/N with I from 1 to N, such as 1/8"
+        for key in ("workers", "ray_address"):
+            if self.engine != "ray" and getattr(self, key) is not None:
+                yield f"{key} is {getattr(self, key)!r}, but engine is {self.engine!r}; set engine to ray"
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which units: number of the first, and from one to the next; ``(0, 1)`` is all of them."""
+        return (0, 1) if self.shard is None else read_shard(self.shard) or (0, 1)
+
+
+def read_shard(text: str) -> tuple[int, int] | None:
+    """Read which share of the units a text means.
+
+    Args:
+        text: ``I/N``, from 1.
+
+    Returns:
+        Number of the first unit, from 0, and the number of shares; None where the text means none.
+
+    Example:
+        >>> read_shard("3/8"), read_shard("9/8")
+        ((2, 8), None)
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        return None
+    part, parts = int(found[1]), int(found[2])
+    return (part - 1, parts) if 1 <= part <= parts else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +228,7 @@ class EmbedConfig:
     embedding: EmbeddingConfig
     windows: WindowConfig
     output: OutputConfig
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         problems = []
@@ -194,8 +255,9 @@ _STAGES = {
     "embedding": EmbeddingConfig,
     "windows": WindowConfig,
     "output": OutputConfig,
+    "run": RunConfig,
 }
-OPTION_STAGE = {field.name: stage for stage, cls in _STAGES.items() for field in fields(cls)}
+OPTION_STAGE = {key.name: stage for stage, cls in _STAGES.items() for key in fields(cls)}
 """The stage that each flat key belongs to."""
 
 

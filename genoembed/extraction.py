@@ -1,14 +1,15 @@
 """From sequence files to an embedding file: the order of the stages, and no maths.
 
-``read -> units -> embed -> write``; the file gets its name when it is complete.
+``read -> units -> embed -> save -> merge``. Each unit is saved as it is done, so that a run that was cut off
+goes on where it was; the file gets its name when it is complete.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,34 +19,40 @@ import torch
 
 from genoembed._version import __version__
 from genoembed.config import embed_config
-from genoembed.contracts import EmbeddingBlock
 from genoembed.engines.carried import CARRIED, carried_options, find_facts
-from genoembed.engines.embedder import EmbeddedUnit, UnitEmbedder
+from genoembed.engines.embedder import UnitEmbedder
+from genoembed.engines.interruption import Interruption
 from genoembed.engines.local import run_units
-from genoembed.engines.overlap import write_behind
-from genoembed.engines.provenance import describe_run
-from genoembed.engines.units import UNIT_BASES, UNIT_RECORDS, iter_units
-from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.engines.pending import PendingUnits
+from genoembed.engines.provenance import describe_run, file_facts, run_identity
+from genoembed.engines.units import iter_units
+from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.models.load import load_model
-from genoembed.pooling.fuse import feature_names
 from genoembed.sequences import InputCounts, read_sequences
-from genoembed.store import EmbeddingWriter, check_output
+from genoembed.store import (
+    InputFacts,
+    Manifest,
+    Merged,
+    Parts,
+    check_output,
+    finish_removal,
+    is_output_of,
+    merge_parts,
+    merged_by,
+    parts_folder,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig, Fusion, Pooling
-    from genoembed.contracts import SequenceRecord, TokenBlock
+    from genoembed.contracts import SequenceRecord
     from genoembed.engines.stats import RunStats
-    from genoembed.engines.units import WorkUnit
-    from genoembed.models.finetuned import FinetunedFacts
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
 
 _LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
-_UNIT_VALUES = 1 << 25
-"""Values of the vectors of a unit: 128 MiB. Two units are held, and a copy of one while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,19 +60,23 @@ class ExtractionReport:
     """What a run did."""
 
     output: Path
-    """The file that was written."""
-    num_rows: int
-    """Rows of the file."""
-    width: int
-    """Features of the primary matrix (of a token, in per-token files)."""
+    """The file that was written, or will be by ``merge``."""
+    num_rows: int | None
+    """Rows of the file; None where a share of the units was made, and ``merge`` makes the file."""
+    width: int | None
+    """Features of the primary matrix (of a token, in per-token files); None likewise."""
     layers: tuple[str, ...]
     """Module paths of the layers that were taken."""
+    failed: Mapping[str, str]
+    """Records without a vector (NaN in the file), by id: why."""
+    shard: str | None
+    """Which share of the units was made; None is all."""
     counts: InputCounts
     """What was read, and what the input policies did."""
     stats: RunStats
     """What the forward passes cost."""
     seconds: float
-    """Wall time of the run, without loading the model."""
+    """Wall time of the run, without loading the model; 0 where everything was there."""
 
 
 def extract(
@@ -124,11 +135,138 @@ def extract(
             **carried_options(facts, {name: given[name] for name in CARRIED if name in given}),
         }
     )
-    _check_files(config)
+    output_is_there = _check_files(config)
     if not isinstance(model, str):
         _check_loading(options)
     counts = InputCounts()
-    records = read_sequences(
+    records = _read(config, counts)
+    with _threads(config.model.threads):
+        loaded = _load(config) if isinstance(model, str) else model
+        interruption = Interruption()
+        embedder = UnitEmbedder(loaded, config, on_batch=progress, facts=facts, interruption=interruption)
+        logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
+        manifest = _manifest(config, embedder)
+        if output_is_there and (merged := _already_there(config, manifest)) is not None:
+            return _report(config, embedder, counts, merged, seconds=0.0)
+        with interruption.watched():
+            return _run(config, embedder, manifest, records, counts)
+
+
+def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
+    """Join the work units that several processes embedded (``shard``) to the output.
+
+    Args:
+        output: The file that they were told to write.
+        overwrite: True where an existing file is replaced.
+
+    Returns:
+        What was written. The parts are removed.
+
+    Raises:
+        StoreError: If there are no parts, units are missing, the file exists and must stay, or it cannot be
+            written; the parts stay then.
+    """
+    parts = Parts.find(output)
+    if parts is None:
+        problem = f"there is no {str(parts_folder(output))!r} to merge; give the output of the extract runs"
+        raise StoreError(problem, path=fspath(output))
+    if is_output_of(parts):
+        return finish_removal(parts)
+    check_output(output, overwrite=overwrite)
+    return merge_parts(parts, overwrite=overwrite)
+
+
+def _check_files(config: EmbedConfig) -> bool:
+    """Refuse an output that is one of the files to be read, or that is there and must stay.
+
+    Gives whether it is there and may be that of this very run.
+    """
+    output, overwrite = config.output.output, config.output.overwrite
+    parts = Parts.find(output)
+    may_stay = config.output.resume or (parts is not None and is_output_of(parts))
+    target = check_output(output, overwrite=overwrite or may_stay)
+    for name in (*config.input.inputs, *config.input.regions):
+        if target.exists() and Path(name).exists() and target.samefile(name):
+            message = f"output is {output!r}, which is to be read; set output to another name"
+            raise ConfigError(message)
+    return target.exists() and may_stay
+
+
+def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
+    """Tell what is in an output that this very run has made; None where it is to be made again."""
+    parts = Parts.find(config.output.output)
+    if parts is not None and parts.manifest.digest == manifest.digest and is_output_of(parts):
+        return finish_removal(parts)  # it was cut off in the middle of that
+    if parts is None and config.output.resume:
+        inputs = [file_facts(name) for name in config.input.inputs]
+        found = merged_by(config.output.output, manifest.digest, inputs)
+        if found is not None:
+            return found
+    if config.output.overwrite:
+        return None
+    problem = (
+        "exists already, and other settings, weights or input made it; set overwrite to true, or output to "
+        "another name"
+    )
+    raise StoreError(problem, path=config.output.output)
+
+
+def _manifest(config: EmbedConfig, embedder: UnitEmbedder) -> Manifest:
+    trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
+    return Manifest(
+        identity={"genoembed": __version__, **run_identity(config, embedder)},
+        provenance={"genoembed_version": __version__, **describe_run(config, embedder), **trained},
+        out_dtype=config.output.out_dtype,
+        num_shares=config.run.share[1],
+    )
+
+
+def _run(
+    config: EmbedConfig,
+    embedder: UnitEmbedder,
+    manifest: Manifest,
+    records: Iterator[SequenceRecord],
+    counts: InputCounts,
+) -> ExtractionReport:
+    """Embed the units that are not finished yet, and merge them unless others have a share."""
+    started = time.perf_counter()
+    parts = Parts.begin(config.output.output, manifest, drop_other=config.output.overwrite)
+    first, step = config.run.share
+    pending = PendingUnits(
+        iter_units(records, max_bases=embedder.unit_bases, max_records=embedder.unit_records),
+        parts,
+        embedder.stats,
+        first=first,
+        step=step,
+    )
+    with _keeping_units(parts, alone=step == 1), parts.lock(f"shard-{first + 1}-of-{step}"):
+        run_units(pending, embedder, parts.save)
+        if not pending.num_units:
+            raise _nothing_to_embed(config, counts)
+        parts.close_input(_input_facts(config, counts, pending.num_units))
+        merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
+    if merged is not None:
+        counts.windows = merged.num_windows
+    return _report(config, embedder, counts, merged, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
+    """Say at a failure which units are kept; where there are none, nothing is left behind."""
+    try:
+        yield
+    except BaseException as error:
+        num_units = parts.num_saved()
+        if num_units:
+            units = "1 finished unit is" if num_units == 1 else f"{num_units} finished units are"
+            error.add_note(f"{units} kept in {parts.folder}: run the same command again to go on")
+        elif alone:
+            parts.remove()
+        raise
+
+
+def _read(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceRecord]:
+    return read_sequences(
         config.input.inputs,
         invalid=config.input.invalid,
         duplicates=config.input.duplicates,
@@ -139,33 +277,44 @@ def extract(
         flank=config.input.flank,
         counts=counts,
     )
-    with _threads(config.model.threads):
-        loaded = _load(config) if isinstance(model, str) else model
-        embedder = UnitEmbedder(loaded, config, on_batch=progress, facts=facts)
-        logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
-        started = time.perf_counter()
-        with closing(run_units(_units(records, embedder, config), embedder)) as done:
-            num_rows, width = _write(done, config, embedder, counts, facts)
-    seconds = time.perf_counter() - started
-    logger.debug("%s: complete, rows: %d, seconds: %.1f", config.output.output, num_rows, seconds)
+
+
+def _input_facts(config: EmbedConfig, counts: InputCounts, num_units: int) -> InputFacts:
+    return InputFacts(
+        num_units=num_units,
+        counts=asdict(counts),
+        inputs=[file_facts(name) for name in config.input.inputs],
+        regions=[file_facts(name) for name in config.input.regions],
+    )
+
+
+def _nothing_to_embed(config: EmbedConfig, counts: InputCounts) -> EmptyRecordError:
+    problem = (
+        f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
+        f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
+    )
+    return EmptyRecordError(problem, path=", ".join(config.input.inputs))
+
+
+def _report(
+    config: EmbedConfig,
+    embedder: UnitEmbedder,
+    counts: InputCounts,
+    merged: Merged | None,
+    *,
+    seconds: float,
+) -> ExtractionReport:
     return ExtractionReport(
         output=Path(config.output.output),
-        num_rows=num_rows,
-        width=width,
+        num_rows=None if merged is None else merged.num_rows,
+        width=None if merged is None else merged.width,
         layers=embedder.layers,
+        failed={} if merged is None else dict(merged.failed),
+        shard=config.run.shard,
         counts=counts,
         stats=embedder.stats,
         seconds=seconds,
     )
-
-
-def _check_files(config: EmbedConfig) -> None:
-    """Refuse an output that is there already, or that is one of the files to be read."""
-    target = check_output(config.output.output, overwrite=config.output.overwrite)
-    for name in (*config.input.inputs, *config.input.regions):
-        if target.exists() and Path(name).exists() and target.samefile(name):
-            message = f"output is {config.output.output!r}, which is to be read; set output to another name"
-            raise ConfigError(message)
 
 
 def _check_loading(options: Mapping[str, object]) -> None:
@@ -188,16 +337,6 @@ def _threads(wanted: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _units(
-    records: Iterable[SequenceRecord], embedder: UnitEmbedder, config: EmbedConfig
-) -> Iterator[WorkUnit]:
-    """Group records so that the vectors of a unit, which are held until it is written, stay within bounds."""
-    max_vectors = max(1, _UNIT_VALUES // embedder.width_bound)
-    per_vector = embedder.bases_per_vector
-    max_bases = UNIT_BASES if per_vector is None else min(UNIT_BASES, max_vectors * per_vector)
-    return iter_units(records, max_bases=max_bases, max_records=min(UNIT_RECORDS, max_vectors))
-
-
 def _load(config: EmbedConfig) -> GenomicModel:
     return load_model(
         config.model.model,
@@ -206,53 +345,6 @@ def _load(config: EmbedConfig) -> GenomicModel:
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
     )
-
-
-def _write(
-    done: Iterator[EmbeddedUnit],
-    config: EmbedConfig,
-    embedder: UnitEmbedder,
-    counts: InputCounts,
-    facts: FinetunedFacts | None,
-) -> tuple[int, int]:
-    """Build rows and write them, in a thread, while the next unit runs; gives rows and width."""
-    first = next(done, None)
-    if first is None:
-        problem = (
-            f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
-            f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
-        )
-        raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
-    first_block = embedder.rows(first)  # says which record it is, if nothing of it is left to pool
-    is_pooled = isinstance(first_block, EmbeddingBlock)
-    names = _feature_names(config, embedder.layer_widths)
-    with EmbeddingWriter(
-        config.output.output,
-        kind="pooled" if is_pooled else "tokens",
-        dtype=config.output.out_dtype,
-        feature_names=names if is_pooled else None,
-        overwrite=config.output.overwrite,
-    ) as writer:
-
-        def write(done: EmbeddedUnit | EmbeddingBlock | TokenBlock) -> None:
-            writer.append(embedder.rows(done) if isinstance(done, EmbeddedUnit) else done)
-
-        with write_behind(write, depth=1) as put:
-            put(first_block)
-            del first, first_block  # a unit may be large, and the run long
-            for unit in done:
-                put(unit)
-                del unit
-        counts.windows = embedder.stats.windows
-        trained = {} if facts is None else {"finetuned": dict(facts.values)}
-        writer.finish({"genoembed_version": __version__, **describe_run(config, embedder, counts), **trained})
-        return writer.num_rows, len(names)
-
-
-def _feature_names(config: EmbedConfig, layer_widths: Mapping[str, int]) -> tuple[str, ...]:
-    """Names of the columns of the primary matrix."""
-    names = feature_names(layer_widths, method=config.embedding.fusion, strands=config.embedding.rc)
-    return next(iter(names.values()))
 
 
 def _as_strings(value: object) -> tuple[str, ...]:

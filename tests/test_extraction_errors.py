@@ -127,18 +127,24 @@ def test_what_does_not_go_with_the_model_is_reported_at_once(fasta):
         (">none\n", EmptyRecordError, r"record 'none': has no bases"),
     ],
 )
-def test_bad_record_at_the_end_leaves_nothing_behind(tail, error, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "genoembed.extraction.UNIT_BASES", 5
-    )  # the first record is written when the bad one is read
+def test_bad_record_at_the_end_keeps_what_is_finished(tail, error, message, tmp_path):
     fasta = write_fasta(tmp_path / "input.fa", RECORDS)
     with fasta.open("a") as file:
         file.write(tail)
     appended = []
-    with pytest.raises(error, match=message):
-        extract(fasta, model=model_of("llama"), progress=lambda stats: appended.append(stats.records))
+    with pytest.raises(error, match=message) as caught:
+        extract(
+            fasta,
+            model=model_of("llama"),
+            progress=lambda stats: appended.append(stats.records),
+            unit_bases=5,  # the first record is saved when the bad one is read
+        )
     assert max(appended) == 1
-    assert names_in(tmp_path) == ["input.fa"]
+    assert names_in(tmp_path) == ["input.fa", "input.parts"]
+    (note,) = caught.value.__notes__
+    assert (
+        note == f"1 finished unit is kept in {tmp_path / 'input.parts'}: run the same command again to go on"
+    )
 
 
 def test_error_in_the_middle_leaves_an_earlier_output_as_it_was(tmp_path):
@@ -246,7 +252,7 @@ def test_reading_and_writing_happen_beside_the_forward_passes(fasta, tmp_path, m
     assert where == {
         "model": {threading.current_thread().name},
         "encode": {"genoembed-reading"},
-        "append": {"genoembed-writing"},
+        "append": {"genoembed-writing", threading.current_thread().name},  # saved, then merged
     }
 
 
@@ -261,7 +267,6 @@ def test_no_thread_outlives_a_run(tail, tmp_path):
 
 
 def test_error_of_writing_is_the_error_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.extraction.UNIT_BASES", 5)
     fasta = write_fasta(tmp_path / "input.fa", {str(index): "ACGTA" for index in range(30)})
     appended = []
 
@@ -271,6 +276,6 @@ def test_error_of_writing_is_the_error_of_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EmbeddingWriter, "append", append)
     with pytest.raises(StoreError, match="the disk is full"):
-        extract(fasta, model=model_of("llama"))
+        extract(fasta, model=model_of("llama"), unit_bases=5)
     assert appended == [1]
     assert names_in(tmp_path) == ["input.fa"]

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 import genoembed
 from genoembed.cli.options import GroupedCommand, config_option
-from genoembed.cli.outcome import promise_output
+from genoembed.cli.outcome import INCOMPLETE, promise_output
 from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.cli.reporting import json_option, reporting_options
 from genoembed.cli.summary import as_json as report_as_json
@@ -25,6 +25,7 @@ VECTORS = "What is taken"
 WINDOWS = "Long sequences"
 INPUT = "Input"
 OUTPUT = "Output"
+RUN = "The run"
 CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
 """What a fine-tuned model knows by itself."""
 
@@ -60,7 +61,17 @@ def _is_left_out(key: str) -> bool:
     metavar="FILE",
     help="The HDF5 file to write; without it, the first INPUT's name with .h5 (embeddings.h5 for '-').",
 )
-@config_option(key="overwrite", group=OUTPUT, help="Replace FILE, once the new one is complete.")
+@config_option(
+    key="overwrite",
+    group=OUTPUT,
+    help="Replace FILE, once the new one is complete; finished units of another run are dropped.",
+)
+@config_option(
+    key="resume",
+    group=OUTPUT,
+    help="If FILE is complete and this very run made it, leave it and be done. A run that was cut off goes "
+    "on where it was in any case.",
+)
 @config_option(
     key="out_dtype", group=OUTPUT, help="Type of the stored values; float16 loses small differences."
 )
@@ -157,6 +168,39 @@ def _is_left_out(key: str) -> bool:
 @config_option(key="empty", group=INPUT, help="A record without bases: stop, or skip it.")
 @config_option(key="gaps", group=INPUT, help="Gap letters (- . *): stop, or take them out.")
 @config_option(key="keep_case", group=INPUT, help="Leave soft-masked bases in lower case.")
+@config_option(
+    key="on_error",
+    group=RUN,
+    help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or leave its "
+    "vector NaN, flag it, and exit with 3 at the end.",
+)
+@config_option(
+    key="unit_bases",
+    group=RUN,
+    metavar="BASES",
+    help="Bases of a work unit: what is saved at a time, and lost at most when a run is cut off.",
+)
+@config_option(
+    key="shard",
+    group=RUN,
+    metavar="I/N",
+    help="Do every Nth unit only, beginning with the Ith, as one of N jobs; 'genoembed merge FILE' joins "
+    "them.",
+)
+@config_option(
+    key="engine",
+    group=RUN,
+    help="Who does the work: this process, or workers of a Ray cluster (pip install 'genoembed[ray]').",
+)
+@config_option(
+    key="workers", group=RUN, metavar="N", help="Workers of Ray; without it, one a GPU, or a single one."
+)
+@config_option(
+    key="ray_address",
+    group=RUN,
+    metavar="HOST:PORT",
+    help="Ray cluster to connect to, or auto; without it, RAY_ADDRESS, or one that is started here.",
+)
 @json_option
 @reporting_options
 def command(*, as_json: bool, **options: Any) -> None:
@@ -174,3 +218,5 @@ def command(*, as_json: bool, **options: Any) -> None:
     for line in details(report):
         _logger.info("%s", line)
     click.echo(json.dumps(report_as_json(report)) if as_json else headline(report))
+    if report.failed:
+        raise click.exceptions.Exit(INCOMPLETE)

@@ -18,10 +18,12 @@ from genoembed.cli.options import in_command_line_words
 from genoembed.errors import GenoembedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
 INTERRUPTED = 130
+INCOMPLETE = 3
+"""Done, but some records failed and have no vector."""
 _PROMISED = "genoembed.cli.outcome.promised"
 
 
@@ -59,8 +61,9 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
             yield
         except GenoembedError as error:
             raise click.ClickException(_one_line(error)) from error
-        except KeyboardInterrupt:
-            click.echo(_interruption(ctx.meta.get(_PROMISED)), err=True)
+        except KeyboardInterrupt as interruption:
+            notes = getattr(interruption, "__notes__", ())
+            click.echo(_interruption(ctx.meta.get(_PROMISED), notes), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             _write_to_nobody()
@@ -89,14 +92,14 @@ def _one_line(error: GenoembedError) -> str:
     return in_command_line_words(" ".join(text.splitlines()))
 
 
-def _interruption(promised: _Promised | None) -> str:
+def _interruption(promised: _Promised | None, notes: Sequence[str]) -> str:
     if promised is None:
         return "Interrupted."
     path, before = promised
     if _identity(path) != before:
         return f"Interrupted: {path} had been written already and is complete."
     kept = f"nothing was written to {path}" if before is None else f"{path} is as it was, nothing was written"
-    return f"Interrupted: {kept}; run the command again to start over."
+    return f"Interrupted: {kept}; {'; '.join(notes) or 'run the command again to start over'}."
 
 
 def _identity(path: str) -> tuple[int, int] | None:

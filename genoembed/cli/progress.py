@@ -35,6 +35,14 @@ class RunTotals(Protocol):
         """Bases of other records that are done; grows batch by batch."""
 
     @property
+    def bases_kept(self) -> int:
+        """Bases that an earlier run had finished."""
+
+    @property
+    def records_kept(self) -> int:
+        """Records that an earlier run had finished."""
+
+    @property
     def padding_share(self) -> float:
         """Share of the model's slots that held padding."""
 
@@ -45,11 +53,11 @@ class RunTotals(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """Where a run stands."""
+    """Where a run stands, what an earlier run had finished included."""
 
     records: int
     bases: int
-    """Bases that went through the model; overlap of windows and the second strand count once."""
+    """Bases that are done; overlap of windows and the second strand count once."""
     bases_per_s: float
     padding_share: float
     elapsed_s: float
@@ -91,14 +99,15 @@ class Meter:
         now = self._clock()
         if self._started is None:
             self._started = now - totals.forward_s
-        bases = totals.bases + totals.bases_under_way
+        here = totals.bases + totals.bases_under_way
+        bases = here + totals.bases_kept
         elapsed = max(now - self._started, 1e-9)
-        rate = bases / elapsed
+        rate = here / elapsed
         left = None
         if self.expected_bases is not None and rate > 0:
             left = max(self.expected_bases - bases, 0) / rate
         return Reading(
-            records=totals.records,
+            records=totals.records + totals.records_kept,
             bases=bases,
             bases_per_s=rate,
             padding_share=totals.padding_share,

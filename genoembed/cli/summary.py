@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from genoembed.cli.text import count, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from genoembed import ExtractionReport, InputCounts
 
 _LAYERS_SHOWN = 4
+_FAILED_SHOWN = 5
 POLICY_WORDS = {
     "upper_cased": ("soft-masked base", "upper-cased"),
     "rna_to_dna": ("RNA letter", "read as DNA (U as T)"),
@@ -33,6 +38,9 @@ def headline(report: ExtractionReport) -> str:
     Returns:
         File, shape and layers.
     """
+    if report.num_rows is None or report.width is None:
+        units = count(report.stats.units + report.stats.units_kept, "unit")
+        return f"{report.output}: share {report.shard} is done, {units}"
     shown = ", ".join(report.layers[:_LAYERS_SHOWN])
     rest = len(report.layers) - _LAYERS_SHOWN
     layers = f"{shown} and {rest} more" if rest > 0 else shown
@@ -57,7 +65,43 @@ def details(report: ExtractionReport) -> list[str]:
         *policy_lines(counts),
         f"{count(stats.batches, 'forward pass', 'forward passes')}, {stats.padding_share:.1%} padding, "
         f"{tokens_per_s(report):,.0f} tokens/s, {took}",
+        *kept_lines(report),
+        *([failure_line(report.failed)] if report.failed else []),
     ]
+
+
+def kept_lines(report: ExtractionReport) -> list[str]:
+    """Say what an earlier run had finished, and what is left to do.
+
+    Args:
+        report: The run.
+
+    Returns:
+        Lines, perhaps none.
+    """
+    stats = report.stats
+    lines = []
+    if stats.units_kept:
+        before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
+        lines.append(f"{before} had been finished before and were not run again")
+    if report.num_rows is None:
+        lines.append(f"when all shares are done: genoembed merge {shlex.quote(str(report.output))}")
+    return lines
+
+
+def failure_line(failed: Mapping[str, str]) -> str:
+    """Name the records without a vector.
+
+    Args:
+        failed: Their ids, and why.
+
+    Returns:
+        One line.
+    """
+    named = ", ".join(f"{name} ({why})" for name, why in islice(failed.items(), _FAILED_SHOWN))
+    rest = len(failed) - _FAILED_SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{count(len(failed), 'record')} failed, without a vector: {named}{more}"
 
 
 def policy_lines(counts: InputCounts) -> list[str]:

@@ -8,27 +8,31 @@ encode, pad), ``run`` (forward, pool) and ``rows`` (merge windows, strands and l
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from genoembed.contracts import EmbeddingBlock
 from genoembed.engines.carried import finisher
 from genoembed.engines.forward import BatchRunner
+from genoembed.engines.interruption import Interruption
 from genoembed.engines.pieces import Cutter
 from genoembed.engines.rows import RowBuilder, Taken
 from genoembed.engines.slabs import SlabBuilder
 from genoembed.engines.stats import RunStats, UnitTally
+from genoembed.engines.units import UNIT_RECORDS
 from genoembed.engines.vectors import PieceVectors
-from genoembed.errors import ConfigError
+from genoembed.errors import ConfigError, ModelError
+from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import check_pooling
+from genoembed.store import UnitRecord, UnitRows
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig
-    from genoembed.contracts import EmbeddingBlock, TokenBlock, Window
+    from genoembed.contracts import Window
+    from genoembed.engines.forward import RunPieces
     from genoembed.engines.pieces import Piece
     from genoembed.engines.rows import TakenPieces
     from genoembed.engines.slabs import Slab
@@ -45,6 +49,9 @@ LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _WIDE = 16384
 _PROBE = b"ACGT" * 6
+_UNIT_VALUES = 1 << 25
+"""Values of the vectors of a unit: 128 MiB. Two units are held, and a copy of one while it is written."""
+_COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +63,10 @@ class EmbeddedUnit:
     """Windows of each record, on the forward strand."""
     taken: TakenPieces
     vectors: PieceVectors
+    failed: Mapping[int, str]
+    """Records that have no vector, by index: why."""
+    stats: Mapping[str, float]
+    """What its forward passes cost."""
 
 
 class UnitEmbedder:
@@ -66,6 +77,7 @@ class UnitEmbedder:
         config: What to do.
         on_batch: Called with the running totals after each forward pass.
         facts: What a fine-tuned model says about its vectors.
+        interruption: Holds Ctrl-C back while a forward pass runs.
 
     Raises:
         ConfigError: If pooling, fusion, windows or strands do not go with the model.
@@ -79,11 +91,13 @@ class UnitEmbedder:
         *,
         on_batch: Callable[[RunStats], None] | None = None,
         facts: FinetunedFacts | None = None,
+        interruption: Interruption | None = None,
     ) -> None:
         self.model = model
         self.config = config
         infos = model.resolve(config.embedding.layers)
         self.layers = tuple(info.path for info in infos)
+        self.facts = facts
         self.num_strands = 1 if config.embedding.rc == "none" else 2
         self.width_bound = sum(info.width or _WIDE for info in infos) * self.num_strands
         """Features of all layers and strands together; where a layer's are not known before it has run, a
@@ -93,14 +107,17 @@ class UnitEmbedder:
         )
         """Slots of a forward pass, padding included."""
         self.stats = RunStats()
+        self._skips_failed = config.run.on_error == "skip"
         self._runner = BatchRunner(
             model,
             self.layers,
             config.embedding,
             self.stats,
             block_tokens=max(self.batch_tokens, LEAST_BLOCK_TOKENS),
+            skips_failed=self._skips_failed,
         )
         self._on_batch = on_batch
+        self._interruption = interruption or Interruption()
         encoder = build_encoder(model.tokenizer)
         self._check(encoder)
         self._cutter = Cutter(
@@ -118,6 +135,7 @@ class UnitEmbedder:
             batch_tokens=self.batch_tokens,
             equal_lengths=model.padding == "equal",
             rounds_lengths=model.carries_state,
+            skips_failed=self._skips_failed,
         )
         self._rows = RowBuilder(
             layers=self.layers,
@@ -126,7 +144,7 @@ class UnitEmbedder:
             finish=finisher(facts, config.embedding, self.layers),
         )
 
-    def __call__(self, unit: WorkUnit) -> EmbeddingBlock | TokenBlock:
+    def __call__(self, unit: WorkUnit) -> UnitRows:
         """Embed the records of a unit.
 
         Args:
@@ -151,6 +169,22 @@ class UnitEmbedder:
         return self._runner.layer_widths
 
     @property
+    def unit_bases(self) -> int:
+        """Bases of a work unit: as configured, but so few that its vectors stay within bounds."""
+        per_vector = self.bases_per_vector
+        asked = self.config.run.unit_bases
+        return asked if per_vector is None else min(asked, self._unit_vectors * per_vector)
+
+    @property
+    def unit_records(self) -> int:
+        """Records of a work unit at most."""
+        return min(UNIT_RECORDS, self._unit_vectors)
+
+    @property
+    def _unit_vectors(self) -> int:
+        return max(1, _UNIT_VALUES // self.width_bound)
+
+    @property
     def bases_per_vector(self) -> int | None:
         """Least bases of a sequence that give a vector of their own; None where a sequence is never cut."""
         if self.config.embedding.pooling == "none":
@@ -172,7 +206,7 @@ class UnitEmbedder:
         """
         yield from self._slabs.slabs(units)
 
-    def run(self, slabs: Iterable[Slab]) -> Iterator[EmbeddedUnit]:
+    def run(self, slabs: Iterable[Slab]) -> Generator[EmbeddedUnit, None, None]:
         """Run the model.
 
         Args:
@@ -192,11 +226,19 @@ class UnitEmbedder:
                 progress = _UnitProgress(slab, self.stats, num_strands=self.num_strands)
             progress.open(slab)
             for work in slab.batches:
-                progress.take(work.pieces, self._runner.run(work, slab.unit.records))
+                with self._interruption.held():
+                    for done in self._runner.run(work, slab.unit.records):
+                        progress.take(done)
                 self._report()
             if slab.is_last:
+                self.stats.units += 1
                 embedded = EmbeddedUnit(
-                    unit=slab.unit, cuts=slab.cuts, taken=progress.taken, vectors=progress.vectors
+                    unit=slab.unit,
+                    cuts=slab.cuts,
+                    taken=progress.taken,
+                    vectors=progress.vectors,
+                    failed=progress.failed,
+                    stats=progress.cost(),
                 )
                 progress = None
                 self._report()
@@ -204,7 +246,7 @@ class UnitEmbedder:
                 yield embedded
                 del embedded
 
-    def rows(self, embedded: EmbeddedUnit) -> EmbeddingBlock | TokenBlock:
+    def rows(self, embedded: EmbeddedUnit) -> UnitRows:
         """Build the rows of a unit; a thread may do it.
 
         Args:
@@ -214,9 +256,47 @@ class UnitEmbedder:
             Rows in the unit's order: a row a record, or a row a window.
 
         Raises:
-            EmptyPoolError: If nothing of a record is left to pool.
+            EmptyPoolError: If nothing of a record is left to pool, and failures stop.
+            ModelError: If no record of the unit has a vector, and their width is not known.
         """
-        return self._rows.build(embedded.unit.records, embedded.cuts, embedded.taken, embedded.vectors)
+        unit, failed = embedded.unit, dict(embedded.failed)
+        if self._skips_failed:
+            failed = self._rows.nothing_left(unit.records, embedded.cuts, embedded.taken) | failed
+        if failed and not self.layer_widths:
+            first, reason = next(iter(failed.items()))
+            message = (
+                f"record {unit.records[first].id!r}: {reason}, and no other record has a vector yet that "
+                "would tell how wide vectors are; look at the input and the model's settings"
+            )
+            raise ModelError(message)
+        names = self.feature_names
+        block = self._rows.build(
+            unit.records,
+            embedded.cuts,
+            embedded.taken,
+            embedded.vectors,
+            failed,
+            widths={name: len(columns) for name, columns in names.items()},
+        )
+        record = UnitRecord(
+            number=unit.number,
+            content=unit.content,
+            first=unit.records[0].id,
+            last=unit.records[-1].id,
+            num_records=len(unit.records),
+            num_bases=unit.num_bases,
+            num_rows=len(block.rows),
+            stats=embedded.stats,
+            failed={unit.records[index].id: reason for index, reason in sorted(failed.items())},
+        )
+        primary = next(iter(names.values())) if isinstance(block, EmbeddingBlock) else None
+        return UnitRows(record=record, block=block, feature_names=primary)
+
+    @property
+    def feature_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the columns of each matrix; empty before the first batch."""
+        method, strands = self.config.embedding.fusion, self.config.embedding.rc
+        return feature_names(self.layer_widths, method=method, strands=strands) if self.layer_widths else {}
 
     def _report(self) -> None:
         if self._on_batch is not None:
@@ -253,25 +333,46 @@ class _UnitProgress:
         self._tally = UnitTally(slab, stats, num_strands=num_strands)
         self._numbers: dict[bytes, int] = {}
         self._followers: dict[bytes, list[Piece]] = defaultdict(list)
+        self._spoiled: dict[bytes, str] = {}
+        self._before = asdict(stats)
+        self.failed: dict[int, str] = {}
 
     def open(self, slab: Slab) -> None:
         """Take a slab in: what need not run is done, or waits for the piece that it repeats."""
         self._tally.open(slab)
+        self.failed.update(slab.failed)
         for piece in slab.empty:
             self._tally.settle(piece)
         self._stats.repeats += len(slab.repeats)
         for piece in slab.repeats:
             if piece.content in self._numbers:
                 self._keep(piece)
+            elif piece.content in self._spoiled:
+                self._fail(piece, self._spoiled[piece.content])
             else:
                 self._followers[piece.content].append(piece)
 
-    def take(self, pieces: Sequence[Piece], vectors: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
-        """Keep what the pieces of a batch gave."""
-        for piece, number in zip(pieces, self.vectors.add(vectors), strict=True):
+    def take(self, done: RunPieces) -> None:
+        """Keep what some pieces of a batch gave."""
+        for piece, reason in done.failed:
+            self._spoiled[piece.content] = reason
+            for same in (piece, *self._followers.pop(piece.content, ())):
+                self._fail(same, reason)
+        if not done.pieces:
+            return
+        for piece, number in zip(done.pieces, self.vectors.add(done.vectors), strict=True):
             self._numbers[piece.content] = number
             for same in (piece, *self._followers.pop(piece.content, ())):
                 self._keep(same)
+
+    def cost(self) -> dict[str, float]:
+        """Say what the unit's forward passes cost, when it is done."""
+        now = asdict(self._stats)
+        return {name: now[name] - self._before[name] for name in _COSTS}
+
+    def _fail(self, piece: Piece, reason: str) -> None:
+        self.failed[piece.record_index] = reason
+        self._tally.settle(piece)
 
     def _keep(self, piece: Piece) -> None:
         taken = Taken(number=self._numbers[piece.content], weight=piece.num_bases)

@@ -8,26 +8,48 @@ B rows, L padded length, D hidden size, T tokens.
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from genoembed.contracts import Batch
+from genoembed.engines.slabs import PieceBatch
 from genoembed.errors import ModelError, NonFiniteError
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import pool
 from genoembed.pooling.running import RunningPool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from genoembed.config import EmbeddingConfig, Pooling
-    from genoembed.contracts import Batch, SequenceRecord
-    from genoembed.engines.slabs import PieceBatch
+    from genoembed.contracts import SequenceRecord
+    from genoembed.engines.pieces import Piece
     from genoembed.engines.stats import RunStats
     from genoembed.models.genomic_model import GenomicModel
+
+logger = logging.getLogger(__name__)
+
+_LEAST_BLOCK = 64
+"""Positions of a block, when memory is short."""
+_CPU_ALLOCATOR = "DefaultCPUAllocator: "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPieces:
+    """What some pieces of a batch gave."""
+
+    pieces: tuple[Piece, ...]
+    vectors: Mapping[str, Tensor | Sequence[Tensor]]
+    """By layer, float32 on the CPU: ``(P, D)`` where they are pooled, else ``(T, D)`` for each piece."""
+    failed: tuple[tuple[Piece, str], ...] = ()
+    """Pieces without vectors, and why."""
 
 
 class BatchRunner:
@@ -39,6 +61,7 @@ class BatchRunner:
         embedding: How they are pooled and fused.
         stats: The totals to add to.
         block_tokens: Longer rows run block by block, if the model carries its state from one to the next.
+        skips_failed: Whether pieces that fail are named and left out; they stop the run otherwise.
     """
 
     def __init__(
@@ -49,7 +72,10 @@ class BatchRunner:
         stats: RunStats,
         *,
         block_tokens: int,
+        skips_failed: bool = False,
     ) -> None:
+        self.max_slots = sys.maxsize
+        """Slots of a pass that memory holds, as far as is known: halved when it did not."""
         self.layer_widths: dict[str, int] = {}
         """Features of each layer; empty before the first batch."""
         self._model = model
@@ -57,59 +83,125 @@ class BatchRunner:
         self._embedding = embedding
         self._stats = stats
         self._block_tokens = block_tokens
+        self._skips_failed = skips_failed
 
-    def run(
-        self, work: PieceBatch, records: Sequence[SequenceRecord]
-    ) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """Run one batch.
+    def run(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> Iterator[RunPieces]:
+        """Run one batch, in parts where memory does not hold it as a whole.
+
+        Memory that is short once is short again: batches that follow are divided from the start.
 
         Args:
             work: The batch; each row has a token that counts.
             records: Of the unit, for errors.
 
-        Returns:
-            Vectors by layer, float32 on the CPU: one matrix ``(B, D)`` where they are pooled, else ``(T, D)``
-            for each piece.
+        Yields:
+            Pieces and what they gave; together those of the batch.
 
         Raises:
-            ModelError: If the device's memory does not hold the pass.
-            NonFiniteError: If the model gives NaN or infinity.
+            ModelError: If the device's memory does not hold the pass of a single piece, and failures stop.
+            NonFiniteError: If the model gives NaN or infinity, and failures stop.
             ShapeError: If layers of unequal widths are to be fused element by element.
         """
-        pooling = _BatchPooling(self._embedding.pooling, work.batch)
-        taken = self._forward(work.batch, pooling)
+        waiting = [range(len(work.pieces))]
+        length = work.batch.input_ids.shape[1]
+        while waiting:
+            rows = waiting.pop()
+            if len(rows) > 1 and len(rows) * length > self.max_slots:
+                half = len(rows) // 2
+                waiting += [rows[half:], rows[:half]]
+                continue
+            part = _rows_of(work, rows)
+            try:
+                taken, pooling = self._forward(part.batch)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                problem = None if self._back_off(part) else self._no_memory(part)
+                if problem is None:
+                    waiting.append(rows)
+                    continue
+                if not self._skips_failed:
+                    raise problem from error
+                yield RunPieces(pieces=(), vectors={}, failed=((part.pieces[0], "no memory"),))
+                continue
+            yield self._checked(part, taken, pooling, records)
+
+    def _back_off(self, part: PieceBatch) -> bool:
+        """Halve what a pass may hold; False where it holds a single piece that cannot be divided."""
+        _free_cache(self._model.device)
+        num_rows, length = part.batch.input_ids.shape
+        if num_rows > 1:
+            self.max_slots = num_rows * length // 2
+        elif self._model.carries_state and min(self._block_tokens, length) > _LEAST_BLOCK:
+            self._block_tokens = max(_LEAST_BLOCK, min(self._block_tokens, length) // 2)
+        else:
+            return False
+        self._stats.halvings += 1
+        now = self.max_slots if num_rows > 1 else self._block_tokens
+        logger.warning(
+            "no memory for a pass of %d x %d tokens on %s: at most %d at a time from here on",
+            num_rows,
+            length,
+            self._model.device,
+            now,
+        )
+        return True
+
+    def _no_memory(self, part: PieceBatch) -> ModelError:
+        num_rows, length = part.batch.input_ids.shape
+        message = (
+            f"device {str(self._model.device)!r} has no memory left for {num_rows} x {length} tokens; "
+            "set window to cut long sequences, dtype to bfloat16, or device to one with more memory"
+        )
+        return ModelError(message)
+
+    def _checked(
+        self,
+        part: PieceBatch,
+        taken: Mapping[str, Tensor],
+        pooling: _BatchPooling,
+        records: Sequence[SequenceRecord],
+    ) -> RunPieces:
+        """Give each piece its own, and set apart those with values that are not finite."""
         if not self.layer_widths:
             self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in taken.items()}
             feature_names(self.layer_widths, method=self._embedding.fusion)  # refuses unequal widths
         rows = {layer: pooling.split(vectors) for layer, vectors in taken.items()}
-        for layer, vectors in taken.items():
-            if not bool(torch.isfinite(vectors).all()):
-                raise _not_finite(layer, rows[layer], [records[piece.record_index] for piece in work.pieces])
-        return rows
+        spoiled = [layer for layer, vectors in taken.items() if not bool(torch.isfinite(vectors).all())]
+        if not spoiled:
+            return RunPieces(pieces=part.pieces, vectors=rows)
+        bad = {
+            number
+            for layer in spoiled
+            for number, mine in enumerate(rows[layer])
+            if not bool(torch.isfinite(mine).all())
+        }
+        if not self._skips_failed:
+            record = records[part.pieces[min(bad)].record_index]
+            raise _not_finite(spoiled[0], record)
+        good = [number for number in range(len(part.pieces)) if number not in bad]
+        return RunPieces(
+            pieces=tuple(part.pieces[number] for number in good),
+            vectors={layer: _chosen(mine, good) for layer, mine in rows.items()} if good else {},
+            failed=tuple((part.pieces[number], "not finite") for number in sorted(bad)),
+        )
 
-    def _forward(self, batch: Batch, pooling: _BatchPooling) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch) -> tuple[dict[str, Tensor], _BatchPooling]:
+        pooling = _BatchPooling(self._embedding.pooling, batch)
         started = time.perf_counter()
-        try:
-            if self._model.carries_state and batch.input_ids.shape[1] > self._block_tokens:
-                take = pooling.take_block
-                self._model.forward_in_blocks(batch, self._layers, take, block_tokens=self._block_tokens)
-                captured = pooling.joined()
-            else:
-                captured = self._model.forward(batch, self._layers, pooling)
-        except torch.OutOfMemoryError as error:
-            num_rows, length = batch.input_ids.shape
-            message = (
-                f"device {str(self._model.device)!r} has no memory left for {num_rows} x {length} tokens; "
-                "set batch_tokens lower, or window where a single sequence is too long"
-            )
-            raise ModelError(message) from error
+        if self._model.carries_state and batch.input_ids.shape[1] > self._block_tokens:
+            take = pooling.take_block
+            self._model.forward_in_blocks(batch, self._layers, take, block_tokens=self._block_tokens)
+            captured = pooling.joined()
+        else:
+            captured = self._model.forward(batch, self._layers, pooling)
         taken = {layer: vectors.cpu() for layer, vectors in captured.items()}
         self._stats.forward_s += time.perf_counter() - started - pooling.seconds
         self._stats.pooling_s += pooling.seconds
         self._stats.batches += 1
         self._stats.slots += batch.num_tokens
         self._stats.real_tokens += int(batch.attention_mask.sum())
-        return taken
+        return taken, pooling
 
 
 class _BatchPooling:
@@ -173,13 +265,40 @@ class _BatchPooling:
         return self._masks[device]
 
 
-def _not_finite(
-    layer: str, rows: Tensor | Sequence[Tensor], records: Sequence[SequenceRecord]
-) -> NonFiniteError:
-    spoiled = next(
-        record for record, mine in zip(records, rows, strict=True) if not bool(torch.isfinite(mine).all())
+def _rows_of(work: PieceBatch, rows: range) -> PieceBatch:
+    """Give some rows of a batch as a batch, as long as the whole."""
+    if len(rows) == len(work.pieces):
+        return work
+    span = slice(rows.start, rows.stop)
+    batch = Batch(
+        input_ids=work.batch.input_ids[span],
+        attention_mask=work.batch.attention_mask[span],
+        pool_mask=work.batch.pool_mask[span],
+        rows=work.batch.rows[span],
     )
+    return PieceBatch(pieces=work.pieces[span], batch=batch)
+
+
+def _chosen(vectors: Tensor | Sequence[Tensor], rows: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(vectors, torch.Tensor):
+        return vectors[list(rows)]
+    return tuple(vectors[row] for row in rows)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell a lack of memory from other failures; the allocator of CPUs has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+def _free_cache(device: torch.device) -> None:
+    """Give memory back that torch keeps for later: it may be in pieces of the wrong size."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _not_finite(layer: str, record: SequenceRecord) -> NonFiniteError:
     problem = (
-        f"layer {layer!r} gives values that are not finite; set dtype='float32', or leave the record out"
+        f"layer {layer!r} gives values that are not finite; set dtype='float32', leave the record out, or "
+        "set on_error to skip"
     )
-    return NonFiniteError(problem, record_id=spoiled.id)
+    return NonFiniteError(problem, record_id=record.id)

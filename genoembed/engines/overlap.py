@@ -70,8 +70,7 @@ def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Iterator[Item]
 def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[Callable[[Item], None]]:
     """Call a function in a thread, item by item.
 
-    Leaving the ``with`` waits for the items that were handed over; leaving it by an exception drops those
-    that wait still. In either case the thread is done with its last item then.
+    Leaving the ``with`` waits for the items that were handed over, whatever it is left by.
 
     Args:
         consume: Called with each item, in order, until it raises.
@@ -92,9 +91,6 @@ def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[C
     sink.thread.start()
     try:
         yield sink.put
-    except BaseException:
-        sink.is_abandoned = True
-        raise
     finally:
         sink.close()
     sink.check()
@@ -104,7 +100,6 @@ class _Sink(Generic[Item]):
     """The thread of ``write_behind`` and what it shares with the caller's."""
 
     def __init__(self, consume: Callable[[Item], object], depth: int) -> None:
-        self.is_abandoned = False
         self.error: BaseException | None = None
         self._consume = consume
         self._waiting: Queue[Item | _End] = Queue(maxsize=depth)
@@ -132,7 +127,7 @@ class _Sink(Generic[Item]):
 
     def _work(self) -> None:
         while not isinstance(item := self._waiting.get(), _End):
-            if self.error is None and not self.is_abandoned:
+            if self.error is None:
                 try:
                     self._consume(item)
                 except BaseException as error:  # noqa: BLE001 - raised in the caller's thread

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from genoembed.models.provenance import parameters_digest
+
 if TYPE_CHECKING:
     from genoembed.config import EmbedConfig
     from genoembed.engines.embedder import UnitEmbedder
-    from genoembed.sequences import InputCounts
 
 try:
     import resource
@@ -25,36 +27,77 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-def describe_run(config: EmbedConfig, embedder: UnitEmbedder, counts: InputCounts) -> dict[str, Any]:
-    """Collect what is needed to say, and to repeat, how a file was made; all but genoembed's own version.
+_PLACES = ("inputs", "regions", "output", "overwrite", "resume", "shard", "engine", "workers", "ray_address")
+"""Settings that say where things are and who does the work: they change no vector."""
+_MACHINE = ("revision", "trust_remote_code", "device", "threads", "batch_tokens", "model")
+"""Settings that a run may go on with on another machine; what they lead to is compared instead."""
+
+
+def run_identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
+    """Collect everything but the input that decides what the vectors of a run are.
 
     Args:
         config: What was asked for.
-        embedder: What did it.
-        counts: What was read.
+        embedder: What does it.
 
     Returns:
-        Texts, finite numbers, lists and dicts: what JSON holds.
+        Values that JSON holds, by name. Two runs of which they are equal may share their work units.
     """
+    model = embedder.model.provenance
+    stages = config.to_dict().items()
+    flat = {
+        key: value for stage, values in stages if isinstance(values, dict) for key, value in values.items()
+    }
+    kept = {key: value for key, value in flat.items() if key not in (*_PLACES, *_MACHINE)}
+    identity = {
+        **kept,
+        "model": model["class"],
+        "weights": model["weights_sha256"] or parameters_digest(embedder.model.module),
+        "dtype": model["dtype"],
+        "max_length": model["max_length"],
+        "tokenizer": type(embedder.model.tokenizer).__name__,
+        "layers": list(embedder.layers),
+        "unit_bases": embedder.unit_bases,
+        "unit_records": embedder.unit_records,
+        "trained": None if embedder.facts is None else dict(embedder.facts.values),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back
+    return plain
+
+
+def describe_run(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
+    """Collect what is needed to say, and to repeat, how a file was made, as far as a run knows as it begins.
+
+    Args:
+        config: What was asked for.
+        embedder: What does it.
+
+    Returns:
+        Texts, finite numbers, lists and dicts: what JSON holds. The same for every engine and machine but for
+        ``command``, ``created`` (which SOURCE_DATE_EPOCH sets, if it is set), ``threads`` and ``versions``.
+    """
+    settings = config.to_dict()
+    settings["run"] = {"unit_bases": config.run.unit_bases, "on_error": config.run.on_error}
     return {
         "command": shlex.join(sys.argv),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": _now().isoformat(timespec="seconds"),
         "model": dict(embedder.model.provenance),
         "tokenizer": type(embedder.model.tokenizer).__name__,
         "layers": list(embedder.layers),
-        "config": config.to_dict(),
-        "counts": asdict(counts),
-        "inputs": [_file_facts(name) for name in config.input.inputs],
-        "regions": [_file_facts(name) for name in config.input.regions],
-        "stats": asdict(embedder.stats),
+        "config": settings,
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "numpy")},
         },
         "threads": torch.get_num_threads(),
         "batch_tokens": embedder.batch_tokens,
-        "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def _now() -> datetime:
+    """The time that files are marked with; reproducible-builds.org says what the variable means."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(fixed), UTC) if fixed.isdecimal() else datetime.now(UTC)
 
 
 def peak_memory_mb() -> int | None:
@@ -69,7 +112,15 @@ def peak_memory_mb() -> int | None:
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
-def _file_facts(name: str) -> dict[str, str | int | None]:
+def file_facts(name: str) -> dict[str, str | int | None]:
+    """Say which file an input was.
+
+    Args:
+        name: As the user gave it.
+
+    Returns:
+        Name, size in bytes and SHA-256; the latter two are None for standard input and for a place.
+    """
     path = Path(name)
     if name == "-" or not path.is_file():
         return {"name": name, "bytes": None, "sha256": None}

@@ -9,7 +9,7 @@ T tokens, D hidden size, N rows.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -61,6 +61,8 @@ class RowBuilder:
         cuts: Sequence[Sequence[Window]],
         taken: TakenPieces,
         vectors: PieceVectors,
+        failed: Mapping[int, str] | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> EmbeddingBlock | TokenBlock:
         """Build the rows of a unit.
 
@@ -69,9 +71,12 @@ class RowBuilder:
             cuts: Windows of each record, on the forward strand.
             taken: What the pieces gave.
             vectors: The vectors that ``taken`` speaks of.
+            failed: Records to leave without vectors, by index: why.
+            widths: Features of each matrix by name, for the case that all records failed.
 
         Returns:
-            A row a record, or a row a window; in order.
+            A row a record, or a row a window; in order. A record that failed has one row, of NaN or without
+            tokens.
 
         Raises:
             ConfigError: If token vectors of two strands are to be combined, and tokens are no bases.
@@ -79,18 +84,55 @@ class RowBuilder:
             ShapeError: If layers of unequal widths are to be fused element by element.
         """
         rows: list[ObsRow] = []
+        spoiled: dict[int, ObsRow] = {}
         strands = (False,) if self.embedding.rc == "none" else (False, True)
         parts: dict[bool, list[list[Taken]]] = {is_reverse: [] for is_reverse in strands}
         for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
+            if failed and index in failed:
+                spoiled[len(rows) + len(spoiled)] = _failed_row(record, len(windows), failed[index])
+                continue
             for number, row in self._rows(record, windows):
                 rows.append(row)
                 for is_reverse in strands:
                     mine = self._parts(taken, (index, is_reverse), number)
                     self._check(mine, record, row, vectors)
                     parts[is_reverse].append(mine)
+        make = self._token_block if self.embedding.pooling == "none" else self._pooled_block
+        if rows or not spoiled:
+            block = make(rows, parts[False], parts.get(True), vectors)
+        else:
+            block = self._no_rows(widths or {})
+        return _with_rows(block, spoiled) if spoiled else block
+
+    def _no_rows(self, widths: Mapping[str, int]) -> EmbeddingBlock | TokenBlock:
+        matrices = {name: np.empty((0, width), np.float32) for name, width in widths.items()}
         if self.embedding.pooling == "none":
-            return self._token_block(rows, parts[False], parts.get(True), vectors)
-        return self._pooled_block(rows, parts[False], parts.get(True), vectors)
+            return TokenBlock(rows=(), lengths=np.zeros(0, np.int64), values=matrices)
+        return EmbeddingBlock(rows=(), matrices=matrices)
+
+    def nothing_left(
+        self, records: Sequence[SequenceRecord], cuts: Sequence[Sequence[Window]], taken: TakenPieces
+    ) -> dict[int, str]:
+        """Find the records of which nothing is left to pool, in all or in one of their rows.
+
+        Args:
+            records: The unit's records.
+            cuts: Windows of each record, on the forward strand.
+            taken: What the pieces gave.
+
+        Returns:
+            By index: why.
+        """
+        strands = (False,) if self.embedding.rc == "none" else (False, True)
+        return {
+            index: "nothing to pool"
+            for index, (record, windows) in enumerate(zip(records, cuts, strict=True))
+            if not all(
+                self._parts(taken, (index, is_reverse), number)
+                for number, _ in self._rows(record, windows)
+                for is_reverse in strands
+            )
+        }
 
     def _rows(self, record: SequenceRecord, windows: Sequence[Window]) -> Iterator[tuple[int | None, ObsRow]]:
         """The file's rows of a record, each with the number of its window (None is all of them)."""
@@ -207,6 +249,30 @@ def _nothing_left(record: SequenceRecord, row: ObsRow, skip_first: int) -> str:
         f"{where}: none of the tokenizer's tokens starts there (letters that it does not know, or a region "
         "shorter than a token); widen the region or leave the record out"
     )
+
+
+def _failed_row(record: SequenceRecord, num_windows: int, reason: str) -> ObsRow:
+    row = _record_row(record, num_windows)
+    return replace(row, flags=",".join((*record.flags, f"failed:{reason}")))
+
+
+def _with_rows(
+    block: EmbeddingBlock | TokenBlock, spoiled: Mapping[int, ObsRow]
+) -> EmbeddingBlock | TokenBlock:
+    """Put rows without vectors where they belong: NaN, or no tokens."""
+    num_rows = len(block.rows) + len(spoiled)
+    good = np.array([position not in spoiled for position in range(num_rows)])
+    others = iter(block.rows)
+    rows = tuple(spoiled[at] if at in spoiled else next(others) for at in range(num_rows))
+    if isinstance(block, TokenBlock):
+        lengths = np.zeros(num_rows, dtype=np.int64)
+        lengths[good] = block.lengths
+        return TokenBlock(rows=rows, lengths=lengths, values=block.values)
+    matrices = {}
+    for name, matrix in block.matrices.items():
+        matrices[name] = np.full((num_rows, matrix.shape[1]), np.nan, matrix.dtype)
+        matrices[name][good] = matrix
+    return EmbeddingBlock(rows=rows, matrices=matrices)
 
 
 def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:

@@ -7,18 +7,22 @@ it in the unit has the same content, and not at all otherwise. No arithmetic of 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from genoembed.batching.order import plan_batches
 from genoembed.batching.pad import pad_batch
+from genoembed.errors import SequenceLengthError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from genoembed.contracts import Batch, Window
     from genoembed.engines.pieces import Cutter, Piece
     from genoembed.engines.units import WorkUnit
+
+logger = logging.getLogger(__name__)
 
 SLAB_BATCHES = 32
 """Batches' worth of tokens in a slab: enough to find pieces of like length."""
@@ -55,6 +59,8 @@ class Slab:
     """Records of which this slab holds the last pieces."""
     is_last: bool
     """Whether the unit ends with it."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Records that cannot be cut, by index: why."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +71,7 @@ class _Draft:
     repeats: list[Piece] = field(default_factory=list)
     empty: list[Piece] = field(default_factory=list)
     cut_records: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
     num_tokens: int = 0
 
 
@@ -79,6 +86,8 @@ class SlabBuilder:
     """Whether padding would change the model's output, so that a batch must hold pieces of one length."""
     rounds_lengths: bool = False
     """Whether batches are padded to few lengths; for models that pad without a mask, which costs more."""
+    skips_failed: bool = False
+    """Whether a record that cannot be cut is noted, and the others go on."""
 
     def slabs(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
         """Lay out unit after unit.
@@ -100,13 +109,25 @@ class SlabBuilder:
         seen: set[bytes] = set()
         draft = _Draft()
         for index, (record, windows) in enumerate(zip(unit.records, cuts, strict=True)):
-            for piece in self.cutter.pieces(record, index, windows):
+            pieces = self.cutter.pieces(record, index, windows)
+            while (piece := self._next(pieces, index, draft)) is not None:
                 if draft.num_tokens >= SLAB_BATCHES * self.batch_tokens:
                     yield self._slab(draft, unit, cuts, is_last=False)
                     draft = _Draft()
                 self._place(piece, draft, seen)
             draft.cut_records.append(index)
         yield self._slab(draft, unit, cuts, is_last=True)
+
+    def _next(self, pieces: Iterator[Piece], index: int, draft: _Draft) -> Piece | None:
+        """Cut one more piece of a record; None at its end, or where it cannot be cut."""
+        try:
+            return next(pieces, None)
+        except SequenceLengthError as error:
+            if not self.skips_failed:
+                raise
+            draft.failed[index] = "too long"
+            logger.warning("%s: left without a vector", error)
+            return None
 
     def _place(self, piece: Piece, draft: _Draft, seen: set[bytes]) -> None:
         # repeats are small work, but their tokens are held as well
@@ -136,6 +157,7 @@ class SlabBuilder:
             empty=tuple(draft.empty),
             cut_records=tuple(draft.cut_records),
             is_last=is_last,
+            failed=draft.failed,
         )
 
     def _batch(self, pieces: Sequence[Piece], rows: Sequence[int]) -> PieceBatch:

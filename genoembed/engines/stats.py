@@ -34,6 +34,16 @@ class RunStats:
     """Seconds in forward passes, without pooling."""
     pooling_s: float = 0.0
     """Seconds in pooling, which happens while a forward pass is under way."""
+    halvings: int = 0
+    """How often memory was too small for a forward pass, which was then divided."""
+    units: int = 0
+    """Work units of the input that are done, those among them that were done before."""
+    units_kept: int = 0
+    """Units that an earlier run had finished."""
+    bases_kept: int = 0
+    """Their bases."""
+    records_kept: int = 0
+    """Their records."""
 
     @property
     def padding_share(self) -> float:

@@ -9,10 +9,13 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import nn
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _CHUNK_BYTES = 1 << 22
@@ -52,6 +55,23 @@ def file_digest(path: Path) -> str:
     with resolved.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def parameters_digest(module: nn.Module) -> str:
+    """Compute one SHA-256 for the weights of a model in memory, for one that came from no folder.
+
+    Args:
+        module: The model.
+
+    Returns:
+        Hexadecimal digits; the same for the same names, types, shapes and values.
+    """
+    digest = hashlib.sha256()
+    for name, values in sorted(module.state_dict().items()):
+        if isinstance(values, torch.Tensor):
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -99,6 +119,6 @@ def _card_header(text: str) -> dict[str, Any]:
         return {}
     try:
         header = yaml.safe_load(parts.group(1))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a date of 30 February, say
         return {}
     return header if isinstance(header, dict) else {}

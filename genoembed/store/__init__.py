@@ -1,8 +1,13 @@
-"""Embedding files: ``EmbeddingWriter`` makes them, ``open_embeddings`` reads them (``docs/FORMAT.md``)."""
+"""Embedding files: ``EmbeddingWriter`` makes them, ``open_embeddings`` reads them (``docs/FORMAT.md``).
+
+``Parts`` keeps the finished units of a run, and ``merge_parts`` joins them to its output.
+"""
 
 from __future__ import annotations
 
 from genoembed.store.atomic import check_output
+from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_parts, merged_by
+from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord, UnitRows, parts_folder
 from genoembed.store.reader import EmbeddingDataset, EmbeddingFile, open_embeddings
 from genoembed.store.schema import SCHEMA_VERSION
 from genoembed.store.writer import EmbeddingWriter
@@ -12,6 +17,17 @@ __all__ = [
     "EmbeddingDataset",
     "EmbeddingFile",
     "EmbeddingWriter",
+    "InputFacts",
+    "Manifest",
+    "Merged",
+    "Parts",
+    "UnitRecord",
+    "UnitRows",
     "check_output",
+    "finish_removal",
+    "is_output_of",
+    "merge_parts",
+    "merged_by",
     "open_embeddings",
+    "parts_folder",
 ]

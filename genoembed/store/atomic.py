@@ -55,6 +55,25 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     return target
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, which appears complete or not at all, and lasts through a power cut.
+
+    Args:
+        path: The file; replaced if it is there.
+        text: Its content, stored as UTF-8.
+
+    Raises:
+        OSError: If it cannot be written; an earlier file is then untouched.
+    """
+    file = AtomicFile(path)
+    try:
+        file.write(memoryview(text.encode()))
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
 class AtomicFile:
     """A binary file for h5py to write to, under a temporary name until it is complete.
 
@@ -63,14 +82,15 @@ class AtomicFile:
 
     Args:
         target: The final path, from ``check_output``.
+        staging: Folder of the temporary file, on the same disk; None is the target's own.
 
     Raises:
         OSError: If the temporary file cannot be made.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, staging: Path | None = None) -> None:
         self.target = target
-        self.temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+        self.temporary = (staging or target.parent) / f".{target.name[:100]}.{secrets.token_hex(8)}.tmp"
         self.error: BaseException | None = None
         """What ended the first write that failed (Ctrl-C included); nothing is written after it."""
         self._unwritten: list[tuple[int, bytes]] = []

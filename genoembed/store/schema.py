@@ -64,6 +64,8 @@ OBS_COLUMNS: Final[Mapping[str, ColumnType]] = {
 }
 """Columns of ``/obs``, in order: the fields of ``ObsRow`` after the id."""
 
+FAILED: Final = "failed"
+"""Flag of a row without a vector; a reason may follow after a colon."""
 PROVENANCE: Final = "uns/genoembed"
 PROVENANCE_JSON: Final = "provenance_json"
 EMPTY_GROUPS: Final = ("layers", "obsp", "varm", "varp")
@@ -103,6 +105,22 @@ def storable_text(text: str) -> str:
         True
     """
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def has_failed(flags: str) -> bool:
+    """Tell whether a row has no vector because its record failed.
+
+    Args:
+        flags: Of the row, with commas between them.
+
+    Returns:
+        True where one of them is ``failed``, with or without a reason.
+
+    Example:
+        >>> has_failed("masked:3,failed:not finite"), has_failed("renamed")
+        (True, False)
+    """
+    return any(flag == FAILED or flag.startswith(f"{FAILED}:") for flag in flags.split(","))
 
 
 def set_encoding(node: h5py.Group | h5py.Dataset, encoding: Encoding) -> None:

@@ -1,7 +1,8 @@
 """Write embedding files: rows in the order they come, complete or not at all.
 
 In: ``EmbeddingBlock`` or ``TokenBlock``. Out: one HDF5 file of schema 1. Promised: an interrupted or failed
-run leaves no file behind and an earlier file as it was; nothing that is not finite is stored.
+run leaves no file behind and an earlier file as it was; nothing that is not finite is stored, but for the NaN
+of records that failed and say so in their flags.
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ from genoembed.store.schema import (
     SCHEMA_VERSION,
     STORAGE_DTYPES,
     escape_name,
+    has_failed,
     set_encoding,
     storable_text,
 )
+from genoembed.store.seal import number_chunks, write_seal
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -67,6 +71,7 @@ class EmbeddingWriter:
         feature_names: Names of the columns of ``/X``, for ``pooled`` files. None: ``LAYER:0`` and so on,
             after the first matrix.
         overwrite: True where an existing file is replaced, which happens in ``finish``.
+        staging: Folder of the temporary file, on the output's disk; None is the output's own.
 
     Raises:
         ConfigError: If ``kind`` or ``dtype`` is none of the choices, or ``tokens`` gets feature names.
@@ -94,6 +99,7 @@ class EmbeddingWriter:
         dtype: StorageDType = "float32",
         feature_names: Sequence[str] | None = None,
         overwrite: bool = False,
+        staging: Path | None = None,
     ) -> None:
         _check_choices(kind, dtype, feature_names)
         self._target = check_output(path, overwrite=overwrite)
@@ -102,6 +108,7 @@ class EmbeddingWriter:
         self._dtype = STORAGE_DTYPES[dtype]
         self._feature_names = None if feature_names is None else list(feature_names)
         self._overwrite = overwrite
+        self._staging = staging
         self._file: AtomicFile | None = None
         self._hdf5: h5py.File | None = None
         self._widths: dict[str, int] = {}
@@ -115,7 +122,7 @@ class EmbeddingWriter:
 
     def __enter__(self) -> EmbeddingWriter:
         with self._reporting():
-            self._file = AtomicFile(self._target)
+            self._file = AtomicFile(self._target, staging=self._staging)
             self._hdf5 = h5py.File(self._file, "w")
             self._obs = ObsWriter(self._hdf5)
             if self._kind == "tokens":
@@ -183,8 +190,10 @@ class EmbeddingWriter:
         check_output(self._path, overwrite=self._overwrite)
         with self._reporting():
             self._complete(hdf5, text)
+            gaps = number_chunks(hdf5)
             hdf5.close()
             if self._file is not None:
+                write_seal(self._file, gaps)
                 self._file.commit()
         self._file = self._hdf5 = None
         logger.info("%s: wrote %s rows", self._path, self.num_rows)
@@ -300,6 +309,10 @@ class EmbeddingWriter:
         finite = np.isfinite(converted)
         if finite.all():
             return converted
+        if self._kind == "pooled":
+            finite |= np.array([[has_failed(row.flags)] for row in block.rows]) & np.isnan(converted)
+            if finite.all():
+                return converted
         row, column = np.argwhere(~finite)[0]
         record_id = block.rows[int(np.searchsorted(ends, row, side="right"))].id
         value = matrix[row, column]

@@ -33,7 +33,7 @@ def wait_for(condition, *, seconds: float = 60) -> None:
         (signal.SIGTERM, True, "out.h5 is as it was, nothing was written"),
     ],
 )
-def test_interruption_leaves_nothing_behind(number, overwrite, line, spawn, fasta, tiny):
+def test_interruption_keeps_finished_units_only(number, overwrite, line, spawn, fasta, tiny):
     output = fasta.parent / "out.h5"
     if overwrite:
         output.write_bytes(b"precious")
@@ -46,20 +46,23 @@ def test_interruption_leaves_nothing_behind(number, overwrite, line, spawn, fast
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    # more records than a unit holds, and more bytes than are read at once: the first unit is in the file when
-    # the command waits for more input
+    # more records than a unit holds, and more bytes than are read at once: the first unit is saved when the
+    # command waits for more input
     records = (b">%d %s\nACGT\n" % (index, b"-" * 100) for index in range(RECORDS_OF_A_UNIT * 3 // 2))
     process.stdin.write(b"".join(records))
     process.stdin.flush()
-    wait_for(lambda: list(Path().glob(".out.h5.*.tmp")) or process.poll() is not None)
+    wait_for(lambda: list(Path().glob("out.parts/unit-*.json")) or process.poll() is not None)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr.decode()
-    last = f"Interrupted: {line}; run the command again to start over."
+    parts = fasta.parent / "out.parts"
+    kept = f"1 finished unit is kept in {parts}: run the same command again to go on"
+    last = f"Interrupted: {line}; {kept}."
     assert stderr.decode().splitlines()[-1] == last
     assert "Traceback" not in stderr.decode()
     assert stdout == b""
-    assert sorted(fasta.parent.iterdir()) == before
+    assert sorted(fasta.parent.iterdir()) == sorted([*before, parts])
+    assert not list(parts.glob("*.tmp"))
     assert not overwrite or output.read_bytes() == b"precious"
 
 

@@ -146,10 +146,12 @@ def test_equal_sequences_run_once_and_each_has_its_row(family, slab_batches, poo
     sequences = {"a": one, "b": revcomp(one), "c": other, "d": one, "e": "ACGT", "f": other}
     records = tuple(SequenceRecord(id=name, sequence=text.encode()) for name, text in sequences.items())
     options = {"pooling": pooling, "rc": "concat", "layers": ("0", "final"), "batch_tokens": 40}
-    alone = [embedder_of(family, **options)(WorkUnit(number=0, records=(record,))) for record in records]
+    alone = [
+        embedder_of(family, **options)(WorkUnit(number=0, records=(record,))).block for record in records
+    ]
     seen = watched_batches(monkeypatch, family)
     embedder = embedder_of(family, **options)
-    together = embedder(WorkUnit(number=0, records=records))
+    together = embedder(WorkUnit(number=0, records=records)).block
     # both strands of a and c, and the palindrome once
     num_special = 2 if family == "esm" else 0
     assert sorted(itertools.chain(*seen)) == [length + num_special for length in (4, 20, 20, 30, 30)]
@@ -171,7 +173,7 @@ def test_equal_windows_of_one_record_run_once(monkeypatch):
     embedder = embedder_of("llama", window=10, stride=10, per_window=True)
     block = embedder(
         WorkUnit(number=0, records=(SequenceRecord(id="n", sequence=b"N" * 50 + b"ACGTA" + b"N" * 25),))
-    )
+    ).block
     assert len(block.rows) == 8
     assert sum(map(len, seen)) == 2
     assert embedder.stats.repeats == 6
@@ -227,16 +229,16 @@ def test_no_memory_left_says_what_to_set(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(type(model_of("llama")), "forward", forward)
-    with pytest.raises(ModelError, match=r"'cpu' has no memory left for 8 x 60 tokens; set batch_tokens low"):
+    with pytest.raises(ModelError, match=r"'cpu' has no memory left for 1 x 60 tokens; set window to cut"):
         embedder_of("llama", batch_tokens=8192)(WorkUnit(number=0, records=RECORDS))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_slabs_change_nothing(pooling, monkeypatch):
     options = {"pooling": pooling, "window": 20, "stride": 10, "rc": "mean", "layers": ("0", "final")}
-    whole = embedder_of("esm", **options)(WorkUnit(number=0, records=RECORDS))
+    whole = embedder_of("esm", **options)(WorkUnit(number=0, records=RECORDS)).block
     monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", 1)
-    cut = embedder_of("esm", batch_tokens=24, **options)(WorkUnit(number=0, records=RECORDS))
+    cut = embedder_of("esm", batch_tokens=24, **options)(WorkUnit(number=0, records=RECORDS)).block
     assert cut.rows == whole.rows
     field = "values" if pooling == "none" else "matrices"
     for layer, matrix in getattr(whole, field).items():
@@ -269,7 +271,7 @@ def test_window_rows_hash_what_they_show_only():
             return super().sha256
 
     record = Watched(id="long", sequence=random_dna(64 * 20, 1).encode())
-    block = embedder_of("llama", per_window=True)(WorkUnit(number=0, records=(record,)))
+    block = embedder_of("llama", per_window=True)(WorkUnit(number=0, records=(record,))).block
     assert len(block.rows) > 20
     assert hashed == []
     assert len({row.sha256 for row in block.rows}) == len(block.rows)
@@ -284,7 +286,7 @@ def test_token_units_shrink_with_the_width(tmp_path, monkeypatch):
         return original(self, embedded)
 
     monkeypatch.setattr(UnitEmbedder, "rows", rows)
-    monkeypatch.setattr("genoembed.extraction._UNIT_VALUES", 16 * 2 * 60)
+    monkeypatch.setattr("genoembed.engines.embedder._UNIT_VALUES", 16 * 2 * 60)
     records = {record.id: record.sequence.decode() for record in RECORDS}
     found = embed(tmp_path, records, model_of("llama"), layers=[0, "final"], pooling="none")
     assert units == [3, 3, 1, 1]
@@ -310,7 +312,7 @@ def test_pooled_units_shrink_with_layers_strands_and_windows(options, num_record
     monkeypatch.setattr(
         UnitEmbedder, "rows", lambda self, done: units.append(len(done.unit.records)) or original(self, done)
     )
-    monkeypatch.setattr("genoembed.extraction._UNIT_VALUES", 16 * 2 * 5)
+    monkeypatch.setattr("genoembed.engines.embedder._UNIT_VALUES", 16 * 2 * 5)
     records = {record.id: record.sequence.decode() for record in RECORDS}
     embed(tmp_path, records, model_of("llama"), layers=[0, "final"], **options)
     assert units == num_records

@@ -41,7 +41,7 @@ def batches(draw):
 
 def vectors_of(model, records, *, batch_tokens, **options):
     config = embed_config({"inputs": ("a.fa",), "batch_tokens": batch_tokens, **options})
-    block = UnitEmbedder(model, config)(WorkUnit(number=0, records=tuple(records)))
+    block = UnitEmbedder(model, config)(WorkUnit(number=0, records=tuple(records))).block
     assert [row.id for row in block.rows] == [record.id for record in records]
     return block.matrices
 

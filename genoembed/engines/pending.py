@@ -1,0 +1,47 @@
+"""Which units of the input a process has still to embed: those of its share that are not finished."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from genoembed.engines.stats import RunStats
+    from genoembed.engines.units import WorkUnit
+    from genoembed.store import Parts
+
+
+class PendingUnits:
+    """Passes on the units that are to be made, and counts them all.
+
+    Args:
+        units: Of the whole input, in order; read to the end whatever the share.
+        parts: What is finished; a unit counts only if it was made from the records that the input has now.
+        stats: Told what is there already.
+        first: Number of the first unit of the share.
+        step: From one unit of the share to the next.
+    """
+
+    def __init__(
+        self, units: Iterable[WorkUnit], parts: Parts, stats: RunStats, *, first: int, step: int
+    ) -> None:
+        self.num_units = 0
+        """Units seen so far, of all shares."""
+        self._units = units
+        self._parts = parts
+        self._stats = stats
+        self._first = first
+        self._step = step
+
+    def __iter__(self) -> Iterator[WorkUnit]:
+        for unit in self._units:
+            self.num_units += 1
+            if unit.number % self._step != self._first:
+                continue
+            if self._parts.finished(unit.number, unit.content) is None:
+                yield unit
+                continue
+            self._stats.units_kept += 1
+            self._stats.bases_kept += unit.num_bases
+            self._stats.records_kept += len(unit.records)

@@ -1,0 +1,220 @@
+"""Join the finished units of a run to its output, rows in input order; nothing is computed again.
+
+In: the parts of a run. Out: one embedding file. Promised: memory holds one unit; the output appears whole or
+not at all; a merge that was cut off starts over from the same parts, which go when the output is there.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
+from genoembed.errors import GenoembedError, StoreError
+from genoembed.store.reader import open_embeddings
+from genoembed.store.schema import OBS_COLUMNS
+from genoembed.store.space import check_space
+from genoembed.store.writer import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from genoembed.store.parts import InputFacts, Parts, UnitRecord
+    from genoembed.store.reader import EmbeddingFile
+    from genoembed.store.schema import JSON
+
+_SHOWN = 5
+_COUNTED = ("windows", "repeats", "batches", "real_tokens", "slots")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merged:
+    """What a merge wrote."""
+
+    num_rows: int
+    width: int
+    """Features of the primary matrix (of a token, in per-token files)."""
+    layers: tuple[str, ...]
+    """Stored matrices."""
+    failed: Mapping[str, str]
+    """Records without a vector, by id: why."""
+    num_windows: int
+    """Windows that the records were cut into."""
+
+
+def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
+    """Write the output of a run whose units are all finished, and remove the parts.
+
+    Args:
+        parts: Of the run.
+        overwrite: True where an existing output is replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StoreError: If units are missing, the output exists and must stay, or it cannot be written; the
+            parts stay then.
+    """
+    with parts.lock("merge"):
+        facts, records = _complete(parts)
+        parts.remove_temporary()
+        _check_space(parts, records)
+        merged = _write(parts, facts, records, overwrite=overwrite)
+        parts.remove()
+    return merged
+
+
+def is_output_of(parts: Parts) -> bool:
+    """Tell whether the output that lies there is the merged one of these parts.
+
+    Args:
+        parts: Of a run, perhaps some of them only: their removal may have been cut off.
+
+    Returns:
+        Whether it is complete and of this very run.
+    """
+    with suppress(GenoembedError), open_embeddings(parts.output) as file:
+        began = parts.manifest.provenance.get("created")
+        return _run_of(file) == parts.manifest.digest and file.provenance.get("created") == began
+    return False
+
+
+def finish_removal(parts: Parts) -> Merged:
+    """Remove what is left of the parts of a run whose output is there.
+
+    Args:
+        parts: Of which ``is_output_of`` is true.
+
+    Returns:
+        What the output holds.
+    """
+    with open_embeddings(parts.output) as file:
+        merged = _summary(file)
+    parts.remove()
+    return merged
+
+
+def merged_by(output: str, digest: str, inputs: Sequence[Mapping[str, JSON]]) -> Merged | None:
+    """Read what a complete output holds, if a run made it that was the same in everything.
+
+    Args:
+        output: The file.
+        digest: Of the run's identity.
+        inputs: Its input files with their digests.
+
+    Returns:
+        What it holds; None if another run made it, from another input, or from standard input, of which
+        nobody knows.
+
+    Raises:
+        StoreError: If it cannot be read, or is none of ours.
+    """
+    with open_embeddings(output) as file:
+        found = [(item.get("bytes"), item.get("sha256")) for item in file.provenance.get("inputs", [])]
+        asked = [(item.get("bytes"), item.get("sha256")) for item in inputs]
+        is_same = _run_of(file) == digest and found == asked and (None, None) not in asked
+        return _summary(file) if is_same else None
+
+
+def _run_of(file: EmbeddingFile) -> object:
+    return file.provenance.get("run")
+
+
+def _summary(file: EmbeddingFile) -> Merged:
+    return Merged(
+        num_rows=len(file),
+        width=len(file.feature_names),
+        layers=tuple(file.layers),
+        failed=dict(file.provenance.get("failed", {})),
+        num_windows=int(file.provenance["counts"]["windows"]),
+    )
+
+
+def _complete(parts: Parts) -> tuple[InputFacts, list[UnitRecord]]:
+    """Give the records of all units, or say what is missing and who makes it."""
+    facts = parts.input_facts()
+    if facts is None:
+        problem = (
+            "the input was not read to its end yet, so it is not known how many units there are; run "
+            "extract again, with the settings it was begun with"
+        )
+        raise StoreError(problem, path=str(parts.folder))
+    found = [parts.finished(number) for number in range(facts.num_units)]
+    missing = [number for number, record in enumerate(found) if record is None]
+    if missing:
+        shares = parts.manifest.num_shares
+        which = sorted({number % shares + 1 for number in missing})
+        remedy = "run extract again"
+        if shares > 1:
+            remedy += " with shard set to " + ", ".join(f"{share}/{shares}" for share in which)
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (" ..." if len(missing) > _SHOWN else "")
+        problem = f"{len(missing)} of {facts.num_units} units are missing or damaged ({shown}); {remedy}"
+        raise StoreError(problem, path=str(parts.folder))
+    return facts, [record for record in found if record is not None]
+
+
+def _check_space(parts: Parts, records: list[UnitRecord]) -> None:
+    """Refuse to begin a copy that the disk has no room for."""
+    needed = sum(parts.shard(record.number).stat().st_size for record in records)
+    check_space(parts.folder, needed, what="the merged file")
+
+
+def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwrite: bool) -> Merged:
+    with open_embeddings(parts.shard(0)) as first:
+        kind, names = first.kind, first.feature_names
+        layers = tuple(first.layers)
+    is_pooled = kind == "pooled"
+    with EmbeddingWriter(
+        parts.output,
+        kind=kind,
+        dtype=parts.manifest.out_dtype,
+        feature_names=names if is_pooled else None,
+        overwrite=overwrite,
+        staging=parts.folder,
+    ) as writer:
+        for record in records:
+            with open_embeddings(parts.shard(record.number)) as shard:
+                writer.append(read_block(shard))
+        failed = {name: why for record in records for name, why in record.failed.items()}
+        writer.finish(_provenance(parts, facts, records, failed))
+        num_rows = writer.num_rows
+    num_windows = sum(int(record.stats.get("windows", 0)) for record in records)
+    return Merged(num_rows=num_rows, width=len(names), layers=layers, failed=failed, num_windows=num_windows)
+
+
+def _provenance(
+    parts: Parts, facts: InputFacts, records: list[UnitRecord], failed: Mapping[str, str]
+) -> dict[str, JSON]:
+    stats = {key: sum(int(record.stats.get(key, 0)) for record in records) for key in _COUNTED}
+    return {
+        **parts.manifest.provenance,
+        "run": parts.manifest.digest,
+        "counts": {**facts.counts, "windows": stats["windows"], "failed": len(failed)},
+        "inputs": list(facts.inputs),
+        "regions": list(facts.regions),
+        "stats": stats,
+        "units": len(records),
+        "failed": dict(failed),
+    }
+
+
+def read_block(file: EmbeddingFile) -> EmbeddingBlock | TokenBlock:
+    """Read all rows of a file.
+
+    Args:
+        file: Small enough for memory.
+
+    Returns:
+        What was appended to it, in the dtype of the file.
+    """
+    columns = [list(file.obs[name]) for name in OBS_COLUMNS]
+    rows = tuple(
+        ObsRow(id=name, **dict(zip(OBS_COLUMNS, values, strict=True)))
+        for name, *values in zip(file.ids, *columns, strict=True)
+    )
+    matrices = {layer: file[layer][:] for layer in file.layers}
+    if file.kind == "pooled":
+        return EmbeddingBlock(rows=rows, matrices=matrices)
+    return TokenBlock(rows=rows, lengths=file.num_tokens, values=matrices)

@@ -1,0 +1,459 @@
+"""The finished units of a run that is under way, in a folder beside the output.
+
+``OUTPUT.parts/`` holds ``manifest.json`` (what the run is), for each finished unit ``unit-000123.h5`` (its
+rows) and ``unit-000123.json`` (what it was made from, and the digest of its file), and ``input.json`` once
+the input was read to its end. Promised: each of them appears whole or not at all and lasts through a power
+cut; a unit counts as finished only if its input, its settings and the bytes of its file are what they say;
+two processes never work on the same share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genoembed.contracts import EmbeddingBlock
+from genoembed.errors import GenoembedError, StoreError, StoreFormatError
+from genoembed.store.atomic import write_text
+from genoembed.store.schema import STORAGE_DTYPES
+from genoembed.store.space import check_space, free_bytes
+from genoembed.store.writer import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from genoembed.contracts import TokenBlock
+    from genoembed.store.schema import JSON, StorageDType
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "genoembed-parts"
+VERSION = 1
+MANIFEST, INPUT = "manifest.json", "input.json"
+_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|\..*\.tmp")
+_OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
+_SUFFIXES = {".h5", ".hdf5", ".h5ad"}
+_SHOWN = 8
+_UNIT_OVERHEAD = 1 << 20
+"""Bytes of a unit's file beside its vectors, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRecord:
+    """What is known about a finished unit."""
+
+    number: int
+    """Position in the run, from 0."""
+    content: str
+    """SHA-256 of the records it was made from."""
+    first: str
+    """Id of its first record."""
+    last: str
+    """Id of its last record."""
+    num_records: int
+    num_bases: int
+    num_rows: int
+    stats: Mapping[str, float]
+    """What its forward passes cost."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Records without a vector, by id: why."""
+    shard_sha256: str = ""
+    """Of the file with its rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRows:
+    """A unit that was embedded, and is to be saved."""
+
+    record: UnitRecord
+    block: EmbeddingBlock | TokenBlock
+    feature_names: Sequence[str] | None
+    """Of the primary matrix; None for a vector a token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a run is."""
+
+    identity: Mapping[str, JSON]
+    """Everything that decides what the vectors are, by name: two runs with the same are the same run."""
+    provenance: Mapping[str, JSON]
+    """What the output says about the run that made it, as far as that is known at its start."""
+    out_dtype: StorageDType
+    num_shares: int
+    """Into how many shares the units were divided, by the process that began."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputFacts:
+    """What is known when the input was read to its end."""
+
+    num_units: int
+    counts: Mapping[str, int]
+    """What was read, and what the input policies did."""
+    inputs: Sequence[Mapping[str, JSON]]
+    """Files with their digests."""
+    regions: Sequence[Mapping[str, JSON]]
+
+
+def parts_folder(output: str | os.PathLike[str]) -> Path:
+    """Name the folder of the parts of an output.
+
+    Args:
+        output: The file that the run is to write.
+
+    Returns:
+        A folder beside it.
+
+    Example:
+        >>> parts_folder("phage.h5").name, parts_folder("phage.v2").name
+        ('phage.parts', 'phage.v2.parts')
+    """
+    target = Path(os.path.realpath(output))
+    stem = target.stem if target.suffix.lower() in _SUFFIXES else target.name
+    return target.with_name(f"{stem}.parts")
+
+
+class Parts:
+    """The parts of one run; ``begin`` and ``find`` make it.
+
+    Args:
+        output: The file that the run is to write.
+        manifest: What the run is.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], manifest: Manifest) -> None:
+        self.output = str(output)
+        self.folder = parts_folder(output)
+        self.manifest = manifest
+        self._digest = manifest.digest
+        self._saved_bytes = 0
+        self._has_warned = False
+
+    @classmethod
+    def begin(cls, output: str | os.PathLike[str], manifest: Manifest, *, drop_other: bool = False) -> Parts:
+        """Go on with the parts of a run, or begin them.
+
+        Args:
+            output: The file that the run is to write.
+            manifest: What the run is.
+            drop_other: True where the parts of another run give way.
+
+        Returns:
+            The parts, which keep the provenance of the process that began.
+
+        Raises:
+            StoreError: If the folder holds the parts of another run, is none of ours, or cannot be written.
+        """
+        parts = cls(output, manifest)
+        with _reporting(parts.folder):
+            parts.folder.mkdir(exist_ok=True)
+        with parts.lock("begin", wait=True):
+            found = _read_manifest(parts.folder)
+            if found is not None and found.digest != parts._digest:
+                problem = parts._difference(found)
+                if not drop_other:
+                    raise StoreError(problem, path=str(parts.folder))
+                logger.warning("%s: dropped, since it %s", parts.folder, problem.partition(";")[0])
+                parts._drop(_PARTS)
+                found = None
+            if found is None:
+                parts._refuse_foreign()
+                with _reporting(parts.folder):
+                    write_text(parts.folder / MANIFEST, _manifest_text(manifest))
+                return parts
+        return cls(output, found)
+
+    @classmethod
+    def find(cls, output: str | os.PathLike[str]) -> Parts | None:
+        """Look for the parts of an output.
+
+        Args:
+            output: The file that the run is to write.
+
+        Returns:
+            Its parts; None if there are none.
+
+        Raises:
+            StoreFormatError: If the manifest cannot be read.
+        """
+        manifest = _read_manifest(parts_folder(output))
+        return None if manifest is None else cls(output, manifest)
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Keep other processes from the same work; ends with the process, whatever ends that.
+
+        Args:
+            name: Of the work.
+            wait: True where to wait for the other process.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            StoreError: If another process is at it, or the folder cannot be written.
+        """
+        if fcntl is None:
+            yield
+            return
+        with _reporting(self.folder):
+            file = (self.folder / f"{name}.lock").open("ab")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                problem = (
+                    f"another process is at work here ({name}); wait for it, stop it, or set output to "
+                    "another file"
+                )
+                raise StoreError(problem, path=str(self.folder)) from error
+            except OSError as error:  # a file system without locks
+                logger.debug("%s: no locks here (%s)", self.folder, error)
+            yield
+
+    def finished(self, number: int, content: str | None = None) -> UnitRecord | None:
+        """Tell whether a unit is finished.
+
+        Args:
+            number: Of the unit.
+            content: Digest of the records that it must have been made from; None takes any.
+
+        Returns:
+            What is known about it; None where it is missing or its file is damaged: it is to be made again.
+
+        Raises:
+            StoreError: If the unit was made from other records.
+        """
+        record = self._read_record(number)
+        if record is None:
+            return None
+        if content is not None and record.content != content:
+            problem = (
+                f"unit {number} was made from other sequences ({record.num_records} records, "
+                f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it was "
+                "(names of files included), set overwrite to true to start over, or set output to another file"
+            )
+            raise StoreError(problem, path=str(self.folder))
+        if _file_digest(self.shard(number)) != record.shard_sha256:
+            logger.warning("%s: damaged, unit %d is made again", self.shard(number), number)
+            return None
+        return record
+
+    def save(self, unit: UnitRows) -> None:
+        """Save a finished unit.
+
+        Args:
+            unit: Its rows.
+
+        Raises:
+            NonFiniteError: If a value is NaN or infinite, of a record that has not failed.
+            StoreError: If it cannot be written, of a full disk say; nothing of the unit is left then.
+        """
+        number = unit.record.number
+        self._check_space(unit)
+        is_pooled = unit.feature_names is not None
+        with EmbeddingWriter(
+            self.shard(number),
+            kind="pooled" if is_pooled else "tokens",
+            dtype=self.manifest.out_dtype,
+            feature_names=unit.feature_names,
+            overwrite=True,
+        ) as writer:
+            writer.append(unit.block)
+            writer.finish({"unit": number, "run": self._digest})
+        facts = asdict(unit.record) | {"shard_sha256": _file_digest(self.shard(number)), "run": self._digest}
+        with _reporting(self.folder):
+            write_text(self.shard(number).with_suffix(".json"), json.dumps(facts))
+
+    def _check_space(self, unit: UnitRows) -> None:
+        matrices = unit.block.matrices if isinstance(unit.block, EmbeddingBlock) else unit.block.values
+        itemsize = STORAGE_DTYPES[self.manifest.out_dtype].itemsize
+        needed = sum(matrix.size for matrix in matrices.values()) * itemsize + _UNIT_OVERHEAD
+        check_space(self.folder, needed, what=f"unit {unit.record.number}")
+        self._saved_bytes += needed
+        free = free_bytes(self.folder)
+        if free is not None and free - needed < self._saved_bytes and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: %.1f MB are free, fewer than the merged file will need; free some space before the run "
+                "ends, or run the same command again afterwards",
+                self.folder,
+                free / 1e6,
+            )
+
+    def close_input(self, facts: InputFacts) -> None:
+        """Note that the input was read to its end.
+
+        Args:
+            facts: What it held.
+
+        Raises:
+            StoreError: If that cannot be written.
+        """
+        with _reporting(self.folder):
+            write_text(self.folder / INPUT, json.dumps(asdict(facts) | {"run": self._digest}))
+
+    def input_facts(self) -> InputFacts | None:
+        """Read what the input held.
+
+        Returns:
+            The facts; None while no process has read it to its end.
+
+        Raises:
+            StoreFormatError: If they cannot be read.
+        """
+        found = _read_json(self.folder / INPUT)
+        if found is None or found.pop("run", None) != self._digest:
+            return None
+        return InputFacts(**_known(InputFacts, found))
+
+    def num_saved(self) -> int:
+        """Count the units that were saved, intact or not.
+
+        Returns:
+            Their number; 0 where the folder is gone.
+        """
+        return len(list(self.folder.glob("unit-*.json")))
+
+    def remove(self) -> None:
+        """Remove the parts, the manifest last; what is not ours stays, and so does the folder then."""
+        self._drop(_OURS)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _drop(self, pattern: re.Pattern[str]) -> None:
+        with _reporting(self.folder):
+            names = sorted(path.name for path in self.folder.iterdir())
+            for name in (*filter(pattern.fullmatch, names), MANIFEST):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def remove_temporary(self) -> None:
+        """Remove what processes left that were cut off while they wrote; no process may be at work."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder with things in it that no run of ours puts there."""
+        foreign = [path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)]
+        if foreign:
+            problem = f"holds {foreign[0]!r}, which no run put there; set output to another file, or move it"
+            raise StoreError(problem, path=str(self.folder))
+
+    def _difference(self, found: Manifest) -> str:
+        num_units = self.num_saved()
+        before, now = dict(found.identity), dict(self.manifest.identity)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        shown = ", ".join(
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:_SHOWN]
+        )
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        return (
+            f"holds {num_units} finished units of another run: {shown}{more}; set these as they were to go "
+            "on, set overwrite to true to start over, or set output to another file"
+        )
+
+    def shard(self, number: int) -> Path:
+        """Name the file with the rows of a unit.
+
+        Args:
+            number: Of the unit.
+
+        Returns:
+            Its path.
+        """
+        return self.folder / f"unit-{number:06}.h5"
+
+    def _read_record(self, number: int) -> UnitRecord | None:
+        path = self.shard(number).with_suffix(".json")
+        try:
+            found = _read_json(path)
+            if found is None or found.pop("run", None) != self._digest:
+                return None
+            record = UnitRecord(**_known(UnitRecord, found))
+        except (StoreFormatError, TypeError) as error:
+            logger.warning("%s: damaged (%s), unit %d is made again", path, error, number)
+            return None
+        return record if record.number == number else None
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1, allow_nan=False)
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    path = folder / MANIFEST
+    found = _read_json(path)
+    if found is None:
+        return None
+    if found.get("format") != FORMAT or not isinstance(found.get("identity"), dict):
+        problem = "is no manifest of a run; move it, or set output to another file"
+        raise StoreFormatError(problem, path=str(path))
+    if found.get("version") != VERSION:
+        problem = (
+            f"is of version {found.get('version')!r}, this genoembed knows {VERSION}; finish the run with the "
+            "genoembed that began it, or set overwrite to true to start over"
+        )
+        raise StoreFormatError(problem, path=str(path))
+    return Manifest(**_known(Manifest, found))
+
+
+def _known(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.name: found[key.name] for key in fields(cls) if key.name in found}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        problem = f"{str(path.parent)!r} is no folder; move it, or set output to another file"
+        raise StoreError(problem, path=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read ({error}); remove its folder to start over"
+        raise StoreFormatError(problem, path=str(path)) from error
+    if not isinstance(found, dict):
+        problem = "is no JSON object; remove its folder to start over"
+        raise StoreFormatError(problem, path=str(path))
+    return found
+
+
+def _file_digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except GenoembedError:
+        raise
+    except OSError as error:
+        problem = (
+            f"could not be written ({error.strerror or error}), finished units are kept; look at the free "
+            f"space, quota and rights of {str(folder.parent)!r}, then run the same command again"
+        )
+        raise StoreError(problem, path=str(folder)) from error

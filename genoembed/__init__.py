@@ -14,10 +14,11 @@ from genoembed import registration
 from genoembed._version import __version__
 
 if TYPE_CHECKING:
+    from genoembed.analysis.fitting import TransformReport, fit_transform
     from genoembed.contracts import SequenceRecord
     from genoembed.doctor import run_doctor
     from genoembed.errors import GenoembedError, GenoembedWarning
-    from genoembed.extraction import ExtractionReport, extract
+    from genoembed.extraction import ExtractionReport, extract, merge
     from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.load import GenomicModel, load_model
     from genoembed.models.registry import known_models
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
     from genoembed.scoring.sequences import ScoreReport, score
     from genoembed.scoring.variants import VariantReport, score_variants
+    from genoembed.searching import SearchReport, search
     from genoembed.sequences import InputCounts, read_sequences
-    from genoembed.store import EmbeddingFile, open_embeddings
+    from genoembed.store import EmbeddingFile, Merged, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
     from genoembed.training.finetuning import FinetuneReport, finetune
     from genoembed.training.predict import PredictionReport, predict
@@ -42,21 +44,26 @@ _HOMES = {
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
+    "Merged": "genoembed.store",
     "ModelLayers": "genoembed.models.describe",
     "PredictionReport": "genoembed.training.predict",
     "PretrainReport": "genoembed.training.run",
     "ScoreReport": "genoembed.scoring.sequences",
+    "SearchReport": "genoembed.searching",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
+    "TransformReport": "genoembed.analysis.fitting",
     "VariantReport": "genoembed.scoring.variants",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
     "extract": "genoembed.extraction",
     "finetune": "genoembed.training.finetuning",
+    "fit_transform": "genoembed.analysis.fitting",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
+    "merge": "genoembed.extraction",
     "open_embeddings": "genoembed.store",
     "predict": "genoembed.training.predict",
     "pretrain": "genoembed.training.run",
@@ -64,6 +71,7 @@ _HOMES = {
     "run_doctor": "genoembed.doctor",
     "score": "genoembed.scoring.sequences",
     "score_variants": "genoembed.scoring.variants",
+    "search": "genoembed.searching",
 }
 
 __all__ = [
@@ -75,22 +83,27 @@ __all__ = [
     "GenoembedWarning",
     "GenomicModel",
     "InputCounts",
+    "Merged",
     "ModelLayers",
     "PredictionReport",
     "PretrainReport",
     "ScoreReport",
+    "SearchReport",
     "SequenceRecord",
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
     "StripedHyena2Model",
+    "TransformReport",
     "VariantReport",
     "__version__",
     "convert_checkpoint",
     "describe_layers",
     "extract",
     "finetune",
+    "fit_transform",
     "known_models",
     "load_model",
+    "merge",
     "open_embeddings",
     "predict",
     "pretrain",
@@ -98,6 +111,7 @@ __all__ = [
     "run_doctor",
     "score",
     "score_variants",
+    "search",
 ]
 
 registration.install()

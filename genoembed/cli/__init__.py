@@ -2,7 +2,7 @@
 
 A command parses, builds a configuration, makes one public call and prints what came of it. Results go to
 standard output, messages and progress to standard error. Exit codes: 0 done, 1 failed with one line that says
-why, 2 wrong usage, 130 interrupted.
+why, 2 wrong usage, 3 done but for records that failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from genoembed.cli.outcome import exit_codes
 
 COMMANDS = (
     "extract",
+    "merge",
     "layers",
     "models",
     "info",
@@ -24,6 +25,8 @@ COMMANDS = (
     "pretrain",
     "finetune",
     "predict",
+    "search",
+    "fit-transform",
     "score",
     "doctor",
 )
@@ -56,7 +59,8 @@ class CommandGroup(click.Group):
         """
         if cmd_name not in COMMANDS:
             return None
-        return cast("click.Command", importlib.import_module(f"genoembed.cli.{cmd_name}").command)
+        module = importlib.import_module(f"genoembed.cli.{cmd_name.replace('-', '_')}")
+        return cast("click.Command", module.command)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run what was asked for; turn how it ends into an exit code.

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from genoembed.store.schema import Kind
 
 
-def open_embeddings(path: str | os.PathLike[str]) -> EmbeddingFile:
+def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) -> EmbeddingFile:
     """Open an embedding file, of any published schema version, for reading.
 
     Args:
         path: A file that genoembed wrote.
+        untrusted: True for a file from a stranger, who can forge its seal: a process of its own tries it first,
+            which takes about a third of a second. Files without a seal are always tried.
 
     Returns:
         The open file; use it in a ``with``, or close it.
@@ -60,7 +62,7 @@ def open_embeddings(path: str | os.PathLike[str]) -> EmbeddingFile:
         ...         embeddings.ids, embeddings.layers, embeddings.X[0], embeddings.provenance["version"]
         (['chr1'], ['blocks.1'], array([0.5, 1. ], dtype=float32), '1.0')
     """
-    return EmbeddingFile(path)
+    return EmbeddingFile(path, untrusted=untrusted)
 
 
 class EmbeddingFile:
@@ -68,6 +70,7 @@ class EmbeddingFile:
 
     Args:
         path: A file that genoembed wrote.
+        untrusted: As for ``open_embeddings``.
 
     Raises:
         StoreError: If the file is missing or not readable.
@@ -75,11 +78,11 @@ class EmbeddingFile:
         SchemaVersionError: If a newer genoembed wrote it in a newer format.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, untrusted: bool = False) -> None:
         self.path = Path(path)
         """The file."""
         self._hdf5: h5py.File | None = None
-        hdf5 = open_hdf5(self.path)
+        hdf5 = open_hdf5(self.path, untrusted=untrusted)
         try:
             self._layout = read_layout(hdf5, str(self.path))
         except BaseException:
@@ -225,6 +228,11 @@ class EmbeddingFile:
             problem = "holds one pooled vector a record, and so no tokens; extract with pooling set to none"
             raise StoreError(problem, path=str(self.path))
         return self._layout.offsets
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each record, ``(N,)``; per-token files only."""
+        return np.diff(self._offsets())
 
     def vectors(self, row: int, layer: str | None = None) -> NDArray[np.floating]:
         """Read what the file holds for one row: its vector, or in a per-token file those of its tokens.

@@ -17,6 +17,8 @@ from genoembed.config import (
     ComputeDtype,
     DuplicatePolicy,
     EmptyPolicy,
+    Engine,
+    FailurePolicy,
     Fusion,
     GapPolicy,
     InvalidPolicy,
@@ -29,7 +31,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
 MESSAGES = {"-q", "--quiet", "-v", "--verbose"}
 OPTIONS = {
     "extract": {
-        *("-o", "--output", "--overwrite", "--out-dtype"),
+        *("-o", "--output", "--overwrite", "--resume", "--out-dtype"),
+        *("--on-error", "--unit-bases", "--shard", "--engine", "--workers", "--ray-address"),
         *(
             "--model",
             "--revision",
@@ -44,6 +47,7 @@ OPTIONS = {
         *("--regions", "--flank", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
         *("--json", *MESSAGES),
     },
+    "merge": {"--overwrite", "--json", *MESSAGES},
     "layers": {"--all", "--revision", "--trust-remote-code", "--json", *MESSAGES},
     "models": {"--json"},
     "info": {"--json"},
@@ -83,6 +87,17 @@ OPTIONS = {
         *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
         *MESSAGES,
     },
+    "search": {
+        *("--against", "-k", "--neighbours", "--metric", "--layer", "--exclude-self", "--transform"),
+        *("--approximate", "--index", "--effort", "--measure-recall", "--search-threads"),
+        *("--hybrid", "--hybrid-weights", "--depth", "--subject-sequences", "--model"),
+        *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--dtype", "--device"),
+        *("--threads", "-o", "--output", "--overwrite", *MESSAGES),
+    },
+    "fit-transform": {
+        *("-o", "--output", "--overwrite", "--method", "--components", "--layer", "--axes", "--shrinkage"),
+        *("--seed", "--json", *MESSAGES),
+    },
     "score": {
         *("--vcf", "--reference", "--rc", "--start-token", "-o", "--output", "--overwrite"),
         *("--per-base", "--window", "--stride", "--invalid", "--duplicates", "--empty", "--gaps"),
@@ -93,6 +108,8 @@ OPTIONS = {
     "doctor": MESSAGES,
 }
 CHOICES = {
+    "on_error": FailurePolicy,
+    "engine": Engine,
     "pooling": Pooling,
     "fusion": Fusion,
     "rc": Strands,

@@ -24,6 +24,7 @@ from genoembed.training.encode import EncodedExample
 from genoembed.training.epoch_rows import RowDataset
 from genoembed.training.evaluation import CausalMeasure, PredictionMeasure
 from genoembed.training.finetune_data import find_contrast, label_kind, read_sides, without_strata
+from genoembed.training.head_inputs import fit_inputs
 from genoembed.training.heads import RegressionHead
 from genoembed.training.labels import LabelSpace
 from genoembed.training.run_config import StartConfig
@@ -98,8 +99,10 @@ def _prediction(config: FinetuneConfig) -> TaskSetup:
     measures = {
         side: PredictionMeasure(rows=rows, space=space, runner=base.runner) for side, rows in sides.held_out()
     }
+    model = PredictionModel(base.encoder, head, per_token=kind == "token")
+    fit_inputs(model, base.runner, [row.sequence for row in sides.train])
     return TaskSetup(
-        model=PredictionModel(base.encoder, head, per_token=kind == "token"),
+        model=model,
         space=space,
         dataset=RowDataset(sides.train, encode, augment=config.augment, seed=config.recipe.seed),
         collate=base.collator("token" if kind == "token" else "sequence", config),

@@ -1,7 +1,8 @@
 """Prediction heads: a class, several labels, numbers for a sequence, or a class for each token.
 
 In: pooled vectors (or hidden states, for tokens). Out: logits or numbers, and the loss that goes with them.
-What a prediction needs later - class weights, the mean and deviation of the targets - is in the state dict.
+What a prediction needs later - mean and deviation of inputs and of targets, class weights - is in the state
+dict.
 
 B rows, L padded length, D hidden size, C classes, K targets of a row.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from genoembed.errors import ConfigError
+from genoembed.errors import ConfigError, ModelError, ShapeError
 from genoembed.training.losses import (
     IGNORE_INDEX,
     classification_loss,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _INIT_DEVIATION = 0.02
+_LEAST_DEVIATION = 0.01
+"""Of an input feature, as a share of the median one."""
 
 
 def new_linear(width: int, outputs: int, *, generator: torch.Generator | None = None) -> nn.Linear:
@@ -51,7 +54,12 @@ def new_linear(width: int, outputs: int, *, generator: torch.Generator | None = 
 
 
 class PredictionHead(nn.Module):
-    """Dropout, an optional pooler (a linear projection), dropout again, and the output layer.
+    """Standard units, dropout, an optional pooler (a linear projection), dropout again, the output layer.
+
+    States of a model have any scale, and are mostly what all sequences share: behind a middle block of a
+    StripedHyena they are in the hundreds, and behind the last norm they differ by a twentieth of their mean.
+    A new layer with a usual rate learns little from such inputs. ``fit_inputs`` learns mean and deviation of
+    each feature once, before training; they are part of the state.
 
     Args:
         width: Hidden size, D.
@@ -64,6 +72,9 @@ class PredictionHead(nn.Module):
         ConfigError: If a size or the dropout is out of range.
     """
 
+    input_mean: Tensor
+    input_deviation: Tensor
+
     def __init__(
         self,
         width: int,
@@ -74,6 +85,8 @@ class PredictionHead(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("input_mean", torch.zeros(max(width, 0)))
+        self.register_buffer("input_deviation", torch.ones(max(width, 0)))
         problems = [] if outputs >= 1 else [f"outputs is {outputs}; expected 1 or more"]
         if not 0 <= dropout < 1:
             problems.append(f"dropout is {dropout}; set dropout to 0 or more, and below 1")
@@ -86,6 +99,34 @@ class PredictionHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = new_linear(width, outputs, generator=generator)
 
+    def fit_inputs(self, vectors_ND: Tensor) -> None:
+        """Learn mean and standard deviation of the features; until then they are taken as they are.
+
+        A feature that hardly changes gets the deviation of a hundredth of the median one, so that chance is
+        not blown up; where nothing changes, deviations are 1.
+
+        Args:
+            vectors_ND: What the encoder gives for rows to train on, floating, shape ``(N, D)``.
+
+        Raises:
+            ModelError: If a value is NaN or infinite.
+            ShapeError: If there is no row, or the width is another.
+        """
+        if vectors_ND.ndim != 2 or vectors_ND.shape[1] != len(self.input_mean) or not len(vectors_ND):
+            message = (
+                f"inputs: shape {tuple(vectors_ND.shape)}, expected (N, {len(self.input_mean)}) with a row "
+                "or more"
+            )
+            raise ShapeError(message)
+        wide = vectors_ND.double()
+        if not bool(wide.isfinite().all()):
+            message = "inputs: the encoder gives NaN or infinity; choose another layer, or dtype 'float32'"
+            raise ModelError(message)
+        deviation = wide.std(dim=0, unbiased=False)
+        floor = _LEAST_DEVIATION * float(deviation.median())
+        self.input_mean.copy_(wide.mean(dim=0))
+        self.input_deviation.copy_(deviation.clamp(min=floor) if floor > 0 else torch.ones_like(deviation))
+
     def forward(self, vectors: Tensor) -> Tensor:
         """Give the outputs of each vector.
 
@@ -95,7 +136,7 @@ class PredictionHead(nn.Module):
         Returns:
             In the dtype of the weights, shape ``(..., outputs)``.
         """
-        vectors = vectors.to(self.output.weight.dtype)
+        vectors = (vectors.to(self.output.weight.dtype) - self.input_mean) / self.input_deviation
         if self.pooler is not None:
             vectors = self.pooler(self.dropout(vectors))
         outputs: Tensor = self.output(self.dropout(vectors))

@@ -133,6 +133,25 @@ class WindowedRunner:
         return encoder.fuse({path: torch.stack([one[path] for one in merged]) for path in merged[0]})
 
     @torch.no_grad()
+    def states(self, encoder: Encoder, sequences: Sequence[bytes]) -> Tensor:
+        """Give the fused hidden states of all tokens that count, before any head.
+
+        Args:
+            encoder: In eval mode.
+            sequences: At least one, of at least one base each.
+
+        Returns:
+            float32, shape ``(T, D)``, tokens in no order that means anything, on the device of the model.
+        """
+        device = _device(encoder)
+        pieces = [piece for index, bases in enumerate(sequences) for piece in self._cut(index, bases)]
+        found = []
+        for _, batch in self._batches(pieces):
+            ids, mask, kept = (batch[n].to(device) for n in ("input_ids", "attention_mask", "pool_mask"))
+            found.append(encoder.hidden(ids, mask)[kept].float())
+        return torch.cat(found)
+
+    @torch.no_grad()
     def tokens(self, model: nn.Module, encoder: Encoder, sequences: Sequence[bytes]) -> list[TokenOutputs]:
         """Predict for every token.
 

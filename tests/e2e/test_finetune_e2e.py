@@ -84,7 +84,8 @@ def test_predictions_are_the_saved_head_on_the_vectors_of_the_folder(run):
 
     heads = load_file(Path(report.output) / "heads.safetensors")
     _, vectors = matrix_of(folder, fasta, "vectors.h5", model=report.output)
-    logits = torch.from_numpy(vectors) @ heads["head.output.weight"].T + heads["head.output.bias"]
+    standard = (torch.from_numpy(vectors) - heads["head.input_mean"]) / heads["head.input_deviation"]
+    logits = standard @ heads["head.output.weight"].T + heads["head.output.bias"]
     expected = torch.softmax(logits, dim=1).numpy()
     found = np.array([[float(row[f"p_{name}"]) for name in told.names] for row in rows])
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genoembed.errors import ConfigError, InputError, ShapeError
+from genoembed.errors import ConfigError, InputError, ModelError, ShapeError
 from genoembed.training.heads import ClassificationHead, MultilabelHead, PredictionHead, RegressionHead
 from genoembed.training.losses import (
     balanced_class_weights,
@@ -127,10 +127,44 @@ def test_regression_head_refuses_targets_that_say_nothing():
 def test_head_pooler_is_off_by_default_and_starts_as_the_identity():
     vectors = logits(2, 4).float()
     plain, pooled = PredictionHead(4, 2), PredictionHead(4, 2, add_pooler=True)
-    assert set(plain.state_dict()) == {"output.weight", "output.bias"}
+    inputs = {"input_mean", "input_deviation"}
+    assert set(plain.state_dict()) == {"output.weight", "output.bias", *inputs}
     assert set(pooled.state_dict()) == {*plain.state_dict(), "pooler.weight", "pooler.bias"}
     pooled.output.load_state_dict(plain.output.state_dict())
     torch.testing.assert_close(plain(vectors), pooled(vectors))
+
+
+def test_head_takes_inputs_in_their_own_deviation():
+    vectors = logits(50, 4).float() * torch.tensor([300.0, 0.01, 1.0, 2.0]) + torch.tensor([2e3, -5.0, 0, 1])
+    head, again = PredictionHead(4, 2), PredictionHead(4, 2)
+    before = head(vectors)
+    head.fit_inputs(vectors)
+    standard = (vectors - vectors.mean(0)) / vectors.std(0, unbiased=False)
+    torch.testing.assert_close(head(vectors), head.output(standard), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(before, head(vectors))
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(vectors), head(vectors))
+    assert head.double()(vectors[None].double()).shape == (1, 50, 2)
+
+
+def test_head_does_not_blow_up_features_that_hardly_change():
+    vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    vectors[:, 2] = 7.0
+    head = PredictionHead(3, 1)
+    head.fit_inputs(vectors)
+    assert head.input_deviation[2] == pytest.approx(0.01 * float(head.input_deviation.median()))
+    head.fit_inputs(torch.ones(1, 3))
+    assert head.input_deviation.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_head_refuses_inputs_that_say_nothing():
+    head = PredictionHead(3, 1)
+    with pytest.raises(ShapeError, match=r"inputs: shape \(2, 4\), expected \(N, 3\)"):
+        head.fit_inputs(torch.ones(2, 4))
+    with pytest.raises(ShapeError, match=r"expected \(N, 3\) with a row or more"):
+        head.fit_inputs(torch.ones(0, 3))
+    with pytest.raises(ModelError, match="NaN or infinity; choose another layer"):
+        head.fit_inputs(torch.tensor([[1.0, torch.nan, 2.0]]))
 
 
 def test_head_drops_in_training_alone():

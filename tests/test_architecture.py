@@ -76,6 +76,11 @@ RULES = {
     "scoring": Rule(
         internal=(*STAGES, "engines", "config", "_version", *FLOOR),
         third_party=("torch", "numpy"),
+        type_checking=("transformers",),
+    ),
+    "searching": Rule(internal=("extraction", "hybrid_search", "analysis", "store", "models", *FLOOR)),
+    "hybrid_search": Rule(
+        internal=("analysis", "store", "sequences", "training", *FLOOR), third_party=("numpy",)
     ),
     "doctor": Rule(
         internal=(*STAGES, "registration", "_version", *FLOOR),
@@ -95,6 +100,7 @@ RULES = {
         internal=("store", "models", "sequences", *FLOOR),
         third_party=("numpy", "torch"),
         in_functions=("sklearn", "matplotlib", "plotly", "umap"),
+        only_in={"usearch": "analysis.nearest_index"},
     ),
     "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
 }

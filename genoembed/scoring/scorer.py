@@ -24,17 +24,17 @@ from genoembed.engines.pieces import Cutter
 from genoembed.engines.stats import RunStats
 from genoembed.errors import ConfigError, NonFiniteError
 from genoembed.pooling.running import RunningPool
-from genoembed.scoring.start import StartedSequence, StartToken, find_start_token, start_sequence
+from genoembed.scoring.start import StartToken, find_start_token, start_sequence
 from genoembed.sequences.alphabet import reverse_complement
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from genoembed.contracts import Batch, Window
+    from genoembed.contracts import Batch, EncodedSequence
     from genoembed.models.language_model import LanguageModel
     from genoembed.scoring.start import StartChoice
 
@@ -44,6 +44,8 @@ ScorePooling: TypeAlias = Literal["mean", "max", "last"]
 BATCH_TOKENS = {"cpu": 2_048}
 _BATCH_TOKENS_ELSEWHERE = 16_384
 _LEAST_BLOCK_TOKENS = 512
+_SLAB_BATCHES = 32
+"""Batches' worth of tokens that wait together: enough to find rows of like length."""
 _SHORT, _SHORT_STEP, _STEP = 256, 16, 64
 _PADDING_PART = 16
 _PLAIN = np.zeros(256, dtype=np.int64)
@@ -90,18 +92,29 @@ class StrandScore(NamedTuple):
         return float(np.nansum(self.log_probs)) if self.scored_bases else float("nan")
 
 
+class _Waiting(NamedTuple):
+    """Tokens of a row, and which of them count."""
+
+    encoded: EncodedSequence
+    counted: NDArray[np.bool_]
+
+
 @dataclass(slots=True)
 class _Row:
     """A window of a strand of a record, as a row of a forward pass."""
 
     owner: int
     """Number of the strand: twice the record's, plus 1 for the reverse complement."""
-    window: Window
-    tokens: StartedSequence
-    counted: NDArray[np.bool_]
-    """Tokens of bases that this window answers for."""
-    key: bytes = b""
+    starts: NDArray[np.int64]
+    """First base, on the strand, of each token of bases that this window answers for."""
+    widths: NDArray[np.int64]
+    """Bases of these tokens."""
+    waiting: _Waiting | None
+    """What the model is to see; None once it has."""
+    key: bytes
+    """Equal for rows that are equal to the model."""
     log_probs: NDArray[np.float32] | None = None
+    """Of these tokens."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -186,12 +199,22 @@ class SequenceScorer:
             NonFiniteError: If the model gives NaN or infinity.
             SequenceLengthError: If a window has more tokens than the context.
         """
-        rows = [row for index, record in enumerate(records) for row in self._rows(record, index)]
+        rows: list[_Row] = []
+        fresh: list[_Row] = []
         first: dict[bytes, _Row] = {}
-        for row in rows:
-            first.setdefault(row.key, row)
-        self.stats.repeats += len(rows) - len(first)
-        self._run(list(first.values()), records)
+        num_tokens = 0
+        for row in (row for index, record in enumerate(records) for row in self._rows(record, index)):
+            rows.append(row)
+            if first.setdefault(row.key, row) is not row:
+                row.waiting = None
+                self.stats.repeats += 1
+                continue
+            fresh.append(row)
+            num_tokens += _num_tokens(row)
+            if num_tokens >= _SLAB_BATCHES * self.batch_tokens:
+                self._run(fresh, records)
+                fresh, num_tokens = [], 0
+        self._run(fresh, records)
         self.stats.bases_under_way = 0  # from here on they are counted record by record
         for row in rows:
             row.log_probs, row.vectors = first[row.key].log_probs, first[row.key].vectors
@@ -230,22 +253,29 @@ class SequenceScorer:
             counted = (tokens.first_base >= 0) & (bases >= window.core_start) & (bases < window.core_end)
             digest = hashlib.sha256(tokens.encoded.input_ids.data)
             digest.update(counted.data)
-            yield _Row(owner, window, tokens, counted, digest.digest())
+            yield _Row(
+                owner=owner,
+                starts=bases[counted],
+                widths=tokens.num_bases[counted],
+                waiting=_Waiting(tokens.encoded, counted),
+                key=digest.digest(),
+            )
 
     def _run(self, rows: Sequence[_Row], records: Sequence[SequenceRecord]) -> None:
         plan = plan_batches(
-            [self._padded(len(row.counted)) for row in rows],
+            [self._padded(_num_tokens(row)) for row in rows],
             max_tokens=self.batch_tokens,
             max_padding=self.batch_tokens // _PADDING_PART,
         )
         for numbers in plan:
             chosen = [rows[number] for number in numbers]
+            waiting = [row.waiting for row in chosen if row.waiting is not None]
             batch = pad_batch(
-                [row.tokens.encoded for row in chosen],
-                pool_masks=[row.counted for row in chosen],
+                [each.encoded for each in waiting],
+                pool_masks=[each.counted for each in waiting],
                 rows=numbers,
                 pad_token_id=self._cutter.encoder.pad_token_id,
-                pad_to_multiple_of=self._padded(max(len(row.counted) for row in chosen)),
+                pad_to_multiple_of=self._padded(max(map(_num_tokens, chosen))),
             )
             self._run_batch(batch, chosen, records)
 
@@ -264,15 +294,14 @@ class SequenceScorer:
         )
         pooled = {layer: pool.pooled().cpu() for layer, pool in pools.items()}
         for number, row in enumerate(rows):
-            row.log_probs = log_probs_BL[number, : len(row.counted)].numpy()
             row.vectors = {layer: vectors_BD[number] for layer, vectors_BD in pooled.items()}
-            _check_finite(row, records[row.owner // 2])
+            _settle(row, log_probs_BL[number].numpy(), records[row.owner // 2])
         stats = self.stats
         stats.batches += 1
         stats.slots += batch.num_tokens
         stats.real_tokens += int(batch.attention_mask.sum())
         stats.forward_s += time.perf_counter() - started
-        bases = sum(int(row.tokens.num_bases[row.counted].sum()) for row in rows)
+        bases = sum(int(row.widths.sum()) for row in rows)
         stats.bases_under_way += bases // (1 if self.options.rc == "none" else 2)
         if self._on_batch is not None:
             self._on_batch(stats)
@@ -292,25 +321,32 @@ def _turned(record: SequenceRecord) -> SequenceRecord:
     return SequenceRecord(id=record.id, sequence=sequence, source=record.source, line=record.line)
 
 
-def _check_finite(row: _Row, record: SequenceRecord) -> None:
-    assert row.log_probs is not None
-    predicted = row.counted.copy()
+def _num_tokens(row: _Row) -> int:
+    assert row.waiting is not None, "it has not run yet"
+    return len(row.waiting.counted)
+
+
+def _settle(row: _Row, log_probs_L: NDArray[np.float32], record: SequenceRecord) -> None:
+    """Keep what counts of a row's log-probabilities, and give its tokens up."""
+    assert row.waiting is not None, "it has not run yet"
+    counted = row.waiting.counted
+    predicted = counted.copy()
     predicted[0] = False  # no token precedes it
-    vectors = row.vectors.values()
-    if np.isfinite(row.log_probs[predicted]).all() and all(torch.isfinite(v).all() for v in vectors):
-        return
-    problem = "the model gives values that are not finite; set dtype='float32', or leave the record out"
-    raise NonFiniteError(problem, record_id=record.id)
+    finite = np.isfinite(log_probs_L[: len(counted)][predicted]).all()
+    if not finite or not all(bool(torch.isfinite(vector).all()) for vector in row.vectors.values()):
+        problem = "the model gives values that are not finite; set dtype='float32', or leave the record out"
+        raise NonFiniteError(problem, record_id=record.id)
+    row.log_probs = log_probs_L[: len(counted)][counted]
+    row.waiting = None
 
 
-def _joined(rows: Iterable[_Row], record: SequenceRecord, *, is_reverse: bool) -> StrandScore:
+def _joined(rows: Sequence[_Row], record: SequenceRecord, *, is_reverse: bool) -> StrandScore:
     """Lay the windows of a strand end to end; take out what has letters that are no bases."""
     sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
     plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
-    rows = list(rows)
-    starts = np.concatenate([(row.tokens.first_base + row.window.start)[row.counted] for row in rows])
-    widths = np.concatenate([row.tokens.num_bases[row.counted] for row in rows])
-    log_probs = np.concatenate([_values(row)[row.counted] for row in rows]).astype(np.float64)
+    starts = np.concatenate([row.starts for row in rows])
+    widths = np.concatenate([row.widths for row in rows])
+    log_probs = np.concatenate([_values(row) for row in rows]).astype(np.float64)
     log_probs[plain[starts + widths] - plain[starts] != widths] = np.nan
     return StrandScore(starts, widths, log_probs, rows[0].vectors, len(rows))
 

@@ -269,3 +269,20 @@ def test_values_that_are_not_finite_name_their_record(tmp_path, monkeypatch):
     records = list(genoembed.read_sequences(write(tmp_path, {"a": "ACGTA", "b": "GGGTA"})))
     with pytest.raises(NonFiniteError, match=r"record 'b': the model gives values that are not finite"):
         scorer.score(records)
+
+
+def test_rows_that_wait_are_few_and_all_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("genoembed.scoring.scorer._SLAB_BATCHES", 1)
+    records = {str(number): random_dna(10 + number, number) for number in range(12)}
+    few = rows_of(tmp_path, "llama", records, batch_tokens=30)
+    monkeypatch.undo()
+    many = rows_of(tmp_path, "llama", records)
+    assert [row.log_likelihood for row in few.values()] == pytest.approx(
+        [row.log_likelihood for row in many.values()], abs=1e-4
+    )
+
+
+def test_model_that_was_tuned_for_vectors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("genoembed.scoring.setup.find_facts", lambda model: object())
+    with pytest.raises(ModelError, match="was fine-tuned for vectors or labels, so its next-token head"):
+        rows_of(tmp_path, "llama")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,20 @@ SCORES = torch.tensor([[0.3, -1.2, 0.8, 0.1], [1.0, 0.2, -0.4, 2.0]], dtype=torc
 TARGETS = torch.tensor([0, 2])
 TEACHER = torch.tensor([[2.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
 ROWS = {"m3": m3_distillation_rows, "kl": kl_distillation_rows, "divergence": group_divergence_rows}
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "values.json"
+
+
+def test_kl_distillation_is_that_of_the_reference():
+    values = json.loads(GOLDEN.read_text())["simlm"]
+    query, passage, teacher = (
+        torch.tensor(values[name], dtype=torch.float64) for name in ("q", "p", "teacher")
+    )
+    scores, targets = query @ passage.T / values["kl_distillation_temperature"], torch.tensor([0, 2, 4])
+    wanted = teacher_probabilities(teacher, scores, targets)
+    found = float(kl_distillation_rows(scores, wanted, targets).mean())
+    assert found == pytest.approx(values["kl_distillation"], abs=1e-9, rel=0)
 
 
 def log_softmax(values, index):

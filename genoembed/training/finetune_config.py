@@ -16,12 +16,24 @@ from genoembed.training.finetune_stages import (
     FinetuneDataConfig,
     FinetuneRecipe,
     ObjectiveConfig,
+    Task,
 )
 from genoembed.training.flat_keys import FlatKeys, raise_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
+
+__all__ = [
+    "FINETUNE_STAGE",
+    "EncoderConfig",
+    "FinetuneConfig",
+    "FinetuneDataConfig",
+    "FinetuneRecipe",
+    "ObjectiveConfig",
+    "Task",
+    "finetune_config",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

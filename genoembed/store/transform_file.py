@@ -1,0 +1,124 @@
+"""A fitted transform as one small HDF5 file: arrays, what they mean, and what they were fitted on.
+
+In: arrays and facts. Out: the file, or what it holds. Promised: a file appears whole or not at all; one that
+is damaged, or of a newer format, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import h5py
+import numpy as np
+
+from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
+from genoembed.store.atomic import AtomicFile, check_output
+from genoembed.store.matrix import reading
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from numpy.typing import NDArray
+
+TRANSFORM_ATTR: Final = "genoembed-transform"
+TRANSFORM_VERSION: Final = 1
+_FACTS = "facts_json"
+_DIGEST = "sha256"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTransform:
+    """What a transform file holds."""
+
+    arrays: Mapping[str, NDArray[np.float64]]
+    """By name."""
+    facts: Mapping[str, Any]
+    """What the arrays mean, and how they were made; what JSON holds."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the arrays and facts, as hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode())
+        for name in sorted(self.arrays):
+            array = np.ascontiguousarray(self.arrays[name], dtype="<f8")
+            digest.update(f"\0{name}{array.shape}".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def write_transform(stored: StoredTransform, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a transform.
+
+    Args:
+        stored: What to write.
+        path: The file.
+        overwrite: Replace an existing file.
+
+    Raises:
+        StoreError: If the file exists and must stay, or cannot be written.
+    """
+    target = check_output(path, overwrite=overwrite)
+    try:
+        file = AtomicFile(target)
+        try:
+            with h5py.File(file, "w") as hdf5:
+                hdf5.attrs[TRANSFORM_ATTR] = TRANSFORM_VERSION
+                hdf5.attrs[_DIGEST] = stored.digest
+                hdf5.create_dataset(_FACTS, data=json.dumps(stored.facts), dtype=h5py.string_dtype("utf-8"))
+                for name, array in stored.arrays.items():
+                    hdf5.create_dataset(f"arrays/{name}", data=np.asarray(array, dtype="<f8"))
+            file.commit()
+        finally:
+            file.discard()
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
+        raise StoreError(problem, path=str(path)) from error
+
+
+def read_transform(path: str | PathLike[str]) -> StoredTransform:
+    """Read a transform.
+
+    Args:
+        path: A file that :func:`write_transform` wrote.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        StoreError: If the file is missing or not readable.
+        StoreFormatError: If it holds no transform, or is damaged.
+        SchemaVersionError: If a newer genoembed wrote it.
+    """
+    name = str(path)
+    with reading(name), _open(name) as hdf5:
+        version = hdf5.attrs.get(TRANSFORM_ATTR)
+        if not isinstance(version, (int, np.integer)) or version < 1:
+            problem = f"has no attribute {TRANSFORM_ATTR}, expected a file of fit-transform; check the path"
+            raise StoreFormatError(problem, path=name)
+        if version > TRANSFORM_VERSION:
+            raise SchemaVersionError(path=name, found=int(version), supported=TRANSFORM_VERSION)
+        stored = StoredTransform(
+            arrays={key: dataset[...].astype(np.float64) for key, dataset in hdf5["arrays"].items()},
+            facts=json.loads(hdf5[_FACTS].asstr()[()]),
+        )
+        if hdf5.attrs[_DIGEST] != stored.digest:
+            problem = "its digest is not that of its values, so the file is damaged; fit the transform again"
+            raise StoreFormatError(problem, path=name)
+    return stored
+
+
+def _open(path: str) -> h5py.File:
+    try:
+        is_hdf5 = Path(path).stat().st_size > 0 and h5py.is_hdf5(path)
+    except OSError as error:
+        problem = f"cannot be opened ({error.strerror}), expected a file of fit-transform; check the path"
+        raise StoreError(problem, path=path) from error
+    if not is_hdf5:
+        problem = "is not an HDF5 file, expected one of fit-transform; check the path"
+        raise StoreFormatError(problem, path=path)
+    return h5py.File(path, "r", locking="best-effort")

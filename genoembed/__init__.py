@@ -15,6 +15,7 @@ from genoembed._version import __version__
 
 if TYPE_CHECKING:
     from genoembed.analysis.fitting import TransformReport, fit_transform
+    from genoembed.analysis.plot import PlotReport, plot
     from genoembed.contracts import SequenceRecord
     from genoembed.doctor import run_doctor
     from genoembed.errors import GenoembedError, GenoembedWarning
@@ -46,6 +47,7 @@ _HOMES = {
     "InputCounts": "genoembed.sequences",
     "Merged": "genoembed.store",
     "ModelLayers": "genoembed.models.describe",
+    "PlotReport": "genoembed.analysis.plot",
     "PredictionReport": "genoembed.training.predict",
     "PretrainReport": "genoembed.training.run",
     "ScoreReport": "genoembed.scoring.sequences",
@@ -65,6 +67,7 @@ _HOMES = {
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
     "open_embeddings": "genoembed.store",
+    "plot": "genoembed.analysis.plot",
     "predict": "genoembed.training.predict",
     "pretrain": "genoembed.training.run",
     "read_sequences": "genoembed.sequences",
@@ -85,6 +88,7 @@ __all__ = [
     "InputCounts",
     "Merged",
     "ModelLayers",
+    "PlotReport",
     "PredictionReport",
     "PretrainReport",
     "ScoreReport",
@@ -105,6 +109,7 @@ __all__ = [
     "load_model",
     "merge",
     "open_embeddings",
+    "plot",
     "predict",
     "pretrain",
     "read_sequences",

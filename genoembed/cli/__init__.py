@@ -27,6 +27,7 @@ COMMANDS = (
     "predict",
     "search",
     "fit-transform",
+    "plot",
     "score",
     "doctor",
 )

@@ -1,0 +1,155 @@
+"""What README and docs tell people to type: commands exist as written, and blocks run.
+
+Blocks marked ``bash`` and ``python`` run, page by page, top to bottom, in a folder with a few small files. In
+all other blocks, each ``genoembed`` command line must be one that the command takes, and each Python call
+(``py``) one that the function takes: they need models, data or hours that a test has not.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import genoembed
+from genoembed.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+RUN = ("bash", "python")
+BINARIES = Path(sys.executable).parent
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """Give language and text of a page's blocks."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(language, text) for language, text in found if not languages or language in languages]
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Find the calls of ``genoembed`` in shell text: in lines that go on, in pipes, after ``&&``."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$\(.*?\)", "X", line.partition(" #")[0].removeprefix("$ "))
+        for piece in re.split(r"&&|\|\||[|;&]|(?<!\d)>", line):
+            words = shlex.split(piece) if "genoembed " in piece else []
+            if "genoembed" in words[:1]:
+                found.append([word for word in words[1:] if word not in ("...", "…")])
+    return found
+
+
+COMMAND_LINES = [
+    pytest.param(words, id=f"{page.name}-{' '.join(words)[:60]}")
+    for page in PAGES
+    for language, text in blocks(page)
+    if language not in ("python", "py", "json", "toml")
+    for words in command_lines(text)
+]
+
+
+def test_command_lines_were_found():
+    named = {parameter.values[0][0] for parameter in COMMAND_LINES}
+    assert named >= {"extract", "finetune", "pretrain", "info", "merge"}
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_command_line_is_one_that_the_command_takes(words):
+    name, *arguments = words
+    if name.startswith("-"):
+        return
+    assert name in COMMANDS
+    command = main.get_command(click.Context(main), name)
+    assert command.make_context(name, arguments, parent=click.Context(main)).params
+
+
+CALLS = [
+    pytest.param(text, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, (_, text) in enumerate(blocks(page, "py"))
+]
+
+
+@pytest.mark.parametrize("text", CALLS)
+def test_python_that_is_not_run_calls_functions_as_they_are(text):
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    named = [call for call in calls if ast.unparse(call.func).startswith("genoembed.")]
+    for call in named:
+        function = getattr(genoembed, ast.unparse(call.func).removeprefix("genoembed."))
+        keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+        inspect.signature(function).bind(*call.args, **keywords)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Path:
+    """A folder as people have it: sequences, a file of embeddings, labels, a VCF."""
+    folder = tmp_path_factory.mktemp("stage")
+    shutil.copytree(
+        ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__", "*.fai")
+    )
+    virus = (ROOT / "examples" / "data" / "virus.fa").read_text().splitlines()
+    text = "\n".join(virus[:40]) + "\n"
+    for name in ("genome.fa", "genome.fasta"):
+        (folder / name).write_text(text)
+    (folder / "genome.fa.gz").write_bytes(gzip.compress(text.encode()))
+    genes = [
+        f">gene{number} a gene\n{''.join(virus[1 + 4 * number : 4 + 4 * number])}" for number in range(24)
+    ]
+    (folder / "genes.fa").write_text("\n".join(genes) + "\n")
+    genoembed.extract(folder / "genes.fa", layers=4, output=folder / "embeddings.h5")
+    return folder
+
+
+PAGES_TO_RUN = [page for page in PAGES if blocks(page, *RUN)]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=lambda page: page.name)
+def test_blocks_of_a_page_run(page, stage, tmp_path):
+    folder = tmp_path / "home"
+    shutil.copytree(stage, folder)
+    environment = {
+        **os.environ,
+        "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "agg",
+        "PYTHONPATH": str(ROOT),
+    }
+    for language, text in blocks(page, *RUN):
+        words = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*words, text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path / "site"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()

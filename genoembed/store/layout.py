@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
-from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
+from genoembed.errors import SchemaVersionError, StoreFormatError
+from genoembed.store import quarantine
 from genoembed.store.matrix import LazyMatrix, reading
 from genoembed.store.schema import (
     INDEX,
@@ -21,15 +23,17 @@ from genoembed.store.schema import (
     SCHEMA_VERSION,
     escape_name,
 )
+from genoembed.store.seal import check_seal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from genoembed.store.schema import Kind
 
+# deflate, which HDF5 uses, makes at most a thousandth
+_BEST_COMPRESSION = 1100
 _REMEDY = "the file is damaged; make it again or restore it from a copy"
 
 
@@ -46,11 +50,14 @@ class Layout:
     """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
 
 
-def open_hdf5(path: Path) -> h5py.File:
+def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
     """Open a file for reading, or say why that cannot be.
+
+    HDF5 sees it only if its seal holds, or a child process got through it unharmed.
 
     Args:
         path: The file.
+        untrusted: True lets a child process try the file even if its seal holds: a seal can be forged.
 
     Returns:
         The open file.
@@ -59,22 +66,26 @@ def open_hdf5(path: Path) -> h5py.File:
         StoreError: If the file is missing, a folder or not readable.
         StoreFormatError: If it is not HDF5, or damaged.
     """
-    try:
-        with path.open("rb") as file:
-            is_empty = not file.read(1)
-    except OSError as error:
-        problem = (
-            f"cannot be opened ({error.strerror}), expected an embedding file; check the path and its rights"
-        )
-        raise StoreError(problem, path=str(path)) from error
-    if is_empty:
-        problem = "is empty, expected an HDF5 file; make it again"
-        raise StoreFormatError(problem, path=str(path))
-    if not h5py.is_hdf5(path):
-        problem = "is not an HDF5 file, expected one that genoembed wrote; check the path"
-        raise StoreFormatError(problem, path=str(path))
+    if not check_seal(path) or untrusted:
+        quarantine.check_in_child(path)
     with reading(str(path)):
         return h5py.File(path, "r", locking="best-effort")
+
+
+def check_size(dataset: h5py.Dataset, path: str) -> None:
+    """Refuse a dataset that claims more than its file can hold, before memory is taken for it.
+
+    Args:
+        dataset: Any dataset.
+        path: Its file, for messages.
+
+    Raises:
+        StoreFormatError: If even the best compression could not put so much into the file.
+    """
+    file_bytes = Path(path).stat().st_size
+    if dataset.size and dataset.size * dataset.dtype.itemsize > _BEST_COMPRESSION * file_bytes:
+        problem = f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes; {_REMEDY}"
+        raise StoreFormatError(problem, path=path)
 
 
 def read_layout(hdf5: h5py.File, path: str) -> Layout:
@@ -147,6 +158,7 @@ def _member(hdf5: h5py.File, where: str, path: str) -> h5py.Dataset:
         found = "is missing" if node is None else "is a group"
         problem = f"/{where} {found}, expected a dataset; {_REMEDY}"
         raise StoreFormatError(problem, path=path)
+    check_size(node, path)
     return node
 
 

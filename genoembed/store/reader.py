@@ -36,8 +36,8 @@ def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) ->
 
     Args:
         path: A file that genoembed wrote.
-        untrusted: True for a file from a stranger, who can forge its seal: a process of its own tries it first,
-            which takes about a third of a second. Files without a seal are always tried.
+        untrusted: True has a child process try the file first, which a file without a seal is in any case:
+            for files from strangers, who can forge a seal.
 
     Returns:
         The open file; use it in a ``with``, or close it.

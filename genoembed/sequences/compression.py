@@ -14,7 +14,7 @@ import sys
 import zlib
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
@@ -25,48 +25,59 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 BLOCK_BYTES = 1 << 20
-
-
-class _Decoder(Protocol):
-    """What the four decompressors have in common: one member, fed piece by piece."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
+_SHOWN_PATH = 200
 
 
 class _Codec(NamedTuple):
     name: str
     magic: re.Pattern[bytes]
-    new: Callable[[], _Decoder]
+    new: Callable[[], Any]
+    feed: Callable[[Any, bytes], Iterator[bytes]]
+    """Gives a decoder compressed bytes and takes plain ones out, never many at once."""
     errors: tuple[type[Exception], ...]
-    step_bytes: int
-    """Compressed bytes fed at once: bounds what one call can blow up to."""
+    step_bytes: int = 1 << 14
+    """Compressed bytes fed at once."""
 
 
-def _new_zstd() -> _Decoder:
+def _new_zstd() -> Any:
     # Genomes are often packed with --long=31, a window of 2 GiB.
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
+def _feed_zlib(decoder: Any, compressed: bytes) -> Iterator[bytes]:
+    while compressed and not decoder.eof:
+        yield decoder.decompress(compressed, BLOCK_BYTES)
+        compressed = decoder.unconsumed_tail
+
+
+def _feed_counted(decoder: Any, compressed: bytes) -> Iterator[bytes]:
+    yield decoder.decompress(compressed, BLOCK_BYTES)
+    while not (decoder.eof or decoder.needs_input):
+        yield decoder.decompress(b"", BLOCK_BYTES)
+
+
+def _feed_uncounted(decoder: Any, compressed: bytes) -> Iterator[bytes]:
+    plain = decoder.decompress(compressed)
+    yield from (plain[start : start + BLOCK_BYTES] for start in range(0, len(plain), BLOCK_BYTES))
+
+
 _CODECS = (
-    _Codec("gzip", re.compile(rb"\x1f\x8b"), lambda: zlib.decompressobj(wbits=31), (zlib.error,), 1 << 14),
-    _Codec("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, (OSError, ValueError), 1 << 14),
+    _Codec("gzip", re.compile(rb"\x1f\x8b"), lambda: zlib.decompressobj(wbits=31), _feed_zlib, (zlib.error,)),
+    _Codec("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, _feed_counted, (OSError, ValueError)),
     _Codec(
         "xz",
         re.compile(rb"\xfd7zXZ\x00"),
         lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ),
-        (lzma.LZMAError,),
-        1 << 14,
+        _feed_counted,
+        (lzma.LZMAError, MemoryError),
     ),
     _Codec(
         "zstd",
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
         _new_zstd,
-        (zstandard.ZstdError,),
-        1 << 12,
+        _feed_uncounted,
+        (zstandard.ZstdError, MemoryError),
+        step_bytes=1 << 9,  # a block of 128 KiB takes four bytes at least
     ),
 )
 
@@ -120,17 +131,19 @@ def check_readable(path: str) -> None:
             problem = "standard input is closed, expected sequences; pipe them in or name a file"
             raise InputFileError(problem, path=path)
         return
-    if Path(path).is_dir():
-        problem = "is a folder, expected a file; name the files in it"
-        raise InputFileError(problem, path=path)
-    if not Path(path).exists():
-        problem = "no such file; check the name and the working directory"
-        raise InputFileError(problem, path=path)
-    if Path(path).is_file():  # a pipe such as /dev/fd/63 must not be opened twice
-        try:
+    try:
+        if Path(path).is_dir():
+            problem = "is a folder, expected a file; name the files in it"
+            raise InputFileError(problem, path=path)
+        if not Path(path).exists():
+            problem = "no such file; check the name and the working directory"
+            raise InputFileError(problem, path=path)
+        if Path(path).is_file():  # a pipe such as /dev/fd/63 must not be opened twice
             Path(path).open("rb").close()
-        except OSError as error:
-            raise _unreadable(path, error) from error
+    except InputFileError:
+        raise
+    except OSError as error:  # a name too long, as when a sequence is given for a file, is one too
+        raise _unreadable(path[:_SHOWN_PATH], error) from error
 
 
 def _unreadable(path: str, error: OSError) -> InputFileError:
@@ -161,13 +174,12 @@ def _decompress(path: str, codec: _Codec, blocks: Iterable[bytes]) -> Iterator[b
                         break
                     decoder = codec.new()
                 try:
-                    plain = decoder.decompress(pending)
+                    yield from filter(None, codec.feed(decoder, pending))
                 except codec.errors as error:
-                    problem = f"damaged {codec.name} data ({error}); copy or download the file again"
+                    reason = str(error) or "it asks for more memory than there is"
+                    problem = f"damaged {codec.name} data ({reason}); copy or download the file again"
                     raise SequenceFormatError(problem, path=path) from error
                 pending = decoder.unused_data if decoder.eof else b""
-                if plain:
-                    yield plain
     if not decoder.eof:
         problem = f"the {codec.name} data stops before its end; copy or download the file again"
         raise SequenceFormatError(problem, path=path)

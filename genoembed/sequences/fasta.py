@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from genoembed.errors import SequenceFormatError
+from genoembed.sequences.limits import check_record_size, max_record_bytes
 from genoembed.sequences.rawrecord import RawRecord
 from genoembed.sequences.text import WHITESPACE, iter_lines
 
@@ -38,15 +39,19 @@ def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> 
         Records. Each must be used before the next is asked for.
 
     Raises:
-        SequenceFormatError: If there is sequence before the first header, or a header is damaged.
+        SequenceFormatError: If there is sequence before the first header, a header is damaged, or a record is
+            larger than it may be.
     """
     line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
     header: tuple[str, str, int] | None = None
     pieces: list[tuple[bytes, int | None]] = []
+    limit, held = max_record_bytes(), 0
     for block in _whole_headers(blocks):
         tail, *parts = block.split(b"\n>") if b">" in block else (block,)
         if header is not None:
             pieces.append((tail, line))
+            held += len(tail)
+            check_record_size(held, limit, path=path, line=header[2], record_id=header[0])
         elif tail.strip(WHITESPACE):
             raise _no_header(path, line, tail)
         line += tail.count(b"\n")
@@ -57,7 +62,7 @@ def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> 
             end = part.find(b"\n")  # none: the block ends with the header, its "\n" opens the next block
             title, body = (part, b"") if end < 0 else (part[:end], part[end:])
             header = (*_parse_header(path, line, title, ">"), line)
-            pieces = [(body, line)]
+            pieces, held = [(body, line)], len(body)
             line += body.count(b"\n")
     if header is not None:
         yield _fasta_record(path, header, pieces)
@@ -84,11 +89,20 @@ def _whole_headers(blocks: Iterable[bytes]) -> Iterator[bytes]:
     Comments become blank lines, so that lines still count right.
     """
     held = b"\n"
+    is_in_comment = False
     for raw in blocks:
+        if is_in_comment:  # one so long that its beginning is gone
+            end = raw.find(b"\n")
+            if end < 0:
+                continue
+            raw, is_in_comment = raw[end:], False
         block = held + raw
         cut = _safe_cut(block)
         if len(block) - cut > _MAX_HEADER_BYTES:
-            cut = len(block)  # given up: _parse_header refuses it
+            opening = block[cut:].lstrip(WHITESPACE)
+            if not opening or len(opening) > _MAX_HEADER_BYTES + 1:  # the mark counted
+                is_in_comment = opening.startswith(b";")
+                cut = len(block)  # given up: _parse_header refuses a header of this length
         block, held = block[:cut], block[cut:]
         if block:
             yield _tidy(block)
@@ -157,9 +171,10 @@ def iter_fastq(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> 
         Records, without their qualities.
 
     Raises:
-        SequenceFormatError: If a record is cut short, lacks a line, or has qualities that do not fit.
+        SequenceFormatError: If a record is cut short, lacks a line, has qualities that do not fit, or is larger
+            than it may be.
     """
-    lines = zip(count(lines_before + 1), iter_lines(blocks))
+    lines = zip(count(lines_before + 1), iter_lines(blocks, path=path))
     for line, raw in lines:
         title = raw.strip(WHITESPACE)
         if not title:
@@ -179,12 +194,15 @@ def _fastq_bases(
     path: str, line: int, record_id: str, title: bytes, lines: Iterator[tuple[int, bytes]]
 ) -> list[bytes]:
     rows: list[bytes] = []
+    limit, held = max_record_bytes(), 0
     for number, row in lines:
         if row.startswith((b"@", b">")):
             problem = "another header before the '+' line; the file is damaged or no FASTQ"
             raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
         if not row.startswith(b"+"):
             rows.append(row)
+            held += len(row) + 1
+            check_record_size(held, limit, path=path, line=line, record_id=record_id)
             continue
         repeated = row[1:].strip(WHITESPACE)
         if repeated and repeated not in (title[1:].strip(WHITESPACE), record_id.encode()):

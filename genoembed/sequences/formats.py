@@ -18,6 +18,7 @@ from Bio.Seq import UndefinedSequenceError
 from genoembed.errors import SequenceFormatError
 from genoembed.sequences.compression import find_codec
 from genoembed.sequences.fasta import iter_fasta, iter_fastq
+from genoembed.sequences.limits import check_record_size, max_record_bytes
 from genoembed.sequences.rawrecord import RawRecord
 from genoembed.sequences.text import WHITESPACE, iter_lines, iter_text
 
@@ -29,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 # What Biopython's parser lets through when a file is not as it expects.
 _PARSER_ERRORS = (
     ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
-    BiopythonWarning,
+    NameError, MemoryError, BiopythonWarning,
 )  # fmt: skip
 # Warnings of Biopython after which the sequence itself is in doubt; the others are about its annotation.
 _DAMAGE = "Expected sequence length|Premature end of file"
@@ -145,7 +146,9 @@ class _LineHandle:
 
     def __init__(self, path: str, blocks: Iterable[bytes], lines_before: int, opening: str) -> None:
         self._path = path
-        self._lines = iter_lines(blocks)
+        self._lines = iter_lines(blocks, path=path)
+        self._limit = max_record_bytes()
+        self._record_bytes = 0
         self._opening = opening
         self.line = lines_before
         self.record_line = lines_before + 1
@@ -165,6 +168,8 @@ class _LineHandle:
         if raw is None:
             return ""
         self.line += 1
+        self._record_bytes += len(raw) + 1
+        check_record_size(self._record_bytes, self._limit, path=self._path, line=self.record_line)
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
@@ -175,6 +180,7 @@ class _LineHandle:
             raise SequenceFormatError(problem, path=self._path, line=self.line) from error
         if text.startswith(self._opening):
             self.record_line = self.line
+            self._record_bytes = len(raw)
             joined = _JOINED_LOCUS.match(text)
             self.joined_name = None if joined is None else joined[1]
             if (
@@ -225,6 +231,9 @@ def _from_bio(path: str, handle: _LineHandle, record: SeqIO.SeqRecord, form: str
     record_id = names[0] if names else ""
     if not record_id or record_id.split() != [record_id]:
         problem = f"the {form} record has no accession and no name; give it one"
+        raise SequenceFormatError(problem, path=path, line=line)
+    if found := _CONTROL.search(record_id.encode()):
+        problem = f"control byte 0x{found[0][0]:02x} in the id; the file is binary or damaged"
         raise SequenceFormatError(problem, path=path, line=line)
     try:
         sequence = bytes(record.seq)

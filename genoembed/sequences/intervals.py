@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from genoembed.contracts import Strand
 
 _PLACE = re.compile(r"(?P<contig>.+):(?P<first>[0-9,]+)-(?P<last>[0-9,]+)(\((?P<strand>[+-])\))?")
+_SHOWN_TEXT = 200
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BED_NOT_ROWS = ("#", "track ", "track\t", "browser ", "browser\t")
 _GFF_NAMES = re.compile(r"(?:^|;)\s*(ID|Name)=([^;]*)")
@@ -58,7 +60,14 @@ def is_place(text: str) -> bool:
     Returns:
         True for a place.
     """
-    return _PLACE.fullmatch(text) is not None and not Path(text).exists()
+    return _PLACE.fullmatch(text) is not None and not _exists(text)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than any file name, say
+        return False
 
 
 def check_regions(text: str) -> None:
@@ -72,9 +81,9 @@ def check_regions(text: str) -> None:
     """
     if is_place(text):
         return
-    if text != STDIN and not Path(text).exists():
+    if text != STDIN and not _exists(text):
         problem = "no such file, and not a place such as chr1:1001-2000; check regions"
-        raise InputFileError(problem, path=text)
+        raise InputFileError(problem, path=text[:_SHOWN_TEXT])
     check_readable(text)
 
 
@@ -99,7 +108,7 @@ def iter_intervals(text: str) -> Iterator[Interval]:
         yield _one_based(text, None, found["contig"], (first, last), strand, "")
         return
     parse: Callable[[str, int, list[str]], Interval] | None = None
-    for line, raw in enumerate(iter_lines(iter_text(text)), start=1):
+    for line, raw in enumerate(iter_lines(iter_text(text), path=text), start=1):
         row = _decoded(text, line, raw)
         if row.startswith("##FASTA"):
             break
@@ -107,7 +116,14 @@ def iter_intervals(text: str) -> Iterator[Interval]:
             continue
         columns = row.split("\t") if "\t" in row else row.split()
         parse = parse or (_parse_gff if _looks_like_gff(columns) else _parse_bed)
-        yield parse(text, line, [column.strip() for column in columns])
+        interval = parse(text, line, [column.strip() for column in columns])
+        if found_control := _CONTROL.search(interval.contig + interval.name):
+            code = ord(found_control[0])
+            problem = (
+                f"control character 0x{code:02x} in a name, expected text; the file is binary or damaged"
+            )
+            raise RegionError(problem, path=text, line=line)
+        yield interval
     if parse is None:
         problem = "no regions in the file, expected rows of BED or GFF3; check the step that wrote it"
         raise RegionError(problem, path=text)

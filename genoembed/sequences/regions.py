@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 _BGZIP_SUFFIXES = (".gz", ".bgz")
 # pyfaidx goes by the file's name, so a name that lies has to be refused here.
 _COMPRESSED_SUFFIXES = (*_BGZIP_SUFFIXES, ".bz2", ".zip")
-_DAMAGE_ERRORS = (ValueError, AssertionError, EOFError, LookupError, zlib.error, struct.error)
+_LINE_END_BYTES = 2
+_DAMAGE_ERRORS = (
+    ValueError, AssertionError, EOFError, LookupError, ArithmeticError, RuntimeError, MemoryError, TypeError,
+    zlib.error, struct.error,
+)  # fmt: skip
 
 
 def open_regions(path: str, places: list[str], *, flank: int) -> Iterator[RawRecord]:
@@ -153,6 +157,9 @@ def _read_span(contigs: Any, contig: str, start: int, end: int) -> bytes:
     entry = contigs.index[contig]
 
     bases_per_line, bytes_per_line = int(entry.lenc), int(entry.lenb)
+    if not 0 < bases_per_line <= bytes_per_line <= bases_per_line + _LINE_END_BYTES:
+        message = f"lines of {bases_per_line} bases in {bytes_per_line} bytes"
+        raise ValueError(message)
 
     def offset(base: int) -> int:
         return int(entry.offset) + base // bases_per_line * bytes_per_line + base % bases_per_line

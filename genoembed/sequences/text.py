@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from genoembed.sequences.compression import iter_decompressed
+from genoembed.sequences.limits import check_record_size, max_record_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,27 +63,36 @@ def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"\n"
 
 
-def iter_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def iter_lines(blocks: Iterable[bytes], *, path: str = "") -> Iterator[bytes]:
     """Cut blocks of text into lines.
 
     A line that runs over many blocks is joined once, so one line of 250 Mb costs one copy.
 
     Args:
         blocks: Text with ``\\n`` line ends.
+        path: The file, for the error.
 
     Yields:
         Lines without their end.
+
+    Raises:
+        SequenceFormatError: If a line is larger than a record may be.
 
     Example:
         >>> list(iter_lines([b"ab\\nc", b"d\\n\\n", b"e"]))
         [b'ab', b'cd', b'', b'e']
     """
+    limit = max_record_bytes()
     parts: list[bytes] = []
+    held = 0
     for block in blocks:
         lines = block.split(b"\n")
+        held += len(lines[0])
+        check_record_size(held, limit, path=path)
         if len(lines) == 1:
             parts.append(block)
             continue
+        held = len(lines[-1])
         parts.append(lines[0])
         yield b"".join(parts)
         yield from lines[1:-1]

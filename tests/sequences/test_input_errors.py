@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "INPUT_ERRORS.md"
 CASES = ROOT / "tests" / "data" / "sequences"
 SOURCES = sorted((ROOT / "genoembed" / "sequences").glob("*.py"))
-# Raised by windows.py, or only when a disk or a permission fails; tested beside the code.
-NO_ROW = ("window is", "stride is", "core ", "cannot be read (")
+# Raised by windows.py and limits.py, or only when a disk or a permission fails; tested beside the code.
+NO_ROW = ("window is", "stride is", "core ", "cannot be read (", "one record or line of", "environment variable")
 
 
 class Row(NamedTuple):

@@ -104,7 +104,7 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
             pooler=values["pooler"],
             values=values,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         message = (
             f"it is damaged ({type(error).__name__}: {error}); fine-tune again, or fetch the folder again"
         )

@@ -8,10 +8,12 @@ random.
 
 from __future__ import annotations
 
+import json
 import pickle
+import struct
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -88,6 +90,7 @@ def load_model(
     if revision is not None:
         options["revision"] = revision
     config = read_config(source, options)
+    _check_folder(source)
     whole, loading_info = _load_weights(source, config, options, dtype=chosen_dtype, device_map=device_map)
     module = base_of(whole)
     untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
@@ -135,6 +138,37 @@ def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -
     return _DTYPES[dtype]
 
 
+def _check_folder(source: ModelSource) -> None:
+    """Refuse a folder whose files send the loader to files elsewhere."""
+    if not source.is_local:
+        return
+    folder = Path(source.location)
+    if (folder / "adapter_config.json").is_file():
+        message = (
+            f"model {source.name!r}: its adapter_config.json names another model as its base, which is not "
+            "looked for; merge the adapter into its base, and name that folder"
+        )
+        raise ModelError(message)
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            strangers = sorted(name for name in names if _leads_outside(name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            message = f"it is no index of weights ({first_line(error)}); fetch the folder again"
+            raise CheckpointError(message, path=str(index)) from error
+        if strangers:
+            message = (
+                f"it names {strangers[0]!r}, expected files in its own folder; fetch the folder again, from "
+                "whom you trust"
+            )
+            raise CheckpointError(message, path=str(index))
+
+
+def _leads_outside(name: str) -> bool:
+    path = PureWindowsPath(name)  # knows both kinds of slash, and drives
+    return bool(path.drive or path.root) or ".." in path.parts or not path.parts
+
+
 def _load_weights(
     source: ModelSource,
     config: PreTrainedConfig,
@@ -167,6 +201,9 @@ def _load_weights(
         is_cache = Path(source.location).parent.name == "snapshots" or not source.is_local
         remedy = "fetch the model while online" if is_cache else "the folder needs safetensors files"
         message = f"no weights were found ({first_line(error)}); {remedy}"
+        raise CheckpointError(message, path=source.location) from error
+    except (EOFError, struct.error) as error:
+        message = f"the weights cannot be read ({first_line(error)}); fetch them again"
         raise CheckpointError(message, path=source.location) from error
     except (*NONSENSE, ImportError) as error:
         raise unbuildable(source, error) from error

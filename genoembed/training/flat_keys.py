@@ -115,13 +115,14 @@ def read_config_file(path: Path) -> dict[str, object]:
         InputFileError: If it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         message = f"cannot be read ({error.strerror}); name a TOML or JSON file"
         raise InputFileError(message, path=str(path)) from error
     try:
+        text = content.decode()
         values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         message = f"{path}: not {kind} ({error}); mend the file"
         raise ConfigError(message) from error

@@ -300,6 +300,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
 def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] | None:
     scores = row.values.get("teacher_scores")
     if scores is None:
@@ -312,7 +319,7 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
         )
         raise LabelError(problem, path=row.path, line=row.line, record_id=row_id)
     for place, score in enumerate(scores, start=1):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if not _is_finite(score):
             problem = (
                 f"item {place} of teacher_scores is {_shown(score)}, expected a finite number; mend the row"
             )

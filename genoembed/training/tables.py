@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from genoembed.errors import MissingExtraError, SequenceFormatError
 from genoembed.sequences.compression import check_readable, find_codec, iter_decompressed
+from genoembed.sequences.limits import check_record_size, max_record_bytes
 from genoembed.sequences.text import WHITESPACE, iter_lines, iter_text, iter_text_blocks
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ PARQUET_MAGIC = b"PAR1"
 EXPECTED = "expected TSV, CSV, JSON lines or Parquet"
 _DELIMITERS = ("\t", ",", ";")
 _PARQUET_ROWS = 4096
+_COLUMNS_SHOWN = 20
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -77,7 +80,7 @@ def iter_rows(path: str) -> Iterator[TableRow]:
     if first.startswith(PARQUET_MAGIC):
         yield from _iter_parquet(path, chain((first,), blocks))
         return
-    lines = enumerate(iter_lines(iter_text_blocks(chain((first,), blocks))), start=1)
+    lines = enumerate(iter_lines(iter_text_blocks(chain((first,), blocks)), path=path), start=1)
     for line, raw in lines:
         if raw.strip(WHITESPACE):
             _check_kind(path, raw)
@@ -132,7 +135,7 @@ def iter_json_lines(path: str) -> Iterator[TableRow]:
         SequenceFormatError: If the file is empty, or a line is no JSON object.
     """
     check_readable(path)
-    lines = enumerate(iter_lines(iter_text(path)), start=1)
+    lines = enumerate(iter_lines(iter_text(path), path=path), start=1)
     for first in lines:
         if first[1].strip(WHITESPACE):
             if find_codec(first[1]) or _CONTROL.search(first[1], 0, 1024):
@@ -152,7 +155,9 @@ def _iter_json(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableR
         text = _decode(path, line, raw)
         try:
             values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except ValueError as error:
+            if "\\u" in text:  # an escape can spell half a character, which no file and no id can hold
+                json.dumps(values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             problem = f"not JSON ({error}), expected one object a line; mend the line"
             raise SequenceFormatError(problem, path=path, line=line) from error
         if not isinstance(values, dict):
@@ -190,7 +195,7 @@ def _iter_delimited(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[T
     text = _decode(path, line, raw)
     delimiter = max(_DELIMITERS, key=text.count)  # the first of equals
     header = [name.strip() for name in _fields(path, line, text, delimiter, rest)]
-    if twice := [name for name in header if header.count(name) > 1]:
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
         problem = f"column {twice[0]!r} appears twice in the header; rename one"
         raise SequenceFormatError(problem, path=path, line=line)
     number = 0
@@ -200,9 +205,10 @@ def _iter_delimited(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[T
         number += 1
         fields = _fields(path, line, _decode(path, line, raw), delimiter, rest)
         if len(fields) != len(header):
+            shown = ", ".join(" ".join(name.split()) for name in header[:_COLUMNS_SHOWN])
             problem = (
                 f"the row has {len(fields)} column(s), expected the {len(header)} of the header "
-                f"({', '.join(header)}); mend the row"
+                f"({shown}{' ...' * (len(header) > _COLUMNS_SHOWN)}); mend the row"
             )
             raise SequenceFormatError(problem, path=path, line=line)
         yield TableRow(path, line, number, dict(zip(header, fields, strict=True)))
@@ -223,13 +229,9 @@ def _fields(
             fields.append(text[start:] if end < 0 else text[start:end])
         else:
             end = _closing_quote(text, start + 1)
-            while end < 0:
-                more = next(following, None)
-                if more is None:
-                    problem = "a quoted field is not closed before the file ends; close its quotes"
-                    raise SequenceFormatError(problem, path=path, line=line)
-                text += "\n" + _decode(path, *more)
-                end = _closing_quote(text, start + 1)
+            if end < 0:
+                text, start = _until_closed(path, line, text[start:], following), 0
+                end = _closing_quote(text, text.rfind("\n") + 1)
             fields.append(text[start + 1 : end].replace('""', '"'))
             end += 1
             if end == len(text):
@@ -242,6 +244,20 @@ def _fields(
         if end < 0:
             return fields
         start = end + 1
+
+
+def _until_closed(path: str, line: int, text: str, following: Iterator[tuple[int, bytes]]) -> str:
+    """Join the lines of a quoted field, up to the line with its closing quote; each is looked at once."""
+    limit, held = max_record_bytes(), len(text)
+    pieces = [text]
+    for number, raw in following:
+        pieces.append(_decode(path, number, raw))
+        held += len(raw) + 1
+        check_record_size(held, limit, path=path, line=line)
+        if _closing_quote(pieces[-1], 0) >= 0:
+            return "\n".join(pieces)
+    problem = "a quoted field is not closed before the file ends; close its quotes"
+    raise SequenceFormatError(problem, path=path, line=line)
 
 
 _QUOTE = re.compile('"("?)')
@@ -261,7 +277,7 @@ def _iter_parquet(path: str, blocks: Iterable[bytes]) -> Iterator[TableRow]:
     except ImportError as error:
         raise MissingExtraError(package="pyarrow", extra="parquet", purpose="reading Parquet") from error
     # Parquet is read from its end: what is piped or compressed has to be held.
-    held = None if _is_plain_file(path) else BytesIO(b"".join(blocks))
+    held = None if _is_plain_file(path) else BytesIO(b"".join(_limited(path, blocks)))
     number = 0
     try:
         with parquet.ParquetFile(held or path) as table:
@@ -269,10 +285,18 @@ def _iter_parquet(path: str, blocks: Iterable[bytes]) -> Iterator[TableRow]:
                 for values in batch.to_pylist():
                     number += 1
                     yield TableRow(path, None, number, values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, TypeError) as error:
         reason = " ".join(str(error).split())
         problem = f"damaged Parquet ({reason}); copy or write the file again"
         raise SequenceFormatError(problem, path=path) from error
+
+
+def _limited(path: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    limit, held = max_record_bytes(), 0
+    for block in blocks:
+        held += len(block)
+        check_record_size(held, limit, path=path)
+        yield block
 
 
 def _is_plain_file(path: str) -> bool:

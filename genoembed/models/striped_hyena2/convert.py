@@ -14,6 +14,7 @@ import logging
 import pickle
 import re
 import shutil
+import struct
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,11 @@ _EMBEDDING = "embedding_layer.weight"
 _UNEMBEDDING = "unembed.weight"
 _PART = re.compile(r"(?P<base>.+\.pt)\.part(?P<number>\d+)")
 _NAMES_SHOWN = 5
+# what torch's reader raises on damaged bytes, besides UnpicklingError
+_DAMAGE_ERRORS = (
+    RuntimeError, SafetensorError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, OverflowError, MemoryError, struct.error,
+)  # fmt: skip
 
 
 def convert_checkpoint(
@@ -161,7 +167,7 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
             "Expected tensors only; get the checkpoint from its authors"
         )
         raise CheckpointError(message, path=str(path)) from error
-    except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
+    except _DAMAGE_ERRORS as error:
         if isinstance(error, CheckpointError):
             raise
         raise _unreadable(first_line(error), path) from error

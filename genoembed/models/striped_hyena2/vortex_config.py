@@ -10,6 +10,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from genoembed.errors import ConfigError, InputFileError
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -44,6 +45,16 @@ _RENAMED = {
     "mha_out_proj_bias": "mha_out_proj_bias",
     "hyena_out_proj_bias": "hyena_out_proj_bias",
 }
+# what a text or a list in the place of a number leads to
+_NONSENSE = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    StrictDataclassError,
+)
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -121,7 +132,7 @@ def read_vortex_config(path: Path) -> StripedHyena2Config:
     except OSError as error:
         message = f"cannot be read ({error.strerror}); check the path of config"
         raise InputFileError(message, path=str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         message = f"{path}: is not YAML ({type(error).__name__}), expected one mapping; check config"
         raise ConfigError(message) from error
     if not isinstance(content, dict):
@@ -130,7 +141,14 @@ def read_vortex_config(path: Path) -> StripedHyena2Config:
     problems = [*_unknown_keys(content), *_missing_keys(content), *_contradictions(content)]
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
-    return StripedHyena2Config(**vortex_arguments(content))
+    try:
+        return StripedHyena2Config(**vortex_arguments(content))
+    except ConfigError:
+        raise
+    except _NONSENSE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"{path}: a value is of another kind than its key needs ({reason}); check config"
+        raise ConfigError(message) from error
 
 
 def vortex_arguments(content: Mapping[str, Any]) -> dict[str, Any]:

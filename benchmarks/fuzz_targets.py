@@ -1,0 +1,464 @@
+"""One target for every reader of what users hand in: bytes in, records or a ``GenoembedError`` out.
+
+A target takes bytes, lays them down as the file that a reader expects and reads all of it. Whatever it raises
+besides a ``GenoembedError`` is a finding. Where there is a second way to the same answer (other block sizes,
+another decompressor), the target compares both. ``benchmarks/fuzz.py`` runs them, and so do the tests.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genoembed.errors import GenoembedError, InputError, StoreFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LENIENT = {"invalid": "mask", "gaps": "strip", "duplicates": "suffix", "empty": "skip"}
+DNA = b"ACGTNRYSWKMBDHV"
+
+
+class TrialFailedError(StoreFormatError):
+    """A file that would have taken the process with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A reader to be tried."""
+
+    name: str
+    run: Callable[[bytes, Path], None]
+    """Reads bytes, with a private folder for files."""
+    corpus: str
+    """Folder of the seeds, below ``tests/fuzz/corpus``."""
+    tokens: tuple[bytes, ...] = ()
+    """Pieces of the format, for mutation."""
+    share: float = 1.0
+    """Executions, relative to the other targets: less where each is slow."""
+
+
+def outcome_of(target: Target, content: bytes, folder: Path) -> str:
+    """Run a target once.
+
+    Args:
+        target: The reader.
+        content: What it reads.
+        folder: For its files.
+
+    Returns:
+        ``records``, or the name of the ``GenoembedError``.
+
+    Raises:
+        Exception: What a reader must never raise.
+    """
+    try:
+        target.run(content, folder)
+    except GenoembedError as error:
+        if not str(error).strip() or "\n" in str(error):
+            message = f"expected one line, found {error!r}"
+            raise AssertionError(message) from error
+        return type(error).__name__
+    return "records"
+
+
+def _put(folder: Path, name: str, content: bytes) -> str:
+    path = folder / name
+    path.write_bytes(content)
+    return str(path)
+
+
+def _policies(content: bytes) -> dict[str, str]:
+    """Half of the inputs are read strictly, half leniently, to get past the first odd letter."""
+    return {} if content[-1:] and content[-1] % 2 else LENIENT
+
+
+# ------------------------------------------------------------------------------------------------ sequences
+
+
+def _sequences(content: bytes, folder: Path) -> None:
+    from genoembed.sequences import InputCounts, read_sequences
+
+    counts = InputCounts()
+    path = _put(folder, "input", content)
+    ids = set()
+    bases = 0
+    for record in read_sequences(path, counts=counts, **_policies(content)):
+        assert record.id, "an id is empty"
+        assert record.id not in ids, f"id {record.id!r} twice"
+        assert not record.sequence.translate(None, DNA), f"not DNA: {record.sequence[:50]!r}"
+        assert record.sequence, "a record without bases"
+        ids.add(record.id)
+        bases += len(record.sequence)
+    assert (len(ids), bases) == (counts.records, counts.bases), f"miscounted: {counts}"
+
+
+def _any_blocks(parser: str) -> Callable[[bytes, Path], None]:
+    """Read through the door, and again in blocks of a few bytes: the outcome must be the same."""
+
+    def run(content: bytes, folder: Path) -> None:
+        from genoembed.sequences import fasta
+
+        parse = getattr(fasta, parser)
+        fasta._MAX_HEADER_BYTES = 64  # so that small inputs reach it
+        mark = {"iter_fasta": (b">", b";"), "iter_fastq": (b"@",)}[parser]
+        if content.startswith(mark):
+            size = 1 + (zlib.crc32(content) % 37)
+            whole = _parsed(parse, [content])
+            pieces = [content[start : start + size] for start in range(0, len(content), size)]
+            assert _parsed(parse, pieces) == whole, f"blocks of {size} bytes read differently"
+        _sequences(content, folder)
+
+    return run
+
+
+def _parsed(parse: Callable[..., Iterator], blocks: list[bytes]) -> list[object]:
+    from genoembed.sequences.text import WHITESPACE, iter_text_blocks
+
+    found: list[object] = []
+    try:
+        for record in parse("f", iter_text_blocks(iter(blocks))):
+            body = b"".join(raw for raw, _ in record.body).translate(None, WHITESPACE)
+            found.append((record.id, record.description, record.line, body))
+    except InputError as error:
+        found.append((type(error), error.line))
+    return found
+
+
+def _compressed(content: bytes, folder: Path) -> None:
+    from genoembed.sequences.compression import iter_decompressed
+
+    found = b"".join(iter_decompressed(_put(folder, "input", content)))
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            expected = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            message = f"gzip refuses what was read: {error}"
+            raise AssertionError(message) from error
+        assert found == expected, "gzip reads something else"
+
+
+def _intervals(content: bytes, folder: Path) -> None:
+    from genoembed.sequences.intervals import iter_intervals
+
+    for interval in iter_intervals(_put(folder, "rows", content)):
+        assert 0 <= interval.start < interval.end, f"not an interval: {interval}"
+
+
+def _regions(content: bytes, folder: Path) -> None:
+    from genoembed.sequences import read_sequences
+
+    reference = folder / "reference.fa"
+    if not reference.exists():
+        reference.write_bytes(b">chr1 a\n" + b"ACGTACGTAC\n" * 30 + b">chr2\n" + b"GGGTTTAAAC\n" * 2)
+    rows = _put(folder, "rows", content)
+    options = {**_policies(content), "duplicates": "suffix"}
+    for record in read_sequences(str(reference), regions=rows, flank=len(content) % 7, **options):
+        assert record.core_end - record.core_start == record.end - record.start, f"wrong core: {record}"
+
+
+def _reference(content: bytes, folder: Path) -> None:
+    """A FASTA and, after ``@@INDEX@@``, its index: both from a stranger."""
+    from genoembed.sequences import read_sequences
+
+    text, mark, index = content.partition(b"@@INDEX@@")
+    suffix = ".fa.gz" if text.startswith(b"\x1f\x8b") else ".fa"
+    for old in folder.glob("hostile*"):
+        old.unlink()
+    path = _put(folder, f"hostile{suffix}", text)
+    if mark:
+        _put(folder, f"hostile{suffix}.fai", index)
+    list(read_sequences(path, regions=["chr1:1-7", "a:2-5(-)"], duplicates="suffix"))
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _table(content: bytes, folder: Path) -> None:
+    from genoembed.training.labelled import iter_labelled
+    from genoembed.training.labelled_config import LabelledConfig
+    from genoembed.training.tables import iter_rows
+
+    path = _put(folder, "rows", content)
+    for row in iter_rows(path):
+        assert row.values is not None
+    kind = ("class", "multilabel", "regression", "token")[len(content) % 4]
+    delimiter = "|" if kind == "multilabel" else None
+    list(iter_labelled(path, config=LabelledConfig(kind=kind, label_delimiter=delimiter)))
+
+
+def _label_table(content: bytes, folder: Path) -> None:
+    from genoembed.training.labelled import iter_labelled
+
+    sequences = folder / "two.fa"
+    if not sequences.exists():
+        sequences.write_bytes(b">a\nACGT\n>b\nGG\n")
+    list(iter_labelled(str(sequences), labels=_put(folder, "labels", content)))
+
+
+def _pairs(content: bytes, folder: Path) -> None:
+    from genoembed.training.pairs import iter_pairs
+
+    for example in iter_pairs(_put(folder, "pairs.jsonl", content)):
+        assert example.query, "an empty query"
+
+
+# --------------------------------------------------------------------------------------------- configurations
+
+
+def _run_config(content: bytes, folder: Path) -> None:
+    from genoembed.training.run_config import train_config
+
+    suffix = ".json" if content.lstrip()[:1] in (b"{", b"[") else ".toml"
+    json.dumps(train_config({}, file=_put(folder, f"run{suffix}", content)).to_dict(), default=str)
+
+
+def _finetune_config(content: bytes, folder: Path) -> None:
+    from genoembed.training.finetune_config import finetune_config
+
+    suffix = ".json" if content.lstrip()[:1] in (b"{", b"[") else ".toml"
+    finetune_config({}, file=_put(folder, f"run{suffix}", content)).to_flat()
+
+
+def _vortex_config(content: bytes, folder: Path) -> None:
+    from genoembed.models.striped_hyena2.vortex_config import read_vortex_config
+
+    read_vortex_config(Path(_put(folder, "config.yml", content)))
+
+
+# ---------------------------------------------------------------------------------------------- model folders
+
+
+def _facts(content: bytes, folder: Path) -> None:
+    from genoembed.models.finetuned import FACTS_FILE, read_finetuned
+
+    _put(folder, FACTS_FILE, content)
+    read_finetuned(folder)
+
+
+def _model_card(content: bytes, folder: Path) -> None:
+    from genoembed.models.provenance import read_license
+
+    _put(folder, "README.md", content)
+    assert read_license(folder)
+
+
+def _weights(suffix: str) -> Callable[[bytes, Path], None]:
+    def run(content: bytes, folder: Path) -> None:
+        from genoembed.models.striped_hyena2.convert import read_tensors
+
+        path = Path(_put(folder, f"weights{suffix}", content))
+        for read in read_tensors(path, path=path).values():
+            assert read().ndim >= 0
+
+    return run
+
+
+def _heads(content: bytes, folder: Path) -> None:
+    from genoembed.models.finetuned import HEADS_FILE, read_heads
+
+    _put(folder, HEADS_FILE, content)
+    read_heads(folder, "pooler")
+
+
+def _model_config(content: bytes, folder: Path) -> None:
+    from genoembed.models.architecture import read_config
+    from genoembed.models.locate import ModelSource
+
+    _put(folder, "config.json", content)
+    source = ModelSource(name="fuzzed", location=str(folder), is_local=True)
+    read_config(source, {"trust_remote_code": False})
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
+
+
+def _embeddings(content: bytes, folder: Path) -> None:
+    """As ``open_embeddings`` and every way to read do, with a fork for the child process, which is quicker."""
+    from genoembed.store import quarantine
+    from genoembed.store.reader import open_embeddings
+
+    quarantine.check_in_child = _trial
+    with open_embeddings(_put(folder, "vectors.h5", content)) as embeddings:
+        _read_all(embeddings)
+
+
+def _trial(path: Path) -> None:
+    """What ``check_in_child`` does, of a process with one thread and less time."""
+    from genoembed.store.quarantine import walk
+
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+            walk(path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if status:
+        problem = f"HDF5 crashed or hung (status {status})"
+        raise TrialFailedError(problem, path=str(path))
+
+
+def _read_all(embeddings: object) -> None:
+    embeddings.ids  # noqa: B018
+    embeddings.provenance  # noqa: B018
+    embeddings.feature_names  # noqa: B018
+    for name in embeddings.obs:
+        embeddings.obs[name]
+    for name in embeddings.layers:
+        embeddings[name][:]
+
+
+_HEADERS = (
+    b">",
+    b"\n>",
+    b";",
+    b"\n;",
+    b" ",
+    b"\t",
+    b"\r\n",
+    b"\r",
+    b"\0",
+    b"N",
+    b"U",
+    b"-",
+    b"\xc3\xa9",
+    b"\x01",
+)
+_ROWS = (
+    b"\t",
+    b"\n",
+    b"chr1",
+    b"0",
+    b"-1",
+    b"999999999999999999",
+    b"+",
+    b".",
+    b"ID=a;",
+    b"%2F",
+    b"##FASTA",
+    b"track ",
+)
+_GENBANK = (
+    b"LOCUS       ", b"ORIGIN\n", b"//\n", b"FEATURES             Location/Qualifiers\n", b"CONTIG      join(", b" bp ",
+    b"VERSION     ", b"     gene            ", b"complement(", b"ACCESSION   ", b"        1 acgt", b"DEFINITION  ",  # noqa: E501
+)  # fmt: skip
+_EMBL = (
+    b"ID   ", b"SQ   Sequence ", b"//\n", b"AC   ", b"DE   ", b"FT   ", b"     acgt  4\n", b"XX\n", b"CO   join(", b"FH   Key\n",  # noqa: E501
+    b"; SV 1; linear; genomic DNA; STD; PRO; 20 BP.\n", b"RN   [1]\n",
+)  # fmt: skip
+_TABLE = (
+    b"sequence",
+    b"label",
+    b"\t",
+    b",",
+    b";",
+    b'"',
+    b'""',
+    b"\r\n",
+    b"nan",
+    b"1e999",
+    b'{"sequence":',
+    b"[",
+    b"PAR1",
+)
+_JSON = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b":",
+    b",",
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"-0",
+    b"\\ud800",
+    b"\\u0000",
+    b"[" * 40,
+)
+_TOML = (
+    b"=",
+    b"[",
+    b"]",
+    b"[[a]]\n",
+    b'"',
+    b"'''",
+    b"inf",
+    b"nan",
+    b"1979-05-27",
+    b"{",
+    b"a.b",
+    b"\n",
+    b"corpus",
+    b"\\u0000",
+)
+_YAML = (
+    b"---\n",
+    b": ",
+    b"- ",
+    b"!!python/object/apply:os.system",
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b"2001-99-99",
+    b"{",
+    b"[",
+    b"1e-6",
+    b"\n",
+)
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(name="fasta", run=_any_blocks("iter_fasta"), corpus="fasta", tokens=_HEADERS, share=4),
+        Target(
+            name="fastq",
+            run=_any_blocks("iter_fastq"),
+            corpus="fastq",
+            tokens=(b"@", b"+", b"I", *_HEADERS),
+            share=4,
+        ),
+        Target(name="genbank", run=_sequences, corpus="genbank", tokens=_GENBANK, share=2),
+        Target(name="embl", run=_sequences, corpus="embl", tokens=_EMBL, share=2),
+        Target(name="gzip", run=_compressed, corpus="gzip", share=2),
+        Target(name="bzip2", run=_compressed, corpus="bzip2", share=2),
+        Target(name="xz", run=_compressed, corpus="xz", share=2),
+        Target(name="zstd", run=_compressed, corpus="zstd", share=2),
+        Target(name="bed", run=_intervals, corpus="bed", tokens=_ROWS, share=3),
+        Target(name="gff3", run=_intervals, corpus="gff3", tokens=_ROWS, share=3),
+        Target(name="regions", run=_regions, corpus="bed", tokens=_ROWS, share=0.5),
+        Target(
+            name="reference",
+            run=_reference,
+            corpus="reference",
+            tokens=(b"@@INDEX@@", b"\t", *_HEADERS),
+            share=0.5,
+        ),
+        Target(name="table", run=_table, corpus="table", tokens=_TABLE, share=3),
+        Target(name="label_table", run=_label_table, corpus="table", tokens=_TABLE, share=2),
+        Target(name="parquet", run=_table, corpus="parquet", tokens=(b"PAR1",), share=0.5),
+        Target(
+            name="pairs", run=_pairs, corpus="pairs", tokens=(b'"query"', b'"pos"', b'"neg"', *_JSON), share=3
+        ),
+        Target(name="run_config", run=_run_config, corpus="run_config", tokens=_TOML, share=2),
+        Target(name="finetune_config", run=_finetune_config, corpus="finetune_config", tokens=_TOML, share=2),
+        Target(name="vortex_config", run=_vortex_config, corpus="vortex_config", tokens=_YAML, share=0.3),
+        Target(name="model_card", run=_model_card, corpus="model_card", tokens=_YAML, share=0.5),
+        Target(name="finetuned_facts", run=_facts, corpus="finetuned_facts", tokens=_JSON, share=2),
+        Target(name="safetensors", run=_weights(".safetensors"), corpus="safetensors", tokens=_JSON, share=2),
+        Target(name="heads", run=_heads, corpus="safetensors", tokens=_JSON, share=1),
+        Target(name="checkpoint", run=_weights(".pt"), corpus="checkpoint", share=0.5),
+        Target(name="model_config", run=_model_config, corpus="model_config", tokens=_JSON, share=0.3),
+        Target(name="embeddings", run=_embeddings, corpus="embeddings", share=0.25),
+    )
+}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -24,6 +23,7 @@ from genoembed.training.batches import split_batch
 from genoembed.training.finetune_callbacks import SetEpoch
 from genoembed.training.grad_cache import cached_backward
 from genoembed.training.loss_watch import LossWatch
+from genoembed.training.processes import from_first
 from genoembed.training.rank_batches import RankBatches
 from genoembed.training.step_book import StepBook
 from genoembed.training.step_statistics import LossOutput, gradient_norms
@@ -216,7 +216,7 @@ class FinetuneTrainer(AdamWTrainer):
             found = self._measures[side](model)
         model.train(was_training)
         # every process measures all rows; that all stop alike must not hang on a last bit
-        (found,) = broadcast_object_list([found])
+        found = from_first(found)
         metrics = {f"{side}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         if side == "eval":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import gc
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from genoembed.errors import ConfigError
+
+ValueT = TypeVar("ValueT")
 
 
 def use_threads(threads: int | None) -> None:
@@ -45,3 +48,43 @@ def wait_for_all() -> None:
     """Go on when all processes have come here: torchrun ends the others when one is gone."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_all(value: ValueT) -> list[ValueT]:
+    """Show every process what each has; a collective call.
+
+    Args:
+        value: Of this process; can be pickled.
+
+    Returns:
+        The values in rank order; this one alone where there is no group.
+
+    Example:
+        >>> from_all({"loss": 0.5})
+        [{'loss': 0.5}]
+    """
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: ValueT) -> ValueT:
+    """Give every process what the first one has; a collective call.
+
+    Args:
+        value: Of this process; can be pickled.
+
+    Returns:
+        The first one's.
+
+    Example:
+        >>> from_first(0.5)
+        0.5
+    """
+    if not dist.is_initialized():
+        return value
+    found: list[Any] = [value]
+    dist.broadcast_object_list(found)
+    return found[0]

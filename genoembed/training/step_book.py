@@ -7,9 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelerate.utils import gather_object
-
 from genoembed.training.collate import PaddingMeter
+from genoembed.training.processes import from_all
 from genoembed.training.step_statistics import COUNTED
 
 if TYPE_CHECKING:
@@ -50,9 +49,8 @@ class StepBook:
         Returns:
             By name, see :func:`joined_metrics`.
         """
-        return joined_metrics(
-            gather_object([StepBook(self.padding, self.seconds, dict(self.sums), dict(self.steps))])
-        )
+        plain = StepBook(self.padding, self.seconds, dict(self.sums), dict(self.steps))
+        return joined_metrics(from_all(plain))
 
 
 def joined_metrics(books: Sequence[StepBook]) -> dict[str, float]:

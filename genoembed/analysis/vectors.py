@@ -119,5 +119,7 @@ def usable_rows(block: NDArray[np.float64], *, allow_zero: bool) -> NDArray[np.b
         >>> usable_rows(np.array([[1.0], [np.nan], [0.0]]), allow_zero=False).tolist()
         [True, False, False]
     """
-    usable: NDArray[np.bool_] = np.isfinite(block).all(axis=1)
-    return usable if allow_zero else np.logical_and(usable, (block != 0).any(axis=1))
+    usable: NDArray[np.bool_] = np.asarray(np.isfinite(block).all(axis=1))
+    if not allow_zero:
+        usable &= (block != 0).any(axis=1)
+    return usable

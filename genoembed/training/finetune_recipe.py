@@ -1,9 +1,11 @@
 """From what is asked for to numbers: epochs by the size of the data, rates by tuning and width.
 
 Sources of the defaults: epochs, Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for
-large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), in inverse proportion to
-the width (Yang et al. 2022), and a third less below 2,000 rows (Mosbach et al. 2021: small steps); adapters,
-2e-4 (Hu et al. 2022); new heads, 1e-3 (Kingma and Ba 2015, Adam's own).
+large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), above it in inverse
+proportion to the width (Yang et al. 2022); adapters, 2e-4 (Hu et al. 2022); both a third less below 2,000
+rows (Mosbach et al. 2021: small steps). At width 128 these are too low: 1e-3 and 3e-3 on 700 rows did better
+(``benchmarks/results/finetuning.md``); between the widths, rates lie on a line in logarithms. New heads,
+1e-3 (Kingma and Ba 2015, Adam's own).
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from genoembed.training.finetune_stages import FinetuneRecipe
 
 _SMALL, _LARGE = 2_000, 20_000
-_FULL_RATE, _FULL_WIDTH = 3e-5, 768
-_LORA_RATE, _HEAD_RATE = 2e-4, 1e-3
+_NARROW, _WIDE = 128, 768
+_FULL_RATES, _LORA_RATES = (1.5e-3, 3e-5), (4.5e-3, 2e-4)
+"""At the width ``_NARROW`` and at ``_WIDE``, for sets that are not small."""
+_HEAD_RATE = 1e-3
 _SMALL_SCALE = 2 / 3
 _SCHEDULES = {
     "cosine": "cosine",
@@ -65,10 +69,9 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
         message = f"metric is {metric!r}; set metric to one of {', '.join(METRICS[task])}"
         raise ConfigError(message)
     epochs = 20 if num_rows < _SMALL else 10 if num_rows < _LARGE else 3
-    rate = _LORA_RATE if config.encoder.tuning == "lora" else _FULL_RATE * _FULL_WIDTH / width
-    if num_rows < _SMALL:
-        rate *= _SMALL_SCALE
-    rate = recipe.learning_rate or rate
+    rate = recipe.learning_rate or default_rate(
+        width, uses_adapters=config.encoder.tuning == "lora", num_rows=num_rows
+    )
     resolved = replace(
         recipe,
         max_epochs=recipe.max_epochs or epochs,
@@ -78,6 +81,29 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
         dtype="bfloat16" if uses_bfloat16(recipe.dtype) else "float32",
     )
     return replace(config, recipe=resolved)
+
+
+def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
+    """Give the peak rate of an encoder for which none is asked.
+
+    Args:
+        width: Hidden size.
+        uses_adapters: Whether adapters learn, and not the weights themselves.
+        num_rows: Rows to train on.
+
+    Returns:
+        The rate.
+
+    Example:
+        >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
+        [0.001, 2e-05, 4e-06]
+    """
+    narrow, wide = _LORA_RATES if uses_adapters else _FULL_RATES
+    share = math.log(max(width, _NARROW) / _NARROW) / math.log(_WIDE / _NARROW)
+    rate = narrow * (wide / narrow) ** min(share, 1.0)
+    if width > _WIDE and not uses_adapters:
+        rate *= _WIDE / width
+    return rate * (_SMALL_SCALE if num_rows < _SMALL else 1.0)
 
 
 def rates_of(recipe: FinetuneRecipe) -> Rates:

@@ -70,10 +70,16 @@ RATES = (0.05, 0.1, 0.2, 0.3)
 JACCARD_KS = (5, 7, 9, 11)
 MODES: dict[str, dict[str, Any]] = {
     "all heads": {"mode": "all"},
-    "dense only": {"mode": "dense"},
     "frozen encoder": {"mode": "fix_encoder"},
+    "dense only": {"mode": "dense"},
 }
-RECIPE: dict[str, Any] = {"max_epochs": 4, "rows_per_device": 32, "train_group_size": 1}
+RECIPE: dict[str, Any] = {
+    "max_epochs": 3,
+    "rows_per_device": 32,
+    "train_group_size": 1,
+    "layers": "blocks.16.pre_norm",
+    "learning_rate": 5e-4,
+}
 TEST_FOLDS, VALIDATION_FOLDS = 5, 8
 ROWS_AT_ONCE = 32
 
@@ -239,13 +245,14 @@ class Retriever:
 
     Args:
         name: A model to start from, or a fine-tuned folder.
+        layers: Where a model to start from is cut.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, layers: str = "final") -> None:
         genomic = load_model(name, dtype="float32", device="cpu")
         facts = read_finetuned(name) if Path(name).is_dir() else None
         if facts is None:
-            encoder = Encoder(genomic, EncoderConfig(model=name, tuning="frozen"))
+            encoder = Encoder(genomic, EncoderConfig(model=name, tuning="frozen", layers=(layers,)))
             shape: Mapping[str, Any] = {"mode": "all", "term_bases": 9}
             pooling = encoder.pooling
         else:
@@ -343,8 +350,9 @@ def train_and_measure(
             f"{k}-mer Jaccard": measure_ranking(jaccard_scores(texts, documents, k=k), queries, groups)
             for k in JACCARD_KS
         }
+    recipe = RECIPE | options.recipe
     if mode == "before":
-        return measure_heads(Retriever(options.model), queries, documents, groups)
+        return measure_heads(Retriever(options.model, layers=recipe["layers"]), queries, documents, groups)
     folder = options.cache / "run-retrieval"
     shutil.rmtree(folder, ignore_errors=True)
     files = {
@@ -366,7 +374,7 @@ def train_and_measure(
             model=options.model,
             seed=seed,
             threads=options.threads,
-            **(RECIPE | MODES[mode] | options.recipe),
+            **(recipe | MODES[mode]),
         )
     spent = {
         "cpu_seconds": time.process_time() - started,
@@ -398,7 +406,7 @@ def measure_all(labelled: LabelledSet, options: argparse.Namespace) -> dict[str,
     told = [labelled.name, labelled.digest, options.document_bases, options.query_bases]
     for mode in ("k-mers", "before", *options.modes):
         trains = mode in MODES
-        settings = RECIPE | MODES[mode] | options.recipe if trains else {}
+        settings = RECIPE | options.recipe | (MODES[mode] if trains else {})
         for seed in options.seeds:
             run = kept_once(
                 f"retrieval-{mode.replace(' ', '_')}-{seed}",
@@ -456,8 +464,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="genoembed-mini")
     parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--document-bases", type=int, default=240)
-    parser.add_argument("--query-bases", type=int, default=120)
+    parser.add_argument("--document-bases", type=int, default=200)
+    parser.add_argument("--query-bases", type=int, default=100)
     parser.add_argument("--copies", type=int, default=2, help="queries of a document to train on")
     parser.add_argument("--max-rows", type=int, help="first sequences only")
     parser.add_argument("--threads", type=int, default=1)
@@ -468,7 +476,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.recipe = {}
     if options.quick:
-        options.recipe = {"max_steps": 2, "rows_per_device": 4}
+        options.recipe = {"max_steps": 2, "rows_per_device": 4, "layers": "final"}
         options.max_rows, options.seeds, options.modes = options.max_rows or 80, [0], options.modes[:1]
         options.document_bases, options.query_bases = 60, 40
     return options

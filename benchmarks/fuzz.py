@@ -410,7 +410,8 @@ def as_markdown(figures: dict) -> str:
             runs=row["executions"], found=len(row["findings"]), died=row["died"], hangs=row["hangs"]
         )
         lines += [
-            f"| {name} | {'yes' if row['guided'] else 'no'} | {row['executions']:,} | {records:,} | {refused:,} "
+            f"| {name} | {'yes' if row['guided'] else 'no'} | {row['executions']:,} | {records:,} "
+            f"| {refused:,} "
             f"| {len(row['findings'])} | {row['died']} | {row['hangs']} | {row['slowest_s']} |"
         ]
     lines += [

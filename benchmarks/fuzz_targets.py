@@ -280,7 +280,7 @@ def _model_config(content: bytes, folder: Path) -> None:
 
 
 def _embeddings(content: bytes, folder: Path) -> None:
-    """As ``open_embeddings`` and every way to read do, with a fork for the child process, which is quicker."""
+    """As ``open_embeddings`` and every way to read do, with a fork for the child process: quicker."""
     from genoembed.store import quarantine
     from genoembed.store.reader import open_embeddings
 
@@ -291,7 +291,7 @@ def _embeddings(content: bytes, folder: Path) -> None:
 
 def _trial(path: Path) -> None:
     """What ``check_in_child`` does, of a process with one thread and less time."""
-    from genoembed.store.quarantine import walk
+    from genoembed.store.trial import walk
 
     child = os.fork()
     if not child:
@@ -348,8 +348,8 @@ _ROWS = (
     b"track ",
 )
 _GENBANK = (
-    b"LOCUS       ", b"ORIGIN\n", b"//\n", b"FEATURES             Location/Qualifiers\n", b"CONTIG      join(", b" bp ",
-    b"VERSION     ", b"     gene            ", b"complement(", b"ACCESSION   ", b"        1 acgt", b"DEFINITION  ",  # noqa: E501
+    b"LOCUS       ", b"ORIGIN\n", b"//\n", b"FEATURES             Location/Qualifiers\n", b"CONTIG      join(",
+    b" bp ", b"VERSION     ", b"     gene            ", b"complement(", b"ACCESSION   ", b"        1 acgt",
 )  # fmt: skip
 _EMBL = (
     b"ID   ", b"SQ   Sequence ", b"//\n", b"AC   ", b"DE   ", b"FT   ", b"     acgt  4\n", b"XX\n", b"CO   join(", b"FH   Key\n",  # noqa: E501

@@ -171,8 +171,8 @@ def iter_fastq(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> 
         Records, without their qualities.
 
     Raises:
-        SequenceFormatError: If a record is cut short, lacks a line, has qualities that do not fit, or is larger
-            than it may be.
+        SequenceFormatError: If a record is cut short, lacks a line, has qualities that do not fit, or is
+            larger than it may be.
     """
     lines = zip(count(lines_before + 1), iter_lines(blocks, path=path))
     for line, raw in lines:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from genoembed.errors import StoreFormatError
-from genoembed.store import open_embeddings, quarantine
+from genoembed.store import open_embeddings, quarantine, trial
 from genoembed.store.seal import MAGIC, check_seal
 from tests.store.blocks import pooled_block, token_block, write_file
 
@@ -155,7 +155,7 @@ def test_trial_that_does_not_end_in_order_is_an_error(tmp_path, monkeypatch, cod
 
 def test_trial_that_computes_for_ever_is_ended(tmp_path, monkeypatch):
     endless = quarantine._CHILD.replace("main(sys.argv[2])", "").rstrip("; ")
-    endless += "; import genoembed.store.quarantine as q; q._CPU_SECONDS = 1"
+    endless += "; import genoembed.store.trial as q; q._CPU_SECONDS = 1"
     endless += "; q.walk = lambda path: [0 for _ in iter(int, 1)]"
     monkeypatch.setattr(quarantine, "_CHILD", endless + "; q.main(sys.argv[2])")
     path = Path(shutil.copy(ARCHIVES / "v1" / "pooled.h5", tmp_path / "a.h5"))
@@ -181,11 +181,11 @@ def test_trial_is_left_out_where_there_is_no_python(monkeypatch, caplog):
 
 def test_walk_ends_in_order_on_nonsense(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
-    assert quarantine.walk(tmp_path / "a.h5") is None
+    assert trial.walk(tmp_path / "a.h5") is None
     with h5py.File(tmp_path / "b.h5", "w") as hdf5:
         hdf5["X"] = np.ones((3, 3))
         hdf5.attrs["x"] = "y"
-    assert quarantine.walk(tmp_path / "b.h5") is None
+    assert trial.walk(tmp_path / "b.h5") is None
 
 
 def test_dataset_larger_than_its_file_can_hold_is_refused(tmp_path):

@@ -348,7 +348,7 @@ _ROWS = (
     b"track ",
 )
 _GENBANK = (
-    b"LOCUS       ", b"ORIGIN\n", b"//\n", b"FEATURES             Location/Qualifiers\n", b"CONTIG      join(",
+    b"LOCUS       ", b"ORIGIN\n", b"//\n", b"CONTIG      join(",
     b" bp ", b"VERSION     ", b"     gene            ", b"complement(", b"ACCESSION   ", b"        1 acgt",
 )  # fmt: skip
 _EMBL = (

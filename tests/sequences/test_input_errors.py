@@ -12,10 +12,12 @@ import pytest
 
 from genoembed.errors import GenoembedError
 from genoembed.sequences import read_sequences
+from genoembed.sequences.variants import read_variants
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "INPUT_ERRORS.md"
 CASES = ROOT / "tests" / "data" / "sequences"
+READERS = {"read_sequences": read_sequences, "read_variants": read_variants}
 SOURCES = sorted((ROOT / "genoembed" / "sequences").glob("*.py"))
 # Raised by windows.py and limits.py, or only when a disk or a permission fails; tested beside the code.
 NO_ROW = ("window is", "stride is", "core ", "cannot be read (", "one record or line of", "environment variable")
@@ -41,9 +43,9 @@ def documented_rows() -> list[Row]:
 def run_documented_call(call: str) -> None:
     node = ast.parse(call, mode="eval").body
     assert isinstance(node, ast.Call)
-    assert ast.unparse(node.func) == "read_sequences"
+    read = READERS[ast.unparse(node.func)]
     values = [ast.literal_eval(value) for value in node.args]
-    list(read_sequences(*values, **{key.arg: ast.literal_eval(key.value) for key in node.keywords}))
+    list(read(*values, **{key.arg: ast.literal_eval(key.value) for key in node.keywords}))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ CASES = ROOT / "tests" / "data" / "sequences"
 READERS = {"read_sequences": read_sequences, "read_variants": read_variants}
 SOURCES = sorted((ROOT / "genoembed" / "sequences").glob("*.py"))
 # Raised by windows.py and limits.py, or only when a disk or a permission fails; tested beside the code.
-NO_ROW = ("window is", "stride is", "core ", "cannot be read (", "one record or line of", "environment variable")
+NO_ROW = ("window is", "stride is", "core ", "cannot be read (", "one record or line", "environment variable")
 
 
 class Row(NamedTuple):

@@ -14,11 +14,15 @@ from genoembed import registration
 from genoembed._version import __version__
 
 if TYPE_CHECKING:
+    from genoembed.analysis.comparison import CompareReport, compare
     from genoembed.analysis.fitting import TransformReport, fit_transform
     from genoembed.analysis.plot import PlotReport, plot
     from genoembed.contracts import SequenceRecord
     from genoembed.doctor import run_doctor
+    from genoembed.embedding import Embedded, embed
     from genoembed.errors import GenoembedError, GenoembedWarning
+    from genoembed.exporting.files import ExportReport, export
+    from genoembed.exporting.sentence_transformers import ModelExportReport, export_model
     from genoembed.extraction import ExtractionReport, extract, merge
     from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.load import GenomicModel, load_model
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
+    from genoembed.probing.report import ProbeReport
+    from genoembed.probing.run import probe
+    from genoembed.planning import RunPlan, plan
     from genoembed.scoring.sequences import ScoreReport, score
     from genoembed.scoring.variants import VariantReport, score_variants
     from genoembed.searching import SearchReport, search
@@ -35,10 +42,15 @@ if TYPE_CHECKING:
     from genoembed.training.finetuning import FinetuneReport, finetune
     from genoembed.training.predict import PredictionReport, predict
     from genoembed.training.run import PretrainReport, pretrain
+    from genoembed.verification import Certificate, VerifyReport, certify, verify
 
 _HOMES = {
+    "Certificate": "genoembed.verification",
     "CharTokenizer": "genoembed.tokenization.char",
+    "CompareReport": "genoembed.analysis.comparison",
+    "Embedded": "genoembed.embedding",
     "EmbeddingFile": "genoembed.store",
+    "ExportReport": "genoembed.exporting.files",
     "ExtractionReport": "genoembed.extraction",
     "FinetuneReport": "genoembed.training.finetuning",
     "GenoembedError": "genoembed.errors",
@@ -46,10 +58,13 @@ _HOMES = {
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
     "Merged": "genoembed.store",
+    "ModelExportReport": "genoembed.exporting.sentence_transformers",
     "ModelLayers": "genoembed.models.describe",
     "PlotReport": "genoembed.analysis.plot",
     "PredictionReport": "genoembed.training.predict",
     "PretrainReport": "genoembed.training.run",
+    "ProbeReport": "genoembed.probing.report",
+    "RunPlan": "genoembed.planning",
     "ScoreReport": "genoembed.scoring.sequences",
     "SearchReport": "genoembed.searching",
     "SequenceRecord": "genoembed.contracts",
@@ -58,8 +73,14 @@ _HOMES = {
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
     "TransformReport": "genoembed.analysis.fitting",
     "VariantReport": "genoembed.scoring.variants",
+    "VerifyReport": "genoembed.verification",
+    "certify": "genoembed.verification",
+    "compare": "genoembed.analysis.comparison",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
+    "embed": "genoembed.embedding",
+    "export": "genoembed.exporting.files",
+    "export_model": "genoembed.exporting.sentence_transformers",
     "extract": "genoembed.extraction",
     "finetune": "genoembed.training.finetuning",
     "fit_transform": "genoembed.analysis.fitting",
@@ -67,19 +88,26 @@ _HOMES = {
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
     "open_embeddings": "genoembed.store",
+    "plan": "genoembed.planning",
     "plot": "genoembed.analysis.plot",
     "predict": "genoembed.training.predict",
     "pretrain": "genoembed.training.run",
+    "probe": "genoembed.probing.run",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
     "score": "genoembed.scoring.sequences",
     "score_variants": "genoembed.scoring.variants",
     "search": "genoembed.searching",
+    "verify": "genoembed.verification",
 }
 
 __all__ = [
+    "Certificate",
     "CharTokenizer",
+    "CompareReport",
+    "Embedded",
     "EmbeddingFile",
+    "ExportReport",
     "ExtractionReport",
     "FinetuneReport",
     "GenoembedError",
@@ -87,10 +115,13 @@ __all__ = [
     "GenomicModel",
     "InputCounts",
     "Merged",
+    "ModelExportReport",
     "ModelLayers",
     "PlotReport",
     "PredictionReport",
     "PretrainReport",
+    "ProbeReport",
+    "RunPlan",
     "ScoreReport",
     "SearchReport",
     "SequenceRecord",
@@ -99,9 +130,15 @@ __all__ = [
     "StripedHyena2Model",
     "TransformReport",
     "VariantReport",
+    "VerifyReport",
     "__version__",
+    "certify",
+    "compare",
     "convert_checkpoint",
     "describe_layers",
+    "embed",
+    "export",
+    "export_model",
     "extract",
     "finetune",
     "fit_transform",
@@ -112,11 +149,13 @@ __all__ = [
     "plot",
     "predict",
     "pretrain",
+    "probe",
     "read_sequences",
     "run_doctor",
     "score",
     "score_variants",
     "search",
+    "verify",
 ]
 
 registration.install()

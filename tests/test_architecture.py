@@ -73,10 +73,39 @@ RULES = {
         internal=(*STAGES, "engines", "config", "registration", "_version", *FLOOR),
         third_party=("torch", "numpy"),
     ),
+    "planning": Rule(
+        internal=("extraction", "engines", "sequences", "store", "models", "config", *FLOOR),
+        third_party=("numpy",),
+    ),
     "scoring": Rule(
         internal=(*STAGES, "engines", "config", "_version", *FLOOR),
         third_party=("torch", "numpy"),
         type_checking=("transformers",),
+    ),
+    "probing": Rule(
+        internal=(
+            *("extraction", "engines", "analysis", "store", "models", "sequences", "training", "config"),
+            *FLOOR,
+        ),
+        third_party=("numpy", "torch"),
+    ),
+    "embedding": Rule(
+        internal=("sequences", "models", "engines", "config", *FLOOR),
+        third_party=("numpy",),
+    ),
+    "verification": Rule(
+        internal=("embedding", "analysis", "sequences", "models", "store", *FLOOR),
+        third_party=("numpy", "torch"),
+    ),
+    "exporting": Rule(
+        internal=("store", "models", *FLOOR),
+        third_party=("numpy", "h5py"),
+        type_checking=("transformers",),
+        in_functions=("anndata", "sentence_transformers"),
+    ),
+    "sklearn": Rule(
+        internal=("embedding", "config", *FLOOR),
+        third_party=("numpy", "sklearn"),
     ),
     "searching": Rule(internal=("extraction", "hybrid_search", "analysis", "store", "models", *FLOOR)),
     "hybrid_search": Rule(

@@ -78,7 +78,7 @@ def read_points(
     _ = file.X  # a per-token file says here that it has no row a record
     name = layer or file.layers[0]
     source = VectorSource(file[name], _load(file, name, transform))
-    has_failed = np.array([_says_failed(flags) for flags in file.obs["flags"]], dtype=bool)
+    has_failed = np.array([says_failed(flags) for flags in file.obs["flags"]], dtype=bool)
     candidates = np.flatnonzero(~has_failed)
     num_failed, num_left = len(file) - len(candidates), len(candidates)
     if max_points is not None and num_left > max_points:
@@ -109,7 +109,19 @@ def _load(file: EmbeddingFile, layer: str, path: str | PathLike[str] | None) -> 
     return loaded.transform
 
 
-def _says_failed(flags: str) -> bool:
+def says_failed(flags: str) -> bool:
+    """Tell whether a record has no vector.
+
+    Args:
+        flags: Of the record, with commas between.
+
+    Returns:
+        Whether one of them says that it failed.
+
+    Example:
+        >>> says_failed("rna,failed:nothing left to pool"), says_failed("")
+        (True, False)
+    """
     return any(flag.strip().startswith(FAILED) for flag in str(flags).split(","))
 
 

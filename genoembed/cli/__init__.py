@@ -27,7 +27,12 @@ COMMANDS = (
     "predict",
     "search",
     "fit-transform",
+    "probe",
     "plot",
+    "compare",
+    "verify",
+    "export",
+    "export-model",
     "score",
     "doctor",
 )

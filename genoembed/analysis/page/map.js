@@ -27,6 +27,8 @@
   // For each trace, which point is behind its n-th marker.
   let pointsOf = [[], [], []];
   const map = at("map");
+  // Drawing takes the outline of a selection away, and plotly then reports an empty one: not the user's doing.
+  let drawing = 0;
 
   const textOf = (column, i) => {
     if (column.kind === "class") return column.texts[column.textOf[i]];
@@ -107,11 +109,12 @@
       yaxis: { ...axis, ...plain, range: [...view.y], title: { text: content.axes[1] } },
     };
     if (content.keepsScale) layout.yaxis.scaleanchor = "x";
-    return Plotly.react(map, traces, layout, {
+    drawing += 1;
+    Plotly.react(map, traces, layout, {
       responsive: true, scrollZoom: true, displaylogo: false, doubleClick: "reset",
-      modeBarButtonsToRemove: ["pan2d", "lasso2d", "select2d", "zoom2d", "autoScale2d"],
+      modeBarButtons: [["toImage"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
       toImageButtonOptions: { filename: "map", scale: 2 },
-    });
+    }).finally(() => { drawing -= 1; });
   }
 
   // --- legend
@@ -220,12 +223,12 @@
   }
 
   function takeSelection(event) {
-    if (!event) return;
+    if (!event || drawing) return;
     const taken = new Set();
     for (const point of event.points) {
       if (point.curveNumber < 2) taken.add(pointsOf[point.curveNumber][point.pointNumber]);
     }
-    select([...taken].sort((first, second) => first - second));
+    setTimeout(() => select([...taken].sort((first, second) => first - second)));
   }
 
   function tableOf(points) {
@@ -277,5 +280,5 @@
   map.on("plotly_hover", showTip);
   map.on("plotly_unhover", () => { at("tip").hidden = true; });
   map.on("plotly_selected", takeSelection);
-  map.on("plotly_deselect", () => select([]));
+  map.on("plotly_deselect", () => { if (!drawing) setTimeout(() => select([])); });
 })();

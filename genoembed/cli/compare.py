@@ -1,0 +1,141 @@
+"""``genoembed compare``: how far two embedding files agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import genoembed
+from genoembed.cli.options import GroupedCommand, file_option
+from genoembed.cli.reporting import json_option, reporting_options
+from genoembed.cli.text import count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from genoembed import CompareReport
+
+_logger = logging.getLogger(__name__)
+
+LIMITS, OUTPUT = "What counts as equal", "Output"
+FAILED = 1
+_SHOWN = 3
+
+
+@click.command(
+    "compare",
+    cls=GroupedCommand,
+    short_help="Say how far two embedding files agree.",
+    epilog="""\b
+    Examples:
+      genoembed compare before.h5 after.h5
+      genoembed compare cpu.h5 gpu.h5 --tolerance 1e-4 -o differences.tsv""",
+)
+@click.argument("first", metavar="A.h5")
+@click.argument("second", metavar="B.h5")
+@file_option("--layer", group=LIMITS, metavar="NAME", help="Which matrix; without it, all that both have.")
+@file_option(
+    "--tolerance",
+    group=LIMITS,
+    type=float,
+    metavar="X",
+    help="Largest difference, relative to a vector's largest value.  [1e-5; 1e-2 where a model ran in half "
+    "precision, 1e-3 where a file stores float16]",
+)
+@file_option("-o", "--output", group=OUTPUT, metavar="TSV", help="Write a line a record and layer.")
+@file_option("--overwrite", group=OUTPUT, is_flag=True, default=False, help="Replace TSV.")
+@json_option
+@reporting_options
+def command(first: str, second: str, *, as_json: bool, **options: Any) -> None:
+    """Compare A.h5 with B.h5, record by record: cosine, and largest difference.
+
+    Exit code 1 if a record differs by more than the tolerance, is in one file only, or has another sequence.
+    """
+    report = genoembed.compare(first, second, **options)
+    for line in report.recipe_differences:
+        _logger.info("made differently: %s", line)
+    click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines(report)))
+    if not report.is_within:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _lines(report: CompareReport) -> list[str]:
+    lines = layer_lines(report.layers, report.tolerance)
+    strangers = (
+        ("only in the first", report.only_in_first),
+        ("only in the second", report.only_in_second),
+        ("of another sequence", report.other_sequence),
+    )
+    lines += [f"{count(len(ids), 'record')} {what}: {named(ids)}" for what, ids in strangers if ids]
+    if report.is_reordered:
+        lines.append("the records of both come in another order")
+    return [*lines, f"equal within {report.tolerance:g}" if report.is_within else "not equal"]
+
+
+def layer_lines(layers: Sequence[Any], tolerance: float) -> list[str]:
+    """Say how far each layer agrees.
+
+    Args:
+        layers: Summaries.
+        tolerance: Largest relative difference that counts as equal.
+
+    Returns:
+        A line a layer, and one for the records that differ most, if any do.
+    """
+    lines = []
+    for layer in layers:
+        outside = f", {layer.num_outside:,} outside {tolerance:g}" if layer.num_outside else ""
+        lines.append(
+            f"{layer.layer}: {count(layer.num_compared, 'record')}{outside}; "
+            f"cosine {layer.min_cosine:.8f} at least, {layer.mean_cosine:.8f} on average; "
+            f"largest difference {layer.max_absolute:.3g}, relative {layer.max_relative:.3g}"
+        )
+        if layer.num_outside:
+            lines.append(f"  most: {named([record_id for record_id, _ in layer.worst])}")
+    return lines
+
+
+def named(ids: Sequence[str]) -> str:
+    """Name some records.
+
+    Args:
+        ids: One or more.
+
+    Returns:
+        The first ones.
+
+    Example:
+        >>> named(["a", "b", "c", "d"])
+        'a, b, c ...'
+    """
+    return ", ".join(ids[:_SHOWN]) + (" ..." if len(ids) > _SHOWN else "")
+
+
+def as_facts(report: Any) -> dict[str, Any]:
+    """Give a report as what JSON holds; numbers that are not finite become null.
+
+    Args:
+        report: A dataclass with ``is_within``.
+
+    Returns:
+        Its fields by name.
+    """
+    found = _plain(dataclasses.asdict(report))
+    assert isinstance(found, dict)
+    return {**found, "is_within": report.is_within}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        fields = getattr(value, "_asdict", None)
+        return _plain(fields()) if fields is not None else [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

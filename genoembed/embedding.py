@@ -1,0 +1,318 @@
+"""``embed``: from sequences in memory to vectors in memory.
+
+The same stages and the same numbers as ``extract``, without files: for a few thousand sequences in a
+notebook, for ``genoembed.sklearn``, and for checking files. What is larger goes through ``extract``.
+
+N sequences, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.config import DEFAULT_MODEL, embed_config
+from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
+from genoembed.engines.carried import CARRIED, carried_options, find_facts
+from genoembed.engines.embedder import UnitEmbedder
+from genoembed.engines.units import iter_units
+from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.models.load import load_model
+from genoembed.sequences.identity import IdRegistry
+from genoembed.sequences.policies import InputCounts, Policies
+from genoembed.sequences.rawrecord import RawRecord
+from genoembed.sequences.reading import clean_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from genoembed.config import EmbedConfig, Fusion, Pooling
+    from genoembed.contracts import ObsRow
+    from genoembed.models.genomic_model import GenomicModel
+
+PLACE = "sequences"
+"""What errors name as the file, since there is none."""
+_FILE_OPTIONS = ("inputs", "output", "overwrite", "resume", "regions", "flank", "shard", "engine", "workers")
+_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedded:
+    """Vectors of sequences."""
+
+    matrices: Mapping[str, NDArray[np.float32]]
+    """One ``(N, D)`` matrix a layer, or a single one when layers were fused; rows in the order given."""
+    feature_names: tuple[str, ...]
+    """Of the columns of the first matrix."""
+    layers: tuple[str, ...]
+    """Module paths of the layers that were taken."""
+
+    @property
+    def X(self) -> NDArray[np.float32]:  # noqa: N802 - the field's name for it
+        """The first matrix, float32, ``(N, D)``."""
+        return next(iter(self.matrices.values()))
+
+
+class RecordEmbedder:
+    """A loaded model with settings, which embeds records in memory, again and again.
+
+    Args:
+        model: Name, folder, or a model that is loaded already.
+        **options: As for ``extract``, but for those about files.
+
+    Raises:
+        ConfigError: If options are wrong, alone or together.
+        ModelError: If the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL, **options: Any) -> None:
+        name = fspath(model) if isinstance(model, PathLike) else model
+        facts = find_facts(name)
+        self.config: EmbedConfig = _config(name, options, carried_options(facts, _given_of(options)))
+        """What is done."""
+        self.model: GenomicModel = _load(self.config) if isinstance(name, str) else name
+        """The model."""
+        self._embedder = UnitEmbedder(self.model, self.config, facts=facts)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Module paths of the layers."""
+        return self._embedder.layers
+
+    @property
+    def batch_tokens(self) -> int:
+        """Slots of a forward pass, padding included."""
+        return self._embedder.batch_tokens
+
+    @property
+    def feature_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the columns of each matrix; empty before anything was embedded."""
+        return self._embedder.feature_names
+
+    def rows(
+        self, records: Iterable[SequenceRecord]
+    ) -> Iterator[tuple[ObsRow, dict[str, NDArray[np.floating]]]]:
+        """Embed records.
+
+        Args:
+            records: Clean, with ids of their own.
+
+        Yields:
+            What a file says about a row, and its vectors by layer: ``(D,)``, or ``(T, D)`` where every token
+            keeps its own.
+
+        Raises:
+            EmptyPoolError: If nothing of a record is left to pool.
+            ModelError: If the device's memory does not hold a forward pass.
+            NonFiniteError: If the model gives NaN or infinity.
+        """
+        units = iter_units(
+            records, max_bases=self._embedder.unit_bases, max_records=self._embedder.unit_records
+        )
+        for unit in units:
+            yield from _block_rows(self._embedder(unit).block)
+
+    def matrices(self, records: Sequence[SequenceRecord]) -> dict[str, NDArray[np.float32]]:
+        """Embed records to matrices.
+
+        Args:
+            records: Clean, one or more, with ids of their own.
+
+        Returns:
+            float32 ``(N, D)`` by layer, a row a record.
+
+        Raises:
+            ConfigError: If every token or window keeps a vector of its own.
+            EmptyPoolError: If nothing of a record is left to pool.
+            ModelError: If the device's memory does not hold a forward pass.
+            NonFiniteError: If the model gives NaN or infinity.
+        """
+        if self.config.embedding.pooling == "none" or self.config.windows.per_window:
+            message = (
+                "pooling='none' and per_window give several vectors a sequence, but a matrix has a row a "
+                "sequence; set pooling to 'mean', or use extract, which writes a file"
+            )
+            raise ConfigError(message)
+        found = [vectors for _, vectors in self.rows(records)]
+        return {name: np.stack([vectors[name] for vectors in found]).astype(np.float32) for name in found[0]}
+
+
+def embed(
+    sequences: Iterable[str | bytes | SequenceRecord],
+    *,
+    model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL,
+    layers: int | str | Sequence[int | str] | None = None,
+    pooling: Pooling | None = None,
+    fusion: Fusion | None = None,
+    **options: Any,
+) -> Embedded:
+    """Embed sequences in memory; the numbers are those that ``extract`` writes.
+
+    Args:
+        sequences: Letters, or records; one or more. Lower case is upper-cased and ``U`` becomes ``T``.
+        model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
+        layers: As for ``extract``.
+        pooling: As for ``extract``, but not ``none``.
+        fusion: As for ``extract``.
+        **options: Other options of ``extract`` that are not about files: ``rc``, ``skip_first``, ``window``,
+            ``stride``, ``batch_tokens``, ``dtype``, ``device``, ``invalid`` (``error`` or ``mask``),
+            ``gaps``, ``keep_case``, ``fusion_weights``, ``revision``, ``trust_remote_code``. None is the
+            default.
+
+    Returns:
+        The vectors, a row a sequence, in the order given.
+
+    Raises:
+        AlphabetError: If a letter is invalid under the policies; says which sequence, from 0.
+        EmptyRecordError: If there are no sequences, or one has no bases.
+        ConfigError: If options are wrong, alone or together.
+        GenoembedError: If the model fails.
+
+    Example:
+        >>> found = embed(["ACGTACGT", "ACGT"], layers=2)
+        >>> found.X.shape, found.feature_names[0]
+        ((2, 128), 'blocks.2.mlp.l3:0')
+    """
+    embedder = RecordEmbedder(model, layers=layers, pooling=pooling, fusion=fusion, **options)
+    records = clean_sequences(sequences, embedder.config)
+    matrices = embedder.matrices(records)
+    names = next(iter(embedder.feature_names.values()))
+    return Embedded(matrices=matrices, feature_names=names, layers=embedder.layers)
+
+
+def clean_sequences(
+    sequences: Iterable[str | bytes | SequenceRecord], config: EmbedConfig
+) -> list[SequenceRecord]:
+    """Put sequences through the input policies.
+
+    Args:
+        sequences: Letters, or records, which are clean already.
+        config: Holds the policies.
+
+    Returns:
+        One record a sequence; those of letters have their place as id, from 0.
+
+    Raises:
+        AlphabetError: If a letter is invalid under the policies.
+        EmptyRecordError: If there are no sequences, or one has no bases.
+        ConfigError: If something else than letters is among them, or a policy would leave one out.
+    """
+    policies = Policies(
+        invalid=config.input.invalid, gaps=config.input.gaps, keep_case=config.input.keep_case
+    )
+    if policies.invalid == "skip" or config.input.empty == "skip":
+        message = "invalid and empty cannot be 'skip' here: every sequence has a row; set invalid to 'mask'"
+        raise ConfigError(message)
+    ids, counts = IdRegistry("error"), InputCounts()
+    records = []
+    for index, sequence in enumerate(sequences):
+        if isinstance(sequence, SequenceRecord):
+            records.append(sequence)
+            continue
+        raw = RawRecord(str(index), "", PLACE, PLACE, None, iter([(_letters(sequence, index), None)]))
+        record = clean_record(raw, policies=policies, ids=ids, counts=counts)
+        assert record is not None, "no policy skips"
+        records.append(record)
+    if not records:
+        problem = "there are none, expected one or more; give at least one"
+        raise EmptyRecordError(problem, path=PLACE)
+    return records
+
+
+def _letters(sequence: object, index: int) -> bytes:
+    if isinstance(sequence, bytes):
+        return sequence
+    if isinstance(sequence, str):
+        # what is not ASCII is invalid, and one letter for the error to point at
+        return sequence.encode("ascii", "replace")
+    message = f"{PLACE}[{index}] is {type(sequence).__name__}, expected letters as str or bytes; give those"
+    raise ConfigError(message)
+
+
+def _given_of(options: Mapping[str, Any]) -> dict[str, object]:
+    given = {name: options[name] for name in CARRIED if options.get(name) is not None}
+    return {name: _plain(name, value) for name, value in given.items()}
+
+
+def _config(
+    model: str | GenomicModel, options: Mapping[str, Any], carried: Mapping[str, object]
+) -> EmbedConfig:
+    misplaced = [name for name in options if name in _FILE_OPTIONS]
+    if misplaced:
+        message = f"{', '.join(misplaced)}: for files, and there are none here; leave it out, or use extract"
+        raise ConfigError(message)
+    if not isinstance(model, str):
+        loading = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
+        if loading:
+            message = (
+                f"{', '.join(loading)}: the model is loaded already; leave it out, or give model by name"
+            )
+            raise ConfigError(message)
+    given = {name: _plain(name, value) for name, value in options.items() if value is not None}
+    name = model if isinstance(model, str) else model.name
+    return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **given, **carried})
+
+
+def _plain(name: str, value: object) -> object:
+    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
+    if name == "layers":
+        many = [value] if isinstance(value, str | int | np.integer) else list(value)  # type: ignore[call-overload]
+        return tuple(map(str, many))
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(_plain("", item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def load_for_embedding(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> GenomicModel:
+    """Load a model to give to ``embed`` again and again.
+
+    Args:
+        name: Bundled or registry name, local folder, or Hugging Face id.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: Torch device; None is CUDA if present, else the CPU.
+        revision: Branch, tag or commit of a Hugging Face repository.
+        trust_remote_code: Run code that the model's repository brings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: If an option is wrong.
+        ModelError: If the model cannot be loaded.
+    """
+    given = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    return _load(_config(name, given, {}))
+
+
+def _load(config: EmbedConfig) -> GenomicModel:
+    return load_model(
+        config.model.model,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
+
+
+def _block_rows(
+    block: EmbeddingBlock | TokenBlock,
+) -> Iterator[tuple[ObsRow, dict[str, NDArray[np.floating]]]]:
+    if isinstance(block, EmbeddingBlock):
+        for index, row in enumerate(block.rows):
+            yield row, {name: matrix[index] for name, matrix in block.matrices.items()}
+        return
+    ends = np.cumsum(block.lengths)
+    for row, start, end in zip(block.rows, ends - block.lengths, ends, strict=True):
+        yield row, {name: values[start:end] for name, values in block.values.items()}

@@ -1,0 +1,348 @@
+"""``verify``: embed a sample of a file's records again, by the recipe that the file holds; and ``certify``.
+
+``file -> sample of its records -> their sequences -> vectors -> differences``. The input is told by the file,
+or given; each sequence must have the SHA-256 that the file recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from genoembed.analysis.comparison import (
+    Difference,
+    LayerComparison,
+    difference,
+    summarize,
+    tolerance_of,
+)
+from genoembed.analysis.point_rows import says_failed
+from genoembed.analysis.search import record_names
+from genoembed.embedding import RecordEmbedder
+from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.sequences import read_sequences
+from genoembed.store import open_embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from genoembed.contracts import SequenceRecord
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.store import EmbeddingFile
+
+_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
+_EMBEDDING = ("pooling", "fusion", "skip_first", "rc")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """How little a record's vector depends on what shares its batch."""
+
+    num_records: int
+    """Records of the sample, each embedded alone and together with the others."""
+    max_absolute: float
+    """Largest difference of a value."""
+    max_relative: float
+    """The same, divided by the largest value of the record's vector."""
+    min_cosine: float
+    tolerance: float
+    """Largest relative difference that counts as none."""
+    is_within: bool
+    model: str
+    weights_sha256: str
+    dtype: str
+    device: str
+    batch_tokens: int
+    """Slots of a batch, padding included, in which they were together."""
+    layers: tuple[str, ...]
+    torch: str
+    """Its version."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """Whether a file holds what its recipe gives."""
+
+    path: Path
+    layers: tuple[LayerComparison, ...]
+    """Of the records that were embedded again."""
+    tolerance: float
+    num_sampled: int
+    """Records that were looked for in the input."""
+    missing: tuple[str, ...]
+    """Those that the input does not have."""
+    other_sequence: tuple[str, ...]
+    """Those whose sequence is another than the file says."""
+    same_weights: bool | None
+    """Whether the model has the weights that the file names; None where one of the two names none."""
+    certificate: Certificate | None
+    """Of the same sample, if it was asked for."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether all of the sample were found, with vectors that are equal within the tolerance."""
+        strangers = self.missing or self.other_sequence or self.same_weights is False
+        differs = any(layer.num_outside for layer in self.layers)
+        return not strangers and not differs and (self.certificate is None or self.certificate.is_within)
+
+
+def verify(
+    path: str | PathLike[str],
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    *,
+    sample: int = 32,
+    seed: int = 0,
+    tolerance: float | None = None,
+    certificate: bool = False,
+    model: str | PathLike[str] | GenomicModel | None = None,
+    regions: Sequence[str | PathLike[str]] | None = None,
+    **options: Any,
+) -> VerifyReport:
+    """Embed a sample of a file's records again, and compare.
+
+    Args:
+        path: A file that genoembed wrote.
+        inputs: The sequence files that it was made of; None takes those that it names.
+        sample: Records to embed again, chosen by chance; all where there are fewer. Those that failed are not
+            among them.
+        seed: Of the choice.
+        tolerance: Largest relative difference that counts as equal, as for ``compare``; None follows from the
+            types of numbers of the file and of this run.
+        certificate: Also embed each of them alone, and say how far that differs.
+        model: Instead of the one that the file names: where it is on this machine.
+        regions: Instead of the region files that the file names.
+        **options: ``device``, ``dtype``, ``batch_tokens`` and ``trust_remote_code`` of this run.
+            None takes what the file says, and the device that there is.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConfigError: If options are wrong, or the file does not say how it was made, or not of what files.
+        StoreError: If the file cannot be read.
+        GenoembedError: If input or model fail.
+    """
+    _check(options, sample=sample, tolerance=tolerance)
+    with open_embeddings(path) as file:
+        recipe = _recipe(file)
+        wanted = _sample_ids(file, sample, seed)
+        records = _find(wanted, _records(file, recipe, inputs, regions))
+        embedder = RecordEmbedder(
+            *([recipe["model"]] if model is None else [model]),
+            **_embedding_options(
+                recipe, options, is_named=model is None or isinstance(model, str | PathLike)
+            ),
+        )
+        compared, others, stored = _compare(file, wanted, records, embedder)
+        computed = str(embedder.model.provenance["dtype"])
+        limit = tolerance_of([recipe["dtype"], computed], stored) if tolerance is None else tolerance
+        proof = _certify(embedder, [*records.values()], None, seed) if certificate and records else None
+        return VerifyReport(
+            path=Path(path),
+            layers=tuple(summarize(name, found, tolerance=limit) for name, found in compared.items()),
+            tolerance=limit,
+            num_sampled=len(wanted),
+            missing=tuple(name for name in wanted if name not in records),
+            other_sequence=tuple(others),
+            same_weights=_same(recipe["weights"], embedder.model.provenance["weights_sha256"]),
+            certificate=proof,
+        )
+
+
+def certify(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    sample: int = 32,
+    seed: int = 0,
+    tolerance: float | None = None,
+    invalid: str = "error",
+    **options: Any,
+) -> Certificate:
+    """Measure how far vectors depend on what shares their batch: each record alone, against all together.
+
+    Args:
+        inputs: Sequence files.
+        sample: Records to measure on, chosen by chance; all where there are fewer.
+        seed: Of the choice.
+        tolerance: Largest relative difference that counts as none; None follows from the type of numbers.
+        invalid: Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask``.
+        **options: What :func:`genoembed.embed` takes: ``model``, ``layers``, ``pooling``, ``rc``, ``window``,
+            ``batch_tokens``, ``dtype``, ``device`` ...
+
+    Returns:
+        The measurement; ``dataclasses.asdict`` gives what JSON holds.
+
+    Raises:
+        ConfigError: If options are wrong.
+        EmptyRecordError: If the input has no record.
+        GenoembedError: If input or model fail.
+    """
+    _check({}, sample=sample, tolerance=tolerance)
+    names = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
+    records = _reservoir(read_sequences(names, invalid=invalid), sample, seed)  # type: ignore[arg-type]
+    if not records:
+        problem = "no record to measure on; check the input"
+        raise EmptyRecordError(problem, path=", ".join(map(fspath, names)))
+    return _certify(RecordEmbedder(**options), records, tolerance, seed)
+
+
+def _certify(
+    embedder: RecordEmbedder, records: Sequence[SequenceRecord], tolerance: float | None, seed: int
+) -> Certificate:
+    together = embedder.rows(records)
+    found: list[Difference] = []
+    # one alone may have several rows: windows
+    alone = (row for record in records for row in embedder.rows([record]))
+    for (_, mine), (_, theirs) in zip(alone, together, strict=True):
+        found += [difference(mine[name], theirs[name]) for name in mine]
+    facts = embedder.model.provenance
+    limit = tolerance_of([str(facts["dtype"])]) if tolerance is None else tolerance
+    largest = max(item.relative for item in found)
+    return Certificate(
+        num_records=len(records),
+        max_absolute=max(item.absolute for item in found),
+        max_relative=largest,
+        min_cosine=min(item.cosine for item in found),
+        tolerance=limit,
+        is_within=largest <= limit,
+        model=str(facts["id"]),
+        weights_sha256=str(facts["weights_sha256"]),
+        dtype=str(facts["dtype"]),
+        device=str(facts["device"]),
+        batch_tokens=embedder.batch_tokens,
+        layers=embedder.layers,
+        torch=str(torch.__version__),
+        seed=seed,
+    )
+
+
+def _check(options: Mapping[str, Any], *, sample: int, tolerance: float | None) -> None:
+    known = ("device", "dtype", "batch_tokens", "trust_remote_code")
+    problems = [f"{name!r} is no option of verify" for name in options if name not in known]
+    if sample < 1:
+        problems.append(f"sample is {sample}; set sample to 1 or more")
+    if tolerance is not None and not tolerance >= 0:
+        problems.append(f"tolerance is {tolerance}; set tolerance to 0 or more")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _recipe(file: EmbeddingFile) -> dict[str, Any]:
+    """Read how a file was made, in the words of ``extract``."""
+    provenance = file.provenance
+    config, made = provenance.get("config"), provenance.get("model")
+    if not isinstance(config, dict) or not isinstance(made, dict) or "layers" not in provenance:
+        message = f"{file.path}: it does not say how its vectors were made, so they cannot be made again"
+        raise ConfigError(message)
+    embedding, windows = config["embedding"], config["windows"]
+    return {
+        "model": config["model"]["model"],
+        "revision": config["model"].get("revision"),
+        "dtype": str(made["dtype"]),
+        "weights": made.get("weights_sha256"),
+        "inputs": [entry["name"] for entry in provenance.get("inputs", [])],
+        "reading": {name: config["input"][name] for name in _READING if name in config["input"]},
+        "regions": list(config["input"].get("regions") or ()),
+        "embedding": {
+            "layers": tuple(provenance["layers"]),
+            **{name: embedding[name] for name in _EMBEDDING},
+            "fusion_weights": tuple(embedding["fusion_weights"]) or None,
+            "window": windows["window"],
+            "stride": windows["stride"],
+            "per_window": windows["per_window"],
+        },
+    }
+
+
+def _embedding_options(
+    recipe: Mapping[str, Any], options: Mapping[str, Any], *, is_named: bool
+) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    made = {"dtype": recipe["dtype"], "revision": recipe["revision"]} if is_named else {}
+    return {**recipe["embedding"], **made, **given}
+
+
+def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
+    """Choose records that have a vector, in the order of the file."""
+    names = record_names(file)
+    has_vector = [not says_failed(flags) for flags in file.obs["flags"]]
+    usable = list(dict.fromkeys(name for name, is_there in zip(names, has_vector, strict=True) if is_there))
+    if not usable:
+        problem = "no record has a vector, so there is nothing to verify; extract them again"
+        raise StoreError(problem, path=str(file.path))
+    if len(usable) <= sample:
+        return usable
+    chosen = np.random.default_rng(seed).choice(len(usable), sample, replace=False)
+    return [usable[index] for index in sorted(chosen.tolist())]
+
+
+def _records(
+    file: EmbeddingFile,
+    recipe: Mapping[str, Any],
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | None,
+    regions: Sequence[str | PathLike[str]] | None,
+) -> Iterator[SequenceRecord]:
+    given = [inputs] if isinstance(inputs, str | PathLike) else inputs
+    names = recipe["inputs"] if given is None else [fspath(name) for name in given]
+    if not names or (given is None and "-" in names):
+        message = f"{file.path}: it was made of standard input; set inputs to the file with these sequences"
+        raise ConfigError(message)
+    places = recipe["regions"] if regions is None else [fspath(name) for name in regions]
+    return read_sequences(names, regions=places or None, **recipe["reading"])
+
+
+def _find(wanted: Sequence[str], records: Iterable[SequenceRecord]) -> dict[str, SequenceRecord]:
+    """Take the records that are wanted; reading ends with the last of them."""
+    missing = set(wanted)
+    found = {}
+    for record in records:
+        if record.id in missing:
+            found[record.id] = record
+            missing.remove(record.id)
+            if not missing:
+                break
+    return found
+
+
+def _compare(
+    file: EmbeddingFile,
+    wanted: Sequence[str],
+    records: Mapping[str, SequenceRecord],
+    embedder: RecordEmbedder,
+) -> tuple[dict[str, list[tuple[str, Difference]]], list[str], set[str]]:
+    """Give the differences by layer, the ids of other sequences, and the types of numbers stored."""
+    compared: dict[str, list[tuple[str, Difference]]] = {name: [] for name in file.layers}
+    others: list[str] = []
+    places = {name: index for index, name in enumerate(file.ids)}
+    there = [records[name] for name in wanted if name in records]
+    for row, vectors in embedder.rows(there) if there else ():
+        index = places.get(row.id)
+        if index is None or _same(str(file.obs["sha256"][index]), row.sha256) is False:
+            others.append(row.id)
+            continue
+        for name, found in compared.items():
+            found.append((row.id, difference(file.vectors(index, name), vectors[name])))
+    return compared, others, {file[name].dtype.name for name in file.layers}
+
+
+def _same(recorded: object, found: object) -> bool | None:
+    """Compare two texts; None where one of them says nothing."""
+    return recorded == found if recorded and found else None
+
+
+def _reservoir(records: Iterable[SequenceRecord], number: int, seed: int) -> list[SequenceRecord]:
+    """Choose records by chance in one pass, each with equal odds; in the order of the input."""
+    generator = np.random.default_rng(seed)
+    kept: list[tuple[int, SequenceRecord]] = []
+    for index, record in enumerate(records):
+        if len(kept) < number:
+            kept.append((index, record))
+        elif (place := int(generator.integers(index + 1))) < number:
+            kept[place] = (index, record)
+    return [record for _, record in sorted(kept, key=lambda pair: pair[0])]

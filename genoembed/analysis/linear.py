@@ -50,6 +50,8 @@ class FoldScore(NamedTuple):
     """Which of several sets of blocks was taken."""
     penalty: float
     """``C`` of the logistic regression, or the penalty of the ridge regression."""
+    inner: float
+    """The first metric of the task on the inner folds, for what was chosen: what a choice may look at."""
 
 
 def cross_validate(
@@ -139,7 +141,8 @@ def score_fold(
     fitted, tested = standardize(lay_out(choices[chosen], train, components=components), train, test)
     # the path up to the chosen penalty, so that the last fit starts where it did when it was chosen
     guesses = predict(fitted, codes[train], tested, task=task, penalties=penalties[: best + 1])
-    return FoldScore(measure(codes[test], guesses[-1], task=task), chosen, penalties[best])
+    inner_score = float(inner[chosen, best]) / len(inner_folds(folds, fold)[:_INNER_FOLDS])
+    return FoldScore(measure(codes[test], guesses[-1], task=task), chosen, penalties[best], inner_score)
 
 
 def predict(
@@ -203,6 +206,30 @@ def solve_ridge(gram: NDArray[np.float64], right: NDArray[np.float64], penalty: 
     damped = gram.copy()
     damped.flat[:: len(gram) + 1] += penalty
     return np.linalg.solve(damped, right).astype(np.float64)
+
+
+def ridge_weights(
+    train: NDArray[np.float64], wanted: NDArray[np.float64], penalty: float
+) -> NDArray[np.float64]:
+    """Fit a ridge regression by the smaller of the two Gram matrices.
+
+    Args:
+        train: Standardised features to fit on, ``(N, D)``.
+        wanted: Columns of the target, centred, ``(N, K)``.
+        penalty: On the mean of the squared errors, above 0.
+
+    Returns:
+        Weights of the features, ``(D, K)``.
+
+    Example:
+        >>> ridge_weights(np.array([[-1.0], [1.0]]), np.array([[-2.0], [2.0]]), 1.0).tolist()
+        [[1.0]]
+    """
+    num_rows = len(train)
+    if train.shape[1] > num_rows:
+        inner: NDArray[np.float64] = solve_ridge(train @ train.T / num_rows, wanted / num_rows, penalty)
+        return train.T @ inner
+    return solve_ridge(train.T @ train / num_rows, train.T @ wanted / num_rows, penalty)
 
 
 def ridge_predictions(

@@ -1,0 +1,224 @@
+"""Which rows of an embedding file take part, with what label, and which of them share a fold."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.errors import ConfigError, GenoembedWarning, LabelError
+from genoembed.sequences import read_sequences
+from genoembed.training.kinship import cluster_kin
+from genoembed.training.sketches import KinshipConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from genoembed.probing.labels import LabelTable
+    from genoembed.probing.options import ProbeOptions
+    from genoembed.store import EmbeddingFile
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3
+_FAILED = re.compile(r"(?:^|,)failed:")
+_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledRows:
+    """Rows of a file that take part."""
+
+    rows: NDArray[np.int64]
+    """Their numbers in the file, ascending."""
+    ids: tuple[str, ...]
+    target: NDArray[Any]
+    """Classes or values."""
+    is_test: NDArray[np.bool_] | None
+    """Where there is a split: which rows only score."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Rows and labels that were left out, by why."""
+
+
+def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeOptions) -> LabelledRows:
+    """Put labels to the rows of a file; leave out rows that failed, and those without a label.
+
+    Args:
+        file: Open, with a row a record.
+        table: The labels.
+        options: What to do with labels whose record is not there.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ConfigError: If no row is left.
+        LabelError: If labels have no record, and that is an error.
+    """
+    ids, has_failed = file.ids, _failed_rows(file)
+    known = set(ids)
+    strays = [name for name in table.labels if name not in known]
+    if strays and (options.unmatched == "error" or len(strays) == len(table.labels)):
+        remedy = (
+            "set unmatched to 'warn'"
+            if len(strays) < len(table.labels)
+            else "give the labels of these records"
+        )
+        problem = (
+            f"{len(strays)} label(s) without a record ({_shown(strays)}), expected ids of the input such as "
+            f"{ids[0]!r}; {remedy}"
+        )
+        raise LabelError(problem, path=table.path)
+    if strays:
+        message = f"{table.path}: {len(strays)} label(s) without a record ({_shown(strays)}) are left out"
+        warnings.warn(message, GenoembedWarning, stacklevel=2)
+    rows = np.array(
+        [
+            row
+            for row, name in enumerate(ids)
+            if name in table.labels and not has_failed[row] and table.sides.get(name, "train") is not None
+        ],
+        dtype=np.int64,
+    )
+    counts = {
+        "rows in the file": len(ids),
+        "rows without a label": sum(name not in table.labels for name in ids),
+        "rows without a vector": int(has_failed.sum()),
+        "labels without a record": len(strays),
+        "rows of neither train nor test": sum(
+            name in table.labels and table.sides.get(name, "train") is None for name in ids
+        ),
+    }
+    if not len(rows):
+        message = f"{table.path}: no row of {file.path} is left ({counts}); check the ids"
+        raise ConfigError(message)
+    names = tuple(ids[row] for row in rows)
+    is_test = None
+    if options.preset != "none":
+        if lost := [name for name in names if name not in table.sides]:
+            problem = f"{len(lost)} record(s) are in no split ({_shown(lost)}); say train or test for each"
+            raise LabelError(problem, path=options.split or table.path)
+        is_test = np.array([table.sides[name] == "test" for name in names])
+    return LabelledRows(
+        rows=rows,
+        ids=names,
+        target=np.array([table.labels[name] for name in names]),
+        is_test=is_test,
+        counts=counts,
+    )
+
+
+def group_rows(
+    file: EmbeddingFile,
+    labelled: LabelledRows,
+    table: LabelTable,
+    options: ProbeOptions,
+    sequences: Sequence[bytes] | None,
+) -> NDArray[np.int64] | None:
+    """Say which rows must share a fold.
+
+    Args:
+        file: Open.
+        labelled: The rows.
+        table: The labels, with groups for ``grouped``.
+        options: ``cv`` says how.
+        sequences: Of the rows, for ``homology``.
+
+    Returns:
+        Number of the group of each row; None where each stands alone.
+
+    Raises:
+        ConfigError: If groups cannot be told.
+        LabelError: If a row has no group.
+    """
+    if options.cv == "stratified":
+        return None
+    if options.cv == "grouped":
+        if lost := [name for name in labelled.ids if name not in table.groups]:
+            problem = f"{len(lost)} record(s) have no group ({_shown(lost)}), expected one each; add them"
+            raise LabelError(problem, path=table.path)
+        return _numbered([table.groups[name] for name in labelled.ids])
+    if options.cv == "chromosome":
+        return _numbered(_chromosomes(file, labelled))
+    if sequences is None:
+        message = (
+            f"cv is 'homology', but the sequences of {file.path} are not where it says; set sequences to "
+            "their files"
+        )
+        raise ConfigError(message)
+    clusters = cluster_kin(sequences, config=KinshipConfig(identity=options.kin_identity))
+    return clusters.labels
+
+
+def _chromosomes(file: EmbeddingFile, labelled: LabelledRows) -> list[str]:
+    """Name the chromosome of each row: what its id says before the last colon, or the file it came from."""
+    if any(":" in name for name in labelled.ids):
+        return [name.rpartition(":")[0] or name for name in labelled.ids]
+    sources = [str(source) for source in file.obs["source"][labelled.rows]]
+    if len(set(sources)) > 1:
+        return sources
+    message = (
+        f"cv is 'chromosome', but ids such as {labelled.ids[0]!r} name none before a colon and all come from "
+        f"{sources[0]!r}; name records CHROMOSOME:PLACE, or set cv to 'grouped'"
+    )
+    raise ConfigError(message)
+
+
+def read_row_sequences(
+    file: EmbeddingFile, labelled: LabelledRows, paths: Sequence[str]
+) -> list[bytes] | str:
+    """Read the sequences of rows again: what was pooled of each, without flanks.
+
+    Args:
+        file: Open, with a row a record.
+        labelled: The rows.
+        paths: Sequence files; empty takes those that the file names.
+
+    Returns:
+        A sequence a row; or, where they cannot be had, why.
+
+    Raises:
+        InputError: If a file cannot be read.
+    """
+    config = file.provenance.get("config")
+    recorded: dict[str, Any] = config["input"] if isinstance(config, dict) else {}
+    sources = list(paths or recorded.get("inputs", ()))
+    lost = [name for name in sources if not Path(name).is_file()]
+    if lost or not sources:
+        return f"{', '.join(lost) or 'its input'} is no file here (set sequences to where they are)"
+    options = {name: recorded[name] for name in _READING if name in recorded}
+    wanted = {name: place for place, name in enumerate(labelled.ids)}
+    digests = file.obs["sha256"][labelled.rows]
+    found: dict[int, bytes] = {}
+    for record in read_sequences(sources, regions=recorded.get("regions") or None, **options):
+        place = wanted.get(record.id)
+        if place is not None and record.sha256 == digests[place]:
+            found[place] = record.sequence[record.core_start : record.core_end]
+    if len(found) < len(wanted):
+        absent = [name for name, place in wanted.items() if place not in found]
+        return (
+            f"{len(absent)} of the sequences ({_shown(absent)}) are not in {', '.join(sources)} as embedded"
+        )
+    return [found[place] for place in range(len(wanted))]
+
+
+def _failed_rows(file: EmbeddingFile) -> NDArray[np.bool_]:
+    """Find the rows that are flagged as failed, or hold NaN in the first matrix."""
+    flagged = np.array([bool(_FAILED.search(flags)) for flags in file.obs["flags"]], dtype=np.bool_)
+    is_finite: NDArray[np.bool_] = np.isfinite(file.X[:]).all(axis=1)
+    return flagged | ~is_finite
+
+
+def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
+    return np.unique(np.array(names), return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,222 @@
+"""``probe``: the order of the steps, and no maths."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genoembed.analysis.folds import missing_scikit_learn
+from genoembed.analysis.layer_choice import choose_layer, compare, verdict
+from genoembed.analysis.layer_plot import plot_layers
+from genoembed.analysis.metrics import METRICS
+from genoembed.analysis.sweep import choose_inside
+from genoembed.config import default_output
+from genoembed.errors import ConfigError, MissingExtraError, StoreError
+from genoembed.probing.labels import read_labels
+from genoembed.probing.options import ProbeOptions, divide_options
+from genoembed.probing.report import (
+    ProbeReport,
+    describe_classes,
+    fusion_options,
+    metric_names,
+)
+from genoembed.probing.scoring import Measured, ProbeRun
+from genoembed.probing.vectors import EMBEDDINGS, embed_layers, embed_untrained, find_embedding_file
+from genoembed.probing.vectors import UNTRAINED as UNTRAINED_FILE
+from genoembed.store import open_embeddings
+from genoembed.store.atomic import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from genoembed.engines.stats import RunStats
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.store import EmbeddingFile
+
+SUMMARY, PLOTS = "probe.json", ("layers.png", "layers.svg")
+
+
+def probe(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    labels: str | PathLike[str],
+    model: str | PathLike[str] | GenomicModel | None = None,
+    layers: int | str | Sequence[int | str] | None = None,
+    output: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[RunStats], None] | None = None,
+    **options: Any,
+) -> ProbeReport:
+    """Find out which layer of a model carries a label, and whether plain sequence features do as well.
+
+    One pass takes the pooled states of all layers into a file, which stays. Each layer, and fusions of them,
+    then get the same cross-validated linear probe: logistic regression for classes, ridge regression for
+    values.
+
+    Args:
+        inputs: Sequence files, or one pooled embedding file, whose layers are probed as they are.
+        labels: Table with a row a record: TSV, CSV, JSON lines or Parquet.
+        model: As for ``extract``; for an embedding file, where the untrained copy's configuration is, if not
+            where the file says.
+        layers: As for ``extract``; None is ``all``. For an embedding file, names of its layers.
+        output: Folder for the results; None is the first input's stem and ``.probe``.
+        overwrite: Replace earlier results, and vectors that other settings made.
+        progress: As for ``extract``.
+        **options: Fields of :class:`~genoembed.probing.options.ProbeOptions`: ``task``, ``cv``,
+            ``num_folds``, ``seed``, ``id_column``, ``label_column``, ``group_column``, ``split_column``,
+            ``split``, ``unmatched``, ``kin_identity``, ``top``, ``baselines``, ``untrained``, ``preset``,
+            ``sequences``, ``plot``. For sequences also options of ``extract``: ``pooling``, ``window``,
+            ``dtype``, ``device`` and so on. None stands for the default.
+
+    Returns:
+        Scores, a recommendation, and what it is worth.
+
+    Raises:
+        ConfigError: If options are wrong, or labels and records do not go together.
+        GenoembedError: If input, model or output fail.
+    """
+    names = [fspath(inputs)] if isinstance(inputs, str | PathLike) else [fspath(name) for name in inputs]
+    wanted, extraction = divide_options(options)
+    given = find_embedding_file(names)
+    folder = Path(default_output(names[0])).with_suffix(".probe") if output is None else Path(output)
+    _check_packages(wanted)
+    _check_folder(folder, wanted, overwrite=overwrite)
+    table = read_labels(fspath(labels), wanted)
+    started = time.perf_counter()
+    if given is None:
+        found = embed_layers(
+            names,
+            folder / EMBEDDINGS,
+            model="genoembed-mini" if model is None else model,
+            overwrite=overwrite,
+            progress=progress,
+            layers="all" if layers is None else layers,
+            **extraction,
+        )
+        was_extracted = found.seconds > 0
+    else:
+        _check_file_options(given, extraction)
+        was_extracted = False
+    seconds = {"pass": time.perf_counter() - started}
+    with open_embeddings(folder / EMBEDDINGS if given is None else given) as file:
+        run = ProbeRun(file, table, wanted, None if given is None else layers)
+        measured = run.measure(
+            lambda: embed_untrained(
+                file,
+                folder / UNTRAINED_FILE,
+                model=model,
+                seed=wanted.seed,
+                overwrite=overwrite,
+                sequences=wanted.sequences,
+                progress=progress,
+                options=extraction,
+            )
+        )
+        report = _build_report(run, measured, folder)
+        pooling = _pooling(file)
+    report = replace(report, was_extracted=was_extracted, seconds=seconds | report.seconds)
+    if wanted.plot:
+        report = replace(report, plots=_plot(report, pooling))
+    write_text(folder / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")
+    return report
+
+
+def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeReport:
+    """Put scores, words and options together."""
+    options, sweep = run.options, measured.sweep
+    task, metric, pooling = options.task, METRICS[options.task][0], _pooling(run.file)
+    inside = choose_inside(sweep.layers, task=task)
+    again = choose_inside(measured.untrained, task=task) if measured.untrained else None
+    others = [(one.name, one.metrics[metric]) for one in measured.baselines]
+    others += [] if again is None else [("the untrained copy", again.metrics[metric])]
+    comparisons = compare(inside, others, task=task)
+    return ProbeReport(
+        output=folder,
+        embeddings=run.file.path,
+        was_extracted=False,
+        task=task,
+        metrics=metric_names(task),
+        cv=options.cv,
+        num_folds=options.num_folds,
+        num_groups=run.target.num_groups,
+        num_rows=int(run.target.is_train.sum()),
+        counts=run.rows.counts,
+        classes=describe_classes(run.rows.target.tolist()) if task == "classification" else {},
+        layers=sweep.layers,
+        fusions=sweep.fusions,
+        baselines=measured.baselines,
+        untrained=measured.untrained,
+        inside=inside,
+        inside_untrained=again,
+        choice=choose_layer(sweep.layers, inside, fusions=sweep.fusions, pooling=pooling, task=task),
+        comparisons=tuple(comparisons),
+        verdict=verdict(inside, comparisons, task=task),
+        fusion_weights=sweep.mix,
+        fusion_options=fusion_options(sweep.mix, are_all=_are_all(run), pooling=pooling),
+        shots=measured.shots,
+        num_test=int((~run.target.is_train).sum()),
+        notes=tuple(run.notes),
+        plots=(),
+        seconds=measured.seconds,
+    )
+
+
+def _are_all(run: ProbeRun) -> bool:
+    """Tell whether the layers that are probed are what ``all`` means to the model."""
+    config = run.file.provenance.get("config")
+    asked = config["embedding"]["layers"] if isinstance(config, dict) else ()
+    return list(asked) == ["all"] and list(run.layers) == run.file.layers
+
+
+def _pooling(file: EmbeddingFile) -> str | None:
+    config = file.provenance.get("config")
+    return str(config["embedding"]["pooling"]) if isinstance(config, dict) else None
+
+
+def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:
+    paths = tuple(report.output / name for name in PLOTS)
+    folds = f"{report.num_folds} {report.cv} folds"
+    for path in paths:
+        plot_layers(
+            path,
+            report.layers,
+            lines=(*report.fusions, *report.baselines),
+            untrained=report.untrained,
+            best=report.choice.layer,
+            task=report.task,
+            title=f"{report.num_rows:,} rows, {folds}, {pooling or 'stored'} pooling",
+        )
+    return paths
+
+
+def _check_packages(options: ProbeOptions) -> None:
+    """Refuse to begin a pass whose vectors could not be probed or drawn."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise missing_scikit_learn()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a plot by layer")
+
+
+def _check_folder(folder: Path, options: ProbeOptions, *, overwrite: bool) -> None:
+    """Refuse a folder whose results must stay, before any work is done; make one that is not there."""
+    written = [SUMMARY, *(PLOTS if options.plot else ())]
+    if there := [name for name in written if (folder / name).exists() and not overwrite]:
+        problem = f"{there[0]} exists already; set overwrite to true, or output to another folder"
+        raise StoreError(problem, path=str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror or error}); set output to another folder"
+        raise StoreError(problem, path=str(folder)) from error
+
+
+def _check_file_options(file: Path, options: Mapping[str, Any]) -> None:
+    allowed = {"batch_tokens", "device", "threads", "trust_remote_code", "unit_bases"}
+    if useless := sorted(set(options) - allowed):
+        message = f"{', '.join(useless)}: the rows of {file} are embedded already; leave it out"
+        raise ConfigError(message)

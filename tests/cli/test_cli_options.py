@@ -45,7 +45,7 @@ OPTIONS = {
         *("--layer", "--pool", "--skip-first", "--fuse", "--fusion-weights", "--rc"),
         *("--window", "--stride", "--per-window"),
         *("--regions", "--flank", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
-        *("--json", *MESSAGES),
+        *("--dry-run", "--json", *MESSAGES),
     },
     "merge": {"--overwrite", "--json", *MESSAGES},
     "layers": {"--all", "--revision", "--trust-remote-code", "--json", *MESSAGES},
@@ -98,6 +98,15 @@ OPTIONS = {
         *("-o", "--output", "--overwrite", "--method", "--components", "--layer", "--axes", "--shrinkage"),
         *("--seed", "--json", *MESSAGES),
     },
+    "probe": {
+        *("--labels", "--task", "--id-column", "--label-column", "--unmatched", "--preset", "--split"),
+        *("--split-column", "--cv", "--num-folds", "--group-column", "--kin-identity", "--seed"),
+        *("--no-baselines", "--no-untrained", "--top", "--sequences", "--model", "--revision"),
+        *("--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads", "--layer", "--pool"),
+        *("--skip-first", "--rc", "--window", "--stride", "--regions", "--flank", "--invalid"),
+        *("--duplicates", "--empty", "--gaps", "--keep-case", "--unit-bases", "-o", "--output"),
+        *("--overwrite", "--no-plot", "--json", *MESSAGES),
+    },
     "score": {
         *("--vcf", "--reference", "--rc", "--start-token", "-o", "--output", "--overwrite"),
         *("--per-base", "--window", "--stride", "--invalid", "--duplicates", "--empty", "--gaps"),
@@ -142,7 +151,7 @@ def test_options_are_these(name):
 
 def test_extract_has_an_option_for_every_configuration_key_and_no_other():
     parameters = {parameter.name: parameter for parameter in command("extract").params}
-    assert set(parameters) - {"as_json", "quiet", "verbose"} == set(OPTION_STAGE)
+    assert set(parameters) - {"as_json", "dry_run", "quiet", "verbose"} == set(OPTION_STAGE)
     for key in set(OPTION_STAGE) - {"inputs"}:
         assert option_name(key) in parameters[key].opts
 

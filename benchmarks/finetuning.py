@@ -447,9 +447,10 @@ def to_markdown(
             parts.append(f"## {task.capitalize()}: {metric}\n\n{score_table(chosen, metric)}")
     if results:
         parts.append(
-            "Mean and standard deviation (n - 1) over seeds; each seed has its own test rows. The last "
-            "column is the better tuning less the best plain feature (the better by the mean on test rows, "
-            "on both sides), seed by seed; losses in bold.\n"
+            "Mean and standard deviation (n - 1) over seeds; each seed has its own test rows. Plain features "
+            "and the frozen probe are fitted to training and validation rows, and choose inside them; what is "
+            "tuned learns from training rows. The last column is the better tuning less the best plain "
+            "feature (the better by the mean on test rows, on both sides), seed by seed; losses in bold.\n"
         )
     for name, rows in tries.items():
         parts.append(f"## Tried on validation rows of {name}\n\n{try_table(rows)}")

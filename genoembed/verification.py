@@ -21,12 +21,12 @@ from genoembed.analysis.comparison import (
     summarize,
     tolerance_of,
 )
-from genoembed.analysis.point_rows import says_failed
 from genoembed.analysis.search import record_names
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.sequences import read_sequences
 from genoembed.store import open_embeddings
+from genoembed.store.schema import has_failed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -271,7 +271,7 @@ def _embedding_options(
 def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
     """Choose records that have a vector, in the order of the file."""
     names = record_names(file)
-    has_vector = [not says_failed(flags) for flags in file.obs["flags"]]
+    has_vector = [not has_failed(str(flags)) for flags in file.obs["flags"]]
     usable = list(dict.fromkeys(name for name, is_there in zip(names, has_vector, strict=True) if is_there))
     if not usable:
         problem = "no record has a vector, so there is nothing to verify; extract them again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,18 @@ from genoembed import load_model, read_sequences
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
 from genoembed.models.locate import BUNDLED_FOLDER
 from genoembed.training.run_config import train_config
+from tests.analysis.map_file import write_map_file
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RUN_HERE = ("package_mini.py", "nearest_genes.py", "score_variants.py")
+RUN_HERE = (
+    "package_mini.py",
+    "nearest_genes.py",
+    "score_variants.py",
+    "choose_a_layer.py",
+    "sklearn_pipeline.py",
+    "map_with_scanpy.py",
+)
 
 
 def run_example(*words: object) -> str:
@@ -121,3 +130,34 @@ def test_score_variants_scores_every_allele_of_the_file():
     ]
     assert [cell[5] for cell in cells[4:]] == ["28007:TTTA>T", "28384:TA>T"]
     assert all(abs(float(cell[3])) > 0 and float(cell[4]) > 0 for cell in cells)
+
+
+def test_choose_a_layer_recommends_one_and_holds_it_against_baselines():
+    header, recommendation, *baselines, verdict = run_example(EXAMPLES / "choose_a_layer.py").splitlines()
+    assert header == "96 pieces of 32 genes, 32 layers"
+    assert re.match(r"use layer \d+ \(blocks\.\d+\.mlp\.l3\), mean pooling: MCC 0\.\d+ \+- ", recommendation)
+    names = {"4-mer counts", "6-mer counts", "GC content and length", "the untrained copy"}
+    assert {line[:24].strip() for line in baselines} == names
+    assert verdict.startswith("the probe (MCC 0.")
+
+
+def test_sklearn_pipeline_searches_over_layers_and_poolings():
+    *rows, best = run_example(EXAMPLES / "sklearn_pipeline.py").splitlines()
+    cells = [row.split() for row in rows]
+    candidates = [("4", "mean"), ("4", "max"), ("28", "mean"), ("28", "max")]
+    assert [(cell[1], cell[2]) for cell in cells] == candidates
+    assert all(0.5 <= float(cell[4]) <= 1 for cell in cells)
+    assert best in ("best: blocks.4.mlp.l3", "best: blocks.28.mlp.l3")
+
+
+def test_map_with_scanpy_clusters_an_embedding_file(tmp_path):
+    for package in ("scanpy", "leidenalg", "igraph"):
+        pytest.importorskip(package)
+    write_map_file(tmp_path / "a.h5")
+    shown = run_example(EXAMPLES / "map_with_scanpy.py", tmp_path / "a.h5", tmp_path / "clusters.tsv")
+    assert shown.splitlines()[0] == "60 rows in 3 clusters"
+    header, *lines = [line.split("\t") for line in (tmp_path / "clusters.tsv").read_text().splitlines()]
+    assert header[1] == "leiden"
+    clusters = [{line[1] for line in lines[group::3]} for group in range(3)]
+    assert sorted(map(len, clusters)) == [1, 1, 1]
+    assert len(set.union(*clusters)) == 3

@@ -16,6 +16,7 @@ from genoembed.analysis.fitting import load_transform
 from genoembed.analysis.recipes import check_comparable, recipe_of
 from genoembed.analysis.vectors import VectorSource, usable_rows
 from genoembed.errors import ConfigError
+from genoembed.store.schema import has_failed
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from genoembed.analysis.transform import FittedTransform
     from genoembed.store import EmbeddingFile
 
-FAILED = "failed:"
-"""How the flag of a record begins that has no vector."""
 _FEWEST = 3
 
 
@@ -78,8 +77,8 @@ def read_points(
     _ = file.X  # a per-token file says here that it has no row a record
     name = layer or file.layers[0]
     source = VectorSource(file[name], _load(file, name, transform))
-    has_failed = np.array([says_failed(flags) for flags in file.obs["flags"]], dtype=bool)
-    candidates = np.flatnonzero(~has_failed)
+    is_spoiled = np.array([has_failed(str(flags)) for flags in file.obs["flags"]], dtype=bool)
+    candidates = np.flatnonzero(~is_spoiled)
     num_failed, num_left = len(file) - len(candidates), len(candidates)
     if max_points is not None and num_left > max_points:
         candidates = np.sort(np.random.default_rng(seed).choice(candidates, max_points, replace=False))
@@ -107,22 +106,6 @@ def _load(file: EmbeddingFile, layer: str, path: str | PathLike[str] | None) -> 
     loaded = load_transform(path)
     check_comparable(loaded.recipe, recipe_of(file.provenance, layer), names=(str(path), str(file.path)))
     return loaded.transform
-
-
-def says_failed(flags: str) -> bool:
-    """Tell whether a record has no vector.
-
-    Args:
-        flags: Of the record, with commas between.
-
-    Returns:
-        Whether one of them says that it failed.
-
-    Example:
-        >>> says_failed("rna,failed:nothing left to pool"), says_failed("")
-        (True, False)
-    """
-    return any(flag.strip().startswith(FAILED) for flag in str(flags).split(","))
 
 
 def _finite(

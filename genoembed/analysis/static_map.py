@@ -111,7 +111,8 @@ def _draw_numbers(figure: Figure, axes: Axes, content: MapContent, column: Numbe
         axes, content, order[is_there], c=column.values[order[is_there]], cmap="viridis", norm=norm
     )
     bar = figure.colorbar(drawn, cax=figure.add_axes(_BAR_BOX), extend=_extend(column))
-    bar.solids.set_alpha(1.0)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1.0)
     bar.set_label(column.name + (", log scale" if column.is_log else ""))
     if column.num_missing:
         figure.text(_BAR_BOX[0], 0.25, f"no value: {column.num_missing:,}", fontsize=8, color="#666666")

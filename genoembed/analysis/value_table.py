@@ -80,10 +80,13 @@ def read_value_table(path: str | PathLike[str], ids: Sequence[str]) -> ValueTabl
 
 def _read(path: str | PathLike[str]) -> list[tuple[int, list[str]]]:
     separator = "," if fspath(path).lower().endswith(".csv") else "\t"
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=separator, quoting=quoting)
+            reader = (
+                csv.reader(file, delimiter=separator)
+                if separator == ","
+                else csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE)
+            )
             return [(reader.line_num, cells) for cells in reader if any(cells)]
     except UnicodeDecodeError as error:
         problem = "is not UTF-8 text; save it as tab-separated text"

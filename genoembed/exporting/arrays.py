@@ -59,7 +59,7 @@ def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
 
 def _put(archive: zipfile.ZipFile, name: str, values: NDArray[np.generic]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        npy.write_array(member, np.ascontiguousarray(values), allow_pickle=False)
+        npy.write_array(member, values, allow_pickle=False)
 
 
 def _put_matrix(archive: zipfile.ZipFile, name: str, file: EmbeddingFile, layer: str) -> None:

@@ -114,6 +114,21 @@ OPTIONS = {
         *("--revision", "--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads"),
         *MESSAGES,
     },
+    "plot": {
+        *("-o", "--output", "--overwrite", "--title", "--color", "--values", "--classes", "--method"),
+        *("--layer", "--transform", "--components", "--neighbours", "--min-dist", "--perplexity"),
+        *("--max-points", "--seed", "--json", *MESSAGES),
+    },
+    "compare": {"--layer", "--tolerance", "-o", "--output", "--overwrite", "--json", *MESSAGES},
+    "verify": {
+        *("--sample", "--seed", "--tolerance", "--certify", "--regions", "--model"),
+        *("--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--json", *MESSAGES),
+    },
+    "export": {"--to", "-o", "--output", "--overwrite", "--layer", "--json", *MESSAGES},
+    "export-model": {
+        *("-o", "--output", "--overwrite", "--dtype", "--revision", "--trust-remote-code"),
+        *("--json", *MESSAGES),
+    },
     "doctor": MESSAGES,
 }
 CHOICES = {

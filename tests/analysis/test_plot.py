@@ -1,0 +1,233 @@
+"""Maps of embedding files: what is on them, what is left out, and the files they become."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from genoembed import fit_transform, plot
+from genoembed.analysis.colours import MANY, MISSING, OTHER_COLOUR, ClassColumn, class_column, number_column
+from genoembed.analysis.reduction import MapOptions, lay_out
+from genoembed.analysis.value_table import read_value_table
+from genoembed.errors import ConfigError, LabelError, StoreError
+from tests.analysis.map_file import NASTY, write_map_file, write_values
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_map_file(tmp_path / "a.h5", failed=(7,), nan=(11,))
+    write_values(tmp_path / "values.tsv")
+    return tmp_path / "a.h5"
+
+
+def read_table(path):
+    header, *lines = [line.split("\t") for line in path.read_text().splitlines()]
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def content_of(path):
+    text = path.read_text()
+    (found,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', text, flags=re.S)
+    return json.loads(found)
+
+
+def decoded(text, dtype):
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def test_plot_writes_all_kinds_and_leaves_out_what_has_no_vector(file, tmp_path):
+    outputs = [tmp_path / f"map.{kind}" for kind in ("png", "svg", "html", "tsv")]
+    report = plot(file, outputs, values=tmp_path / "values.tsv")
+    assert report.outputs == tuple(outputs)
+    assert (report.num_points, report.num_in_file) == (58, 60)
+    assert (report.num_failed, report.num_not_finite, report.num_not_sampled) == (1, 1, 0)
+    assert (report.num_without_value, report.num_unknown_ids) == (1, 1)
+    assert report.colors[:3] == ("kind", "gc", "cluster")
+    assert {"length", "flags", "strand"} < set(report.colors)
+    assert "source" not in report.colors  # of all rows the same
+    assert outputs[0].read_bytes().startswith(b"\x89PNG")
+    svg = outputs[1].read_text()
+    assert "58 of 60 records" in svg
+    assert "2 without a vector left out" in svg
+    assert "PC1" in svg
+    rows = read_table(outputs[3])
+    assert len(rows) == 58
+    assert {"r7", "r11"}.isdisjoint(row["id"] for row in rows)
+    assert rows[1]["id"] == "r1/x"
+    assert (rows[4]["id"], rows[4]["kind"], rows[4]["length"]) == ("r4", "", "140")
+
+
+def test_pca_of_the_map_is_that_of_the_singular_values(file, tmp_path):
+    vectors = write_map_file(tmp_path / "b.h5")
+    plot(tmp_path / "b.h5", tmp_path / "b.tsv")
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    expected = np.abs(left[:, :2] * sizes[:2])
+    found = np.array([[float(row["x"]), float(row["y"])] for row in read_table(tmp_path / "b.tsv")])
+    np.testing.assert_allclose(np.abs(found), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_page_holds_every_point_and_nothing_from_elsewhere(file, tmp_path):
+    plot(file, tmp_path / "map.html", values=tmp_path / "values.tsv", color="length")
+    text = (tmp_path / "map.html").read_text()
+    own = text[: text.index("<script>")] + text[text.index('<script type="application/json"') :]
+    assert "default-src 'none'" in own
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']", own)
+    assert NASTY not in own  # it would end the script element
+    found = content_of(tmp_path / "map.html")
+    assert found["descriptions"][0] == NASTY
+    assert found["ids"][1] == "r1/x"
+    assert len(found["ids"]) == len(decoded(found["x"], "<f4")) == len(decoded(found["y"], "<f4")) == 58
+    assert sorted(decoded(found["order"], "<i4")) == list(range(58))
+    assert [column["name"] for column in found["columns"]][:3] == ["length", "kind", "gc"]
+    kind = found["columns"][1]
+    assert [kind["classes"][code] for code in decoded(kind["codes"], "<i2")[:3]] == ["a", "b", "c"]
+    assert decoded(kind["codes"], "<i2")[4] == MISSING
+    assert decoded(found["columns"][0]["values"], "<f8")[:3].tolist() == [100, 110, 120]
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_plot_gives_the_same_bytes_again(method, file, tmp_path):
+    names = ("map.png", "map.svg", "map.html")
+    runs = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        plot(file, [folder / name for name in names], method=method, title="t")
+        runs.append([(folder / name).read_bytes() for name in names])
+    assert [first == second for first, second in zip(*runs, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("method", ["pca", "umap", "tsne"])
+def test_map_keeps_groups_apart(method):
+    if method == "umap":
+        pytest.importorskip("umap")
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(3, 20)) * 10
+    group = np.arange(60) % 3
+    vectors = (centres[group] + generator.normal(size=(60, 20))).astype(np.float32)
+    before = vectors.copy()
+    plane = lay_out(vectors, MapOptions(method=method, neighbours=8, perplexity=8))
+    np.testing.assert_array_equal(vectors, before)
+    assert plane.points.shape == (60, 2)
+    gaps = np.linalg.norm(plane.points[:, None] - plane.points[None], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    assert (group[gaps.argmin(axis=1)] == group).all()
+
+
+def test_sample_is_stated_and_the_same_for_a_seed(file, tmp_path):
+    reports = [
+        plot(file, [tmp_path / f"{n}.tsv", tmp_path / f"{n}.svg"], max_points=20, seed=seed)
+        for n, seed in enumerate((5, 5, 6))
+    ]
+    tables = [(tmp_path / f"{n}.tsv").read_text() for n in range(3)]
+    assert tables[0] == tables[1] != tables[2]
+    assert all(report.num_points + report.num_not_finite == 20 for report in reports)
+    assert reports[0].num_not_sampled == 59 - 20
+    assert "39 records are not shown" in (tmp_path / "0.svg").read_text()
+
+
+def test_transform_is_applied_first(tmp_path):
+    vectors = write_map_file(tmp_path / "b.h5")
+    fit_transform(tmp_path / "b.h5", output=tmp_path / "white.h5", method="whiten")
+    plot(tmp_path / "b.h5", tmp_path / "b.tsv", transform=tmp_path / "white.h5")
+    found = np.array([[float(row["x"]), float(row["y"])] for row in read_table(tmp_path / "b.tsv")])
+    np.testing.assert_allclose(found.var(axis=0), 1, rtol=1e-3)
+    assert np.abs(found).max() < np.abs(vectors).max()
+
+
+def test_values_without_header_are_named_after_their_file(tmp_path):
+    (tmp_path / "classes.tsv").write_text("b\tx\na\ty\n")
+    table = read_value_table(tmp_path / "classes.tsv", ["a", "b", "c"])
+    assert table.columns == {"classes": ("y", "x", None)}
+    (tmp_path / "classes.csv").write_text('a,"x, y",1\n')
+    assert read_value_table(tmp_path / "classes.csv", ["a"]).columns == {
+        "classes_1": ("x, y",),
+        "classes_2": ("1",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a\n", "has no column of values"),
+        ("", "has no column of values"),
+        ("id\tx\na\t1\t2\n", r"v.tsv:2: 3 cells, expected 2 as in the first line"),
+        ("id\tx\na\t1\na\t2\n", r"v.tsv:3: record 'a': has a line already"),
+        ("id\tx\nz\t1\n", r"none of its ids \('z' ...\) is in the embedding file \('a' ...\)"),
+        ("id\tx\tx\na\t1\t2\n", "names a column twice"),
+    ],
+)
+def test_malformed_values_are_refused_by_line(text, problem, tmp_path):
+    (tmp_path / "v.tsv").write_text(text)
+    with pytest.raises(LabelError, match=problem):
+        read_value_table(tmp_path / "v.tsv", ["a", "b"])
+
+
+def test_numbers_are_classes_where_that_is_said(file, tmp_path):
+    plot(file, tmp_path / "map.html", values=tmp_path / "values.tsv", classes="cluster", color="cluster")
+    assert content_of(tmp_path / "map.html")["columns"][0]["classes"] == ["0", "1", "2"]
+
+
+def test_many_classes_keep_the_frequent_ones_and_join_the_rest():
+    values = [f"c{n:03}" for n in range(40) for _ in range(41 - n)]
+    column = class_column("c", values)
+    assert column.classes[0] == "c000"
+    assert column.classes[-1] == "other (21 classes)"
+    assert column.colours[-1] == OTHER_COLOUR
+    assert len(column.classes) == len(set(column.colours)) == len(MANY)
+    assert sum(column.counts) == len(values)
+    assert column.values == tuple(values)
+
+
+def test_scale_leaves_outliers_out_and_knows_missing_ones():
+    column = number_column("x", np.array([*range(1000), 1e9, np.nan, np.inf]))
+    assert column.high < 1000
+    assert column.num_missing == 2
+    assert not isinstance(column, ClassColumn)
+    same = number_column("x", np.full(5, 3.0))
+    assert same.low < same.high
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"color": "nothing"},
+            "color is 'nothing', which is no column of .*; set color to one of description",
+        ),
+        ({"method": "pcoa"}, "method is 'pcoa'; set method to one of pca, umap, tsne"),
+        ({"output": "map.pdf"}, "output is 'map.pdf'; set output to names that end in .png"),
+        ({"perplexity": 0}, "perplexity is 0; set perplexity to 1 or more"),
+        ({"max_points": 2}, "max_points is 2; set max_points to 3 or more"),
+        ({"speed": 2}, "'speed' is no option of plot"),
+    ],
+)
+def test_wrong_options_are_refused(options, problem, file):
+    with pytest.raises(ConfigError, match=problem):
+        plot(file, **options)
+
+
+def test_too_few_vectors_are_refused(tmp_path):
+    write_map_file(tmp_path / "a.h5", num_rows=5, failed=(0, 1), nan=(2,))
+    with pytest.raises(ConfigError, match=r"2 of 5 rows have a vector \(2 failed\), expected 3 or more"):
+        plot(tmp_path / "a.h5")
+
+
+def test_existing_files_stay_unless_told(file, tmp_path):
+    (tmp_path / "map.html").write_text("mine")
+    with pytest.raises(StoreError, match="exists already"):
+        plot(file, [tmp_path / "map.png", tmp_path / "map.html"])
+    assert not (tmp_path / "map.png").exists()
+    assert (tmp_path / "map.html").read_text() == "mine"
+    plot(file, tmp_path / "map.html", overwrite=True)
+    assert (tmp_path / "map.html").read_text() != "mine"
+
+
+def test_default_outputs_lie_beside_the_file(file):
+    report = plot(file)
+    assert report.outputs == (file.with_suffix(".png"), file.with_suffix(".html"))
+    assert report.colors[0] == "length"

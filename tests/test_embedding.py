@@ -1,0 +1,65 @@
+"""``embed``: vectors of sequences in memory, equal to those that ``extract`` writes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from genoembed import SequenceRecord, embed, extract, load_model, open_embeddings
+from genoembed.errors import AlphabetError, ConfigError, EmptyRecordError
+from tests.tiny_models import build_tiny
+
+SEQUENCES = ["ACGTACGTTT", "acgu", "GGGATTTACCCNA", "T"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return str(build_tiny("bert", tmp_path_factory.mktemp("embed") / "bert"))
+
+
+def test_embed_equals_extract(bert, tmp_path):
+    text = "".join(f">{index}\n{sequence}\n" for index, sequence in enumerate(SEQUENCES))
+    (tmp_path / "a.fa").write_text(text)
+    options = {"layers": (0, -1), "pooling": "max", "rc": "mean", "dtype": "float32"}
+    extract(tmp_path / "a.fa", model=bert, output=tmp_path / "a.h5", **options)
+    found = embed(SEQUENCES, model=bert, **options)
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert list(found.matrices) == list(found.layers) == file.layers
+        for layer in file.layers:
+            np.testing.assert_array_equal(found.matrices[layer], file[layer][:])
+        assert list(found.feature_names) == file.feature_names
+    np.testing.assert_array_equal(found.X, found.matrices[found.layers[0]])
+
+
+def test_embed_takes_bytes_records_and_a_loaded_model(bert):
+    model = load_model(bert, dtype="float32")
+    records = [SequenceRecord(id="same", sequence=b"ACGT"), b"acgt", "ACGU"]
+    found = embed(records, model=model, layers=1)
+    assert found.X.dtype == np.float32
+    assert (found.X == found.X[0]).all()
+    assert found.X.any()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options", "error", "problem"),
+    [
+        ([], {}, EmptyRecordError, "sequences: there are none"),
+        (["ACGT", ""], {}, EmptyRecordError, "record '1': has no bases"),
+        (["ACGT", "AJG"], {}, AlphabetError, "record '1': 'J' at position 2"),
+        (["ACé"], {}, AlphabetError, "record '0': .* at position 3"),
+        (["ACGT", None], {}, ConfigError, r"sequences\[1\] is NoneType, expected letters"),
+        (["AC"], {"pooling": "none"}, ConfigError, "several vectors a sequence"),
+        (["AC"], {"per_window": True, "window": 8}, ConfigError, "several vectors a sequence"),
+        (["AC"], {"output": "a.h5"}, ConfigError, "output: for files, and there are none here"),
+        (["AC"], {"invalid": "skip"}, ConfigError, "invalid and empty cannot be 'skip' here"),
+        (["AC"], {"poling": "max"}, ConfigError, "'poling' is no option; did you mean 'pooling'"),
+    ],
+)
+def test_embed_refuses(sequences, options, error, problem, bert):
+    with pytest.raises(error, match=problem):
+        embed(sequences, model=bert, **options)
+
+
+def test_embed_refuses_loading_options_of_a_loaded_model(bert):
+    with pytest.raises(ConfigError, match="dtype: the model is loaded already"):
+        embed(["AC"], model=load_model(bert), dtype="float32")

@@ -119,7 +119,7 @@ def probe(
         )
         report = _build_report(run, measured, folder)
         pooling = _pooling(file)
-    report = replace(report, was_extracted=was_extracted, seconds=seconds | report.seconds)
+    report = replace(report, was_extracted=was_extracted, seconds={**seconds, **report.seconds})
     if wanted.plot:
         report = replace(report, plots=_plot(report, pooling))
     write_text(folder / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")

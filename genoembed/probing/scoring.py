@@ -12,7 +12,8 @@ import numpy as np
 from genoembed.analysis.baselines import composition, kmer_frequencies
 from genoembed.analysis.few_shot import ShotSummary, score_shots
 from genoembed.analysis.folds import split_folds
-from genoembed.analysis.preparation import encode_target
+from genoembed.analysis.layer_choice import layer_number
+from genoembed.analysis.preparation import encode_target, standardize
 from genoembed.analysis.scalar_mix import mix_layers
 from genoembed.analysis.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep_layers
 from genoembed.errors import NonFiniteError
@@ -179,9 +180,14 @@ class ProbeRun:
         for name, build in _BASELINES.items():
             block = build(self._sequences)
             scored.append(self._score(name, block, "baseline"))
-            shots |= self._shots(name, block)
+            shots |= self._shots(name, self._standardized(block))
             logger.info("%s: %s", name, shown(scored[-1], self.options.task))
         return tuple(scored)
+
+    def _standardized(self, block: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Give shares of k-mers a scale that the preset's fixed penalty can work with."""
+        everywhere = np.ones(len(block), np.bool_)
+        return standardize(block.astype(np.float64), self.target.is_train, everywhere)[1]
 
     def _untrained(self, embed_again: Callable[[], Path | str], shots: Shots) -> tuple[Scored, ...]:
         """Score the same layers of a copy that has learnt nothing."""
@@ -247,7 +253,8 @@ def _named_layers(file: EmbeddingFile, layers: int | str | Sequence[int | str] |
     if layers is None or layers in ("all", ["all"], ("all",)):
         return file.layers
     asked = [layers] if isinstance(layers, int | str) else list(layers)
-    names = [str(layer) for layer in asked]
+    by_number = {str(layer_number(name)): name for name in file.layers}
+    names = [by_number.get(str(layer), str(layer)) for layer in asked]
     for name in names:
         _ = file[name]
     return names

@@ -20,6 +20,7 @@ from genoembed.models.load import load_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from genoembed.config import ComputeDtype
     from genoembed.engines.stats import RunStats
     from genoembed.extraction import ExtractionReport
     from genoembed.store import EmbeddingFile
@@ -160,7 +161,7 @@ def untrained_copy(
     *,
     seed: int,
     device: str | None = None,
-    dtype: str = "auto",
+    dtype: ComputeDtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> GenomicModel:

@@ -1,0 +1,193 @@
+"""``probe`` from sequences to report, with a tiny model: one pass, reuse, options that work."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+
+import genoembed
+from genoembed.analysis.scalar_mix import mix_layers
+from genoembed.cli import main
+from genoembed.errors import ConfigError, StoreError
+from genoembed.probing.vectors import untrained_copy
+from tests.by_hand import STRIPED, model_of
+
+LAYERS = [f"blocks.{number}.mlp.l3" for number in range(4)]
+NUM = 48
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Short sequences of two compositions, with labels, values, groups and a split."""
+    folder = tmp_path_factory.mktemp("probe")
+    rng = np.random.default_rng(0)
+    fasta, table = [], ["id\tlabel\tgroup\tsplit\tvalue"]
+    for number in range(NUM):
+        rich = number % 2
+        letters = rng.choice(list("ACGT"), 30, p=[0.4, 0.1, 0.1, 0.4] if rich else [0.25] * 4)
+        fasta.append(f">chr{number % 6}:{number}\n{''.join(letters)}\n")
+        side, value = "test" if number >= 36 else "train", rich + rng.normal() / 9
+        table.append(
+            f"chr{number % 6}:{number}\t{'rich' if rich else 'even'}\tg{number // 4}\t{side}\t{value}"
+        )
+    (folder / "a.fa").write_text("".join(fasta))
+    (folder / "a.tsv").write_text("\n".join(table) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(data):
+    return genoembed.probe(
+        data / "a.fa", labels=data / "a.tsv", model=model_of(STRIPED), output=data / "out", num_folds=3
+    )
+
+
+def again(data, tmp_path, **options):
+    options = {
+        "labels": data / "a.tsv",
+        "output": tmp_path / "o",
+        "num_folds": 3,
+        "untrained": False,
+    } | options
+    return genoembed.probe(options.pop("inputs", data / "out" / "embeddings.h5"), **options)
+
+
+def test_probe_scores_layers_fusions_and_baselines(report):
+    assert [layer.name for layer in report.layers] == LAYERS
+    assert len(report.fusions) == 4
+    assert [one.name for one in report.baselines] == ["4-mer counts", "6-mer counts", "GC content and length"]
+    assert [layer.kind for layer in report.untrained] == ["untrained"] * 4
+    assert [layer.metrics for layer in report.untrained] != [layer.metrics for layer in report.layers]
+    names = [row["name"] for row in report.table()]
+    assert names[-2:] == ["GC content and length", "untrained copy, layer chosen likewise"]
+    assert report.was_extracted
+    assert report.num_rows == NUM
+    assert report.classes == {"even": 24, "rich": 24}
+
+
+def test_recommendation_verdict_and_files_say_the_same(report):
+    assert report.recommendation.startswith(f"use layer {report.choice.layer.split('.')[1]} (blocks.")
+    assert "mean pooling: MCC" in report.recommendation
+    assert {one.name for one in report.comparisons} >= {"4-mer counts", "the untrained copy"}
+    stored = json.loads((report.output / "probe.json").read_text())
+    assert stored["recommendation"] == report.recommendation
+    assert stored["verdict"] == report.verdict
+    assert stored["fusion_weights"] == dict(report.fusion_weights)
+    assert [path.name for path in report.plots] == ["layers.png", "layers.svg"]
+    assert all(path.stat().st_size > 1000 for path in report.plots)
+
+
+def test_fusion_options_make_the_mean_that_was_scored(data, report, tmp_path):
+    words = shlex.split(report.fusion_options)
+    assert words[:2] == ["--layer", "all"]
+    ran = pytest.importorskip("click.testing").CliRunner()
+    folder = tmp_path / "model"
+    model_of(STRIPED).module.save_pretrained(folder)
+    model_of(STRIPED).tokenizer.save_pretrained(folder)
+    command = ["extract", str(data / "a.fa"), "--model", str(folder), "-o", str(tmp_path / "w.h5"), *words]
+    command += ["--dtype", "float32"]
+    result = ran.invoke(main, command)
+    assert result.exit_code == 0, result.output
+    with genoembed.open_embeddings(report.embeddings) as file:
+        expected = mix_layers({name: file[name][:] for name in file.layers}, report.fusion_weights)
+    with genoembed.open_embeddings(tmp_path / "w.h5") as file:
+        np.testing.assert_allclose(file.X[:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rerun_takes_the_vectors_that_are_there(data, report):
+    model = model_of(STRIPED)
+    same = genoembed.probe(
+        data / "a.fa", labels=data / "a.tsv", model=model, output=data / "out", num_folds=3, overwrite=True
+    )
+    assert not same.was_extracted
+    assert same.table() == report.table()
+    assert same.fusion_weights == report.fusion_weights
+
+
+def test_embedding_file_gives_the_same_scores(data, report, tmp_path):
+    found = again(data, tmp_path)
+    assert not found.was_extracted
+    assert found.table()[:-3] == report.table()[:-4]
+    assert found.baselines == report.baselines
+    assert found.untrained == ()
+
+
+def test_results_stay_unless_told(data, report):
+    with pytest.raises(StoreError, match=r"probe\.json exists already; set overwrite"):
+        genoembed.probe(data / "a.fa", labels=data / "a.tsv", output=report.output)
+
+
+def test_layers_of_a_file_are_taken_by_number_too(data, report, tmp_path):
+    found = again(data, tmp_path, layers=[2, "blocks.0.mlp.l3"], baselines=False, plot=False)
+    assert [layer.name for layer in found.layers] == ["blocks.2.mlp.l3", "blocks.0.mlp.l3"]
+    assert found.fusion_options.startswith("--layer blocks.2.mlp.l3 --layer blocks.0.mlp.l3 --pool mean")
+
+
+def test_options_of_the_pass_are_refused_for_an_embedding_file(data, report, tmp_path):
+    with pytest.raises(ConfigError, match=r"window: the rows of .* are embedded already"):
+        again(data, tmp_path, window=10)
+
+
+@pytest.mark.parametrize("cv", ["grouped", "chromosome", "homology"])
+def test_groups_are_kept_together(data, report, tmp_path, cv):
+    found = again(data, tmp_path, cv=cv, plot=False)
+    assert found.num_groups == {"grouped": 12, "chromosome": 6, "homology": NUM}[cv]
+    assert found.cv == cv
+
+
+def test_regression_ends_in_correlations(data, report, tmp_path):
+    found = again(data, tmp_path, task="regression", label_column="value", plot=False)
+    assert found.metrics == ("R2", "Pearson", "Spearman")
+    assert found.classes == {}
+    assert "R2" in found.recommendation
+
+
+def test_preset_scores_the_test_split_in_three_regimes(data, report, tmp_path):
+    found = again(data, tmp_path, preset="geneb", untrained=True, model=model_of(STRIPED))
+    assert (found.num_rows, found.num_test) == (36, 12)
+    assert list(found.shots["blocks.0.mlp.l3"]) == ["full", "10-shot", "1-shot"]
+    names = ["mean of all layers", "weighted mean of all layers", "4-mer counts", "6-mer counts"]
+    last = ["GC content and length", "untrained copy, layer chosen likewise"]
+    assert list(found.shots) == [*LAYERS, *names, *last]
+    summary = found.shots["4-mer counts"]["10-shot"]["mcc"]
+    assert len(summary.seeds) == 5
+    table = (data / "a.tsv").read_text().splitlines()
+    ids = [line.split("\t") for line in table[1:]]
+    (tmp_path / "s.tsv").write_text("id\tsplit\n" + "".join(f"{row[0]}\t{row[3]}\n" for row in ids))
+    lean = {"overwrite": True, "plot": False, "baselines": False, "layers": "blocks.0.mlp.l3"}
+    other = again(data, tmp_path, preset="geneb", split=tmp_path / "s.tsv", **lean)
+    assert other.shots == {"blocks.0.mlp.l3": found.shots["blocks.0.mlp.l3"]}
+
+
+def test_sequences_that_are_gone_leave_baselines_out_and_say_so(data, report, tmp_path):
+    moved = tmp_path / "moved.fa"
+    moved.write_bytes((data / "a.fa").read_bytes())
+    file = tmp_path / "m.h5"
+    genoembed.extract(moved, model=model_of(STRIPED), layers="all", output=file)
+    moved.unlink()
+    found = again(data, tmp_path, inputs=file, untrained=True, model=model_of(STRIPED), plot=False)
+    assert found.baselines == ()
+    assert len(found.notes) == 2
+    assert "no baselines were measured" in found.verdict
+    with pytest.raises(ConfigError, match="set sequences to their files"):
+        again(data, tmp_path, inputs=file, cv="homology", overwrite=True)
+    found = again(data, tmp_path, inputs=file, sequences=data / "a.fa", overwrite=True, plot=False)
+    assert found.baselines == report.baselines
+
+
+def test_untrained_copy_is_of_the_same_shape_and_of_its_seed():
+    model = model_of(STRIPED)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    state = torch.get_rng_state()
+    first, same, other = (untrained_copy(model, seed=seed).module.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: tensor.shape for name, tensor in first.items()} == {n: t.shape for n, t in before.items()}
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    weight = next(name for name in first if name.endswith("mlp.l3.weight"))
+    assert not torch.equal(first[weight], other[weight])
+    assert not torch.equal(first[weight], before[weight])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())

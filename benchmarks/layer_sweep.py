@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remarks=[
             "Each pass is a process of its own; the passes take turns. Seconds are those of extract, without "
             "loading the model; memory is the resident peak of the whole process.",
-            "The probe runs on the file: it does not run the model. The untrained copy would be one more pass.",
+            "The probe runs on the file, without the model; the untrained copy would be one more pass.",
         ],
         packages=("scikit-learn",),
     )

@@ -77,7 +77,7 @@ class ModelConfig:
     """Type of weights and activations; ``auto`` is bfloat16 where the device multiplies matrices in it
     (CUDA from Ampere on, CPUs with AMX), float32 elsewhere."""
     device: str | None = None
-    """Torch device; None is CUDA if present, else the CPU."""
+    """Torch device; None is CUDA if present, else the CPU; ``auto`` spreads the model over all GPUs."""
     threads: int | None = None
     """Threads of the CPU's matrix products; None leaves torch's choice."""
     batch_tokens: int | None = None

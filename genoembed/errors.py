@@ -38,7 +38,24 @@ from __future__ import annotations
 
 
 class GenoembedError(Exception):
-    """Root of every error raised on purpose."""
+    """Root of every error raised on purpose; goes through pickle, from one process to another."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Say how to make the error again: its constructor takes other arguments than it keeps.
+
+        Returns:
+            A function, and what to call it with.
+        """
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(
+    kind: type[GenoembedError], arguments: tuple[object, ...], fields: dict[str, object]
+) -> GenoembedError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(fields)
+    return error
 
 
 class InputError(GenoembedError, ValueError):

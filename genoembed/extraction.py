@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from genoembed._version import __version__
-from genoembed.config import embed_config
-from genoembed.engines.carried import CARRIED, carried_options, find_facts
-from genoembed.engines.embedder import UnitEmbedder
 from genoembed.engines.interruption import Interruption
-from genoembed.engines.local import run_units
+from genoembed.engines.local import local_engine
 from genoembed.engines.pending import PendingUnits
-from genoembed.engines.provenance import describe_run, file_facts, run_identity
+from genoembed.engines.provenance import describe_run, file_facts
+from genoembed.engines.ray import ray_engine
+from genoembed.engines.request import read_records, read_request
 from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
-from genoembed.models.load import load_model
-from genoembed.sequences import InputCounts, read_sequences
+from genoembed.sequences import InputCounts
 from genoembed.store import (
     InputFacts,
     Manifest,
@@ -44,15 +39,17 @@ from genoembed.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from os import PathLike
 
     from genoembed.config import EmbedConfig, Fusion, Pooling
     from genoembed.contracts import SequenceRecord
+    from genoembed.engines.engine import Engine
+    from genoembed.engines.provenance import RunFacts
+    from genoembed.engines.request import Request
     from genoembed.engines.stats import RunStats
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
-
-_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,39 +114,32 @@ def extract(
         ConfigError: If options are wrong, alone or together; all of them in one message.
         GenoembedError: If input, model or output fail; the output is then as it was before.
     """
-    if isinstance(model, PathLike):
-        model = fspath(model)
-    facts = find_facts(model)
-    given = options | {
-        "layers": None if layers is None else _as_strings(layers),
-        "pooling": pooling,
-        "fusion": fusion,
-    }
-    given = {name: _frozen(name, value) for name, value in given.items() if value is not None}
-    config = embed_config(
-        {
-            "inputs": _as_strings(inputs),
-            "model": model if isinstance(model, str) else model.name,
-            "output": None if output is None else fspath(output),
-            **given,
-            **carried_options(facts, {name: given[name] for name in CARRIED if name in given}),
-        }
+    request = read_request(
+        inputs, model=model, layers=layers, pooling=pooling, fusion=fusion, output=output, **options
     )
-    output_is_there = _check_files(config)
-    if not isinstance(model, str):
-        _check_loading(options)
+    config = request.config
+    output_is_there = check_files(config)
     counts = InputCounts()
-    records = _read(config, counts)
-    with _threads(config.model.threads):
-        loaded = _load(config) if isinstance(model, str) else model
-        interruption = Interruption()
-        embedder = UnitEmbedder(loaded, config, on_batch=progress, facts=facts, interruption=interruption)
-        logger.info("%s: layers %s", loaded.name, ", ".join(embedder.layers))
-        manifest = _manifest(config, embedder)
+    records = read_records(config, counts)
+    interruption = Interruption()
+    with _engine(request, progress, interruption) as engine:
+        logger.info("%s: layers %s", config.model.model, ", ".join(engine.facts.layers))
+        manifest = manifest_of(config, engine.facts)
         if output_is_there and (merged := _already_there(config, manifest)) is not None:
-            return _report(config, embedder, counts, merged, seconds=0.0)
+            return _report(config, engine, counts, merged, seconds=0.0)
         with interruption.watched():
-            return _run(config, embedder, manifest, records, counts)
+            return _run(config, engine, manifest, records, counts)
+
+
+def _engine(
+    request: Request, progress: Callable[[RunStats], None] | None, interruption: Interruption
+) -> AbstractContextManager[Engine]:
+    """Choose who embeds; the model is loaded when the engine is entered."""
+    if request.config.run.engine == "ray":
+        return ray_engine(request.config, on_totals=progress)
+    return local_engine(
+        request.config, request.model, trained=request.trained, on_batch=progress, interruption=interruption
+    )
 
 
 def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
@@ -176,10 +166,18 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
     return merge_parts(parts, overwrite=overwrite)
 
 
-def _check_files(config: EmbedConfig) -> bool:
+def check_files(config: EmbedConfig) -> bool:
     """Refuse an output that is one of the files to be read, or that is there and must stay.
 
-    Gives whether it is there and may be that of this very run.
+    Args:
+        config: What is asked for.
+
+    Returns:
+        Whether it is there and may be that of this very run.
+
+    Raises:
+        ConfigError: If the output is one of the files to be read.
+        StoreError: If it cannot be written, or must stay.
     """
     output, overwrite = config.output.output, config.output.overwrite
     parts = Parts.find(output)
@@ -211,11 +209,19 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
     raise StoreError(problem, path=config.output.output)
 
 
-def _manifest(config: EmbedConfig, embedder: UnitEmbedder) -> Manifest:
-    trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
+def manifest_of(config: EmbedConfig, facts: RunFacts) -> Manifest:
+    """Say what a run is.
+
+    Args:
+        config: What is asked for.
+        facts: Of its model.
+
+    Returns:
+        What its parts are known by.
+    """
     return Manifest(
-        identity={"genoembed": __version__, **run_identity(config, embedder)},
-        provenance={"genoembed_version": __version__, **describe_run(config, embedder), **trained},
+        identity={"genoembed": __version__, **facts.identity},
+        provenance={"genoembed_version": __version__, **describe_run(config, facts)},
         out_dtype=config.output.out_dtype,
         num_shares=config.run.share[1],
     )
@@ -223,7 +229,7 @@ def _manifest(config: EmbedConfig, embedder: UnitEmbedder) -> Manifest:
 
 def _run(
     config: EmbedConfig,
-    embedder: UnitEmbedder,
+    engine: Engine,
     manifest: Manifest,
     records: Iterator[SequenceRecord],
     counts: InputCounts,
@@ -233,21 +239,21 @@ def _run(
     parts = Parts.begin(config.output.output, manifest, drop_other=config.output.overwrite)
     first, step = config.run.share
     pending = PendingUnits(
-        iter_units(records, max_bases=embedder.unit_bases, max_records=embedder.unit_records),
+        iter_units(records, max_bases=engine.facts.unit_bases, max_records=engine.facts.unit_records),
         parts,
-        embedder.stats,
+        engine.stats,
         first=first,
         step=step,
     )
     with _keeping_units(parts, alone=step == 1), parts.lock(f"shard-{first + 1}-of-{step}"):
-        run_units(pending, embedder, parts.save)
+        engine.run(pending, parts.save)
         if not pending.num_units:
             raise _nothing_to_embed(config, counts)
         parts.close_input(_input_facts(config, counts, pending.num_units))
         merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
     if merged is not None:
         counts.windows = merged.num_windows
-    return _report(config, embedder, counts, merged, seconds=time.perf_counter() - started)
+    return _report(config, engine, counts, merged, seconds=time.perf_counter() - started)
 
 
 @contextmanager
@@ -263,20 +269,6 @@ def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
         elif alone:
             parts.remove()
         raise
-
-
-def _read(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceRecord]:
-    return read_sequences(
-        config.input.inputs,
-        invalid=config.input.invalid,
-        duplicates=config.input.duplicates,
-        empty=config.input.empty,
-        gaps=config.input.gaps,
-        keep_case=config.input.keep_case,
-        regions=config.input.regions or None,
-        flank=config.input.flank,
-        counts=counts,
-    )
 
 
 def _input_facts(config: EmbedConfig, counts: InputCounts, num_units: int) -> InputFacts:
@@ -298,7 +290,7 @@ def _nothing_to_embed(config: EmbedConfig, counts: InputCounts) -> EmptyRecordEr
 
 def _report(
     config: EmbedConfig,
-    embedder: UnitEmbedder,
+    engine: Engine,
     counts: InputCounts,
     merged: Merged | None,
     *,
@@ -308,60 +300,10 @@ def _report(
         output=Path(config.output.output),
         num_rows=None if merged is None else merged.num_rows,
         width=None if merged is None else merged.width,
-        layers=embedder.layers,
+        layers=engine.facts.layers,
         failed={} if merged is None else dict(merged.failed),
         shard=config.run.shard,
         counts=counts,
-        stats=embedder.stats,
+        stats=engine.stats,
         seconds=seconds,
     )
-
-
-def _check_loading(options: Mapping[str, object]) -> None:
-    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
-    if given:
-        message = f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"
-        raise ConfigError(message)
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """Set torch's number of threads, and set it back."""
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        if wanted is not None:
-            torch.set_num_threads(before)
-
-
-def _load(config: EmbedConfig) -> GenomicModel:
-    return load_model(
-        config.model.model,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
-
-
-def _as_strings(value: object) -> tuple[str, ...]:
-    """Give one item, or several, as texts."""
-    if isinstance(value, str | int | np.integer | PathLike):
-        return (_as_string(value),)
-    return tuple(_as_string(item) for item in value)  # type: ignore[attr-defined]
-
-
-def _as_string(value: object) -> str:
-    return fspath(value) if isinstance(value, PathLike) else str(value)
-
-
-def _frozen(name: str, value: object) -> object:
-    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
-    if name == "regions":
-        return _as_strings(value)
-    if isinstance(value, list | np.ndarray):
-        return tuple(_frozen("", item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value

@@ -35,7 +35,7 @@ def no_model(monkeypatch):
     def refuse(*_args, **_options):
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("genoembed.extraction.load_model", refuse)
+    monkeypatch.setattr("genoembed.engines.loading.load_model", refuse)
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import click
 from click.core import ParameterSource
 
 import genoembed
-from genoembed.cli.options import GroupedCommand, config_option
+from genoembed.cli.options import GroupedCommand, GroupedOption, config_option
 from genoembed.cli.outcome import INCOMPLETE, promise_output
+from genoembed.cli.plan import say_plan
 from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.cli.reporting import json_option, reporting_options
 from genoembed.cli.summary import as_json as report_as_json
@@ -95,7 +96,8 @@ def _is_left_out(key: str) -> bool:
     key="device",
     group=MODEL,
     metavar="DEVICE",
-    help="cpu, cuda, cuda:1 ...; without it, CUDA if there is one.",
+    help="cpu, cuda, cuda:1 ..., or auto to spread a large model over all GPUs; without it, CUDA if there is "
+    "one.",
 )
 @config_option(
     key="batch_tokens",
@@ -201,17 +203,28 @@ def _is_left_out(key: str) -> bool:
     metavar="HOST:PORT",
     help="Ray cluster to connect to, or auto; without it, RAY_ADDRESS, or one that is started here.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    cls=GroupedOption,
+    group=RUN,
+    help="Write nothing: read INPUT once, run three batches, and say what the run would do and need: units, "
+    "tokens, memory, disk, hours.",
+)
 @json_option
 @reporting_options
-def command(*, as_json: bool, **options: Any) -> None:
+def command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
 
     Writes one HDF5 file that h5py, anndata and genoembed.open_embeddings read. Standard output gets one line:
     the file, its shape and its layers. Everything else goes to standard error.
     """
     config = embed_config(options)
-    promise_output(config.output.output)
     options |= dict.fromkeys(filter(_is_left_out, CARRIED))
+    if dry_run:
+        say_plan(genoembed.plan(**options), as_json=as_json)
+        return
+    promise_output(config.output.output)
     expected = None if config.input.regions else estimate_bases(config.input.inputs)
     with show_progress(expected) as on_totals:
         report = genoembed.extract(**options, progress=on_totals)

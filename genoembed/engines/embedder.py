@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config import EmbedConfig
-    from genoembed.contracts import Window
+    from genoembed.contracts import SequenceRecord, Window
     from genoembed.engines.forward import RunPieces
     from genoembed.engines.pieces import Piece
     from genoembed.engines.rows import TakenPieces
-    from genoembed.engines.slabs import Slab
+    from genoembed.engines.slabs import PieceBatch, Slab
     from genoembed.engines.units import WorkUnit
     from genoembed.models.finetuned import FinetunedFacts
     from genoembed.models.genomic_model import GenomicModel
@@ -50,7 +50,9 @@ LEAST_BLOCK_TOKENS = 512
 _WIDE = 16384
 _PROBE = b"ACGT" * 6
 _UNIT_VALUES = 1 << 25
-"""Values of the vectors of a unit: 128 MiB. Two units are held, and a copy of one while it is written."""
+UNIT_BYTES = _UNIT_VALUES * 4
+"""Of the vectors of a unit, at most, unless a single record has more: 128 MiB. Two units are held, and a copy
+of one while it is written."""
 _COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
 
 
@@ -108,12 +110,14 @@ class UnitEmbedder:
         """Slots of a forward pass, padding included."""
         self.stats = RunStats()
         self._skips_failed = config.run.on_error == "skip"
+        self.block_tokens = max(self.batch_tokens, LEAST_BLOCK_TOKENS)
+        """Positions of a block, where a long sequence runs in blocks."""
         self._runner = BatchRunner(
             model,
             self.layers,
             config.embedding,
             self.stats,
-            block_tokens=max(self.batch_tokens, LEAST_BLOCK_TOKENS),
+            block_tokens=self.block_tokens,
             skips_failed=self._skips_failed,
         )
         self._on_batch = on_batch
@@ -245,6 +249,20 @@ class UnitEmbedder:
                 del slab
                 yield embedded
                 del embedded
+
+    def try_batch(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> None:
+        """Run one batch and keep nothing, to see what it costs.
+
+        Args:
+            work: The batch.
+            records: Of its unit, for errors.
+
+        Raises:
+            ModelError: If the device's memory does not hold a forward pass.
+            NonFiniteError: If the model gives NaN or infinity.
+        """
+        for _ in self._runner.run(work, records):
+            pass
 
     def rows(self, embedded: EmbeddedUnit) -> UnitRows:
         """Build the rows of a unit; a thread may do it.

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from genoembed.engines.embedder import UnitEmbedder
+from genoembed.engines.loading import load_configured, use_threads
 from genoembed.engines.overlap import read_ahead, write_behind
+from genoembed.engines.provenance import run_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-    from genoembed.engines.embedder import EmbeddedUnit, UnitEmbedder
+    from genoembed.config import EmbedConfig
+    from genoembed.engines.embedder import EmbeddedUnit
+    from genoembed.engines.interruption import Interruption
+    from genoembed.engines.stats import RunStats
     from genoembed.engines.units import WorkUnit
+    from genoembed.models.finetuned import FinetunedFacts
+    from genoembed.models.genomic_model import GenomicModel
     from genoembed.store import UnitRows
 
 _SLABS_AHEAD = 1
+
+
+class LocalEngine:
+    """Embeds work units in this process.
+
+    Args:
+        embedder: Holds the model.
+    """
+
+    def __init__(self, embedder: UnitEmbedder) -> None:
+        self.facts = run_facts(embedder.config, embedder)
+        self.stats = embedder.stats
+        self._embedder = embedder
+
+    def run(self, units: Iterable[WorkUnit], save: Callable[[UnitRows], None]) -> None:
+        """Embed units and save them, in order.
+
+        Args:
+            units: In input order; iterated in a thread.
+            save: Called with each unit's rows in another thread.
+
+        Raises:
+            GenoembedError: If input, model or output fail.
+        """
+        run_units(units, self._embedder, save)
+
+
+@contextmanager
+def local_engine(
+    config: EmbedConfig,
+    model: str | GenomicModel,
+    *,
+    trained: FinetunedFacts | None,
+    on_batch: Callable[[RunStats], None] | None = None,
+    interruption: Interruption | None = None,
+) -> Iterator[LocalEngine]:
+    """Load the model, unless it is loaded already, and get ready.
+
+    Args:
+        config: What to do.
+        model: The model, or its name.
+        trained: What a fine-tuned model says about its vectors.
+        on_batch: Called with the running totals after each forward pass.
+        interruption: Holds Ctrl-C back while a forward pass runs.
+
+    Yields:
+        The engine.
+
+    Raises:
+        GenoembedError: If the model cannot be loaded, or does not go with what is asked for.
+    """
+    with use_threads(config.model.threads):
+        loaded = load_configured(config.model) if isinstance(model, str) else model
+        yield LocalEngine(
+            UnitEmbedder(loaded, config, on_batch=on_batch, facts=trained, interruption=interruption)
+        )
 
 
 def run_units(units: Iterable[WorkUnit], embedder: UnitEmbedder, save: Callable[[UnitRows], None]) -> None:

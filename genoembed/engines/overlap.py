@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -33,8 +33,42 @@ class _End:
     error: BaseException | None
 
 
+class Ahead(Generic[Item]):
+    """Iterates over what a thread makes.
+
+    Args:
+        waiting: What the thread fills.
+    """
+
+    def __init__(self, waiting: Queue[Item | _End]) -> None:
+        self._waiting = waiting
+        self.has_ended = False
+        """Whether the end was taken."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next item, or the end, is there already."""
+        return self.has_ended or not self._waiting.empty()
+
+    def __iter__(self) -> Ahead[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        while not self.has_ended:
+            try:
+                item = self._waiting.get(timeout=_WAKE_S)
+            except Empty:
+                continue
+            if not isinstance(item, _End):
+                return item
+            self.has_ended = True
+            if item.error is not None:
+                raise item.error
+        raise StopIteration
+
+
 @contextmanager
-def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Iterator[Item]]:
+def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Ahead[Item]]:
     """Run an iterable in a thread, a few items ahead of who uses it.
 
     Args:
@@ -57,7 +91,7 @@ def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Iterator[Item]
     )
     thread.start()
     try:
-        yield _taken(waiting)
+        yield Ahead(waiting)
     finally:
         stopped.set()
         end = time.monotonic() + _PATIENCE_S
@@ -74,7 +108,8 @@ def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[C
 
     Args:
         consume: Called with each item, in order, until it raises.
-        depth: Items that may wait, at least 1.
+        depth: Items that may be on their way, at least 1, the one that is being consumed among them. A
+            process that is killed loses as many, and the one that it has in hand.
 
     Yields:
         What to hand items to; raises what ``consume`` raised, as the end of the ``with`` does.
@@ -82,7 +117,7 @@ def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[C
     Example:
         >>> seen = []
         >>> with write_behind(seen.append, depth=1) as put:
-        ...     put("a"), put("b")
+        ...     put("a"), put("b")  # waits until "a" is consumed
         (None, None)
         >>> seen
         ['a', 'b']
@@ -102,28 +137,24 @@ class _Sink(Generic[Item]):
     def __init__(self, consume: Callable[[Item], object], depth: int) -> None:
         self.error: BaseException | None = None
         self._consume = consume
-        self._waiting: Queue[Item | _End] = Queue(maxsize=depth)
+        self._room = threading.Semaphore(depth)
+        self._waiting: Queue[Item | _End] = Queue()
         self.thread = threading.Thread(target=self._work, name="genoembed-writing", daemon=True)
 
     def put(self, item: Item) -> None:
+        """Wait for room; it comes, as the thread takes items to the end even when it has failed."""
+        while not self._room.acquire(timeout=_WAKE_S):
+            continue
         self.check()
-        self._put(item)
+        self._waiting.put(item)
 
     def check(self) -> None:
         if self.error is not None:
             raise self.error
 
     def close(self) -> None:
-        self._put(_End(None))
+        self._waiting.put(_End(None))
         self.thread.join()
-
-    def _put(self, item: Item | _End) -> None:
-        """Wait for room; it comes, as the thread takes items to the end even when it has failed."""
-        while True:
-            try:
-                return self._waiting.put(item, timeout=_WAKE_S)
-            except Full:
-                continue
 
     def _work(self) -> None:
         while not isinstance(item := self._waiting.get(), _End):
@@ -133,6 +164,7 @@ class _Sink(Generic[Item]):
                 except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
                     self.error = error
             del item  # it may be large, and the next one may be long in coming
+            self._room.release()
 
 
 def _fill(source: Iterable[Item], waiting: Queue[Item | _End], stopped: threading.Event) -> None:
@@ -151,20 +183,6 @@ def _fill(source: Iterable[Item], waiting: Queue[Item | _End], stopped: threadin
     if not stopped.is_set():
         waiting.put(_End(error))
     del stdin
-
-
-def _taken(waiting: Queue[Item | _End]) -> Iterator[Item]:
-    while True:
-        try:
-            item = waiting.get(timeout=_WAKE_S)
-        except Empty:
-            continue
-        if isinstance(item, _End):
-            if item.error is not None:
-                raise item.error
-            return
-        yield item
-        del item
 
 
 def _clear(waiting: Queue[Item]) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from genoembed.models.provenance import parameters_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from genoembed.config import EmbedConfig
     from genoembed.engines.embedder import UnitEmbedder
 
@@ -33,23 +36,62 @@ _MACHINE = ("revision", "trust_remote_code", "device", "threads", "batch_tokens"
 """Settings that a run may go on with on another machine; what they lead to is compared instead."""
 
 
-def run_identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
-    """Collect everything but the input that decides what the vectors of a run are.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What a run must know of its model before it begins: plain values, so that a worker can send them."""
+
+    identity: Mapping[str, Any]
+    """Everything but the input that decides what the vectors are. Two runs of which it is equal may share
+    their work units."""
+    told: Mapping[str, Any]
+    """What the file is to say about the model and the machine that it runs on."""
+    layers: tuple[str, ...]
+    """Module paths."""
+    unit_bases: int
+    """Bases of a work unit."""
+    unit_records: int
+    """Records of a work unit at most."""
+
+
+def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
+    """Collect what a run must know of its model.
 
     Args:
         config: What was asked for.
         embedder: What does it.
 
     Returns:
-        Values that JSON holds, by name. Two runs of which they are equal may share their work units.
+        Values that JSON holds.
     """
+    trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
+    return RunFacts(
+        identity=_plain(_identity(config, embedder)),
+        told={
+            "model": dict(embedder.model.provenance),
+            "tokenizer": type(embedder.model.tokenizer).__name__,
+            "layers": list(embedder.layers),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("torch", "transformers", "numpy")},
+            },
+            "threads": torch.get_num_threads(),
+            "batch_tokens": embedder.batch_tokens,
+            **trained,
+        },
+        layers=embedder.layers,
+        unit_bases=embedder.unit_bases,
+        unit_records=embedder.unit_records,
+    )
+
+
+def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
     model = embedder.model.provenance
     stages = config.to_dict().items()
     flat = {
         key: value for stage, values in stages if isinstance(values, dict) for key, value in values.items()
     }
     kept = {key: value for key, value in flat.items() if key not in (*_PLACES, *_MACHINE)}
-    identity = {
+    return {
         **kept,
         "model": model["class"],
         "weights": model["weights_sha256"] or parameters_digest(embedder.model.module),
@@ -61,16 +103,20 @@ def run_identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
         "unit_records": embedder.unit_records,
         "trained": None if embedder.facts is None else dict(embedder.facts.values),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Give values as they will be read back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
 
-def describe_run(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
+def describe_run(config: EmbedConfig, facts: RunFacts) -> dict[str, Any]:
     """Collect what is needed to say, and to repeat, how a file was made, as far as a run knows as it begins.
 
     Args:
         config: What was asked for.
-        embedder: What does it.
+        facts: Of the model.
 
     Returns:
         Texts, finite numbers, lists and dicts: what JSON holds. The same for every engine and machine but for
@@ -81,16 +127,8 @@ def describe_run(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "created": _now().isoformat(timespec="seconds"),
-        "model": dict(embedder.model.provenance),
-        "tokenizer": type(embedder.model.tokenizer).__name__,
-        "layers": list(embedder.layers),
         "config": settings,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "numpy")},
-        },
-        "threads": torch.get_num_threads(),
-        "batch_tokens": embedder.batch_tokens,
+        **facts.told,
     }
 
 

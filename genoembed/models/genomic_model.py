@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.contracts import Batch, LayerInfo
@@ -70,8 +70,9 @@ class GenomicModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go: the device of the first weights."""
-        return next(self.module.parameters()).device
+        """Where the inputs go: where the first weights are, or run, if these wait elsewhere till then."""
+        first = next(self.module.parameters()).device
+        return _execution_device(self.module) if first.type == "meta" else first
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,6 +255,14 @@ class GenomicModel:
 
     def _is_untrained(self, path: str) -> bool:
         return path.partition(".")[0] in self.untrained
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Find where a module runs whose weights accelerate fetches when they are needed."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), "cpu")
+    return torch.device(found)
 
 
 def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:

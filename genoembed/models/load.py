@@ -66,7 +66,7 @@ def load_model(
     Args:
         name_or_path: Bundled or registry name, local folder or checkpoint file, or Hugging Face id; looked
             for in this order. A checkpoint file is converted the first time.
-        device: Where to run; None takes CUDA if present, else the CPU.
+        device: Where to run; None takes CUDA if present, else the CPU; ``auto`` is ``device_map="auto"``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 where the device
             multiplies matrices in it (CUDA from Ampere on, CPUs with AMX), else float32.
         trust_remote_code: Run code that the model's repository brings.
@@ -83,6 +83,8 @@ def load_model(
             ``device`` is not there.
         CheckpointError: If the weights are damaged or do not fit the configuration.
     """
+    if device == "auto":
+        device, device_map = None, device_map or "auto"
     device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
     source = reachable_source(locate_model(name_or_path), revision=revision)

@@ -10,6 +10,7 @@ from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_
 from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord, UnitRows, parts_folder
 from genoembed.store.reader import EmbeddingDataset, EmbeddingFile, open_embeddings
 from genoembed.store.schema import SCHEMA_VERSION
+from genoembed.store.space import free_bytes
 from genoembed.store.writer import EmbeddingWriter
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "UnitRows",
     "check_output",
     "finish_removal",
+    "free_bytes",
     "is_output_of",
     "merge_parts",
     "merged_by",

@@ -332,7 +332,15 @@ class Parts:
         Returns:
             Their number; 0 where the folder is gone.
         """
-        return len(list(self.folder.glob("unit-*.json")))
+        return len(self.saved_numbers())
+
+    def saved_numbers(self) -> list[int]:
+        """Name the units that were saved, intact or not.
+
+        Returns:
+            Their numbers, in order; none where the folder is gone.
+        """
+        return sorted(int(path.stem.removeprefix("unit-")) for path in self.folder.glob("unit-*[0-9].json"))
 
     def remove(self) -> None:
         """Remove the parts, the manifest last; what is not ours stays, and so does the folder then."""

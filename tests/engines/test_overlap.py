@@ -125,13 +125,28 @@ def test_sink_runs_in_a_thread_while_the_next_item_is_made():
         may_write.wait(20)
         written.append((item, threading.current_thread().name))
 
-    with write_behind(write, depth=1) as put:
+    with write_behind(write, depth=2) as put:
         put("a")
         put("b")  # does not wait for "a"
         assert written == []
         may_write.set()
     assert written == [("a", WRITING), ("b", WRITING)]
     assert threads(WRITING) == []
+
+
+def test_sink_of_depth_one_takes_an_item_when_the_one_before_is_consumed():
+    begun, done = [], []
+
+    def write(item):
+        begun.append(item)
+        time.sleep(0.02)
+        done.append(item)
+
+    with write_behind(write, depth=1) as put:
+        for item in range(5):
+            put(item)
+            assert len(done) >= item  # so that a run that is killed has lost one at most
+    assert begun == done == list(range(5))
 
 
 def test_error_of_the_sink_stops_who_feeds_it():

@@ -1,0 +1,150 @@
+"""From what a caller says to a configuration that is checked, and from that to the records of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.config import embed_config
+from genoembed.engines.carried import CARRIED, carried_options, find_facts
+from genoembed.errors import ConfigError
+from genoembed.sequences import read_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from genoembed.config import EmbedConfig, Fusion, Pooling
+    from genoembed.contracts import SequenceRecord
+    from genoembed.models.finetuned import FinetunedFacts
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.sequences import InputCounts
+
+_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is asked for."""
+
+    config: EmbedConfig
+    model: str | GenomicModel
+    """The name, or the model where it is loaded already."""
+    trained: FinetunedFacts | None
+    """What a fine-tuned model says about its vectors."""
+
+
+def read_request(
+    inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
+    *,
+    model: str | PathLike[str] | GenomicModel,
+    layers: int | str | Sequence[int | str] | None = None,
+    pooling: Pooling | None = None,
+    fusion: Fusion | None = None,
+    output: str | PathLike[str] | None = None,
+    **options: Any,
+) -> Request:
+    """Check what a caller says, and fill in what a fine-tuned model was trained with.
+
+    Args:
+        inputs: Sequence files; ``-`` is standard input.
+        model: A name, a folder, or a model that is loaded already.
+        layers: Layer specs; None is left to the model.
+        pooling: None is left to the model.
+        fusion: None is left to the model.
+        output: The file to write; None names it after the first input.
+        **options: Any other key of the configuration; None stands for its default.
+
+    Returns:
+        The request.
+
+    Raises:
+        ConfigError: If options are wrong, alone or together; all of them in one message.
+        CheckpointError: If what a fine-tuned model says cannot be read.
+    """
+    if isinstance(model, PathLike):
+        model = fspath(model)
+    trained = find_facts(model)
+    given = options | {
+        "layers": None if layers is None else _as_strings(layers),
+        "pooling": pooling,
+        "fusion": fusion,
+    }
+    given = {name: _frozen(name, value) for name, value in given.items() if value is not None}
+    config = embed_config(
+        {
+            "inputs": _as_strings(inputs),
+            "model": model if isinstance(model, str) else model.name,
+            "output": None if output is None else fspath(output),
+            **given,
+            **carried_options(trained, {name: given[name] for name in CARRIED if name in given}),
+        }
+    )
+    if not isinstance(model, str):
+        _check_loaded(config, options)
+    return Request(config=config, model=model, trained=trained)
+
+
+def read_records(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceRecord]:
+    """Read the input.
+
+    Args:
+        config: What is to be read, and how.
+        counts: Told what was read, and what the input policies did.
+
+    Returns:
+        Records in input order.
+
+    Raises:
+        GenoembedError: If the input cannot be read, or breaks a rule.
+    """
+    return read_sequences(
+        config.input.inputs,
+        invalid=config.input.invalid,
+        duplicates=config.input.duplicates,
+        empty=config.input.empty,
+        gaps=config.input.gaps,
+        keep_case=config.input.keep_case,
+        regions=config.input.regions or None,
+        flank=config.input.flank,
+        counts=counts,
+    )
+
+
+def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
+    """Refuse what a model that is loaded already has decided."""
+    problems = []
+    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
+    if given:
+        problems.append(
+            f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"
+        )
+    if config.run.engine == "ray":
+        problems.append(
+            "engine is 'ray', whose workers load the model themselves, but the model is loaded already; give "
+            "the model by name"
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _as_strings(value: object) -> tuple[str, ...]:
+    """Give one item, or several, as texts."""
+    if isinstance(value, str | int | np.integer | PathLike):
+        return (_as_string(value),)
+    return tuple(_as_string(item) for item in value)  # type: ignore[attr-defined]
+
+
+def _as_string(value: object) -> str:
+    return fspath(value) if isinstance(value, PathLike) else str(value)
+
+
+def _frozen(name: str, value: object) -> object:
+    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
+    if name == "regions":
+        return _as_strings(value)
+    if isinstance(value, list | np.ndarray):
+        return tuple(_frozen("", item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value

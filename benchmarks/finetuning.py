@@ -448,8 +448,8 @@ def to_markdown(
     if results:
         parts.append(
             "Mean and standard deviation (n - 1) over seeds; each seed has its own test rows. Plain features "
-            "and the frozen probe are fitted to training and validation rows, and choose inside them; what is "
-            "tuned learns from training rows. The last column is the better tuning less the best plain "
+            "and the frozen probe are fitted to training and validation rows, and choose inside them; what "
+            "is tuned learns from training rows. The last column is the better tuning less the best plain "
             "feature (the better by the mean on test rows, on both sides), seed by seed; losses in bold.\n"
         )
     for name, rows in tries.items():

@@ -10,7 +10,7 @@ ranking:
 - *family*: with that document left out, where the first other one of its family stands (only queries that
   have such).
 
-Beside the heads (dense, sparse, multi-vector, and hybrid at the package's weights) stands the Jaccard index
+Beside the heads (dense, sparse, multi-vector, and hybrid at two sets of weights) stands the Jaccard index
 of sets of canonical k-mers, for several k, on the same queries and documents. What is measured is kept in the
 cache folder.
 
@@ -80,6 +80,8 @@ RECIPE: dict[str, Any] = {
     "layers": "blocks.16.pre_norm",
     "learning_rate": 5e-4,
 }
+HYBRIDS = {"hybrid": (1.0, 0.3, 1.0), "hybrid, sparse first": (0.3, 1.0, 0.3)}
+"""Weights of dense, sparse and multi-vector: the package's, and what counts words more."""
 TEST_FOLDS, VALIDATION_FOLDS = 5, 8
 ROWS_AT_ONCE = 32
 
@@ -312,7 +314,7 @@ def measure_heads(
     there = retriever.represent(documents)
     scores = head_scores(asked, there)
     if len(scores) > 1:
-        scores["hybrid"] = hybrid_scores(asked, there)
+        scores |= {name: hybrid_scores(asked, there, weights=w) for name, w in HYBRIDS.items()}
     return {name: measure_ranking(values, queries, groups) for name, values in scores.items()}
 
 

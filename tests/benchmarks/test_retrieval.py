@@ -105,7 +105,7 @@ def test_benchmark_trains_and_measures_before_and_after(model_folder, tmp_path, 
     found = json.loads(out.read_text())["found"]
     assert set(found) == {"k-mers", "before", "all heads", "all heads, spent"}
     assert set(found["before"][0]) == set(found["all heads"][0]) == {
-        "dense", "sparse", "multi_vector", "hybrid",
+        "dense", "sparse", "multi_vector", *retrieval.HYBRIDS,
     }  # fmt: skip
     # before training, the sparse head weighs all terms alike
     assert found["before"][0]["sparse"]["source"]["5%"]["recall_at_1"] > 0.8

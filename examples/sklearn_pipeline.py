@@ -1,4 +1,4 @@
-"""Sequences into scikit-learn: which layer and which pooling tell resistance genes from a phage?
+"""Sequences into scikit-learn: which layer and which pooling tell two phages apart?
 
 Embeds fragments inside a pipeline and searches over layers and poolings by cross-validation.
 
@@ -17,24 +17,22 @@ from sklearn.preprocessing import StandardScaler
 import genoembed
 from genoembed.sklearn import SequenceEmbedder
 
-DATA = Path(__file__).parent / "data"
-FRAGMENT_BP = 80
+PHAGES = Path(__file__).parent / "data" / "phages.fa"
+FRAGMENTS, FRAGMENT_BP = 16, 100
 
 
-def fragments(name: str, number: int) -> list[str]:
-    """Take one fragment from each of the first records, or many from one."""
-    records = list(genoembed.read_sequences(DATA / name))
-    starts = (
-        range(0, number * 10 * FRAGMENT_BP, 10 * FRAGMENT_BP) if len(records) < number else [200] * number
-    )
-    texts = [records[index % len(records)].sequence.decode() for index in range(number)]
-    return [text[start : start + FRAGMENT_BP] for text, start in zip(texts, starts, strict=True)]
+def fragments(sequence: str) -> list[str]:
+    """Cut equally spaced pieces out of a genome."""
+    step = (len(sequence) - FRAGMENT_BP) // FRAGMENTS
+    return [sequence[index * step :][:FRAGMENT_BP] for index in range(FRAGMENTS)]
 
 
 def main() -> None:
     """Search, and print what each candidate reaches."""
-    genes, virus = fragments("bacterial_genes.fa.gz", 14), fragments("virus.fa", 14)
-    sequences, labels = genes + virus, ["gene"] * len(genes) + ["virus"] * len(virus)
+    records = list(genoembed.read_sequences(PHAGES))
+    first, second = records[1], records[4]
+    sequences = fragments(first.sequence.decode()) + fragments(second.sequence.decode())
+    labels = [first.id] * FRAGMENTS + [second.id] * FRAGMENTS
     pipeline = make_pipeline(SequenceEmbedder("genoembed-mini"), StandardScaler(), LogisticRegression())
     grid = {"sequenceembedder__layer": [4, 28], "sequenceembedder__pool": ["mean", "max"]}
     search = GridSearchCV(pipeline, grid, cv=2).fit(sequences, labels)

@@ -250,7 +250,7 @@ def _sequences(X: object) -> list[str | bytes]:
         )
         raise ConfigError(message)
     try:
-        found = list(X)  # type: ignore[call-overload]
+        found: list[str | bytes] = list(X)  # type: ignore[call-overload]
     except TypeError as error:
         message = f"X is {type(X).__name__}, expected a list of sequences; give one"
         raise ConfigError(message) from error

@@ -188,7 +188,7 @@ def certify(
     records = _reservoir(read_sequences(names, invalid=invalid), sample, seed)  # type: ignore[arg-type]
     if not records:
         problem = "no record to measure on; check the input"
-        raise EmptyRecordError(problem, path=", ".join(map(fspath, names)))
+        raise EmptyRecordError(problem, path=", ".join(fspath(name) for name in names))
     return _certify(RecordEmbedder(**options), records, tolerance, seed)
 
 

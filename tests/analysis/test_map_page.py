@@ -61,7 +61,7 @@ def test_page_searches_switches_colours_and_downloads_a_lasso(page, tmp_path):
     assert page.get_attribute("#hits button", "title") == NASTY
 
     page.locator("#legend button", has_text="b").first.click()
-    page.wait_for_function("document.getElementById('map').data[1].x.length === 39")
+    page.wait_for_function("document.getElementById('map').data[1].x.length === 40")
     page.select_option("#colour", label="gc")
     page.wait_for_function("document.getElementById('map').data[1].marker.showscale === true")
     assert drawn(page, 1) == 59

@@ -27,6 +27,7 @@
   // For each trace, which point is behind its n-th marker.
   let pointsOf = [[], [], []];
   const map = at("map");
+  const MOST_RINGS = 200;
   // Drawing takes the outline of a selection away, and plotly then reports an empty one: not the user's doing.
   let drawing = 0;
 
@@ -79,12 +80,14 @@
 
   function draw() {
     const column = state.column;
-    const chosen = new Set(state.selected);
+    // Rings around a few points show them; around thousands they hide everything, and the others fade instead.
+    const fades = state.found.length > MOST_RINGS;
+    const chosen = new Set(fades && !state.selected.length ? state.found : state.selected);
     const [missing, valued] = [[], []];
     for (const i of order) {
       if (!state.hidden.has(codeOf(column, i))) (isMissing(column, i) ? missing : valued).push(i);
     }
-    const shown = state.found.filter((i) => !state.hidden.has(codeOf(column, i)));
+    const shown = fades ? [] : state.found.filter((i) => !state.hidden.has(codeOf(column, i)));
     pointsOf = [missing, valued, shown];
     const selection = (points) => {
       if (!chosen.size) return {};
@@ -98,7 +101,7 @@
     const traces = [
       trace(missing, { size: state.size, opacity: content.opacity, color: content.missing }, selection(missing)),
       trace(valued, coloured(column, valued), selection(valued)),
-      trace(shown, ring, { type: shown.length > 20000 && hasWebGL ? "scattergl" : "scatter", hoverinfo: "skip" }),
+      trace(shown, ring, { type: "scatter", hoverinfo: "skip" }),
     ];
     const axis = { zeroline: false, gridcolor: "#eee", linecolor: "#999", showline: true, tickfont: { size: 10 } };
     const plain = content.keepsScale ? { showticklabels: false, showgrid: false, ticks: "" } : {};

@@ -104,7 +104,7 @@ RULES = {
         in_functions=("anndata", "sentence_transformers"),
     ),
     "sklearn": Rule(
-        internal=("embedding", "config", *FLOOR),
+        internal=("embedding", "models", "config", *FLOOR),
         third_party=("numpy", "sklearn"),
     ),
     "searching": Rule(internal=("extraction", "hybrid_search", "analysis", "store", "models", *FLOOR)),

@@ -29,6 +29,7 @@ RUN_HERE = (
     "choose_a_layer.py",
     "sklearn_pipeline.py",
     "map_with_scanpy.py",
+    "to_other_libraries.py",
 )
 
 
@@ -162,3 +163,12 @@ def test_map_with_scanpy_clusters_an_embedding_file(tmp_path):
     clusters = [{line[1] for line in lines[group::3]} for group in range(3)]
     assert sorted(map(len, clusters)) == [1, 1, 1]
     assert len(set.union(*clusters)) == 3
+
+
+def test_to_other_libraries_opens_one_file_in_three(tmp_path):
+    vectors = write_map_file(tmp_path / "a.h5")
+    lines = run_example(EXAMPLES / "to_other_libraries.py", tmp_path / "a.h5").splitlines()
+    assert lines[0] == "pandas: 60 rows x 12 features, first r0"
+    assert lines[1] == "anndata: 60 x 12, columns description, length, start ..."
+    norm = (vectors[:4].astype(float) ** 2).sum(axis=1) ** 0.5
+    assert lines[2] == f"torch: a batch of (4, 12), 4 ids, mean norm {norm.mean():.2f}"

@@ -6,6 +6,7 @@ or given; each sequence must have the SHA-256 that the file recorded.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -102,6 +103,7 @@ def verify(
     certificate: bool = False,
     model: str | PathLike[str] | GenomicModel | None = None,
     regions: Sequence[str | PathLike[str]] | None = None,
+    threads: int | None = None,
     **options: Any,
 ) -> VerifyReport:
     """Embed a sample of a file's records again, and compare.
@@ -117,6 +119,7 @@ def verify(
         certificate: Also embed each of them alone, and say how far that differs.
         model: Instead of the one that the file names: where it is on this machine.
         regions: Instead of the region files that the file names.
+        threads: CPU threads of the model; None leaves torch's choice.
         **options: ``device``, ``dtype``, ``batch_tokens`` and ``trust_remote_code`` of this run.
             None takes what the file says, and the device that there is.
 
@@ -129,7 +132,10 @@ def verify(
         GenoembedError: If input or model fail.
     """
     _check(options, sample=sample, tolerance=tolerance)
-    with open_embeddings(path) as file:
+    if threads is not None and threads < 1:
+        message = f"threads is {threads}; set threads to 1 or more"
+        raise ConfigError(message)
+    with _torch_threads(threads), open_embeddings(path) as file:
         recipe = _recipe(file)
         wanted = _sample_ids(file, sample, seed)
         records = _find(wanted, _records(file, recipe, inputs, regions))
@@ -190,6 +196,18 @@ def certify(
         problem = "no record to measure on; check the input"
         raise EmptyRecordError(problem, path=", ".join(fspath(name) for name in names))
     return _certify(RecordEmbedder(**options), records, tolerance, seed)
+
+
+@contextmanager
+def _torch_threads(wanted: int | None) -> Iterator[None]:
+    """Set torch's number of threads, and set it back."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _certify(

@@ -9,6 +9,7 @@ import random
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from genoembed import certify, extract, verify
 from genoembed.errors import ConfigError, InputFileError
@@ -53,7 +54,9 @@ def made(bert, tmp_path):
 )
 def test_file_holds_what_its_recipe_gives(options, made):
     _, extract_it = made
-    report = verify(extract_it(**options), sample=5)
+    threads = torch.get_num_threads()
+    report = verify(extract_it(**options), sample=5, threads=2)
+    assert torch.get_num_threads() == threads
     assert report.is_within
     assert (report.num_sampled, report.missing, report.other_sequence) == (5, (), ())
     assert report.same_weights is True
@@ -112,6 +115,8 @@ def test_standard_input_and_lost_files_say_what_to_do(made):
         verify(path)
     with pytest.raises(ConfigError, match="sample is 0; set sample to 1 or more"):
         verify(path, sample=0)
+    with pytest.raises(ConfigError, match="threads is 0; set threads to 1 or more"):
+        verify(path, threads=0)
     with pytest.raises(ConfigError, match="'pooling' is no option of verify"):
         verify(path, pooling="max")
 

@@ -56,6 +56,7 @@ CHECKED, RUN = "What is checked", "How it runs"
 @file_option("--trust-remote-code", group=RUN, is_flag=True, help="Run Python code that the model brings.")
 @file_option("--dtype", group=RUN, metavar="TYPE", help="Of the model; without it, as the file says.")
 @file_option("--device", group=RUN, metavar="DEVICE", help="cpu, cuda ...; without it, CUDA if present.")
+@file_option("--threads", group=RUN, help="CPU threads of the model.", **COUNT)
 @file_option("--batch-tokens", group=RUN, help="Slots of a forward pass.", **COUNT)
 @json_option
 @reporting_options

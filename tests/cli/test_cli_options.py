@@ -122,7 +122,7 @@ OPTIONS = {
     "compare": {"--layer", "--tolerance", "-o", "--output", "--overwrite", "--json", *MESSAGES},
     "verify": {
         *("--sample", "--seed", "--tolerance", "--certify", "--regions", "--model"),
-        *("--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--json", *MESSAGES),
+        *("--trust-remote-code", "--dtype", "--device", "--threads", "--batch-tokens", "--json", *MESSAGES),
     },
     "export": {"--to", "-o", "--output", "--overwrite", "--layer", "--json", *MESSAGES},
     "export-model": {

@@ -26,8 +26,9 @@ from genoembed.store import EmbeddingFile, check_output, open_embeddings
 from genoembed.store.atomic import AtomicFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from genoembed.analysis.hits import HybridScores
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ def search(
         raise ConfigError(message)
     wanted = SearchOptions(**given)
     heads = HybridOptions(
-        weights=_weights(hybrid_weights), depth=depth, subject_sequences=tuple(map(fspath, subject_sequences))
+        weights=_weights(hybrid_weights),
+        depth=depth,
+        subject_sequences=tuple(fspath(path) for path in subject_sequences),
     )
     if output is not None and fspath(output) != "-":
         check_output(output, overwrite=overwrite)
@@ -129,7 +132,8 @@ def search(
         started = time.perf_counter()
         first = replace(wanted, k=max(wanted.k, depth)) if hybrid else wanted
         found = find_neighbours(asked, database, first, progress=progress)
-        neighbours, scores = found.neighbours, {}
+        neighbours = found.neighbours
+        scores: Mapping[tuple[int, int], HybridScores] = {}
         if hybrid:
             loading = {name: embedding.get(name) for name in _HEAD_OPTIONS}
             folder = model if isinstance(model, str | PathLike) else None

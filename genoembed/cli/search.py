@@ -123,7 +123,9 @@ def command(queries: tuple[str, ...], **options: Any) -> None:
     if options["output"] != "-":
         promise_output(options["output"])
     flags = ("exclude_self", "approximate", "trust_remote_code")
-    given = {name: value or None if name in flags else value for name, value in options.items()}
+    given: dict[str, Any] = {
+        name: value or None if name in flags else value for name, value in options.items()
+    }
     report = genoembed.search(queries, **given)
     for line in _details(report):
         _logger.info("%s", line)

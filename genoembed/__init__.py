@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
+    from genoembed.planning import RunPlan, plan
     from genoembed.probing.report import ProbeReport
     from genoembed.probing.run import probe
-    from genoembed.planning import RunPlan, plan
     from genoembed.scoring.sequences import ScoreReport, score
     from genoembed.scoring.variants import VariantReport, score_variants
     from genoembed.searching import SearchReport, search
@@ -146,6 +146,7 @@ __all__ = [
     "load_model",
     "merge",
     "open_embeddings",
+    "plan",
     "plot",
     "predict",
     "pretrain",

@@ -697,7 +697,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures=sorted(figures, key=lambda figure: PARTS.index(figure.name.partition(":")[0])),
         tables={name: tables[name] for name in PARTS if name in tables},
         remarks=[
-            "Tiny model: one block with a short filter (three with all filters for the part kills), hidden 8, "
+            "Tiny model: one block with a short filter (kills: three with all filters), hidden 8, "
             "windows of 8 kb (1 Mb), float32, one thread.",
             "A unit counts as run when its rows were built, whether it was saved then or not; a unit in the "
             "middle of its forward passes when the process was killed is lost as well.",

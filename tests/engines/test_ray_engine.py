@@ -239,6 +239,19 @@ def test_workers_that_die_while_they_start_are_no_endless_loop(fasta, monkeypatc
     assert run(fasta, monkeypatch, PlayedCluster(dies_at_first)).num_rows == len(RECORDS)
 
 
+def test_interruption_ends_the_workers_and_says_how_to_go_on(fasta, monkeypatch):
+    def interrupt(stats):
+        if stats.units >= 2:
+            raise KeyboardInterrupt
+
+    cluster = PlayedCluster()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(fasta, monkeypatch, cluster, workers=2, progress=interrupt)
+    assert "finished units are kept in" in caught.value.__notes__[0]
+    assert sorted(cluster.killed) == [1, 2]
+    assert run(fasta, monkeypatch, PlayedCluster()).stats.units_kept >= 2
+
+
 def test_errors_of_a_worker_come_back_whole(fasta, monkeypatch):
     with pytest.raises(ModelError, match="no-such-model-anywhere"):
         run(fasta, monkeypatch, PlayedCluster(), model="no-such-model-anywhere")

@@ -132,6 +132,12 @@ def test_blocks_of_a_page_run(page, stage, tmp_path):
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
+def test_reference_has_every_public_name():
+    named = set(re.findall(r"^::: genoembed\.(\w+)$", (ROOT / "docs" / "API.md").read_text(), flags=re.M))
+    errors = {"GenoembedError", "GenoembedWarning"}  # in the tree of errors
+    assert set(genoembed.__all__) - named - errors == {"__version__"}
+
+
 def test_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(

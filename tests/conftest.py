@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Before anything imports transformers: hub and datasets must not be asked for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +43,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_stay() -> Iterator[None]:
+    """What a script sets for its own process is not the next test's."""
+    ours = logging.getLogger("genoembed")
+    before, disabled = ours.level, logging.root.manager.disable
+    yield
+    ours.setLevel(before)
+    logging.disable(disabled)
 
 
 @pytest.fixture(autouse=True)

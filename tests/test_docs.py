@@ -45,7 +45,7 @@ def command_lines(text: str) -> list[list[str]]:
         for piece in re.split(r"&&|\|\||[|;&]|(?<!\d)>", line):
             words = shlex.split(piece) if "genoembed " in piece else []
             if "genoembed" in words[:1]:
-                found.append([word for word in words[1:] if word not in ("...", "…")])
+                found.append([word.removesuffix(",...") for word in words[1:] if word not in ("...", "…")])
     return found
 
 
@@ -70,7 +70,7 @@ def test_command_line_is_one_that_the_command_takes(words):
         return
     assert name in COMMANDS
     command = main.get_command(click.Context(main), name)
-    assert command.make_context(name, arguments, parent=click.Context(main)).params
+    assert command.make_context(name, arguments, parent=click.Context(main, **main.context_settings)).params
 
 
 CALLS = [

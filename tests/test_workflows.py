@@ -39,7 +39,9 @@ def test_workflow_calls_commands_as_they_are(path, number):
         _, name, *arguments = shlex.split(line)
         command = main.get_command(click.Context(main), name)
         assert command is not None
-        assert command.make_context(name, arguments, parent=click.Context(main)).params
+        assert command.make_context(
+            name, arguments, parent=click.Context(main, **main.context_settings)
+        ).params
 
 
 def test_conda_recipe_asks_for_what_the_package_needs():

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+from describe_machine import describe_machine
 
-from benchmarks.describe_machine import describe_machine
 from genoembed.analysis.nearest_index import BUILD_EFFORT, CONNECTIVITY, Origin, open_index
 from genoembed.analysis.neighbours import exact_neighbours
 from genoembed.analysis.search import recall_of

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"
-SEQUENCE_FILES = {"phages.fa": 5, "virus.fa": 1, "bacterial_genes.fa.gz": 32}
+SEQUENCE_FILES = {"phages.fa": 5, "virus.fa": 1, "bacterial_genes.fa.gz": 32, "umaydis.fa": 1}
+LABELLED = {
+    "umaydis_pieces.tsv": {"cds": 12, "intron": 12, "intergenic": 12},
+    "rrna_windows.tsv": dict.fromkeys(
+        ("lsu_eukarya", "lsu_prok", "ssu_archaea", "ssu_bacteria", "ssu_eukarya"), 12
+    ),
+}
 STOPS = ("TAA", "TAG", "TGA")
 
 
@@ -54,9 +61,42 @@ def test_sequence_file_holds_the_stated_records(name):
             assert f"| {name} | {record_id} | {len(sequence):,} |" in sources
 
 
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_file_holds_the_stated_rows(name):
+    header, *lines = (DATA / name).read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    assert header == "sequence\tlabel"
+    assert dict(Counter(label for _, label in rows)) == LABELLED[name]
+    assert all(re.fullmatch("[ACGT]+", sequence) for sequence, _ in rows)
+    assert len({sequence for sequence, _ in rows}) == len(rows)
+    total = sum(len(sequence) for sequence, _ in rows)
+    row = next(line for line in (DATA / "SOURCES.md").read_text().splitlines() if f"| {name} |" in line)
+    assert re.search(rf"\| {len(rows)} \w+ \| {total:,} \|", row)
+
+
+def test_exons_of_the_fungus_join_to_open_reading_frames():
+    (reference,) = read_records("umaydis.fa").values()
+    rows = [line.split("\t") for line in (DATA / "umaydis.gff3").read_text().splitlines() if line[0] != "#"]
+    spans: dict[tuple[str, str], str] = {}
+    for row in (row for row in rows if row[2] == "CDS"):
+        gene = row[8].split(";")[0].removeprefix("Parent="), row[6]
+        spans[gene] = spans.get(gene, "") + reference[int(row[3]) - 1 : int(row[4])]
+    complement = str.maketrans("ACGT", "TGCA")
+    joined = {
+        name: exons if strand == "+" else exons[::-1].translate(complement)
+        for (name, strand), exons in spans.items()
+    }
+    assert len(joined) == 2
+    for name, coding in joined.items():
+        assert coding.startswith("ATG"), name
+        assert coding.endswith(STOPS), name
+        assert len(coding) % 3 == 0, name
+
+
 def test_every_file_is_described_and_small():
     files = [path for path in DATA.iterdir() if path.name != "SOURCES.md" and path.suffix != ".fai"]
-    assert {path.name for path in files} == {*SEQUENCE_FILES, "regions.bed", "regions.gff3", "variants.vcf"}
+    tables = {"regions.bed", "regions.gff3", "variants.vcf", "umaydis.gff3"}
+    assert {path.name for path in files} == {*SEQUENCE_FILES, *LABELLED, *tables}
     described = (DATA / "SOURCES.md").read_text()
     assert all(path.name in described for path in files)
     assert sum(path.stat().st_size for path in files) < 400_000

@@ -2,9 +2,9 @@
 
 Writes two-class sequences, then runs ``extract`` with ``layers='all'``, with the last layer, and with
 layer 28 (whose pass stops after it), by turns, each in a process of its own, so that each has its own peak of
-memory. Seconds are those of ``extract``, without loading the model; the goal is held against CPU seconds. Then
-``probe`` runs on the file of all layers: all of them and their fusions, with baselines, without the untrained
-copy (which is one more pass).
+memory. Seconds are those of ``extract``, without loading the model; the goal is held against CPU seconds.
+Then ``probe`` runs on the file of all layers: all of them and their fusions, with baselines, without the
+untrained copy (which is one more pass).
 
 Example::
 

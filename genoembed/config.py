@@ -172,6 +172,8 @@ class RunConfig:
     """Bases of a work unit, which is embedded and saved as a whole; a longer record is a unit of its own."""
     on_error: FailurePolicy = "stop"
     """A record that fails: stop, or leave its vector out (NaN), say so in its flags, and go on."""
+    certificate: int = 0
+    """Records to embed alone, too, so that the file can say how far vectors depend on their batch."""
     shard: str | None = None
     """``I/N``: only every Nth unit, beginning with the Ith; ``genoembed merge`` joins them."""
     engine: Engine = "local"
@@ -182,7 +184,11 @@ class RunConfig:
     """Ray cluster to connect to; None starts one here, or takes RAY_ADDRESS."""
 
     def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"unit_bases": (1, "bases"), "workers": (1, "")}))
+        problems = list(
+            field_problems(
+                self, at_least={"unit_bases": (1, "bases"), "certificate": (0, "records"), "workers": (1, "")}
+            )
+        )
         problems += [] if problems else self._problems()
         _raise_all(problems)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
+from genoembed.engines.certificate import certify_rows
 from genoembed.engines.interruption import Interruption
 from genoembed.engines.local import local_engine
 from genoembed.engines.pending import PendingUnits
@@ -34,7 +35,9 @@ from genoembed.store import (
     is_output_of,
     merge_parts,
     merged_by,
+    open_embeddings,
     parts_folder,
+    read_block,
 )
 
 if TYPE_CHECKING:
@@ -244,11 +247,14 @@ def _run(
         engine.stats,
         first=first,
         step=step,
+        sample=config.run.certificate,
     )
     with _keeping_units(parts, alone=step == 1), parts.lock(f"shard-{first + 1}-of-{step}"):
         engine.run(pending, parts.save)
         if not pending.num_units:
             raise _nothing_to_embed(config, counts)
+        if pending.sample:
+            parts.save_certificate(_certificate(engine, parts, pending))
         parts.close_input(_input_facts(config, counts, pending.num_units))
         merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
     if merged is not None:
@@ -269,6 +275,13 @@ def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
         elif alone:
             parts.remove()
         raise
+
+
+def _certificate(engine: Engine, parts: Parts, pending: PendingUnits) -> dict[str, float | int | bool]:
+    with open_embeddings(parts.shard(0)) as file:
+        block = read_block(file)
+    dtype = str(engine.facts.identity["dtype"])
+    return certify_rows(engine, pending.sample, block, dtype=dtype)
 
 
 def _input_facts(config: EmbedConfig, counts: InputCounts, num_units: int) -> InputFacts:

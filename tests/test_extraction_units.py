@@ -452,6 +452,35 @@ def test_other_failures_of_the_model_are_not_taken_for_a_lack_of_memory(fasta, t
         run(fasta, tmp_path, on_error="skip")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "none"}, {"window": 16, "stride": 8, "per_window": True}]
+)
+def test_certificate_measures_rows_of_the_file_against_each_record_alone(options, fasta, tmp_path):
+    report = run(fasta, tmp_path, certificate=3, unit_bases=100, **options)
+    _, _, provenance = values_of(tmp_path / "out.h5")
+    found = provenance["certificate"]
+    assert (found["records"], found["is_within"], found["tolerance"]) == (3, True, 1e-5)
+    assert 0 <= found["max_relative"] <= 1e-5
+    assert found["min_cosine"] > 1 - 1e-6
+    assert report.stats.records == len(RECORDS)
+    assert "certificate" not in provenance["config"]["run"]
+
+
+def test_certificate_tells_of_a_model_that_mixes_its_batch(fasta, tmp_path, monkeypatch, caplog):
+    original = type(model_of("llama")).forward
+
+    def forward(model, batch, layers, reduce=None):
+        found = original(model, batch, layers, reduce)
+        return {layer: vectors * (1 + 0.01 * len(batch.rows)) for layer, vectors in found.items()}
+
+    monkeypatch.setattr(type(model_of("llama")), "forward", forward)
+    run(fasta, tmp_path, certificate=2)
+    _, _, provenance = values_of(tmp_path / "out.h5")
+    assert provenance["certificate"]["is_within"] is False
+    assert provenance["certificate"]["max_relative"] > 0.005
+    assert "vectors depend on what shares their batch: of 2 records" in caplog.text
+
+
 def test_manifest_says_what_the_run_is(fasta, tmp_path):
     run(fasta, tmp_path, shard="1/2")
     manifest = json.loads((tmp_path / "out.parts" / "manifest.json").read_text())

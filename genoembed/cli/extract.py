@@ -183,6 +183,13 @@ def _is_left_out(key: str) -> bool:
     help="Bases of a work unit: what is saved at a time, and lost at most when a run is cut off.",
 )
 @config_option(
+    key="certificate",
+    group=RUN,
+    metavar="N",
+    help="Embed N records of the first unit alone, too; the file then says how far vectors depend on their "
+    "batch.",
+)
+@config_option(
     key="shard",
     group=RUN,
     metavar="I/N",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from genoembed.contracts import SequenceRecord
     from genoembed.engines.stats import RunStats
     from genoembed.engines.units import WorkUnit
     from genoembed.store import Parts
@@ -21,13 +22,24 @@ class PendingUnits:
         stats: Told what is there already.
         first: Number of the first unit of the share.
         step: From one unit of the share to the next.
+        sample: Records to remember of the first unit.
     """
 
     def __init__(
-        self, units: Iterable[WorkUnit], parts: Parts, stats: RunStats, *, first: int, step: int
+        self,
+        units: Iterable[WorkUnit],
+        parts: Parts,
+        stats: RunStats,
+        *,
+        first: int,
+        step: int,
+        sample: int = 0,
     ) -> None:
         self.num_units = 0
         """Units seen so far, of all shares."""
+        self.sample: tuple[SequenceRecord, ...] = ()
+        """The first records of the first unit, if it belongs to the share."""
+        self._sample = sample
         self._units = units
         self._parts = parts
         self._stats = stats
@@ -39,6 +51,8 @@ class PendingUnits:
             self.num_units += 1
             if unit.number % self._step != self._first:
                 continue
+            if unit.number == 0:
+                self.sample = unit.records[: self._sample]
             if self._parts.finished(unit.number, unit.content) is None:
                 yield unit
                 continue

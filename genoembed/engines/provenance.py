@@ -30,7 +30,18 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-_PLACES = ("inputs", "regions", "output", "overwrite", "resume", "shard", "engine", "workers", "ray_address")
+_PLACES = (
+    "inputs",
+    "regions",
+    "output",
+    "overwrite",
+    "resume",
+    "certificate",
+    "shard",
+    "engine",
+    "workers",
+    "ray_address",
+)
 """Settings that say where things are and who does the work: they change no vector."""
 _MACHINE = ("revision", "trust_remote_code", "device", "threads", "batch_tokens", "model")
 """Settings that a run may go on with on another machine; what they lead to is compared instead."""

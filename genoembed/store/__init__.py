@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from genoembed.store.atomic import check_output
-from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_parts, merged_by
+from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_parts, merged_by, read_block
 from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord, UnitRows, parts_folder
 from genoembed.store.reader import EmbeddingDataset, EmbeddingFile, open_embeddings
 from genoembed.store.schema import SCHEMA_VERSION
@@ -32,4 +32,5 @@ __all__ = [
     "merged_by",
     "open_embeddings",
     "parts_folder",
+    "read_block",
 ]

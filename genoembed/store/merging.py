@@ -187,6 +187,7 @@ def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwr
 def _provenance(
     parts: Parts, facts: InputFacts, records: list[UnitRecord], failed: Mapping[str, str]
 ) -> dict[str, JSON]:
+    certificate = parts.certificate()
     stats = {key: sum(int(record.stats.get(key, 0)) for record in records) for key in _COUNTED}
     return {
         **parts.manifest.provenance,
@@ -197,6 +198,7 @@ def _provenance(
         "stats": stats,
         "units": len(records),
         "failed": dict(failed),
+        **({} if certificate is None else {"certificate": certificate}),
     }
 
 

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "genoembed-parts"
 VERSION = 1
-MANIFEST, INPUT = "manifest.json", "input.json"
-_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|\..*\.tmp")
+MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
+_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.tmp")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
@@ -249,8 +249,9 @@ class Parts:
         if content is not None and record.content != content:
             problem = (
                 f"unit {number} was made from other sequences ({record.num_records} records, "
-                f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it was "
-                "(names of files included), set overwrite to true to start over, or set output to another file"
+                f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it "
+                "was (names of files included), set overwrite to true to start over, or set output to another "
+                "file"
             )
             raise StoreError(problem, path=str(self.folder))
         if _file_digest(self.shard(number)) != record.shard_sha256:
@@ -311,6 +312,30 @@ class Parts:
         """
         with _reporting(self.folder):
             write_text(self.folder / INPUT, json.dumps(asdict(facts) | {"run": self._digest}))
+
+    def save_certificate(self, found: Mapping[str, JSON]) -> None:
+        """Note how far vectors depend on their batch.
+
+        Args:
+            found: Measured on a sample of records.
+
+        Raises:
+            StoreError: If that cannot be written.
+        """
+        with _reporting(self.folder):
+            write_text(self.folder / CERTIFICATE, json.dumps({**found, "run": self._digest}))
+
+    def certificate(self) -> dict[str, JSON] | None:
+        """Read how far vectors depend on their batch.
+
+        Returns:
+            What was noted; None if nothing was.
+
+        Raises:
+            StoreFormatError: If it cannot be read.
+        """
+        found = _read_json(self.folder / CERTIFICATE)
+        return None if found is None or found.pop("run", None) != self._digest else found
 
     def input_facts(self) -> InputFacts | None:
         """Read what the input held.
@@ -417,8 +442,8 @@ def _read_manifest(folder: Path) -> Manifest | None:
         raise StoreFormatError(problem, path=str(path))
     if found.get("version") != VERSION:
         problem = (
-            f"is of version {found.get('version')!r}, this genoembed knows {VERSION}; finish the run with the "
-            "genoembed that began it, or set overwrite to true to start over"
+            f"is of version {found.get('version')!r}, this genoembed knows {VERSION}; finish the run with "
+            "the genoembed that began it, or set overwrite to true to start over"
         )
         raise StoreFormatError(problem, path=str(path))
     return Manifest(**_known(Manifest, found))

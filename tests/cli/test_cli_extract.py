@@ -51,7 +51,8 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
     --pool max --skip-first 4 --fuse weighted --fusion-weights 0.25,0.5 --fusion-weights 1 --rc mean
     --window 64 --stride 32 --per-window --regions a:1-4 --regions genes.bed --flank 8
     --invalid mask --duplicates suffix --empty skip --gaps strip --keep-case
-    --resume --on-error skip --unit-bases 7 --shard 2/3 --engine ray --workers 4 --ray-address auto
+    --resume --on-error skip --unit-bases 7 --certificate 5 --shard 2/3
+    --engine ray --workers 4 --ray-address auto
     """
     result = cli(*words.split())
     assert result.exit_code == 1
@@ -87,6 +88,7 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
         "resume": True,
         "on_error": "skip",
         "unit_bases": 7,
+        "certificate": 5,
         "shard": "2/3",
         "engine": "ray",
         "workers": 4,

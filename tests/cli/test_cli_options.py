@@ -32,7 +32,7 @@ MESSAGES = {"-q", "--quiet", "-v", "--verbose"}
 OPTIONS = {
     "extract": {
         *("-o", "--output", "--overwrite", "--resume", "--out-dtype"),
-        *("--on-error", "--unit-bases", "--shard", "--engine", "--workers", "--ray-address"),
+        *("--on-error", "--unit-bases", "--certificate", "--shard", "--engine", "--workers", "--ray-address"),
         *(
             "--model",
             "--revision",

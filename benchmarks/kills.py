@@ -172,7 +172,7 @@ def _has_come(moment: str, folder: Path, units_before: int, units_wanted: int) -
     if moment == "merge":
         return (parts / "input.json").exists() and bool(list(parts.glob(".out.h5.*.tmp")))
     enough = len(list(parts.glob("unit-*.json"))) >= min(units_before + units_wanted, units_wanted * 3)
-    return enough and (moment == "forward" or bool(list(parts.glob(".unit-*.tmp"))))
+    return enough and (moment == "writing") == bool(list(parts.glob(".unit-*.tmp")))
 
 
 def kill_at(moment: str, child: int, folder: Path, units_before: int, generator: random.Random) -> bool:
@@ -193,11 +193,9 @@ def kill_at(moment: str, child: int, folder: Path, units_before: int, generator:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             break
         time.sleep(0.0002)
-    if moment in ("reading", "forward"):
-        # the first unit is saved soon; a rerun loads the model and looks at what is there before
-        time.sleep(generator.random() * (0.05 if units_before or moment == "forward" else 0.003))
-    elif moment == "merge":
-        time.sleep(generator.random() * 0.01)
+    # the first unit is saved soon; a rerun loads the model and looks at what is there before
+    longest_s = {"reading": 0.2 if units_before else 0.0, "forward": 0.002, "merge": 0.01}
+    time.sleep(generator.random() * longest_s.get(moment, 0.0))
     os.kill(child, signal.SIGKILL)
     return wait_for(child) == -signal.SIGKILL
 
@@ -295,9 +293,11 @@ def _series(
         units_before = len(list((folder / "out.parts").glob("unit-*.json")))
         child = in_child(words, folder, folder / "log")
         moment = next((moment for moment in wanted if moment in ("reading", "forward", "writing")), None)
-        if units_before > 20 or moment is None:
-            moment = wanted[0] if wanted else None
-        if sum(hits.values()) >= most or moment is None:
+        if units_before > 20 or not moment:
+            moment = next((moment for moment in wanted if moment in ("merge", "removal")), moment)
+        if (
+            sum(hits.values()) >= most or moment is None or (folder / "out.h5").exists()
+        ):  # nothing is left but to remove the parts
             code = wait_for(child)
             if code:
                 raise SystemExit((folder / "said.txt").read_text())
@@ -305,7 +305,8 @@ def _series(
         if not kill_at(moment, child, folder, units_before, generator):
             break  # it was done before
         found = moment_of(folder, units_before)
-        wanted.remove(found if found in wanted else moment)
+        if found in wanted:
+            wanted.remove(found)
         kills[found] += 1
         hits[found] += 1
     return {

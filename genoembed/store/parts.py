@@ -250,8 +250,8 @@ class Parts:
             problem = (
                 f"unit {number} was made from other sequences ({record.num_records} records, "
                 f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it "
-                "was (names of files included), set overwrite to true to start over, or set output to another "
-                "file"
+                "was (names of files included), set overwrite to true to start over, or set output to "
+                "another file"
             )
             raise StoreError(problem, path=str(self.folder))
         if _file_digest(self.shard(number)) != record.shard_sha256:

@@ -117,6 +117,14 @@ _FROM_FILE = (
     help="Lay the best K layers side by side; repeatable.  [2 and 4]",
 )
 @file_option(
+    "--transform",
+    group=BESIDE,
+    multiple=True,
+    default=(),
+    metavar="FILE.h5",
+    help="Of fit-transform; applied to the layer it was fitted on. Repeatable.",
+)
+@file_option(
     "--sequences",
     group=BESIDE,
     multiple=True,

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genoembed.analysis.fitting import load_transform
+from genoembed.analysis.recipes import check_comparable, recipe_of
+from genoembed.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from genoembed.analysis.transform import FittedTransform
     from genoembed.store import EmbeddingFile
 
 ROOM_BYTES = 1 << 29
@@ -25,6 +30,7 @@ class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
         file: Open, and staying so.
         layers: Which ones, in this order.
         rows: Which rows, ascending.
+        transforms: By layer, applied to its rows as they are read.
         room_bytes: See ``ROOM_BYTES``.
 
     Raises:
@@ -37,11 +43,13 @@ class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
         layers: Sequence[str],
         rows: NDArray[np.int64],
         *,
+        transforms: Mapping[str, FittedTransform] | None = None,
         room_bytes: int = ROOM_BYTES,
     ) -> None:
         self._matrices = {name: file[name] for name in layers}
         self._rows = rows
         self._file, self._room_bytes = file, room_bytes
+        self._transforms = transforms or {}
         needed = sum(
             len(rows) * matrix.shape[1] * matrix.dtype.itemsize for matrix in self._matrices.values()
         )
@@ -69,7 +77,49 @@ class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
         Returns:
             The same layers, of these rows.
         """
-        return RowsOfLayers(self._file, list(self), self._rows[is_kept], room_bytes=self._room_bytes)
+        return RowsOfLayers(
+            self._file,
+            list(self),
+            self._rows[is_kept],
+            transforms=self._transforms,
+            room_bytes=self._room_bytes,
+        )
 
     def _read(self, name: str) -> NDArray[np.floating]:
-        return np.asarray(self._matrices[name])[self._rows]
+        rows = np.asarray(self._matrices[name])[self._rows]
+        return self._transforms[name].apply(rows) if name in self._transforms else rows
+
+
+def load_transforms(
+    file: EmbeddingFile, layers: Sequence[str], paths: Sequence[str]
+) -> dict[str, FittedTransform]:
+    """Read fitted transforms, and make sure that they are for vectors as the file has them.
+
+    Args:
+        file: Whose layers they are to be applied to.
+        layers: Of it, those that are probed.
+        paths: Files that ``fit-transform`` wrote.
+
+    Returns:
+        By layer.
+
+    Raises:
+        ConfigError: If one was fitted on another layer, or on vectors that were made in another way, or two
+            are for the same layer.
+        StoreError: If a file cannot be read.
+    """
+    found: dict[str, FittedTransform] = {}
+    for path in paths:
+        loaded = load_transform(path)
+        layer = str(loaded.recipe.get("layer"))
+        if layer not in layers:
+            message = (
+                f"transform {path}: fitted on layer {layer!r}, which is not among those probed; leave it out"
+            )
+            raise ConfigError(message)
+        if layer in found:
+            message = f"transform {path}: a second one for layer {layer!r}; give one a layer"
+            raise ConfigError(message)
+        check_comparable(loaded.recipe, recipe_of(file.provenance, layer), names=(path, str(file.path)))
+        found[layer] = loaded.transform
+    return found

@@ -59,6 +59,9 @@ class ProbeOptions:
     """``geneb``: also fit on all, ten and one training rows of each class, and score a given test split."""
     sequences: tuple[str, ...] = ()
     """Sequence files, where those that an embedding file names are gone."""
+    transform: tuple[str, ...] = ()
+    """Fitted transforms (``fit-transform``), each applied to the layer it was fitted on; the untrained copy's
+    layers stay as they are."""
     plot: bool = True
     """Draw score by layer as PNG and SVG."""
 
@@ -118,7 +121,7 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeOptions, dict[str, 
 
 
 def _as_tuple(name: str, value: object) -> object:
-    if name == "sequences":
+    if name in ("sequences", "transform"):
         return (str(value),) if not isinstance(value, list | tuple) else tuple(map(str, value))
     if name == "split":
         return str(value)

@@ -17,7 +17,7 @@ from genoembed.analysis.preparation import encode_target, standardize
 from genoembed.analysis.scalar_mix import mix_layers
 from genoembed.analysis.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep_layers
 from genoembed.errors import NonFiniteError
-from genoembed.probing.layers import RowsOfLayers
+from genoembed.probing.layers import RowsOfLayers, load_transforms
 from genoembed.probing.report import UNTRAINED
 from genoembed.probing.rows import group_rows, join_labels, read_row_sequences
 from genoembed.store import open_embeddings
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.analysis.sweep import Kind
+    from genoembed.analysis.transform import FittedTransform
     from genoembed.probing.labels import LabelTable
     from genoembed.probing.options import ProbeOptions
     from genoembed.store import EmbeddingFile
@@ -95,6 +96,7 @@ class ProbeRun:
         self.file, self.options = file, options
         _ = file.X  # a per-token file says here that it has no row a record
         self.layers = _named_layers(file, layers)
+        self._transforms = load_transforms(file, self.layers, options.transform)
         self.rows = join_labels(file, table, options)
         self.notes: list[str] = []
         """What was left out, and why."""
@@ -114,7 +116,7 @@ class ProbeRun:
             GenoembedError: If the untrained copy cannot be run.
         """
         started = time.perf_counter()
-        features = self._features(self.file)
+        features = self._features(self.file, self._transforms)
         sweep = self._sweep(features, fusions=True, kind="layer")
         shots = self._shots_of_layers(features, sweep)
         baselines = self._baselines(shots)
@@ -169,8 +171,10 @@ class ProbeRun:
             num_groups=None if groups is None else len(np.unique(groups[is_train])),
         )
 
-    def _features(self, file: EmbeddingFile) -> RowsOfLayers:
-        return RowsOfLayers(file, self.layers, self.rows.rows)
+    def _features(
+        self, file: EmbeddingFile, transforms: Mapping[str, FittedTransform] | None = None
+    ) -> RowsOfLayers:
+        return RowsOfLayers(file, self.layers, self.rows.rows, transforms=transforms)
 
     def _baselines(self, shots: Shots) -> tuple[Scored, ...]:
         """Score what needs no model, one matrix in memory at a time."""

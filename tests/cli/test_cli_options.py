@@ -101,7 +101,7 @@ OPTIONS = {
     "probe": {
         *("--labels", "--task", "--id-column", "--label-column", "--unmatched", "--preset", "--split"),
         *("--split-column", "--cv", "--num-folds", "--group-column", "--kin-identity", "--seed"),
-        *("--no-baselines", "--no-untrained", "--top", "--sequences", "--model", "--revision"),
+        *("--no-baselines", "--no-untrained", "--top", "--sequences", "--transform", "--model", "--revision"),
         *("--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads", "--layer", "--pool"),
         *("--skip-first", "--rc", "--window", "--stride", "--regions", "--flank", "--invalid"),
         *("--duplicates", "--empty", "--gaps", "--keep-case", "--unit-bases", "-o", "--output"),

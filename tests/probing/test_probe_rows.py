@@ -196,3 +196,22 @@ def test_layers_are_read_again_where_there_is_no_room(tmp_path):
             np.testing.assert_array_equal(kept[name], read[name])
             np.testing.assert_array_equal(kept.of(np.array([True, False, True]))[name], read[name][[0, 2]])
         assert (len(kept), list(kept)) == (2, ["blocks.0", "blocks.1"])
+
+
+def test_transform_is_applied_to_its_own_layer(tmp_path):
+    """The direction that tells classes apart is the strongest of one layer: nothing is left without it."""
+    store(tmp_path / "a.h5")
+    write_labels(tmp_path / "l.tsv")
+    settings = {"method": "remove-top", "components": 1, "layer": "blocks.1"}
+    genoembed.fit_transform(tmp_path / "a.h5", output=tmp_path / "t.h5", **settings)
+    plain = {layer.name: layer.metrics["mcc"].mean for layer in run(tmp_path).layers}
+    report = run(tmp_path, transform=tmp_path / "t.h5", overwrite=True)
+    found = {layer.name: layer.metrics["mcc"].mean for layer in report.layers}
+    assert plain["blocks.1"] > 0.9 > 0.5 > found["blocks.1"]
+    assert found["blocks.0"] == plain["blocks.0"]
+    with pytest.raises(
+        ConfigError, match=r"t\.h5: fitted on layer 'blocks\.1', which is not among those probed"
+    ):
+        run(tmp_path, transform=tmp_path / "t.h5", layers="blocks.0", overwrite=True)
+    with pytest.raises(ConfigError, match=r"a second one for layer 'blocks\.1'"):
+        run(tmp_path, transform=[tmp_path / "t.h5"] * 2, overwrite=True)

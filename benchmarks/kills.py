@@ -7,7 +7,7 @@ Parts, all or some of them (``--parts``):
 - ``ray``: the same with a worker of Ray killed every few seconds.
 - ``shards``: four jobs that share the units, two of them killed and started again, then ``merge``.
 - ``disk``: a disk that fills up, and a folder that cannot be written to (Linux, as root: both are mounted).
-- ``size``: a million records, and one record of 250 Mb, with a tiny model: memory and the number of rows.
+- ``size``, ``long``: a million records; one record of 250 Mb; with a tiny model: memory and number of rows.
 - ``overhead``: ``extract`` against a bare loop over the same batches, bundled model, 1 kb records.
 
 Killed processes are forked from this one, which has imported everything: the moments fall into the run, not
@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -42,10 +41,12 @@ from speed_growth import write_tiny_models
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-PARTS = ("kills", "ray", "shards", "disk", "size", "overhead")
+PARTS = ("kills", "ray", "shards", "disk", "size", "long", "overhead")
 MOMENTS = ("reading", "forward", "writing", "merge", "removal")
 LARGEST_OVERHEAD = 1.03
 LARGEST_RSS_GROWTH_MIB = 200.0
+LARGEST_BYTES_A_BASE = 3.0
+"""The record itself, and a copy of it while it is read."""
 _LOG = "KILLS_LOG"
 
 
@@ -66,7 +67,9 @@ def write_records(path: Path, num_records: int, lengths: tuple[int, int], *, see
     letters = np.frombuffer(b"ACGT", np.uint8)
     with path.open("wb") as file:
         for number, size in enumerate(sizes):
-            file.write(b">r%d\n%s\n" % (number, letters[generator.integers(0, 4, size)].tobytes()))
+            file.write(
+                b">r%d\n%s\n" % (number, letters[generator.integers(0, 4, size, dtype=np.uint8)].tobytes())
+            )
     return path
 
 
@@ -528,47 +531,50 @@ def ray_child(model: str, fasta: str, every_s: float, scratch: Path) -> None:
     print(json.dumps(found))
 
 
-def measure_size(scratch: Path, model: str, options: object) -> tuple[list[dict[str, object]], list[Figure]]:
-    """Embed very many records, and a very long one.
+def measure_size(
+    scratch: Path, model: str, kind: str, sizes: Sequence[int]
+) -> tuple[list[dict[str, object]], list[Figure]]:
+    """Embed very many records, or a very long one, each in a fresh process.
 
     Args:
         scratch: A folder.
         model: Folder of the model.
-        options: Of the command line.
+        kind: ``records`` or ``bases``.
+        sizes: Of the input, the smallest first.
 
     Returns:
         A row a size, and the figures.
     """
     rows, figures = [], []
-    for kind, sizes in (("records", options.many), ("bases", options.long)):
-        peaks = []
-        for size in sizes:
-            if kind == "records":
-                fasta = write_records(scratch / "size.fa", size, (60, 100))
-            else:
-                fasta = write_records(scratch / "size.fa", 1, (size, size))
-            output = scratch / "size.h5"
-            words = [sys.executable, __file__, "--size-child", model, str(fasta), str(output)]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            rows.append({kind: size, **found})
-            peaks.append(found["peak MiB"])
-            expected = size if kind == "records" else 1
-            figures.append(
-                Figure(
-                    name=f"rows missing of {expected:,} ({size:,} {kind})",
-                    value=expected - found["rows"],
-                    at_most=0,
-                )
-            )
-        figures.append(
-            Figure(
-                name=f"rise of peak RSS in MiB, {sizes[0]:,} to {sizes[-1]:,} {kind}",
-                value=peaks[-1] - peaks[0],
-                at_most=LARGEST_RSS_GROWTH_MIB,
-            )
+    for size in sizes:
+        fasta = scratch / "size.fa"
+        if kind == "records":
+            write_records(fasta, size, (60, 100))
+        else:
+            write_records(fasta, 1, (size, size))
+        words = [sys.executable, __file__, "--size-child", model, str(fasta), str(scratch / "size.h5")]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        rows.append({kind: size, **json.loads(done.stdout.splitlines()[-1])})
+        missing = (size if kind == "records" else 1) - rows[-1]["rows"]
+        figures.append(Figure(name=f"rows missing, {size:,} {kind}", value=missing, at_most=0))
+    rise = rows[-1]["peak MiB"] - rows[0]["peak MiB"]
+    between = f"{sizes[0]:,} to {sizes[-1]:,} {kind}"
+    figures.append(
+        Figure(name=f"rise of peak RSS in MiB, {between}", value=rise, at_most=LARGEST_RSS_GROWTH_MIB)
+        if kind == "records"
+        else Figure(
+            name=f"rise of peak RSS in bytes a base, {between}",
+            value=(rise << 20) / (sizes[-1] - sizes[0]),
+            at_most=LARGEST_BYTES_A_BASE,
         )
+    )
     return rows, figures
+
+
+def _peak_mib() -> int:
+    """Give the peak of this program alone: what ``getrusage`` says begins with the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
 def size_child(model: str, fasta: str, output: str) -> None:
@@ -585,7 +591,7 @@ def size_child(model: str, fasta: str, output: str) -> None:
     short = write_records(Path(output).with_suffix(".short.fa"), 10, (80, 80))
     settings = {"model": loaded, "layers": "final", "overwrite": True, "threads": 1}
     genoembed.extract(short, output=output, **settings)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    before = _peak_mib()
     cpu = time.process_time()
     report = genoembed.extract(fasta, output=output, **settings)
     found = {
@@ -594,7 +600,7 @@ def size_child(model: str, fasta: str, output: str) -> None:
         "seconds": report.seconds,
         "CPU seconds": time.process_time() - cpu,
         "peak before MiB": before,
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak MiB": _peak_mib(),
         "file MB": Path(output).stat().st_size / 1e6,
     }
     print(json.dumps(found))
@@ -680,7 +686,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "shards": lambda: measure_shards(scratch, model, options),
             "disk": lambda: measure_disk(scratch, model, options),
             "ray": lambda: measure_ray(scratch, model, options),
-            "size": lambda: measure_size(scratch, model, options),
+            "size": lambda: measure_size(scratch, model, "records", options.many),
+            "long": lambda: measure_size(scratch, model, "bases", options.long),
             "overhead": lambda: measure_overhead(scratch, options),
         }
         _import_all()

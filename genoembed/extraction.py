@@ -200,7 +200,8 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
         return finish_removal(parts)  # it was cut off in the middle of that
     if parts is None and config.output.resume:
         inputs = [file_facts(name) for name in config.input.inputs]
-        found = merged_by(config.output.output, manifest.digest, inputs)
+        regions = [file_facts(name) for name in config.input.regions]
+        found = merged_by(config.output.output, manifest.digest, inputs, regions)
         if found is not None:
             return found
     if config.output.overwrite:
@@ -249,7 +250,7 @@ def _run(
         step=step,
         sample=config.run.certificate,
     )
-    with _keeping_units(parts, alone=step == 1), parts.lock(f"shard-{first + 1}-of-{step}"):
+    with parts.lock(f"shard-{first + 1}-of-{step}"), _keeping_units(parts, alone=step == 1):
         engine.run(pending, parts.save)
         if not pending.num_units:
             raise _nothing_to_embed(config, counts)

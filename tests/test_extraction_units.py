@@ -489,3 +489,69 @@ def test_manifest_says_what_the_run_is(fasta, tmp_path):
     assert manifest["identity"]["weights"] == model_of("llama").provenance["weights_sha256"]
     unit = json.loads((tmp_path / "out.parts" / "unit-000000.json").read_text())
     assert (unit["first"], unit["last"], unit["num_records"], unit["num_rows"]) == ("r0", "r2", 3, 3)
+
+
+def test_refused_second_process_leaves_the_first_ones_units_alone(fasta, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        cut_off(patched, "save", 3)
+        with pytest.raises(PowerCutError, match="no power"):
+            run(fasta, tmp_path)
+    before = names_in(tmp_path / "out.parts")
+    with (tmp_path / "out.parts" / "shard-1-of-1.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for options in ({}, {"pooling": "max", "overwrite": True}):
+            with pytest.raises(StoreError, match="another process is at work here"):
+                run(fasta, tmp_path, **options)
+    assert names_in(tmp_path / "out.parts") == before
+    (tmp_path / "other").mkdir()
+    parts = Parts.begin(tmp_path / "other" / "out.h5", Parts.find(tmp_path / "out.h5").manifest)
+    with parts.lock("shard-1-of-1"), pytest.raises(StoreError, match="another process"):
+        run(fasta, tmp_path / "other")  # nothing is saved yet, and still the folder is the first one's
+    assert parts.folder.is_dir()
+
+
+def test_older_output_of_another_input_is_not_taken_for_the_runs(fasta, tmp_path, monkeypatch):
+    """With a fixed day both say the same of themselves, but for their input."""
+    run(fasta, tmp_path)
+    write_fasta(fasta, {f"new{number}": random_dna(30, number) for number in range(8)})
+    with monkeypatch.context() as patched:
+        cut_off(patched, "save", 3)
+        with pytest.raises(PowerCutError, match="no power"):
+            run(fasta, tmp_path, overwrite=True)
+    report = run(fasta, tmp_path, overwrite=True)
+    assert (report.num_rows, report.stats.units_kept) == (8, 2)
+    assert values_of(tmp_path / "out.h5")[0][0] == "new0"
+
+
+def test_resume_looks_at_regions_too(tmp_path):
+    fasta = write_fasta(tmp_path / "in.fa", {"r0": random_dna(120, 0)})
+    options = {"model": model_of("llama"), "output": tmp_path / "out.h5", "layers": 0}
+    extract(fasta, regions="r0:1-50", **options)
+    assert extract(fasta, regions="r0:1-50", resume=True, **options).num_rows == 1
+    with pytest.raises(StoreError, match="other settings, weights or input made it"):
+        extract(fasta, regions="r0:11-90", resume=True, **options)
+
+
+def test_shares_of_different_inputs_are_refused(fasta, tmp_path):
+    run(fasta, tmp_path, shard="1/2")
+    write_fasta(fasta, RECORDS | {"more": "ACGT" * 20})
+    with pytest.raises(StoreError, match=r"another share was made from another input \(5 units, here 6\)"):
+        run(fasta, tmp_path, shard="2/2")
+
+
+def test_overwrite_starts_over_after_a_change_of_the_input(fasta, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        cut_off(patched, "save", 3)
+        with pytest.raises(PowerCutError, match="no power"):
+            run(fasta, tmp_path)
+    write_fasta(fasta, RECORDS | {"r4": "ACGT"})
+    report = run(fasta, tmp_path, overwrite=True)
+    assert (report.stats.units_kept, report.num_rows) == (1, 12)
+
+
+def test_share_whose_first_unit_fails_wholly_goes_on(broken_model, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fa", {"a": "ACGT", "n": "NNNN", "b": "GGGG"})
+    options = {"model": broken_model, "layers": 0, "unit_bases": 4, "output": tmp_path / "out.h5"}
+    for share in ("2/3", "1/3", "3/3"):
+        extract(fasta, on_error="skip", shard=share, **options)
+    assert merge(tmp_path / "out.h5").failed == {"n": "not finite"}

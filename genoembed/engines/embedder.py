@@ -101,6 +101,7 @@ class UnitEmbedder:
         self.layers = tuple(info.path for info in infos)
         self.facts = facts
         self.num_strands = 1 if config.embedding.rc == "none" else 2
+        self._stated_widths = {info.path: info.width for info in infos if info.width is not None}
         self.width_bound = sum(info.width or _WIDE for info in infos) * self.num_strands
         """Features of all layers and strands together; where a layer's are not known before it has run, a
         large guess."""
@@ -280,14 +281,14 @@ class UnitEmbedder:
         unit, failed = embedded.unit, dict(embedded.failed)
         if self._skips_failed:
             failed = self._rows.nothing_left(unit.records, embedded.cuts, embedded.taken) | failed
-        if failed and not self.layer_widths:
+        names = self.feature_names
+        if failed and not names:
             first, reason = next(iter(failed.items()))
             message = (
                 f"record {unit.records[first].id!r}: {reason}, and no other record has a vector yet that "
                 "would tell how wide vectors are; look at the input and the model's settings"
             )
             raise ModelError(message)
-        names = self.feature_names
         block = self._rows.build(
             unit.records,
             embedded.cuts,
@@ -312,9 +313,11 @@ class UnitEmbedder:
 
     @property
     def feature_names(self) -> dict[str, tuple[str, ...]]:
-        """Names of the columns of each matrix; empty before the first batch."""
+        """Names of the columns of each matrix; empty where no width is known before the first batch."""
         method, strands = self.config.embedding.fusion, self.config.embedding.rc
-        return feature_names(self.layer_widths, method=method, strands=strands) if self.layer_widths else {}
+        are_stated = len(self._stated_widths) == len(self.layers)
+        widths = self.layer_widths or (self._stated_widths if are_stated else {})
+        return feature_names(widths, method=method, strands=strands) if widths else {}
 
     def _report(self) -> None:
         if self._on_batch is not None:

@@ -75,9 +75,11 @@ def is_output_of(parts: Parts) -> bool:
     Returns:
         Whether it is complete and of this very run.
     """
-    with suppress(GenoembedError), open_embeddings(parts.output) as file:
+    with suppress(GenoembedError, OSError), open_embeddings(parts.output) as file:
         began = parts.manifest.provenance.get("created")
-        return _run_of(file) == parts.manifest.digest and file.provenance.get("created") == began
+        is_same = _run_of(file) == parts.manifest.digest and file.provenance.get("created") == began
+        # an output that was there before may say the same of another input: it is older than the manifest
+        return is_same and file.path.stat().st_mtime_ns >= parts.began_ns()
     return False
 
 
@@ -96,13 +98,19 @@ def finish_removal(parts: Parts) -> Merged:
     return merged
 
 
-def merged_by(output: str, digest: str, inputs: Sequence[Mapping[str, JSON]]) -> Merged | None:
+def merged_by(
+    output: str,
+    digest: str,
+    inputs: Sequence[Mapping[str, JSON]],
+    regions: Sequence[Mapping[str, JSON]] = (),
+) -> Merged | None:
     """Read what a complete output holds, if a run made it that was the same in everything.
 
     Args:
         output: The file.
         digest: Of the run's identity.
         inputs: Its input files with their digests.
+        regions: Its files of regions with their digests, and places.
 
     Returns:
         What it holds; None if another run made it, from another input, or from standard input, of which
@@ -112,10 +120,24 @@ def merged_by(output: str, digest: str, inputs: Sequence[Mapping[str, JSON]]) ->
         StoreError: If it cannot be read, or is none of ours.
     """
     with open_embeddings(output) as file:
-        found = [(item.get("bytes"), item.get("sha256")) for item in file.provenance.get("inputs", [])]
-        asked = [(item.get("bytes"), item.get("sha256")) for item in inputs]
-        is_same = _run_of(file) == digest and found == asked and (None, None) not in asked
+        found = _contents(file.provenance.get("inputs", []))
+        places = [_content(item) or item.get("name") for item in regions]
+        is_same = (
+            _run_of(file) == digest
+            and found == _contents(inputs)
+            and None not in found
+            and places == [_content(item) or item.get("name") for item in file.provenance.get("regions", [])]
+        )
         return _summary(file) if is_same else None
+
+
+def _contents(items: Sequence[Mapping[str, JSON]]) -> list[object]:
+    return [_content(item) for item in items]
+
+
+def _content(item: Mapping[str, JSON]) -> object:
+    """What a file held; None for standard input and places."""
+    return None if item.get("sha256") is None else (item.get("bytes"), item["sha256"])
 
 
 def _run_of(file: EmbeddingFile) -> object:

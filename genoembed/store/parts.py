@@ -147,6 +147,7 @@ class Parts:
         self._digest = manifest.digest
         self._saved_bytes = 0
         self._has_warned = False
+        self._drops_other = False
 
     @classmethod
     def begin(cls, output: str | os.PathLike[str], manifest: Manifest, *, drop_other: bool = False) -> Parts:
@@ -172,6 +173,7 @@ class Parts:
                 problem = parts._difference(found)
                 if not drop_other:
                     raise StoreError(problem, path=str(parts.folder))
+                parts._refuse_busy()
                 logger.warning("%s: dropped, since it %s", parts.folder, problem.partition(";")[0])
                 parts._drop(_PARTS)
                 found = None
@@ -180,7 +182,9 @@ class Parts:
                 with _reporting(parts.folder):
                     write_text(parts.folder / MANIFEST, _manifest_text(manifest))
                 return parts
-        return cls(output, found)
+        parts = cls(output, found)
+        parts._drops_other = drop_other
+        return parts
 
     @classmethod
     def find(cls, output: str | os.PathLike[str]) -> Parts | None:
@@ -247,6 +251,9 @@ class Parts:
         if record is None:
             return None
         if content is not None and record.content != content:
+            if self._drops_other:
+                logger.warning("%s: of other sequences, unit %d is made again", self.shard(number), number)
+                return None
             problem = (
                 f"unit {number} was made from other sequences ({record.num_records} records, "
                 f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it "
@@ -308,8 +315,18 @@ class Parts:
             facts: What it held.
 
         Raises:
-            StoreError: If that cannot be written.
+            StoreError: If that cannot be written, or a process with another share has read another input.
         """
+        before = self.input_facts() if self.manifest.num_shares > 1 else None
+        if before is not None and not _is_same_input(before, facts):
+            problem = (
+                f"another share was made from another input ({before.num_units} units, here "
+                f"{facts.num_units}); give all shares the same files, and run those again that had others "
+                "(with overwrite)"
+            )
+            if not self._drops_other:
+                raise StoreError(problem, path=str(self.folder))
+            logger.warning("%s: %s", self.folder, problem)
         with _reporting(self.folder):
             write_text(self.folder / INPUT, json.dumps(asdict(facts) | {"run": self._digest}))
 
@@ -351,6 +368,17 @@ class Parts:
             return None
         return InputFacts(**_known(InputFacts, found))
 
+    def began_ns(self) -> int:
+        """Tell when the run began.
+
+        Returns:
+            Time of the manifest, in nanoseconds since 1970.
+
+        Raises:
+            OSError: If it is gone.
+        """
+        return (self.folder / MANIFEST).stat().st_mtime_ns
+
     def num_saved(self) -> int:
         """Count the units that were saved, intact or not.
 
@@ -383,6 +411,13 @@ class Parts:
         """Remove what processes left that were cut off while they wrote; no process may be at work."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+    def _refuse_busy(self) -> None:
+        """Refuse to drop units that another process is making."""
+        for path in self.folder.glob("*.lock"):
+            if path.stem != "begin":
+                with self.lock(path.stem):
+                    pass
 
     def _refuse_foreign(self) -> None:
         """Refuse a folder with things in it that no run of ours puts there."""
@@ -426,6 +461,13 @@ class Parts:
             logger.warning("%s: damaged (%s), unit %d is made again", path, error, number)
             return None
         return record if record.number == number else None
+
+
+def _is_same_input(first: InputFacts, second: InputFacts) -> bool:
+    def content(facts: InputFacts) -> list[object]:
+        return [facts.num_units, [item.get("sha256") for item in facts.inputs]]
+
+    return content(first) == content(second)
 
 
 def _manifest_text(manifest: Manifest) -> str:

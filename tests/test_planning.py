@@ -97,7 +97,7 @@ def test_input_without_records_has_nothing_to_measure(tmp_path):
     fasta = write_fasta(tmp_path / "in.fa", {"empty": ""})
     found = plan(fasta, model=model_of("llama"), empty="skip", output=tmp_path / "out.h5")
     assert (found.units, found.rows, found.tokens, found.measured_batches) == (0, 0, 0, 0)
-    assert (found.seconds, found.tokens_per_s, found.widths) == (None, None, {})
+    assert (found.seconds, found.tokens_per_s, found.widths) == (None, None, {"norm": 16})
 
 
 def test_output_that_must_stay_is_refused(fasta, tmp_path):

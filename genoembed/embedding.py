@@ -18,9 +18,9 @@ from genoembed.config import DEFAULT_MODEL, embed_config
 from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
 from genoembed.engines.carried import CARRIED, carried_options, find_facts
 from genoembed.engines.embedder import UnitEmbedder
+from genoembed.engines.loading import load_configured
 from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
-from genoembed.models.load import load_model
 from genoembed.sequences.identity import IdRegistry
 from genoembed.sequences.policies import InputCounts, Policies
 from genoembed.sequences.rawrecord import RawRecord
@@ -75,7 +75,7 @@ class RecordEmbedder:
         facts = find_facts(name)
         self.config: EmbedConfig = _config(name, options, carried_options(facts, _given_of(options)))
         """What is done."""
-        self.model: GenomicModel = _load(self.config) if isinstance(name, str) else name
+        self.model: GenomicModel = load_configured(self.config.model) if isinstance(name, str) else name
         """The model."""
         self._embedder = UnitEmbedder(self.model, self.config, facts=facts)
 
@@ -293,17 +293,7 @@ def load_for_embedding(
         ModelError: If the model cannot be loaded.
     """
     given = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    return _load(_config(name, given, {}))
-
-
-def _load(config: EmbedConfig) -> GenomicModel:
-    return load_model(
-        config.model.model,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
+    return load_configured(_config(name, given, {}).model)
 
 
 def _block_rows(

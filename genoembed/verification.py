@@ -6,7 +6,6 @@ or given; each sequence must have the SHA-256 that the file recorded.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -24,6 +23,7 @@ from genoembed.analysis.comparison import (
 )
 from genoembed.analysis.search import record_names
 from genoembed.embedding import RecordEmbedder
+from genoembed.engines.loading import use_threads
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.sequences import read_sequences
 from genoembed.store import open_embeddings
@@ -135,7 +135,7 @@ def verify(
     if threads is not None and threads < 1:
         message = f"threads is {threads}; set threads to 1 or more"
         raise ConfigError(message)
-    with _torch_threads(threads), open_embeddings(path) as file:
+    with use_threads(threads), open_embeddings(path) as file:
         recipe = _recipe(file)
         wanted = _sample_ids(file, sample, seed)
         records = _find(wanted, _records(file, recipe, inputs, regions))
@@ -196,18 +196,6 @@ def certify(
         problem = "no record to measure on; check the input"
         raise EmptyRecordError(problem, path=", ".join(fspath(name) for name in names))
     return _certify(RecordEmbedder(**options), records, tolerance, seed)
-
-
-@contextmanager
-def _torch_threads(wanted: int | None) -> Iterator[None]:
-    """Set torch's number of threads, and set it back."""
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _certify(

@@ -94,7 +94,7 @@ RULES = {
         third_party=("numpy",),
     ),
     "verification": Rule(
-        internal=("embedding", "analysis", "sequences", "models", "store", *FLOOR),
+        internal=("embedding", "engines", "analysis", "sequences", "models", "store", *FLOOR),
         third_party=("numpy", "torch"),
     ),
     "exporting": Rule(

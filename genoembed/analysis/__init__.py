@@ -6,7 +6,6 @@ Needs the extra ``analysis``; scikit-learn is imported when a probe runs, not be
 from __future__ import annotations
 
 from genoembed.analysis.baselines import baseline_features, composition, kmer_frequencies, one_hot
-from genoembed.analysis.files import probe_file
 from genoembed.analysis.folds import split_folds
 from genoembed.analysis.linear import cross_validate
 from genoembed.analysis.metrics import MetricSummary, measure
@@ -24,6 +23,5 @@ __all__ = [
     "measure",
     "one_hot",
     "probe",
-    "probe_file",
     "split_folds",
 ]

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from genoembed.engines.loading import use_threads
 from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
-from genoembed.scoring.setup import run_options, torch_threads
+from genoembed.scoring.setup import run_options
 from genoembed.scoring.tables import open_table
 from genoembed.sequences import InputCounts, read_sequences
 
@@ -137,7 +138,7 @@ def score(
     policies = {name: value for name, value in policies.items() if value is not None}
     records = read_sequences(inputs, counts=counts, **policies)
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(run.threads))
+        stack.enter_context(use_threads(run.threads))
         scorer = _build_scorer(run, window, stride, progress)
         _check_per_base(scorer, bases_table)
         started = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -19,7 +18,7 @@ from genoembed.scoring.scorer import ScorePooling, ScoreStrands
 from genoembed.scoring.start import StartChoice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from genoembed.models.genomic_model import GenomicModel
 
@@ -148,23 +147,3 @@ def warn_of_precision(model: GenomicModel) -> None:
         name = str(model.dtype).removeprefix("torch.")
         message = f"{model.name} runs in {name}: differences between alleles are rounded; set dtype='float32'"
         warnings.warn(PrecisionWarning(message), stacklevel=4)
-
-
-@contextmanager
-def torch_threads(wanted: int | None) -> Iterator[None]:
-    """Set torch's number of threads, and set it back.
-
-    Args:
-        wanted: None leaves it.
-
-    Yields:
-        Nothing.
-    """
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        if wanted is not None:
-            torch.set_num_threads(before)

@@ -14,9 +14,10 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
+from genoembed.engines.loading import use_threads
 from genoembed.errors import ConfigError, VariantError
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
-from genoembed.scoring.setup import run_options, torch_threads, warn_of_precision
+from genoembed.scoring.setup import run_options, warn_of_precision
 from genoembed.scoring.tables import open_table
 from genoembed.scoring.variant_rows import (
     COLUMNS_WITHOUT_VECTORS,
@@ -123,7 +124,7 @@ def score_variants(
     counts = VariantCounts()
     contexts = read_variants(vcf, reference, flank=flank, unsupported=unsupported, counts=counts)
     with ExitStack() as stack:
-        stack.enter_context(torch_threads(run.threads))
+        stack.enter_context(use_threads(run.threads))
         scorer = _build_scorer(run, layer, pooling, progress)
         started = time.perf_counter()
         outputs = _Outputs(stack, scorer, table, vector_file, overwrite=overwrite)

@@ -20,7 +20,8 @@ from genoembed.store.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genoembed.store.parts import InputFacts, Parts, UnitRecord
+    from genoembed.store.manifest import InputFacts, UnitRecord
+    from genoembed.store.parts import Parts
     from genoembed.store.reader import EmbeddingFile
     from genoembed.store.schema import JSON
 

@@ -15,22 +15,33 @@ import logging
 import os
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
 from genoembed.store.atomic import write_text
+from genoembed.store.manifest import (
+    MANIFEST,
+    InputFacts,
+    Manifest,
+    UnitRecord,
+    UnitRows,
+    is_same_input,
+    known_fields,
+    manifest_text,
+    read_json,
+    read_manifest,
+)
 from genoembed.store.schema import STORAGE_DTYPES
 from genoembed.store.space import check_space, free_bytes
 from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
-    from genoembed.contracts import TokenBlock
-    from genoembed.store.schema import JSON, StorageDType
+    from genoembed.store.schema import JSON
 
 try:
     import fcntl
@@ -39,79 +50,13 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "genoembed-parts"
-VERSION = 1
-MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
+INPUT, CERTIFICATE = "input.json", "certificate.json"
 _PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.tmp")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
 _UNIT_OVERHEAD = 1 << 20
 """Bytes of a unit's file beside its vectors, about."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitRecord:
-    """What is known about a finished unit."""
-
-    number: int
-    """Position in the run, from 0."""
-    content: str
-    """SHA-256 of the records it was made from."""
-    first: str
-    """Id of its first record."""
-    last: str
-    """Id of its last record."""
-    num_records: int
-    num_bases: int
-    num_rows: int
-    stats: Mapping[str, float]
-    """What its forward passes cost."""
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Records without a vector, by id: why."""
-    shard_sha256: str = ""
-    """Of the file with its rows."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitRows:
-    """A unit that was embedded, and is to be saved."""
-
-    record: UnitRecord
-    block: EmbeddingBlock | TokenBlock
-    feature_names: Sequence[str] | None
-    """Of the primary matrix; None for a vector a token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a run is."""
-
-    identity: Mapping[str, JSON]
-    """Everything that decides what the vectors are, by name: two runs with the same are the same run."""
-    provenance: Mapping[str, JSON]
-    """What the output says about the run that made it, as far as that is known at its start."""
-    out_dtype: StorageDType
-    num_shares: int
-    """Into how many shares the units were divided, by the process that began."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the identity."""
-        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputFacts:
-    """What is known when the input was read to its end."""
-
-    num_units: int
-    counts: Mapping[str, int]
-    """What was read, and what the input policies did."""
-    inputs: Sequence[Mapping[str, JSON]]
-    """Files with their digests."""
-    regions: Sequence[Mapping[str, JSON]]
 
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
@@ -168,7 +113,7 @@ class Parts:
         with _reporting(parts.folder):
             parts.folder.mkdir(exist_ok=True)
         with parts.lock("begin", wait=True):
-            found = _read_manifest(parts.folder)
+            found = read_manifest(parts.folder)
             if found is not None and found.digest != parts._digest:
                 problem = parts._difference(found)
                 if not drop_other:
@@ -180,7 +125,7 @@ class Parts:
             if found is None:
                 parts._refuse_foreign()
                 with _reporting(parts.folder):
-                    write_text(parts.folder / MANIFEST, _manifest_text(manifest))
+                    write_text(parts.folder / MANIFEST, manifest_text(manifest))
                 return parts
         parts = cls(output, found)
         parts._drops_other = drop_other
@@ -199,7 +144,7 @@ class Parts:
         Raises:
             StoreFormatError: If the manifest cannot be read.
         """
-        manifest = _read_manifest(parts_folder(output))
+        manifest = read_manifest(parts_folder(output))
         return None if manifest is None else cls(output, manifest)
 
     @contextmanager
@@ -318,7 +263,7 @@ class Parts:
             StoreError: If that cannot be written, or a process with another share has read another input.
         """
         before = self.input_facts() if self.manifest.num_shares > 1 else None
-        if before is not None and not _is_same_input(before, facts):
+        if before is not None and not is_same_input(before, facts):
             problem = (
                 f"another share was made from another input ({before.num_units} units, here "
                 f"{facts.num_units}); give all shares the same files, and run those again that had others "
@@ -351,7 +296,7 @@ class Parts:
         Raises:
             StoreFormatError: If it cannot be read.
         """
-        found = _read_json(self.folder / CERTIFICATE)
+        found = read_json(self.folder / CERTIFICATE)
         return None if found is None or found.pop("run", None) != self._digest else found
 
     def input_facts(self) -> InputFacts | None:
@@ -363,10 +308,10 @@ class Parts:
         Raises:
             StoreFormatError: If they cannot be read.
         """
-        found = _read_json(self.folder / INPUT)
+        found = read_json(self.folder / INPUT)
         if found is None or found.pop("run", None) != self._digest:
             return None
-        return InputFacts(**_known(InputFacts, found))
+        return InputFacts(**known_fields(InputFacts, found))
 
     def began_ns(self) -> int:
         """Tell when the run began.
@@ -453,63 +398,14 @@ class Parts:
     def _read_record(self, number: int) -> UnitRecord | None:
         path = self.shard(number).with_suffix(".json")
         try:
-            found = _read_json(path)
+            found = read_json(path)
             if found is None or found.pop("run", None) != self._digest:
                 return None
-            record = UnitRecord(**_known(UnitRecord, found))
+            record = UnitRecord(**known_fields(UnitRecord, found))
         except (StoreFormatError, TypeError) as error:
             logger.warning("%s: damaged (%s), unit %d is made again", path, error, number)
             return None
         return record if record.number == number else None
-
-
-def _is_same_input(first: InputFacts, second: InputFacts) -> bool:
-    def content(facts: InputFacts) -> list[object]:
-        return [facts.num_units, [item.get("sha256") for item in facts.inputs]]
-
-    return content(first) == content(second)
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1, allow_nan=False)
-
-
-def _read_manifest(folder: Path) -> Manifest | None:
-    path = folder / MANIFEST
-    found = _read_json(path)
-    if found is None:
-        return None
-    if found.get("format") != FORMAT or not isinstance(found.get("identity"), dict):
-        problem = "is no manifest of a run; move it, or set output to another file"
-        raise StoreFormatError(problem, path=str(path))
-    if found.get("version") != VERSION:
-        problem = (
-            f"is of version {found.get('version')!r}, this genoembed knows {VERSION}; finish the run with "
-            "the genoembed that began it, or set overwrite to true to start over"
-        )
-        raise StoreFormatError(problem, path=str(path))
-    return Manifest(**_known(Manifest, found))
-
-
-def _known(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.name: found[key.name] for key in fields(cls) if key.name in found}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError as error:
-        problem = f"{str(path.parent)!r} is no folder; move it, or set output to another file"
-        raise StoreError(problem, path=str(path)) from error
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"cannot be read ({error}); remove its folder to start over"
-        raise StoreFormatError(problem, path=str(path)) from error
-    if not isinstance(found, dict):
-        problem = "is no JSON object; remove its folder to start over"
-        raise StoreFormatError(problem, path=str(path))
-    return found
 
 
 def _file_digest(path: Path) -> str | None:

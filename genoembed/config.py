@@ -208,12 +208,6 @@ class RunConfig:
 def read_shard(text: str) -> tuple[int, int] | None:
     """Read which share of the units a text means.
 
-    Args:
-        text: ``I/N``, from 1.
-
-    Returns:
-        Number of the first unit, from 0, and the number of shares; None where the text means none.
-
     Example:
         >>> read_shard("3/8"), read_shard("9/8")
         ((2, 8), None)
@@ -247,11 +241,7 @@ class EmbedConfig:
         _raise_all(problems)
 
     def to_dict(self) -> dict[str, object]:
-        """Give the configuration as nested dicts that JSON can hold.
-
-        Returns:
-            One dict a stage.
-        """
+        """Give the configuration as nested dicts that JSON can hold."""
         return asdict(self)
 
 
@@ -269,15 +259,6 @@ OPTION_STAGE = {key.name: stage for stage, cls in _STAGES.items() for key in fie
 
 def embed_config(options: Mapping[str, object]) -> EmbedConfig:
     """Build a configuration from flat keys.
-
-    Args:
-        options: Values by field name; without ``output`` it is the first input's stem and ``.h5``.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: If a key is unknown or a value is wrong; everything at once.
 
     Example:
         >>> config = embed_config({"inputs": ("phage.fa.gz",), "layers": ("28",)})
@@ -309,13 +290,6 @@ def _default_output(inputs: object) -> str:
 def default_output(first_input: str) -> str:
     """Name the output after the first input.
 
-    Args:
-        first_input: A file name, or ``-``.
-
-    Returns:
-        Its stem, without the endings of compression and format, and ``.h5``; in the current folder for ``-``
-        and for what is no file name, which reading refuses.
-
     Example:
         >>> default_output("data/genome.fa.gz"), default_output("-")
         ('data/genome.h5', 'embeddings.h5')
@@ -334,15 +308,7 @@ def _unknown_key(key: str) -> str:
 
 
 def field_problems(config: object, *, at_least: Mapping[str, tuple[int, str]] | None = None) -> Iterable[str]:
-    """Check each field of a dataclass by itself.
-
-    Args:
-        config: The dataclass.
-        at_least: Smallest value of a number, and its unit, by field.
-
-    Yields:
-        A sentence a field that is wrong.
-    """
+    """Check each field of a dataclass by itself."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         wanted = _mismatch(value, hint)

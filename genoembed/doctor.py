@@ -100,16 +100,7 @@ def run_doctor(
 
 
 def embed_sequences(model: GenomicModel, sequences: Sequence[bytes], layer: str) -> Tensor:
-    """Embed sequences in one batch, mean over bases: the shortest way through the stages.
-
-    Args:
-        model: A model whose tokens are bases.
-        sequences: DNA, each within the model's context.
-        layer: Module path.
-
-    Returns:
-        float32, shape ``(len(sequences), D)``, on the CPU.
-    """
+    """Embed sequences in one batch, mean over bases: the shortest way through the stages."""
     encoder = build_encoder(model.tokenizer)
     pieces = [encoder.encode(sequence) for sequence in sequences]
     batch = pad_batch(

@@ -59,16 +59,7 @@ class Embedded:
 
 
 class RecordEmbedder:
-    """A loaded model with settings, which embeds records in memory, again and again.
-
-    Args:
-        model: Name, folder, or a model that is loaded already.
-        **options: As for ``extract``, but for those about files.
-
-    Raises:
-        ConfigError: If options are wrong, alone or together.
-        ModelError: If the model cannot be loaded.
-    """
+    """A loaded model with settings, which embeds records in memory, again and again."""
 
     def __init__(self, model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL, **options: Any) -> None:
         name = fspath(model) if isinstance(model, PathLike) else model
@@ -97,20 +88,7 @@ class RecordEmbedder:
     def rows(
         self, records: Iterable[SequenceRecord]
     ) -> Iterator[tuple[ObsRow, dict[str, NDArray[np.floating]]]]:
-        """Embed records.
-
-        Args:
-            records: Clean, with ids of their own.
-
-        Yields:
-            What a file says about a row, and its vectors by layer: ``(D,)``, or ``(T, D)`` where every token
-            keeps its own.
-
-        Raises:
-            EmptyPoolError: If nothing of a record is left to pool.
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-        """
+        """Embed records."""
         units = iter_units(
             records, max_bases=self._embedder.unit_bases, max_records=self._embedder.unit_records
         )
@@ -118,20 +96,7 @@ class RecordEmbedder:
             yield from _block_rows(self._embedder(unit).block)
 
     def matrices(self, records: Sequence[SequenceRecord]) -> dict[str, NDArray[np.float32]]:
-        """Embed records to matrices.
-
-        Args:
-            records: Clean, one or more, with ids of their own.
-
-        Returns:
-            float32 ``(N, D)`` by layer, a row a record.
-
-        Raises:
-            ConfigError: If every token or window keeps a vector of its own.
-            EmptyPoolError: If nothing of a record is left to pool.
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-        """
+        """Embed records to matrices."""
         if self.config.embedding.pooling == "none" or self.config.windows.per_window:
             message = (
                 "pooling='none' and per_window give several vectors a sequence, but a matrix has a row a "
@@ -188,20 +153,7 @@ def embed(
 def clean_sequences(
     sequences: Iterable[str | bytes | SequenceRecord], config: EmbedConfig
 ) -> list[SequenceRecord]:
-    """Put sequences through the input policies.
-
-    Args:
-        sequences: Letters, or records, which are clean already.
-        config: Holds the policies.
-
-    Returns:
-        One record a sequence; those of letters have their place as id, from 0.
-
-    Raises:
-        AlphabetError: If a letter is invalid under the policies.
-        EmptyRecordError: If there are no sequences, or one has no bases.
-        ConfigError: If something else than letters is among them, or a policy would leave one out.
-    """
+    """Put sequences through the input policies."""
     policies = Policies(
         invalid=config.input.invalid, gaps=config.input.gaps, keep_case=config.input.keep_case
     )
@@ -276,22 +228,7 @@ def load_for_embedding(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> GenomicModel:
-    """Load a model to give to ``embed`` again and again.
-
-    Args:
-        name: Bundled or registry name, local folder, or Hugging Face id.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: Torch device; None is CUDA if present, else the CPU.
-        revision: Branch, tag or commit of a Hugging Face repository.
-        trust_remote_code: Run code that the model's repository brings.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigError: If an option is wrong.
-        ModelError: If the model cannot be loaded.
-    """
+    """Load a model to give to ``embed`` again and again."""
     given = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     return load_configured(_config(name, given, {}).model)
 

@@ -41,11 +41,7 @@ class GenoembedError(Exception):
     """Root of every error raised on purpose; goes through pickle, from one process to another."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Say how to make the error again: its constructor takes other arguments than it keeps.
-
-        Returns:
-            A function, and what to call it with.
-        """
+        """Say how to make the error again: its constructor takes other arguments than it keeps."""
         return _made_again, (type(self), self.args, self.__dict__)
 
 

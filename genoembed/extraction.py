@@ -170,18 +170,7 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
 
 
 def check_files(config: EmbedConfig) -> bool:
-    """Refuse an output that is one of the files to be read, or that is there and must stay.
-
-    Args:
-        config: What is asked for.
-
-    Returns:
-        Whether it is there and may be that of this very run.
-
-    Raises:
-        ConfigError: If the output is one of the files to be read.
-        StoreError: If it cannot be written, or must stay.
-    """
+    """Refuse an output that is one of the files to be read, or that is there and must stay."""
     output, overwrite = config.output.output, config.output.overwrite
     parts = Parts.find(output)
     may_stay = config.output.resume or (parts is not None and is_output_of(parts))
@@ -214,15 +203,7 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
 
 
 def manifest_of(config: EmbedConfig, facts: RunFacts) -> Manifest:
-    """Say what a run is.
-
-    Args:
-        config: What is asked for.
-        facts: Of its model.
-
-    Returns:
-        What its parts are known by.
-    """
+    """Say what a run is."""
     return Manifest(
         identity={"genoembed": __version__, **facts.identity},
         provenance={"genoembed_version": __version__, **describe_run(config, facts)},

@@ -63,25 +63,7 @@ def rescore(
     device: str | None = None,
     trust_remote_code: bool | None = None,
 ) -> tuple[Neighbours, dict[tuple[int, int], HybridScores]]:
-    """Score neighbours again and rank them by the weighted sum.
-
-    Args:
-        queries: Open file.
-        database: Open file.
-        found: By the dense vectors.
-        options: Weights, and where sequences are.
-        k: Neighbours to keep.
-        folder: Of the model; None is what the database names.
-        device: Torch device; None is CUDA if present, else the CPU.
-        trust_remote_code: Run code that the folder brings.
-
-    Returns:
-        Neighbours by the hybrid score, and the parts of each by row of the query and of the database.
-
-    Raises:
-        ConfigError: If the model has no such heads or is another one, or a sequence is not what was embedded.
-        InputError: If sequences cannot be read.
-    """
+    """Score neighbours again and rank them by the weighted sum."""
     for file in (queries, database):
         _check_whole_records(file)
     made = database.provenance
@@ -190,20 +172,7 @@ def _check_whole_records(file: EmbeddingFile) -> None:
 
 
 def sequences_of(file: EmbeddingFile, rows: Iterable[int], paths: tuple[str, ...]) -> dict[int, bytes]:
-    """Read the sequences of rows again, as the model saw them.
-
-    Args:
-        file: Open file, with a row a record.
-        rows: Which ones.
-        paths: Sequence files; empty takes those that the file names.
-
-    Returns:
-        Sequences by row.
-
-    Raises:
-        ConfigError: If a file or a record is not there, or a sequence is not the one that was embedded.
-        InputError: If the files cannot be read.
-    """
+    """Read the sequences of rows again, as the model saw them."""
     recorded: dict[str, Any] = file.provenance["config"]["input"]
     sources = list(paths or recorded["inputs"])
     if lost := [name for name in sources if not Path(name).is_file()]:

@@ -217,19 +217,7 @@ def recorded_options(
     layer: str | None = None,
     model: str | PathLike[str] | GenomicModel | None = None,
 ) -> dict[str, Any]:
-    """Give the options of ``extract`` that make vectors like those of a file.
-
-    Args:
-        database: An open file.
-        layer: Which matrix is wanted; None is the first.
-        model: Instead of the one that the file names.
-
-    Returns:
-        Options by name; the type of numbers is that of the run that made the file.
-
-    Raises:
-        ConfigError: If the file does not say how it was made.
-    """
+    """Give the options of ``extract`` that make vectors like those of a file."""
     provenance = database.provenance
     config, made = provenance.get("config"), provenance.get("model")
     if not isinstance(config, dict) or not isinstance(made, dict):

@@ -28,19 +28,6 @@ def baseline_features(
 ) -> dict[str, NDArray[np.float32]]:
     """Compute several baselines.
 
-    Args:
-        sequences: ASCII letters; case does not matter and U counts as T.
-        names: Which of ``gc_length``, ``kmer_4``, ``kmer_6`` and ``one_hot``; None takes all that fit:
-            ``one_hot`` only where all sequences have one length.
-
-    Returns:
-        A matrix a name, each ``(N, D)``.
-
-    Raises:
-        ConfigError: If a name is not known.
-        EmptyRecordError: If a sequence is empty.
-        SequenceLengthError: If ``one_hot`` is asked for and the lengths differ.
-
     Example:
         >>> {name: matrix.shape for name, matrix in baseline_features([b"ACGT", b"GGGG"]).items()}
         {'gc_length': (2, 2), 'kmer_4': (2, 256), 'kmer_6': (2, 4096), 'one_hot': (2, 16)}
@@ -65,16 +52,6 @@ def baseline_features(
 def composition(sequences: Sequence[bytes]) -> NDArray[np.float32]:
     """Describe each sequence by its share of G and C and its length.
 
-    Args:
-        sequences: ASCII letters; case does not matter.
-
-    Returns:
-        Share of G and C among the letters A, C, G, T and U (0 where there is none), and the natural logarithm
-        of the length. float32, ``(N, 2)``.
-
-    Raises:
-        EmptyRecordError: If a sequence is empty.
-
     Example:
         >>> composition([b"ACGG"]).round(3).tolist()
         [[0.75, 1.3860000371932983]]
@@ -90,18 +67,6 @@ def kmer_frequencies(sequences: Sequence[bytes], *, k: int) -> NDArray[np.float3
     """Count the overlapping k-mers of each sequence, on the strand as given.
 
     k-mers with letters other than A, C, G, T and U are left out.
-
-    Args:
-        sequences: ASCII letters; case does not matter.
-        k: Letters of a k-mer, 1 to 8.
-
-    Returns:
-        Shares that sum to 1 (all 0 where a sequence has no k-mer), k-mers in alphabetical order. float32,
-        ``(N, 4 ** k)``.
-
-    Raises:
-        ConfigError: If ``k`` is not 1 to 8.
-        EmptyRecordError: If a sequence is empty.
 
     Example:
         >>> kmer_frequencies([b"AAC", b"ANC"], k=2)[:, :3].tolist()
@@ -123,16 +88,6 @@ def kmer_frequencies(sequences: Sequence[bytes], *, k: int) -> NDArray[np.float3
 
 def one_hot(sequences: Sequence[bytes]) -> NDArray[np.float32]:
     """Mark which of A, C, G and T stands at each position.
-
-    Args:
-        sequences: ASCII letters, all sequences of one length; case does not matter and U counts as T.
-
-    Returns:
-        Four columns a position, in the order A, C, G, T; all 0 for other letters. float32, ``(N, 4 L)``.
-
-    Raises:
-        EmptyRecordError: If a sequence is empty.
-        SequenceLengthError: If the lengths differ.
 
     Example:
         >>> one_hot([b"AT"]).tolist()

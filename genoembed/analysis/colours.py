@@ -80,13 +80,6 @@ class NumberColumn:
 def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
     """Give classes their colours.
 
-    Args:
-        name: Of the column.
-        values: Class of each point, None where it has none.
-
-    Returns:
-        The column; the classes are ordered by frequency, equal ones by name.
-
     Example:
         >>> column = class_column("kind", ["a", "b", "b", None])
         >>> column.classes, column.codes.tolist(), column.colours
@@ -119,14 +112,6 @@ def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
 def number_column(name: str, values: NDArray[np.floating]) -> NumberColumn:
     """Choose a scale for numbers.
 
-    Args:
-        name: Of the column.
-        values: Of the points, ``(N,)``; what is not finite counts as missing.
-
-    Returns:
-        The column. From a hundred points on, the scale leaves the outermost hundredths out, so that one
-        outlier does not take all the colours; it is logarithmic where it spans a factor of a hundred.
-
     Example:
         >>> column = number_column("length", np.array([10.0, 5000.0, np.nan]))
         >>> column.low, column.high, column.is_log, column.num_missing
@@ -151,14 +136,6 @@ def text_column(
 ) -> ClassColumn | NumberColumn:
     """Tell numbers from classes.
 
-    Args:
-        name: Of the column.
-        values: Texts of the points, None where there is none.
-        as_classes: Whether numbers are classes, too: numbers of clusters.
-
-    Returns:
-        Numbers if every text that is there is one, else classes.
-
     Example:
         >>> type(text_column("x", ["1", "2.5", None])).__name__, type(text_column("x", ["1", "b"])).__name__
         ('NumberColumn', 'ClassColumn')
@@ -181,12 +158,6 @@ def _as_numbers(values: Sequence[str | None]) -> NDArray[np.float64] | None:
 
 def point_style(num_points: int) -> tuple[float, float]:
     """Choose size and opacity so that many points stay legible.
-
-    Args:
-        num_points: How many there are.
-
-    Returns:
-        Diameter in pixels, and opacity from 0 to 1.
 
     Example:
         >>> point_style(30), point_style(100_000)

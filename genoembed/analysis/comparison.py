@@ -159,13 +159,6 @@ def compare(
 def difference(first: NDArray[np.floating], second: NDArray[np.floating]) -> Difference:
     """Measure how far two vectors, or the vectors of two runs of tokens, agree.
 
-    Args:
-        first: ``(D,)`` or ``(T, D)``.
-        second: Likewise.
-
-    Returns:
-        The difference; of tokens the worst. Nothing (no tokens, or NaN throughout) equals nothing.
-
     Example:
         >>> difference(np.array([3.0, 4.0]), np.array([3.0, 4.5])).relative
         0.1111111111111111
@@ -191,15 +184,6 @@ def summarize(
 ) -> LayerComparison:
     """Sum differences up.
 
-    Args:
-        layer: What they are of.
-        found: Ids and differences.
-        tolerance: Largest relative difference that counts as equal.
-        num_worst: Records to name.
-
-    Returns:
-        The summary.
-
     Example:
         >>> summary = summarize("x", [("a", SAME), ("b", Difference(0.9, 0.5, 0.1))], tolerance=0.01)
         >>> summary.num_outside, summary.worst[0][0], summary.mean_cosine
@@ -223,13 +207,6 @@ def summarize(
 
 def tolerance_of(computed: Iterable[str], stored: Iterable[str] = ()) -> float:
     """Choose a tolerance.
-
-    Args:
-        computed: Types of numbers that models ran in; one that is not known counts as bfloat16.
-        stored: Types of numbers that files hold.
-
-    Returns:
-        Largest relative difference that counts as equal.
 
     Example:
         >>> tolerance_of(["float32"]), tolerance_of(["float32"], ["float16"]), tolerance_of(["bfloat16"])

@@ -51,20 +51,6 @@ def score_shots(
 
     Where all rows are used, seeds change nothing: there is one fit, and the deviation is 0.
 
-    Args:
-        features: Floating, ``(N, D)``, finite.
-        codes: Classes, int64 from 0, ``(N,)``.
-        is_test: Rows to score, bool, ``(N,)``; the others are for training.
-        seeds: Of the drawing.
-        shots: Rows of each class by name of the regime.
-
-    Returns:
-        For each regime, MCC, accuracy and macro-F1.
-
-    Raises:
-        ConfigError: If there are no test rows, or the training rows have fewer than two classes.
-        MissingExtraError: If scikit-learn is not installed.
-
     Example:
         >>> codes = np.arange(40) % 2
         >>> scores = score_shots(np.eye(2)[codes] * 9, codes, np.arange(40) >= 20)

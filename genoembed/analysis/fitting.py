@@ -156,18 +156,7 @@ def fit_transform(
 
 
 def load_transform(path: str | PathLike[str]) -> LoadedTransform:
-    """Load a transform.
-
-    Args:
-        path: A file of :func:`fit_transform`.
-
-    Returns:
-        The transform, and what made the vectors that it fits.
-
-    Raises:
-        StoreError: If the file cannot be read.
-        StoreFormatError: If it holds no transform, or is damaged.
-    """
+    """Load a transform."""
     stored = read_transform(path)
     facts = stored.facts
     try:

@@ -38,22 +38,6 @@ def split_folds(
     Classes (for regression: tenths of the ranks) are spread evenly over the folds. Rows of one group
     always share a fold.
 
-    Args:
-        target: Classes, or values for regression, shape ``(N,)``.
-        task: What the target is.
-        groups: Group of each row (homologs, chromosomes); None: each row stands alone.
-        num_folds: Folds, at least 3.
-        seed: Of the shuffling; the same seed gives the same folds.
-
-    Returns:
-        The fold in which each row is tested, int64 from 0, shape ``(N,)``.
-
-    Raises:
-        ConfigError: If there are fewer folds than 3, or fewer rows of a class, or fewer groups with it, than
-            folds.
-        ShapeError: If ``target`` and ``groups`` have different lengths.
-        MissingExtraError: If scikit-learn is not installed.
-
     Example:
         >>> folds = split_folds(np.array(["a", "b"] * 6), groups=[0, 0, 1, 1, 2, 2] * 2, num_folds=3)
         >>> folds[:6].tolist() == folds[6:].tolist(), sorted(set(folds.tolist()))
@@ -84,13 +68,6 @@ def split_folds(
 def inner_folds(folds: NDArray[np.int64], fold: int) -> list[int]:
     """List the folds that may be chosen on while one is held out.
 
-    Args:
-        folds: Fold of each row.
-        fold: The one that is held out.
-
-    Returns:
-        The others, beginning with the one behind it, so that no fold serves more often than another.
-
     Example:
         >>> inner_folds(np.array([0, 1, 2, 3]), 1)
         [2, 3, 0]
@@ -101,11 +78,7 @@ def inner_folds(folds: NDArray[np.int64], fold: int) -> list[int]:
 
 
 def missing_scikit_learn() -> MissingExtraError:
-    """Say that scikit-learn is missing.
-
-    Returns:
-        The error to raise.
-    """
+    """Say that scikit-learn is missing."""
     return MissingExtraError(package="scikit-learn", extra="analysis", purpose="a probe")
 
 

@@ -33,14 +33,7 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, file: EmbeddingFile) -> Places:
-        """Read them.
-
-        Args:
-            file: An open file.
-
-        Returns:
-            What the table of records says.
-        """
+        """Read them."""
         obs = file.obs
         return cls(file.ids, obs["start"], obs["end"], list(obs["strand"]), list(obs["description"]))
 
@@ -102,14 +95,7 @@ class Hits:
             yield from self.of_row(query)
 
     def of_row(self, query: int) -> Iterator[Hit]:
-        """Give the hits of one query, the nearest first.
-
-        Args:
-            query: Its row.
-
-        Yields:
-            Hits.
-        """
+        """Give the hits of one query, the nearest first."""
         asked, found = self.queries, self.subjects
         for rank, (row, score) in enumerate(
             zip(self.neighbours.rows[query].tolist(), self.neighbours.scores[query].tolist(), strict=True), 1
@@ -131,11 +117,7 @@ class Hits:
             )
 
     def columns(self) -> dict[str, list[object]]:
-        """Lay all hits out as columns, such as ``pandas.DataFrame`` takes.
-
-        Returns:
-            By name, each of ``H`` values.
-        """
+        """Lay all hits out as columns, such as ``pandas.DataFrame`` takes."""
         hits = list(self)
         named: dict[str, list[object]] = {name: [getattr(hit, name) for hit in hits] for name in COLUMNS}
         if self.hybrid:
@@ -144,11 +126,7 @@ class Hits:
         return named
 
     def lines(self) -> Iterator[str]:
-        """Write all hits as tab-separated values.
-
-        Yields:
-            Lines without line break; the first one begins with ``#`` and names the columns.
-        """
+        """Write all hits as tab-separated values."""
         yield "#" + "\t".join(COLUMNS + (HYBRID_COLUMNS if self.hybrid else ()))
         for hit in self:
             values: tuple[object, ...] = hit[:-1]

@@ -27,17 +27,7 @@ _TICKS_PER_DECADE = (1, 2, 5)
 
 
 def build_page(content: MapContent) -> str:
-    """Build the page.
-
-    Args:
-        content: What it shows.
-
-    Returns:
-        The HTML.
-
-    Raises:
-        MissingExtraError: If plotly is not installed.
-    """
+    """Build the page."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

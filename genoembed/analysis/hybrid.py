@@ -39,14 +39,6 @@ class HybridWeights:
     def total(self, *, dense: float, sparse: float, multi_vector: float) -> float:
         """Add scores.
 
-        Args:
-            dense: Cosine or dot product.
-            sparse: Of shared terms.
-            multi_vector: MaxSim.
-
-        Returns:
-            The weighted sum.
-
         Example:
             >>> HybridWeights().total(dense=1.0, sparse=1.0, multi_vector=0.5)
             1.8
@@ -75,15 +67,6 @@ def shared_terms(
 ) -> SharedTerms:
     """Score the terms that two sequences share.
 
-    Args:
-        query_ids: Terms, each once. int64, ``(U,)``.
-        query_weights: Floating, ``(U,)``.
-        subject_ids: As ``query_ids``.
-        subject_weights: As ``query_weights``.
-
-    Returns:
-        The score and the terms; those of weight 0 are not among them.
-
     Example:
         >>> ids, weights = np.array([5, 7]), np.array([2.0, 1.0])
         >>> found = shared_terms(ids, weights, np.array([7, 9]), np.array([3.0, 1.0]))
@@ -110,13 +93,6 @@ class BestMatches(NamedTuple):
 
 def best_matches(query: NDArray[np.floating], subject: NDArray[np.floating]) -> BestMatches:
     """Find for each vector of the query the most similar one of the subject.
-
-    Args:
-        query: Floating, ``(M, E)``, at least one.
-        subject: Floating, ``(M', E)``, at least one.
-
-    Returns:
-        MaxSim, and what matched; of equal ones, the first.
 
     Example:
         >>> best_matches(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0], [0.5, 0.0]]))

@@ -55,12 +55,6 @@ class Comparison:
 def name_layer(path: str) -> str:
     """Call a layer by what the user would ask for.
 
-    Args:
-        path: Module path.
-
-    Returns:
-        ``layer 21 (blocks.21.mlp.l3)`` where an integer means this module, else the path.
-
     Example:
         >>> name_layer("blocks.21.mlp.l3"), name_layer("encoder.layer.5"), name_layer("blocks.21")
         ('layer 21 (blocks.21.mlp.l3)', 'layer 5 (encoder.layer.5)', 'layer blocks.21')
@@ -70,14 +64,7 @@ def name_layer(path: str) -> str:
 
 
 def layer_number(path: str) -> int | None:
-    """Find the integer that means a module, where there is one.
-
-    Args:
-        path: Module path.
-
-    Returns:
-        The block's number, or None.
-    """
+    """Find the integer that means a module, where there is one."""
     found = _NUMBERED.fullmatch(path)
     return None if found is None else int(found[1] or found[2])
 
@@ -90,18 +77,7 @@ def choose_layer(
     pooling: str | None,
     task: Task,
 ) -> LayerChoice:
-    """Recommend the layer with the best mean score, the first of equals.
-
-    Args:
-        layers: All of them, in the order of the model.
-        inside: The score when the layer is chosen inside the training folds.
-        fusions: Named if one of them is above the best layer.
-        pooling: How tokens became one vector; None where that is not known.
-        task: What the target is.
-
-    Returns:
-        The choice, and what to say about it.
-    """
+    """Recommend the layer with the best mean score, the first of equals."""
     metric = METRICS[task][0]
     means = [layer.metrics[metric].mean for layer in layers]
     best = int(np.argmax(means))
@@ -167,16 +143,7 @@ def compare(
 
 
 def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: Task) -> str:
-    """Say in plain words whether the embeddings were worth it.
-
-    Args:
-        model: As for :func:`compare`.
-        comparisons: From there.
-        task: What the target is.
-
-    Returns:
-        One sentence.
-    """
+    """Say in plain words whether the embeddings were worth it."""
     metric = METRIC_WORDS[METRICS[task][0]]
     mine = f"{metric} {model.metrics[METRICS[task][0]].mean:.3f}"
     if not comparisons:

@@ -39,21 +39,7 @@ def plot_layers(
     task: Task,
     title: str,
 ) -> None:
-    """Draw score by layer, with one standard deviation over folds as a band.
-
-    Args:
-        path: File to write; its ending says what: ``.png``, ``.svg``, ``.pdf``.
-        layers: Scores, in the order of the model.
-        lines: Candidates without a layer, drawn as lines across: baselines and fusions.
-        untrained: Scores of the same layers of an untrained copy.
-        best: The layer that is recommended.
-        task: What the target is.
-        title: Above the picture.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-        StoreError: If the file cannot be written.
-    """
+    """Draw score by layer, with one standard deviation over folds as a band."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -66,24 +66,6 @@ def cross_validate(
 
     The penalty is chosen for each test fold by the first metric of the task on other folds.
 
-    Args:
-        features: Floating, ``(N, D)``; or ``(N, P, D)``, vectors at positions, which are reduced to
-            ``components`` principal components (fitted on the training rows, the same axes for all positions)
-            and laid side by side. Several such blocks of the same rows are laid side by side.
-        target: Classes or values, ``(N,)``.
-        folds: Fold of each row, from ``split_folds``.
-        task: What the target is.
-        components: See ``features``.
-
-    Returns:
-        Mean and deviation over folds of each metric of the task.
-
-    Raises:
-        ConfigError: If ``components`` is below 1, or a value of a regression is no finite number.
-        NonFiniteError: If a feature is NaN or infinite.
-        ShapeError: If the arguments do not belong together.
-        MissingExtraError: If scikit-learn is not installed.
-
     Example:
         >>> features = np.eye(2)[[0, 1] * 6]
         >>> folds = np.arange(12) // 4
@@ -111,22 +93,7 @@ def score_fold(
     task: Task,
     components: int = COMPONENTS,
 ) -> FoldScore:
-    """Choose blocks and penalty on inner folds, fit on all rows outside one fold, and score it.
-
-    Args:
-        choices: Sets of checked blocks to choose among, at least one.
-        codes: The target, from ``encode_target``.
-        folds: Fold of each row.
-        fold: The one to test on.
-        task: What the target is.
-        components: Principal components of blocks at positions.
-
-    Returns:
-        The score on the fold, and what was chosen for it.
-
-    Raises:
-        MissingExtraError: If scikit-learn is not installed.
-    """
+    """Choose blocks and penalty on inner folds, fit on all rows outside one fold, and score it."""
     penalties = LOGISTIC_C if task == "classification" else RIDGE_PENALTIES
     metric = METRICS[task][0]
     inner = np.zeros((len(choices), len(penalties)))
@@ -191,14 +158,6 @@ def predict(
 def solve_ridge(gram: NDArray[np.float64], right: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
     """Solve the normal equations of a ridge regression.
 
-    Args:
-        gram: Mean products of the features (or, times the number of rows, of the rows), square.
-        right: Mean products of features and target (or the target).
-        penalty: What is added to the diagonal, above 0.
-
-    Returns:
-        Weights, in the shape of ``right``.
-
     Example:
         >>> solve_ridge(np.eye(2), np.array([[1.0], [2.0]]), 1.0).ravel().tolist()
         [0.5, 1.0]
@@ -212,14 +171,6 @@ def ridge_weights(
     train: NDArray[np.float64], wanted: NDArray[np.float64], penalty: float
 ) -> NDArray[np.float64]:
     """Fit a ridge regression by the smaller of the two Gram matrices.
-
-    Args:
-        train: Standardised features to fit on, ``(N, D)``.
-        wanted: Columns of the target, centred, ``(N, K)``.
-        penalty: On the mean of the squared errors, above 0.
-
-    Returns:
-        Weights of the features, ``(D, K)``.
 
     Example:
         >>> ridge_weights(np.array([[-1.0], [1.0]]), np.array([[-2.0], [2.0]]), 1.0).tolist()
@@ -239,15 +190,6 @@ def ridge_predictions(
     penalties: Sequence[float],
 ) -> list[NDArray[np.float64]]:
     """Fit ridge regressions by the smaller of the two Gram matrices, and predict.
-
-    Args:
-        train: Standardised features to fit on, ``(N, D)``.
-        wanted: Columns of the target, ``(N, K)``.
-        test: Standardised features to predict for.
-        penalties: On the mean of the squared errors, above 0.
-
-    Returns:
-        Predictions by penalty, ``(rows, K)`` each.
 
     Example:
         >>> features = np.array([[-1.0], [1.0]])

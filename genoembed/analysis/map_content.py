@@ -41,12 +41,7 @@ class MapContent:
     seed: int
 
     def drawing_order(self) -> NDArray[np.int64]:
-        """Mix the points, so that no class hides another because it comes later in the file.
-
-        Returns:
-            Numbers of the points, ``(N,)``; grey ones, without a value or of a class without a colour of its
-            own, come first, and so beneath the others.
-        """
+        """Mix the points, so that no class hides another because it comes later in the file."""
         order = np.random.default_rng(self.seed).permutation(len(self.ids)).astype(np.int64)
         column = self.columns[0]
         if isinstance(column, ClassColumn):
@@ -59,14 +54,7 @@ class MapContent:
 
 
 def table_lines(content: MapContent) -> Iterator[str]:
-    """Write the map as tab-separated text.
-
-    Args:
-        content: The map.
-
-    Yields:
-        The header, and a line a point in the order of the file; without line ends.
-    """
+    """Write the map as tab-separated text."""
     names = [column.name for column in content.columns if column.name != "length"]
     yield _line(["id", "x", "y", "description", "length", *names])
     shown = [_texts(column) for column in content.columns if column.name != "length"]

@@ -38,15 +38,6 @@ def measure(true: NDArray[np.generic], predicted: NDArray[np.generic], *, task: 
     Correlations are 0 where one side is constant, as the Matthews correlation is by convention. Macro-F1 is
     the mean over the classes that occur on either side.
 
-    Args:
-        true: Classes or values, ``(N,)``, at least one.
-        predicted: The same for the predictions.
-        task: ``classification`` gives ``mcc``, ``accuracy`` and ``macro_f1``; ``regression`` gives ``r2``,
-            ``pearson`` and ``spearman``.
-
-    Returns:
-        A value a metric.
-
     Example:
         >>> measure(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), task="classification")["accuracy"]
         0.75
@@ -64,12 +55,6 @@ def measure(true: NDArray[np.generic], predicted: NDArray[np.generic], *, task: 
 
 def summarize(by_fold: Sequence[Mapping[str, float]]) -> dict[str, MetricSummary]:
     """Collect the metrics of the folds.
-
-    Args:
-        by_fold: As ``measure`` gives them, one a fold, at least two.
-
-    Returns:
-        Mean and deviation of each metric.
 
     Example:
         >>> summarize([{"mcc": 0.5}, {"mcc": 0.7}])["mcc"].mean

@@ -74,14 +74,7 @@ class Origin:
 
 
 class NearestIndex:
-    """An index that answers queries.
-
-    Args:
-        index: Of usearch.
-        metric: What is near.
-        scale: Length that all rows have, for ``dot``.
-        memory: What the index reads from, kept as long as it is.
-    """
+    """An index that answers queries."""
 
     def __init__(self, index: Any, *, metric: Metric, scale: float, memory: mmap.mmap | None = None) -> None:
         self._index = index
@@ -100,22 +93,7 @@ class NearestIndex:
         effort: int = SEARCH_EFFORT,
         threads: int = 1,
     ) -> Neighbours:
-        """Find near rows of each query, most of the nearest ones among them.
-
-        Args:
-            queries: Floating, ``(Q, D)``.
-            source: The rows that the index was built from.
-            k: Neighbours of each query.
-            owners: Pairs that are left out.
-            effort: Candidates that are looked at; more find more, and take longer.
-            threads: Of the search.
-
-        Returns:
-            ``min(k, N)`` neighbours a query.
-
-        Raises:
-            ShapeError: If queries and rows differ in width.
-        """
+        """Find near rows of each query, most of the nearest ones among them."""
         check_widths(queries, source)
         wide = np.asarray(queries, dtype=np.float64)
         k = min(k, len(source))
@@ -182,12 +160,6 @@ def _without(
 def unit_rows_or_zero(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Give each row length 1; rows of zeros stay.
 
-    Args:
-        vectors: ``(N, D)``, finite.
-
-    Returns:
-        float64, ``(N, D)``.
-
     Example:
         >>> unit_rows_or_zero(np.array([[0.0, 2.0], [0.0, 0.0]])).tolist()
         [[0.0, 1.0], [0.0, 0.0]]
@@ -206,20 +178,7 @@ def build_index(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NearestIndex, bytearray]:
-    """Build an index.
-
-    Args:
-        source: The rows; those that cannot be compared are left out.
-        metric: What is near.
-        threads: Of the build; with more than one, the graph depends on their timing.
-        progress: Called with the number of rows that were looked at.
-
-    Returns:
-        The index, and its bytes.
-
-    Raises:
-        MissingExtraError: If usearch is not installed.
-    """
+    """Build an index."""
     scale = _longest(source) if metric == "dot" else 1.0
     index = _new_index(source.width + (metric == "dot"), metric)
     for start, block in source.blocks():
@@ -278,22 +237,7 @@ def open_index(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NearestIndex, Path | None, bool]:
-    """Take the index that lies beside a file, or build it and put it there.
-
-    Args:
-        source: The rows.
-        origin: Where they are from.
-        path: The index file; None is beside the embedding file.
-        threads: Of a build.
-        progress: Of a build.
-
-    Returns:
-        The index, its file (None where that cannot be written, which is logged), and whether it was built.
-
-    Raises:
-        MissingExtraError: If usearch is not installed.
-        StoreError: If the disk is full.
-    """
+    """Take the index that lies beside a file, or build it and put it there."""
     path = path or origin.index_path()
     wanted = _identity(source, origin)
     header = _read_header(path)

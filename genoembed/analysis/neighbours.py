@@ -65,20 +65,6 @@ def exact_neighbours(
     Rows that hold NaN or infinity (and, for cosines, rows of zeros) are nobody's neighbours, and queries of
     that kind have none.
 
-    Args:
-        queries: Floating, ``(Q, D)``.
-        source: The rows.
-        k: Neighbours of each query, 1 or more; with fewer rows, as many as there are.
-        metric: What is near.
-        owners: Pairs that are left out; None leaves out none.
-        rows_per_block: Rows that are read at a time; the result does not depend on it.
-
-    Returns:
-        ``min(k, N)`` neighbours a query.
-
-    Raises:
-        ShapeError: If queries and rows differ in width.
-
     Example:
         >>> from genoembed.analysis.vectors import VectorSource
         >>> rows = VectorSource(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
@@ -108,15 +94,7 @@ def exact_neighbours(
 
 
 def check_widths(queries: NDArray[np.floating], source: VectorSource) -> None:
-    """Refuse queries that are no vectors of this source.
-
-    Args:
-        queries: Floating, ``(Q, D)``.
-        source: The rows.
-
-    Raises:
-        ShapeError: If they differ in width.
-    """
+    """Refuse queries that are no vectors of this source."""
     if queries.ndim != 2 or queries.shape[1] != source.width:
         message = f"queries: shape {queries.shape}, expected (Q, {source.width}), the width of the rows"
         raise ShapeError(message)
@@ -130,12 +108,6 @@ def _prepared(vectors: NDArray[np.float64], metric: Metric) -> NDArray[np.float6
 
 def unit_rows(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Give each row length 1.
-
-    Args:
-        vectors: ``(N, D)``, no row all zeros. Very small and very large values are no trouble.
-
-    Returns:
-        float64, ``(N, D)``.
 
     Example:
         >>> unit_rows(np.array([[3e-200, 4e-200]])).tolist()
@@ -232,13 +204,6 @@ class _Ranking:
 
 def keys_to_scores(keys: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
     """Turn what is ranked by into what is shown.
-
-    Args:
-        keys: Cosines, dot products, or squared distances times -1.
-        metric: Which of them.
-
-    Returns:
-        Cosines from -1 to 1, dot products, or distances.
 
     Example:
         >>> keys_to_scores(np.array([-9.0]), "euclidean").tolist()

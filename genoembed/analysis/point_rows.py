@@ -57,23 +57,7 @@ def read_points(
     max_points: int | None = None,
     seed: int = 0,
 ) -> PointRows:
-    """Read the vectors that a map shows.
-
-    Args:
-        file: An open pooled file.
-        layer: Which matrix; None is the first.
-        transform: A file of ``fit_transform``, applied to each vector.
-        max_points: Take a random sample of so many rows where there are more; None takes all.
-        seed: Of the sample.
-
-    Returns:
-        The rows that have a vector.
-
-    Raises:
-        ConfigError: If the transform was fitted on other vectors, or fewer than three rows are left.
-        LayerError: If the file has no such matrix.
-        StoreError: If a file cannot be read, or holds a vector for every token.
-    """
+    """Read the vectors that a map shows."""
     _ = file.X  # a per-token file says here that it has no row a record
     name = layer or file.layers[0]
     source = VectorSource(file[name], _load(file, name, transform))

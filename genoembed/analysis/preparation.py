@@ -27,20 +27,7 @@ COMPONENTS = 32
 
 
 def check_block(block: NDArray[np.floating], *, num_rows: int, name: str) -> NDArray[np.floating]:
-    """Refuse features that no model can be fitted on.
-
-    Args:
-        block: Floating, ``(N, D)`` or ``(N, P, D)``.
-        num_rows: Rows that there must be.
-        name: For the errors.
-
-    Returns:
-        The features as a NumPy array.
-
-    Raises:
-        NonFiniteError: If a value is NaN or infinite.
-        ShapeError: If the shape is another.
-    """
+    """Refuse features that no model can be fitted on."""
     block = np.asarray(block)
     if block.ndim not in (2, 3) or len(block) != num_rows or 0 in block.shape:
         message = f"{name}: shape {block.shape}, expected ({num_rows}, D) or ({num_rows}, P, D)"
@@ -52,14 +39,7 @@ def check_block(block: NDArray[np.floating], *, num_rows: int, name: str) -> NDA
 
 
 def check_components(components: int) -> None:
-    """Refuse a number of components that keeps nothing.
-
-    Args:
-        components: Principal components to keep.
-
-    Raises:
-        ConfigError: If it is below 1.
-    """
+    """Refuse a number of components that keeps nothing."""
     if components < 1:
         message = f"components: {components}, expected 1 or more; set components to {COMPONENTS}"
         raise ConfigError(message)
@@ -67,16 +47,6 @@ def check_components(components: int) -> None:
 
 def encode_target(target: NDArray[np.generic], *, task: Task) -> NDArray[np.generic]:
     """Number the classes, or take the values as float64.
-
-    Args:
-        target: Classes or values, ``(N,)``.
-        task: What it is.
-
-    Returns:
-        int64 from 0 in the order of the sorted classes, or float64; ``(N,)``.
-
-    Raises:
-        ConfigError: If a value of a regression is no finite number.
 
     Example:
         >>> encode_target(np.array(["b", "a", "b"]), task="classification").tolist()
@@ -99,16 +69,7 @@ def encode_target(target: NDArray[np.generic], *, task: Task) -> NDArray[np.gene
 def lay_out(
     blocks: Sequence[NDArray[np.floating]], train: NDArray[np.bool_], *, components: int
 ) -> NDArray[np.float64]:
-    """Lay blocks side by side, each position's vector as its principal components.
-
-    Args:
-        blocks: Checked blocks of the same rows.
-        train: Rows to learn the axes from, bool, ``(N,)``.
-        components: Principal components to keep.
-
-    Returns:
-        All rows, float64, ``(N, D)``.
-    """
+    """Lay blocks side by side, each position's vector as its principal components."""
     parts = [
         block.astype(np.float64)
         if block.ndim == 2
@@ -119,15 +80,7 @@ def lay_out(
 
 
 def deviations(mean: NDArray[np.float64], mean_square: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give what to divide by, infinity where only rounding moves a feature.
-
-    Args:
-        mean: Of each feature.
-        mean_square: Mean of its squares.
-
-    Returns:
-        Standard deviations, so that constant features come out as 0.
-    """
+    """Give what to divide by, infinity where only rounding moves a feature."""
     variance = mean_square - mean**2
     return np.where(variance > 1e-12 * mean_square, np.sqrt(np.maximum(variance, 0)), np.inf)
 
@@ -136,14 +89,6 @@ def standardize(
     features: NDArray[np.float64], train: NDArray[np.bool_], test: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Take mean and deviation of the training rows out of training and test rows.
-
-    Args:
-        features: All rows, ``(N, D)``.
-        train: Rows to learn from, bool, ``(N,)``.
-        test: Rows to treat the same way.
-
-    Returns:
-        The training rows and the test rows.
 
     Example:
         >>> is_first = np.array([True, True, False])

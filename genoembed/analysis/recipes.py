@@ -20,14 +20,6 @@ _EMBEDDING = ("pooling", "skip_first", "fusion", "fusion_weights", "rc")
 def recipe_of(provenance: Mapping[str, Any], layer: str) -> dict[str, Any]:
     """Collect what vectors must have in common.
 
-    Args:
-        provenance: Of an embedding file.
-        layer: Name of the matrix.
-
-    Returns:
-        Digest of the weights (the model's id where there is none), layer, layers that were fused, pooling,
-        fusion, strands, case and the projection of a fine-tuned model; what the file says of them.
-
     Example:
         >>> made = {"model": {"weights_sha256": "ab"}, "config": {"embedding": {"rc": "none"}}}
         >>> recipe_of(made, "blocks.1")
@@ -52,13 +44,6 @@ def recipe_of(provenance: Mapping[str, Any], layer: str) -> dict[str, Any]:
 def differences(first: Recipe, second: Recipe) -> list[str]:
     """Say in what two recipes differ.
 
-    Args:
-        first: One of them.
-        second: The other.
-
-    Returns:
-        Texts such as ``pooling: 'mean' against 'max'``; empty where they agree.
-
     Example:
         >>> differences({"pooling": "mean", "rc": "none"}, {"pooling": "max", "rc": "none"})
         ["pooling: 'mean' against 'max'"]
@@ -72,16 +57,7 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
 
 
 def check_comparable(first: Recipe, second: Recipe, *, names: tuple[str, str]) -> None:
-    """Refuse vectors that were not made in the same way.
-
-    Args:
-        first: What made the one.
-        second: What made the other.
-        names: Their files.
-
-    Raises:
-        ConfigError: If the recipes differ; says in what.
-    """
+    """Refuse vectors that were not made in the same way."""
     found = differences(first, second)
     if found:
         message = (

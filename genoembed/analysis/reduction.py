@@ -70,17 +70,6 @@ class PlaneMap:
 def lay_out(vectors: NDArray[np.float32], options: MapOptions) -> PlaneMap:
     """Lay vectors out in the plane.
 
-    Args:
-        vectors: Finite, ``(N, D)``, three rows or more; not changed.
-        options: How.
-
-    Returns:
-        The points, in the order of the rows. The same vectors, options and versions give the same points on
-        one machine.
-
-    Raises:
-        MissingExtraError: If scikit-learn, or for UMAP umap-learn, is not installed.
-
     Example:
         >>> corners = np.array([[3, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=np.float32)
         >>> lay_out(corners, MapOptions()).axis_labels

@@ -45,20 +45,6 @@ def learn_mix(
 ) -> dict[str, float]:
     """Learn how much each layer counts.
 
-    Args:
-        features: Layers by name, floating, ``(N, D)``, all of one width; read several times.
-        codes: The target, from ``encode_target``.
-        folds: Fold of each row; they are the parts that models are fitted without.
-        task: What the target is.
-        without: A fold whose rows are not looked at; None looks at all.
-
-    Returns:
-        Weights of the layers as they are stored, none below 0, with the sum 1: what ``fusion_weights``
-        takes.
-
-    Raises:
-        ConfigError: If there is no layer.
-
     Example:
         >>> rng = np.random.default_rng(0)
         >>> codes = np.arange(60) % 2
@@ -99,13 +85,6 @@ def mix_layers(
     features: Mapping[str, NDArray[np.floating]], weights: Mapping[str, float]
 ) -> NDArray[np.float32]:
     """Take the weighted mean of layers, one in memory at a time.
-
-    Args:
-        features: Layers by name, floating, ``(N, D)``, all of one width.
-        weights: One a layer, with the sum 1.
-
-    Returns:
-        float32, ``(N, D)``: what ``extract`` gives with ``fusion='weighted'``, but for rounding.
 
     Example:
         >>> mix_layers({"a": np.array([[4.0]]), "b": np.array([[8.0]])}, {"a": 0.75, "b": 0.25}).tolist()

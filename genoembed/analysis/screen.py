@@ -43,14 +43,7 @@ class ScreenScores:
     ``(F,)``."""
 
     def chosen_by(self, fold: int) -> float:
-        """Give the score that a choice for one test fold may look at.
-
-        Args:
-            fold: The test fold.
-
-        Returns:
-            Mean over the inner folds.
-        """
+        """Give the score that a choice for one test fold may look at."""
         return float(np.nanmean(self.inner[fold]))
 
 
@@ -82,18 +75,7 @@ def screen(
     task: Task,
     components: int,
 ) -> ScreenScores:
-    """Score blocks on every pair of an outer and an inner fold.
-
-    Args:
-        blocks: Checked blocks, laid side by side.
-        codes: The target, from ``encode_target``.
-        folds: Fold of each row, numbered from 0.
-        task: What the target is.
-        components: Principal components of blocks at positions.
-
-    Returns:
-        Scores on inner and outer folds.
-    """
+    """Score blocks on every pair of an outer and an inner fold."""
     num_folds = int(folds.max()) + 1
     wanted = _columns(codes, task)
     fits = _Fits(blocks, wanted, folds, components)

@@ -104,24 +104,7 @@ def find_neighbours(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> FoundNeighbours:
-    """Find, for each row of one file, the nearest rows of another.
-
-    Args:
-        queries: Open pooled file; may be the database itself.
-        database: Open pooled file.
-        options: What is near; None is ``SearchOptions()``.
-        progress: Called while an index is built, with the number of rows.
-
-    Returns:
-        Neighbours by row, and how they were found.
-
-    Raises:
-        ConfigError: If the files' vectors were made in different ways, or those of the transform.
-        LayerError: If a file has no such matrix.
-        MissingExtraError: If the search is approximate and usearch is not installed.
-        ShapeError: If the widths differ.
-        StoreError: If a file cannot be read, or holds a vector for every token.
-    """
+    """Find, for each row of one file, the nearest rows of another."""
     options = options or SearchOptions()
     for file in (queries, database):
         _ = file.X  # a per-token file says here that it has no row a record
@@ -190,14 +173,6 @@ def recall_of(found: Neighbours, exact: Neighbours, *, metric: Metric) -> float:
     A row that is as near as the last true neighbour counts, too: of several that are equally near, none is
     truer.
 
-    Args:
-        found: Of the index.
-        exact: Of the same queries.
-        metric: What is near.
-
-    Returns:
-        From 0 to 1; NaN where there is no true neighbour.
-
     Example:
         >>> exact = Neighbours(np.array([[4, 7]]), np.array([[0.9, 0.8]]))
         >>> recall_of(Neighbours(np.array([[4, 9]]), np.array([[0.9, 0.7]])), exact, metric="cosine")
@@ -223,14 +198,7 @@ def _owners(queries: EmbeddingFile, database: EmbeddingFile) -> Owners:
 
 
 def record_names(file: EmbeddingFile) -> list[str]:
-    """Name the record that each row belongs to.
-
-    Args:
-        file: An open file.
-
-    Returns:
-        The ids; in a file with a row a window, the ids without the windows' places.
-    """
+    """Name the record that each row belongs to."""
     config = file.provenance.get("config")
     windows = config.get("windows", {}) if isinstance(config, dict) else {}
     if not windows.get("per_window"):

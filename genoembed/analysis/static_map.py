@@ -34,18 +34,7 @@ _BAR_BOX = (0.755, 0.3, 0.02, 0.45)
 
 
 def draw_map(content: MapContent, kind: Literal["png", "svg"]) -> bytes:
-    """Draw a map, coloured by its first column.
-
-    Args:
-        content: What to draw.
-        kind: ``png`` or ``svg``.
-
-    Returns:
-        The picture.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
+    """Draw a map, coloured by its first column."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

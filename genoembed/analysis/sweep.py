@@ -89,24 +89,6 @@ def sweep_layers(
 ) -> Sweep:
     """Score each layer by itself, then fusions of them.
 
-    Args:
-        features: Layers by name, floating, ``(N, D)`` each; read where they are indexed, one at a time but
-            for those that are laid side by side.
-        codes: The target, from ``encode_target``.
-        folds: Fold of each row, from ``split_folds``.
-        task: What the target is.
-        fusions: Whether to fuse.
-        kind: Said of the layers.
-        top: For each number, so many of the best layers are laid side by side.
-
-    Returns:
-        A score a candidate.
-
-    Raises:
-        NonFiniteError: If a value is NaN or infinite.
-        ShapeError: If a layer has another number of rows.
-        MissingExtraError: If scikit-learn is not installed.
-
     Example:
         >>> codes = np.arange(30) % 2
         >>> told = np.random.default_rng(0).normal(size=(30, 2)) + 8 * codes[:, None]
@@ -160,39 +142,12 @@ def score_block(
     kind: Kind,
     members: tuple[str, ...] = (),
 ) -> Scored:
-    """Score one matrix on all folds.
-
-    Args:
-        name: What to call it.
-        block: Checked features, ``(N, D)``.
-        codes: The target, from ``encode_target``.
-        folds: Fold of each row.
-        task: What the target is.
-        kind: What it is.
-        members: Layers that it is made of.
-
-    Returns:
-        The scores.
-
-    Raises:
-        MissingExtraError: If scikit-learn is not installed.
-    """
+    """Score one matrix on all folds."""
     return _score(name, kind, lambda _: ([block], members), codes, folds, task)
 
 
 def choose_inside(candidates: Sequence[Scored], *, task: Task) -> InsideChoice:
-    """Choose a candidate for each test fold by its inner folds, and take its score on the test fold.
-
-    Args:
-        candidates: At least one, scored on the same folds.
-        task: What the target is.
-
-    Returns:
-        The score, and what was chosen.
-
-    Raises:
-        ConfigError: If there is no candidate.
-    """
+    """Choose a candidate for each test fold by its inner folds, and take its score on the test fold."""
     if not candidates:
         message = "candidates: none, expected at least one; name a layer"
         raise ConfigError(message)
@@ -209,15 +164,7 @@ def choose_inside(candidates: Sequence[Scored], *, task: Task) -> InsideChoice:
 
 
 def shown(scored: Scored | InsideChoice, task: Task) -> str:
-    """Say the first metric in words.
-
-    Args:
-        scored: Of a candidate, or of a choice.
-        task: What the target is.
-
-    Returns:
-        Such as ``MCC 0.71 +- 0.02``.
-    """
+    """Say the first metric in words."""
     summary = scored.metrics[METRICS[task][0]]
     return f"{METRIC_WORDS[METRICS[task][0]]} {summary.mean:.3f} +- {summary.sd:.3f}"
 

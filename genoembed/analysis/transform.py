@@ -71,31 +71,11 @@ class FittedTransform:
         return int(self.matrix.shape[1])
 
     def apply(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Transform vectors. What is not finite stays so.
-
-        Args:
-            vectors: Floating, ``(N, D)``; not changed.
-
-        Returns:
-            float32, ``(N, output_width)``; computed in float64.
-
-        Raises:
-            ShapeError: If the vectors have another width.
-        """
+        """Transform vectors. What is not finite stays so."""
         return self.apply_float64(vectors).astype(np.float32)
 
     def apply_float64(self, vectors: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Transform vectors and do not round.
-
-        Args:
-            vectors: Floating, ``(N, D)``.
-
-        Returns:
-            float64, ``(N, output_width)``.
-
-        Raises:
-            ShapeError: If the vectors have another width.
-        """
+        """Transform vectors and do not round."""
         if vectors.ndim != 2 or vectors.shape[1] != self.input_width:
             message = f"vectors: shape {vectors.shape}, expected (N, {self.input_width}), as the fit had"
             raise ShapeError(message)
@@ -119,18 +99,7 @@ class Moments(NamedTuple):
 
 
 def measure_moments(source: VectorSource, *, with_covariance: bool = True) -> Moments:
-    """Measure mean and covariance in two passes, in float64.
-
-    Args:
-        source: The rows.
-        with_covariance: Whether to make the second pass; without, the covariance is ``(0, 0)``.
-
-    Returns:
-        The moments.
-
-    Raises:
-        ConfigError: If there are fewer than two usable rows.
-    """
+    """Measure mean and covariance in two passes, in float64."""
     total, num_rows = np.zeros(source.width), 0
     for _, block in source.blocks():
         rows = block[usable_rows(block, allow_zero=True)]
@@ -157,24 +126,7 @@ def fit(
     axes: Axes = "pca",
     shrinkage: float = 0.0,
 ) -> FittedTransform:
-    """Make a transform of what was measured.
-
-    Args:
-        moments: Of the background; with covariance unless ``method`` is ``center``.
-        method: What to do.
-        components: ``remove-top``: directions to remove; None is one a hundred features, at least one.
-            ``whiten``: directions to keep, the strongest; None keeps all that have variance. Not for
-            ``center``.
-        axes: Of ``whiten``: principal components, or the old axes.
-        shrinkage: Of ``whiten``: share of the mean variance in the covariance, 0 to 1. 0 makes all variances
-            1; more leaves the weak directions weak.
-
-    Returns:
-        The transform.
-
-    Raises:
-        ConfigError: If an option is wrong or does not go with the method.
-    """
+    """Make a transform of what was measured."""
     width = len(moments.mean)
     _check_options(width, method=method, components=components, axes=axes, shrinkage=shrinkage)
     if method == "center":
@@ -254,14 +206,6 @@ class Isotropy(NamedTuple):
 
 def measure_isotropy(vectors: NDArray[np.floating], *, pairs: int = 20_000, seed: int = 0) -> Isotropy:
     """Measure how alike the directions of vectors are.
-
-    Args:
-        vectors: Floating, ``(N, D)``; rows of zeros, NaN or infinity are left out.
-        pairs: Random pairs of different rows to take the cosine of.
-        seed: Of the choice.
-
-    Returns:
-        Mean cosine and mean resultant length; NaN with fewer than two usable rows.
 
     Example:
         >>> measure_isotropy(np.array([[1.0, 0.0], [2.0, 0.0]]))

@@ -32,21 +32,7 @@ class ValueTable:
 
 
 def read_value_table(path: str | PathLike[str], ids: Sequence[str]) -> ValueTable:
-    """Read the values of records.
-
-    Args:
-        path: The table.
-        ids: Of the records, in the order wanted.
-
-    Returns:
-        Its columns. Without a header they are named after the file: ``classes``, or ``classes_1`` ...
-        Empty cells, ``NA``, ``NaN`` and ``None`` mean that there is no value.
-
-    Raises:
-        InputFileError: If the file cannot be read.
-        LabelError: If there is no column of values, a line has another number of cells, an id comes twice, or
-            none of the ids is there.
-    """
+    """Read the values of records."""
     lines = _read(path)
     name = fspath(path)
     if not lines or len(lines[0][1]) < 2:

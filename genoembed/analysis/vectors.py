@@ -27,10 +27,6 @@ class VectorSource:
     What is stored as float32 or float16 comes out exactly; transformed vectors are rounded to float32 first,
     so that rows that are equal stay equal wherever a block begins.
 
-    Args:
-        matrix: In memory or in a file. Floating, ``(N, D)``.
-        transform: What is done to each row; None is nothing.
-
     Example:
         >>> VectorSource(np.eye(3, dtype=np.float32)).read(1, 3).tolist()
         [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -48,37 +44,15 @@ class VectorSource:
         return len(self._matrix)
 
     def read(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Read consecutive rows.
-
-        Args:
-            start: The first one.
-            stop: One past the last one.
-
-        Returns:
-            float64, ``(stop - start, width)``.
-        """
+        """Read consecutive rows."""
         return self._finished(self._matrix[start:stop])
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Read some rows.
-
-        Args:
-            rows: Which ones, int64, ``(M,)``.
-
-        Returns:
-            float64, ``(M, width)``.
-        """
+        """Read some rows."""
         return self._finished(self._matrix[rows])
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """Read everything, a block at a time.
-
-        Args:
-            rows: Of a block; None takes about 16 MiB of values.
-
-        Yields:
-            The number of the first row, and the block.
-        """
+        """Read everything, a block at a time."""
         step = rows or block_rows(max(self.width, self._matrix.shape[1]))
         for start in range(0, len(self), step):
             yield start, self.read(start, min(start + step, len(self)))
@@ -92,12 +66,6 @@ class VectorSource:
 def block_rows(width: int) -> int:
     """Choose how many rows are read at a time.
 
-    Args:
-        width: Features of a row.
-
-    Returns:
-        Rows.
-
     Example:
         >>> block_rows(128), block_rows(1 << 20)
         (16384, 256)
@@ -107,13 +75,6 @@ def block_rows(width: int) -> int:
 
 def usable_rows(block: NDArray[np.float64], *, allow_zero: bool) -> NDArray[np.bool_]:
     """Tell which rows can be compared.
-
-    Args:
-        block: Rows, ``(N, D)``.
-        allow_zero: Whether a row of zeros can be compared: it has no direction, and so no cosine.
-
-    Returns:
-        bool, ``(N,)``: False where a value is NaN or infinite.
 
     Example:
         >>> usable_rows(np.array([[1.0], [np.nan], [0.0]]), allow_zero=False).tolist()

@@ -175,11 +175,7 @@ def _shuffled(rows: list[list[_Piece]], rng: np.random.Generator) -> Iterator[li
 
 
 class _Shelf:
-    """Rows that are being filled, found by the room they have left.
-
-    Args:
-        window: Slots of a row.
-    """
+    """Rows that are being filled, found by the room they have left."""
 
     def __init__(self, window: int) -> None:
         self._window = window
@@ -214,14 +210,7 @@ class _Shelf:
 
 
 class _BatchInProgress:
-    """Arrays that take one row after another.
-
-    Args:
-        batch_size: Rows at most.
-        window: Slots of a row.
-        eod_token_id: Id that ends a document.
-        pad_token_id: Id of the rest.
-    """
+    """Arrays that take one row after another."""
 
     def __init__(self, batch_size: int, window: int, eod_token_id: int, pad_token_id: int) -> None:
         self._ids_BL = np.empty((batch_size, window), dtype=np.int64)

@@ -24,22 +24,6 @@ def plan_batches(
     slots of a batch are its rows times its longest piece. A piece over the budget is never cut or dropped: it
     goes alone.
 
-    Args:
-        lengths: Tokens of each piece, at least 1.
-        max_tokens: Slots of a batch, padding included, at least 1.
-        max_rows: Rows of a batch, at least 1. None: any number.
-        max_padding: Slots of a batch that may hold padding, at least 0: a batch is closed before a piece that
-            is so much longer. What is right is what a forward pass costs beside its slots. None: any number.
-        equal_lengths: Whether all pieces of a batch must have one length, for models that padding would
-            change.
-
-    Returns:
-        Indices into ``lengths``, one tuple a batch.
-
-    Raises:
-        ConfigError: If ``max_tokens`` or ``max_rows`` is below 1, or ``max_padding`` below 0.
-        SequenceLengthError: If a piece has no tokens.
-
     Example:
         >>> plan_batches([3, 9, 2, 3], max_tokens=9)
         [(2, 0, 3), (1,)]

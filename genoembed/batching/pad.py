@@ -34,21 +34,6 @@ def pad_batch(
     Real tokens are told from padding by position, never by id: a token that equals ``pad_token_id`` stays
     real. No piece is changed or shared: the batch has its own memory.
 
-    Args:
-        pieces: Encoded pieces, at least one.
-        pool_masks: For each piece, True where a token counts in pooling. bool, shape ``(L,)`` of that piece.
-        rows: For each piece, the caller's index of it.
-        pad_token_id: Id that fills padded slots.
-        pad_to_multiple_of: The padded length is the smallest multiple of this that holds the longest piece.
-
-    Returns:
-        One row a piece, in the order given.
-
-    Raises:
-        ConfigError: If ``pad_to_multiple_of`` is below 1.
-        ShapeError: If there is no piece, the arguments have different lengths, or a mask does not fit its
-            piece.
-
     Example:
         >>> from genoembed.contracts import EncodedSequence
         >>> ids = [np.frombuffer(sequence, dtype=np.uint8) for sequence in (b"ACGT", b"AC")]
@@ -98,19 +83,6 @@ def pool_mask(
     A token counts where its first base is in ``[core_start, core_end)`` and not among the ``skip_first``
     first bases of the piece. So each token of overlapping windows counts once, and special tokens never do.
     The mask may come out empty; pooling says so (``EmptyPoolError``), not this function.
-
-    Args:
-        encoded: The piece.
-        core_start: First base that counts, from the piece's first base.
-        core_end: One past the last base that counts.
-        skip_first: Bases at the piece's start to leave out, at least 0.
-
-    Returns:
-        True where a token counts. bool, shape ``(L,)``.
-
-    Raises:
-        ConfigError: If ``skip_first`` is negative.
-        ShapeError: If the core is no range of bases, ``0 <= core_start <= core_end``.
 
     Example:
         >>> from genoembed.contracts import EncodedSequence

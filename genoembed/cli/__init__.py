@@ -43,44 +43,18 @@ class CommandGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands.
-
-        Args:
-            ctx: The invocation; not looked at.
-
-        Returns:
-            Their names, the main one first.
-        """
+        """Name the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Load a command.
-
-        Args:
-            ctx: The invocation; not looked at.
-            cmd_name: Its name.
-
-        Returns:
-            The command, or None if there is none of that name.
-        """
+        """Load a command."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"genoembed.cli.{cmd_name.replace('-', '_')}")
         return cast("click.Command", module.command)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run what was asked for; turn how it ends into an exit code.
-
-        Args:
-            ctx: The invocation.
-
-        Returns:
-            What the command returns.
-
-        Raises:
-            ClickException: If the command fails with an error of ours; click prints it and exits with 1.
-            Exit: If the command was interrupted, or nobody reads its output any more.
-        """
+        """Run what was asked for; turn how it ends into an exit code."""
         with exit_codes(ctx):
             return super().invoke(ctx)
 

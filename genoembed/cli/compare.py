@@ -78,15 +78,7 @@ def _lines(report: CompareReport) -> list[str]:
 
 
 def layer_lines(layers: Sequence[Any], tolerance: float) -> list[str]:
-    """Say how far each layer agrees.
-
-    Args:
-        layers: Summaries.
-        tolerance: Largest relative difference that counts as equal.
-
-    Returns:
-        A line a layer, and one for the records that differ most, if any do.
-    """
+    """Say how far each layer agrees."""
     lines = []
     for layer in layers:
         outside = f", {layer.num_outside:,} outside {tolerance:g}" if layer.num_outside else ""
@@ -103,12 +95,6 @@ def layer_lines(layers: Sequence[Any], tolerance: float) -> list[str]:
 def named(ids: Sequence[str]) -> str:
     """Name some records.
 
-    Args:
-        ids: One or more.
-
-    Returns:
-        The first ones.
-
     Example:
         >>> named(["a", "b", "c", "d"])
         'a, b, c ...'
@@ -117,14 +103,7 @@ def named(ids: Sequence[str]) -> str:
 
 
 def as_facts(report: Any) -> dict[str, Any]:
-    """Give a report as what JSON holds; numbers that are not finite become null.
-
-    Args:
-        report: A dataclass with ``is_within``.
-
-    Returns:
-        Its fields by name.
-    """
+    """Give a report as what JSON holds; numbers that are not finite become null."""
     found = _plain(dataclasses.asdict(report))
     assert isinstance(found, dict)
     return {**found, "is_within": report.is_within}

@@ -33,11 +33,7 @@ class Check(Protocol):
 
 
 def show(check: Check) -> None:
-    """Print a check as soon as it is done.
-
-    Args:
-        check: The check.
-    """
+    """Print a check as soon as it is done."""
     verdict = "ok    " if check.passed else "FAILED"
     click.echo(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)")
 

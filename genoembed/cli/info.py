@@ -19,14 +19,7 @@ IDS_SHOWN = 5
 
 
 def describe(embeddings: EmbeddingFile) -> dict[str, Any]:
-    """Describe an open file.
-
-    Args:
-        embeddings: The file.
-
-    Returns:
-        What is in it and, as ``provenance``, how it was made.
-    """
+    """Describe an open file."""
     matrices = {name: embeddings[name] for name in embeddings.layers}
     return {
         "path": str(embeddings.path),

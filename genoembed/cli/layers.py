@@ -20,15 +20,7 @@ MODEL = "Model"
 
 
 def layer_table(described: ModelLayers) -> list[dict[str, Any]]:
-    """Describe every layer of a model.
-
-    Args:
-        described: The model's layers.
-
-    Returns:
-        Path, block number and width of each, and whether the block's number (``is_number``) or ``final``
-        (``is_final``) means it.
-    """
+    """Describe every layer of a model."""
     numbered = set(described.numbered)
     return [
         {

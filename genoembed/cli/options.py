@@ -40,12 +40,6 @@ OTHER_NAMES = {"layers": "--layer", "pooling": "--pool", "fusion": "--fuse", "ou
 def option_name(key: str) -> str:
     """Give the option that sets a configuration key.
 
-    Args:
-        key: Name of a field of the configuration.
-
-    Returns:
-        The long option.
-
     Example:
         >>> option_name("pooling"), option_name("skip_first")
         ('--pool', '--skip-first')
@@ -58,12 +52,6 @@ def in_command_line_words(message: str) -> str:
 
     Only where the option is not the key with two dashes before it, and only where the word is a key for sure:
     ``layers`` counts in ``set layers`` and ``layers='28'``, not in ``two layers``.
-
-    Args:
-        message: One line that may name keys.
-
-    Returns:
-        The message, with the options in brackets if there are any.
 
     Example:
         >>> in_command_line_words("set pooling to one of mean, max")
@@ -84,13 +72,7 @@ def _names(message: str, key: str) -> bool:
 
 
 class GroupedOption(click.Option):
-    """An option that says under which heading of the help it belongs.
-
-    Args:
-        *declarations: As for ``click.Option``.
-        group: The heading.
-        **attributes: As for ``click.Option``.
-    """
+    """An option that says under which heading of the help it belongs."""
 
     def __init__(self, *declarations: Any, group: str = DEFAULT_GROUP, **attributes: Any) -> None:
         self.group = group
@@ -101,12 +83,7 @@ class GroupedCommand(click.Command):
     """A command whose help lists its options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, heading by heading, in the order in which they were declared.
-
-        Args:
-            ctx: The invocation.
-            formatter: Takes the text.
-        """
+        """Write the options, heading by heading, in the order in which they were declared."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -120,42 +97,17 @@ class GroupedCommand(click.Command):
 def file_option(
     *names: str, group: str, help: str, **attributes: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare an option that is None where it was not given, so that a configuration file can say it.
-
-    Args:
-        *names: As for ``click.option``.
-        group: Heading in the help.
-        help: What it does, with the default in brackets.
-        **attributes: Anything else that ``click.option`` takes.
-
-    Returns:
-        A decorator.
-    """
+    """Declare an option that is None where it was not given, so that a configuration file can say it."""
     return click.option(*names, cls=GroupedOption, group=group, help=help, **{"default": None} | attributes)
 
 
 def choice(*names: str) -> dict[str, Any]:
-    """Give what an option with a few values is declared with.
-
-    Args:
-        *names: The values.
-
-    Returns:
-        Attributes for :func:`file_option`.
-    """
+    """Give what an option with a few values is declared with."""
     return {"type": click.Choice(names)}
 
 
 def policy_options(*names: str, group: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare what is done with records that are not clean.
-
-    Args:
-        *names: Of ``--invalid``, ``--duplicates``, ``--empty`` and ``--gaps``.
-        group: Heading in the help.
-
-    Returns:
-        A decorator.
-    """
+    """Declare what is done with records that are not clean."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
@@ -169,18 +121,7 @@ def policy_options(*names: str, group: str) -> Callable[[Callable[..., Any]], Ca
 def config_option(
     *declarations: str, key: str, group: str, help: str, **attributes: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare the option of one configuration key, with the key's type, choices and default.
-
-    Args:
-        *declarations: Short names beside the long one, which follows from the key.
-        key: Name of a field of the configuration.
-        group: Heading in the help.
-        help: What it does.
-        **attributes: Anything else that ``click.option`` takes.
-
-    Returns:
-        A decorator.
-    """
+    """Declare the option of one configuration key, with the key's type, choices and default."""
     default = _FIELDS[key].default
     default = None if default is dataclasses.MISSING else default
     shown = default not in (None, False, (), 0)

@@ -34,28 +34,13 @@ class _Promised(NamedTuple):
 
 
 def promise_output(path: str) -> None:
-    """Note which file or folder the command is about to write, so that an interruption can speak of it.
-
-    Args:
-        path: The file or folder; it appears whole, at the end, or not at all.
-    """
+    """Note which file or folder the command is about to write, so that an interruption can speak of it."""
     click.get_current_context().meta[_PROMISED] = _Promised(path, _identity(path))
 
 
 @contextmanager
 def exit_codes(ctx: click.Context) -> Iterator[None]:
-    """Turn what ends a command into an exit code and at most one line on standard error.
-
-    Args:
-        ctx: The invocation.
-
-    Yields:
-        Nothing; the command runs inside.
-
-    Raises:
-        ClickException: For an error of ours (exit code 1).
-        Exit: For an interruption (130), and for a reader that stopped reading (0).
-    """
+    """Turn what ends a command into an exit code and at most one line on standard error."""
     with _termination_interrupts():
         try:
             yield

@@ -21,12 +21,7 @@ _DAY_H = 48.0
 
 
 def say_plan(plan: RunPlan, *, as_json: bool) -> None:
-    """Print a plan, and warn of what there is no room for.
-
-    Args:
-        plan: What the run would do.
-        as_json: Print one JSON object instead of lines.
-    """
+    """Print a plan, and warn of what there is no room for."""
     for line in policy_lines(plan.counts):
         _logger.info("%s", line)
     if plan.free_bytes is not None and plan.free_bytes < plan.disk_bytes:

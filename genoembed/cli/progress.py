@@ -75,12 +75,7 @@ class Reading:
 
 
 class Meter:
-    """Turns running totals into speed and time left.
-
-    Args:
-        expected_bases: About how many bases the input holds; None where that is not known.
-        clock: Seconds that only ever grow.
-    """
+    """Turns running totals into speed and time left."""
 
     def __init__(self, expected_bases: int | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.expected_bases = expected_bases
@@ -88,14 +83,7 @@ class Meter:
         self._started: float | None = None
 
     def read(self, totals: RunTotals) -> Reading:
-        """Take the totals in.
-
-        Args:
-            totals: After a forward pass.
-
-        Returns:
-            Where the run stands.
-        """
+        """Take the totals in."""
         now = self._clock()
         if self._started is None:
             self._started = now - totals.forward_s
@@ -118,14 +106,7 @@ class Meter:
 
 @contextmanager
 def show_progress(expected_bases: int | None) -> Iterator[Callable[[RunTotals], None] | None]:
-    """Show how far a run is, unless messages are switched off.
-
-    Args:
-        expected_bases: About how many bases the input holds; None where that is not known.
-
-    Yields:
-        What to call with the running totals; None where nothing is shown.
-    """
+    """Show how far a run is, unless messages are switched off."""
     meter = Meter(expected_bases)
     if not _logger.isEnabledFor(logging.INFO):
         yield None
@@ -166,15 +147,7 @@ def _bar(meter: Meter) -> Iterator[Callable[[RunTotals], None]]:
 
 
 def estimate_bases(inputs: Iterable[str]) -> int | None:
-    """Guess how many bases the files hold, from their sizes.
-
-    Args:
-        inputs: File names, or ``-``.
-
-    Returns:
-        The size of plain FASTA files, which is a little more than their bases; None if one of the inputs is
-        something else.
-    """
+    """Guess how many bases the files hold, from their sizes."""
     sizes = [_plain_fasta_bytes(name) for name in inputs]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 

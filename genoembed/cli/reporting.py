@@ -31,23 +31,12 @@ class LineHandler(logging.Handler):
     """Writes each record as one line to what is standard error at that moment."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Leave out what the summary says in other words, unless everything is asked for.
-
-        Args:
-            record: The record.
-
-        Returns:
-            Whether it is shown.
-        """
+        """Leave out what the summary says in other words, unless everything is asked for."""
         told_later = record.name.startswith(_SUMMED_UP) and record.levelno <= logging.INFO
         return bool(super().filter(record)) and (not told_later or _logger.isEnabledFor(logging.DEBUG))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record.
-
-        Args:
-            record: Warnings and errors are marked as such.
-        """
+        """Write a record."""
         if sys.stderr is None:  # closed by the caller
             return
         mark = "Warning: " if record.levelno >= logging.WARNING else ""
@@ -60,15 +49,7 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def reporting(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
-    """Show log lines and warnings of ours; other libraries' only where asked for.
-
-    Args:
-        quiet: Warnings only.
-        verbose: Debug lines, and other libraries' warnings too.
-
-    Yields:
-        Nothing; everything is as before afterwards.
-    """
+    """Show log lines and warnings of ours; other libraries' only where asked for."""
     handler, level = LineHandler(), _logger.level
     environment = {name: os.environ.get(name) for name in _LIBRARY_LEVELS}
     _logger.addHandler(handler)
@@ -108,14 +89,7 @@ def _restore(environment: dict[str, str | None]) -> None:
 
 
 def reporting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--quiet`` and ``--verbose``, and run it under what they say.
-
-    Args:
-        function: The command's function; it does not see them.
-
-    Returns:
-        The function with the options.
-    """
+    """Give a command ``--quiet`` and ``--verbose``, and run it under what they say."""
 
     @functools.wraps(function)
     def reported(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
@@ -129,14 +103,7 @@ def reporting_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--json``, passed as ``as_json``.
-
-    Args:
-        function: The command's function.
-
-    Returns:
-        The function with the option.
-    """
+    """Give a command ``--json``, passed as ``as_json``."""
     return click.option(
         "--json",
         "as_json",

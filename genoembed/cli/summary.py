@@ -30,14 +30,7 @@ POLICY_WORDS = {
 
 
 def headline(report: ExtractionReport) -> str:
-    """Say in one line what was written.
-
-    Args:
-        report: The run.
-
-    Returns:
-        File, shape and layers.
-    """
+    """Say in one line what was written."""
     if report.num_rows is None or report.width is None:
         units = count(report.stats.units + report.stats.units_kept, "unit")
         return f"{report.output}: share {report.shard} is done, {units}"
@@ -48,14 +41,7 @@ def headline(report: ExtractionReport) -> str:
 
 
 def details(report: ExtractionReport) -> list[str]:
-    """Say what was read, what the policies did, and what it cost.
-
-    Args:
-        report: The run.
-
-    Returns:
-        Lines.
-    """
+    """Say what was read, what the policies did, and what it cost."""
     counts, stats = report.counts, report.stats
     took = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
     repeats = f", {count(stats.repeats, 'repeat')} not run again" if stats.repeats else ""
@@ -71,14 +57,7 @@ def details(report: ExtractionReport) -> list[str]:
 
 
 def kept_lines(report: ExtractionReport) -> list[str]:
-    """Say what an earlier run had finished, and what is left to do.
-
-    Args:
-        report: The run.
-
-    Returns:
-        Lines, perhaps none.
-    """
+    """Say what an earlier run had finished, and what is left to do."""
     stats = report.stats
     lines = []
     if stats.units_kept:
@@ -90,14 +69,7 @@ def kept_lines(report: ExtractionReport) -> list[str]:
 
 
 def failure_line(failed: Mapping[str, str]) -> str:
-    """Name the records without a vector.
-
-    Args:
-        failed: Their ids, and why.
-
-    Returns:
-        One line.
-    """
+    """Name the records without a vector."""
     named = ", ".join(f"{name} ({why})" for name, why in islice(failed.items(), _FAILED_SHOWN))
     rest = len(failed) - _FAILED_SHOWN
     more = f" and {rest} more" if rest > 0 else ""
@@ -105,14 +77,7 @@ def failure_line(failed: Mapping[str, str]) -> str:
 
 
 def policy_lines(counts: InputCounts) -> list[str]:
-    """Say what the input policies did, in plain words.
-
-    Args:
-        counts: Of the run.
-
-    Returns:
-        One line a policy that acted.
-    """
+    """Say what the input policies did, in plain words."""
     acted = [(name, getattr(counts, name)) for name in POLICY_WORDS]
     return [
         f"{count(number, POLICY_WORDS[name][0])} {POLICY_WORDS[name][1]}" for name, number in acted if number
@@ -120,26 +85,12 @@ def policy_lines(counts: InputCounts) -> list[str]:
 
 
 def tokens_per_s(report: ExtractionReport) -> float:
-    """Give the speed of the whole run.
-
-    Args:
-        report: The run.
-
-    Returns:
-        Tokens, padding left out, for each second of wall time.
-    """
+    """Give the speed of the whole run."""
     return report.stats.real_tokens / report.seconds if report.seconds else 0.0
 
 
 def as_json(report: ExtractionReport) -> dict[str, Any]:
-    """Give the report as values that JSON holds.
-
-    Args:
-        report: The run.
-
-    Returns:
-        Its fields, with the padding share and the speed.
-    """
+    """Give the report as values that JSON holds."""
     fields = dataclasses.asdict(report)
     fields["output"] = str(report.output)
     fields["stats"]["padding_share"] = report.stats.padding_share

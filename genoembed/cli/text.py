@@ -14,14 +14,6 @@ _PREFIXES = ("", "k", "M", "G", "T")
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Say how many.
 
-    Args:
-        number: Of what.
-        noun: In the singular.
-        plural: None appends an ``s``.
-
-    Returns:
-        Such as ``1 record`` or ``1,200 records``.
-
     Example:
         >>> count(1, "record"), count(1200, "gap letter")
         ('1 record', '1,200 gap letters')
@@ -31,13 +23,6 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 def magnitude(number: float, unit: str) -> str:
     """Shorten a number to three digits and a prefix.
-
-    Args:
-        number: Zero or more.
-        unit: Follows the prefix.
-
-    Returns:
-        Such as ``4.6 Mb``.
 
     Example:
         >>> magnitude(512, "b"), magnitude(4_641_652, "b"), magnitude(13_766_621_200, "B")
@@ -52,12 +37,6 @@ def magnitude(number: float, unit: str) -> str:
 def duration(seconds: float) -> str:
     """Write a time as a clock would.
 
-    Args:
-        seconds: Zero or more.
-
-    Returns:
-        Minutes and seconds, with hours where there are any.
-
     Example:
         >>> duration(75), duration(3675)
         ('1:15', '1:01:15')
@@ -69,13 +48,6 @@ def duration(seconds: float) -> str:
 
 def aligned(rows: Iterable[Sequence[object]], *, header: Sequence[str] | None = None) -> str:
     """Lay rows out in columns, two spaces apart.
-
-    Args:
-        rows: Cells; numbers stand to the right.
-        header: First line.
-
-    Returns:
-        One line a row, without line break at the end.
 
     Example:
         >>> print(aligned([("a", 5), ("bc", 10)], header=("name", "size")))

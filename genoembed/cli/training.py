@@ -18,14 +18,7 @@ RUN = "Run"
 
 
 def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare the options that say what becomes of a run that is in DIR already, and ``--threads``.
-
-    Args:
-        function: A command.
-
-    Returns:
-        The same, with the options.
-    """
+    """Declare the options that say what becomes of a run that is in DIR already, and ``--threads``."""
     options = (
         file_option("--resume", group=RUN, default=False, help="Go on from DIR's newest checkpoint.", **FLAG),
         file_option(
@@ -41,12 +34,6 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def without_empty(options: Mapping[str, Any]) -> dict[str, Any]:
     """Take repeatable options that were not given for None, so that a configuration file can say them.
 
-    Args:
-        options: Values by key.
-
-    Returns:
-        The same, with None for empty tuples.
-
     Example:
         >>> without_empty({"layers": (), "seed": 0})
         {'layers': None, 'seed': 0}
@@ -56,15 +43,7 @@ def without_empty(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Let an interruption that saved a checkpoint say which option goes on from it.
-
-    Yields:
-        Nothing; the run is inside.
-
-    Raises:
-        KeyboardInterrupt: If it was interrupted before there was anything to go on from.
-        Exit: With the code of an interruption, after a checkpoint was saved.
-    """
+    """Let an interruption that saved a checkpoint say which option goes on from it."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -75,10 +54,6 @@ def resumable() -> Iterator[None]:
 
 
 def echo_once(result: str) -> None:
-    """Write a result to standard output, from one of the processes that torchrun started.
-
-    Args:
-        result: One line.
-    """
+    """Write a result to standard output, from one of the processes that torchrun started."""
     if os.environ.get("RANK", "0") == "0":
         click.echo(result)

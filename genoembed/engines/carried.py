@@ -29,17 +29,7 @@ CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
 
 
 def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
-    """Read what a model says about the vectors it was trained for.
-
-    Args:
-        model: Its name, or the model.
-
-    Returns:
-        The facts; None for a model that was trained for no vector.
-
-    Raises:
-        CheckpointError: If they cannot be read.
-    """
+    """Read what a model says about the vectors it was trained for."""
     if isinstance(model, str):
         is_known = any(entry.name == model for entry in known_models())
         folder = None if is_known else Path(model)
@@ -50,15 +40,7 @@ def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
 
 
 def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -> dict[str, object]:
-    """Fill in what was not asked for.
-
-    Args:
-        facts: Of the model.
-        given: Values of ``CARRIED`` that were asked for.
-
-    Returns:
-        Values of ``CARRIED``: as asked for, else as the model carries them, else left out.
-    """
+    """Fill in what was not asked for."""
     if facts is None:
         return dict(given)
     values: dict[str, object] = {
@@ -79,20 +61,7 @@ def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -
 def finisher(
     facts: FinetunedFacts | None, embedding: EmbeddingConfig, layers: tuple[str, ...]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Say what is to be done to fused vectors; warn of what differs from training.
-
-    Args:
-        facts: Of the model.
-        embedding: What is taken.
-        layers: Module paths of the layers.
-
-    Returns:
-        Projection and normalisation as in training; None if there is nothing to do, or vectors of tokens are
-        taken, or layers, pooling or fusion are others.
-
-    Raises:
-        ConfigError: If strands are to lie side by side, and layers too.
-    """
+    """Say what is to be done to fused vectors; warn of what differs from training."""
     if facts is None:
         return None
     pairs = (

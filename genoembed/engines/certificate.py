@@ -34,18 +34,7 @@ _TOLERANCE_ELSE = 1e-2
 def certify_rows(
     engine: Engine, records: Sequence[SequenceRecord], block: EmbeddingBlock | TokenBlock, *, dtype: str
 ) -> dict[str, float | int | bool]:
-    """Embed records one at a time, and compare with the rows that they have in a file.
-
-    Args:
-        engine: Embeds them; its totals stay as they are.
-        records: A sample of the first unit's.
-        block: The rows of that unit.
-        dtype: Type of the model's numbers.
-
-    Returns:
-        ``records``, ``max_absolute`` and ``max_relative`` difference (of a value; over the largest value of
-        the record's vectors), ``min_cosine``, ``tolerance`` and ``is_within``.
-    """
+    """Embed records one at a time, and compare with the rows that they have in a file."""
     before = replace(engine.stats)
     alone: dict[int, UnitRows] = {}
     units = [WorkUnit(number=number, records=(record,)) for number, record in enumerate(records)]

@@ -28,18 +28,7 @@ UNITS_A_WORKER = 2
 
 @contextmanager
 def connected(ray: Any, config: EmbedConfig) -> Iterator[None]:
-    """Connect to the cluster that is asked for; one that is connected already is taken, and stays so.
-
-    Args:
-        ray: The package.
-        config: What to do.
-
-    Yields:
-        Nothing; the connection ends with the ``with`` block, and so does a cluster that was started here.
-
-    Raises:
-        ConfigError: If the cluster does not answer.
-    """
+    """Connect to the cluster that is asked for; one that is connected already is taken, and stays so."""
     if ray.is_initialized():
         yield
         return
@@ -110,13 +99,6 @@ def _no_reports_sent() -> Iterator[None]:
 
 
 def found_from_anywhere(model: ModelConfig) -> ModelConfig:
-    """Give a local folder by its whole path: workers have another current folder.
-
-    Args:
-        model: Which model.
-
-    Returns:
-        The same model.
-    """
+    """Give a local folder by its whole path: workers have another current folder."""
     path = Path(model.model)
     return replace(model, model=str(path.resolve())) if path.exists() else model

@@ -72,19 +72,7 @@ class EmbeddedUnit:
 
 
 class UnitEmbedder:
-    """Turns work units into rows of the output file.
-
-    Args:
-        model: The loaded model.
-        config: What to do.
-        on_batch: Called with the running totals after each forward pass.
-        facts: What a fine-tuned model says about its vectors.
-        interruption: Holds Ctrl-C back while a forward pass runs.
-
-    Raises:
-        ConfigError: If pooling, fusion, windows or strands do not go with the model.
-        LayerError: If a layer is not there.
-    """
+    """Turns work units into rows of the output file."""
 
     def __init__(
         self,
@@ -150,21 +138,7 @@ class UnitEmbedder:
         )
 
     def __call__(self, unit: WorkUnit) -> UnitRows:
-        """Embed the records of a unit.
-
-        Args:
-            unit: Records.
-
-        Returns:
-            Rows in the unit's order: a row a record, or a row a window.
-
-        Raises:
-            EmptyPoolError: If nothing of a record is left to pool.
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-            ShapeError: If layers of unequal widths are to be fused element by element.
-            SequenceLengthError: If a window has more tokens than the context.
-        """
+        """Embed the records of a unit."""
         (embedded,) = self.run(self.lay_out([unit]))
         return self.rows(embedded)
 
@@ -198,33 +172,11 @@ class UnitEmbedder:
         return None if window is None else self.config.windows.stride or max(1, window - window // 4)
 
     def lay_out(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
-        """Cut, encode and pad units; no torch arithmetic, so that a thread may do it.
-
-        Args:
-            units: In input order.
-
-        Yields:
-            Slabs, those of one unit in a row.
-
-        Raises:
-            SequenceLengthError: If a window has more tokens than the context.
-        """
+        """Cut, encode and pad units; no torch arithmetic, so that a thread may do it."""
         yield from self._slabs.slabs(units)
 
     def run(self, slabs: Iterable[Slab]) -> Generator[EmbeddedUnit, None, None]:
-        """Run the model.
-
-        Args:
-            slabs: What :meth:`lay_out` gives.
-
-        Yields:
-            Units, as the last slab of each is done.
-
-        Raises:
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-            ShapeError: If layers of unequal widths are to be fused element by element.
-        """
+        """Run the model."""
         progress: _UnitProgress | None = None
         for slab in slabs:
             if progress is None:
@@ -252,32 +204,12 @@ class UnitEmbedder:
                 del embedded
 
     def try_batch(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> None:
-        """Run one batch and keep nothing, to see what it costs.
-
-        Args:
-            work: The batch.
-            records: Of its unit, for errors.
-
-        Raises:
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-        """
+        """Run one batch and keep nothing, to see what it costs."""
         for _ in self._runner.run(work, records):
             pass
 
     def rows(self, embedded: EmbeddedUnit) -> UnitRows:
-        """Build the rows of a unit; a thread may do it.
-
-        Args:
-            embedded: What :meth:`run` gives.
-
-        Returns:
-            Rows in the unit's order: a row a record, or a row a window.
-
-        Raises:
-            EmptyPoolError: If nothing of a record is left to pool, and failures stop.
-            ModelError: If no record of the unit has a vector, and their width is not known.
-        """
+        """Build the rows of a unit; a thread may do it."""
         unit, failed = embedded.unit, dict(embedded.failed)
         if self._skips_failed:
             failed = self._rows.nothing_left(unit.records, embedded.cuts, embedded.taken) | failed

@@ -25,13 +25,4 @@ class Engine(Protocol):
         """The running totals; those of units that were kept are the caller's to count."""
 
     def run(self, units: Iterable[WorkUnit], save: Callable[[UnitRows], None]) -> None:
-        """Embed units and save them.
-
-        Args:
-            units: In input order; may be iterated in a thread.
-            save: Called with the rows of one unit at a time, in any order, perhaps in a thread. All are saved
-                when this returns.
-
-        Raises:
-            GenoembedError: If input, model or output fail.
-        """
+        """Embed units and save them."""

@@ -53,16 +53,7 @@ class RunPieces:
 
 
 class BatchRunner:
-    """Runs batches of one model.
-
-    Args:
-        model: The loaded model.
-        layers: Module paths.
-        embedding: How they are pooled and fused.
-        stats: The totals to add to.
-        block_tokens: Longer rows run block by block, if the model carries its state from one to the next.
-        skips_failed: Whether pieces that fail are named and left out; they stop the run otherwise.
-    """
+    """Runs batches of one model."""
 
     def __init__(
         self,
@@ -89,18 +80,6 @@ class BatchRunner:
         """Run one batch, in parts where memory does not hold it as a whole.
 
         Memory that is short once is short again: batches that follow are divided from the start.
-
-        Args:
-            work: The batch; each row has a token that counts.
-            records: Of the unit, for errors.
-
-        Yields:
-            Pieces and what they gave; together those of the batch.
-
-        Raises:
-            ModelError: If the device's memory does not hold the pass of a single piece, and failures stop.
-            NonFiniteError: If the model gives NaN or infinity, and failures stop.
-            ShapeError: If layers of unequal widths are to be fused element by element.
         """
         waiting = [range(len(work.pieces))]
         length = work.batch.input_ids.shape[1]
@@ -205,12 +184,7 @@ class BatchRunner:
 
 
 class _BatchPooling:
-    """Reduces the activations of one batch as its layers run.
-
-    Args:
-        method: A pooling, or ``none``.
-        batch: Of which every row has a token that counts.
-    """
+    """Reduces the activations of one batch as its layers run."""
 
     def __init__(self, method: Pooling, batch: Batch) -> None:
         self.seconds = 0.0

@@ -32,11 +32,7 @@ class Interruption:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take over both signals, where Python allows that: in the main thread, from handlers of Python.
-
-        Yields:
-            Nothing; the former handlers are back afterwards.
-        """
+        """Take over both signals, where Python allows that: in the main thread, from handlers of Python."""
         before = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -51,14 +47,7 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let what runs inside end first.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            KeyboardInterrupt: At the end, if an interruption came meanwhile.
-        """
+        """Let what runs inside end first."""
         self._is_held = True
         try:
             yield

@@ -17,18 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_configured(config: ModelConfig) -> GenomicModel:
-    """Load a model.
-
-    Args:
-        config: Which, and how.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: If it cannot be found, built or run.
-        CheckpointError: If its weights are damaged or do not fit.
-    """
+    """Load a model."""
     return load_model(
         config.model,
         device=config.device,
@@ -40,14 +29,7 @@ def load_configured(config: ModelConfig) -> GenomicModel:
 
 @contextmanager
 def use_threads(wanted: int | None) -> Iterator[None]:
-    """Set torch's number of threads, and set it back.
-
-    Args:
-        wanted: The number; None leaves it.
-
-    Yields:
-        Nothing.
-    """
+    """Set torch's number of threads, and set it back."""
     before = torch.get_num_threads()
     if wanted is not None:
         torch.set_num_threads(wanted)

@@ -26,11 +26,7 @@ _SLABS_AHEAD = 1
 
 
 class LocalEngine:
-    """Embeds work units in this process.
-
-    Args:
-        embedder: Holds the model.
-    """
+    """Embeds work units in this process."""
 
     def __init__(self, embedder: UnitEmbedder) -> None:
         self.facts = run_facts(embedder.config, embedder)
@@ -38,15 +34,7 @@ class LocalEngine:
         self._embedder = embedder
 
     def run(self, units: Iterable[WorkUnit], save: Callable[[UnitRows], None]) -> None:
-        """Embed units and save them, in order.
-
-        Args:
-            units: In input order; iterated in a thread.
-            save: Called with each unit's rows in another thread.
-
-        Raises:
-            GenoembedError: If input, model or output fail.
-        """
+        """Embed units and save them, in order."""
         run_units(units, self._embedder, save)
 
 
@@ -59,21 +47,7 @@ def local_engine(
     on_batch: Callable[[RunStats], None] | None = None,
     interruption: Interruption | None = None,
 ) -> Iterator[LocalEngine]:
-    """Load the model, unless it is loaded already, and get ready.
-
-    Args:
-        config: What to do.
-        model: The model, or its name.
-        trained: What a fine-tuned model says about its vectors.
-        on_batch: Called with the running totals after each forward pass.
-        interruption: Holds Ctrl-C back while a forward pass runs.
-
-    Yields:
-        The engine.
-
-    Raises:
-        GenoembedError: If the model cannot be loaded, or does not go with what is asked for.
-    """
+    """Load the model, unless it is loaded already, and get ready."""
     with use_threads(config.model.threads):
         loaded = load_configured(config.model) if isinstance(model, str) else model
         yield LocalEngine(
@@ -82,17 +56,7 @@ def local_engine(
 
 
 def run_units(units: Iterable[WorkUnit], embedder: UnitEmbedder, save: Callable[[UnitRows], None]) -> None:
-    """Embed each unit and save it; the next batches are read, cut and tokenized in a thread meanwhile.
-
-    Args:
-        units: In input order; iterated in a thread.
-        embedder: Lays them out in that thread, and runs the model in the caller's.
-        save: Called with each unit's rows, in order, in another thread. All are saved when this returns; when
-            it raises, what was being saved is.
-
-    Raises:
-        GenoembedError: If input, model or output fail.
-    """
+    """Embed each unit and save it; the next batches are read, cut and tokenized in a thread meanwhile."""
 
     def build_and_save(embedded: EmbeddedUnit) -> None:
         save(embedder.rows(embedded))

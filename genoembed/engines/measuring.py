@@ -75,11 +75,7 @@ class Sample:
     _number: int = 0
 
     def offer(self, sampled: Sampled) -> None:
-        """Draw a pass, or let it go.
-
-        Args:
-            sampled: The pass.
-        """
+        """Draw a pass, or let it go."""
         slots = sampled.work.batch.num_tokens
         if self.largest is None or slots > self.largest.work.batch.num_tokens:
             self.largest = sampled
@@ -108,20 +104,7 @@ class Measured:
 def count_work(
     units: Iterable[WorkUnit], embedder: UnitEmbedder, *, per_window: bool, keeps_tokens: bool
 ) -> tuple[Workload, Sample]:
-    """Lay units out as a run would, and count.
-
-    Args:
-        units: In input order.
-        embedder: Lays them out.
-        per_window: Whether the file has a row a window.
-        keeps_tokens: Whether it has a vector a token.
-
-    Returns:
-        What they come to, and passes to measure.
-
-    Raises:
-        SequenceLengthError: If a window has more tokens than the context.
-    """
+    """Lay units out as a run would, and count."""
     work, sample = Workload(), Sample()
     unit_tokens = 0
     for slab in embedder.lay_out(units):
@@ -137,19 +120,7 @@ def count_work(
 
 
 def measure(sample: Sample, embedder: UnitEmbedder) -> Measured | None:
-    """Run the largest pass, which warms up and needs the most memory, then time those that were drawn.
-
-    Args:
-        sample: Of the run.
-        embedder: Holds the model.
-
-    Returns:
-        What they cost; None where there is nothing to run.
-
-    Raises:
-        ModelError: If the device's memory does not hold a pass.
-        NonFiniteError: If the model gives NaN or infinity.
-    """
+    """Run the largest pass, which warms up and needs the most memory, then time those that were drawn."""
     if sample.largest is None:
         return None
     device = embedder.model.device

@@ -34,11 +34,7 @@ class _End:
 
 
 class Ahead(Generic[Item]):
-    """Iterates over what a thread makes.
-
-    Args:
-        waiting: What the thread fills.
-    """
+    """Iterates over what a thread makes."""
 
     def __init__(self, waiting: Queue[Item | _End]) -> None:
         self._waiting = waiting
@@ -71,13 +67,6 @@ class Ahead(Generic[Item]):
 def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Ahead[Item]]:
     """Run an iterable in a thread, a few items ahead of who uses it.
 
-    Args:
-        source: Iterated in the thread.
-        depth: Items that may wait, at least 1. One more is being made.
-
-    Yields:
-        An iterator over the same items, which raises what ``source`` raised, after the items before it.
-
     Example:
         >>> with read_ahead("abc", depth=2) as letters:
         ...     list(letters)
@@ -105,14 +94,6 @@ def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[C
     """Call a function in a thread, item by item.
 
     Leaving the ``with`` waits for the items that were handed over, whatever it is left by.
-
-    Args:
-        consume: Called with each item, in order, until it raises.
-        depth: Items that may be on their way, at least 1, the one that is being consumed among them. A
-            process that is killed loses as many, and the one that it has in hand.
-
-    Yields:
-        What to hand items to; raises what ``consume`` raised, as the end of the ``with`` does.
 
     Example:
         >>> seen = []

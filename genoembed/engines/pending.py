@@ -14,16 +14,7 @@ if TYPE_CHECKING:
 
 
 class PendingUnits:
-    """Passes on the units that are to be made, and counts them all.
-
-    Args:
-        units: Of the whole input, in order; read to the end whatever the share.
-        parts: What is finished; a unit counts only if it was made from the records that the input has now.
-        stats: Told what is there already.
-        first: Number of the first unit of the share.
-        step: From one unit of the share to the next.
-        sample: Records to remember of the first unit.
-    """
+    """Passes on the units that are to be made, and counts them all."""
 
     def __init__(
         self,

@@ -98,30 +98,11 @@ class Cutter:
         return None if self.max_tokens is None else self.encoder.max_bases(self.max_tokens)
 
     def windows(self, record: SequenceRecord) -> list[Window]:
-        """Cut one record.
-
-        Args:
-            record: A record with at least one base.
-
-        Returns:
-            Windows from left to right on the record's sequence.
-        """
+        """Cut one record."""
         return self._cut(record.sequence, record.core_start, _core_end(record))
 
     def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
-        """Encode the windows of one record, on one strand or both.
-
-        Args:
-            record: The record.
-            record_index: Its number, for the caller.
-            windows: What :meth:`windows` gave.
-
-        Yields:
-            Pieces of the forward strand, then those of the reverse complement.
-
-        Raises:
-            SequenceLengthError: If a window has more tokens than the context.
-        """
+        """Encode the windows of one record, on one strand or both."""
         for number, window in enumerate(windows):
             yield self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
         if not self.both_strands:

@@ -65,15 +65,7 @@ class RunFacts:
 
 
 def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
-    """Collect what a run must know of its model.
-
-    Args:
-        config: What was asked for.
-        embedder: What does it.
-
-    Returns:
-        Values that JSON holds.
-    """
+    """Collect what a run must know of its model."""
     trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
     return RunFacts(
         identity=_plain(_identity(config, embedder)),
@@ -123,16 +115,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_run(config: EmbedConfig, facts: RunFacts) -> dict[str, Any]:
-    """Collect what is needed to say, and to repeat, how a file was made, as far as a run knows as it begins.
-
-    Args:
-        config: What was asked for.
-        facts: Of the model.
-
-    Returns:
-        Texts, finite numbers, lists and dicts: what JSON holds. The same for every engine and machine but for
-        ``command``, ``created`` (which SOURCE_DATE_EPOCH sets, if it is set), ``threads`` and ``versions``.
-    """
+    """Collect what is needed to say, and to repeat, how a file was made, as far as a run knows as it begins."""
     settings = config.to_dict()
     settings["run"] = {"unit_bases": config.run.unit_bases, "on_error": config.run.on_error}
     return {
@@ -150,11 +133,7 @@ def _now() -> datetime:
 
 
 def peak_memory_mb() -> int | None:
-    """Give the largest resident memory of this process so far.
-
-    Returns:
-        Mebibytes; None where the platform does not say.
-    """
+    """Give the largest resident memory of this process so far."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -162,14 +141,7 @@ def peak_memory_mb() -> int | None:
 
 
 def file_facts(name: str) -> dict[str, str | int | None]:
-    """Say which file an input was.
-
-    Args:
-        name: As the user gave it.
-
-    Returns:
-        Name, size in bytes and SHA-256; the latter two are None for standard input and for a place.
-    """
+    """Say which file an input was."""
     path = Path(name)
     if name == "-" or not path.is_file():
         return {"name": name, "bytes": None, "sha256": None}

@@ -42,20 +42,7 @@ _KEPT = ("units_kept", "bases_kept", "records_kept")
 def ray_engine(
     config: EmbedConfig, *, on_totals: Callable[[RunStats], None] | None = None
 ) -> Iterator[RayEngine]:
-    """Connect to a cluster, or start one here, and let workers load the model.
-
-    Args:
-        config: What to do.
-        on_totals: Called with the running totals, about twice a second.
-
-    Yields:
-        The engine; its workers end with the ``with`` block, and so does a cluster that was started here.
-
-    Raises:
-        MissingExtraError: If Ray is not installed.
-        ConfigError: If the cluster does not answer, or a GPU is asked for by number.
-        GenoembedError: If the model cannot be loaded, or does not go with what is asked for.
-    """
+    """Connect to a cluster, or start one here, and let workers load the model."""
     ray = _import_ray()
     device = config.model.device
     if device is not None and ":" in device:
@@ -82,12 +69,7 @@ def _import_ray() -> Any:
 
 
 class _Worker:
-    """A worker as the process sees it that hands out units.
-
-    Args:
-        number: For messages.
-        actor: Ray's handle of the worker.
-    """
+    """A worker as the process sees it that hands out units."""
 
     def __init__(self, number: int, actor: Any) -> None:
         self.number = number
@@ -114,13 +96,7 @@ class _Worker:
 
 
 class RayEngine:
-    """Hands work units to workers, and saves what comes back.
-
-    Args:
-        ray: The package.
-        config: What to do.
-        on_totals: Called with the running totals.
-    """
+    """Hands work units to workers, and saves what comes back."""
 
     def __init__(self, ray: Any, config: EmbedConfig, on_totals: Callable[[RunStats], None] | None) -> None:
         self.stats = RunStats()
@@ -143,11 +119,7 @@ class RayEngine:
         return self._facts
 
     def start(self) -> None:
-        """Make the workers, and wait until one has loaded the model.
-
-        Raises:
-            GenoembedError: If it cannot be loaded.
-        """
+        """Make the workers, and wait until one has loaded the model."""
         available = int(self._ray.cluster_resources().get("GPU", 0))
         wanted = self._config.run.workers or (available if self._uses_gpus else 0) or 1
         if self._uses_gpus and wanted > available:
@@ -162,15 +134,7 @@ class RayEngine:
             self._wait(None)
 
     def run(self, units: Iterable[WorkUnit], save: Callable[[UnitRows], None]) -> None:
-        """Embed units and save them as they come back, in any order.
-
-        Args:
-            units: In input order; iterated in a thread.
-            save: Called with each unit's rows.
-
-        Raises:
-            GenoembedError: If input, model or output fail, or workers die over one unit again and again.
-        """
+        """Embed units and save them as they come back, in any order."""
         with read_ahead(units, depth=1) as ahead:
             while self._hand_out(ahead):
                 self._wait(save)

@@ -46,24 +46,7 @@ def read_request(
     output: str | PathLike[str] | None = None,
     **options: Any,
 ) -> Request:
-    """Check what a caller says, and fill in what a fine-tuned model was trained with.
-
-    Args:
-        inputs: Sequence files; ``-`` is standard input.
-        model: A name, a folder, or a model that is loaded already.
-        layers: Layer specs; None is left to the model.
-        pooling: None is left to the model.
-        fusion: None is left to the model.
-        output: The file to write; None names it after the first input.
-        **options: Any other key of the configuration; None stands for its default.
-
-    Returns:
-        The request.
-
-    Raises:
-        ConfigError: If options are wrong, alone or together; all of them in one message.
-        CheckpointError: If what a fine-tuned model says cannot be read.
-    """
+    """Check what a caller says, and fill in what a fine-tuned model was trained with."""
     if isinstance(model, PathLike):
         model = fspath(model)
     trained = find_facts(model)
@@ -88,18 +71,7 @@ def read_request(
 
 
 def read_records(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceRecord]:
-    """Read the input.
-
-    Args:
-        config: What is to be read, and how.
-        counts: Told what was read, and what the input policies did.
-
-    Returns:
-        Records in input order.
-
-    Raises:
-        GenoembedError: If the input cannot be read, or breaks a rule.
-    """
+    """Read the input."""
     return read_sequences(
         config.input.inputs,
         invalid=config.input.invalid,

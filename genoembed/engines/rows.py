@@ -64,25 +64,7 @@ class RowBuilder:
         failed: Mapping[int, str] | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> EmbeddingBlock | TokenBlock:
-        """Build the rows of a unit.
-
-        Args:
-            records: The unit's records.
-            cuts: Windows of each record, on the forward strand.
-            taken: What the pieces gave.
-            vectors: The vectors that ``taken`` speaks of.
-            failed: Records to leave without vectors, by index: why.
-            widths: Features of each matrix by name, for the case that all records failed.
-
-        Returns:
-            A row a record, or a row a window; in order. A record that failed has one row, of NaN or without
-            tokens.
-
-        Raises:
-            ConfigError: If token vectors of two strands are to be combined, and tokens are no bases.
-            EmptyPoolError: If nothing of a row is left to pool.
-            ShapeError: If layers of unequal widths are to be fused element by element.
-        """
+        """Build the rows of a unit."""
         rows: list[ObsRow] = []
         spoiled: dict[int, ObsRow] = {}
         strands = (False,) if self.embedding.rc == "none" else (False, True)
@@ -113,16 +95,7 @@ class RowBuilder:
     def nothing_left(
         self, records: Sequence[SequenceRecord], cuts: Sequence[Sequence[Window]], taken: TakenPieces
     ) -> dict[int, str]:
-        """Find the records of which nothing is left to pool, in all or in one of their rows.
-
-        Args:
-            records: The unit's records.
-            cuts: Windows of each record, on the forward strand.
-            taken: What the pieces gave.
-
-        Returns:
-            By index: why.
-        """
+        """Find the records of which nothing is left to pool, in all or in one of their rows."""
         strands = (False,) if self.embedding.rc == "none" else (False, True)
         return {
             index: "nothing to pool"

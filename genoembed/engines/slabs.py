@@ -90,17 +90,7 @@ class SlabBuilder:
     """Whether a record that cannot be cut is noted, and the others go on."""
 
     def slabs(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
-        """Lay out unit after unit.
-
-        Args:
-            units: In input order.
-
-        Yields:
-            Slabs, those of one unit in a row; each unit has at least one.
-
-        Raises:
-            SequenceLengthError: If a window has more tokens than the context.
-        """
+        """Lay out unit after unit."""
         for unit in units:
             yield from self._unit_slabs(unit)
 

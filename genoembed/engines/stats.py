@@ -52,13 +52,7 @@ class RunStats:
 
 
 class UnitTally:
-    """Counts the records of a unit when their last piece is done.
-
-    Args:
-        slab: The first slab of the unit.
-        stats: The totals to add to.
-        num_strands: Pieces of a base.
-    """
+    """Counts the records of a unit when their last piece is done."""
 
     def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int) -> None:
         self._records = slab.unit.records
@@ -70,11 +64,7 @@ class UnitTally:
         self._under_way = [0] * len(self._records)
 
     def open(self, slab: Slab) -> None:
-        """Take note of the pieces of a slab, before any of them is done.
-
-        Args:
-            slab: The next slab of the unit.
-        """
+        """Take note of the pieces of a slab, before any of them is done."""
         batched = (piece for work in slab.batches for piece in work.pieces)
         for piece in (*batched, *slab.repeats, *slab.empty):
             self._waiting[piece.record_index] += 1
@@ -82,11 +72,7 @@ class UnitTally:
             self._settle(index, 0)
 
     def settle(self, piece: Piece) -> None:
-        """Count a piece as done.
-
-        Args:
-            piece: Of a slab that was opened.
-        """
+        """Count a piece as done."""
         self._settle(piece.record_index, piece.num_bases // self._num_strands)
 
     def _settle(self, index: int, num_bases: int) -> None:

@@ -60,14 +60,6 @@ def iter_units(
 ) -> Iterator[WorkUnit]:
     """Group consecutive records.
 
-    Args:
-        records: In input order.
-        max_bases: A unit ends before the record that would take it over this; a longer one is alone.
-        max_records: Records of a unit at most.
-
-    Yields:
-        Units in input order that together hold every record once.
-
     Example:
         >>> from genoembed.contracts import SequenceRecord
         >>> records = [SequenceRecord(id=str(n), sequence=b"A" * n) for n in (3, 3, 9, 1)]

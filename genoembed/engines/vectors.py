@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 class PieceVectors:
-    """Vectors of pieces, numbered as they come.
-
-    Args:
-        num_pieces: About how many will come: memory is taken for so many pooled ones at a time.
-    """
+    """Vectors of pieces, numbered as they come."""
 
     def __init__(self, num_pieces: int) -> None:
         self._block_rows = max(1, num_pieces)
@@ -32,14 +28,7 @@ class PieceVectors:
         self._num_pieces = 0
 
     def add(self, vectors: Mapping[str, Tensor | Sequence[Tensor]]) -> range:
-        """Take the pieces of a batch in.
-
-        Args:
-            vectors: By layer, float32: ``(P, D)`` pooled, ``(T, D)`` for each piece where tokens are kept.
-
-        Returns:
-            Numbers of the pieces.
-        """
+        """Take the pieces of a batch in."""
         first = self._num_pieces
         for layer, batch in vectors.items():
             blocks = self._blocks.setdefault(layer, [])
@@ -51,15 +40,7 @@ class PieceVectors:
         return range(first, self._num_pieces)
 
     def pooled(self, layer: str, numbers: Sequence[int]) -> Tensor:
-        """Gather the vectors of pooled pieces.
-
-        Args:
-            layer: Module path.
-            numbers: Of the pieces.
-
-        Returns:
-            A copy. float32, shape ``(len(numbers), D)``.
-        """
+        """Gather the vectors of pooled pieces."""
         blocks = self._blocks[layer]
         if len(blocks) == 1:
             return blocks[0][torch.tensor(numbers, dtype=torch.int64)]
@@ -67,27 +48,11 @@ class PieceVectors:
         return torch.stack([blocks[block][row] for block, row in places])
 
     def tokens(self, layer: str, numbers: Sequence[int]) -> Tensor:
-        """Join the token vectors of pieces.
-
-        Args:
-            layer: Module path.
-            numbers: Of the pieces.
-
-        Returns:
-            A copy. float32, shape ``(T, D)``.
-        """
+        """Join the token vectors of pieces."""
         return torch.cat([self._blocks[layer][number] for number in numbers])
 
     def num_tokens(self, layer: str, numbers: Sequence[int]) -> int:
-        """Count the token vectors of pieces.
-
-        Args:
-            layer: Module path.
-            numbers: Of the pieces.
-
-        Returns:
-            Their sum.
-        """
+        """Count the token vectors of pieces."""
         return sum(len(self._blocks[layer][number]) for number in numbers)
 
     def _copy(self, blocks: list[Tensor], first: int, batch_PD: Tensor) -> None:

@@ -44,11 +44,7 @@ class Finished:
 
 
 class UnitWorker:
-    """Lives in a worker process and is called from the one that was started.
-
-    Args:
-        config: What to do.
-    """
+    """Lives in a worker process and is called from the one that was started."""
 
     def __init__(self, config: EmbedConfig) -> None:
         self._config = config
@@ -56,14 +52,7 @@ class UnitWorker:
         self._heard = _Heard()
 
     def start(self) -> Started:
-        """Load the model.
-
-        Returns:
-            What the run must know of it.
-
-        Raises:
-            GenoembedError: If it cannot be loaded, or does not go with what is asked for.
-        """
+        """Load the model."""
         config = self._config
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
@@ -77,17 +66,7 @@ class UnitWorker:
         return Started(facts=facts, warned=ours)
 
     def embed(self, unit: WorkUnit) -> Finished:
-        """Embed a unit; the next batches are laid out in a thread meanwhile.
-
-        Args:
-            unit: Records.
-
-        Returns:
-            Its rows.
-
-        Raises:
-            GenoembedError: If model or records fail.
-        """
+        """Embed a unit; the next batches are laid out in a thread meanwhile."""
         assert self._embedder is not None, "it was started"
         with read_ahead(self._embedder.lay_out([unit]), depth=1) as slabs:
             (embedded,) = self._embedder.run(slabs)
@@ -95,11 +74,7 @@ class UnitWorker:
         return Finished(rows=rows, stats=replace(self._embedder.stats), logged=self._heard.take())
 
     def look(self) -> RunStats:
-        """Give the totals so far; may be called while a unit is embedded.
-
-        Returns:
-            A copy.
-        """
+        """Give the totals so far; may be called while a unit is embedded."""
         return RunStats() if self._embedder is None else replace(self._embedder.stats)
 
 

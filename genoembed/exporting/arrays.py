@@ -30,14 +30,6 @@ def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
 
     The first matrix is ``X``, every further one has its layer's name. A per-token file has ``offsets``, too:
     the tokens of record ``i`` are the rows ``offsets[i]`` to ``offsets[i + 1] - 1``. No array needs pickle.
-
-    Args:
-        file: An open file.
-        layers: Which matrices.
-        target: Where to write.
-
-    Raises:
-        ConfigError: If a layer is named like one of the other arrays.
     """
     taken = [name for name in layers[1:] if name in _RESERVED]
     if taken:

@@ -33,15 +33,7 @@ class RowBlock(NamedTuple):
 
 
 def row_blocks(file: EmbeddingFile, layers: Sequence[str]) -> Iterator[RowBlock]:
-    """Read a file, a block at a time.
-
-    Args:
-        file: An open file.
-        layers: Which matrices.
-
-    Yields:
-        Blocks of about 16 MiB of values, in the order of the file; a record is never cut.
-    """
+    """Read a file, a block at a time."""
     widths = sum(file[name].shape[1] for name in layers)
     ends = np.arange(1, len(file) + 1) if file.kind == "pooled" else np.cumsum(file.num_tokens)
     most = max(1, _BLOCK_VALUES // widths)

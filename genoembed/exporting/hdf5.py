@@ -20,16 +20,7 @@ if TYPE_CHECKING:
 
 
 def write_h5ad(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
-    """Write an AnnData file: a copy, since a pooled file is one; or one with another layer as ``X``.
-
-    Args:
-        file: An open pooled file.
-        layers: All of the file's, or one, which becomes ``X``.
-        target: Where to write.
-
-    Raises:
-        MissingExtraError: If a single layer is asked for and anndata is not installed.
-    """
+    """Write an AnnData file: a copy, since a pooled file is one; or one with another layer as ``X``."""
     if list(layers) == file.layers:
         shutil.copyfile(file.path, target)
         return
@@ -50,11 +41,6 @@ def write_one_dataset_a_record(file: EmbeddingFile, layers: Sequence[str], targe
 
     A dataset's name is the id, in which ``%`` is ``%25`` and ``/`` is ``%2F``; its attribute ``original_id``
     is the id as it was. The root's attribute ``layer`` names the layer.
-
-    Args:
-        file: An open file.
-        layers: One layer.
-        target: Where to write.
     """
     (layer,) = layers
     output = AtomicFile(target)

@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_csv(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
-    """Write a line a record: its id, then its features, so that every value reads back as it was.
-
-    Args:
-        file: An open pooled file.
-        layers: One layer.
-        target: Where to write.
-    """
+    """Write a line a record: its id, then its features, so that every value reads back as it was."""
     (layer,) = layers
     width = file[layer].shape[1]
     names = file.feature_names if layer == file.layers[0] else [f"{layer}:{index}" for index in range(width)]
@@ -49,15 +43,6 @@ def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> N
 
     In a per-token file the column of a layer holds a list of lists. The provenance is the key ``genoembed``
     of the file's metadata.
-
-    Args:
-        file: An open file.
-        layers: Which matrices.
-        target: Where to write.
-
-    Raises:
-        ConfigError: If a layer is named like a column about the records.
-        MissingExtraError: If pyarrow is not installed.
     """
     try:
         arrow: Any = import_module("pyarrow")

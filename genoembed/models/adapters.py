@@ -41,13 +41,6 @@ _LENGTH_KEYS = (
 def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingPolicy:
     """Say how sequences of different lengths may share a batch.
 
-    Args:
-        accepts_attention_mask: The model takes a mask and honours it.
-        is_causal: No token sees a later one.
-
-    Returns:
-        The policy.
-
     Example:
         >>> padding_policy(accepts_attention_mask=False, is_causal=False)
         'equal'
@@ -58,28 +51,12 @@ def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingP
 
 
 def takes_argument(module: nn.Module, name: str) -> bool:
-    """Tell whether a model's ``forward`` names an argument (``**kwargs`` do not count).
-
-    Args:
-        module: A model.
-        name: The argument.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether a model's ``forward`` names an argument (``**kwargs`` do not count)."""
     return name in inspect.signature(module.forward).parameters
 
 
 def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[str, Any]:
-    """Collect what to hand to a model besides the ids.
-
-    Args:
-        module: A model.
-        attention_mask: The mask to hand over, or None.
-
-    Returns:
-        Keyword arguments that the model's ``forward`` takes.
-    """
+    """Collect what to hand to a model besides the ids."""
     arguments: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
     if takes_argument(module, "use_cache"):
         arguments["use_cache"] = False
@@ -87,15 +64,7 @@ def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[
 
 
 def context_length(module: nn.Module) -> int | None:
-    """Read how many tokens (special ones included) a model takes.
-
-    Args:
-        module: A model with a transformers configuration.
-
-    Returns:
-        Tokens, or None where the configuration states no limit. ESM and RoBERTa count positions from behind
-        the padding id, so they take that many fewer than their table has rows.
-    """
+    """Read how many tokens (special ones included) a model takes."""
     config = getattr(module, "config", None)
     values = (getattr(config, key, None) for key in _LENGTH_KEYS)
     limit = next((value for value in values if isinstance(value, int) and value > 0), None)
@@ -112,13 +81,7 @@ def _position_offset(module: nn.Module) -> int:
 
 
 class Probe:
-    """Asks one model a few questions with a handful of tokens.
-
-    Args:
-        module: A base model, with its weights on a real device.
-        special_ids: Token ids to leave out (padding, mask, ...), because models treat them apart.
-        pad_token_id: Id to pad with; None takes the first ordinary id.
-    """
+    """Asks one model a few questions with a handful of tokens."""
 
     def __init__(self, module: nn.Module, *, special_ids: Sequence[int], pad_token_id: int | None) -> None:
         self.module = module
@@ -135,12 +98,7 @@ class Probe:
         self.pad_id = int(ordinary[0]) if pad_token_id is None else pad_token_id
 
     def is_causal(self) -> bool:
-        """Tell whether no token sees a later one.
-
-        Returns:
-            True if the model's class says so (``is_causal_by_construction``), or if changing the later tokens
-            leaves the earlier outputs alone.
-        """
+        """Tell whether no token sees a later one."""
         if getattr(self.module, "is_causal_by_construction", False):
             return True
         changed = torch.cat((self.ids[: self.num_real], self.other_ids[self.num_real :]))
@@ -148,12 +106,7 @@ class Probe:
         return self._same(self._run(self.ids), self._run(changed), tolerance=1e-3 if half_precision else 1e-5)
 
     def accepts_attention_mask(self) -> bool:
-        """Tell whether the model takes an attention mask and honours it.
-
-        Returns:
-            True if ``forward`` names the argument, and neither masked tokens at the end nor their number
-            reach the real ones.
-        """
+        """Tell whether the model takes an attention mask and honours it."""
         if not takes_argument(self.module, "attention_mask"):
             return False
         if getattr(self.module, "is_causal_by_construction", False):
@@ -171,11 +124,7 @@ class Probe:
         )
 
     def final_path(self) -> str | None:
-        """Find the module whose output is ``last_hidden_state``.
-
-        Returns:
-            Its path, or None if none of the likely ones gives it (or it is shared between blocks).
-        """
+        """Find the module whose output is ``last_hidden_state``."""
         outputs: dict[str, object] = {}
         candidates = final_candidates(self.module)
 
@@ -213,14 +162,7 @@ class Probe:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and give each of its modules its own mode back.
-
-    Args:
-        module: The model.
-
-    Yields:
-        Nothing.
-    """
+    """Put a model into eval mode and give each of its modules its own mode back."""
     # usually none: to set the mode of hundreds of modules takes a millisecond, for each batch
     trained = [child for child in module.modules() if child.training]
     if trained:

@@ -47,19 +47,7 @@ NONSENSE = (
 
 
 def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
-    """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched.
-
-    Args:
-        source: Where the model is.
-        options: Keyword arguments of every ``from_pretrained`` of this model.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ModelNotFoundError: If there is no such model.
-        ModelError: If the configuration is damaged, of an unknown kind, or code that is not trusted.
-    """
+    """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched."""
     try:
         return AutoConfig.from_pretrained(source.location, **options)
     except GenoembedError as error:
@@ -89,14 +77,7 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedCo
 
 
 def needs_trust(source: ModelSource) -> ModelError:
-    """Phrase the refusal of code that is not trusted.
-
-    Args:
-        source: Where the model is.
-
-    Returns:
-        The error, to be raised.
-    """
+    """Phrase the refusal of code that is not trusted."""
     message = (
         f"model {source.name!r}: it brings its own Python code, which runs only if trusted; read the code, "
         "then set trust_remote_code=True"
@@ -105,15 +86,7 @@ def needs_trust(source: ModelSource) -> ModelError:
 
 
 def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[Any]:
-    """Choose the loader: repositories with code of their own do not always offer the bare model.
-
-    Args:
-        config: The model's configuration.
-        trust_remote_code: Whether that code may run.
-
-    Returns:
-        The barest class that the repository offers.
-    """
+    """Choose the loader: repositories with code of their own do not always offer the bare model."""
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code:
         for name, found in _AUTO_CLASSES.items():
@@ -123,14 +96,7 @@ def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[Any
 
 
 def base_of(whole: PreTrainedModel) -> PreTrainedModel:
-    """Take the base model out of one with a head, and the encoder out of an encoder-decoder.
-
-    Args:
-        whole: A model, as its class builds it.
-
-    Returns:
-        The part that hidden states come from.
-    """
+    """Take the base model out of one with a head, and the encoder out of an encoder-decoder."""
     base = whole.base_model
     if getattr(base.config, "is_encoder_decoder", False):
         base = base.get_encoder()
@@ -140,19 +106,7 @@ def base_of(whole: PreTrainedModel) -> PreTrainedModel:
 def build_without_weights(
     source: ModelSource, config: PreTrainedConfig, *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Lay out a base model on the meta device: every module and shape, no memory.
-
-    Args:
-        source: Where the model is, for errors.
-        config: Its configuration.
-        trust_remote_code: Run code that the model's repository brings.
-
-    Returns:
-        The base model; it cannot run.
-
-    Raises:
-        ModelError: If transformers cannot build it, or it needs code that is not trusted.
-    """
+    """Lay out a base model on the meta device: every module and shape, no memory."""
     loader = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
@@ -164,15 +118,7 @@ def build_without_weights(
 
 
 def unbuildable(source: ModelSource, error: Exception) -> ModelError:
-    """Phrase that transformers cannot build a model.
-
-    Args:
-        source: Where the model is.
-        error: What building it raised.
-
-    Returns:
-        The error, to be raised.
-    """
+    """Phrase that transformers cannot build a model."""
     if "trust_remote_code" in str(error):
         return needs_trust(source)
     if isinstance(error, ImportError):
@@ -184,12 +130,6 @@ def unbuildable(source: ModelSource, error: Exception) -> ModelError:
 
 def first_line(error: BaseException) -> str:
     """Shorten another library's error to a line.
-
-    Args:
-        error: The error.
-
-    Returns:
-        The first line of its text, two where the first is only a heading, or its class where it has none.
 
     Example:
         >>> first_line(ValueError("field 'depth':\\n  is text\\nsee above")), first_line(KeyError())

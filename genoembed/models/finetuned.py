@@ -50,17 +50,7 @@ class FinetunedFacts:
     """All that the file says."""
 
     def finish(self, pooled_ND: Tensor) -> Tensor:
-        """Project and normalise pooled vectors, as training did.
-
-        Args:
-            pooled_ND: Fused vectors. Floating, shape ``(N, D)``.
-
-        Returns:
-            Floating, shape ``(N, D)``.
-
-        Raises:
-            CheckpointError: If the projection's weights cannot be read.
-        """
+        """Project and normalise pooled vectors, as training did."""
         if self.pooler is not None:
             weight, bias = (
                 values.to(pooled_ND.device) for values in read_heads(self.folder, self.pooler).values()
@@ -75,17 +65,7 @@ class FinetunedFacts:
 
 
 def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
-    """Read what a folder says about itself.
-
-    Args:
-        folder: A model folder, or any other name of a model.
-
-    Returns:
-        The facts; None where there are none.
-
-    Raises:
-        CheckpointError: If the file is damaged or of a newer format.
-    """
+    """Read what a folder says about itself."""
     path = Path(folder).expanduser() / FACTS_FILE
     if not path.is_file():
         return None
@@ -116,18 +96,7 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
 
 
 def read_heads(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read weights of heads.
-
-    Args:
-        folder: A fine-tuned folder.
-        prefix: Read what is under this name alone.
-
-    Returns:
-        Tensors by name, weights before biases, without the prefix.
-
-    Raises:
-        CheckpointError: If they cannot be read, or there are none.
-    """
+    """Read weights of heads."""
     path = folder / HEADS_FILE
     start = f"{prefix}." if prefix else ""
     try:

@@ -64,19 +64,6 @@ def capture(
 
     The body's statements after the forward call do not run: the pass ends by leaving the body.
 
-    Args:
-        module: The model that the body calls.
-        paths: Module paths within ``module``, at least one.
-        reduce: Called at once with each path and the tensor that its module returned; what it returns is kept
-            in place of the tensor, so that no full activation need stay in memory.
-
-    Yields:
-        Tensors by path; complete, and in the order of ``paths``, after the ``with`` block.
-
-    Raises:
-        LayerError: If there is no path, a path is not in ``module``, its module did not run or ran twice
-            before the pass could end, or it returns no tensor.
-
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh())
@@ -106,18 +93,7 @@ def capture(
 
 
 def first_tensor(output: object, *, path: str) -> Tensor:
-    """Take the activations out of what a module returned.
-
-    Args:
-        output: A tensor, or a tuple, list, mapping or transformers output whose first entry holds one.
-        path: The module's path, for the error.
-
-    Returns:
-        The tensor itself, not a copy.
-
-    Raises:
-        LayerError: If there is no tensor in front.
-    """
+    """Take the activations out of what a module returned."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict) and output:

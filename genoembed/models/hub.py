@@ -34,11 +34,7 @@ _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def hub_answers() -> bool:
-    """Ask the Hugging Face hub for a sign of life, once and briefly: its own client tries for half a minute.
-
-    Returns:
-        False in offline mode and without a connection. Any answer counts, a refusal too.
-    """
+    """Ask the Hugging Face hub for a sign of life, once and briefly: its own client tries for half a minute."""
     if constants.is_offline_mode():
         return False
     request = Request(constants.ENDPOINT, method="HEAD")
@@ -55,30 +51,14 @@ def hub_answers() -> bool:
 
 
 def silence_reason() -> str:
-    """Say why the hub does not answer.
-
-    Returns:
-        A clause: offline mode is set, or there is no connection.
-    """
+    """Say why the hub does not answer."""
     if constants.is_offline_mode():
         return "offline mode (HF_HUB_OFFLINE) is set"
     return f"{constants.ENDPOINT} does not answer"
 
 
 def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
-    """Give all files of a registry checkpoint, from the hub's cache or else from the hub, and verify them.
-
-    Args:
-        entry: The checkpoint.
-        converted: Where its converted folder was looked for, for the error.
-
-    Returns:
-        The files, pieces in order.
-
-    Raises:
-        ModelNotFoundError: If a file is neither in the cache nor within reach.
-        CheckpointError: If a file has another size or digest than recorded.
-    """
+    """Give all files of a registry checkpoint, from the hub's cache or else from the hub, and verify them."""
     assert entry.repo_id is not None
     cached = [cached_file(entry.repo_id, file.name) for file in entry.files]
     if None in cached and not hub_answers():
@@ -93,16 +73,7 @@ def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
 
 
 def cached_file(repo_id: str, file_name: str, *, revision: str | None = None) -> Path | None:
-    """Find a file in the hub's cache, without asking the hub.
-
-    Args:
-        repo_id: Hugging Face repository.
-        file_name: Path within it.
-        revision: Branch, tag or commit.
-
-    Returns:
-        The file, or None if it is not there or the id is none.
-    """
+    """Find a file in the hub's cache, without asking the hub."""
     try:
         found = try_to_load_from_cache(repo_id, file_name, revision=revision)
     except HFValidationError:
@@ -133,15 +104,7 @@ def _out_of_reach(entry: KnownModel, reason: str, converted: Path) -> ModelNotFo
 
 
 def verify_checkpoint(entry: KnownModel, paths: Sequence[Path]) -> None:
-    """Compare a checkpoint's files with the sizes and SHA-256 digests that the registry records.
-
-    Args:
-        entry: The checkpoint.
-        paths: Its files, pieces in order; or the one file that its pieces were merged to.
-
-    Raises:
-        CheckpointError: If one differs.
-    """
+    """Compare a checkpoint's files with the sizes and SHA-256 digests that the registry records."""
     is_merged = len(paths) < len(entry.files)
     sizes = (entry.num_bytes,) if is_merged else tuple(file.num_bytes for file in entry.files)
     for path, expected in zip(paths, sizes, strict=True):

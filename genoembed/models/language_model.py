@@ -40,15 +40,7 @@ _CHUNK_VALUES = 1 << 24
 
 
 class LanguageModel:
-    """A causal :class:`~genoembed.models.genomic_model.GenomicModel` and its head.
-
-    Args:
-        model: The base model with its tokenizer.
-
-    Raises:
-        ModelError: If the model is not causal, or was made without a next-token head.
-        CheckpointError: If the checkpoint does not hold the head's weights.
-    """
+    """A causal :class:`~genoembed.models.genomic_model.GenomicModel` and its head."""
 
     def __init__(self, model: GenomicModel) -> None:
         if not model.is_causal:
@@ -65,22 +57,7 @@ class LanguageModel:
     def log_probs(
         self, batch: Batch, *, layers: Sequence[str] = (), take: Take | None = None, block_tokens: int
     ) -> Tensor:
-        """Run one batch.
-
-        Args:
-            batch: Rows padded on the right; moved to the model's device.
-            layers: Module paths whose activations ``take`` gets, as the model's ``resolve`` gives them.
-            take: Called as soon as they are there, from left to right. None where there are no layers.
-            block_tokens: Longer rows run block by block, if the model carries its state along; they run whole
-                where it does not.
-
-        Returns:
-            Natural logarithm of each token's probability, given the tokens before it; NaN for the first of a
-            row and for padding. float32, shape ``(B, L)``, on the CPU.
-
-        Raises:
-            ModelError: If the device's memory does not hold the pass.
-        """
+        """Run one batch."""
         found_BL = torch.full(batch.input_ids.shape, torch.nan)
         ids_BL = batch.input_ids.to(self.model.device)
         try:

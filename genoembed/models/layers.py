@@ -43,17 +43,7 @@ _WIDTH_KEYS = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim")
 
 
 def find_blocks(module: nn.Module) -> str:
-    """Find the list of blocks of a model by its structure.
-
-    Args:
-        module: A base model; ``module.config`` tells the depth where there is one.
-
-    Returns:
-        Module path of the list.
-
-    Raises:
-        ModelError: If the model holds no list of modules.
-    """
+    """Find the list of blocks of a model by its structure."""
     lists = {
         path: child
         for path, child in module.named_modules()
@@ -77,12 +67,6 @@ def final_candidates(module: nn.Module) -> tuple[str, ...]:
 
     That is a norm beside the blocks (or beside what holds them) that is registered after them, else the last
     block, else a norm registered before them. Which of them it is shows in a forward pass.
-
-    Args:
-        module: A base model.
-
-    Returns:
-        Module paths.
     """
     blocks_path = find_blocks(module)
     width = _config_number(module, _WIDTH_KEYS)
@@ -103,14 +87,7 @@ def final_candidates(module: nn.Module) -> tuple[str, ...]:
 
 
 def list_layers(module: nn.Module) -> tuple[LayerInfo, ...]:
-    """List every module whose output can be captured.
-
-    Args:
-        module: A base model.
-
-    Returns:
-        All modules but pure containers, in the order in which the model registers them.
-    """
+    """List every module whose output can be captured."""
     blocks_path = find_blocks(module)
     return tuple(
         _layer_info(module, path, blocks_path)
@@ -120,38 +97,17 @@ def list_layers(module: nn.Module) -> tuple[LayerInfo, ...]:
 
 
 def num_blocks(module: nn.Module) -> int:
-    """Count the blocks of a model.
-
-    Args:
-        module: A base model.
-
-    Returns:
-        Number of blocks; valid layer numbers are below it.
-    """
+    """Count the blocks of a model."""
     return len(_blocks(module, find_blocks(module)))
 
 
 def number_template(module: nn.Module) -> str:
-    """Say what a layer number means.
-
-    Args:
-        module: A base model.
-
-    Returns:
-        Module path with ``{index}`` in place of the block number.
-    """
+    """Say what a layer number means."""
     return getattr(module, "embedding_layer_template", None) or f"{find_blocks(module)}.{{index}}"
 
 
 def has_numbered_blocks(module: nn.Module) -> bool:
-    """Tell whether layer numbers mean something: not where the blocks share one module.
-
-    Args:
-        module: A base model.
-
-    Returns:
-        True if the model holds as many blocks as its configuration states.
-    """
+    """Tell whether layer numbers mean something: not where the blocks share one module."""
     return (_config_number(module, _DEPTH_KEYS) or num_blocks(module)) == num_blocks(module)
 
 
@@ -162,20 +118,7 @@ def resolve_layers(
     final_path: str | None = None,
     name: str | None = None,
 ) -> tuple[LayerInfo, ...]:
-    """Turn layer specs into module paths.
-
-    Args:
-        module: A base model.
-        specs: One spec or several (see the module's docstring).
-        final_path: What ``final`` means; None takes the first of `final_candidates`.
-        name: What to call the model in errors; None takes its class name.
-
-    Returns:
-        The layers in the order asked for; one that is asked for twice appears once.
-
-    Raises:
-        LayerError: If a spec names nothing in the model.
-    """
+    """Turn layer specs into module paths."""
     asked = [specs] if isinstance(specs, (int, str)) else list(specs)
     if not asked:
         message = (

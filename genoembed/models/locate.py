@@ -45,22 +45,7 @@ class ModelSource:
 
 
 def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:
-    """Find what a name stands for; a registry checkpoint is fetched and converted if need be.
-
-    Args:
-        name_or_path: Bundled or registry name, local folder, checkpoint file (converted the first time, into
-            the cache, by its contents), or Hugging Face id.
-        with_weights: Without, a registry checkpoint is only named: its location may be a folder to be.
-
-    Returns:
-        Where to load from. That a Hugging Face id exists is not checked here.
-
-    Raises:
-        ModelNotFoundError: If nothing answers to the name.
-        ModelError: If it is a file that is no checkpoint, or one whose name does not tell its shape, or a
-            folder without ``config.json``.
-        CheckpointError: If it is a checkpoint file that is damaged or does not fit its configuration.
-    """
+    """Find what a name stands for; a registry checkpoint is fetched and converted if need be."""
     entry = next((model for model in known_models() if model.name == name_or_path), None)
     if entry is not None:
         if not with_weights:
@@ -87,17 +72,6 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
     """Point a Hugging Face id to its snapshot in the cache where the hub does not answer.
 
     Several of transformers' loaders ask the hub again and again in that case, for half a minute each time.
-
-    Args:
-        source: Where a model comes from.
-        revision: Branch, tag or commit of a Hugging Face repository.
-
-    Returns:
-        The same for what is local, and as long as the hub answers.
-
-    Raises:
-        ModelNotFoundError: If neither the hub nor the cache gives the model.
-        ModelError: If a revision is asked for of what has none.
     """
     if source.is_local and revision is not None:
         message = (
@@ -118,27 +92,12 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
 
 
 def cache_folder() -> Path:
-    """Say where converted checkpoints are kept.
-
-    Returns:
-        A folder beside the Hugging Face cache (``HF_HOME`` moves both).
-    """
+    """Say where converted checkpoints are kept."""
     return Path(constants.HF_HOME) / "genoembed"
 
 
 def converted_folder(entry: KnownModel) -> Path:
-    """Give the converted folder of a registry checkpoint; fetch and convert it the first time.
-
-    Args:
-        entry: The checkpoint.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ModelNotFoundError: If the checkpoint is neither on this machine nor within reach.
-        CheckpointError: If what was fetched is damaged.
-    """
+    """Give the converted folder of a registry checkpoint; fetch and convert it the first time."""
     folder = _folder_of(entry)
     if (folder / "config.json").is_file():
         return folder

@@ -12,13 +12,6 @@ import torch
 def automatic_dtype(device: torch.device) -> torch.dtype:
     """Choose the type of weights and activations.
 
-    Args:
-        device: Where the model runs.
-
-    Returns:
-        bfloat16 on CUDA devices from compute capability 8.0 (Ampere) on and on CPUs with AMX (Intel, from
-        Sapphire Rapids on), as far as this torch uses them; float32 elsewhere.
-
     Example:
         >>> automatic_dtype(torch.device("meta"))
         torch.float32
@@ -33,10 +26,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_amx() -> bool:
-    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used.
-
-    Returns:
-        False, too, where torch cannot tell.
-    """
+    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used."""
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return ask is not None and bool(ask())

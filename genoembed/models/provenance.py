@@ -23,14 +23,7 @@ _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """List the files that a model folder's weights come from.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        The safetensors files, else PyTorch's, sorted by name.
-    """
+    """List the files that a model folder's weights come from."""
     for pattern in _WEIGHT_PATTERNS:
         found = tuple(sorted(folder.glob(pattern)))
         if found:
@@ -39,15 +32,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def file_digest(path: Path) -> str:
-    """Compute a file's SHA-256.
-
-    Args:
-        path: The file. One in the Hugging Face cache is a link to a file that is named by its digest, which
-            is then taken from there.
-
-    Returns:
-        Hexadecimal digits.
-    """
+    """Compute a file's SHA-256."""
     resolved = path.resolve()
     if path.is_symlink() and _HUB_BLOB.fullmatch(resolved.name):
         return resolved.name
@@ -59,14 +44,7 @@ def file_digest(path: Path) -> str:
 
 
 def parameters_digest(module: nn.Module) -> str:
-    """Compute one SHA-256 for the weights of a model in memory, for one that came from no folder.
-
-    Args:
-        module: The model.
-
-    Returns:
-        Hexadecimal digits; the same for the same names, types, shapes and values.
-    """
+    """Compute one SHA-256 for the weights of a model in memory, for one that came from no folder."""
     digest = hashlib.sha256()
     for name, values in sorted(module.state_dict().items()):
         if isinstance(values, torch.Tensor):
@@ -76,15 +54,7 @@ def parameters_digest(module: nn.Module) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """Compute one SHA-256 for all weights of a folder.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        The digest of the one file, or, for several, of the lines ``digest  name``, as ``sha256sum`` writes
-        them, in the order of the names. Empty where there are no weights.
-    """
+    """Compute one SHA-256 for all weights of a folder."""
     files = weight_files(folder)
     if not files:
         return ""
@@ -95,14 +65,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def read_license(folder: Path) -> str:
-    """Read the license from a folder's model card.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        What the card's header states as ``license``, or ``unknown``.
-    """
+    """Read the license from a folder's model card."""
     for name in ("README.md", "MODEL_CARD.md"):
         card = folder / name
         if card.is_file():

@@ -76,11 +76,7 @@ class KnownModel:
         return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
 
     def build_config(self) -> StripedHyena2Config:
-        """Build the model's configuration.
-
-        Returns:
-            A new configuration that carries the model's name as ``checkpoint_name``.
-        """
+        """Build the model's configuration."""
         return StripedHyena2Config(**self.config, checkpoint_name=self.name)
 
 
@@ -100,15 +96,6 @@ def known_models() -> tuple[KnownModel, ...]:
 def find_model(name: str) -> KnownModel:
     """Look a model up by its name.
 
-    Args:
-        name: Such as ``evo2_7b``.
-
-    Returns:
-        The entry.
-
-    Raises:
-        ModelNotFoundError: If there is none, with the nearest names.
-
     Example:
         >>> find_model("evo2_7b").context
         1048576
@@ -122,12 +109,6 @@ def find_model(name: str) -> KnownModel:
 
 def suggestion(name: str) -> str:
     """Phrase what to do about a name that nothing answers to.
-
-    Args:
-        name: The name as given.
-
-    Returns:
-        A remedy that names the nearest known models, if any are near.
 
     Example:
         >>> suggestion("evo2-7b")
@@ -169,12 +150,6 @@ def _bundled_config(path: Path) -> StripedHyena2Config:
 
 def count_parameters(config: StripedHyena2Config) -> int:
     """Add up the weights of a StripedHyena 2 model, without building it.
-
-    Args:
-        config: Its configuration.
-
-    Returns:
-        Number of weights, the tied output embedding counted once.
 
     Example:
         >>> count_parameters(find_model("evo2_7b").build_config())

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 class RunningPool:
     """Pools the blocks of rows from left to right; memory does not grow with their number.
 
-    Args:
-        method: How to reduce. ``cls`` is the row's first position.
-
     Example:
         >>> running = RunningPool("mean")
         >>> running.add(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[True, True]]))
@@ -40,12 +37,7 @@ class RunningPool:
         self._chosen_BD: Tensor | None = None
 
     def add(self, hidden_BLD: Tensor, mask_BL: Tensor) -> None:
-        """Take the next block in.
-
-        Args:
-            hidden_BLD: Hidden states. Floating, shape ``(B, L, D)``.
-            mask_BL: True where a token is kept. Bool, shape ``(B, L)``.
-        """
+        """Take the next block in."""
         if hidden_BLD.dtype == torch.float64:
             self._dtype = torch.float64
         if self._method in ("mean", "weighted_mean"):
@@ -61,11 +53,7 @@ class RunningPool:
             self._kept_B1 = self._kept_B1 + count_B1
 
     def pooled(self) -> Tensor:
-        """Give one vector a row.
-
-        Returns:
-            float32 (float64 for float64 input), shape ``(B, D)``; NaN where no token was kept.
-        """
+        """Give one vector a row."""
         if self._sum_BD is not None and self._weight_B1 is not None:
             return (self._sum_BD / self._weight_B1).to(self._dtype)
         assert self._chosen_BD is not None, "a batch has a block"

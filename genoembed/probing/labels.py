@@ -43,20 +43,7 @@ class LabelTable:
 
 
 def read_labels(path: str, options: ProbeOptions) -> LabelTable:
-    """Read a table of labels.
-
-    Args:
-        path: TSV, CSV, JSON lines or Parquet; ``-`` is standard input.
-        options: Columns, and what the labels are.
-
-    Returns:
-        The table. A row with an empty label is left out and counted.
-
-    Raises:
-        InputFileError: If a file is missing or cannot be read.
-        LabelError: If an id appears twice, a value is no number, or a side of the split is not known.
-        SequenceFormatError: If a file is no table, or lacks a column.
-    """
+    """Read a table of labels."""
     group_column = (options.group_column or "group") if options.cv == "grouped" else None
     split_column = None
     if options.preset != "none" and options.split is None:

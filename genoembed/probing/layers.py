@@ -24,18 +24,7 @@ ROOM_BYTES = 1 << 29
 
 
 class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
-    """Some rows of each layer of a file.
-
-    Args:
-        file: Open, and staying so.
-        layers: Which ones, in this order.
-        rows: Which rows, ascending.
-        transforms: By layer, applied to its rows as they are read.
-        room_bytes: See ``ROOM_BYTES``.
-
-    Raises:
-        LayerError: If the file has no such layer.
-    """
+    """Some rows of each layer of a file."""
 
     def __init__(
         self,
@@ -69,14 +58,7 @@ class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
         return len(self._matrices)
 
     def of(self, is_kept: NDArray[np.bool_]) -> RowsOfLayers:
-        """Take fewer rows.
-
-        Args:
-            is_kept: Which of these rows, bool.
-
-        Returns:
-            The same layers, of these rows.
-        """
+        """Take fewer rows."""
         return RowsOfLayers(
             self._file,
             list(self),
@@ -93,21 +75,7 @@ class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):
 def load_transforms(
     file: EmbeddingFile, layers: Sequence[str], paths: Sequence[str]
 ) -> dict[str, FittedTransform]:
-    """Read fitted transforms, and make sure that they are for vectors as the file has them.
-
-    Args:
-        file: Whose layers they are to be applied to.
-        layers: Of it, those that are probed.
-        paths: Files that ``fit-transform`` wrote.
-
-    Returns:
-        By layer.
-
-    Raises:
-        ConfigError: If one was fitted on another layer, or on vectors that were made in another way, or two
-            are for the same layer.
-        StoreError: If a file cannot be read.
-    """
+    """Read fitted transforms, and make sure that they are for vectors as the file has them."""
     found: dict[str, FittedTransform] = {}
     for path in paths:
         loaded = load_transform(path)

@@ -90,15 +90,6 @@ class ProbeOptions:
 def divide_options(options: Mapping[str, Any]) -> tuple[ProbeOptions, dict[str, Any]]:
     """Tell options of the probe from those of the extraction.
 
-    Args:
-        options: By name; None stands for the default.
-
-    Returns:
-        The probe's, and what is left for ``extract``.
-
-    Raises:
-        ConfigError: If a name is neither's, or a value is wrong.
-
     Example:
         >>> mine, rest = divide_options({"cv": "homology", "window": 500, "device": None})
         >>> mine.cv, rest

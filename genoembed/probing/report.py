@@ -134,14 +134,6 @@ class ProbeReport:
 def fusion_options(weights: Mapping[str, float], *, are_all: bool, pooling: str | None) -> str:
     """Write down the options of ``genoembed extract`` that make the weighted mean.
 
-    Args:
-        weights: Of each layer.
-        are_all: Whether ``all`` means these layers, in this order.
-        pooling: How tokens became one vector; None where that is not known.
-
-    Returns:
-        Options as a shell takes them; empty without weights.
-
     Example:
         >>> fusion_options({"blocks.0": 0.25, "blocks.1": 0.75}, are_all=True, pooling="mean")
         '--layer all --pool mean --fuse weighted --fusion-weights 0.25,0.75'
@@ -155,14 +147,7 @@ def fusion_options(weights: Mapping[str, float], *, are_all: bool, pooling: str 
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """Name the metrics of a task as people write them.
-
-    Args:
-        task: What the target is.
-
-    Returns:
-        Names, the one that decides first.
-    """
+    """Name the metrics of a task as people write them."""
     return tuple(METRIC_WORDS[name] for name in METRICS[task])
 
 
@@ -175,12 +160,6 @@ def _row(name: str, kind: str, metrics: Mapping[str, Any]) -> dict[str, str | fl
 
 def describe_classes(target: Sequence[object]) -> dict[str, int]:
     """Count the rows of each class.
-
-    Args:
-        target: Classes.
-
-    Returns:
-        Counts by class, in the order of their names.
 
     Example:
         >>> describe_classes(["b", "a", "b"])

@@ -48,20 +48,7 @@ class LabelledRows:
 
 
 def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeOptions) -> LabelledRows:
-    """Put labels to the rows of a file; leave out rows that failed, and those without a label.
-
-    Args:
-        file: Open, with a row a record.
-        table: The labels.
-        options: What to do with labels whose record is not there.
-
-    Returns:
-        The rows.
-
-    Raises:
-        ConfigError: If no row is left.
-        LabelError: If labels have no record, and that is an error.
-    """
+    """Put labels to the rows of a file; leave out rows that failed, and those without a label."""
     ids, has_failed = file.ids, _failed_rows(file)
     known = set(ids)
     strays = [name for name in table.labels if name not in known]
@@ -122,22 +109,7 @@ def group_rows(
     options: ProbeOptions,
     sequences: Sequence[bytes] | None,
 ) -> NDArray[np.int64] | None:
-    """Say which rows must share a fold.
-
-    Args:
-        file: Open.
-        labelled: The rows.
-        table: The labels, with groups for ``grouped``.
-        options: ``cv`` says how.
-        sequences: Of the rows, for ``homology``.
-
-    Returns:
-        Number of the group of each row; None where each stands alone.
-
-    Raises:
-        ConfigError: If groups cannot be told.
-        LabelError: If a row has no group.
-    """
+    """Say which rows must share a fold."""
     if options.cv == "stratified":
         return None
     if options.cv == "grouped":
@@ -174,19 +146,7 @@ def _chromosomes(file: EmbeddingFile, labelled: LabelledRows) -> list[str]:
 def read_row_sequences(
     file: EmbeddingFile, labelled: LabelledRows, paths: Sequence[str]
 ) -> list[bytes] | str:
-    """Read the sequences of rows again: what was pooled of each, without flanks.
-
-    Args:
-        file: Open, with a row a record.
-        labelled: The rows.
-        paths: Sequence files; empty takes those that the file names.
-
-    Returns:
-        A sequence a row; or, where they cannot be had, why.
-
-    Raises:
-        InputError: If a file cannot be read.
-    """
+    """Read the sequences of rows again: what was pooled of each, without flanks."""
     config = file.provenance.get("config")
     recorded: dict[str, Any] = config["input"] if isinstance(config, dict) else {}
     sources = list(paths or recorded.get("inputs", ()))

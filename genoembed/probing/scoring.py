@@ -71,20 +71,7 @@ class Measured:
 
 
 class ProbeRun:
-    """One probe over an open file.
-
-    Args:
-        file: Pooled, with a row a record; it stays open.
-        table: The labels.
-        options: What to do.
-        layers: Of the file; None is all of them.
-
-    Raises:
-        ConfigError: If labels, records and folds do not go together.
-        LabelError: If labels are missing or have no record.
-        LayerError: If the file has no such layer.
-        StoreError: If the file holds a vector for every token.
-    """
+    """One probe over an open file."""
 
     def __init__(
         self,
@@ -104,17 +91,7 @@ class ProbeRun:
         self.target = self._deal(table)
 
     def measure(self, embed_again: Callable[[], Path | str]) -> Measured:
-        """Score everything.
-
-        Args:
-            embed_again: Gives the file of the untrained copy, or says why there is none.
-
-        Returns:
-            The scores.
-
-        Raises:
-            GenoembedError: If the untrained copy cannot be run.
-        """
+        """Score everything."""
         started = time.perf_counter()
         features = self._features(self.file, self._transforms)
         sweep = self._sweep(features, fusions=True, kind="layer")

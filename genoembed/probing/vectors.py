@@ -34,17 +34,7 @@ _RUNNING = ("batch_tokens", "device", "threads", "trust_remote_code", "unit_base
 
 
 def find_embedding_file(inputs: Sequence[str]) -> Path | None:
-    """Tell an embedding file from sequence files, by content.
-
-    Args:
-        inputs: As the user named them.
-
-    Returns:
-        The file, or None for sequences.
-
-    Raises:
-        ConfigError: If an embedding file is one of several inputs, or there is no input.
-    """
+    """Tell an embedding file from sequence files, by content."""
     are_files = [_is_hdf5(name) for name in inputs]
     if not inputs or (any(are_files) and len(inputs) > 1):
         message = (
@@ -63,22 +53,7 @@ def embed_layers(
     progress: Callable[[RunStats], None] | None,
     **options: Any,
 ) -> ExtractionReport:
-    """Take all layers in one pass, unless an earlier run with the same settings did.
-
-    Args:
-        inputs: Sequence files.
-        output: The file.
-        model: Name, folder or model.
-        overwrite: Replace a file that other settings made.
-        progress: As for ``extract``.
-        **options: Further options of ``extract``.
-
-    Returns:
-        What was done; its time is 0 where nothing was left to do.
-
-    Raises:
-        GenoembedError: As ``extract`` does.
-    """
+    """Take all layers in one pass, unless an earlier run with the same settings did."""
     return extract(
         inputs,
         model=model,
@@ -102,24 +77,7 @@ def embed_untrained(
     progress: Callable[[RunStats], None] | None,
     options: dict[str, Any],
 ) -> Path | str:
-    """Embed the records of a file again, with a model of the same configuration and fresh weights.
-
-    Args:
-        file: Open; it says how it was made.
-        output: Where the vectors go.
-        model: The model, if it is not where the file says.
-        seed: Of the weights.
-        overwrite: Replace a file that other settings made.
-        sequences: Sequence files, if they are not where the file says.
-        progress: As for ``extract``.
-        options: What the user said; of it, what changes no vector counts.
-
-    Returns:
-        The file; or, where it cannot be made, why.
-
-    Raises:
-        GenoembedError: As ``extract`` does.
-    """
+    """Embed the records of a file again, with a model of the same configuration and fresh weights."""
     config, made = file.provenance.get("config"), file.provenance.get("model")
     if not isinstance(config, dict) or not isinstance(made, dict):
         return "the file does not say how it was made"
@@ -165,22 +123,7 @@ def untrained_copy(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> GenomicModel:
-    """Make a model of the same configuration that has learnt nothing: its own random initialization.
-
-    Args:
-        model: Name, folder or model; a model is left as it is.
-        seed: Of the weights; the global generator is left alone.
-        device: As for ``load_model``; not looked at for a model.
-        dtype: Likewise.
-        revision: Likewise.
-        trust_remote_code: Likewise.
-
-    Returns:
-        The copy, on the same device, each tensor in the same type.
-
-    Raises:
-        ModelError: If the model cannot be loaded.
-    """
+    """Make a model of the same configuration that has learnt nothing: its own random initialization."""
     loaded = (
         model
         if isinstance(model, GenomicModel)

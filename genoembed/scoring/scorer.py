@@ -119,16 +119,7 @@ class _Row:
 
 
 class SequenceScorer:
-    """Scores records with one model.
-
-    Args:
-        model: The model with its head.
-        options: How.
-        on_batch: Called with the running totals after each forward pass.
-
-    Raises:
-        ConfigError: If windows do not go with the model.
-    """
+    """Scores records with one model."""
 
     def __init__(
         self,
@@ -175,30 +166,11 @@ class SequenceScorer:
         return starts is None or starts[starts >= 0].tolist() == list(range(len(probe)))
 
     def num_windows(self, record: SequenceRecord) -> int:
-        """Count the windows that a record is cut into.
-
-        Args:
-            record: With at least one base.
-
-        Returns:
-            1 for one that fits.
-        """
+        """Count the windows that a record is cut into."""
         return len(self._cutter.windows(record))
 
     def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...]]:
-        """Score a few records; what is equal to the model runs once.
-
-        Args:
-            records: With at least one base each.
-
-        Returns:
-            For each record its strand, or both, the given one first.
-
-        Raises:
-            ModelError: If the device's memory does not hold a forward pass.
-            NonFiniteError: If the model gives NaN or infinity.
-            SequenceLengthError: If a window has more tokens than the context.
-        """
+        """Score a few records; what is equal to the model runs once."""
         rows: list[_Row] = []
         fresh: list[_Row] = []
         first: dict[bytes, _Row] = {}
@@ -228,12 +200,7 @@ class SequenceScorer:
         ]
 
     def count(self, record: SequenceRecord, strands: Sequence[StrandScore]) -> None:
-        """Add a record that is done to the totals.
-
-        Args:
-            record: The record.
-            strands: Its scores.
-        """
+        """Add a record that is done to the totals."""
         self.stats.records += 1
         self.stats.bases += len(record.sequence)
         self.stats.windows += strands[0].num_windows

@@ -44,16 +44,7 @@ class RunOptions:
     start_token: StartChoice = "auto"
 
     def check(self, *, window: int | None = None, stride: int | None = None, pooling: str = "mean") -> None:
-        """Refuse what is wrong with these options, and with those given here.
-
-        Args:
-            window: Bases of a window.
-            stride: Bases from window to window.
-            pooling: How activations become one vector.
-
-        Raises:
-            ConfigError: For all that is wrong, at once.
-        """
+        """Refuse what is wrong with these options, and with those given here."""
         problems: list[str] = []
         for name, value in (("rc", self.rc), ("start_token", self.start_token), ("pooling", pooling)):
             choices = get_args(_CHOICES[name])
@@ -85,15 +76,7 @@ class RunOptions:
         )
 
     def load(self) -> LanguageModel:
-        """Load the model and its head.
-
-        Returns:
-            The model.
-
-        Raises:
-            ModelError: If it is not found, not causal, or was trained for vectors.
-            CheckpointError: If its weights are damaged, or lack the head.
-        """
+        """Load the model and its head."""
         config = self._model_config()
         is_name = isinstance(self.model, str | PathLike)
         if find_facts(config.model if is_name else self.model) is not None:  # type: ignore[arg-type]
@@ -118,19 +101,7 @@ class RunOptions:
 def run_options(
     model: str | PathLike[str] | GenomicModel, options: Mapping[str, Any], *, call: str
 ) -> RunOptions:
-    """Collect the options of a call; None stands for the default.
-
-    Args:
-        model: Name, folder, or loaded.
-        options: All others, by name.
-        call: What was called, for the error.
-
-    Returns:
-        The options, not checked yet.
-
-    Raises:
-        ConfigError: If there is no such option.
-    """
+    """Collect the options of a call; None stands for the default."""
     unknown = [name for name in options if name not in RunOptions.__dataclass_fields__]
     if unknown:
         raise ConfigError(*(f"{name!r} is no option of {call}" for name in unknown))
@@ -138,11 +109,7 @@ def run_options(
 
 
 def warn_of_precision(model: GenomicModel) -> None:
-    """Say that differences between alleles get lost in half precision.
-
-    Args:
-        model: As loaded.
-    """
+    """Say that differences between alleles get lost in half precision."""
     if model.dtype != torch.float32:
         name = str(model.dtype).removeprefix("torch.")
         message = f"{model.name} runs in {name}: differences between alleles are rounded; set dtype='float32'"

@@ -39,13 +39,6 @@ def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) ->
     That is what the tokenizer puts there by itself; else its BOS; else its EOS, which ends the document
     before (EOD, id 0, of Evo 2 and the bundled model).
 
-    Args:
-        tokenizer: Of the model.
-        choice: ``none`` lets sequences start with their first base.
-
-    Returns:
-        The token.
-
     Example:
         >>> from genoembed.tokenization.char import CharTokenizer
         >>> find_start_token(CharTokenizer(), "auto")
@@ -75,15 +68,6 @@ def start_sequence(
     encoded: EncodedSequence, length: int, start: StartToken, *, is_start: bool
 ) -> StartedSequence:
     """Put the start token before a sequence, or take off what the tokenizer has put there.
-
-    Args:
-        encoded: A sequence, or a window of one.
-        length: Its bases.
-        start: The token.
-        is_start: Whether the sequence begins here; a window further on has no start token.
-
-    Returns:
-        The tokens with their bases.
 
     Example:
         >>> encoded = EncodedSequence(input_ids=np.array([65, 67], dtype=np.uint8))

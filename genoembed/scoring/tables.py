@@ -23,16 +23,7 @@ _SEPARATORS = str.maketrans("\t\n\r", "   ")
 
 
 class TableWriter:
-    """Writes rows as lines.
-
-    Args:
-        stream: Takes them.
-        path: Its name, for errors.
-        columns: The first line.
-
-    Raises:
-        StoreError: If the first line cannot be written.
-    """
+    """Writes rows as lines."""
 
     def __init__(self, stream: IO[str], path: str, columns: Sequence[str]) -> None:
         self._stream = stream
@@ -40,26 +31,13 @@ class TableWriter:
         self.write(columns)
 
     def write(self, row: Sequence[object]) -> None:
-        """Write a row.
-
-        Args:
-            row: A cell a column.
-
-        Raises:
-            StoreError: If the file cannot be written.
-        """
+        """Write a row."""
         with _reporting(self._path):
             self._stream.write("\t".join(map(cell, row)) + "\n")
 
 
 def cell(value: object) -> str:
     """Write one cell.
-
-    Args:
-        value: A text, or a number.
-
-    Returns:
-        Nine significant digits of a number, ``NA`` for NaN; tabs and line ends of a text become spaces.
 
     Example:
         >>> [cell(value) for value in (-1234.567890123, float("nan"), 7, "a\\tb")]
@@ -72,19 +50,7 @@ def cell(value: object) -> str:
 
 @contextmanager
 def open_table(output: str, columns: Sequence[str], *, overwrite: bool = False) -> Iterator[TableWriter]:
-    """Open a table for writing.
-
-    Args:
-        output: File, or ``-`` for standard output.
-        columns: Names of the columns.
-        overwrite: Replace an existing file, once the new one is complete.
-
-    Yields:
-        The writer. When the body ends, the file gets its name; when it fails, nothing is left.
-
-    Raises:
-        StoreError: If the file exists and must stay, or cannot be written.
-    """
+    """Open a table for writing."""
     if output == STDOUT:
         yield TableWriter(sys.stdout, output, columns)
         return

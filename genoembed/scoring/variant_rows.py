@@ -72,14 +72,7 @@ class ScoredVariant(NamedTuple):
 
 
 def allele_records(context: VariantContext) -> tuple[SequenceRecord, SequenceRecord]:
-    """Give the stretch with either allele.
-
-    Args:
-        context: A variant.
-
-    Returns:
-        Reference first.
-    """
+    """Give the stretch with either allele."""
     variant = context.variant
     name = f"{variant.contig}:{variant.position}:{variant.ref}>{variant.alt}"
     return (
@@ -96,18 +89,7 @@ def score_alleles(
     layer: str | None,
     start_token: str,
 ) -> ScoredVariant:
-    """Compare the alleles of a variant.
-
-    Args:
-        context: The variant.
-        ref: Scores of the reference's stretch, a strand each.
-        alt: Scores of the other.
-        layer: Whose vectors are compared, too.
-        start_token: What the row says about it.
-
-    Returns:
-        The row.
-    """
+    """Compare the alleles of a variant."""
     ref_total, ref_mean = _means(ref)
     alt_total, alt_mean = _means(alt)
     delta_D, l2, distance = None, float("nan"), float("nan")
@@ -155,12 +137,7 @@ def _cosine_distance(first_D: Tensor, second_D: Tensor) -> float:
 
 
 class DeltaFile:
-    """An embedding file whose vectors are differences, alt - ref.
-
-    Args:
-        writer: Of the file, opened.
-        layer: The layer that the vectors are of.
-    """
+    """An embedding file whose vectors are differences, alt - ref."""
 
     def __init__(self, writer: EmbeddingWriter, layer: str) -> None:
         self._writer = writer
@@ -170,11 +147,7 @@ class DeltaFile:
         self._deltas: list[Tensor] = []
 
     def add(self, scored: ScoredVariant) -> None:
-        """Take a row in.
-
-        Args:
-            scored: With its vectors.
-        """
+        """Take a row in."""
         assert scored.delta_D is not None, "vectors are taken where a layer is"
         context = scored.context
         record = allele_records(context)[1]
@@ -197,11 +170,7 @@ class DeltaFile:
             self._append()
 
     def finish(self, provenance: Mapping[str, object]) -> None:
-        """Write the rest and give the file its name.
-
-        Args:
-            provenance: How it was made: what JSON can hold.
-        """
+        """Write the rest and give the file its name."""
         if self._rows:
             self._append()
         self._writer.finish(dict(provenance))  # type: ignore[arg-type]

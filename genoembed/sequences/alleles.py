@@ -32,12 +32,6 @@ class Change(NamedTuple):
 def trim_change(change: Change) -> Change:
     """Take off what both alleles share, at the end first, then at the start.
 
-    Args:
-        change: Two alleles.
-
-    Returns:
-        The same change; no allele begins or ends as the other does.
-
     Example:
         >>> trim_change(Change(9, b"CAG", b"CG"))
         Change(start=10, ref=b'A', alt=b'')
@@ -58,13 +52,6 @@ def left_align(change: Change, fetch: Callable[[int, int], bytes]) -> Change:
     """Move an insertion or deletion to the first place where it makes the same haplotype.
 
     What has both alleles after trimming can be written at one place only, and stays.
-
-    Args:
-        change: Two alleles that differ; ``ref`` is what the reference has there.
-        fetch: Gives the upper-case reference from a base to another.
-
-    Returns:
-        The same change, trimmed.
 
     Example:
         >>> contig = b"GGCACACATT"
@@ -97,13 +84,6 @@ def _steps_to_the_left(start: int, bases: bytes, fetch: Callable[[int, int], byt
 
 def anchor(change: Change, fetch: Callable[[int, int], bytes]) -> Change:
     """Give an insertion or deletion the neighbouring base that VCF asks for: the one before, if there is one.
-
-    Args:
-        change: As :func:`left_align` gives it.
-        fetch: Gives the upper-case reference from a base to another.
-
-    Returns:
-        The same change, with no allele empty.
 
     Example:
         >>> anchor(Change(2, b"CA", b""), lambda start, end: b"GGCACACATT"[start:end])

@@ -60,12 +60,6 @@ def reverse_complement(sequence: bytes) -> bytes:
 
     Knows all IUPAC codes and keeps the case; ``U`` pairs like ``T``. Other bytes stay as they are.
 
-    Args:
-        sequence: ASCII letters.
-
-    Returns:
-        The complement of each letter, last letter first.
-
     Example:
         >>> reverse_complement(b"AACGTRYn")
         b'nRYACGTT'
@@ -96,17 +90,6 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
 
     White space goes, ``U`` becomes ``T``, lower case becomes upper case (unless kept), and invalid letters
     and gaps are treated as the policies say.
-
-    Args:
-        record: The record; its body is used up.
-        policies: What to do.
-
-    Returns:
-        The bases, or None if the record has an invalid letter and is to be skipped.
-
-    Raises:
-        AlphabetError: If a letter is invalid, or a gap, and the policy is ``error``.
-        SequenceFormatError: If the sequence has a control byte or a ``>``.
     """
     table = _TABLES[policies.keep_case]
     pieces: list[bytes] = []

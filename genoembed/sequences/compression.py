@@ -83,18 +83,7 @@ _CODECS = (
 
 
 def iter_decompressed(path: str) -> Iterator[bytes]:
-    """Read a file, or standard input, as plain bytes.
-
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Yields:
-        Blocks that are not empty, of about ``BLOCK_BYTES``.
-
-    Raises:
-        InputFileError: If the file cannot be opened or read.
-        SequenceFormatError: If compressed data is damaged or stops early.
-    """
+    """Read a file, or standard input, as plain bytes."""
     blocks = _iter_raw(path)
     first = next(blocks, b"")
     codec = find_codec(first)
@@ -105,27 +94,12 @@ def iter_decompressed(path: str) -> Iterator[bytes]:
 
 
 def find_codec(head: bytes) -> _Codec | None:
-    """Tell the compression by the first bytes of a file.
-
-    Args:
-        head: At least six bytes, where the file has them.
-
-    Returns:
-        The codec, or None for a file that is not compressed.
-    """
+    """Tell the compression by the first bytes of a file."""
     return next((codec for codec in _CODECS if codec.magic.match(head)), None)
 
 
 def check_readable(path: str) -> None:
-    """Make sure that a file can be opened, before any work starts.
-
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Raises:
-        InputFileError: If there is no such file, it is a folder, it may not be read, or standard input is
-            closed.
-    """
+    """Make sure that a file can be opened, before any work starts."""
     if path == STDIN:
         if sys.stdin is None:
             problem = "standard input is closed, expected sequences; pipe them in or name a file"

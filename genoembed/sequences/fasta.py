@@ -28,20 +28,7 @@ _QUALITIES = bytes(range(33, 127))
 
 
 def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse FASTA.
-
-    Args:
-        path: File name for records and errors.
-        blocks: The text, from the first line that is not blank.
-        lines_before: Lines of the file before ``blocks``.
-
-    Yields:
-        Records. Each must be used before the next is asked for.
-
-    Raises:
-        SequenceFormatError: If there is sequence before the first header, a header is damaged, or a record is
-            larger than it may be.
-    """
+    """Parse FASTA."""
     line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
     header: tuple[str, str, int] | None = None
     pieces: list[tuple[bytes, int | None]] = []
@@ -160,20 +147,7 @@ def _parse_header(path: str, line: int, title: bytes, mark: str) -> tuple[str, s
 
 
 def iter_fastq(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse FASTQ, wrapped or not.
-
-    Args:
-        path: File name for records and errors.
-        blocks: The text, from the first line that is not blank.
-        lines_before: Lines of the file before ``blocks``.
-
-    Yields:
-        Records, without their qualities.
-
-    Raises:
-        SequenceFormatError: If a record is cut short, lacks a line, has qualities that do not fit, or is
-            larger than it may be.
-    """
+    """Parse FASTQ, wrapped or not."""
     lines = zip(count(lines_before + 1), iter_lines(blocks, path=path))
     for line, raw in lines:
         title = raw.strip(WHITESPACE)

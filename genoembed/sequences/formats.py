@@ -54,18 +54,7 @@ _TAR = re.compile(rb".{257}ustar", re.DOTALL)
 
 
 def iter_records(path: str) -> Iterator[RawRecord]:
-    """Parse a file of any format.
-
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Yields:
-        Records in file order. Each must be used before the next is asked for.
-
-    Raises:
-        InputFileError: If the file cannot be read.
-        SequenceFormatError: If it is empty, in no format that is read, or damaged.
-    """
+    """Parse a file of any format."""
     blocks = iter_text(path)
     lines_before = 0
     for block in blocks:
@@ -108,36 +97,12 @@ def _choose_parser(path: str, head: bytes, line: int) -> Callable[..., Iterator[
 
 
 def iter_genbank(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse GenBank.
-
-    Args:
-        path: File name for records and errors.
-        blocks: The text, from the first line that is not blank.
-        lines_before: Lines of the file before ``blocks``.
-
-    Yields:
-        Records; the id is the accession with its version, the description the definition.
-
-    Raises:
-        SequenceFormatError: If Biopython cannot parse the text, finds none, or another length than stated.
-    """
+    """Parse GenBank."""
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "LOCUS "), "genbank")
 
 
 def iter_embl(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse EMBL.
-
-    Args:
-        path: File name for records and errors.
-        blocks: The text, from the first line that is not blank.
-        lines_before: Lines of the file before ``blocks``.
-
-    Yields:
-        Records; the id is the accession with its version, the description the DE lines.
-
-    Raises:
-        SequenceFormatError: If Biopython cannot parse the text, finds none, or another length than stated.
-    """
+    """Parse EMBL."""
     yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "ID "), "embl")
 
 

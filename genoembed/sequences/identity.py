@@ -18,11 +18,7 @@ _LINE_BITS = 40
 
 
 class IdRegistry:
-    """Remembers where each id was first seen.
-
-    Args:
-        policy: What to do with an id that was seen before.
-    """
+    """Remembers where each id was first seen."""
 
     def __init__(self, policy: DuplicatePolicy) -> None:
         self._policy = policy
@@ -35,17 +31,6 @@ class IdRegistry:
 
         A new name is ``id_2``, ``id_3`` ..., the first that nothing before has. A later record that was given
         such a name by its file is a duplicate like any other, so no two records ever share an id.
-
-        Args:
-            record_id: The id in the file.
-            path: The file.
-            line: The record's line in it, where known.
-
-        Returns:
-            The id to use.
-
-        Raises:
-            DuplicateIdError: If the id is taken and the policy is ``error``.
 
         Example:
             >>> ids = IdRegistry("suffix")

@@ -52,14 +52,7 @@ class Interval(NamedTuple):
 
 
 def is_place(text: str) -> bool:
-    """Tell a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)`` from a file name.
-
-    Args:
-        text: What was given as a region. A file of that name wins.
-
-    Returns:
-        True for a place.
-    """
+    """Tell a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)`` from a file name."""
     return _PLACE.fullmatch(text) is not None and not _exists(text)
 
 
@@ -71,14 +64,7 @@ def _exists(text: str) -> bool:
 
 
 def check_regions(text: str) -> None:
-    """Make sure that a region file can be opened; a place needs no file.
-
-    Args:
-        text: File name or place.
-
-    Raises:
-        InputFileError: If it is neither a place nor a file that can be read.
-    """
+    """Make sure that a region file can be opened; a place needs no file."""
     if is_place(text):
         return
     if text != STDIN and not _exists(text):
@@ -88,19 +74,7 @@ def check_regions(text: str) -> None:
 
 
 def iter_intervals(text: str) -> Iterator[Interval]:
-    """Read the intervals of a region file, or the one that a place names.
-
-    Args:
-        text: File name (BED or GFF3, compressed or not), or a place.
-
-    Yields:
-        Intervals in the order of the rows.
-
-    Raises:
-        InputFileError: If the file cannot be read.
-        RegionError: If a row has too few columns, or numbers or a strand that make no sense.
-        SequenceFormatError: If a compressed file is damaged.
-    """
+    """Read the intervals of a region file, or the one that a place names."""
     found = _PLACE.fullmatch(text) if is_place(text) else None
     if found is not None:
         first, last = found["first"].replace(",", ""), found["last"].replace(",", "")

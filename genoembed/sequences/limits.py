@@ -16,14 +16,7 @@ VARIABLE = "GENOEMBED_MAX_RECORD_BYTES"
 
 
 def max_record_bytes() -> int:
-    """Give the most bytes that one record may take, as plain text.
-
-    Returns:
-        The default, or what the environment variable says.
-
-    Raises:
-        ConfigError: If the variable is no positive number.
-    """
+    """Give the most bytes that one record may take, as plain text."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return DEFAULT_MAX_RECORD_BYTES
@@ -38,18 +31,7 @@ def max_record_bytes() -> int:
 def check_record_size(
     num_bytes: int, limit: int, *, path: str, line: int | None = None, record_id: str | None = None
 ) -> None:
-    """Refuse a record that has grown beyond the limit.
-
-    Args:
-        num_bytes: Bytes of it so far.
-        limit: What ``max_record_bytes`` gave when the file was opened.
-        path: The file, for the error.
-        line: Line it starts on.
-        record_id: Its id.
-
-    Raises:
-        SequenceFormatError: If it is too large.
-    """
+    """Refuse a record that has grown beyond the limit."""
     if num_bytes > limit:
         problem = (
             f"one record or line of over {limit} bytes, decompressed; the file is damaged or made to "

@@ -156,23 +156,7 @@ def _finish(
 def clean_record(
     raw: RawRecord, *, policies: Policies, ids: IdRegistry, counts: InputCounts
 ) -> SequenceRecord | None:
-    """Put one parsed record through the policies: letters first, then emptiness, then its id.
-
-    Args:
-        raw: The record; its body is used up.
-        policies: What to do with what is not clean.
-        ids: The ids of the run so far; takes this one in.
-        counts: Added to.
-
-    Returns:
-        The record as the model will see it, or None if a policy leaves it out.
-
-    Raises:
-        AlphabetError: If a letter is invalid under the policies.
-        SequenceFormatError: If the sequence has a control byte or a ``>``.
-        EmptyRecordError: If the record has no bases and ``empty`` is ``error``.
-        DuplicateIdError: If the id is taken and ``duplicates`` is ``error``.
-    """
+    """Put one parsed record through the policies: letters first, then emptiness, then its id."""
     cleaned = clean_body(raw, policies)
     if cleaned is None:
         counts.skipped_invalid += 1

@@ -45,23 +45,7 @@ _DAMAGE_ERRORS = (
 
 
 def open_regions(path: str, places: list[str], *, flank: int) -> Iterator[RawRecord]:
-    """Fetch regions of a FASTA file.
-
-    Args:
-        path: The FASTA file.
-        places: BED or GFF3 files and places, read one after the other.
-        flank: Bases on either side of each region, as far as the contig has them.
-
-    Returns:
-        One raw record for each interval, in order.
-
-    Raises:
-        InputFileError: If a region file cannot be read, or the index cannot be written.
-        MissingExtraError: If pyfaidx is not installed.
-        SequenceFormatError: If the file is not FASTA, or cannot be indexed.
-        DuplicateIdError: If two contigs have one name.
-        RegionError: If an interval does not fit the FASTA.
-    """
+    """Fetch regions of a FASTA file."""
     try:
         import pyfaidx
     except ImportError as error:
@@ -200,17 +184,7 @@ def _contig_length(contigs: Any, path: str, interval: Interval) -> int:
 
 
 class ReferenceFasta:
-    """An indexed FASTA of which stretches are read; a context manager, which opens and closes it.
-
-    Args:
-        path: The FASTA file, plain or bgzip; its index is written beside it if it is missing or older.
-        purpose: What needs it, for the error where pyfaidx is not installed.
-
-    Raises:
-        MissingExtraError: If pyfaidx is not installed.
-        InputFileError: If the file cannot be read.
-        SequenceFormatError: If it is no FASTA that can be read by place.
-    """
+    """An indexed FASTA of which stretches are read; a context manager, which opens and closes it."""
 
     def __init__(self, path: str, *, purpose: str) -> None:
         try:
@@ -236,31 +210,12 @@ class ReferenceFasta:
         return list(self._contigs.index)
 
     def length(self, contig: str) -> int | None:
-        """Give the length of a contig.
-
-        Args:
-            contig: Its name.
-
-        Returns:
-            Bases; None if there is no such contig.
-        """
+        """Give the length of a contig."""
         entry = self._contigs.index.get(contig)
         return None if entry is None else int(entry.rlen)
 
     def fetch(self, contig: str, start: int, end: int) -> bytes:
-        """Read a stretch.
-
-        Args:
-            contig: Name of a contig that is there.
-            start: First base, 0-based.
-            end: One past the last base, within the contig.
-
-        Returns:
-            The letters as they are in the file, ``end - start`` of them.
-
-        Raises:
-            SequenceFormatError: If the stretch is not where the index has it.
-        """
+        """Read a stretch."""
         if end <= start:
             return b""
         interval = Interval(contig, start, end, "+", "", self.path, None)

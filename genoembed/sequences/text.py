@@ -20,29 +20,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def iter_text(path: str) -> Iterator[bytes]:
-    """Read a file as blocks of text, cut anywhere.
-
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Yields:
-        Blocks that are not empty; together they are the file's text.
-
-    Raises:
-        InputFileError: If the file cannot be opened or read.
-        SequenceFormatError: If compressed data is damaged or stops early.
-    """
+    """Read a file as blocks of text, cut anywhere."""
     yield from iter_text_blocks(iter_decompressed(path))
 
 
 def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Give text one kind of line end, and take a byte order mark off.
-
-    Args:
-        raw_blocks: The text, cut anywhere; the first block has the whole mark, if there is one.
-
-    Yields:
-        Blocks that are not empty; together they are the text.
 
     Example:
         >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"]))
@@ -67,16 +50,6 @@ def iter_lines(blocks: Iterable[bytes], *, path: str = "") -> Iterator[bytes]:
     """Cut blocks of text into lines.
 
     A line that runs over many blocks is joined once, so one line of 250 Mb costs one copy.
-
-    Args:
-        blocks: Text with ``\\n`` line ends.
-        path: The file, for the error.
-
-    Yields:
-        Lines without their end.
-
-    Raises:
-        SequenceFormatError: If a line is larger than a record may be.
 
     Example:
         >>> list(iter_lines([b"ab\\nc", b"d\\n\\n", b"e"]))

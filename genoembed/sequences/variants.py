@@ -86,24 +86,6 @@ def read_variants(
     them is cut, so that all spellings of a change give the same sequences. FILTER, QUAL and genotypes are not
     looked at. Options and file names are checked at once; rows are read as the iterator is used.
 
-    Args:
-        vcf: The file; ``-`` is standard input. A header is not needed.
-        reference: FASTA, plain or bgzip; its index is written beside it.
-        flank: Bases on either side of the change, as far as the contig has them; at least 1.
-        unsupported: Alleles without a sequence of their own (symbolic, breakends, ``*``, ``.``): ``skip`` and
-            count them, or ``error``.
-        counts: Filled in as rows are read.
-
-    Returns:
-        Variants in the order of rows and alleles.
-
-    Raises:
-        ConfigError: If an option is wrong.
-        InputFileError: If a file is missing or cannot be read.
-        MissingExtraError: If pyfaidx is not installed.
-        SequenceFormatError: If a file is in another format, or damaged.
-        VariantError: If a row is malformed, does not fit the reference, or has an unsupported allele.
-
     Example:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory

@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 def default_stride(window_bp: int) -> int:
     """Step between windows when none is asked for: three quarters of a window, so a quarter overlaps.
 
-    Args:
-        window_bp: Bases in a window.
-
-    Returns:
-        The stride in bases, at least 1.
-
     Example:
         >>> default_stride(8192)
         6144
@@ -49,21 +43,6 @@ def iter_windows(
     the right one. (That the sequence's own ends cost no context does not change this.) A causal model sees
     only what is to the left, so the base belongs to the first window that has it. Windows that answer for no
     base of the core are left out.
-
-    Args:
-        length: Bases of the sequence. 0 gives no window.
-        window_bp: Bases the model sees at once.
-        stride_bp: Bases from one window's start to the next, 1 to ``window_bp``; None for ``default_stride``.
-        causal: True if the model sees only what is to the left of a base.
-        core_start: First base that counts; what is before it is flank.
-        core_end: One past the last base that counts; None for ``length``.
-
-    Returns:
-        Windows from left to right. Their cores, end to end, are the core.
-
-    Raises:
-        ConfigError: If ``window_bp`` or ``stride_bp`` is out of range.
-        ShapeError: If the core does not lie in the sequence.
 
     Example:
         >>> for w in iter_windows(10, window_bp=6, stride_bp=4):

@@ -23,19 +23,7 @@ _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPE
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Refuse an output that cannot or must not be written, before any work is done.
-
-    Args:
-        path: Where the file should be.
-        overwrite: True where an existing file may be replaced.
-
-    Returns:
-        The absolute path, with symbolic links followed: a link to a file stays a link.
-
-    Raises:
-        StoreError: If the file exists and must stay, is not a regular file, is meant to be standard output
-            (``-``), or its folder is missing or cannot be written to.
-    """
+    """Refuse an output that cannot or must not be written, before any work is done."""
     target = Path(os.path.realpath(path))
     problem = None
     if os.fspath(path) == "-":
@@ -56,15 +44,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, which appears complete or not at all, and lasts through a power cut.
-
-    Args:
-        path: The file; replaced if it is there.
-        text: Its content, stored as UTF-8.
-
-    Raises:
-        OSError: If it cannot be written; an earlier file is then untouched.
-    """
+    """Write a small file, which appears complete or not at all, and lasts through a power cut."""
     file = AtomicFile(path)
     try:
         file.write(memoryview(text.encode()))
@@ -79,13 +59,6 @@ class AtomicFile:
 
     The temporary file lies in the target's folder as ``.NAME.RANDOM.tmp`` and only its owner can read it. The
     finished file has the mode that the user's umask gives to new files.
-
-    Args:
-        target: The final path, from ``check_output``.
-        staging: Folder of the temporary file, on the same disk; None is the target's own.
-
-    Raises:
-        OSError: If the temporary file cannot be made.
     """
 
     def __init__(self, target: Path, *, staging: Path | None = None) -> None:
@@ -99,14 +72,7 @@ class AtomicFile:
         self.temporary.chmod(0o600)
 
     def write(self, buffer: memoryview) -> int:
-        """Write all of a buffer, or keep the error.
-
-        Args:
-            buffer: Bytes of any shape.
-
-        Returns:
-            The number of bytes of the buffer, in either case.
-        """
+        """Write all of a buffer, or keep the error."""
         view = memoryview(buffer).cast("B")
         offset = self._raw.tell()
         self._keeping_errors(lambda: self._write_all(view))
@@ -120,14 +86,7 @@ class AtomicFile:
             written += self._raw.write(view[written:])
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill a buffer from the current position.
-
-        Args:
-            buffer: Writable bytes.
-
-        Returns:
-            How many bytes were read; fewer than asked for at the end of the file only.
-        """
+        """Fill a buffer from the current position."""
         view = memoryview(buffer).cast("B")
         start = self._raw.tell()
         filled = 0
@@ -141,26 +100,11 @@ class AtomicFile:
         return filled
 
     def read(self, size: int = -1) -> bytes:
-        """Read from the current position (h5py knows a file by this method).
-
-        Args:
-            size: Number of bytes; -1 for all.
-
-        Returns:
-            The bytes.
-        """
+        """Read from the current position (h5py knows a file by this method)."""
         return self._raw.read(size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a position.
-
-        Args:
-            offset: Bytes, relative to ``whence``.
-            whence: As in ``io``.
-
-        Returns:
-            The new position.
-        """
+        """Move to a position."""
         if whence == os.SEEK_END:
             ends = [
                 self._raw.seek(0, os.SEEK_END),
@@ -174,14 +118,7 @@ class AtomicFile:
         return self._raw.tell()
 
     def truncate(self, size: int) -> int:
-        """Set the length of the file, or keep the error.
-
-        Args:
-            size: The new length in bytes.
-
-        Returns:
-            The new length.
-        """
+        """Set the length of the file, or keep the error."""
         self._keeping_errors(lambda: self._raw.truncate(size))
         return size
 
@@ -198,12 +135,7 @@ class AtomicFile:
         """Do nothing: writes are not buffered here."""
 
     def commit(self) -> None:
-        """Bring the file to the disk and give it its name; call it after HDF5 has closed.
-
-        Raises:
-            BaseException: What ended an earlier write, or an OSError of one of these steps. The target is
-                then untouched.
-        """
+        """Bring the file to the disk and give it its name; call it after HDF5 has closed."""
         if self.error is not None:
             raise self.error
         os.fsync(self._raw.fileno())

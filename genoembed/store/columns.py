@@ -47,13 +47,6 @@ class GrowingDataset:
 
     Rows wait in memory until they fill a chunk, so appending one at a time is as good as in blocks, and a
     dataset smaller than a chunk takes no more space than its rows.
-
-    Args:
-        group: Where the dataset goes.
-        name: Its link name.
-        dtype: What it stores.
-        encoding: Its ``encoding-type``.
-        width: Size of the second dimension; None for one dimension.
     """
 
     def __init__(
@@ -78,11 +71,7 @@ class GrowingDataset:
         self._dataset: h5py.Dataset | None = None
 
     def append(self, rows: NDArray[np.generic]) -> None:
-        """Add rows at the end.
-
-        Args:
-            rows: Rows of the dataset's width, which must not be changed afterwards.
-        """
+        """Add rows at the end."""
         self._waiting.append(rows)
         self._num_waiting += len(rows)
         self.num_rows += len(rows)
@@ -90,11 +79,7 @@ class GrowingDataset:
             self._write(self.chunk_rows)
 
     def close(self) -> h5py.Dataset:
-        """Write what waits.
-
-        Returns:
-            The dataset, which is there even without rows.
-        """
+        """Write what waits."""
         return self._write(max(1, min(self.chunk_rows, self.num_rows)))
 
     def _write(self, chunk_rows: int) -> h5py.Dataset:
@@ -117,11 +102,7 @@ class GrowingDataset:
 
 
 class ObsWriter:
-    """The ``/obs`` table of a file, growing by rows.
-
-    Args:
-        root: The open file.
-    """
+    """The ``/obs`` table of a file, growing by rows."""
 
     def __init__(self, root: h5py.Group) -> None:
         self._group = root.create_group("obs")
@@ -141,11 +122,7 @@ class ObsWriter:
         return GrowingDataset(self._group, name, dtype=TEXT, encoding=STRING_ARRAY)
 
     def append(self, rows: Sequence[ObsRow]) -> None:
-        """Add rows at the end.
-
-        Args:
-            rows: What the file says about each record.
-        """
+        """Add rows at the end."""
         self._columns[INDEX].append(text_array([row.id for row in rows]))
         for name, column_type in OBS_COLUMNS.items():
             values = [getattr(row, name) for row in rows]
@@ -170,37 +147,19 @@ class ObsWriter:
 
 
 def text_array(values: Sequence[str]) -> NDArray[np.object_]:
-    """Make the array that h5py stores as UTF-8 text of variable length.
-
-    Args:
-        values: Any text; what HDF5 cannot hold is escaped.
-
-    Returns:
-        Shape ``(len(values),)``.
-    """
+    """Make the array that h5py stores as UTF-8 text of variable length."""
     array = np.empty(len(values), dtype=object)
     array[:] = [storable_text(value) for value in values]
     return array
 
 
 def write_text_array(group: h5py.Group, name: str, values: Sequence[str]) -> None:
-    """Write a string array at once.
-
-    Args:
-        group: Where it goes.
-        name: Its link name.
-        values: Its elements.
-    """
+    """Write a string array at once."""
     set_encoding(group.create_dataset(name, data=text_array(values), dtype=TEXT), STRING_ARRAY)
 
 
 def mark_dataframe(group: h5py.Group, columns: Sequence[str]) -> None:
-    """Mark a group as a dataframe whose index is the dataset ``_index``.
-
-    Args:
-        group: A group with the columns and the index in it.
-        columns: Names of the columns, in order.
-    """
+    """Mark a group as a dataframe whose index is the dataset ``_index``."""
     set_encoding(group, DATAFRAME)
     group.attrs["_index"] = INDEX
     group.attrs.create("column-order", text_array(columns), dtype=TEXT)
@@ -210,10 +169,6 @@ def write_provenance(group: h5py.Group, text: str) -> None:
     """Write the provenance as JSON, and beside it the same in AnnData's own types, for people.
 
     The JSON is the truth. The mirror leaves out null, and holds mixed or nested lists as JSON text.
-
-    Args:
-        group: ``/uns/genoembed``.
-        text: The JSON of an object.
     """
     _write_scalar(group, PROVENANCE_JSON, text)
     _write_mirror(group, json.loads(text))

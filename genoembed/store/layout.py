@@ -54,17 +54,6 @@ def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
     """Open a file for reading, or say why that cannot be.
 
     HDF5 sees it only if its seal holds, or a child process got through it unharmed.
-
-    Args:
-        path: The file.
-        untrusted: True lets a child process try the file even if its seal holds: a seal can be forged.
-
-    Returns:
-        The open file.
-
-    Raises:
-        StoreError: If the file is missing, a folder or not readable.
-        StoreFormatError: If it is not HDF5, or damaged.
     """
     if not check_seal(path) or untrusted:
         quarantine.check_in_child(path)
@@ -73,15 +62,7 @@ def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
 
 
 def check_size(dataset: h5py.Dataset, path: str) -> None:
-    """Refuse a dataset that claims more than its file can hold, before memory is taken for it.
-
-    Args:
-        dataset: Any dataset.
-        path: Its file, for messages.
-
-    Raises:
-        StoreFormatError: If even the best compression could not put so much into the file.
-    """
+    """Refuse a dataset that claims more than its file can hold, before memory is taken for it."""
     file_bytes = Path(path).stat().st_size
     if dataset.size and dataset.size * dataset.dtype.itemsize > _BEST_COMPRESSION * file_bytes:
         problem = f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes; {_REMEDY}"
@@ -89,19 +70,7 @@ def check_size(dataset: h5py.Dataset, path: str) -> None:
 
 
 def read_layout(hdf5: h5py.File, path: str) -> Layout:
-    """Check an open file against the schema.
-
-    Args:
-        hdf5: The open file.
-        path: Its name, for messages.
-
-    Returns:
-        Its parts.
-
-    Raises:
-        SchemaVersionError: If the file is in a newer format.
-        StoreFormatError: If another program wrote it, a part is missing, or parts disagree about sizes.
-    """
+    """Check an open file against the schema."""
     with reading(path):
         version = _read_version(hdf5, path)
         kind = _read_kind(hdf5, path)

@@ -90,15 +90,7 @@ class InputFacts:
 
 
 def is_same_input(first: InputFacts, second: InputFacts) -> bool:
-    """Tell whether two processes have read the same.
-
-    Args:
-        first: What the one found.
-        second: What the other found.
-
-    Returns:
-        Whether units and contents of files agree.
-    """
+    """Tell whether two processes have read the same."""
 
     def content(facts: InputFacts) -> list[object]:
         return [facts.num_units, [item.get("sha256") for item in facts.inputs]]
@@ -107,30 +99,12 @@ def is_same_input(first: InputFacts, second: InputFacts) -> bool:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Write a manifest down.
-
-    Args:
-        manifest: What the run is.
-
-    Returns:
-        JSON.
-    """
+    """Write a manifest down."""
     return json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1, allow_nan=False)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest of a folder of parts.
-
-    Args:
-        folder: The folder, which need not be there.
-
-    Returns:
-        What the run is; None where there is no manifest.
-
-    Raises:
-        StoreError: If the folder is a file.
-        StoreFormatError: If it cannot be read, is of another version, or is no manifest.
-    """
+    """Read the manifest of a folder of parts."""
     path = folder / MANIFEST
     found = read_json(path)
     if found is None:
@@ -148,31 +122,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def known_fields(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick what a dataclass has fields for.
-
-    Args:
-        cls: The dataclass.
-        found: What was read.
-
-    Returns:
-        Values by field.
-    """
+    """Pick what a dataclass has fields for."""
     return {key.name: found[key.name] for key in fields(cls) if key.name in found}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object; None where there is no such file.
-
-    Raises:
-        StoreError: If its folder is a file.
-        StoreFormatError: If it cannot be read, or is no object.
-    """
+    """Read a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -22,17 +22,7 @@ SLAB_BYTES = 4 * 1024 * 1024
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Report what HDF5 or NumPy say about a damaged file as one error that names the file.
-
-    Args:
-        path: The file that is read inside the ``with``.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        StoreFormatError: If a part of the file cannot be read.
-    """
+    """Report what HDF5 or NumPy say about a damaged file as one error that names the file."""
     try:
         yield
     except GenoembedError:
@@ -48,10 +38,6 @@ class LazyMatrix:
 
     ``matrix[5]``, ``matrix[10:20]``, ``matrix[[7, 3, 3]]``, ``matrix[mask]`` and ``matrix[rows, columns]``
     mean what they mean in NumPy, and give NumPy arrays; ``numpy.asarray(matrix)`` reads all of it.
-
-    Args:
-        dataset: The two-dimensional HDF5 dataset.
-        path: Its file, for messages.
     """
 
     def __init__(self, dataset: h5py.Dataset, path: str) -> None:

@@ -45,19 +45,7 @@ class Merged:
 
 
 def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
-    """Write the output of a run whose units are all finished, and remove the parts.
-
-    Args:
-        parts: Of the run.
-        overwrite: True where an existing output is replaced.
-
-    Returns:
-        What was written.
-
-    Raises:
-        StoreError: If units are missing, the output exists and must stay, or it cannot be written; the
-            parts stay then.
-    """
+    """Write the output of a run whose units are all finished, and remove the parts."""
     with parts.lock("merge"):
         facts, records = _complete(parts)
         parts.remove_temporary()
@@ -68,14 +56,7 @@ def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
 
 
 def is_output_of(parts: Parts) -> bool:
-    """Tell whether the output that lies there is the merged one of these parts.
-
-    Args:
-        parts: Of a run, perhaps some of them only: their removal may have been cut off.
-
-    Returns:
-        Whether it is complete and of this very run.
-    """
+    """Tell whether the output that lies there is the merged one of these parts."""
     with suppress(GenoembedError, OSError), open_embeddings(parts.output) as file:
         began = parts.manifest.provenance.get("created")
         is_same = _run_of(file) == parts.manifest.digest and file.provenance.get("created") == began
@@ -85,14 +66,7 @@ def is_output_of(parts: Parts) -> bool:
 
 
 def finish_removal(parts: Parts) -> Merged:
-    """Remove what is left of the parts of a run whose output is there.
-
-    Args:
-        parts: Of which ``is_output_of`` is true.
-
-    Returns:
-        What the output holds.
-    """
+    """Remove what is left of the parts of a run whose output is there."""
     with open_embeddings(parts.output) as file:
         merged = _summary(file)
     parts.remove()
@@ -105,21 +79,7 @@ def merged_by(
     inputs: Sequence[Mapping[str, JSON]],
     regions: Sequence[Mapping[str, JSON]] = (),
 ) -> Merged | None:
-    """Read what a complete output holds, if a run made it that was the same in everything.
-
-    Args:
-        output: The file.
-        digest: Of the run's identity.
-        inputs: Its input files with their digests.
-        regions: Its files of regions with their digests, and places.
-
-    Returns:
-        What it holds; None if another run made it, from another input, or from standard input, of which
-        nobody knows.
-
-    Raises:
-        StoreError: If it cannot be read, or is none of ours.
-    """
+    """Read what a complete output holds, if a run made it that was the same in everything."""
     with open_embeddings(output) as file:
         found = _contents(file.provenance.get("inputs", []))
         places = [_content(item) or item.get("name") for item in regions]
@@ -226,14 +186,7 @@ def _provenance(
 
 
 def read_block(file: EmbeddingFile) -> EmbeddingBlock | TokenBlock:
-    """Read all rows of a file.
-
-    Args:
-        file: Small enough for memory.
-
-    Returns:
-        What was appended to it, in the dtype of the file.
-    """
+    """Read all rows of a file."""
     columns = [list(file.obs[name]) for name in OBS_COLUMNS]
     rows = tuple(
         ObsRow(id=name, **dict(zip(OBS_COLUMNS, values, strict=True)))

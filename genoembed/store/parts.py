@@ -62,12 +62,6 @@ _UNIT_OVERHEAD = 1 << 20
 def parts_folder(output: str | os.PathLike[str]) -> Path:
     """Name the folder of the parts of an output.
 
-    Args:
-        output: The file that the run is to write.
-
-    Returns:
-        A folder beside it.
-
     Example:
         >>> parts_folder("phage.h5").name, parts_folder("phage.v2").name
         ('phage.parts', 'phage.v2.parts')
@@ -78,12 +72,7 @@ def parts_folder(output: str | os.PathLike[str]) -> Path:
 
 
 class Parts:
-    """The parts of one run; ``begin`` and ``find`` make it.
-
-    Args:
-        output: The file that the run is to write.
-        manifest: What the run is.
-    """
+    """The parts of one run; ``begin`` and ``find`` make it."""
 
     def __init__(self, output: str | os.PathLike[str], manifest: Manifest) -> None:
         self.output = str(output)
@@ -96,19 +85,7 @@ class Parts:
 
     @classmethod
     def begin(cls, output: str | os.PathLike[str], manifest: Manifest, *, drop_other: bool = False) -> Parts:
-        """Go on with the parts of a run, or begin them.
-
-        Args:
-            output: The file that the run is to write.
-            manifest: What the run is.
-            drop_other: True where the parts of another run give way.
-
-        Returns:
-            The parts, which keep the provenance of the process that began.
-
-        Raises:
-            StoreError: If the folder holds the parts of another run, is none of ours, or cannot be written.
-        """
+        """Go on with the parts of a run, or begin them."""
         parts = cls(output, manifest)
         with _reporting(parts.folder):
             parts.folder.mkdir(exist_ok=True)
@@ -133,34 +110,13 @@ class Parts:
 
     @classmethod
     def find(cls, output: str | os.PathLike[str]) -> Parts | None:
-        """Look for the parts of an output.
-
-        Args:
-            output: The file that the run is to write.
-
-        Returns:
-            Its parts; None if there are none.
-
-        Raises:
-            StoreFormatError: If the manifest cannot be read.
-        """
+        """Look for the parts of an output."""
         manifest = read_manifest(parts_folder(output))
         return None if manifest is None else cls(output, manifest)
 
     @contextmanager
     def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
-        """Keep other processes from the same work; ends with the process, whatever ends that.
-
-        Args:
-            name: Of the work.
-            wait: True where to wait for the other process.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            StoreError: If another process is at it, or the folder cannot be written.
-        """
+        """Keep other processes from the same work; ends with the process, whatever ends that."""
         if fcntl is None:
             yield
             return
@@ -180,18 +136,7 @@ class Parts:
             yield
 
     def finished(self, number: int, content: str | None = None) -> UnitRecord | None:
-        """Tell whether a unit is finished.
-
-        Args:
-            number: Of the unit.
-            content: Digest of the records that it must have been made from; None takes any.
-
-        Returns:
-            What is known about it; None where it is missing or its file is damaged: it is to be made again.
-
-        Raises:
-            StoreError: If the unit was made from other records.
-        """
+        """Tell whether a unit is finished."""
         record = self._read_record(number)
         if record is None:
             return None
@@ -212,15 +157,7 @@ class Parts:
         return record
 
     def save(self, unit: UnitRows) -> None:
-        """Save a finished unit.
-
-        Args:
-            unit: Its rows.
-
-        Raises:
-            NonFiniteError: If a value is NaN or infinite, of a record that has not failed.
-            StoreError: If it cannot be written, of a full disk say; nothing of the unit is left then.
-        """
+        """Save a finished unit."""
         number = unit.record.number
         self._check_space(unit)
         is_pooled = unit.feature_names is not None
@@ -254,14 +191,7 @@ class Parts:
             )
 
     def close_input(self, facts: InputFacts) -> None:
-        """Note that the input was read to its end.
-
-        Args:
-            facts: What it held.
-
-        Raises:
-            StoreError: If that cannot be written, or a process with another share has read another input.
-        """
+        """Note that the input was read to its end."""
         before = self.input_facts() if self.manifest.num_shares > 1 else None
         if before is not None and not is_same_input(before, facts):
             problem = (
@@ -276,68 +206,32 @@ class Parts:
             write_text(self.folder / INPUT, json.dumps(asdict(facts) | {"run": self._digest}))
 
     def save_certificate(self, found: Mapping[str, JSON]) -> None:
-        """Note how far vectors depend on their batch.
-
-        Args:
-            found: Measured on a sample of records.
-
-        Raises:
-            StoreError: If that cannot be written.
-        """
+        """Note how far vectors depend on their batch."""
         with _reporting(self.folder):
             write_text(self.folder / CERTIFICATE, json.dumps({**found, "run": self._digest}))
 
     def certificate(self) -> dict[str, JSON] | None:
-        """Read how far vectors depend on their batch.
-
-        Returns:
-            What was noted; None if nothing was.
-
-        Raises:
-            StoreFormatError: If it cannot be read.
-        """
+        """Read how far vectors depend on their batch."""
         found = read_json(self.folder / CERTIFICATE)
         return None if found is None or found.pop("run", None) != self._digest else found
 
     def input_facts(self) -> InputFacts | None:
-        """Read what the input held.
-
-        Returns:
-            The facts; None while no process has read it to its end.
-
-        Raises:
-            StoreFormatError: If they cannot be read.
-        """
+        """Read what the input held."""
         found = read_json(self.folder / INPUT)
         if found is None or found.pop("run", None) != self._digest:
             return None
         return InputFacts(**known_fields(InputFacts, found))
 
     def began_ns(self) -> int:
-        """Tell when the run began.
-
-        Returns:
-            Time of the manifest, in nanoseconds since 1970.
-
-        Raises:
-            OSError: If it is gone.
-        """
+        """Tell when the run began."""
         return (self.folder / MANIFEST).stat().st_mtime_ns
 
     def num_saved(self) -> int:
-        """Count the units that were saved, intact or not.
-
-        Returns:
-            Their number; 0 where the folder is gone.
-        """
+        """Count the units that were saved, intact or not."""
         return len(self.saved_numbers())
 
     def saved_numbers(self) -> list[int]:
-        """Name the units that were saved, intact or not.
-
-        Returns:
-            Their numbers, in order; none where the folder is gone.
-        """
+        """Name the units that were saved, intact or not."""
         return sorted(int(path.stem.removeprefix("unit-")) for path in self.folder.glob("unit-*[0-9].json"))
 
     def remove(self) -> None:
@@ -385,14 +279,7 @@ class Parts:
         )
 
     def shard(self, number: int) -> Path:
-        """Name the file with the rows of a unit.
-
-        Args:
-            number: Of the unit.
-
-        Returns:
-            Its path.
-        """
+        """Name the file with the rows of a unit."""
         return self.folder / f"unit-{number:06}.h5"
 
     def _read_record(self, number: int) -> UnitRecord | None:

@@ -36,12 +36,6 @@ def check_in_child(path: Path) -> None:
 
     Takes about a third of a second for a small file. The child may compute for four seconds, and one more for
     every 50 MB.
-
-    Args:
-        path: The file.
-
-    Raises:
-        StoreFormatError: If the child crashed, or was not done in time.
     """
     if not sys.executable or getattr(sys, "frozen", False):
         _LOG.warning("%s: has no seal, and there is no Python to try it with; it is opened as it is", path)

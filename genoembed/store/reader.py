@@ -322,12 +322,7 @@ class EmbeddingFile:
 
 
 class ObsTable(Mapping[str, "NDArray[Any]"]):
-    """Columns of the table of records: text as object arrays of ``str``, numbers as int64.
-
-    Args:
-        group: ``/obs`` of an open file.
-        path: Its file, for messages.
-    """
+    """Columns of the table of records: text as object arrays of ``str``, numbers as int64."""
 
     def __init__(self, group: h5py.Group, path: str) -> None:
         self._group = group
@@ -368,13 +363,7 @@ def _read_column(node: h5py.Group | h5py.Dataset) -> NDArray[Any]:
 
 
 class EmbeddingDataset:
-    """A map-style dataset of (id, vector) pairs over one file, safe to fork and to pickle.
-
-    Args:
-        path: The file.
-        layer: Name of a layer of it.
-        as_tensor: Turns an array into a tensor.
-    """
+    """A map-style dataset of (id, vector) pairs over one file, safe to fork and to pickle."""
 
     def __init__(
         self, path: Path, layer: str, as_tensor: Callable[[NDArray[np.floating]], torch.Tensor]

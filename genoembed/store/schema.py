@@ -77,12 +77,6 @@ def escape_name(name: str) -> str:
     ``%`` becomes ``%25``, ``/`` becomes ``%2F``, the whole name ``.`` (HDF5's "here") ``%2E``
     and the empty name ``%``; different names stay different.
 
-    Args:
-        name: A layer name or a provenance key, without NUL.
-
-    Returns:
-        The link name.
-
     Example:
         >>> escape_name("blocks.28.mlp.l3"), escape_name("a/b%")
         ('blocks.28.mlp.l3', 'a%2Fb%25')
@@ -94,12 +88,6 @@ def escape_name(name: str) -> str:
 def storable_text(text: str) -> str:
     r"""Spell what HDF5 text cannot hold (NUL, lone surrogates) as backslash escapes.
 
-    Args:
-        text: Any text.
-
-    Returns:
-        The same text where it can be stored as it is.
-
     Example:
         >>> storable_text("a\0b") == r"a\x00b"
         True
@@ -110,12 +98,6 @@ def storable_text(text: str) -> str:
 def has_failed(flags: str) -> bool:
     """Tell whether a row has no vector because its record failed.
 
-    Args:
-        flags: Of the row, with commas between them.
-
-    Returns:
-        True where one of them is ``failed``, with or without a reason.
-
     Example:
         >>> has_failed("masked:3,failed:not finite"), has_failed("renamed")
         (True, False)
@@ -124,11 +106,6 @@ def has_failed(flags: str) -> bool:
 
 
 def set_encoding(node: h5py.Group | h5py.Dataset, encoding: Encoding) -> None:
-    """Mark a group or dataset with its encoding.
-
-    Args:
-        node: The group or dataset.
-        encoding: What it holds.
-    """
+    """Mark a group or dataset with its encoding."""
     node.attrs["encoding-type"] = encoding.type
     node.attrs["encoding-version"] = encoding.version

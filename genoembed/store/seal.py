@@ -46,14 +46,7 @@ class _SealableFile(_Seekable, Protocol):
 
 
 def number_chunks(hdf5: h5py.File) -> NDArray[np.uint64]:
-    """List where the chunks of numbers lie: the bytes that a seal leaves out.
-
-    Args:
-        hdf5: The finished file, still open for writing; it is flushed.
-
-    Returns:
-        Offset and size of each stretch, sorted, neighbours joined. Shape ``(G, 2)``.
-    """
+    """List where the chunks of numbers lie: the bytes that a seal leaves out."""
     hdf5.flush()  # what waits in HDF5's cache has no place yet
     found: list[tuple[int, int]] = []
 
@@ -80,15 +73,7 @@ def _chunks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
 
 
 def write_seal(file: _SealableFile, gaps: NDArray[np.uint64]) -> None:
-    """Put the seal behind a file that HDF5 has closed.
-
-    Args:
-        file: The file, open for reading and writing.
-        gaps: What ``number_chunks`` listed before HDF5 closed it.
-
-    Raises:
-        OSError: If the file cannot be read or written.
-    """
+    """Put the seal behind a file that HDF5 has closed."""
     end = file.seek(0, os.SEEK_END)
     digest = _digest(file, end, gaps)
     file.seek(0, os.SEEK_END)
@@ -114,19 +99,7 @@ def _digest(file: _Seekable, end: int, gaps: NDArray[np.uint64]) -> bytes:
 
 
 def check_seal(path: Path) -> bool:
-    """Compare a file with its seal, without HDF5.
-
-    Args:
-        path: The file.
-
-    Returns:
-        True if the seal holds, False if there is none: another program wrote or changed the file, or an
-        earlier genoembed.
-
-    Raises:
-        StoreError: If the file is missing, a folder or not readable.
-        StoreFormatError: If it is not HDF5, cut off, or not what was sealed.
-    """
+    """Compare a file with its seal, without HDF5."""
     try:
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)

@@ -15,14 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Tell how much may still be written.
-
-    Args:
-        folder: A folder on the disk.
-
-    Returns:
-        Bytes; None where the system does not say.
-    """
+    """Tell how much may still be written."""
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
@@ -31,16 +24,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
-    """Refuse to write what a disk has no room for.
-
-    Args:
-        folder: A folder on the disk.
-        needed: Bytes.
-        what: Is to be written.
-
-    Raises:
-        StoreError: If fewer bytes are free.
-    """
+    """Refuse to write what a disk has no room for."""
     free = free_bytes(folder)
     if free is not None and free < needed:
         problem = (

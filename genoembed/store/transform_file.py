@@ -52,16 +52,7 @@ class StoredTransform:
 
 
 def write_transform(stored: StoredTransform, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a transform.
-
-    Args:
-        stored: What to write.
-        path: The file.
-        overwrite: Replace an existing file.
-
-    Raises:
-        StoreError: If the file exists and must stay, or cannot be written.
-    """
+    """Write a transform."""
     target = check_output(path, overwrite=overwrite)
     try:
         file = AtomicFile(target)
@@ -81,19 +72,7 @@ def write_transform(stored: StoredTransform, path: str | PathLike[str], *, overw
 
 
 def read_transform(path: str | PathLike[str]) -> StoredTransform:
-    """Read a transform.
-
-    Args:
-        path: A file that :func:`write_transform` wrote.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        StoreError: If the file is missing or not readable.
-        StoreFormatError: If it holds no transform, or is damaged.
-        SchemaVersionError: If a newer genoembed wrote it.
-    """
+    """Read a transform."""
     name = str(path)
     with reading(name), _open(name) as hdf5:
         version = hdf5.attrs.get(TRANSFORM_ATTR)

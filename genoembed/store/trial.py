@@ -19,11 +19,7 @@ _SMALL_BYTES = 1 << 20
 
 
 def main(path: str) -> None:
-    """Walk through a file, as the child process: the way it ends is the answer.
-
-    Args:
-        path: The file.
-    """
+    """Walk through a file, as the child process: the way it ends is the answer."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -38,9 +34,6 @@ def walk(path: Path) -> None:
     """Touch everything in a file that HDF5 has to make sense of; errors are in order, crashes are the point.
 
     Texts and attributes are read; of large numbers, the chunks are looked up.
-
-    Args:
-        path: The file.
     """
     errors = (
         OSError,

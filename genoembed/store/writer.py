@@ -64,19 +64,6 @@ class EmbeddingWriter:
     Everything goes to a temporary file beside the output. ``finish`` completes it, brings it to the disk and
     renames it; leaving the ``with`` without it, by an exception or not, removes it.
 
-    Args:
-        path: The file to write.
-        kind: ``pooled`` (one vector a record, an AnnData file) or ``tokens`` (one vector a token).
-        dtype: How values are stored.
-        feature_names: Names of the columns of ``/X``, for ``pooled`` files. None: ``LAYER:0`` and so on,
-            after the first matrix.
-        overwrite: True where an existing file is replaced, which happens in ``finish``.
-        staging: Folder of the temporary file, on the output's disk; None is the output's own.
-
-    Raises:
-        ConfigError: If ``kind`` or ``dtype`` is none of the choices, or ``tokens`` gets feature names.
-        StoreError: If the file exists and must stay, or cannot be written there.
-
     Example:
         >>> import tempfile, numpy as np
         >>> from genoembed.contracts import EmbeddingBlock, ObsRow
@@ -142,18 +129,7 @@ class EmbeddingWriter:
         self.close()
 
     def append(self, block: EmbeddingBlock | TokenBlock) -> None:
-        """Add rows at the end. A block that is refused changes nothing, and others may follow.
-
-        Args:
-            block: An ``EmbeddingBlock`` for a ``pooled`` file, a ``TokenBlock`` for ``tokens``. All blocks
-                have the same layers, in the same order. The values are copied.
-
-        Raises:
-            DuplicateIdError: If an id is in the file already.
-            NonFiniteError: If a value is NaN or infinite, or becomes so in the dtype of the file.
-            ShapeError: If the block's kind, layers or widths are not the file's.
-            StoreError: If an id or layer name cannot be stored, the writer is not open, or writing fails.
-        """
+        """Add rows at the end. A block that is refused changes nothing, and others may follow."""
         hdf5 = self._require_open()
         matrices, lengths = self._unpack(block)
         self._check_layers(matrices)
@@ -173,15 +149,7 @@ class EmbeddingWriter:
         self._ids.update(row.id for row in block.rows)
 
     def finish(self, provenance: Mapping[str, JSON]) -> None:
-        """Complete the file, bring it to the disk and give it its name.
-
-        Args:
-            provenance: How the file was made: what JSON can hold, without NaN.
-
-        Raises:
-            StoreError: If no block was appended, the provenance is not JSON, the output has come into being
-                meanwhile, or writing fails.
-        """
+        """Complete the file, bring it to the disk and give it its name."""
         hdf5 = self._require_open()
         if not self._matrices:
             problem = "no block was appended, so the width is unknown; append at least one, if without rows"

@@ -51,39 +51,14 @@ class SequenceEncoder(Protocol):
         """Whether token ``i`` is base ``i`` in every sequence."""
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        """Encode one sequence.
-
-        Args:
-            sequence: ASCII letters, one byte a base.
-
-        Returns:
-            Token ids, special tokens included, and the first base of each.
-        """
+        """Encode one sequence."""
 
     def max_bases(self, max_tokens: int) -> int:
-        """Give the longest sequence that is sure to fit, whatever its bases.
-
-        Args:
-            max_tokens: Tokens that fit, special tokens included.
-
-        Returns:
-            A number of bases, at least 1. One token a base is assumed: k-mers and words may let more fit, but
-            a run of N or a remainder need not.
-
-        Raises:
-            ConfigError: If not even one base fits.
-        """
+        """Give the longest sequence that is sure to fit, whatever its bases."""
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
     """Wrap a tokenizer for embedding.
-
-    Args:
-        tokenizer: ``CharTokenizer``, or any other Hugging Face tokenizer, fast or slow, custom code included.
-
-    Returns:
-        The encoder. With ``CharTokenizer`` it views the sequence's bytes, and adds no EOS, whatever
-        ``add_eos`` says.
 
     Example:
         >>> encoder = build_encoder(CharTokenizer())

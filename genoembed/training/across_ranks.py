@@ -27,15 +27,6 @@ class RankRows:
 
     Building one is a collective call: every rank does it, in the same order.
 
-    Args:
-        num_rows: Rows of this rank, at least 1.
-        across: Whether to look at the other ranks. Without them, and without a process group, this rank's
-            rows are all there are.
-        device: Where the rows are.
-
-    Raises:
-        ShapeError: If a rank holds no row.
-
     Example:
         >>> rows = RankRows(3, across=False, device=torch.device("cpu"))
         >>> rows.start, rows.total, float(rows.mean(torch.tensor([1.0, 2.0, 6.0])))
@@ -61,16 +52,7 @@ class RankRows:
         """Rows of all ranks."""
 
     def gather(self, rows: Tensor, *, group_size: int = 1, pad: float | None = None) -> Tensor:
-        """Lay the rows of all ranks end to end; gradients flow back to the rank that a row came from.
-
-        Args:
-            rows: Of this rank, any dtype, shape ``(N * group_size, ...)``.
-            group_size: Rows that belong to each counted row, such as the passages of a query.
-            pad: Fill dimension 1, which may differ between ranks, to the longest with this value.
-
-        Returns:
-            Rows of all ranks, in rank order, shape ``(total * group_size, ...)``.
-        """
+        """Lay the rows of all ranks end to end; gradients flow back to the rank that a row came from."""
         if self.world_size == 1:
             return rows
         if pad is not None:
@@ -81,15 +63,7 @@ class RankRows:
         return gathered.bool() if was_bool else gathered
 
     def mean(self, values_N: Tensor) -> Tensor:
-        """Average over the rows of all ranks, as this rank's share of a loss.
-
-        Args:
-            values_N: Of this rank's rows, floating, shape ``(N,)``.
-
-        Returns:
-            Scalar: ``world_size * sum / total``. Its average over ranks is the mean over all rows; on one
-            process, and where ranks hold equally many rows, it is the plain mean.
-        """
+        """Average over the rows of all ranks, as this rank's share of a loss."""
         return values_N.sum() * (self.world_size / self.total)
 
 

@@ -15,25 +15,12 @@ ADAM_EPSILON = 1e-8
 
 
 def is_pole(name: str) -> bool:
-    """Tell whether a parameter holds poles of a long filter, which move slower than all else.
-
-    Args:
-        name: Of the parameter.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether a parameter holds poles of a long filter, which move slower than all else."""
     return name.endswith("log_poles")
 
 
 def decaying_parameters(model: nn.Module) -> set[str]:
     """Name the parameters that weight decay pulls to zero: matrices.
-
-    Args:
-        model: Its parameters.
-
-    Returns:
-        Names; those of embeddings, filters, poles and vectors are not among them.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
@@ -52,14 +39,7 @@ def decaying_parameters(model: nn.Module) -> set[str]:
 
 
 class AdamWTrainer(Trainer):
-    """A Trainer with AdamW over groups of parameters.
-
-    Args:
-        groups: Makes them of a model.
-        rate: Learning rate of groups that name none.
-        betas: Decay of the two moments.
-        **arguments: As for ``Trainer``.
-    """
+    """A Trainer with AdamW over groups of parameters."""
 
     def __init__(
         self,
@@ -74,14 +54,7 @@ class AdamWTrainer(Trainer):
         super().__init__(**arguments)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW, once.
-
-        Args:
-            model: What is trained; None takes the trainer's.
-
-        Returns:
-            The optimizer.
-        """
+        """Build AdamW, once."""
         if self._adamw is None:
             self._adamw = torch.optim.AdamW(
                 self._groups(model or self.model), lr=self._rate, betas=self._betas, eps=ADAM_EPSILON

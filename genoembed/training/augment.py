@@ -63,14 +63,6 @@ def augmentation_rng(*, seed: int, epoch: int, row: int) -> np.random.Generator:
     It depends on nothing else, so the order of rows, the number of worker processes and a resumed run change
     no view.
 
-    Args:
-        seed: Of the run.
-        epoch: From 0.
-        row: Number of the row.
-
-    Returns:
-        A generator of its own.
-
     Example:
         >>> a, b = (augmentation_rng(seed=1, epoch=0, row=7) for _ in range(2))
         >>> bool(a.random() == b.random())
@@ -80,19 +72,7 @@ def augmentation_rng(*, seed: int, epoch: int, row: int) -> np.random.Generator:
 
 
 def augment(view: Augmented, rng: np.random.Generator, *, config: AugmentConfig) -> Augmented:
-    """Crop, mutate and turn a sequence, as configured and in this order.
-
-    Args:
-        view: The sequence.
-        rng: Source of chance.
-        config: What to do.
-
-    Returns:
-        The view.
-
-    Raises:
-        ShapeError: If there is not one label a base.
-    """
+    """Crop, mutate and turn a sequence, as configured and in this order."""
     view = random_crop(view, rng, min_fraction=config.crop_fraction, max_bp=config.max_crop_bp)
     view = point_mutations(view, rng, rate=config.mutation_rate)
     return random_strand(view, rng, probability=config.reverse_complement)
@@ -100,17 +80,6 @@ def augment(view: Augmented, rng: np.random.Generator, *, config: AugmentConfig)
 
 def random_strand(view: Augmented, rng: np.random.Generator, *, probability: float) -> Augmented:
     """Read the other strand with some probability; labels of bases turn with their bases.
-
-    Args:
-        view: The sequence.
-        rng: Source of chance.
-        probability: 0 to 1.
-
-    Returns:
-        The sequence, or its reverse complement.
-
-    Raises:
-        ShapeError: If there is not one label a base.
 
     Example:
         >>> random_strand(Augmented(b"AAC", ("x", "y", "z")), np.random.default_rng(0), probability=1.0)
@@ -127,18 +96,6 @@ def random_crop(
     view: Augmented, rng: np.random.Generator, *, min_fraction: float = 1.0, max_bp: int | None = None
 ) -> Augmented:
     """Take a piece of random length from a random place; labels of bases go with their bases.
-
-    Args:
-        view: The sequence.
-        rng: Source of chance.
-        min_fraction: Shortest piece, as a share of the sequence: above 0, at most 1. At least one base stays.
-        max_bp: Longest piece; where it is below the shortest, it wins.
-
-    Returns:
-        The piece; all lengths, and all places of a length, are equally likely.
-
-    Raises:
-        ShapeError: If there is not one label a base.
 
     Example:
         >>> piece = random_crop(Augmented(b"AACCGGTT"), np.random.default_rng(0), min_fraction=0.5, max_bp=6)
@@ -159,18 +116,6 @@ def random_crop(
 
 def point_mutations(view: Augmented, rng: np.random.Generator, *, rate: float) -> Augmented:
     """Replace bases by others at a rate; labels of bases stay where they are.
-
-    Args:
-        view: The sequence.
-        rng: Source of chance.
-        rate: Probability for each A, C, G and T, 0 to 1; each of the three others is as likely. Other letters
-            stay, and so does case.
-
-    Returns:
-        A sequence of the same length.
-
-    Raises:
-        ShapeError: If there is not one label a base.
 
     Example:
         >>> mutated = point_mutations(Augmented(b"AAAA"), np.random.default_rng(0), rate=1.0).sequence

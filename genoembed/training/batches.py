@@ -32,14 +32,7 @@ class ViewCollator:
     rows: PaddedCollator
 
     def __call__(self, pairs: Sequence[ViewPair]) -> dict[str, Tensor]:
-        """Pad pairs to one batch.
-
-        Args:
-            pairs: At least one.
-
-        Returns:
-            ``input_ids``, ``attention_mask``, ``pool_mask`` of ``2 B`` rows, and ``ids``, int64, ``(B,)``.
-        """
+        """Pad pairs to one batch."""
         batch = self.rows([view for pair in pairs for view in (pair.first, pair.second)])
         return {**batch, "ids": torch.tensor([pair.identity for pair in pairs])}
 
@@ -52,16 +45,7 @@ class GroupCollator:
     terms: KmerTerms | None = None
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Pad groups to one batch.
-
-        Args:
-            groups: At least one, all of one size.
-
-        Returns:
-            ``query_`` and ``passage_`` with ``input_ids``, ``attention_mask``, ``pool_mask``, ``ids``,
-            ``labels`` and, with terms, ``term_ids`` and ``term_positions``; ``passage_mask`` and, with a
-            teacher, ``teacher_scores``, ``(B, G)``.
-        """
+        """Pad groups to one batch."""
         size = len(groups[0].passages)
         batch = self.side(
             [group.query for group in groups], [group.sequences[0] for group in groups], "query_"
@@ -88,16 +72,7 @@ class GroupCollator:
     def side(
         self, examples: Sequence[EncodedExample], sequences: Sequence[bytes], prefix: str
     ) -> dict[str, Tensor]:
-        """Pad one side.
-
-        Args:
-            examples: Its rows.
-            sequences: Their bases.
-            prefix: Of the names.
-
-        Returns:
-            Tensors by name.
-        """
+        """Pad one side."""
         found = {f"{prefix}{name}": value for name, value in self.rows(examples).items()}
         if self.terms is not None:
             starts = [example.encoded.base_start for example in examples]
@@ -107,15 +82,7 @@ class GroupCollator:
 
 
 def split_batch(batch: dict[str, Tensor], *, rows: int) -> list[dict[str, Tensor]]:
-    """Cut a contrastive batch into pieces that are encoded one at a time.
-
-    Args:
-        batch: Of a collator of this module, or labelled rows.
-        rows: Queries, pairs or rows of a piece.
-
-    Returns:
-        Pieces in order, with what encoding needs and nothing else.
-    """
+    """Cut a contrastive batch into pieces that are encoded one at a time."""
     count = len(
         batch["query_input_ids"] if "query_input_ids" in batch else batch.get("ids", batch["input_ids"])
     )

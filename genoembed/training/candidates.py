@@ -61,12 +61,6 @@ class CandidateMasks:
 def sequence_identity(sequence: bytes) -> int:
     """Give equal sequences, and the two strands of one molecule, equal numbers, for ``PairIds``.
 
-    Args:
-        sequence: DNA, cleaned.
-
-    Returns:
-        63 bits of BLAKE2b; two different sequences among a million share one with a chance of 5e-8.
-
     Example:
         >>> sequence_identity(b"AAC") == sequence_identity(b"GTT")
         True
@@ -78,17 +72,6 @@ def sequence_identity(sequence: bytes) -> int:
 
 def check_groups(num_queries: int, num_passages: int, ids: PairIds) -> int:
     """Check that passages come in groups of one size, and that identities fit.
-
-    Args:
-        num_queries: Queries of this rank.
-        num_passages: Passages of this rank.
-        ids: Of the same rank.
-
-    Returns:
-        Passages of a query, G.
-
-    Raises:
-        ShapeError: If they do not.
 
     Example:
         >>> check_groups(2, 8, PairIds())
@@ -120,15 +103,6 @@ def candidate_masks(ids: PairIds, rows: RankRows, *, group_size: int, device: to
     A passage is left out if it has the query's label, or is the query, or is the query's positive, under
     another number. Two queries are kin if they or their positives share an identity, or their labels agree;
     then each other's positives are left out, too.
-
-    Args:
-        ids: Of this rank; the same fields are given on every rank.
-        rows: Queries of all ranks.
-        group_size: Passages of a query.
-        device: Where the masks are wanted.
-
-    Returns:
-        The masks.
     """
     every = _gathered(ids, rows, group_size, device)
     num_queries = rows.sizes[rows.rank]

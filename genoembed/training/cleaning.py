@@ -98,17 +98,6 @@ def clean_labelled(
 ) -> Cleaned:
     """Look for equal sequences and contradicting labels.
 
-    Args:
-        rows: Labelled sequences of one kind; not changed.
-        kind: What a label is: labels of bases are turned with their strand.
-        config: What to look for, and what to do.
-
-    Returns:
-        The rows that stay, in order, and the report.
-
-    Raises:
-        LabelError: If something was found whose policy is ``error``; names the first group.
-
     Example:
         >>> from genoembed.training.labelled import LabelledSequence
         >>> rows = [
@@ -189,14 +178,7 @@ def _describe(rows: Sequence[LabelledSequence], group: list[int], labels: list[L
 
 
 def place(row: LabelledSequence) -> str:
-    """Say where a row stands.
-
-    Args:
-        row: The row.
-
-    Returns:
-        ``file:line``, or the file's name where it has no lines.
-    """
+    """Say where a row stands."""
     return row.source if row.line is None else f"{row.source}:{row.line}"
 
 

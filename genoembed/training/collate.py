@@ -69,20 +69,7 @@ class PaddedCollator:
             raise ConfigError(*problems)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        """Pad rows to one batch.
-
-        Args:
-            examples: At least one row; not changed.
-
-        Returns:
-            ``input_ids`` and ``attention_mask``, int64, ``(B, L)``; ``pool_mask``, bool, ``(B, L)``, False at
-            padding and special tokens; and, unless the target is ``none``, ``labels``: int64 ``(B, L)`` for
-            tokens (aligned with ``input_ids``; a causal model's loss shifts them), int64 ``(B,)`` for
-            classes, float32 ``(B, C)`` for several labels or numbers.
-
-        Raises:
-            ShapeError: If there is no row, or a row's label does not fit.
-        """
+        """Pad rows to one batch."""
         batch = pad_batch(
             [example.encoded for example in examples],
             pool_masks=[example.pool_mask for example in examples],

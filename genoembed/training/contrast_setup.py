@@ -39,18 +39,7 @@ _COSINE_MARGIN, _EUCLIDEAN_MARGIN = 0.3, 1.0
 
 
 def set_up_contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
-    """Learn from labels, or from two views of each sequence.
-
-    Args:
-        config: Of the run.
-        contrast: ``labels`` or ``views``.
-
-    Returns:
-        All that a trainer needs.
-
-    Raises:
-        GenoembedError: If data or model fail.
-    """
+    """Learn from labels, or from two views of each sequence."""
     objective, recipe = config.objective, config.recipe
     kind = label_kind(objective.task, contrast)
     sides = read_sides(without_strata(config) if contrast == "views" else config, kind=kind)
@@ -125,18 +114,7 @@ def _scope(asked: ScopeChoice, contrast: Contrast) -> ContrastScope:
 
 
 def set_up_examples(config: FinetuneConfig) -> TaskSetup:
-    """Learn pairs, triplets or retrieval from queries with positives and negatives.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        All that a trainer needs.
-
-    Raises:
-        ConfigError: If a row of task ``triplet`` has no negative.
-        GenoembedError: If data or model fail.
-    """
+    """Learn pairs, triplets or retrieval from queries with positives and negatives."""
     objective, recipe = config.objective, config.recipe
     is_triplet, is_retrieval = objective.task == "triplet", objective.task == "retrieval"
     sides = read_example_sides(config)

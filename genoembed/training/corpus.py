@@ -62,17 +62,6 @@ class DocumentStream:
     Files come in an order drawn for the epoch, and documents are drawn from a buffer. Ids may repeat. Options
     and files are checked at once; sequences are read as the iterator is used.
 
-    Args:
-        paths: Sequence files; FASTA, FASTQ, GenBank or EMBL, compressed or not.
-        config: What becomes of their records; None takes the defaults.
-        epoch: Pass over the corpus, from 0; another one has another order and other strands.
-
-    Raises:
-        ConfigError: If no file is named, one is standard input, or ``epoch`` is negative. While iterating:
-            if the shard has no document.
-        InputFileError: If a file is missing or cannot be read.
-        InputError: While iterating: if a record breaks a rule under the policies.
-
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -100,20 +89,7 @@ class DocumentStream:
     def resume(
         cls, paths: Sequence[PathInput], *, state: CorpusState, config: CorpusConfig | None = None
     ) -> DocumentStream:
-        """Go on where another stream stood; reads again, without further work, what that one gave.
-
-        Args:
-            paths: The same files; they may have moved to another folder.
-            state: Where the other stream stood.
-            config: The config that is expected, which must be the state's; None takes the state's.
-
-        Returns:
-            A stream whose next document is the one that the other would have given next.
-
-        Raises:
-            ConfigError: If files or config are not those of the state.
-            InputFileError: If a file is missing or cannot be read.
-        """
+        """Go on where another stream stood; reads again, without further work, what that one gave."""
         stream = cls(paths, config=state.config, epoch=state.epoch)
         problems = [] if config is None else config_differences(state.config, config)
         if stream._files_sha256 != state.files_sha256:

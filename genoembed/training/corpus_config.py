@@ -132,17 +132,7 @@ class CorpusState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CorpusState:
-        """Make a state of what ``to_dict`` gave.
-
-        Args:
-            values: The plain values.
-
-        Returns:
-            The state.
-
-        Raises:
-            ConfigError: If a value is missing or unknown, or the config is wrong.
-        """
+        """Make a state of what ``to_dict`` gave."""
         try:
             config = CorpusConfig(**values["config"])  # type: ignore[arg-type]
             return cls(**{**values, "config": config})  # type: ignore[arg-type]
@@ -155,13 +145,6 @@ def is_heldout(sequence: bytes, fraction: float) -> bool:
     """Decide by the bases alone whether a record is set aside to measure on.
 
     The same sequence is on the same side in every run and on both strands, whatever its id or file.
-
-    Args:
-        sequence: Upper-case DNA, whole record.
-        fraction: Share of all possible records to set aside.
-
-    Returns:
-        Whether it is set aside.
     """
     if not fraction:
         return False
@@ -171,15 +154,7 @@ def is_heldout(sequence: bytes, fraction: float) -> bool:
 
 
 def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]:
-    """Say where a state's config is not the one that is asked for.
-
-    Args:
-        found: Config of the state.
-        expected: Config of this run.
-
-    Returns:
-        A sentence for each field that differs.
-    """
+    """Say where a state's config is not the one that is asked for."""
     return [
         f"{name}: {getattr(expected, name)!r}, but {getattr(found, name)!r} in the state; "
         f"set {name} to the state's value, or start again"

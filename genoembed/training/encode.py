@@ -53,21 +53,6 @@ def encode_example(
 ) -> EncodedExample:
     """Encode a sequence whose label is one of the whole, or none.
 
-    Args:
-        sequence: DNA, at least one base.
-        encoder: Of the model.
-        label: As :meth:`~genoembed.training.labels.LabelSpace.encode` gives it.
-        max_tokens: The model's context; None for no limit.
-        eos_token_id: Appended, for causal training; None appends nothing.
-        skip_first: Bases at the start that pooling leaves out.
-        record_id: For errors.
-
-    Returns:
-        The row.
-
-    Raises:
-        SequenceLengthError: If the sequence is empty or has over ``max_tokens`` tokens.
-
     Example:
         >>> from genoembed.tokenization.char import CharTokenizer
         >>> from genoembed.tokenization.hf import build_encoder
@@ -102,24 +87,7 @@ def encode_token_example(
     max_tokens: int | None = None,
     record_id: str | None = None,
 ) -> EncodedExample:
-    """Encode a sequence with a label a base: each token takes that of the base it starts at.
-
-    Args:
-        sequence: DNA, at least one base.
-        encoder: Of the model.
-        base_labels: One a base, ``ignore_index`` where there is none. int64, shape ``(len(sequence),)``.
-        several_bases: What to do where a token has several bases.
-        ignore_index: Label of special tokens, which have no base.
-        max_tokens: The model's context; None for no limit.
-        record_id: For errors.
-
-    Returns:
-        The row; its label has shape ``(L,)``.
-
-    Raises:
-        ShapeError: If there is not one label a base, or a token has several bases and that is refused.
-        SequenceLengthError: If the sequence is empty or has over ``max_tokens`` tokens.
-    """
+    """Encode a sequence with a label a base: each token takes that of the base it starts at."""
     name = f"record {record_id!r}: " if record_id is not None else ""
     if base_labels.shape != (len(sequence),):
         message = f"{name}labels of shape {base_labels.shape}, expected ({len(sequence)},), one a base"

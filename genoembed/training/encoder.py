@@ -34,18 +34,7 @@ _PROBE = b"ACGT" * 6
 
 
 class Encoder(nn.Module):
-    """A backbone, where it is cut, and how its layers become vectors.
-
-    Args:
-        model: As ``load_model`` gives it, in float32.
-        config: Layers, pooling, fusion, and what learns.
-        seed: Of new weights.
-        fusion_weights: Of a saved ``weighted`` fusion, one a layer, all above 0; None starts with equal ones.
-
-    Raises:
-        ConfigError: If pooling, fusion or tuning do not go with the model.
-        LayerError: If a layer is not there.
-    """
+    """A backbone, where it is cut, and how its layers become vectors."""
 
     def __init__(
         self,
@@ -84,14 +73,7 @@ class Encoder(nn.Module):
         return tuple(torch.softmax(self.fusion_logits.detach().double(), dim=0).tolist())
 
     def train(self, mode: bool = True) -> Encoder:
-        """Set the mode; a backbone that does not learn stays without dropout.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            Itself.
-        """
+        """Set the mode; a backbone that does not learn stays without dropout."""
         super().train(mode)
         if self.is_frozen:
             self.backbone.eval()
@@ -100,20 +82,7 @@ class Encoder(nn.Module):
     def pooled_layers(
         self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
     ) -> dict[str, Tensor]:
-        """Pool each layer.
-
-        Args:
-            input_ids: int64, shape ``(B, L)``.
-            attention_mask: 1 where a token is real; padding is on the right. Shape ``(B, L)``.
-            pool_mask: True where a token counts. Bool, shape ``(B, L)``.
-
-        Returns:
-            By module path, float32, shape ``(B, D)``.
-
-        Raises:
-            EmptyPoolError: If a row keeps no token.
-            ModelError: If the model would see padding.
-        """
+        """Pool each layer."""
 
         def reduce(hidden_BLD: Tensor) -> Tensor:
             return pool(hidden_BLD, pool_mask, method=self.pooling, attention_mask_BL=attention_mask)
@@ -121,14 +90,7 @@ class Encoder(nn.Module):
         return self._run(input_ids, attention_mask, reduce)
 
     def fuse(self, layers: Mapping[str, Tensor]) -> Tensor:
-        """Make one vector of those of several layers.
-
-        Args:
-            layers: Vectors or hidden states by module path, floating, last dimension D.
-
-        Returns:
-            Shape as before, the last dimension ``width``.
-        """
+        """Make one vector of those of several layers."""
         values = list(layers.values())
         if len(values) == 1:
             return values[0]
@@ -141,31 +103,11 @@ class Encoder(nn.Module):
         return fused.unflatten(0, values[0].shape[:-1])
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-        """Give one vector a row. As :meth:`pooled_layers`, fused.
-
-        Args:
-            input_ids: As there.
-            attention_mask: As there.
-            pool_mask: As there.
-
-        Returns:
-            float32, shape ``(B, width)``.
-        """
+        """Give one vector a row. As :meth:`pooled_layers`, fused."""
         return self.fuse(self.pooled_layers(input_ids, attention_mask, pool_mask))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Give the fused hidden states.
-
-        Args:
-            input_ids: int64, shape ``(B, L)``.
-            attention_mask: 1 where a token is real; padding is on the right. Shape ``(B, L)``.
-
-        Returns:
-            Floating, shape ``(B, L, width)``; what stands at padding means nothing.
-
-        Raises:
-            ModelError: If the model would see padding.
-        """
+        """Give the fused hidden states."""
         keeps_graph = torch.is_grad_enabled() and not self.is_frozen
 
         def reduce(hidden_BLD: Tensor) -> Tensor:

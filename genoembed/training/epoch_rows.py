@@ -39,23 +39,12 @@ class EpochDataset(Dataset[Any]):
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0.
-
-        Args:
-            epoch: Its number.
-        """
+        """Choose the epoch, from 0."""
         self.epoch = epoch
 
 
 class RowDataset(EpochDataset):
-    """Labelled rows, each epoch in another view.
-
-    Args:
-        rows: At least one.
-        encode: Makes token ids of a view.
-        augment: Which views.
-        seed: Of the run.
-    """
+    """Labelled rows, each epoch in another view."""
 
     def __init__(
         self, rows: Sequence[LabelledSequence], encode: RowEncoder, *, augment: AugmentConfig, seed: int
@@ -82,15 +71,7 @@ class ViewPair:
 
 
 class ViewDataset(EpochDataset):
-    """Two views of each sequence: the first as ``augment`` says, the second as ``other`` says.
-
-    Args:
-        rows: At least one.
-        encode: Makes token ids of a view.
-        augment: The first view.
-        other: The second.
-        seed: Of the run.
-    """
+    """Two views of each sequence: the first as ``augment`` says, the second as ``other`` says."""
 
     def __init__(
         self,
@@ -135,17 +116,7 @@ class Group:
 
 
 class GroupDataset(EpochDataset):
-    """Retrieval examples, each epoch with another draw of passages.
-
-    Args:
-        rows: At least one.
-        sampler: Draws passages.
-        encoder: Of the model.
-        max_tokens: Its context; None is no limit.
-        skip_first: Bases that pooling leaves out.
-        augment: Views of queries and passages.
-        seed: Of the run.
-    """
+    """Retrieval examples, each epoch with another draw of passages."""
 
     def __init__(
         self,
@@ -207,14 +178,7 @@ class GroupDataset(EpochDataset):
 
 
 def group_numbers(rows: Sequence[RetrievalExample]) -> list[int]:
-    """Number the groups that rows name.
-
-    Args:
-        rows: Retrieval examples.
-
-    Returns:
-        A number a row, -1 for a row without group.
-    """
+    """Number the groups that rows name."""
     numbers: dict[str, int] = {}
     return [UNKNOWN if row.group is None else numbers.setdefault(row.group, len(numbers)) for row in rows]
 

@@ -51,14 +51,7 @@ class Measure(Protocol, Generic[ModelT_contra]):
     """Something that measures a model."""
 
     def __call__(self, model: ModelT_contra) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            Metrics by name.
-        """
+        """Measure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,14 +63,7 @@ class PredictionMeasure:
     runner: WindowedRunner
 
     def __call__(self, model: PredictionModel) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            The task's metrics and the head's loss over all rows together.
-        """
+        """Measure."""
         if model.per_token:
             logits, predictions, labels = self._tokens(model)
         else:
@@ -124,14 +110,7 @@ class CausalMeasure:
     rows_at_once: int
 
     def __call__(self, model: CausalModel) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            ``loss`` in nats a token, ends of sequences counted, and ``bits_per_token``.
-        """
+        """Measure."""
         device = next(model.parameters()).device
         nats, tokens = 0.0, 0
         pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
@@ -166,14 +145,7 @@ class LabelMeasure:
     runner: WindowedRunner
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            Ranking metrics.
-        """
+        """Measure."""
         vectors = _vectors(model, self.runner, [row.sequence for row in self.rows])
         names = sorted({str(row.label) for row in self.rows})
         labels = torch.tensor([names.index(str(row.label)) for row in self.rows])
@@ -192,14 +164,7 @@ class ViewMeasure:
     seed: int
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            Ranking metrics.
-        """
+        """Measure."""
         views = [
             augment(
                 Augmented(row.sequence),
@@ -218,12 +183,6 @@ class ExampleMeasure:
     """Measures whether queries find their positives among the passages of all rows.
 
     Passages of the query's own group that are not its positives take no part, and neither does the query.
-
-    Args:
-        rows: Retrieval examples.
-        runner: For models that compare one vector a sequence.
-        encoder: For retrieval heads, which see whole sequences.
-        collate: For them.
     """
 
     def __init__(
@@ -263,15 +222,7 @@ class ExampleMeasure:
             )
 
     def __call__(self, model: ContrastModel | RetrievalModel) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: In eval mode.
-
-        Returns:
-            Ranking metrics; of retrieval heads, those of all heads together, and ``dense_``, ``sparse_`` and
-            ``multi_vector_`` ones.
-        """
+        """Measure."""
         if self._collate is None:
             query, passage = (_vectors(model, self._runner, side) for side in (self._queries, self._passages))
             return self._rank(_similarities(model, query, passage))
@@ -339,15 +290,7 @@ def _known(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> None:
-    """Refuse held-out rows on which nothing can be ranked.
-
-    Args:
-        rows: Held out; may be none.
-        contrast: Where pairs come from.
-
-    Raises:
-        ConfigError: If no label is there twice.
-    """
+    """Refuse held-out rows on which nothing can be ranked."""
     if contrast != "labels" or not rows:
         return
     labels = [row.label for row in rows]

@@ -21,25 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class SetEpoch(TrainerCallback):
-    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in.
-
-    Args:
-        dataset: Rows.
-        sampler: Their order.
-    """
+    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in."""
 
     def __init__(self, dataset: EpochDataset, sampler: Sampler[int]) -> None:
         self._listeners: list[Any] = [dataset, sampler]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Pass the epoch on.
-
-        Args:
-            args: Unused.
-            state: Gives the epoch.
-            control: Unused.
-            **kwargs: Unused.
-        """
+        """Pass the epoch on."""
         for listener in self._listeners:
             listener.set_epoch(int(state.epoch or 0))
 
@@ -49,12 +37,6 @@ class StopEarly(TrainerCallback):
 
     Of equal metrics, the one with the smaller loss is better. It looks at the whole log each time and keeps
     nothing, so a run that goes on stops where it would have.
-
-    Args:
-        metric: Name in the log.
-        is_greater_better: Direction.
-        patience: Evaluations.
-        min_epochs: Not before so many epochs.
     """
 
     def __init__(self, metric: str, *, is_greater_better: bool, patience: int, min_epochs: int) -> None:
@@ -62,14 +44,7 @@ class StopEarly(TrainerCallback):
         self._patience, self._min_epochs = patience, min_epochs
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Decide.
-
-        Args:
-            args: Unused.
-            state: Holds the log.
-            control: Is told to stop.
-            **kwargs: Unused.
-        """
+        """Decide."""
         values = [
             (self._sign * line[self._metric], -line.get("eval_loss", 0.0))
             for line in state.log_history
@@ -86,12 +61,7 @@ class StopEarly(TrainerCallback):
 
 
 class FinetuneLog(MetricsFile):
-    """Append what the trainer logs to ``metrics.jsonl``, and say it in a line.
-
-    Args:
-        path: The file.
-        shown: Names of metrics that are said, beside the loss.
-    """
+    """Append what the trainer logs to ``metrics.jsonl``, and say it in a line."""
 
     loss_in_bits = False
 
@@ -100,14 +70,7 @@ class FinetuneLog(MetricsFile):
         self._shown = tuple(shown)
 
     def describe(self, line: Mapping[str, float]) -> str:
-        """Say the loss, what it compared, and the task's metrics.
-
-        Args:
-            line: Its values by name.
-
-        Returns:
-            Such as ``step 20: loss 0.3, eval_mcc 0.5``; empty where the line has none of that.
-        """
+        """Say the loss, what it compared, and the task's metrics."""
         said = [f"{name} {line[name]:.4g}" for name in line if self._is_said(name)]
         return f"step {line['step']}: {', '.join(said)}" if said else ""
 

@@ -68,19 +68,11 @@ class FinetuneConfig:
         raise_all(problems)
 
     def to_dict(self) -> dict[str, dict[str, object]]:
-        """Give the configuration as nested dicts that JSON can hold.
-
-        Returns:
-            One dict a stage.
-        """
+        """Give the configuration as nested dicts that JSON can hold."""
         return asdict(self)
 
     def to_flat(self) -> dict[str, object]:
-        """Give the configuration as a file holds it: flat keys, without those that are None.
-
-        Returns:
-            Values by key; ``finetune_config`` makes the same configuration of them.
-        """
+        """Give the configuration as a file holds it: flat keys, without those that are None."""
         flat = {key: value for stage in self.to_dict().values() for key, value in stage.items()}
         return {key: value for key, value in flat.items() if value is not None}
 
@@ -109,17 +101,6 @@ def finetune_config(
     options: Mapping[str, object], *, file: str | PathLike[str] | None = None
 ) -> FinetuneConfig:
     """Build a configuration from flat keys and a file that holds what they leave out.
-
-    Args:
-        options: Values by key; None stands for the file's value, or the default.
-        file: TOML or JSON (told by ``.json``) with the same keys.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: If a key is unknown or missing, or a value wrong; everything at once.
-        InputFileError: If the file cannot be read.
 
     Example:
         >>> config = finetune_config({"task": "classification", "train": ("promoters.tsv",)})

@@ -49,11 +49,7 @@ class Sides(Generic[RowT]):
     test: list[RowT]
 
     def held_out(self) -> list[tuple[str, list[RowT]]]:
-        """Name the sides that are measured on, ``eval`` and ``test``, as far as they have rows.
-
-        Returns:
-            Name and rows of each.
-        """
+        """Name the sides that are measured on, ``eval`` and ``test``, as far as they have rows."""
         return [(name, rows) for name, rows in (("eval", self.validation), ("test", self.test)) if rows]
 
     @property
@@ -68,15 +64,7 @@ class Sides(Generic[RowT]):
 
 
 def find_contrast(config: FinetuneConfig) -> Contrast:
-    """Tell where the pairs of a contrastive task come from.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        What ``contrast`` says; else ``labels`` where there is a table of them or a label column, ``examples``
-        for tables with ``query``, ``views`` for sequences alone.
-    """
+    """Tell where the pairs of a contrastive task come from."""
     if config.objective.task == "retrieval":
         return "examples"
     if config.objective.contrast != "auto":
@@ -93,34 +81,14 @@ def find_contrast(config: FinetuneConfig) -> Contrast:
 
 
 def without_strata(config: FinetuneConfig) -> FinetuneConfig:
-    """Part rows without labels at random, where it is only the default that they be stratified.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        The same with another split.
-    """
+    """Part rows without labels at random, where it is only the default that they be stratified."""
     if config.data.split != "stratified":
         return config
     return replace(config, data=replace(config.data, split="random"))
 
 
 def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequence]:
-    """Read labelled sequences.
-
-    Args:
-        config: Of the run.
-        kind: What a label is.
-
-    Returns:
-        The rows of each side.
-
-    Raises:
-        ConfigError: If options do not go together, or a side would be empty.
-        InputError: If a row is wrong; names file, line and record.
-        InputFileError: If a file is missing or cannot be read.
-    """
+    """Read labelled sequences."""
     data = config.data
     table = None if kind == "none" else data.labels
     read = [
@@ -139,19 +107,7 @@ def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequ
 
 
 def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
-    """Read retrieval examples. Kin are told by their queries, or by the groups that rows name.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        The rows of each side.
-
-    Raises:
-        ConfigError: If options do not go together, or a side would be empty.
-        InputError: If a row is wrong; names file, line and record.
-        InputFileError: If a file is missing or cannot be read.
-    """
+    """Read retrieval examples. Kin are told by their queries, or by the groups that rows name."""
     data = config.data
     read = [
         read_pairs(files, policies=_policies(data), false_negatives=data.false_negatives) if files else []
@@ -270,15 +226,7 @@ def _content(row: LabelledSequence | RetrievalExample) -> tuple[object, ...]:
 
 
 def label_kind(task: str, contrast: Contrast | None) -> LabelKind:
-    """Say what the labels of a task are.
-
-    Args:
-        task: Of the run.
-        contrast: Where its pairs come from, for contrastive tasks.
-
-    Returns:
-        The kind of labels to read.
-    """
+    """Say what the labels of a task are."""
     if contrast is not None:
         return "class" if contrast == "labels" else "none"
     return LABEL_KINDS[task]

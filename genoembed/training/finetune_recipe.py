@@ -45,17 +45,6 @@ _SCHEDULES = {
 def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
     """Fill in what goes by model and data.
 
-    Args:
-        config: What is asked for.
-        num_rows: Rows to train on.
-        width: Hidden size.
-
-    Returns:
-        The same with every number of the recipe that has a default.
-
-    Raises:
-        ConfigError: If the metric is none of the task's.
-
     Example:
         >>> from genoembed.training.finetune_config import finetune_config
         >>> config = finetune_config({"task": "regression", "train": ("a.tsv",)})
@@ -86,14 +75,6 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
 def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
     """Give the peak rate of an encoder for which none is asked.
 
-    Args:
-        width: Hidden size.
-        uses_adapters: Whether adapters learn, and not the weights themselves.
-        num_rows: Rows to train on.
-
-    Returns:
-        The rate.
-
     Example:
         >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
         [0.001, 2e-05, 4e-06]
@@ -107,14 +88,7 @@ def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
 
 
 def rates_of(recipe: FinetuneRecipe) -> Rates:
-    """Take the rates out of a resolved recipe.
-
-    Args:
-        recipe: From :func:`resolve_recipe`.
-
-    Returns:
-        The rates.
-    """
+    """Take the rates out of a resolved recipe."""
     assert recipe.learning_rate is not None, "the recipe is resolved"
     assert recipe.head_learning_rate is not None, "the recipe is resolved"
     return Rates(
@@ -125,17 +99,7 @@ def rates_of(recipe: FinetuneRecipe) -> Rates:
 def finetune_arguments(
     recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
 ) -> TrainingArguments:
-    """Say a resolved recipe in the words of transformers.
-
-    Args:
-        recipe: From :func:`resolve_recipe`.
-        folder: Of the run.
-        num_rows: Rows to train on.
-        has_validation: Whether there is something to measure on while training.
-
-    Returns:
-        The arguments.
-    """
+    """Say a resolved recipe in the words of transformers."""
     metric = str(recipe.metric)
     is_greater_better = metric not in SMALLER_IS_BETTER
     every = "epoch" if recipe.eval_steps is None else "steps"
@@ -179,16 +143,7 @@ def finetune_arguments(
 
 
 def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:
-    """Count the optimizer steps of a resolved recipe.
-
-    Args:
-        recipe: From :func:`resolve_recipe`.
-        num_rows: Rows to train on.
-        world_size: Processes.
-
-    Returns:
-        Steps, those of early stopping not taken off.
-    """
+    """Count the optimizer steps of a resolved recipe."""
     if recipe.max_steps is not None:
         return recipe.max_steps
     batches = math.ceil(num_rows / (recipe.rows_per_device * world_size))

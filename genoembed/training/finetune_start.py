@@ -42,18 +42,7 @@ if TYPE_CHECKING:
 
 
 def set_up_task(config: FinetuneConfig) -> TaskSetup:
-    """Read rows, load and build the model, and put together what a trainer needs.
-
-    Args:
-        config: What is asked for.
-
-    Returns:
-        All of it.
-
-    Raises:
-        ConfigError: If options do not go together, or with the data.
-        GenoembedError: If data or model fail.
-    """
+    """Read rows, load and build the model, and put together what a trainer needs."""
     task = config.objective.task
     if task == "lm":
         return _causal(config)

@@ -53,20 +53,7 @@ class Rates:
 
 
 class FinetuneTrainer(AdamWTrainer):
-    """A Trainer for the models of :mod:`genoembed.training.task_models`.
-
-    Args:
-        model: What is trained.
-        args: As for ``Trainer``.
-        dataset: Rows to train on.
-        collate: Makes batches of them.
-        sampler: Their order, the same in each process.
-        least_rows: Rows that a batch needs in each process.
-        rates: Learning rates.
-        measures: By side, such as ``eval``.
-        micro_batch: Rows encoded at a time in contrastive tasks; None encodes whole batches.
-        callbacks: As for ``Trainer``.
-    """
+    """A Trainer for the models of :mod:`genoembed.training.task_models`."""
 
     def __init__(
         self,
@@ -107,11 +94,7 @@ class FinetuneTrainer(AdamWTrainer):
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Read the rows of this process: accelerate would fill up a short batch with rows that come again.
-
-        Returns:
-            Batches on the CPU; the trainer moves them.
-        """
+        """Read the rows of this process: accelerate would fill up a short batch with rows that come again."""
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
 
     def compute_loss(
@@ -121,17 +104,7 @@ class FinetuneTrainer(AdamWTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Run the model, and note what it compared.
-
-        Args:
-            model: As for ``Trainer``.
-            inputs: A batch.
-            return_outputs: Whether to give the output too.
-            num_items_in_batch: Not looked at.
-
-        Returns:
-            The loss, or loss and output.
-        """
+        """Run the model, and note what it compared."""
         output = model(**inputs)
         self._note(output.get("contrast"))
         return (output["loss"], output) if return_outputs else output["loss"]
@@ -142,16 +115,7 @@ class FinetuneTrainer(AdamWTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Do forward and backward of a batch.
-
-        Args:
-            model: As for ``Trainer``.
-            inputs: A batch.
-            num_items_in_batch: Not looked at.
-
-        Returns:
-            The loss, without graph.
-        """
+        """Do forward and backward of a batch."""
         started = time.perf_counter()
         if self._micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -201,14 +165,7 @@ class FinetuneTrainer(AdamWTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, side: str = "eval", **__: Any) -> dict[str, float]:
-        """Measure on rows that are held out, and log it.
-
-        Args:
-            side: Which measure.
-
-        Returns:
-            Metrics, each with the side before its name.
-        """
+        """Measure on rows that are held out, and log it."""
         model = self.model
         was_training = model.training
         model.eval()
@@ -235,12 +192,7 @@ class FinetuneTrainer(AdamWTrainer):
         return super()._determine_best_metric(metrics=metrics, trial=trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add statistics to a line about training.
-
-        Args:
-            logs: What the trainer says.
-            start_time: As for ``Trainer``.
-        """
+        """Add statistics to a line about training."""
         if "loss" in logs:
             logs |= self._book.metrics()
             self._book = StepBook()
@@ -277,15 +229,7 @@ class FinetuneTrainer(AdamWTrainer):
 
 
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """Split the parameters that learn by rate and weight decay.
-
-    Args:
-        model: With an ``encoder``, or a ``model``; the rest are heads.
-        rates: Learning rates.
-
-    Returns:
-        Groups for AdamW, empty ones left out. Matrices decay; embeddings, filters and vectors do not.
-    """
+    """Split the parameters that learn by rate and weight decay."""
     decaying = decaying_parameters(model)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -148,12 +148,7 @@ def finetune(
 
 
 class _Run:
-    """One run: everything that is checked before the first step, then training.
-
-    Args:
-        config: What is asked for.
-        folder: Where it goes.
-    """
+    """One run: everything that is checked before the first step, then training."""
 
     def __init__(self, config: FinetuneConfig, folder: Path) -> None:
         set_seed(config.recipe.seed)

@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 class FlatKeys:
-    """The keys of some stages, and how configurations are made of them.
-
-    Args:
-        purpose: What they are options of.
-        plain: Changes a value before it is checked, given key and value; None leaves it.
-        **stages: Dataclass of each stage; no two share a field.
-    """
+    """The keys of some stages, and how configurations are made of them."""
 
     def __init__(
         self, purpose: str, *, plain: Callable[[str, object], object] | None = None, **stages: type[Any]
@@ -41,19 +35,7 @@ class FlatKeys:
     def read(
         self, options: Mapping[str, object], *, file: str | PathLike[str] | None
     ) -> tuple[dict[str, object], list[str]]:
-        """Join options and a file.
-
-        Args:
-            options: Values by key; None stands for the file's value, or the default.
-            file: TOML or JSON (told by ``.json``) with the same keys.
-
-        Returns:
-            Values of known keys, and a sentence for each key that is not.
-
-        Raises:
-            ConfigError: If the file is not what its name says.
-            InputFileError: If it cannot be read.
-        """
+        """Join options and a file."""
         in_file = {} if file is None else read_config_file(Path(file))
         problems = [f"{file}: {self._unknown(key)}" for key in in_file if key not in self.stage_of]
         problems += [self._unknown(key) for key in options if key not in self.stage_of]
@@ -68,19 +50,7 @@ class FlatKeys:
         *,
         needed: Mapping[str, Mapping[str, object]],
     ) -> dict[str, Any]:
-        """Build every stage.
-
-        Args:
-            values: By key, all known.
-            problems: What is wrong already.
-            needed: By stage, what stands in for keys without default, so that all else is checked, too.
-
-        Returns:
-            The stages by name.
-
-        Raises:
-            ConfigError: If anything is wrong; everything at once.
-        """
+        """Build every stage."""
         parts, found = {}, list(problems)
         for stage, cls in self._stages.items():
             of_stage = {key: value for key, value in values.items() if self.stage_of[key] == stage}
@@ -102,18 +72,7 @@ class FlatKeys:
 
 
 def read_config_file(path: Path) -> dict[str, object]:
-    """Read flat keys and values.
-
-    Args:
-        path: TOML, or JSON (told by ``.json``).
-
-    Returns:
-        Values by key, unchecked.
-
-    Raises:
-        ConfigError: If the file is not what its name says.
-        InputFileError: If it cannot be read.
-    """
+    """Read flat keys and values."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -134,14 +93,6 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 def differences(found: Mapping[str, object], expected: Mapping[str, object], *, where: str) -> list[str]:
     """Say where a stored run is not the one that is asked for.
-
-    Args:
-        found: Nested plain values of the stored run.
-        expected: Those of this run.
-        where: Name of the stored run.
-
-    Returns:
-        A sentence for each value that differs.
 
     Example:
         >>> differences({"data": {"window": 32}}, {"data": {"window": 64}}, where="run")
@@ -165,14 +116,7 @@ def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raise all problems as one error.
-
-    Args:
-        problems: One sentence each; none is no error.
-
-    Raises:
-        ConfigError: If there is one.
-    """
+    """Raise all problems as one error."""
     found = tuple(problems)
     if found:
         raise ConfigError(*found)

@@ -24,13 +24,7 @@ MOST_BASES = 1 << 17
 
 
 def fit_inputs(model: PredictionModel, runner: WindowedRunner, sequences: Sequence[bytes]) -> None:
-    """Fit the head to what the encoder gives for some of the sequences.
-
-    Args:
-        model: Its encoder as it is before training.
-        runner: Fits the encoder.
-        sequences: Of the rows to train on, at least one.
-    """
+    """Fit the head to what the encoder gives for some of the sequences."""
     chosen = choose_sequences(sequences)
     was_training = model.training
     model.eval()
@@ -45,12 +39,6 @@ def fit_inputs(model: PredictionModel, runner: WindowedRunner, sequences: Sequen
 
 def choose_sequences(sequences: Sequence[bytes]) -> list[bytes]:
     """Take sequences at even distances, as many as are needed to know a mean and a deviation.
-
-    Args:
-        sequences: At least one.
-
-    Returns:
-        Some of them, or all.
 
     Example:
         >>> choose_sequences([b"A", b"C", b"G"])

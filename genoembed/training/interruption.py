@@ -32,11 +32,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals; only the main thread can.
-
-        Yields:
-            Nothing; training runs inside.
-        """
+        """Handle the signals; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -57,14 +53,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Stop all processes if one was asked to.
-
-        Args:
-            args: Gives the device and the number of processes.
-            state: Gives the step.
-            control: Is told to save and to stop.
-            **kwargs: Unused.
-        """
+        """Stop all processes if one was asked to."""
         asked = self._is_asked
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
@@ -76,15 +65,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def raise_if_stopped(self, folder: Path, *, total: int | None = None) -> None:
-        """End the run as an interruption does, and say how to go on.
-
-        Args:
-            folder: Of the run.
-            total: Steps that were asked for; None says nothing of them.
-
-        Raises:
-            KeyboardInterrupt: If training stopped because of a signal.
-        """
+        """End the run as an interruption does, and say how to go on."""
         if self.stopped_at is None:
             return
         of_total = "" if total is None else f" of {total}"

@@ -26,18 +26,7 @@ _OTHER = b"TTGACCATGCCGTAAC" * 2
 
 
 def isolating_inputs(model: PreTrainedModel, rules: TokenRules) -> tuple[str, ...]:
-    """Name the fields of a packed row that keep its segments apart, after trying them.
-
-    Args:
-        model: Causal, with logits.
-        rules: How DNA becomes its token ids.
-
-    Returns:
-        ``("segment_ids",)`` or ``("position_ids",)``.
-
-    Raises:
-        ModelError: If neither keeps segments apart in this model.
-    """
+    """Name the fields of a packed row that keep its segments apart, after trying them."""
     parameters = inspect.signature(model.forward).parameters
     for field in ("segment_ids", "position_ids"):
         if field in parameters and _keeps_apart(model, rules, field):
@@ -50,14 +39,7 @@ def isolating_inputs(model: PreTrainedModel, rules: TokenRules) -> tuple[str, ..
 
 
 def forward_options(field_names: tuple[str, ...]) -> dict[str, Any]:
-    """Give what else a forward pass needs: with a cache, transformers takes positions for a continuation.
-
-    Args:
-        field_names: As from ``isolating_inputs``.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Give what else a forward pass needs: with a cache, transformers takes positions for a continuation."""
     return {"use_cache": False} if "position_ids" in field_names else {}
 
 

@@ -58,12 +58,6 @@ class Clusters:
 def strand_free(sequence: bytes) -> bytes:
     """Spell a sequence the same on either strand: the one that sorts first, in upper case.
 
-    Args:
-        sequence: DNA in either case.
-
-    Returns:
-        It, or its reverse complement.
-
     Example:
         >>> strand_free(b"ttg"), strand_free(b"CAA")
         (b'CAA', b'CAA')
@@ -74,13 +68,6 @@ def strand_free(sequence: bytes) -> bytes:
 
 def cluster_kin(sequences: Sequence[bytes], *, config: KinshipConfig | None = None) -> Clusters:
     """Put sequences that resemble one another, directly or through others, into one cluster.
-
-    Args:
-        sequences: DNA in either case.
-        config: What counts as kin.
-
-    Returns:
-        The clusters; the same for the same input.
 
     Example:
         >>> config = KinshipConfig(kmer_size=6)

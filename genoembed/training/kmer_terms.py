@@ -53,13 +53,6 @@ class KmerTerms:
     def of(self, sequence: bytes) -> NDArray[np.int64]:
         """Number the k-mer that ends at each base.
 
-        Args:
-            sequence: DNA, in either case.
-
-        Returns:
-            Terms, ``NO_TERM`` for the first k - 1 bases and where the k-mer holds an ambiguous letter. int64,
-            shape ``(L,)``.
-
         Example:
             >>> KmerTerms(k=3).of(b"ACGT").tolist()
             [-1, -1, 6, 6]
@@ -110,14 +103,7 @@ class TokenTerms:
             raise ShapeError(message)
 
     def to(self, device: torch.device) -> TokenTerms:
-        """Move to a device.
-
-        Args:
-            device: Where to.
-
-        Returns:
-            The same terms there.
-        """
+        """Move to a device."""
         return TokenTerms(ids=self.ids.to(device), positions=self.positions.to(device))
 
 
@@ -128,18 +114,6 @@ def collate_terms(
     base_starts: Sequence[NDArray[np.int64] | None] | None = None,
 ) -> TokenTerms:
     """Lay the terms of several sequences side by side.
-
-    Args:
-        sequences: What each row of the batch holds, all of its bases; padding is on the right.
-        kmers: What the terms are.
-        base_starts: For each row, the first base of each token, -1 for special tokens, as in
-            ``EncodedSequence``; None where token i is base i.
-
-    Returns:
-        The terms, in the order of the sequence.
-
-    Raises:
-        ShapeError: If there are not as many ``base_starts`` as sequences.
 
     Example:
         >>> terms = collate_terms([b"ACGT", b"NACG"], KmerTerms(k=3))

@@ -80,27 +80,6 @@ def iter_labelled(
     Compression and format are told by content. Options and file names are checked at once; rows are read as
     the iterator is used. A table of labels is held in memory.
 
-    Args:
-        paths: Tables with sequences and labels; or sequence files, if ``labels`` is given. Without labels
-            (kind ``none``) either will do, and standard input (``-``) is taken for a sequence file.
-        config: Columns, and what a label is.
-        labels: Table from id to label, for sequence files.
-        policies: What to do with letters, gaps, empty records and ids, as in ``extract``.
-        counts: Filled in as rows are read.
-
-    Returns:
-        Sequences in file order.
-
-    Raises:
-        ConfigError: If options are wrong alone or together.
-        InputFileError: If a file is missing or cannot be read.
-        SequenceFormatError: If a file is in no known format, lacks a column, or is damaged.
-        MissingExtraError: If a file is Parquet and pyarrow is not installed.
-        LabelError: If a label is missing or does not fit its kind.
-        AlphabetError: If a letter is invalid under the policies.
-        DuplicateIdError: If an id appears twice, in the records or in the table of labels.
-        EmptyRecordError: If a record has no bases and ``empty`` is ``error``.
-
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from pathlib import Path
@@ -126,21 +105,7 @@ def read_labelled(
     policies: Policies | None = None,
     counts: LabelledCounts | None = None,
 ) -> list[LabelledSequence]:
-    """Read all labelled sequences into memory, for training. As :func:`iter_labelled`.
-
-    Args:
-        paths: As there.
-        config: As there.
-        labels: As there.
-        policies: As there.
-        counts: As there.
-
-    Returns:
-        Sequences in file order, at least one.
-
-    Raises:
-        ConfigError: If no sequence is left, or as there.
-    """
+    """Read all labelled sequences into memory, for training. As :func:`iter_labelled`."""
     tally = LabelledCounts() if counts is None else counts
     rows = list(iter_labelled(paths, config=config, labels=labels, policies=policies, counts=tally))
     if not rows:

@@ -41,19 +41,6 @@ def parse_label(
 ) -> Label:
     """Read the label of one row.
 
-    Args:
-        cells: The row's label columns, in order: one, or several for ``multilabel`` (0 or 1 each; the columns
-            are the classes) and ``regression``.
-        kind: What a label is.
-        delimiter: What separates names in one cell; for ``token``, None means one letter a base.
-        ignore_label: For ``token``, the name that stands for no label.
-
-    Returns:
-        The label.
-
-    Raises:
-        LabelError: If a cell is empty or does not fit the kind; without a place, which the caller knows.
-
     Example:
         >>> parse_label({"label": "sigma70"}, kind="class")
         'sigma70'
@@ -172,18 +159,6 @@ class LabelSpace:
     def of(cls, labels: Iterable[Label], *, kind: LabelKind, columns: Sequence[str] = ()) -> LabelSpace:
         """List the classes that labels have.
 
-        Args:
-            labels: Labels of one kind, at least one.
-            kind: What a label is.
-            columns: Label columns: the targets of ``regression``, and the classes of ``multilabel`` if there
-                are several, so that a class that no row has keeps its place.
-
-        Returns:
-            Classes in natural order: numbers by value, before words by alphabet.
-
-        Raises:
-            ConfigError: If there are fewer than two classes (one for ``multilabel``).
-
         Example:
             >>> LabelSpace.of(["10", "2", "b", "2"], kind="class").names
             ('2', '10', 'b')
@@ -208,18 +183,6 @@ class LabelSpace:
     def encode(self, label: Label, *, ignore_index: int = -100) -> NDArray[np.int64] | NDArray[np.float32]:
         """Turn a label into what a loss takes.
 
-        Args:
-            label: One label.
-            ignore_index: For ``token``, what stands for no label.
-
-        Returns:
-            ``class``: index, int64, shape ``()``. ``multilabel``: 0 or 1, float32, shape ``(C,)``.
-            ``regression``: float32, shape ``(C,)``. ``token``: indices, int64, one a base.
-
-        Raises:
-            LabelError: If the label has a class that is not among ``names``.
-            ConfigError: If the kind is ``none``, which has nothing to encode.
-
         Example:
             >>> space = LabelSpace(kind="multilabel", names=("a", "b", "c"))
             >>> space.encode(("a", "c")).tolist()
@@ -243,17 +206,7 @@ class LabelSpace:
         )
 
     def counts(self, labels: Iterable[Label]) -> NDArray[np.int64]:
-        """Count how often each class occurs, for class weights.
-
-        Args:
-            labels: Labels of this space.
-
-        Returns:
-            Sequences (for ``token``, bases) of each class. int64, shape ``(C,)``.
-
-        Raises:
-            LabelError: If a label has a class that is not among ``names``.
-        """
+        """Count how often each class occurs, for class weights."""
         totals = np.zeros(len(self.names), dtype=np.int64)
         for label in labels:
             for name, times in Counter(_each_class(label)).items():
@@ -288,13 +241,6 @@ def _natural(name: str) -> tuple[int, float, str]:
 
 def reverse_label(label: Label, *, kind: LabelKind) -> Label:
     """Give the label of the other strand: that of the last base first for ``token``, unchanged otherwise.
-
-    Args:
-        label: Label of a sequence.
-        kind: What it is.
-
-    Returns:
-        Label of its reverse complement.
 
     Example:
         >>> reverse_label(("a", None, "b"), kind="token")

@@ -75,23 +75,7 @@ def check_leaks(
     policy: FindingPolicy = "keep",
     config: KinshipConfig | None = None,
 ) -> Sealed:
-    """Look for kin across the split.
-
-    Args:
-        rows: The rows that were split.
-        splits: Their sides; not changed.
-        clusters: Of kin.
-        policy: ``keep`` reports only, ``drop`` leaves the kin of held-out rows out of the training side,
-            ``error`` stops.
-        config: What the clusters were made with, to state identities of examples.
-
-    Returns:
-        The split, with fewer rows to train on under ``drop``, and the report.
-
-    Raises:
-        ConfigError: If there is kin across the split and the policy is ``error``, if ``drop`` leaves nothing
-            to train on, or if clusters and rows are not equally many.
-    """
+    """Look for kin across the split."""
     if len(clusters.labels) != len(rows):
         message = f"clusters: {len(clusters.labels)} labels for {len(rows)} rows; cluster these rows"
         raise ConfigError(message)

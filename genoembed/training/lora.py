@@ -24,19 +24,6 @@ def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderCo
     """Put an adapter beside each linear layer, in place; everything else stops learning.
 
     The product of each adapter starts at 0, so the model computes what it did before.
-
-    Args:
-        module: The model.
-        linears: Paths of the linear layers that may get one.
-        config: Rank, scale, dropout, and which of the layers.
-        seed: Of the new weights; the global generator is left as it was.
-
-    Returns:
-        What :func:`merge_adapters` takes.
-
-    Raises:
-        ConfigError: If a target matches no layer, or is one that adapters do not work beside.
-        MissingExtraError: If peft is not installed.
     """
     targets = _targets(linears, config.lora_targets)
     try:
@@ -62,11 +49,7 @@ def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderCo
 
 
 def merge_adapters(tuner: Any) -> None:
-    """Add each adapter's product to the weights of its layer and take it out, in place.
-
-    Args:
-        tuner: From :func:`add_adapters`.
-    """
+    """Add each adapter's product to the weights of its layer and take it out, in place."""
     tuner.merge_and_unload()
 
 

@@ -45,11 +45,7 @@ class LossWatch:
     _streaks: dict[Trouble, int] = field(default_factory=dict)
 
     def observe(self, output: LossOutput) -> None:
-        """Look at one training step.
-
-        Args:
-            output: Its loss (of the whole run's kind, not scaled for accumulation) and statistics.
-        """
+        """Look at one training step."""
         loss, statistics = float(output.loss.detach()), output.statistics
         cross_entropy = output.parts.get("cross_entropy", output.parts.get("dense", loss))
         is_guessing = (

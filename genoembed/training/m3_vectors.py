@@ -52,24 +52,12 @@ class M3Vectors:
         return max((len(value) for value in self.tensors().values()), default=0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give what is there by name, as :func:`~genoembed.training.grad_cache.cached_backward` takes it.
-
-        Returns:
-            Name to tensor.
-        """
+        """Give what is there by name, as :func:`~genoembed.training.grad_cache.cached_backward` takes it."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
     def gather(self, rows: RankRows, *, group_size: int = 1) -> M3Vectors:
-        """Lay the rows of all ranks end to end.
-
-        Args:
-            rows: What each rank holds.
-            group_size: Rows that belong to each counted row.
-
-        Returns:
-            Rows of all ranks; gradients flow back.
-        """
+        """Lay the rows of all ranks end to end."""
         gathered = {}
         for name, value in self.tensors().items():
             gathered[name] = rows.gather(value, group_size=group_size, pad=_FILL[name])
@@ -81,12 +69,6 @@ _FILL = {"dense": None, "term_ids": NO_TERM, "term_weights": 0.0, "tokens": 0.0,
 
 def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
     """Lay the rows of several chunks end to end, padded to the longest.
-
-    Args:
-        chunks: As from ``M3Vectors.tensors``, all with the same names, at least one.
-
-    Returns:
-        All rows; gradients flow back.
 
     Example:
         >>> parts = [{"dense": torch.ones(2, 3)}, {"dense": torch.zeros(1, 3)}]
@@ -107,13 +89,6 @@ def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
 def dense_scores(query_BD: Tensor, passage_PD: Tensor) -> Tensor:
     """Take dot products: cosines, for normalised vectors.
 
-    Args:
-        query_BD: Floating, shape ``(B, D)``.
-        passage_PD: Floating, shape ``(P, D)``.
-
-    Returns:
-        float32 (float64 for float64 input), shape ``(B, P)``.
-
     Example:
         >>> dense_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
@@ -127,15 +102,6 @@ def sparse_scores(
     """Sum the products of the weights of shared terms.
 
     Works on the terms that occur in these rows, not on a vocabulary, so terms may be of any number.
-
-    Args:
-        query_ids: Terms, each once a row, ``NO_TERM`` elsewhere. int64, shape ``(B, U)``.
-        query_weights: Floating, shape ``(B, U)``.
-        passage_ids: As ``query_ids``, shape ``(P, U')``.
-        passage_weights: Floating, shape ``(P, U')``.
-
-    Returns:
-        float32 (float64 for float64 input), shape ``(B, P)``.
 
     Example:
         >>> ids, weights = torch.tensor([[7, 5], [9, -1]]), torch.tensor([[2.0, 1.0], [4.0, 0.0]])
@@ -159,18 +125,6 @@ def multi_vector_scores(
     """Average, over a query's kept vectors, the best dot product with a kept vector of the passage (MaxSim).
 
     Runs query by query: the memory for values is that of one query against all passages.
-
-    Args:
-        query_BMD: Floating, shape ``(B, M, D)``.
-        query_mask_BM: True where a vector counts. Bool, shape ``(B, M)``.
-        passage_PMD: Floating, shape ``(P, M', D)``.
-        passage_mask_PM: True where a vector counts. Bool, shape ``(P, M')``.
-
-    Returns:
-        float32 (float64 for float64 input), shape ``(B, P)``.
-
-    Raises:
-        ShapeError: If a row keeps no vector.
 
     Example:
         >>> query, passage = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[-3.0], [0.0]]])
@@ -198,17 +152,6 @@ def hybrid_scores(
 ) -> Tensor:
     """Score with all representations that both sides have; at inference, and as the ensemble in training.
 
-    Args:
-        query: B rows.
-        passage: P rows.
-        weights: Of dense, sparse and multi-vector; those of a representation that is not there fall away.
-
-    Returns:
-        Weighted sum of the scores, shape ``(B, P)``.
-
-    Raises:
-        ShapeError: If the sides have no representation in common.
-
     Example:
         >>> one = M3Vectors(dense=torch.ones(1, 1))
         >>> hybrid_scores(one, one, weights=(2.0, 0.3, 1.0))
@@ -227,13 +170,6 @@ HEADS = ("dense", "sparse", "multi_vector")
 
 def head_scores(query: M3Vectors, passage: M3Vectors) -> dict[str, Tensor]:
     """Score with each representation that both sides have.
-
-    Args:
-        query: B rows.
-        passage: P rows.
-
-    Returns:
-        ``dense``, ``sparse`` and ``multi_vector``, each ``(B, P)``, as far as there.
 
     Example:
         >>> one = M3Vectors(dense=torch.ones(1, 2))

@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile(TrainerCallback):
-    """Append what the trainer logs to a JSON-lines file, losses in bits as well as in nats, and say it.
-
-    Args:
-        path: The file.
-    """
+    """Append what the trainer logs to a JSON-lines file, losses in bits as well as in nats, and say it."""
 
     loss_in_bits = True
     """Whether losses are those of a language model."""
@@ -30,14 +26,7 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
-        """Drop the lines of steps that will be trained again, or of an earlier run from scratch.
-
-        Args:
-            args: Unused.
-            state: Gives the step that training goes on from.
-            control: Unused.
-            **kwargs: Unused.
-        """
+        """Drop the lines of steps that will be trained again, or of an earlier run from scratch."""
         if not state.is_world_process_zero or not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -56,15 +45,7 @@ class MetricsFile(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Write one line.
-
-        Args:
-            args: Unused.
-            state: Gives the step.
-            control: Unused.
-            logs: What was logged.
-            **kwargs: Unused.
-        """
+        """Write one line."""
         if not state.is_world_process_zero:
             return
         line: dict[str, float] = {"step": state.global_step, **(logs or {})}
@@ -77,22 +58,11 @@ class MetricsFile(TrainerCallback):
         self.write(line)
 
     def describe(self, line: Mapping[str, float]) -> str:
-        """Say a line in words.
-
-        Args:
-            line: Its values by name.
-
-        Returns:
-            One line of text; empty says nothing.
-        """
+        """Say a line in words."""
         return describe_line(line)
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Append a line.
-
-        Args:
-            line: Its values by name.
-        """
+        """Append a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -100,12 +70,6 @@ class MetricsFile(TrainerCallback):
 
 def describe_line(line: Mapping[str, float]) -> str:
     """Say a line of ``metrics.jsonl`` in words that fit a terminal.
-
-    Args:
-        line: Its values by name.
-
-    Returns:
-        Such as ``step 20: loss 1.923 bits, rate 0.002``; values without words of their own are left out.
 
     Example:
         >>> describe_line({"step": 20, "loss_bits": 1.923, "learning_rate": 2e-3, "packing_percent": 100})

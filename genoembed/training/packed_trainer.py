@@ -45,18 +45,7 @@ class Pace:
 
 
 class PackedTrainer(AdamWTrainer):
-    """A Trainer over :class:`~genoembed.training.stream.PackedStream`.
-
-    Args:
-        model: Causal, with logits.
-        args: As for ``Trainer``.
-        recipe: Rates and weight decay.
-        stream: Rows of this process, starting with the next one to use.
-        heldout: Rows to measure on, the same in each process.
-        isolating: Fields of a row that the model gets beside ids and labels.
-        forward_options: Further arguments of the forward pass.
-        callbacks: As for ``Trainer``.
-    """
+    """A Trainer over :class:`~genoembed.training.stream.PackedStream`."""
 
     def __init__(
         self,
@@ -87,20 +76,12 @@ class PackedTrainer(AdamWTrainer):
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Take weights and history of a finished run: training on would add a step.
-
-        Args:
-            checkpoint: After the last step.
-        """
+        """Take weights and history of a finished run: training on would add a step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Read the stream as it is: accelerate would read it in one process and hand rows around.
-
-        Returns:
-            Batches on the CPU; the trainer moves them.
-        """
+        """Read the stream as it is: accelerate would read it in one process and hand rows around."""
         return DataLoader(
             self._stream, batch_size=self.args.per_device_train_batch_size, collate_fn=self._collate
         )
@@ -111,26 +92,12 @@ class PackedTrainer(AdamWTrainer):
         return {name: torch.stack([row[name] for row in rows]) for name in (*self._fields, "labels")}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Add the options of the forward pass.
-
-        Args:
-            model: As for ``Trainer``.
-            inputs: As for ``Trainer``.
-            *args: As for ``Trainer``.
-            **kwargs: As for ``Trainer``.
-
-        Returns:
-            As ``Trainer`` does.
-        """
+        """Add the options of the forward pass."""
         return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure on what is held out, and log it.
-
-        Returns:
-            ``eval_loss`` in nats a token, EOD counted, and ``eval_bits_per_base``, EOD not counted.
-        """
+        """Measure on what is held out, and log it."""
         model = self.model_wrapped
         was_training = model.training
         model.eval()
@@ -175,12 +142,7 @@ class PackedTrainer(AdamWTrainer):
             yield batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed and packing to a line about training.
-
-        Args:
-            logs: What the trainer says.
-            start_time: As for ``Trainer``.
-        """
+        """Add speed and packing to a line about training."""
         if "loss" in logs:
             logs |= self._packing_metrics()
         super().log(logs, start_time)

@@ -108,26 +108,6 @@ def iter_pairs(
 ) -> Iterator[RetrievalExample]:
     """Read retrieval examples, one at a time.
 
-    Args:
-        paths: JSON lines files, compressed or not; ``-`` is standard input.
-        policies: What to do with letters, gaps and empty sequences, as in ``extract``. A row of which one
-            sequence is left out (``skip``) is left out as a whole. ``duplicates`` is about ids of rows.
-        false_negatives: A negative that is its own row's query or positive, on either strand: ``error``,
-            ``drop`` it (and its score), or ``keep`` it.
-        counts: Filled in as rows are read.
-
-    Returns:
-        Examples in file order.
-
-    Raises:
-        ConfigError: If an option is wrong.
-        InputFileError: If a file is missing or cannot be read.
-        SequenceFormatError: If a line is no example.
-        LabelError: If teacher scores do not fit, or a negative is a positive.
-        AlphabetError: If a letter is invalid under the policies.
-        DuplicateIdError: If an id appears twice and ``duplicates`` is ``error``.
-        EmptyRecordError: If a sequence has no bases and ``empty`` is ``error``.
-
     Example:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
@@ -156,20 +136,7 @@ def read_pairs(
     false_negatives: FalseNegativePolicy = "error",
     counts: PairCounts | None = None,
 ) -> list[RetrievalExample]:
-    """Read all retrieval examples into memory, for training. As :func:`iter_pairs`.
-
-    Args:
-        paths: As there.
-        policies: As there.
-        false_negatives: As there.
-        counts: As there.
-
-    Returns:
-        Examples in file order, at least one.
-
-    Raises:
-        ConfigError: If no example is left, or only some have teacher scores, or as there.
-    """
+    """Read all retrieval examples into memory, for training. As :func:`iter_pairs`."""
     tally = PairCounts() if counts is None else counts
     rows = list(iter_pairs(paths, policies=policies, false_negatives=false_negatives, counts=tally))
     if not rows:

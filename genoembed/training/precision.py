@@ -13,23 +13,13 @@ if TYPE_CHECKING:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the hardware multiplies in bfloat16: elsewhere that is slower than float32.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether the hardware multiplies in bfloat16: elsewhere that is slower than float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return automatic_dtype(device) == torch.bfloat16
 
 
 def uses_bfloat16(dtype: TrainDtype) -> bool:
     """Resolve what a recipe asks for.
-
-    Args:
-        dtype: Of matrix products; ``auto`` goes by the hardware.
-
-    Returns:
-        True for bfloat16, False for float32.
 
     Example:
         >>> uses_bfloat16("float32"), uses_bfloat16("bfloat16")

@@ -154,16 +154,7 @@ def predict(
 def predict_part(
     saved: SavedPredictor, records: Sequence[SequenceRecord], *, batch_rows: int = 16
 ) -> dict[str, Sequence[object]]:
-    """Predict a few records.
-
-    Args:
-        saved: The model.
-        records: At least one.
-        batch_rows: Windows of a forward pass.
-
-    Returns:
-        Columns, as :func:`predict` names them.
-    """
+    """Predict a few records."""
     encoder = saved.model.encoder
     runner = WindowedRunner.of(
         encoder,

@@ -36,26 +36,13 @@ SMALLER_IS_BETTER = ("loss", "bits_per_token")
 
 
 def check_metrics_installed() -> None:
-    """Refuse to start what could not be measured.
-
-    Raises:
-        MissingExtraError: If scikit-learn is not installed.
-    """
+    """Refuse to start what could not be measured."""
     if find_spec("sklearn") is None:
         raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
 
 
 def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating]) -> dict[str, float]:
     """Compare probabilities of classes with the truth.
-
-    Args:
-        true_N: Class of each row, shape ``(N,)``, at least one.
-        probability_NC: Shape ``(N, C)``.
-
-    Returns:
-        ``accuracy``, ``macro_f1`` and ``mcc`` of the likeliest class; ``auroc`` and ``auprc`` (average
-        precision): of class 1 for two classes, else the mean over the classes that occur, each against the
-        rest; NaN where only one class occurs.
 
     Example:
         >>> found = class_metrics(np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]]))
@@ -80,16 +67,7 @@ def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating
 def multilabel_metrics(
     true_NC: NDArray[np.floating], probability_NC: NDArray[np.floating]
 ) -> dict[str, float]:
-    """Compare probabilities of labels with the truth.
-
-    Args:
-        true_NC: 1 where a label is on, shape ``(N, C)``.
-        probability_NC: Shape ``(N, C)``; above 0.5 a label is predicted.
-
-    Returns:
-        ``accuracy`` (rows with all labels right), ``macro_f1``, and ``auroc`` and ``auprc``, means over the
-        labels that are on in some rows and off in others.
-    """
+    """Compare probabilities of labels with the truth."""
     from sklearn.metrics import accuracy_score, f1_score
 
     on_NC, guess_NC = (true_NC > 0.5).astype(int), (probability_NC > 0.5).astype(int)
@@ -104,14 +82,6 @@ def multilabel_metrics(
 
 def number_metrics(true_NK: NDArray[np.floating], guess_NK: NDArray[np.floating]) -> dict[str, float]:
     """Compare predicted numbers with the true ones.
-
-    Args:
-        true_NK: Shape ``(N, K)``.
-        guess_NK: Shape ``(N, K)``.
-
-    Returns:
-        ``pearson``, ``spearman`` and ``r2``, means over the targets; a correlation with what never changes is
-        0.
 
     Example:
         >>> number_metrics(np.array([[1.0], [2.0], [9.0]]), np.array([[0.0], [1.0], [2.0]]))["spearman"]

@@ -30,32 +30,14 @@ class TableWriter(Protocol):
     """Takes rows, a part at a time."""
 
     def write(self, columns: Mapping[str, Sequence[object]]) -> None:
-        """Write rows.
-
-        Args:
-            columns: Values by name, equally many, the same names each time.
-        """
+        """Write rows."""
 
 
 @contextmanager
 def open_table(
     output: str, *, format: TableFormat = "auto", overwrite: bool = False
 ) -> Iterator[TableWriter]:
-    """Open a table for writing.
-
-    Args:
-        output: File, or ``-`` for standard output.
-        format: ``auto`` goes by the name: ``.parquet`` is Parquet, all else TSV.
-        overwrite: Replace an existing file, once the new one is complete.
-
-    Yields:
-        The writer. When the body ends, the file gets its name; when it fails, nothing is left.
-
-    Raises:
-        ConfigError: If Parquet is to go to standard output.
-        MissingExtraError: If Parquet is asked for and pyarrow is not installed.
-        StoreError: If the file exists and must stay, or cannot be written.
-    """
+    """Open a table for writing."""
     is_parquet = format == "parquet" or (format == "auto" and output.endswith(".parquet"))
     if output == STDOUT:
         if is_parquet:

@@ -55,16 +55,7 @@ class PretrainConfig:
 
 
 def training_arguments(config: PretrainConfig, output_dir: Path, **others: Any) -> TrainingArguments:
-    """Say the recipe in the words of transformers.
-
-    Args:
-        config: The recipe.
-        output_dir: Folder for checkpoints.
-        **others: Further arguments, or others in place of these.
-
-    Returns:
-        The arguments of a trainer that reports through callbacks only.
-    """
+    """Say the recipe in the words of transformers."""
     recipe: dict[str, Any] = dict(
         output_dir=str(output_dir),
         max_steps=config.max_steps,
@@ -94,15 +85,7 @@ def training_arguments(config: PretrainConfig, output_dir: Path, **others: Any) 
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
-    """Divide the parameters by what AdamW should do with them.
-
-    Args:
-        model: Its parameters.
-        config: Rates and weight decay.
-
-    Returns:
-        Matrices with decay, everything else without, and poles with a rate of their own.
-    """
+    """Divide the parameters by what AdamW should do with them."""
     decaying = decaying_parameters(model)
     matrices, poles, rest = [], [], []
     for name, parameter in model.named_parameters():
@@ -125,14 +108,7 @@ class ClampPoles(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
-        """Clamp after each optimizer step.
-
-        Args:
-            args: Unused.
-            state: Unused.
-            control: Unused.
-            **kwargs: Holds ``model``.
-        """
+        """Clamp after each optimizer step."""
         for name, parameter in kwargs["model"].named_parameters():
             if is_pole(name):
                 parameter.clamp_(max=MAX_LOG_POLE)

@@ -15,14 +15,7 @@ ValueT = TypeVar("ValueT")
 
 
 def use_threads(threads: int | None) -> None:
-    """Set how many CPU threads torch uses.
-
-    Args:
-        threads: 1 or more; None leaves torch's choice.
-
-    Raises:
-        ConfigError: If the number is below 1.
-    """
+    """Set how many CPU threads torch uses."""
     if threads is None:
         return
     if threads < 1:
@@ -53,12 +46,6 @@ def wait_for_all() -> None:
 def from_all(value: ValueT) -> list[ValueT]:
     """Show every process what each has; a collective call.
 
-    Args:
-        value: Of this process; can be pickled.
-
-    Returns:
-        The values in rank order; this one alone where there is no group.
-
     Example:
         >>> from_all({"loss": 0.5})
         [{'loss': 0.5}]
@@ -72,12 +59,6 @@ def from_all(value: ValueT) -> list[ValueT]:
 
 def from_first(value: ValueT) -> ValueT:
     """Give every process what the first one has; a collective call.
-
-    Args:
-        value: Of this process; can be pickled.
-
-    Returns:
-        The first one's.
 
     Example:
         >>> from_first(0.5)

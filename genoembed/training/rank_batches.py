@@ -25,16 +25,6 @@ class RankBatches(BatchSampler):
     A last batch that is short is dealt out evenly; it is left out where a process would get too few rows,
     unless it is the only one.
 
-    Args:
-        order: Every row once; the same in each process.
-        rows: Of a full batch of one process.
-        least: Rows that a process needs for a batch to teach it anything.
-        rank: Of this process.
-        world_size: Number of processes.
-
-    Raises:
-        ConfigError: If there are fewer rows than processes.
-
     Example:
         >>> from torch.utils.data import SequentialSampler
         >>> order = SequentialSampler(range(7))

@@ -20,18 +20,6 @@ def ranking_metrics(
 ) -> dict[str, float]:
     """Rank the best right passage of each query among the wrong ones.
 
-    Args:
-        scores_QP: Larger is better. Floating, shape ``(Q, P)``.
-        relevant_QP: True where a passage is right. Bool, shape ``(Q, P)``.
-        allowed_QP: False where a passage takes no part, such as the query itself. Bool, shape ``(Q, P)``.
-
-    Returns:
-        ``mrr``: mean of 1 / rank; ``recall_at_k``: share of queries with a right passage among the first k;
-        ``ranked_queries``: those with a right passage at all, over which both are taken.
-
-    Raises:
-        ConfigError: If no query has a right passage.
-
     Example:
         >>> scores = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
         >>> ranking_metrics(scores, torch.tensor([[True, False, False], [False, False, True]]))["mrr"]

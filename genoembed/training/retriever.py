@@ -66,14 +66,7 @@ class Retriever:
 
     @torch.inference_mode()
     def encode(self, sequences: Sequence[bytes]) -> list[HeadVectors]:
-        """Run the heads.
-
-        Args:
-            sequences: DNA, at least one base each.
-
-        Returns:
-            What they make, one item a sequence.
-        """
+        """Run the heads."""
         if not sequences:
             return []
         encoder = self.model.encoder
@@ -134,22 +127,7 @@ def load_retriever(
     trust_remote_code: bool = False,
     batch_rows: int = 16,
 ) -> Retriever:
-    """Load a retrieval model with all its heads.
-
-    Args:
-        folder: Folder ``final`` of a run with ``task='retrieval'``.
-        device: Torch device; None is CUDA if present, else the CPU.
-        trust_remote_code: Run code that the folder brings.
-        batch_rows: Windows of a forward pass.
-
-    Returns:
-        The model, in eval mode and float32.
-
-    Raises:
-        ConfigError: If the folder holds no model with sparse and multi-vector heads.
-        CheckpointError: If its weights do not fit.
-        ModelError: If the model cannot be loaded.
-    """
+    """Load a retrieval model with all its heads."""
     facts = read_finetuned(folder)
     shape = None if facts is None else facts.values.get("retrieval")
     if facts is None or shape is None or shape["mode"] == "dense":

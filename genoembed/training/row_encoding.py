@@ -53,20 +53,7 @@ class LabelEncoder:
         return self.space is not None and self.space.kind == "token"
 
     def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
-        """Encode a view of a row.
-
-        Args:
-            view: The sequence as it is to be seen, and labels of its bases.
-            row: Where it comes from.
-
-        Returns:
-            The row of a batch.
-
-        Raises:
-            SequenceLengthError: If it has more tokens than the context.
-            ShapeError: If a token has several labelled bases and that is refused.
-            LabelError: If a class is none of the space's.
-        """
+        """Encode a view of a row."""
         if self.space is not None and self.per_base:
             assert view.token_labels is not None, "rows of this kind have labels of bases"
             labels = self.space.encode(view.token_labels)
@@ -91,17 +78,7 @@ class LabelEncoder:
 def check_lengths(
     sequences: Sequence[bytes], encoder: SequenceEncoder, *, max_tokens: int | None, max_crop_bp: int | None
 ) -> None:
-    """Refuse sequences that do not fit the context, before the first step.
-
-    Args:
-        sequences: All that will be trained on.
-        encoder: Of the model.
-        max_tokens: Its context; None is no limit.
-        max_crop_bp: Longer sequences will be cropped to this.
-
-    Raises:
-        SequenceLengthError: If one does not fit; ``max_crop_bp`` is the remedy.
-    """
+    """Refuse sequences that do not fit the context, before the first step."""
     if max_tokens is None:
         return
     bases = encoder.max_bases(max_tokens)

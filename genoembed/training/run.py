@@ -124,12 +124,7 @@ def pretrain(
 
 
 class _Run:
-    """One run: everything that is checked before the first step, then training.
-
-    Args:
-        config: What is asked for.
-        folder: Where it goes.
-    """
+    """One run: everything that is checked before the first step, then training."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         data = config.data

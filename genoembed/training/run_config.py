@@ -179,11 +179,7 @@ class TrainConfig:
     recipe: RecipeConfig
 
     def to_dict(self) -> dict[str, dict[str, object]]:
-        """Give the configuration as nested dicts that JSON can hold.
-
-        Returns:
-            One dict a stage.
-        """
+        """Give the configuration as nested dicts that JSON can hold."""
         return asdict(self)
 
 
@@ -194,17 +190,6 @@ KEY_STAGE = _KEYS.stage_of
 
 def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | None = None) -> TrainConfig:
     """Build a configuration from flat keys and a file that holds what they leave out.
-
-    Args:
-        options: Values by key; None stands for the file's value, or the default.
-        file: TOML or JSON (told by ``.json``) with the same keys, and a table ``shape`` for a new model.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: If a key is unknown or missing, or a value wrong; everything at once.
-        InputFileError: If the file cannot be read.
 
     Example:
         >>> keys = {"corpus": ("a.fa",), "heldout_fraction": 0.1, "like": "evo2_7b", "max_steps": 5}

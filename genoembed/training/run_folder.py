@@ -31,12 +31,6 @@ FINAL_FOLDER = "final"
 def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
     """Give one path or several as strings.
 
-    Args:
-        paths: As a caller gives them.
-
-    Returns:
-        At least one, or None where there is none.
-
     Example:
         >>> path_strings("a.fa"), path_strings(["a.fa", "b.fa"]), path_strings([])
         (('a.fa',), ('a.fa', 'b.fa'), None)
@@ -49,14 +43,7 @@ def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | No
 
 
 def refuse_other_run(folder: Path) -> None:
-    """Refuse a folder in which there is a run.
-
-    Args:
-        folder: Where a run that begins wants to write.
-
-    Raises:
-        ConfigError: If there is one.
-    """
+    """Refuse a folder in which there is a run."""
     found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
     if found:
         message = (
@@ -67,28 +54,14 @@ def refuse_other_run(folder: Path) -> None:
 
 
 def clear_run(folder: Path, *others: str) -> None:
-    """Delete what an earlier run has left.
-
-    Args:
-        folder: Of that run.
-        *others: Names of further files that it may have written.
-    """
+    """Delete what an earlier run has left."""
     names = (RUN_FILE, METRICS_FILE, FINAL_FOLDER, *others)
     for path in (*folder.glob("checkpoint-*"), *(folder / name for name in names)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapping[str, str]) -> None:
-    """Refuse to go on with a run that was asked for something else.
-
-    Args:
-        folder: Of the run that began.
-        expected: What a run that goes on must share with it, as JSON has it.
-        digests: Keys whose values say nothing to people, and what to say instead of them.
-
-    Raises:
-        ConfigError: If there is no run, or it differs; all differences at once.
-    """
+    """Refuse to go on with a run that was asked for something else."""
     stored = folder / RUN_FILE
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
@@ -105,41 +78,20 @@ def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapp
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """Find the checkpoint that a run goes on from, and say which.
-
-    Args:
-        folder: Of the run.
-
-    Returns:
-        The newest complete checkpoint; None starts from the beginning.
-    """
+    """Find the checkpoint that a run goes on from, and say which."""
     checkpoint = newest_checkpoint(folder)
     logger.info("resume: %s", checkpoint or f"no checkpoint yet in {folder}, from the start")
     return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end.
-
-    Args:
-        folder: Of the run.
-
-    Returns:
-        The checkpoint; one that a killed run has left in pieces is passed over.
-    """
+    """Find the newest checkpoint that was written to its end."""
     complete = [path for path in folder.glob("checkpoint-*") if steps_of(path)]
     return max(complete, key=steps_of, default=None)
 
 
 def steps_of(checkpoint: Path | None) -> int:
-    """Count the steps that a checkpoint is after.
-
-    Args:
-        checkpoint: Of a trainer.
-
-    Returns:
-        The steps; 0 where its state, which is written last, is missing or cut.
-    """
+    """Count the steps that a checkpoint is after."""
     if checkpoint is None:
         return 0
     try:
@@ -150,12 +102,7 @@ def steps_of(checkpoint: Path | None) -> int:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all.
-
-    Args:
-        path: The file; its folder is made where it is missing.
-        values: What goes into it; what JSON does not know is written as text.
-    """
+    """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")

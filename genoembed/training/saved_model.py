@@ -56,16 +56,7 @@ def save_finetuned(
     space: LabelSpace | None,
     source: Path | None = None,
 ) -> None:
-    """Write a model that has been fine-tuned. Adapters become part of the weights.
-
-    Args:
-        model: After training.
-        folder: Where; made if absent.
-        config: Of the run.
-        tokenizer: Of the model.
-        space: What labels mean, for tasks that predict.
-        source: Folder that the model was loaded from: code that it brings is copied from there.
-    """
+    """Write a model that has been fine-tuned. Adapters become part of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, CausalModel):
         model.tuned.merge()
@@ -136,21 +127,7 @@ def load_predictor(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> SavedPredictor:
-    """Load a fine-tuned model that predicts labels or numbers.
-
-    Args:
-        folder: That :func:`save_finetuned` wrote.
-        device: Where to run; None takes CUDA if present, else the CPU.
-        trust_remote_code: Run code that the folder brings.
-
-    Returns:
-        The model, in eval mode and float32.
-
-    Raises:
-        ConfigError: If the folder holds no model that predicts.
-        CheckpointError: If its weights do not fit.
-        ModelError: If the model cannot be loaded.
-    """
+    """Load a fine-tuned model that predicts labels or numbers."""
     facts = read_finetuned(folder)
     if facts is None:
         message = f"{folder}: no {FACTS_FILE}; name the folder 'final' of a fine-tuning run"
@@ -173,15 +150,7 @@ def load_predictor(
 
 
 def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
-    """Cut and pool a model as it was fine-tuned.
-
-    Args:
-        facts: What its folder says.
-        genomic: The model of that folder.
-
-    Returns:
-        An encoder that does not learn.
-    """
+    """Cut and pool a model as it was fine-tuned."""
     config = EncoderConfig(
         model=genomic.name,
         layers=facts.layers,
@@ -194,15 +163,7 @@ def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
 
 
 def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
-    """Put saved weights into everything but the backbone.
-
-    Args:
-        model: Built as it was for training.
-        facts: What the folder says.
-
-    Raises:
-        CheckpointError: If weights are missing, left over, or of another shape.
-    """
+    """Put saved weights into everything but the backbone."""
     saved = read_heads(facts.folder)
     wanted = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
     saved = {
@@ -229,20 +190,7 @@ def new_head(
     class_weights: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Head:
-    """Make the head that predicts what a label space holds.
-
-    Args:
-        space: Classes, labels or targets.
-        width: Of the vectors.
-        add_pooler: Put a projection before the output.
-        dropout: Share of the input that is dropped.
-        label_smoothing: For classes.
-        class_weights: For classes.
-        seed: Of the new weights.
-
-    Returns:
-        The head.
-    """
+    """Make the head that predicts what a label space holds."""
     shape: dict[str, Any] = {
         "dropout": dropout,
         "add_pooler": add_pooler,

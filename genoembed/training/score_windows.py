@@ -30,19 +30,6 @@ def passage_spans(
     A window has ``context - query_tokens - special_tokens`` tokens and shares with the one before it the
     smaller of 80 tokens and a quarter of its own. The last is shorter. A passage that fits is one window.
 
-    Args:
-        length: Tokens of the passage, at least 1.
-        context: Tokens that the model takes.
-        query_tokens: Of the query beside each window, special tokens of its own included; 0 where query and
-            passage are encoded apart.
-        special_tokens: Others, between and after them.
-
-    Returns:
-        Spans in tokens, in order; each answers for all of itself.
-
-    Raises:
-        SequenceLengthError: If the passage is empty, or no token of it fits.
-
     Example:
         >>> spans = passage_spans(1000, context=512, query_tokens=20, special_tokens=2)
         >>> [(span.start, span.end) for span in spans]
@@ -69,17 +56,6 @@ def passage_spans(
 
 def best_window_scores(scores_W: Tensor, passage_W: Tensor, *, num_passages: int) -> Tensor:
     """Give each passage the score of its best window.
-
-    Args:
-        scores_W: Floating, shape ``(..., W)``; one row a query, say.
-        passage_W: Number of the passage that each window is of. int64, shape ``(W,)``.
-        num_passages: P.
-
-    Returns:
-        In the dtype of the scores, shape ``(..., P)``; the gradient goes to the best window.
-
-    Raises:
-        ShapeError: If shapes do not belong together, or a passage has no window.
 
     Example:
         >>> best_window_scores(torch.tensor([0.1, 0.7, 0.3]), torch.tensor([0, 0, 1]), num_passages=2)

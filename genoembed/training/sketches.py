@@ -89,13 +89,6 @@ class Sketches:
 def build_sketches(sequences: Sequence[bytes], *, config: KinshipConfig | None = None) -> Sketches:
     """Sketch sequences.
 
-    Args:
-        sequences: DNA in either case.
-        config: k-mer and sketch size.
-
-    Returns:
-        A sketch each; empty for a sequence without a k-mer that counts.
-
     Example:
         >>> sketches = build_sketches([b"ACGTTGCAAC", b"GTTGCAACGT"], config=KinshipConfig(kmer_size=6))
         >>> sketches.of(0).tolist() == sketches.of(1).tolist(), len(sketches.of(0))
@@ -153,14 +146,7 @@ def _hash_kmers(joined: bytes, k: int) -> tuple[NDArray[np.uint64], NDArray[np.b
 
 
 def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble integers with the finalizer of SplitMix64, a bijection: distinct k-mers never collide.
-
-    Args:
-        keys: Any integers. uint64, any shape; not changed.
-
-    Returns:
-        One scrambled integer each.
-    """
+    """Scramble integers with the finalizer of SplitMix64, a bijection: distinct k-mers never collide."""
     keys = keys + np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -170,17 +156,7 @@ def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def pair_identities(
     sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Estimate the identities of pairs of sequences.
-
-    Args:
-        sketches: Of all sequences.
-        left: One sequence of each pair. int64, shape ``(P,)``.
-        right: The other. int64, shape ``(P,)``.
-
-    Returns:
-        Identity of each pair, 0 to 1; 0 where fewer than ``MIN_SHARED`` k-mers are shared (fewer than all, if
-        the smaller sketch has no more). float64, shape ``(P,)``.
-    """
+    """Estimate the identities of pairs of sequences."""
     identities = np.zeros(len(left))
     for start in range(0, len(left), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)

@@ -112,20 +112,6 @@ def split_rows(
 ) -> Splits:
     """Part rows into train, validation and test.
 
-    Args:
-        rows: Labelled sequences.
-        kind: What a label is. Classes are strata as they are, numbers by tenths of the first column; rows
-            with several labels, and labels of bases, are balanced label by label.
-        config: How.
-        clusters: Of kin, or of groups that the user named; for ``homology``.
-
-    Returns:
-        Every row, on one side.
-
-    Raises:
-        ConfigError: If there are too few rows or clusters for the sides, or ``homology`` has no clusters.
-        LabelError: If the split column of a row names no side.
-
     Example:
         >>> from genoembed.training.labelled import LabelledSequence
         >>> rows = [
@@ -160,17 +146,7 @@ def split_rows(
 
 
 def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
-    """Number the groups that the file names, for ``Clusters(labels=...)``.
-
-    Args:
-        rows: Labelled sequences, each with a group.
-
-    Returns:
-        Number of each row's group. int64, shape ``(N,)``.
-
-    Raises:
-        ConfigError: If a row has no group.
-    """
+    """Number the groups that the file names, for ``Clusters(labels=...)``."""
     numbers: dict[str, int] = {}
     for row in rows:
         if not row.group:
@@ -181,16 +157,7 @@ def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
 
 
 def label_shares(rows: Sequence[LabelledSequence], splits: Splits) -> dict[Side, dict[str, float]]:
-    """Give the share of each class on each side, for the report.
-
-    Args:
-        rows: The rows that were split.
-        splits: Their sides.
-
-    Returns:
-        Shares of the rows by class and side (for several labels a row, they may add up to more than 1);
-        empty for numbers.
-    """
+    """Give the share of each class on each side, for the report."""
     shares: dict[Side, dict[str, float]] = {}
     for side, members in splits.sides().items():
         counted = Counter(name for index in members for name in _names(rows[index].label))

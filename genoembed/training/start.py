@@ -50,21 +50,7 @@ class Start(NamedTuple):
 
 
 def build_start(config: StartConfig, *, window: int, seed: int) -> Start:
-    """Build or load the model.
-
-    Args:
-        config: Which one.
-        window: Context that a new model is built for, unless its shape says otherwise.
-        seed: Decides about initial weights; the global generator is left as it was.
-
-    Returns:
-        The model in float32 and train mode, its tokenizer, and its token rules.
-
-    Raises:
-        ConfigError: If the shape is wrong, or ``window`` is above the context of a model that is not
-            StripedHyena 2.
-        ModelError: If the model is not found or not causal, its weights do not fit, or it has no end token.
-    """
+    """Build or load the model."""
     if config.model is not None:
         model, tokenizer = _load(config.model, config)
         _fit_context(model, window=window, name=config.model)
@@ -195,18 +181,7 @@ def _fit_context(model: PreTrainedModel, *, window: int, name: str) -> None:
 
 
 def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
-    """Say how a tokenizer turns a document into ids, without special tokens.
-
-    Args:
-        tokenizer: ``CharTokenizer``, or any of Hugging Face.
-        name: Of the model, for messages.
-
-    Returns:
-        The rules; padding is the end token where the tokenizer has none.
-
-    Raises:
-        ModelError: If the tokenizer has no token that can end a document.
-    """
+    """Say how a tokenizer turns a document into ids, without special tokens."""
     if isinstance(tokenizer, CharTokenizer):
         return TokenRules(tokenizer.encode_bytes, tokenizer.eod_token_id, int(tokenizer.pad_token_id))
     end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
@@ -227,15 +202,7 @@ def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, *, name: str) -> None:
-    """Refuse a model in which a token sees the tokens after it.
-
-    Args:
-        model: With logits.
-        name: For messages.
-
-    Raises:
-        ModelError: If it is not causal.
-    """
+    """Refuse a model in which a token sees the tokens after it."""
     was_training = model.training
     model.eval()
     ids = torch.arange(8)[None] % model.config.vocab_size

@@ -33,36 +33,20 @@ class StepBook:
     steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, numbers: Mapping[str, float]) -> None:
-        """Add the numbers of a batch; those that are none are left out.
-
-        Args:
-            numbers: By name.
-        """
+        """Add the numbers of a batch; those that are none are left out."""
         for name, value in numbers.items():
             if math.isfinite(value):
                 self.sums[name] += value
                 self.steps[name] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Give the numbers of all processes; a collective call.
-
-        Returns:
-            By name, see :func:`joined_metrics`.
-        """
+        """Give the numbers of all processes; a collective call."""
         plain = StepBook(self.padding, self.seconds, dict(self.sums), dict(self.steps))
         return joined_metrics(from_all(plain))
 
 
 def joined_metrics(books: Sequence[StepBook]) -> dict[str, float]:
-    """Join what the processes have noted about the same steps.
-
-    Args:
-        books: One a process.
-
-    Returns:
-        Means over batches; counts of rows added up over processes; and what padding cost, at the speed of all
-        together.
-    """
+    """Join what the processes have noted about the same steps."""
     found = {}
     for name in dict.fromkeys(name for book in books for name in book.sums):
         total = sum(book.sums.get(name, 0.0) for book in books)

@@ -44,11 +44,7 @@ class StepStatistics:
     """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centred."""
 
     def as_metrics(self) -> dict[str, float]:
-        """Give all numbers by name, as loggers take them.
-
-        Returns:
-            Name to number.
-        """
+        """Give all numbers by name, as loggers take them."""
         return {
             "queries": float(self.queries),
             "left_out": float(self.left_out),
@@ -76,17 +72,6 @@ def score_statistics(
     scores_BC: Tensor, targets_B: Tensor, *, temperature: float, masked: int, spread: float
 ) -> StepStatistics:
     """Read off a matrix of scores what a cross-entropy over it compares.
-
-    Args:
-        scores_BC: Similarities over the temperature, -inf where a candidate is left out. Floating,
-            shape ``(B, C)``.
-        targets_B: Column of each query's positive. int64, shape ``(B,)``.
-        temperature: What the similarities were divided by.
-        masked: Pairs that were left out as false negatives.
-        spread: Of the vectors, see :func:`relative_spread`.
-
-    Returns:
-        The numbers; one transfer from the device.
 
     Example:
         >>> scores = torch.tensor([[0.8, 0.2, -torch.inf], [0.4, 0.6, 0.2]])
@@ -123,12 +108,6 @@ def score_statistics(
 def relative_spread(vectors_ND: Tensor) -> float:
     """Measure how much of the vectors' length is difference between them.
 
-    Args:
-        vectors_ND: Floating, shape ``(N, D)``.
-
-    Returns:
-        Mean squared distance to the centre over the mean squared length, 0 to 1; 0 where all are zero.
-
     Example:
         >>> relative_spread(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         1.0
@@ -144,12 +123,6 @@ def relative_spread(vectors_ND: Tensor) -> float:
 @torch.no_grad()
 def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
     """Measure the gradient that has reached each part of a model.
-
-    Args:
-        modules: Parts by name, after the backward pass and before gradients are cleared.
-
-    Returns:
-        L2 norm over all parameters of a part; 0 where none has a gradient.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)

@@ -66,12 +66,7 @@ class PaddedCounts:
     _sizes: list[int] | None = None
 
     def add(self, num_tokens: int, window: int) -> None:
-        """Put a document into the next free rows; what is longer than a window takes several.
-
-        Args:
-            num_tokens: Its length, EOD counted.
-            window: Tokens of the longest row.
-        """
+        """Put a document into the next free rows; what is longer than a window takes several."""
         waiting = self._sizes or []
         self._sizes = waiting
         for start in range(0, num_tokens, window):
@@ -88,19 +83,7 @@ class PaddedCounts:
 
 
 class PackedStream(IterableDataset[dict[str, "Tensor"]]):
-    """Rows of packed documents without end; each pass over the corpus has another order.
-
-    Args:
-        paths: Sequence files.
-        corpus: What becomes of their records, and the shard of this process.
-        rules: How DNA becomes token ids.
-        rows: How documents are laid into rows.
-        skip_rows: Rows to leave out at the start, because a run has used them.
-
-    Raises:
-        ConfigError: If options are wrong, or the shard has no document (while iterating).
-        InputFileError: If a file is missing or cannot be read.
-    """
+    """Rows of packed documents without end; each pass over the corpus has another order."""
 
     def __init__(
         self,
@@ -174,21 +157,7 @@ class HeldoutRows:
 def read_heldout(
     paths: Sequence[str], *, corpus: CorpusConfig, rules: TokenRules, rows: RowShape, num_rows: int
 ) -> HeldoutRows:
-    """Pack what is held out, and keep rows of it spread evenly.
-
-    Args:
-        paths: Sequence files.
-        corpus: What becomes of their records; strands, order and shards are set here.
-        rules: How DNA becomes token ids.
-        rows: Tokens of a row. Documents are always laid end to end.
-        num_rows: Rows to keep at most.
-
-    Returns:
-        The rows, the same in every run and process.
-
-    Raises:
-        ConfigError: If nothing is held out.
-    """
+    """Pack what is held out, and keep rows of it spread evenly."""
     config = replace(corpus, both_strands=False, shuffle_documents=1, shard=0, num_shards=1, seed=0)
     stream = DocumentStream(paths, config=config)
     num_tokens = 0

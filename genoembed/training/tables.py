@@ -52,17 +52,6 @@ class TableRow(NamedTuple):
 def iter_rows(path: str) -> Iterator[TableRow]:
     """Read the rows of a table.
 
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Yields:
-        Rows in file order.
-
-    Raises:
-        InputFileError: If the file is missing or cannot be read.
-        SequenceFormatError: If the file is no table, or a row is damaged.
-        MissingExtraError: If the file is Parquet and pyarrow is not installed.
-
     Example:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
@@ -122,18 +111,7 @@ def _decode(path: str, line: int, raw: bytes) -> str:
 
 
 def iter_json_lines(path: str) -> Iterator[TableRow]:
-    """Read a file of one JSON object a line.
-
-    Args:
-        path: File name, or ``-`` for standard input.
-
-    Yields:
-        Rows in file order.
-
-    Raises:
-        InputFileError: If the file is missing or cannot be read.
-        SequenceFormatError: If the file is empty, or a line is no JSON object.
-    """
+    """Read a file of one JSON object a line."""
     check_readable(path)
     lines = enumerate(iter_lines(iter_text(path), path=path), start=1)
     for first in lines:

@@ -41,13 +41,7 @@ Want: TypeAlias = Literal["loss", "layers", "hidden", "predict"]
 
 
 class PredictionModel(nn.Module):
-    """An encoder and a head that predicts something of a sequence, or of each of its tokens.
-
-    Args:
-        encoder: Gives vectors.
-        head: On top of it.
-        per_token: Whether the head looks at hidden states instead of pooled vectors.
-    """
+    """An encoder and a head that predicts something of a sequence, or of each of its tokens."""
 
     def __init__(self, encoder: Encoder, head: Head, *, per_token: bool = False) -> None:
         super().__init__()
@@ -68,22 +62,7 @@ class PredictionModel(nn.Module):
         vectors: Tensor | None = None,
         want: Want = "loss",
     ) -> dict[str, Any]:
-        """Run the encoder, the head, or both.
-
-        Args:
-            input_ids: int64, shape ``(B, L)``.
-            attention_mask: 1 where a token is real. Shape ``(B, L)``.
-            pool_mask: True where a token counts. Bool, shape ``(B, L)``.
-            labels: What the head's loss takes.
-            vectors: Fused vectors, instead of a batch, to predict from.
-            want: ``loss``; ``layers``: pooled vectors by layer; ``predict``: ``logits`` and ``predictions``.
-
-        Returns:
-            By name.
-
-        Raises:
-            ShapeError: If what is needed is not given.
-        """
+        """Run the encoder, the head, or both."""
         if vectors is None:
             if input_ids is None or attention_mask is None or pool_mask is None:
                 message = "batch: input_ids, attention_mask and pool_mask, expected all three, or vectors"
@@ -105,12 +84,7 @@ class PredictionModel(nn.Module):
 
 
 class CausalModel(nn.Module):
-    """A causal language model on padded rows.
-
-    Args:
-        model: With logits.
-        tuned: What of it learns.
-    """
+    """A causal language model on padded rows."""
 
     def __init__(self, model: PreTrainedModel, tuned: Tuned) -> None:
         super().__init__()
@@ -131,19 +105,7 @@ class CausalModel(nn.Module):
         *,
         want: Want = "loss",
     ) -> dict[str, Any]:
-        """Take the loss of the next tokens.
-
-        Args:
-            input_ids: int64, shape ``(B, L)``.
-            attention_mask: 1 where a token is real. Shape ``(B, L)``.
-            labels: Aligned with ``input_ids``, -100 at padding. int64, shape ``(B, L)``.
-            pool_mask: Not looked at.
-            want: ``loss``, the mean over the tokens of the batch; ``predict``: ``nats``, their sum, and
-                ``tokens``, their number.
-
-        Returns:
-            By name.
-        """
+        """Take the loss of the next tokens."""
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
         targets = labels[:, 1:]
         reduction = "mean" if want == "loss" else "sum"
@@ -154,13 +116,7 @@ class CausalModel(nn.Module):
 
 
 class VectorHead(nn.Module):
-    """From pooled vectors to those that are compared: an optional projection, and length 1.
-
-    Args:
-        width: Hidden size.
-        add_pooler: Put a linear projection in front; it starts as the identity.
-        normalise: Give vectors length 1.
-    """
+    """From pooled vectors to those that are compared: an optional projection, and length 1."""
 
     def __init__(self, width: int, *, add_pooler: bool, normalise: bool) -> None:
         super().__init__()
@@ -170,14 +126,7 @@ class VectorHead(nn.Module):
             nn.init.eye_(self.pooler.weight)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        """Project and normalise.
-
-        Args:
-            pooled_BD: Floating, shape ``(B, D)``.
-
-        Returns:
-            Shape ``(B, D)``, at least float32.
-        """
+        """Project and normalise."""
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
         pooled_BD = pooled_BD if pooled_BD.dtype == torch.float64 else pooled_BD.float()
@@ -185,27 +134,14 @@ class VectorHead(nn.Module):
 
 
 class ComparingModel(nn.Module, ABC):
-    """An encoder and heads that learn from how sequences compare.
-
-    Args:
-        encoder: Gives hidden states and pooled vectors.
-    """
+    """An encoder and heads that learn from how sequences compare."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, *, want: Want = "loss", **batch: Tensor) -> dict[str, Any]:
-        """Encode a batch, and take its loss.
-
-        Args:
-            want: ``loss``; ``layers``: pooled vectors by layer; ``hidden``: what :meth:`contrast_loss` takes;
-                ``predict``: the dense vectors of fused ``vectors``.
-            **batch: Rows (``input_ids`` ..., and ``labels`` or ``ids``); or ``query_`` and ``passage_`` rows.
-
-        Returns:
-            By name.
-        """
+        """Encode a batch, and take its loss."""
         if want == "predict":
             return {"dense": self.dense(batch["vectors"])}
         if want == "layers":
@@ -218,52 +154,21 @@ class ComparingModel(nn.Module, ABC):
 
     @abstractmethod
     def dense(self, fused_ND: Tensor) -> Tensor:
-        """Make fused vectors comparable.
-
-        Args:
-            fused_ND: Floating, shape ``(N, D)``.
-
-        Returns:
-            Shape ``(N, D)``.
-        """
+        """Make fused vectors comparable."""
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Represent the rows that a batch has.
-
-        Args:
-            batch: As :meth:`forward` takes it.
-
-        Returns:
-            What :meth:`contrast_loss` takes, by name.
-        """
+        """Represent the rows that a batch has."""
 
     @abstractmethod
     def contrast_loss(
         self, chunks: Sequence[Mapping[str, Tensor]], batch: Mapping[str, Tensor]
     ) -> LossOutput:
-        """Take the loss of a batch.
-
-        Args:
-            chunks: From :meth:`encode`, in order.
-            batch: The whole batch.
-
-        Returns:
-            The loss.
-        """
+        """Take the loss of a batch."""
 
 
 class ContrastModel(ComparingModel):
-    """An encoder that learns from pairs or triplets.
-
-    Args:
-        encoder: Gives vectors.
-        head: Makes them comparable.
-        contrast: Where pairs come from.
-        config: What queries are compared with, and the temperature.
-        margin: Of triplets; None learns from pairs.
-        distance: Of triplets.
-    """
+    """An encoder that learns from pairs or triplets."""
 
     def __init__(
         self,
@@ -327,13 +232,7 @@ class ContrastModel(ComparingModel):
 
 
 class RetrievalModel(ComparingModel):
-    """An encoder with dense, sparse and multi-vector heads.
-
-    Args:
-        encoder: Gives hidden states.
-        heads: On top of it; their mode decides what learns.
-        loss: Of all heads; a submodule, so that its count of passes is saved.
-    """
+    """An encoder with dense, sparse and multi-vector heads."""
 
     def __init__(self, encoder: Encoder, heads: M3Heads, loss: M3Loss) -> None:
         super().__init__(encoder)

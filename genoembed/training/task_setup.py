@@ -77,30 +77,14 @@ class LoadedBase:
     runner: WindowedRunner
 
     def collator(self, target: LabelTarget, config: FinetuneConfig) -> PaddedCollator:
-        """Pad as the model can take it.
-
-        Args:
-            target: What labels are.
-            config: Of the run.
-
-        Returns:
-            The collator.
-        """
+        """Pad as the model can take it."""
         multiple = 1 if self.encoder.padding == "equal" else config.recipe.pad_to_multiple_of
         return PaddedCollator(
             pad_token_id=self.tokens.pad_token_id, target=target, pad_to_multiple_of=multiple
         )
 
     def label_encoder(self, config: FinetuneConfig, space: LabelSpace | None) -> LabelEncoder:
-        """Encode rows for the model.
-
-        Args:
-            config: Of the run.
-            space: What labels mean; None for rows without.
-
-        Returns:
-            The encoder of rows.
-        """
+        """Encode rows for the model."""
         return LabelEncoder(
             encoder=self.tokens,
             max_tokens=self.genomic.max_length,
@@ -110,15 +94,7 @@ class LoadedBase:
         )
 
     def check(self, sequences: Sequence[bytes], config: FinetuneConfig) -> None:
-        """Refuse sequences that do not fit the context.
-
-        Args:
-            sequences: All that will be trained on.
-            config: Of the run.
-
-        Raises:
-            SequenceLengthError: If one does not fit.
-        """
+        """Refuse sequences that do not fit the context."""
         check_lengths(
             sequences,
             self.tokens,
@@ -127,14 +103,7 @@ class LoadedBase:
         )
 
     def facts(self, sides: Sides[Any]) -> dict[str, Any]:
-        """Give the fields of :class:`TaskSetup` that go by model and data alone.
-
-        Args:
-            sides: All rows.
-
-        Returns:
-            By name.
-        """
+        """Give the fields of :class:`TaskSetup` that go by model and data alone."""
         return {
             "tokenizer": self.genomic.tokenizer,
             "source": self.genomic.location,
@@ -144,18 +113,7 @@ class LoadedBase:
 
 
 def load_base(config: FinetuneConfig) -> LoadedBase:
-    """Load the model that a run starts from.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        The model in float32.
-
-    Raises:
-        ConfigError: If pooling, fusion or tuning do not go with it.
-        ModelError: If it is not found, or cannot be loaded.
-    """
+    """Load the model that a run starts from."""
     wanted = config.encoder
     genomic = load_model(
         wanted.model, dtype="float32", trust_remote_code=wanted.trust_remote_code, revision=wanted.revision

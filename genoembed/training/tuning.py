@@ -42,21 +42,7 @@ class Tuned:
 
 
 def set_up_tuning(module: nn.Module, run: Callable[[], Tensor], *, config: EncoderConfig, seed: int) -> Tuned:
-    """Choose what learns.
-
-    Args:
-        module: The model, every weight of which may learn.
-        run: Runs it on a few tokens and gives something that has a gradient.
-        config: How to tune.
-        seed: Of new weights.
-
-    Returns:
-        The model, for :meth:`Tuned.merge`.
-
-    Raises:
-        ConfigError: If nothing of what is asked for is there.
-        MissingExtraError: If adapters are asked for and peft is not installed.
-    """
+    """Choose what learns."""
     order = _run_order(module, run)
     adapters = None
     if config.tuning == "frozen":

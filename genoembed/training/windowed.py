@@ -82,19 +82,7 @@ class WindowedRunner:
         rows: int = 16,
         pad_to_multiple_of: int = 1,
     ) -> WindowedRunner:
-        """Fit to an encoder.
-
-        Args:
-            encoder: What will run.
-            tokens: Its tokenizer.
-            max_tokens: Its context.
-            skip_first: Bases that pooling leaves out.
-            rows: Windows of a forward pass.
-            pad_to_multiple_of: Padded lengths are multiples of this, but for models that see padding.
-
-        Returns:
-            The runner.
-        """
+        """Fit to an encoder."""
         is_equal = encoder.padding == "equal"
         return cls(
             encoder=tokens,
@@ -108,19 +96,7 @@ class WindowedRunner:
 
     @torch.no_grad()
     def vectors(self, model: nn.Module, encoder: Encoder, sequences: Sequence[bytes]) -> Tensor:
-        """Give one fused vector a sequence, before any head.
-
-        Args:
-            model: Of :mod:`genoembed.training.task_models`, in eval mode.
-            encoder: The one inside it.
-            sequences: At least one, of at least one base each.
-
-        Returns:
-            float32, shape ``(N, D)``, on the device of the model.
-
-        Raises:
-            EmptyPoolError: If a sequence keeps no base.
-        """
+        """Give one fused vector a sequence, before any head."""
         device = _device(encoder)
         pieces = [piece for index, bases in enumerate(sequences) for piece in self._cut(index, bases)]
         found: dict[int, list[tuple[int, int, dict[str, Tensor]]]] = defaultdict(list)
@@ -134,15 +110,7 @@ class WindowedRunner:
 
     @torch.no_grad()
     def states(self, encoder: Encoder, sequences: Sequence[bytes]) -> Tensor:
-        """Give the fused hidden states of all tokens that count, before any head.
-
-        Args:
-            encoder: In eval mode.
-            sequences: At least one, of at least one base each.
-
-        Returns:
-            float32, shape ``(T, D)``, tokens in no order that means anything, on the device of the model.
-        """
+        """Give the fused hidden states of all tokens that count, before any head."""
         device = _device(encoder)
         pieces = [piece for index, bases in enumerate(sequences) for piece in self._cut(index, bases)]
         found = []
@@ -153,16 +121,7 @@ class WindowedRunner:
 
     @torch.no_grad()
     def tokens(self, model: nn.Module, encoder: Encoder, sequences: Sequence[bytes]) -> list[TokenOutputs]:
-        """Predict for every token.
-
-        Args:
-            model: With a head for tokens, in eval mode.
-            encoder: The one inside it.
-            sequences: At least one, of at least one base each.
-
-        Returns:
-            What was predicted, one item a sequence, tokens in order.
-        """
+        """Predict for every token."""
         device = _device(encoder)
         pieces = [piece for index, bases in enumerate(sequences) for piece in self._cut(index, bases)]
         found: dict[int, list[tuple[int, TokenOutputs]]] = defaultdict(list)

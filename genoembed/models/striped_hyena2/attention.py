@@ -26,9 +26,6 @@ class RotaryEmbedding(Float32Keeper):
 
     Released Evo 2 files hold bfloat16-rounded frequencies in a buffer; recomputing them gives other
     phases. The fallback, where a checkpoint has none, is rounded the same way.
-
-    Args:
-        config: Gives the head size, the base and the interpolation factor.
     """
 
     inv_freq: Tensor
@@ -42,27 +39,12 @@ class RotaryEmbedding(Float32Keeper):
         self.register_buffer("inv_freq", self.default_frequencies(head_size), persistent=True)
 
     def default_frequencies(self, head_size: int) -> Tensor:
-        """Frequencies for a model without a checkpoint.
-
-        Args:
-            head_size: Channels of a head; even.
-
-        Returns:
-            float32, shape ``(head_size / 2,)``, values representable in bfloat16.
-        """
+        """Frequencies for a model without a checkpoint."""
         exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
         return (self.base**-exponents).to(torch.bfloat16).float()
 
     def forward(self, x_BLHE: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Rotate queries or keys to their positions.
-
-        Args:
-            x_BLHE: Floating, shape ``(B, L, H, E)``.
-            position_ids_BL: int64, shape ``(B, L)`` or ``(1, L)``.
-
-        Returns:
-            Shape ``(B, L, H, E)``, dtype of the input; rotated in float32, rounded once.
-        """
+        """Rotate queries or keys to their positions."""
         angles_BLF = (position_ids_BL.float() / self.factor)[..., None] * self.inv_freq.float()
         cos = angles_BLF.cos().to(x_BLHE.dtype).float()[:, :, None, :]
         sin = angles_BLF.sin().to(x_BLHE.dtype).float()[:, :, None, :]
@@ -75,10 +57,6 @@ class Attention(nn.Module):
     """Causal multi-head attention with rotary positions.
 
     ``Wqkv`` keeps the stored order of rows: query, key and value head by head.
-
-    Args:
-        config: Gives the widths, heads and biases.
-        layer_idx: Block number, under which keys and values are kept.
     """
 
     def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
@@ -90,15 +68,7 @@ class Attention(nn.Module):
         self.rotary_emb = RotaryEmbedding(config)
 
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
-        """Attend to this and earlier positions.
-
-        Args:
-            x_BLD: Floating, shape ``(B, L, D)``.
-            context: Positions, padding and segments.
-
-        Returns:
-            Shape ``(B, L, D)``.
-        """
+        """Attend to this and earlier positions."""
         batch, length, width = x_BLD.shape
         qkv = self.Wqkv(x_BLD).view(batch, length, self.num_heads, 3, width // self.num_heads)
         query, key, value = qkv.unbind(dim=3)

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square; eps is added outside the root, each step rounds to the input's dtype.
-
-    Args:
-        config: Gives ``hidden_size`` and ``rms_norm_eps``.
-    """
+    """Divide by the root mean square; eps is added outside the root, each step rounds to the input's dtype."""
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__()
@@ -38,15 +34,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Normalise the last axis.
-
-        Args:
-            x_BLD: Floating, shape ``(B, L, D)``.
-
-        Returns:
-            Shape ``(B, L, D)``, dtype of the input; under autocast that of its products, which are all that
-            reads it.
-        """
+        """Normalise the last axis."""
         norm_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True)
         rms_BL1 = norm_BL1.to(x_BLD.dtype) * x_BLD.shape[-1] ** -0.5
         normed_BLD = multiply_into(x_BLD / (rms_BL1 + self.eps), self.scale.to(x_BLD.dtype))
@@ -56,12 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``l3(act(l1 x) * l2 x)``; Evo 2 has GELU in block 0 and no activation elsewhere.
-
-    Args:
-        config: Gives the widths and the activation.
-        layer_idx: Block number; decides about the activation.
-    """
+    """``l3(act(l1 x) * l2 x)``; Evo 2 has GELU in block 0 and no activation elsewhere."""
 
     def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
         super().__init__()
@@ -74,14 +57,7 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Apply the gated product.
-
-        Args:
-            x_BLD: Floating, shape ``(B, L, D)``.
-
-        Returns:
-            Shape ``(B, L, D)``.
-        """
+        """Apply the gated product."""
         gate_BLI = self.l1(x_BLD)
         if self.act is not None:
             gate_BLI = self.act(gate_BLI)
@@ -100,25 +76,13 @@ class OutFilterDense(StreamLinear):
     """
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Multiply, round, add.
-
-        Args:
-            x_BLD: Floating, shape ``(B, L, D)``.
-
-        Returns:
-            Shape ``(B, L, D)``.
-        """
+        """Multiply, round, add."""
         product_BLD = F.linear(x_BLD, self.weight)
         return product_BLD if self.bias is None else product_BLD.add_(self.bias.to(product_BLD.dtype))
 
 
 class HyenaBlock(GradientCheckpointingLayer):
-    """Pre-norm Hyena mixer and gated MLP, each with its residual.
-
-    Args:
-        config: Shape of the model.
-        layer_idx: Block number.
-    """
+    """Pre-norm Hyena mixer and gated MLP, each with its residual."""
 
     def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
         super().__init__()
@@ -132,15 +96,7 @@ class HyenaBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config, layer_idx)
 
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
-        """Mix positions, then channels.
-
-        Args:
-            x_BLD: Residual stream. Floating, shape ``(B, L, D)``.
-            context: Positions, padding and segments.
-
-        Returns:
-            Residual stream, shape ``(B, L, D)``.
-        """
+        """Mix positions, then channels."""
         parts_BLD = project(self.projections, self.pre_norm(x_BLD), is_interleaved=self.filter.interleave)
         if context.key_mask_BT is not None:
             # filters have no bias: a zero that goes in adds nothing anywhere
@@ -161,12 +117,7 @@ class HyenaBlock(GradientCheckpointingLayer):
 
 
 class AttentionBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and gated MLP, each with its residual.
-
-    Args:
-        config: Shape of the model.
-        layer_idx: Block number.
-    """
+    """Pre-norm attention and gated MLP, each with its residual."""
 
     def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
         super().__init__()
@@ -176,14 +127,6 @@ class AttentionBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config, layer_idx)
 
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
-        """Mix positions, then channels.
-
-        Args:
-            x_BLD: Residual stream. Floating, shape ``(B, L, D)``.
-            context: Positions, padding and segments.
-
-        Returns:
-            Residual stream, shape ``(B, L, D)``.
-        """
+        """Mix positions, then channels."""
         x_BLD = x_BLD + self.inner_mha_cls(self.pre_norm(x_BLD), context)
         return x_BLD + self.mlp(self.post_norm(x_BLD))

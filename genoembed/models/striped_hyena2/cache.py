@@ -36,15 +36,7 @@ class AttentionState:
     _values: Tensor | None = None
 
     def append(self, keys_BHLE: Tensor, values_BHLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a block's keys and values.
-
-        Args:
-            keys_BHLE: Rotated to their positions. Floating, shape ``(B, H, L, E)``.
-            values_BHLE: Shape ``(B, H, L, E)``.
-
-        Returns:
-            Keys and values of all positions so far, ``(B, H, T + L, E)``; views that the next call may leave.
-        """
+        """Add a block's keys and values."""
         start, self.length = self.length, self.length + keys_BHLE.shape[2]
         self._keys = _with_room(self._keys, keys_BHLE, used=start, needed=self.length)
         self._values = _with_room(self._values, values_BHLE, used=start, needed=self.length)
@@ -53,11 +45,7 @@ class AttentionState:
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order.
-
-        Args:
-            rows: Indices. int64, shape ``(B,)``.
-        """
+        """Keep these sequences, in this order."""
         if self._keys is not None and self._values is not None:
             self._keys = self._keys.index_select(0, rows.to(self._keys.device))
             self._values = self._values.index_select(0, rows.to(self._values.device))
@@ -87,22 +75,11 @@ class StripedHyena2Cache:
     """State of each attention block, by block number."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Say how many tokens were seen; transformers asks by this name.
-
-        Args:
-            layer_idx: Unused: every block has seen the same.
-
-        Returns:
-            Tokens.
-        """
+        """Say how many tokens were seen; transformers asks by this name."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these sequences, in this order; transformers' beam search calls it by this name.
-
-        Args:
-            beam_idx: Indices. int64, shape ``(B,)``.
-        """
+        """Keep these sequences, in this order; transformers' beam search calls it by this name."""
         for state in self.attention.values():
             state.select(beam_idx)
         for index, hyena in self.hyena.items():
@@ -114,14 +91,6 @@ class StripedHyena2Cache:
 
 def last_positions(history_BTD: Tensor | None, x_BLD: Tensor, *, count: int) -> Tensor:
     """Give the last positions of a block and what came before it.
-
-    Args:
-        history_BTD: Before the block; None stands for zeros. Shape ``(B, T, D)``.
-        x_BLD: The block. Shape ``(B, L, D)``.
-        count: How many.
-
-    Returns:
-        Shape ``(B, count, D)``, zeros before the beginning; memory of its own.
 
     Example:
         >>> last_positions(None, torch.tensor([[[1.0], [2.0]]]), count=3).flatten()

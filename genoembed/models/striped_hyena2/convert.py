@@ -112,17 +112,7 @@ def convert_checkpoint(
 
 
 def checkpoint_files(source: Path) -> tuple[Path, ...]:
-    """Find the file, or all pieces, of a checkpoint.
-
-    Args:
-        source: The file, its base name, or any piece.
-
-    Returns:
-        Paths in the order in which they are to be concatenated.
-
-    Raises:
-        CheckpointError: If there is nothing, or a piece is missing.
-    """
+    """Find the file, or all pieces, of a checkpoint."""
     if source.is_file() and not _PART.fullmatch(source.name):
         return (source,)
     part = _PART.fullmatch(source.name)
@@ -144,18 +134,7 @@ def checkpoint_files(source: Path) -> tuple[Path, ...]:
 
 
 def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
-    """Open a checkpoint without running anything in it and without reading the weights yet.
-
-    Args:
-        whole: ``.pt`` or ``.safetensors`` file.
-        path: The name for errors.
-
-    Returns:
-        For each stored name a function that reads the tensor; metadata of 8-bit kernels is left out.
-
-    Raises:
-        CheckpointError: If the file is damaged, holds code or holds something else than tensors.
-    """
+    """Open a checkpoint without running anything in it and without reading the weights yet."""
     try:
         return _open_safetensors(whole) if whole.suffix == ".safetensors" else _open_pickle(whole, path)
     except pickle.UnpicklingError as error:

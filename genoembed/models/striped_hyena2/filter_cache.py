@@ -32,14 +32,6 @@ class FilterCache:
     ) -> _Built:
         """Give what ``build`` returns, built anew only for another key or other weights.
 
-        Args:
-            build: Builds it from ``weights``.
-            weights: What it is built from; as many each time.
-            key: What else it depends on.
-
-        Returns:
-            The result of this or an earlier call of ``build``.
-
         Example:
             >>> cache, weight = FilterCache(), torch.ones(2)
             >>> first = cache.get(lambda: weight * 2, (weight,), ())

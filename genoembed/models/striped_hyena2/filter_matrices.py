@@ -18,14 +18,6 @@ def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
     Entry ``[i, j]`` is ``taps[history + i - j]``, zero outside the filter. Built by shearing one repeated
     row, so that the gradient is a dense sum, not a scatter.
 
-    Args:
-        taps: Filters, first tap for the current position. Shape ``(G, K)``.
-        num_rows: Outputs.
-        history: Inputs before the first output.
-
-    Returns:
-        Shape ``(G, num_rows, history + num_rows)``, dtype of ``taps``.
-
     Example:
         >>> toeplitz_matrix(torch.tensor([[1.0, 2.0]]), num_rows=2, history=1)[0]
         tensor([[2., 1., 0.],
@@ -45,16 +37,7 @@ def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
 
 
 def convolution_matrix(taps: Tensor, *, chunk: int, dtype: torch.dtype) -> Tensor:
-    """Lay filters out for :func:`causal_convolution`; worth keeping while the taps stay.
-
-    Args:
-        taps: Filters, first tap for the current position. Shape ``(G, K)``.
-        chunk: Positions a product covers: ``min(CHUNK, L)``.
-        dtype: Of the products.
-
-    Returns:
-        Shape ``(G, chunk, reach + chunk)``; ``reach`` is ``K - 1`` rounded up to chunks.
-    """
+    """Lay filters out for :func:`causal_convolution`; worth keeping while the taps stay."""
     history = -(-(taps.shape[1] - 1) // chunk) * chunk
     return toeplitz_matrix(taps.to(_accumulator(dtype)), num_rows=chunk, history=history).to(dtype)
 
@@ -73,17 +56,7 @@ class ModalMatrices(NamedTuple):
 
 
 def modal_matrices(log_poles: Tensor, residues: Tensor, *, chunk: int, dtype: torch.dtype) -> ModalMatrices:
-    """Lay a modal filter out for :func:`modal_convolution`; worth keeping while poles and residues stay.
-
-    Args:
-        log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
-        residues: Weight of each mode. Shape ``(D, S)``.
-        chunk: Positions a product covers.
-        dtype: Of the products.
-
-    Returns:
-        The matrices, built in float32 (float64 for float64) and rounded once.
-    """
+    """Lay a modal filter out for :func:`modal_convolution`; worth keeping while poles and residues stay."""
     accumulator = _accumulator(dtype)
     log_poles, residues = log_poles.to(accumulator), residues.to(accumulator)
     steps = torch.arange(chunk, device=log_poles.device, dtype=accumulator)

@@ -22,14 +22,6 @@ def depthwise_correlation(x_BFD: Tensor, taps_DK: Tensor, *, left_zeros: int) ->
 
     ``y[n] = sum_k taps[k] x[n + k - left_zeros]``, summed in float32 (float64 for float64), rounded once.
 
-    Args:
-        x_BFD: Input. Floating, shape ``(B, F, D)``.
-        taps_DK: Filters, of the input's dtype. Shape ``(D, K)``.
-        left_zeros: Zeros before each row, 0 to ``K - 1``.
-
-    Returns:
-        Shape ``(B, N, D)`` with ``N = F + left_zeros - K + 1``, dtype of the input. Differentiable once.
-
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
         >>> depthwise_correlation(x, torch.tensor([[0.5, 1.0]]), left_zeros=1).flatten()

@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 
 class HyenaFilter(Float32Keeper):
-    """Short filter on the projections, gate, inner filter, gate.
-
-    Args:
-        config: Gives the widths, lengths and groups.
-        kind: Which inner filter: ``hcs`` (correlation), ``hcm`` (convolution, skip) or ``hcl`` (modal, skip).
-    """
+    """Short filter on the projections, gate, inner filter, gate."""
 
     float32_names = ("log_poles", "residues")
 
@@ -55,15 +50,7 @@ class HyenaFilter(Float32Keeper):
             self.residues = nn.Parameter(torch.empty(width, config.state_size, dtype=torch.float32))
 
     def forward(self, parts_BLD: tuple[Tensor, Tensor, Tensor], starts_BM: Tensor | None = None) -> Tensor:
-        """Filter projected tokens.
-
-        Args:
-            parts_BLD: Gate after the inner filter, gate before it, and value. Floating, each ``(B, L, D)``.
-            starts_BM: True where a chunk starts a segment. Bool, shape ``(B, M)``.
-
-        Returns:
-            Shape ``(B, L, D)``, dtype of the input.
-        """
+        """Filter projected tokens."""
         post_gate, pre_gate, value = (
             causal_fir(part, taps, starts_BM=starts_BM)
             for part, taps in zip(parts_BLD, self._short_taps(), strict=True)
@@ -73,15 +60,7 @@ class HyenaFilter(Float32Keeper):
     def go_on(
         self, parts_BLD: tuple[Tensor, Tensor, Tensor], state: HyenaState | None
     ) -> tuple[Tensor, HyenaState]:
-        """Filter the next block of a sequence.
-
-        Args:
-            parts_BLD: As for :meth:`forward`; L is at least 1.
-            state: After the blocks before; None at the beginning.
-
-        Returns:
-            What :meth:`forward` gives for these positions of the whole sequence, and the state after them.
-        """
+        """Filter the next block of a sequence."""
         before = (None, None, None) if state is None else state.short
         taps = self._short_taps()
         post_gate, pre_gate, value = (
@@ -125,39 +104,20 @@ class HyenaFilter(Float32Keeper):
 
 
 def split_rows(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the three parts of what is stored for a projection of three times the width, as views.
-
-    Args:
-        weight: Stored rows. Shape ``(3 D, ...)``.
-        is_interleaved: Whether row ``3 d + p`` belongs to part p, or row ``p D + d``.
-
-    Returns:
-        Rows of the gate after the inner filter, of the gate before it, of the value; each ``(D, ...)``.
-    """
+    """Give the three parts of what is stored for a projection of three times the width, as views."""
     parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
     return parts[0], parts[1], parts[2]
 
 
 class Projections(nn.Linear):
-    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved.
-
-    Args:
-        config: Gives the width, the bias and the order of rows.
-    """
+    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved."""
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
         self.is_interleaved = config.interleave
 
     def project_parts(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to each part.
-
-        Args:
-            x_BLD: Floating, shape ``(B, L, D)``.
-
-        Returns:
-            Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
-        """
+        """Project to each part."""
         weights = split_rows(self.weight, is_interleaved=self.is_interleaved)
         biases = (
             (None, None, None)
@@ -169,16 +129,7 @@ class Projections(nn.Linear):
 
 
 def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the parts of a projection.
-
-    Args:
-        projections: :class:`Projections`; one that is watched, wrapped or replaced is called as a whole.
-        x_BLD: Floating, shape ``(B, L, D)``.
-        is_interleaved: Order of its output channels.
-
-    Returns:
-        Gate after the inner filter, gate before it, value; each ``(B, L, D)``.
-    """
+    """Give the parts of a projection."""
     if type(projections) is Projections and not is_watched(projections):
         return projections.project_parts(x_BLD)
     z_BLP = projections(x_BLD)

@@ -28,10 +28,6 @@ def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
     """Give the tensors that a module holds itself their starting values.
 
     What writes to the residual stream starts smaller, by the square root of twice the depth.
-
-    Args:
-        module: Any module of a StripedHyena 2 model; one without tensors of its own is left alone.
-        config: Gives the depth and the embedding's standard deviation.
     """
     if isinstance(module, nn.Linear):
         depth = 2 * config.num_hidden_layers if isinstance(module, StreamLinear) else 1

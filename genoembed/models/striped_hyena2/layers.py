@@ -58,13 +58,6 @@ class Float32Keeper(nn.Module):
 def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
     """Multiply into memory that nobody else holds; into new memory while gradients are recorded.
 
-    Args:
-        owned: Just made, and seen by no hook. Overwritten in inference. Floating, any shape.
-        other: Broadcasts to it.
-
-    Returns:
-        The product, shape and dtype of ``owned``.
-
     Example:
         >>> x = torch.tensor([2.0])
         >>> with torch.no_grad():
@@ -75,12 +68,5 @@ def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Say whether what a module returns may be held by someone else than its caller.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True if it has hooks, or a forward that was put in place of its class's.
-    """
+    """Say whether what a module returns may be held by someone else than its caller."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

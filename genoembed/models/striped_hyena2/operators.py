@@ -46,15 +46,6 @@ def causal_fir(
 
     ``y[t] = sum_k taps[k] * x[t - (K - 1) + k]``.
 
-    Args:
-        x: Input. Floating, shape ``(B, L, D)``.
-        taps: Filters. Floating, shape ``(G, K)``; G divides D.
-        history: The inputs before ``x``, the latest last; None stands for zeros. Shape ``(B, K - 1, D)``.
-        starts_BM: True where a chunk starts afresh; excludes ``history``. Bool, shape ``(B, M)``.
-
-    Returns:
-        Shape ``(B, L, D)``, dtype of ``x``; one rounding.
-
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
         >>> causal_fir(x, torch.tensor([[0.5, 1.0]])).flatten()
@@ -86,17 +77,6 @@ def causal_convolution(
 
     ``y[t] = sum_k taps[k] * x[t - k] + skip * x[t]``, as one Toeplitz product per filter group over chunks of
     the sequence and what precedes them.
-
-    Args:
-        x: Input. Floating, shape ``(B, L, D)``.
-        taps: Filters. Floating, shape ``(G, K)``; G divides D.
-        skip: Weight of the input itself. Floating, shape ``(D,)``.
-        history: The inputs before ``x``, the latest last; None stands for zeros. Shape ``(B, K - 1, D)``.
-        starts_BM: True where a chunk starts afresh; excludes ``history``. Bool, shape ``(B, M)``.
-        kept: Where the laid-out filter is kept for the next call; None builds it, with gradients.
-
-    Returns:
-        Shape ``(B, L, D)``, dtype of ``x``; the sum over taps is rounded once, then the skip is added.
 
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
@@ -151,17 +131,6 @@ def modal_convolution(
     ``h[t] = sum_s residues[s] * exp(log_poles[s] * t)``, ``y = round(h * x) + skip x``: within a chunk a
     Toeplitz product per channel, between chunks the S states that the exponentials carry.
 
-    Args:
-        x: Input. Floating, shape ``(B, L, D)``.
-        log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
-        residues: Weight of each mode. Shape ``(D, S)``.
-        skip: Weight of the input itself. Shape ``(D,)``.
-        starts_BM: True where a chunk starts afresh. Bool, shape ``(B, M)``; M divides L.
-        kept: Where the laid-out filter is kept for the next call; None builds it, with gradients.
-
-    Returns:
-        Shape ``(B, L, D)``, dtype of ``x``.
-
     Example:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
         >>> half = torch.tensor([[0.5]]).log()
@@ -190,17 +159,6 @@ def modal_convolution_from(
 ) -> ModalOutput:
     """Go on with :func:`modal_convolution` where an earlier block of the sequence ended.
 
-    Args:
-        x: The next block. Floating, shape ``(B, L, D)``; L is at least 1.
-        log_poles: Logarithms of the real poles, negative. Shape ``(D, S)``.
-        residues: Weight of each mode. Shape ``(D, S)``.
-        skip: Weight of the input itself. Shape ``(D,)``.
-        state_BDS: State after the earlier blocks; None at the beginning. Shape ``(B, D, S)``.
-        kept: As for :func:`modal_convolution`.
-
-    Returns:
-        The block's output and the state after it.
-
     Example:
         >>> half_life = torch.tensor([[0.5]]).log(), torch.ones(1, 1), torch.zeros(1)
         >>> first = modal_convolution_from(torch.ones(1, 1, 1), *half_life, state_BDS=None)
@@ -227,12 +185,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype in which filters are multiplied; every sum is float32 (float64 for float64).
 
     Half precision only where the machine multiplies in it; elsewhere float32 is faster.
-
-    Args:
-        x: The input.
-
-    Returns:
-        The dtype of ``x``, or float32.
     """
     if x.dtype not in _HALF or x.device.type == "cuda":
         return x.dtype

@@ -35,25 +35,11 @@ class SegmentLayout:
     """Slots of each segment in the long row, multiples of the chunk; they sum to N."""
 
     def spread(self, x_BLD: Tensor) -> Tensor:
-        """Move rows to the long row; padding is left out, empty slots are 0.
-
-        Args:
-            x_BLD: Packed rows. Floating, shape ``(B, L, D)``.
-
-        Returns:
-            Shape ``(1, N, D)``.
-        """
+        """Move rows to the long row; padding is left out, empty slots are 0."""
         return F.pad(x_BLD.flatten(0, 1), (0, 0, 0, 1))[self.source_N][None]
 
     def collect(self, x_1ND: Tensor) -> Tensor:
-        """Move the long row back to rows; padding gets 0.
-
-        Args:
-            x_1ND: The long row. Floating, shape ``(1, N, D)``.
-
-        Returns:
-            Shape ``(B, L, D)``.
-        """
+        """Move the long row back to rows; padding gets 0."""
         return F.pad(x_1ND[0], (0, 0, 0, 1))[self.target_BL]
 
 
@@ -61,13 +47,6 @@ def lay_out_segments(segment_ids_BL: Tensor, *, chunk: int = SEGMENT_CHUNK) -> S
     """Plan the long row of packed rows.
 
     A segment ends where the id changes or the row ends.
-
-    Args:
-        segment_ids_BL: Number of the segment within its row; negative at padding. Integer, shape ``(B, L)``.
-        chunk: Slots that each segment is rounded up to a multiple of.
-
-    Returns:
-        The plan, on the device of ``segment_ids_BL``.
 
     Example:
         >>> layout = lay_out_segments(torch.tensor([[0, 0, 0, 1, -1]]), chunk=2)

@@ -114,19 +114,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def read_vortex_config(path: Path) -> StripedHyena2Config:
-    """Read a model description.
-
-    Args:
-        path: YAML file with one mapping.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        InputFileError: If the file cannot be read.
-        ConfigError: If it is no YAML mapping, or a key is unknown, missing or contradictory; all problems in
-            one message.
-    """
+    """Read a model description."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -153,13 +141,6 @@ def read_vortex_config(path: Path) -> StripedHyena2Config:
 
 def vortex_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a checked description into arguments of ``StripedHyena2Config``.
-
-    Args:
-        content: The YAML's mapping.
-
-    Returns:
-        Keyword arguments. Positions are interpolated only where the description says so, and a missing inner
-        size is two thirds of four times the width, rounded up, as in the original.
 
     Example:
         >>> vortex_arguments({"hidden_size": 48, "eps": "1e-6"})["intermediate_size"]

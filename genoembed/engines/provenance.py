@@ -115,7 +115,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_run(config: EmbedConfig, facts: RunFacts) -> dict[str, Any]:
-    """Collect what is needed to say, and to repeat, how a file was made, as far as a run knows as it begins."""
+    """Collect what is needed to repeat a run, as far as it is known when the run begins."""
     settings = config.to_dict()
     settings["run"] = {"unit_bases": config.run.unit_bases, "on_error": config.run.on_error}
     return {

@@ -34,7 +34,7 @@ _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def hub_answers() -> bool:
-    """Ask the Hugging Face hub for a sign of life, once and briefly: its own client tries for half a minute."""
+    """Check once, briefly, that the hub answers: its own client retries for half a minute."""
     if constants.is_offline_mode():
         return False
     request = Request(constants.ENDPOINT, method="HEAD")

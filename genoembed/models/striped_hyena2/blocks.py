@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square; eps is added outside the root, each step rounds to the input's dtype."""
+    """Divide by the root mean square (eps outside the root); each step rounds to the input dtype."""
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ or has vector instructions for it but no matrix unit, is not faster in it, and w
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -29,3 +31,22 @@ def has_amx() -> bool:
     """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used."""
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return ask is not None and bool(ask())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Multiply in the types that the operands have, whatever autocast is told.
+
+    Args:
+        device: Of the operands.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(x.device):
+        ...     (x @ x).dtype
+        torch.float32
+    """
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()

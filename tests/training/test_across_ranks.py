@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from genoembed.errors import ShapeError
+from genoembed.training import across_ranks
 from genoembed.training.across_ranks import RankRows
 from tests.training.rank_losses import CASES, batch_of, encoder_of, loss_of
 
@@ -75,6 +77,23 @@ def test_two_ranks_mask_false_negatives_of_each_other(ranks):
     assert sum(rank["masked uneven"]["masked"] for rank in ranks) == alone.statistics.masked_false_negatives
     # query 3 lies alone on rank 1 and is left out of passages of rank 0 only
     assert ranks[1]["masked uneven"]["masked"] > 0
+
+
+def test_gathered_rows_and_their_gradient_are_exact_under_autocast(monkeypatch):
+    # two ranks that hold the same rows, this one the second
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather", lambda parts, rows: [part.copy_(rows) for part in parts])
+    monkeypatch.setattr(dist, "all_reduce", lambda rows: rows.mul_(2))
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.randn(3, 4).to(dtype).requires_grad_()
+        weights = torch.randn(6, 4).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gathered = across_ranks._Gather.apply(rows, (3, 3))
+            (gathered * weights).sum().backward()
+        assert gathered.dtype == rows.grad.dtype == dtype
+        assert torch.equal(gathered, torch.cat([rows, rows]))
+        assert torch.equal(rows.grad, 2 * weights[3:])
 
 
 def test_rank_rows_without_a_group_are_all_rows():

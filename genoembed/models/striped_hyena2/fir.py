@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from genoembed.models.precision import without_autocast
+
 
 def depthwise_correlation(x_BFD: Tensor, taps_DK: Tensor, *, left_zeros: int) -> Tensor:
     """Correlate each channel with its taps, after ``left_zeros`` zeros before each row.
 
     ``y[n] = sum_k taps[k] x[n + k - left_zeros]``, summed in float32 (float64 for float64), rounded once.
+    The caller chooses the dtype; autocast has no say, neither here nor in the backward pass.
 
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
@@ -37,7 +40,8 @@ class _DepthwiseCorrelation(torch.autograd.Function):
         ctx.save_for_backward(x_BFD, taps_DK)
         ctx.left_zeros = left_zeros
         num_outputs = x_BFD.shape[1] + left_zeros - taps_DK.shape[1] + 1
-        return _correlate(x_BFD, taps_DK, zeros=left_zeros)[:, :num_outputs]
+        with without_autocast(x_BFD.device):
+            return _correlate(x_BFD, taps_DK, zeros=left_zeros)[:, :num_outputs]
 
     @staticmethod
     @once_differentiable
@@ -45,12 +49,13 @@ class _DepthwiseCorrelation(torch.autograd.Function):
         x_BFD, taps_DK = ctx.saved_tensors
         num_taps, zeros = taps_DK.shape[1], ctx.left_zeros
         grad_x = grad_taps = None
-        if ctx.needs_input_grad[0]:
-            every = _correlate(grad_BND, taps_DK.flip(1), zeros=num_taps - 1)
-            grad_x = every[:, zeros : zeros + x_BFD.shape[1]]
-        if ctx.needs_input_grad[1]:
-            taps = [_tap_gradient(x_BFD, grad_BND, shift=k - zeros) for k in range(num_taps)]
-            grad_taps = torch.stack(taps, dim=1).to(taps_DK.dtype)
+        with without_autocast(x_BFD.device):
+            if ctx.needs_input_grad[0]:
+                every = _correlate(grad_BND, taps_DK.flip(1), zeros=num_taps - 1)
+                grad_x = every[:, zeros : zeros + x_BFD.shape[1]]
+            if ctx.needs_input_grad[1]:
+                taps = [_tap_gradient(x_BFD, grad_BND, shift=k - zeros) for k in range(num_taps)]
+                grad_taps = torch.stack(taps, dim=1).to(taps_DK.dtype)
         return grad_x, grad_taps, None
 
 

@@ -1,7 +1,10 @@
 """StripedHyena 2 against stored activations of the reference implementation (see ``tests/golden/make.py``).
 
 Observed here in float32: logits 4.6e-5, module outputs 1.9e-5, relative rms 2.0e-6. In bfloat16: rms error of
-the logits 0.999 to 1.023 times that of the reference itself (both at all positions of the full files).
+the logits 0.999 to 1.023 times that of the reference itself (both at all positions of the full files). At the
+positions stored here, 0.99 to 1.03 times where filters are multiplied in float32, as CPUs without a matrix
+unit do, and 0.95 to 1.17 times where they are multiplied in bfloat16. Over many inputs both err alike, but a
+short one is few values: two ways to round it differ by 12 % (one standard deviation).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from genoembed.models.striped_hyena2 import attention, blocks, hyena
+from genoembed.models.striped_hyena2 import attention, blocks, hyena, operators
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -115,6 +118,14 @@ def test_float32_equals_reference_at_every_stored_module(golden_model, name) -> 
     assert worst_excess(pairs) <= 1
 
 
+@pytest.fixture(params=["products as here", "float32 products"])
+def _products(request, monkeypatch) -> None:
+    """Multiply the filters as this machine does, and as CPUs without a matrix unit do."""
+    if request.param == "float32 products":
+        monkeypatch.setattr(operators, "_HAS_BFLOAT16_UNITS", False)
+
+
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("name", SETS)
 def test_bfloat16_errs_no_more_than_reference(golden_model, name) -> None:
     pairs = compared(golden_model(name, torch.bfloat16), name, "outputs_bf16")
@@ -134,6 +145,20 @@ def test_bfloat16_rounds_where_reference_rounds(golden_model) -> None:
     for case in ("len7", "len129"):
         ours, stored = pairs[case, "blocks.0"]
         assert (ours == stored).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("a_base", "blocks.0"), ("a_base", "blocks.1"), ("b_1m", "blocks.0")],
+    ids=["short", "medium", "long"],
+)
+def test_bfloat16_rounds_where_reference_rounds_with_float32_products(
+    golden_model, monkeypatch, name, block
+) -> None:
+    # observed 0.98 to 1; with other roundings around the skip, 0.51 (medium) and 0.69 (long)
+    monkeypatch.setattr(operators, "_HAS_BFLOAT16_UNITS", False)
+    ours, stored = compared(golden_model(name, torch.bfloat16), name, "outputs_bf16")["len7", block]
+    assert (ours == stored).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -3,7 +3,8 @@
 Everything takes and returns ``(B, L, D)``, the layout in which a Linear leaves its output. A short filter
 is a depthwise convolution in that layout. The others are Toeplitz products over chunks of the sequence, for
 which channels move before positions and back. Which product serves which filter, and in which dtype, is
-decided here and nowhere else.
+decided here and nowhere else. Half-precision input whose products are float32 is rounded where the original
+rounds it.
 
 B sequences, L positions, D channels, G filter groups (each serves ``D / G`` neighbouring channels),
 K taps, S states, C chunk length, M chunks.
@@ -15,13 +16,14 @@ before it has no influence and gets no gradient, exactly.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genoembed.models.precision import automatic_dtype
+from genoembed.models.precision import automatic_dtype, without_autocast
 from genoembed.models.striped_hyena2.filter_matrices import convolution_matrix, modal_matrices
 from genoembed.models.striped_hyena2.fir import depthwise_correlation
 
@@ -76,7 +78,8 @@ def causal_convolution(
     """Convolve each channel with a filter whose first tap weighs the current position.
 
     ``y[t] = sum_k taps[k] * x[t - k] + skip * x[t]``, as one Toeplitz product per filter group over chunks of
-    the sequence and what precedes them.
+    the sequence and what precedes them. The skip is added in the dtype of the products: to a sum
+    rounded to half precision, or to the float32 sum, which is then rounded once.
 
     Example:
         >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
@@ -100,12 +103,13 @@ def causal_convolution(
         frames_BMFD = _overlapping_chunks(x, history, chunk=chunk, num_chunks=num_chunks, reach=reach)
     frames = frames_BMFD.reshape(batch * num_chunks, reach + chunk, num_groups, width // num_groups)
     columns = frames.permute(2, 1, 0, 3).reshape(num_groups, reach + chunk, -1)
-    product = torch.bmm(matrix, columns.to(matrix.dtype))
+    with _in_chosen_dtype(x):
+        product = torch.bmm(matrix, columns.to(matrix.dtype))
     product = product.view(num_groups, chunk, batch, num_chunks, width // num_groups)
-    filtered = (
-        product.permute(2, 3, 1, 0, 4).reshape(batch, num_chunks * chunk, width)[:, :length].to(x.dtype)
-    )
-    return filtered if skip is None else torch.addcmul(filtered, x, skip.to(x.dtype))
+    filtered = product.permute(2, 3, 1, 0, 4).reshape(batch, num_chunks * chunk, width)[:, :length]
+    if skip is not None:
+        filtered = torch.addcmul(filtered, x.to(matrix.dtype), skip.to(matrix.dtype))
+    return filtered.to(x.dtype)
 
 
 class ModalOutput(NamedTuple):
@@ -129,7 +133,8 @@ def modal_convolution(
     """Convolve each channel with a sum of decaying exponentials over the whole past.
 
     ``h[t] = sum_s residues[s] * exp(log_poles[s] * t)``, ``y = round(h * x) + skip x``: within a chunk a
-    Toeplitz product per channel, between chunks the S states that the exponentials carry.
+    Toeplitz product per channel, between chunks the S states that the exponentials carry. ``skip x`` is
+    rounded, too, where half-precision input has float32 products.
 
     Example:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
@@ -140,12 +145,13 @@ def modal_convolution(
     if not x.numel():
         return x
     chunk = min(MODAL_CHUNK, x.shape[1]) if starts_BM is None else x.shape[1] // starts_BM.shape[1]
-    matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
-    rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
-    before_DBMS = None
-    if rows_DBMC.shape[2] > 1:
-        before_DBMS = _states_before(_enter(rows_DBMC, matrices), matrices.decay_DS, starts_BM=starts_BM)
-    return torch.addcmul(_leave(rows_DBMC, before_DBMS, matrices, like=x), x, skip.to(x.dtype))
+    with _in_chosen_dtype(x):
+        matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
+        rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
+        before_DBMS = None
+        if rows_DBMC.shape[2] > 1:
+            before_DBMS = _states_before(_enter(rows_DBMC, matrices), matrices.decay_DS, starts_BM=starts_BM)
+        return _add_skip(_leave(rows_DBMC, before_DBMS, matrices, like=x), x, skip)
 
 
 def modal_convolution_from(
@@ -167,18 +173,18 @@ def modal_convolution_from(
         tensor([0.5000, 0.2500])
     """
     length, chunk = x.shape[1], MODAL_CHUNK
-    matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
-    rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
-    entering_DBMS = _enter(rows_DBMC, matrices)
-    before_DBMS = _states_before(entering_DBMS, matrices.decay_DS, first_BDS=state_BDS)
-    filtered = _leave(rows_DBMC, before_DBMS, matrices, like=x)
-    # the last chunk may be a short one: only its own positions enter, and the state fades by as many
-    last = length - (rows_DBMC.shape[2] - 1) * chunk
-    entered_DBS = torch.bmm(rows_DBMC[:, :, -1, :last], matrices.entering_DCS[:, chunk - last :])
-    faded_DS = torch.exp(log_poles.to(matrices.decay_DS.dtype) * last)
-    state_DBS = before_DBMS[:, :, -1] * faded_DS[:, None] + entered_DBS
-    output = torch.addcmul(filtered, x, skip.to(x.dtype))
-    return ModalOutput(output, state_DBS.transpose(0, 1))
+    with _in_chosen_dtype(x):
+        matrices = _laid_out(modal_matrices, (log_poles, residues), chunk, product_dtype(x), kept)
+        rows_DBMC = _channels_first(x.to(matrices.inside_DCC.dtype), chunk=chunk)
+        entering_DBMS = _enter(rows_DBMC, matrices)
+        before_DBMS = _states_before(entering_DBMS, matrices.decay_DS, first_BDS=state_BDS)
+        filtered = _leave(rows_DBMC, before_DBMS, matrices, like=x)
+        # the last chunk may be a short one: only its own positions enter, and the state fades by as many
+        last = length - (rows_DBMC.shape[2] - 1) * chunk
+        entered_DBS = torch.bmm(rows_DBMC[:, :, -1, :last], matrices.entering_DCS[:, chunk - last :])
+        faded_DS = torch.exp(log_poles.to(matrices.decay_DS.dtype) * last)
+        state_DBS = before_DBMS[:, :, -1] * faded_DS[:, None] + entered_DBS
+        return ModalOutput(_add_skip(filtered, x, skip), state_DBS.transpose(0, 1))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -190,6 +196,23 @@ def product_dtype(x: Tensor) -> torch.dtype:
         return x.dtype
     has_units = x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_BFLOAT16_UNITS
     return torch.bfloat16 if has_units else torch.float32
+
+
+def _in_chosen_dtype(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast must not take back that half-precision input is multiplied in float32."""
+    return nullcontext() if product_dtype(x) == x.dtype else without_autocast(x.device)
+
+
+def _add_skip(filtered: Tensor, x: Tensor, skip: Tensor) -> Tensor:
+    """Add ``skip x`` to what the modal filter gives, which is rounded already.
+
+    The original multiplies filters in float32 and rounds ``skip x`` before it adds. With float32 products so
+    do we, and values are the original's to the bit but for the order of sums. Sparing the rounding
+    gains nothing on average, and on one short input (b_1m in ``tests/golden``) it errs 1.27 times as much.
+    """
+    if product_dtype(x) == x.dtype:
+        return torch.addcmul(filtered, x, skip.to(x.dtype))
+    return filtered + x * skip.to(x.dtype)
 
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -247,7 +247,8 @@ def test_loss_ignores_labels_by_value_minus_100_never_by_token_id() -> None:
     total = model(ids, labels=labels, num_items_in_batch=10).loss.item()
     assert total == pytest.approx(torch.stack(kept).sum().item() / 10, rel=1e-5)
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
-    assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    # a product of fewer rows may be summed in another order
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:], rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_weights_are_finite_on_long_input_and_know_nothing() -> None:

@@ -1,5 +1,5 @@
 # `make check` is what CI runs before the tests.
-.PHONY: check format test
+.PHONY: check format test test-avx2
 
 check:
 	ruff format --check .
@@ -13,3 +13,10 @@ format:
 
 test:
 	python -m pytest
+
+# What computes, once more as on a CPU without AVX-512 and matrix units: other kernels, and other types of products.
+NUMERIC_TESTS = tests/models tests/pooling tests/property tests/scoring/test_score_sequences.py \
+	tests/training/test_grad_cache.py tests/training/test_pretraining.py::test_bfloat16_stays_near_float32
+
+test-avx2:
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest $(NUMERIC_TESTS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -137,8 +139,40 @@ def test_ci_runs_the_test_command_of_the_readme():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     command = lines[lines.index("# README-TEST-COMMAND") + 1]
     assert command.endswith("python -m pytest")
-    assert command == lines[-1]
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("fails", ["pip", "check", "pytest", "test-avx2", None])
+def test_ci_fails_with_any_of_its_parts(fails, tmp_path):
+    refused = f"*{fails}*" if fails else "''"
+    for name in ("python", "make"):
+        stand_in = tmp_path / name
+        stand_in.write_text(
+            f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ncase "$*" in {refused}) exit 3;; esac\n'
+        )
+        stand_in.chmod(0o755)
+    script = tmp_path / "checkout" / ".ci" / "run"
+    script.parent.mkdir(parents=True)
+    # nothing is installed: the stand-ins are what the fresh environment would hold
+    lines = (ROOT / ".ci" / "run").read_text().splitlines(keepends=True)
+    script.write_text("".join(line for line in lines if "bin/activate" not in line))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == (fails is not None), done.stderr
+    steps = ["-m venv", "-m pip", "check", "-m pytest", "test-avx2"]
+    ran = (tmp_path / "log").read_text().splitlines()
+    assert all(line.startswith(step) for line, step in zip(ran, steps, strict=False))
+    assert (fails or "test-avx2") in ran[-1]
+
+
+def test_ci_runs_numeric_tests_that_exist():
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    paths = re.search(r"^NUMERIC_TESTS = (.*)$", text, re.MULTILINE)[1].split()
+    assert len(paths) > 4
+    for path in paths:
+        file, _, name = path.partition("::")
+        assert (ROOT / file).exists(), path
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), path
 
 
 def test_constraints_are_exact_and_name_no_place():

@@ -6,6 +6,7 @@ or has vector instructions for it but no matrix unit, is not faster in it, and w
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,19 +29,28 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_amx() -> bool:
-    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used."""
+    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used.
+
+    So must the user, who forbids it with oneDNN's own variable: ``ONEDNN_MAX_CPU_ISA=AVX2``.
+    """
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return ask is not None and bool(ask())
+    return ask is not None and bool(ask()) and not _is_kept_from_amx()
+
+
+def _is_kept_from_amx() -> bool:
+    """As oneDNN reads it: the newer name first, capitals or not, values that it does not know left out."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.lower() in _WITHOUT_AMX
+
+
+_WITHOUT_AMX = (
+    "sse41 avx avx2 avx2_vnni avx2_vnni_2 avx512_core avx512_core_vnni avx512_core_bf16 avx512_core_fp16"
+    " avx10_1_512"
+).split()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Multiply in the types that the operands have, whatever autocast is told.
-
-    Args:
-        device: Of the operands.
-
-    Returns:
-        A context.
 
     Example:
         >>> x = torch.ones(2, 2)

@@ -34,8 +34,7 @@ from describe_machine import describe_machine
 
 import genoembed
 from genoembed.models.registry import count_parameters, find_model
-from genoembed.models.striped_hyena2.initialization import initialize_module
-from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+from genoembed.models.striped_hyena2.modeling import StripedHyena2Model, initialize_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

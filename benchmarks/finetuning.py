@@ -39,9 +39,11 @@ from labelled_features import LabelledSet, capture_features, load_which, read_la
 from threadpoolctl import threadpool_limits
 
 import genoembed
-from genoembed.analysis import baseline_features, probe, split_folds
-from genoembed.analysis.linear import score_fold
-from genoembed.analysis.preparation import encode_target
+from genoembed.probing.folds import split_folds
+from genoembed.probing.linear import score_fold
+from genoembed.probing.nested import probe
+from genoembed.probing.preparation import encode_target
+from genoembed.sequences.composition import baseline_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from labelled_features import Features
     from numpy.typing import NDArray
 
-    from genoembed.training.finetune_config import Task
+    from genoembed.config.finetune import Task
 
 logger = logging.getLogger("finetuning")
 

@@ -45,8 +45,8 @@ MEMORY_BYTES = 8 << 30
 INSTRUMENTED = (
     "genoembed.sequences.",
     "genoembed.training.",
-    "genoembed.models.finetuned",
-    "genoembed.models.striped_hyena2.vortex_config",
+    "genoembed.models.trained_folder",
+    "genoembed.models.striped_hyena2.convert",
     "Bio.GenBank",
     "Bio.SeqIO.Insdc",
     "pyfaidx",

@@ -120,7 +120,7 @@ def _any_blocks(parser: str) -> Callable[[bytes, Path], None]:
 
 
 def _parsed(parse: Callable[..., Iterator], blocks: list[bytes]) -> list[object]:
-    from genoembed.sequences.text import WHITESPACE, iter_text_blocks
+    from genoembed.sequences.compression import WHITESPACE, iter_text_blocks
 
     found: list[object] = []
     try:
@@ -146,7 +146,7 @@ def _compressed(content: bytes, folder: Path) -> None:
 
 
 def _intervals(content: bytes, folder: Path) -> None:
-    from genoembed.sequences.intervals import iter_intervals
+    from genoembed.sequences.regions import iter_intervals
 
     for interval in iter_intervals(_put(folder, "rows", content)):
         assert 0 <= interval.start < interval.end, f"not an interval: {interval}"
@@ -182,9 +182,8 @@ def _reference(content: bytes, folder: Path) -> None:
 
 
 def _table(content: bytes, folder: Path) -> None:
-    from genoembed.training.labelled import iter_labelled
-    from genoembed.training.labelled_config import LabelledConfig
-    from genoembed.training.tables import iter_rows
+    from genoembed.finetuning.labelled import LabelledConfig, iter_labelled
+    from genoembed.sequences.tables import iter_rows
 
     path = _put(folder, "rows", content)
     for row in iter_rows(path):
@@ -195,7 +194,7 @@ def _table(content: bytes, folder: Path) -> None:
 
 
 def _label_table(content: bytes, folder: Path) -> None:
-    from genoembed.training.labelled import iter_labelled
+    from genoembed.finetuning.labelled import iter_labelled
 
     sequences = folder / "two.fa"
     if not sequences.exists():
@@ -204,7 +203,7 @@ def _label_table(content: bytes, folder: Path) -> None:
 
 
 def _pairs(content: bytes, folder: Path) -> None:
-    from genoembed.training.pairs import iter_pairs
+    from genoembed.finetuning.pairs import iter_pairs
 
     for example in iter_pairs(_put(folder, "pairs.jsonl", content)):
         assert example.query, "an empty query"
@@ -214,21 +213,21 @@ def _pairs(content: bytes, folder: Path) -> None:
 
 
 def _run_config(content: bytes, folder: Path) -> None:
-    from genoembed.training.run_config import train_config
+    from genoembed.config.pretrain import train_config
 
     suffix = ".json" if content.lstrip()[:1] in (b"{", b"[") else ".toml"
     json.dumps(train_config({}, file=_put(folder, f"run{suffix}", content)).to_dict(), default=str)
 
 
 def _finetune_config(content: bytes, folder: Path) -> None:
-    from genoembed.training.finetune_config import finetune_config
+    from genoembed.config.finetune import finetune_config
 
     suffix = ".json" if content.lstrip()[:1] in (b"{", b"[") else ".toml"
     finetune_config({}, file=_put(folder, f"run{suffix}", content)).to_flat()
 
 
 def _vortex_config(content: bytes, folder: Path) -> None:
-    from genoembed.models.striped_hyena2.vortex_config import read_vortex_config
+    from genoembed.models.striped_hyena2.convert import read_vortex_config
 
     read_vortex_config(Path(_put(folder, "config.yml", content)))
 
@@ -237,7 +236,7 @@ def _vortex_config(content: bytes, folder: Path) -> None:
 
 
 def _facts(content: bytes, folder: Path) -> None:
-    from genoembed.models.finetuned import FACTS_FILE, read_finetuned
+    from genoembed.models.trained_folder import FACTS_FILE, read_finetuned
 
     _put(folder, FACTS_FILE, content)
     read_finetuned(folder)
@@ -262,7 +261,7 @@ def _weights(suffix: str) -> Callable[[bytes, Path], None]:
 
 
 def _heads(content: bytes, folder: Path) -> None:
-    from genoembed.models.finetuned import HEADS_FILE, read_heads
+    from genoembed.models.trained_folder import HEADS_FILE, read_heads
 
     _put(folder, HEADS_FILE, content)
     read_heads(folder, "pooler")
@@ -282,7 +281,7 @@ def _model_config(content: bytes, folder: Path) -> None:
 
 def _embeddings(content: bytes, folder: Path) -> None:
     """As ``open_embeddings`` and every way to read do, with a fork for the child process: quicker."""
-    from genoembed.store import quarantine
+    from genoembed.store import child_check as quarantine
     from genoembed.store.reader import open_embeddings
 
     quarantine.check_in_child = _trial

@@ -22,8 +22,7 @@ from describe_machine import describe_machine
 
 import genoembed
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
-from genoembed.batching.bins import pack_bins
-from genoembed.batching.pack import pack_stream
+from genoembed.batching.pack import pack_bins, pack_stream
 
 if TYPE_CHECKING:
     from genoembed.contracts import PackedBatch

@@ -109,7 +109,7 @@ def in_child(words: Sequence[str], folder: Path, log: Path | None = None) -> int
 
 
 def _log_units(log: Path) -> None:
-    from genoembed.engines.embedder import UnitEmbedder
+    from genoembed.pipeline.embedder import UnitEmbedder
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     original = UnitEmbedder.rows
@@ -617,9 +617,9 @@ def measure_overhead(scratch: Path, options: object) -> tuple[list[dict[str, obj
         Timings, and the ratio.
     """
     import genoembed
-    from genoembed.config import embed_config
-    from genoembed.engines.embedder import UnitEmbedder
-    from genoembed.engines.units import iter_units
+    from genoembed.config.embed import embed_config
+    from genoembed.pipeline.embedder import UnitEmbedder
+    from genoembed.pipeline.units import iter_units
     from genoembed.sequences import read_sequences
 
     fasta = write_records(scratch / "kb.fa", options.overhead_records, (1000, 1000))
@@ -737,7 +737,6 @@ def _import_all() -> None:
     import torch
 
     import genoembed.cli.extract
-    import genoembed.cli.merge
     import genoembed.extraction  # noqa: F401
 
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 For every ``NAME.tsv`` of a folder (``sequence<TAB>label``; where ``NAME.groups`` stands beside it, rows of
 one group share a fold, else folds are stratified): features of all layers of the model, and of a copy with
-fresh weights, in one pass each; then the nested probe of ``genoembed.analysis``, which chooses layer, pooling
+fresh weights, in one pass each; then the nested probe of ``genoembed.probing``, which chooses layer, pooling
 and combination inside the training folds; and the baselines on the same folds. Finished sets and features are
 kept in the cache folder, so that a run that was stopped goes on where it was; give another folder to measure
 anew.
@@ -32,14 +32,17 @@ from describe_machine import PACKAGES, describe_machine
 from labelled_features import BothStrands, Features, LabelledSet, capture_features, load_which, read_labelled
 from threadpoolctl import threadpool_limits
 
-from genoembed.analysis import baseline_features, cross_validate, probe, split_folds
-from genoembed.analysis.metrics import METRICS
+from genoembed.probing.folds import split_folds
+from genoembed.probing.linear import METRICS, cross_validate
+from genoembed.probing.nested import probe
+from genoembed.sequences.composition import baseline_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from genoembed import GenomicModel
-    from genoembed.analysis import MetricSummary, ProbeResult
+    from genoembed.probing.linear import MetricSummary
+    from genoembed.probing.nested import ProbeResult
 
 logger = logging.getLogger("labelled_probe")
 

@@ -24,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from describe_machine import describe_machine
 
-from genoembed.batching.bins import pack_bins
-from genoembed.batching.pack import pack_stream
-from genoembed.batching.packed_rows import PackCounts
+from genoembed.batching.pack import PackCounts, pack_bins, pack_stream
+from genoembed.pretraining.corpus import DocumentStream
 from genoembed.sequences import read_sequences
-from genoembed.training.corpus import DocumentStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -41,22 +41,19 @@ from threadpoolctl import threadpool_limits
 
 import genoembed
 from genoembed import load_model
-from genoembed.analysis import split_folds
-from genoembed.models.finetuned import read_finetuned
+from genoembed.config.finetune import EncoderConfig
+from genoembed.finetuning.augment import Augmented, point_mutations
+from genoembed.finetuning.collate import GroupCollator, PaddedCollator, encode_example
+from genoembed.finetuning.metrics import ranking_metrics
+from genoembed.finetuning.saved import load_encoder, load_heads
+from genoembed.finetuning.tasks import RetrievalModel
+from genoembed.models.trained_folder import read_finetuned
+from genoembed.probing.folds import split_folds
+from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.m3 import M3Loss, M3Vectors, head_scores, hybrid_scores, join_vectors
+from genoembed.retrieval.terms import NO_TERM, KmerTerms
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.augment import Augmented, point_mutations
-from genoembed.training.batches import GroupCollator
-from genoembed.training.collate import PaddedCollator
-from genoembed.training.encode import encode_example
 from genoembed.training.encoder import Encoder
-from genoembed.training.finetune_config import EncoderConfig
-from genoembed.training.kmer_terms import NO_TERM, KmerTerms
-from genoembed.training.m3 import M3Loss
-from genoembed.training.m3_vectors import M3Vectors, head_scores, hybrid_scores, join_vectors
-from genoembed.training.ranking_metrics import ranking_metrics
-from genoembed.training.retrieval_heads import M3Heads, M3HeadsConfig
-from genoembed.training.saved_model import load_encoder, load_heads
-from genoembed.training.task_models import RetrievalModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

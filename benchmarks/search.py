@@ -24,11 +24,11 @@ import h5py
 import numpy as np
 from describe_machine import describe_machine
 
-from genoembed.analysis.nearest_index import BUILD_EFFORT, CONNECTIVITY, Origin, open_index
-from genoembed.analysis.neighbours import exact_neighbours
-from genoembed.analysis.search import recall_of
-from genoembed.analysis.vectors import VectorSource
-from genoembed.store.matrix import LazyMatrix
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.searching.index import BUILD_EFFORT, CONNECTIVITY, Origin, open_index
+from genoembed.searching.neighbors import exact_neighbours
+from genoembed.searching.run import recall_of
+from genoembed.store.layout import LazyMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

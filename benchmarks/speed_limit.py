@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from genoembed import StripedHyena2Config, StripedHyena2Model, load_model
 from genoembed.models.hooks import capture
 from genoembed.models.registry import find_model
-from genoembed.models.striped_hyena2.vortex_config import vortex_arguments
+from genoembed.models.striped_hyena2.convert import vortex_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -279,8 +279,7 @@ def packed_batches(documents: Sequence[bytes], *, window: int, rows: int, way: s
     Yields:
         Arguments of the model's forward.
     """
-    from genoembed.batching.bins import pack_bins
-    from genoembed.batching.pack import pack_stream
+    from genoembed.batching.pack import pack_bins, pack_stream
 
     packer = pack_stream if way == "stream" else pack_bins
     for batch in packer(documents, window=window, batch_size=rows):

@@ -41,8 +41,8 @@ from measuring import (
 )
 
 from genoembed.models.hooks import capture
+from genoembed.models.striped_hyena2.convert import read_vortex_config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
-from genoembed.models.striped_hyena2.vortex_config import read_vortex_config
 from tests.vortex_live import CONSTANTS, HAS_VTX, build_reference, cast_reference, stirred_weights
 
 if TYPE_CHECKING:

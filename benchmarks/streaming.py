@@ -86,8 +86,8 @@ def stream(path: str, *, reading_only: bool) -> dict[str, float]:
     """
     from genoembed.batching.order import plan_batches
     from genoembed.batching.pad import pad_batch
-    from genoembed.engines.pieces import Cutter
-    from genoembed.engines.units import iter_units
+    from genoembed.pipeline.cutting import Cutter
+    from genoembed.pipeline.units import iter_units
     from genoembed.sequences import read_sequences
     from genoembed.tokenization.char import CharTokenizer
     from genoembed.tokenization.hf import build_encoder

@@ -14,16 +14,16 @@ from genoembed import registration
 from genoembed._version import __version__
 
 if TYPE_CHECKING:
-    from genoembed.analysis.comparison import CompareReport, compare
-    from genoembed.analysis.fitting import TransformReport, fit_transform
-    from genoembed.analysis.plot import PlotReport, plot
+    from genoembed.comparison import CompareReport, compare
     from genoembed.contracts import SequenceRecord
     from genoembed.doctor import run_doctor
     from genoembed.embedding import Embedded, embed
     from genoembed.errors import GenoembedError, GenoembedWarning
     from genoembed.exporting.files import ExportReport, export
-    from genoembed.exporting.sentence_transformers import ModelExportReport, export_model
+    from genoembed.exporting.model_folder import ModelExportReport, export_model
     from genoembed.extraction import ExtractionReport, extract, merge
+    from genoembed.finetuning.predict import PredictionReport, predict
+    from genoembed.finetuning.run import FinetuneReport, finetune
     from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.load import GenomicModel, load_model
     from genoembed.models.registry import known_models
@@ -31,73 +31,73 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM, StripedHyena2Model
     from genoembed.planning import RunPlan, plan
+    from genoembed.plotting.run import PlotReport, plot
+    from genoembed.pretraining.run import PretrainReport, pretrain
     from genoembed.probing.report import ProbeReport
     from genoembed.probing.run import probe
     from genoembed.scoring.sequences import ScoreReport, score
     from genoembed.scoring.variants import VariantReport, score_variants
-    from genoembed.searching import SearchReport, search
+    from genoembed.searching.run import SearchReport, search
     from genoembed.sequences import InputCounts, read_sequences
     from genoembed.store import EmbeddingFile, Merged, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
-    from genoembed.training.finetuning import FinetuneReport, finetune
-    from genoembed.training.predict import PredictionReport, predict
-    from genoembed.training.run import PretrainReport, pretrain
+    from genoembed.transforms import TransformReport, fit_transform
     from genoembed.verification import Certificate, VerifyReport, certify, verify
 
 _HOMES = {
     "Certificate": "genoembed.verification",
     "CharTokenizer": "genoembed.tokenization.char",
-    "CompareReport": "genoembed.analysis.comparison",
+    "CompareReport": "genoembed.comparison",
     "Embedded": "genoembed.embedding",
     "EmbeddingFile": "genoembed.store",
     "ExportReport": "genoembed.exporting.files",
     "ExtractionReport": "genoembed.extraction",
-    "FinetuneReport": "genoembed.training.finetuning",
+    "FinetuneReport": "genoembed.finetuning.run",
     "GenoembedError": "genoembed.errors",
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.load",
     "InputCounts": "genoembed.sequences",
     "Merged": "genoembed.store",
-    "ModelExportReport": "genoembed.exporting.sentence_transformers",
+    "ModelExportReport": "genoembed.exporting.model_folder",
     "ModelLayers": "genoembed.models.describe",
-    "PlotReport": "genoembed.analysis.plot",
-    "PredictionReport": "genoembed.training.predict",
-    "PretrainReport": "genoembed.training.run",
+    "PlotReport": "genoembed.plotting.run",
+    "PredictionReport": "genoembed.finetuning.predict",
+    "PretrainReport": "genoembed.pretraining.run",
     "ProbeReport": "genoembed.probing.report",
     "RunPlan": "genoembed.planning",
     "ScoreReport": "genoembed.scoring.sequences",
-    "SearchReport": "genoembed.searching",
+    "SearchReport": "genoembed.searching.run",
     "SequenceRecord": "genoembed.contracts",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
-    "TransformReport": "genoembed.analysis.fitting",
+    "TransformReport": "genoembed.transforms",
     "VariantReport": "genoembed.scoring.variants",
     "VerifyReport": "genoembed.verification",
     "certify": "genoembed.verification",
-    "compare": "genoembed.analysis.comparison",
+    "compare": "genoembed.comparison",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
     "embed": "genoembed.embedding",
     "export": "genoembed.exporting.files",
-    "export_model": "genoembed.exporting.sentence_transformers",
+    "export_model": "genoembed.exporting.model_folder",
     "extract": "genoembed.extraction",
-    "finetune": "genoembed.training.finetuning",
-    "fit_transform": "genoembed.analysis.fitting",
+    "finetune": "genoembed.finetuning.run",
+    "fit_transform": "genoembed.transforms",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
     "open_embeddings": "genoembed.store",
     "plan": "genoembed.planning",
-    "plot": "genoembed.analysis.plot",
-    "predict": "genoembed.training.predict",
-    "pretrain": "genoembed.training.run",
+    "plot": "genoembed.plotting.run",
+    "predict": "genoembed.finetuning.predict",
+    "pretrain": "genoembed.pretraining.run",
     "probe": "genoembed.probing.run",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
     "score": "genoembed.scoring.sequences",
     "score_variants": "genoembed.scoring.variants",
-    "search": "genoembed.searching",
+    "search": "genoembed.searching.run",
     "verify": "genoembed.verification",
 }
 

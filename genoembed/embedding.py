@@ -14,24 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.config import DEFAULT_MODEL, embed_config
+from genoembed.config.embed import DEFAULT_MODEL, embed_config
 from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
-from genoembed.engines.carried import CARRIED, carried_options, find_facts
-from genoembed.engines.embedder import UnitEmbedder
-from genoembed.engines.loading import load_configured
-from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
-from genoembed.sequences.identity import IdRegistry
-from genoembed.sequences.policies import InputCounts, Policies
-from genoembed.sequences.rawrecord import RawRecord
+from genoembed.pipeline.embedder import UnitEmbedder
+from genoembed.pipeline.request import CARRIED, carried_options, find_facts, load_configured
+from genoembed.pipeline.units import iter_units
 from genoembed.sequences.reading import clean_record
+from genoembed.sequences.records import IdRegistry, InputCounts, Policies, RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from genoembed.config import EmbedConfig, Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig, Fusion, Pooling
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
 

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
-from genoembed.engines.certificate import certify_rows
-from genoembed.engines.interruption import Interruption
-from genoembed.engines.local import local_engine
-from genoembed.engines.pending import PendingUnits
-from genoembed.engines.provenance import describe_run, file_facts
-from genoembed.engines.ray import ray_engine
-from genoembed.engines.request import read_records, read_request
-from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.pipeline.local import local_engine
+from genoembed.pipeline.provenance import certify_rows, describe_run, file_facts
+from genoembed.pipeline.ray import ray_engine
+from genoembed.pipeline.request import read_records, read_request
+from genoembed.pipeline.threads import Interruption
+from genoembed.pipeline.units import PendingUnits, iter_units
 from genoembed.sequences import InputCounts
 from genoembed.store import (
     InputFacts,
@@ -44,13 +42,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from os import PathLike
 
-    from genoembed.config import EmbedConfig, Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig, Fusion, Pooling
     from genoembed.contracts import SequenceRecord
-    from genoembed.engines.engine import Engine
-    from genoembed.engines.provenance import RunFacts
-    from genoembed.engines.request import Request
-    from genoembed.engines.stats import RunStats
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.pipeline.local import Engine
+    from genoembed.pipeline.provenance import RunFacts
+    from genoembed.pipeline.request import Request
+    from genoembed.pipeline.units import RunStats
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +101,7 @@ def extract(
             ``none``.
         output: The file to write; None is the first input's stem and ``.h5``.
         progress: Called with the running totals after each forward pass.
-        **options: Any other field of :class:`~genoembed.config.EmbedConfig`: ``regions``, ``flank``,
+        **options: Any other field of :class:`~genoembed.config.embed.EmbedConfig`: ``regions``, ``flank``,
             ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case``, ``revision``,
             ``trust_remote_code``, ``dtype``, ``device``, ``threads``, ``batch_tokens``, ``skip_first``,
             ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``, ``overwrite``.

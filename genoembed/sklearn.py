@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.config import DEFAULT_MODEL
+from genoembed.config.embed import DEFAULT_MODEL
 from genoembed.embedding import Embedded, embed, load_for_embedding
 from genoembed.errors import ConfigError, MissingExtraError
 

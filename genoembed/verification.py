@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genoembed.analysis.comparison import (
+from genoembed.comparison import (
     Difference,
     LayerComparison,
     difference,
     summarize,
     tolerance_of,
 )
-from genoembed.analysis.search import record_names
 from genoembed.embedding import RecordEmbedder
-from genoembed.engines.loading import use_threads
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.pipeline.request import use_threads
+from genoembed.searching.run import record_names
 from genoembed.sequences import read_sequences
 from genoembed.store import open_embeddings
 from genoembed.store.schema import has_failed

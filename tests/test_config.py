@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from genoembed.config import (
+from genoembed.config.embed import (
     OPTION_STAGE,
     EmbedConfig,
     InputConfig,

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from genoembed import extract
-from genoembed.engines.pieces import Cutter
 from genoembed.errors import (
     AlphabetError,
     ConfigError,
@@ -22,6 +21,7 @@ from genoembed.errors import (
     StoreError,
 )
 from genoembed.models.genomic_model import GenomicModel
+from genoembed.pipeline.cutting import Cutter
 from genoembed.store import EmbeddingWriter
 from tests.by_hand import STRIPED, embed, folder_of, model_of, random_dna, write_fasta
 
@@ -35,7 +35,7 @@ def no_model(monkeypatch):
     def refuse(*_args, **_options):
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("genoembed.engines.loading.load_model", refuse)
+    monkeypatch.setattr("genoembed.pipeline.request.load_model", refuse)
 
 
 @pytest.fixture

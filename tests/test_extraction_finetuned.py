@@ -13,12 +13,12 @@ from click.testing import CliRunner
 import genoembed
 from genoembed.cli import main
 from genoembed.errors import ConfigError, PoolingMismatchWarning
-from genoembed.models.finetuned import read_finetuned
+from genoembed.finetuning.saved import load_encoder, load_heads
+from genoembed.finetuning.tasks import ContrastModel, VectorHead
+from genoembed.finetuning.windowed import WindowedRunner
+from genoembed.models.trained_folder import read_finetuned
+from genoembed.retrieval.contrastive import ContrastiveConfig
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.contrastive import ContrastiveConfig
-from genoembed.training.saved_model import load_encoder, load_heads
-from genoembed.training.task_models import ContrastModel, VectorHead
-from genoembed.training.windowed import WindowedRunner
 from tests.training.finetune_cases import (
     CONTEXT,
     FAST,

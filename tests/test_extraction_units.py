@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from genoembed import extract, merge, open_embeddings
-from genoembed.engines.embedder import UnitEmbedder
 from genoembed.errors import ConfigError, StoreError
 from genoembed.models.genomic_model import GenomicModel
+from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.store import EmbeddingWriter, Parts
 from tests.by_hand import STRIPED, folder_of, model_of, random_dna, write_fasta
 
@@ -427,8 +427,8 @@ def test_record_that_memory_does_not_hold_is_a_failure(fasta, tmp_path, monkeypa
 
 
 def test_blocks_get_smaller_when_memory_is_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.engines.embedder.LEAST_BLOCK_TOKENS", 8)
-    monkeypatch.setattr("genoembed.engines.forward._LEAST_BLOCK", 8)
+    monkeypatch.setattr("genoembed.pipeline.embedder.LEAST_BLOCK_TOKENS", 8)
+    monkeypatch.setattr("genoembed.pipeline.forward._LEAST_BLOCK", 8)
     fasta = write_fasta(tmp_path / "in.fa", {"long": random_dna(60, 1)})
     options = {"model": model_of(STRIPED), "layers": ["final"], "batch_tokens": 48}
     extract(fasta, output=tmp_path / "whole.h5", **options)

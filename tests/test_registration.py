@@ -27,7 +27,7 @@ STEPS = {
     "auto modules": "from transformers.models.auto import modeling_auto, tokenization_auto",
     "our configuration": "import genoembed.models.striped_hyena2.configuration",
     "our blocks": "import genoembed.models.striped_hyena2.blocks",
-    "our initialisation": "import genoembed.models.striped_hyena2.initialization",
+    "our initialisation": "import genoembed.models.striped_hyena2.modeling",
     "our model": "import genoembed.models.striped_hyena2.modeling",
     "our tokenizer": "import genoembed.tokenization.char",
     "our name": "from genoembed import StripedHyena2ForCausalLM, CharTokenizer",

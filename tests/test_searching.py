@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from genoembed import extract, finetune, open_embeddings, search
-from genoembed.analysis.hybrid import best_matches, shared_terms
 from genoembed.errors import ConfigError, GenoembedError
-from genoembed.searching import recorded_options
-from genoembed.training.kmer_terms import KmerTerms
-from genoembed.training.retriever import load_retriever
+from genoembed.retrieval.retriever import load_retriever
+from genoembed.retrieval.terms import KmerTerms
+from genoembed.searching.hybrid import best_matches, shared_terms
+from genoembed.searching.run import recorded_options
 from tests.training.finetune_cases import FAST, build_model, sequences, write_examples, write_fasta
 
 pytestmark = pytest.mark.filterwarnings("ignore::genoembed.errors.GenoembedWarning")

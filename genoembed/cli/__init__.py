@@ -36,7 +36,20 @@ COMMANDS = (
     "score",
     "doctor",
 )
-"""Every command, in the order of the help; each is ``command`` in the module of its name."""
+"""Every command, in the order of the help; each is ``NAME_command`` in its module."""
+_MODULES = {
+    "merge": "extract",
+    "layers": "models",
+    "doctor": "info",
+    "convert": "export",
+    "export-model": "export",
+    "pretrain": "training",
+    "finetune": "training",
+    "predict": "training",
+    "fit-transform": "search",
+    "verify": "compare",
+}
+"""The module of a command that shares it with others of its family; any other has one of its own name."""
 
 
 class CommandGroup(click.Group):
@@ -50,8 +63,8 @@ class CommandGroup(click.Group):
         """Load a command."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"genoembed.cli.{cmd_name.replace('-', '_')}")
-        return cast("click.Command", module.command)
+        module = importlib.import_module(f"genoembed.cli.{_MODULES.get(cmd_name, cmd_name)}")
+        return cast("click.Command", getattr(module, f"{cmd_name.replace('-', '_')}_command"))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run what was asked for; turn how it ends into an exit code."""

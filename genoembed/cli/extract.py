@@ -1,10 +1,15 @@
-"""``genoembed extract``: sequences in, one HDF5 file of embeddings out."""
+"""``genoembed extract``: sequences in, one HDF5 file of embeddings out.
+
+``genoembed merge``: the units that several jobs embedded become one file.
+What a run would do and need, in plain words or as JSON.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -12,12 +17,24 @@ from click.core import ParameterSource
 import genoembed
 from genoembed.cli.options import GroupedCommand, GroupedOption, config_option
 from genoembed.cli.outcome import INCOMPLETE, promise_output
-from genoembed.cli.plan import say_plan
+from genoembed.cli.output import (
+    aligned,
+    count,
+    details,
+    failure_line,
+    headline,
+    json_option,
+    magnitude,
+    policy_lines,
+    reporting_options,
+)
+from genoembed.cli.output import as_json as report_as_json
 from genoembed.cli.progress import estimate_bases, show_progress
-from genoembed.cli.reporting import json_option, reporting_options
-from genoembed.cli.summary import as_json as report_as_json
-from genoembed.cli.summary import details, headline
-from genoembed.config import embed_config
+from genoembed.config.embed import embed_config
+
+if TYPE_CHECKING:
+    from genoembed import RunPlan
+
 
 _logger = logging.getLogger(__name__)
 
@@ -220,7 +237,7 @@ def _is_left_out(key: str) -> bool:
 )
 @json_option
 @reporting_options
-def command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
+def extract_command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
 
     Writes one HDF5 file that h5py, anndata and genoembed.open_embeddings read. Standard output gets one line:
@@ -240,3 +257,101 @@ def command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(report_as_json(report)) if as_json else headline(report))
     if report.failed:
         raise click.exceptions.Exit(INCOMPLETE)
+
+
+@click.command(
+    "merge",
+    cls=GroupedCommand,
+    short_help="Join what the jobs of 'extract --shard I/N' embedded.",
+    epilog="""\b
+    Example:
+      genoembed extract genome.fa.gz -o genome.h5 --shard 1/2
+      genoembed extract genome.fa.gz -o genome.h5 --shard 2/2
+      genoembed merge genome.h5""",
+)
+@click.argument("output", metavar="FILE")
+@config_option(key="overwrite", group="Output", help="Replace FILE, once the new one is complete.")
+@json_option
+@reporting_options
+def merge_command(output: str, *, overwrite: bool, as_json: bool) -> None:
+    """Write FILE from the finished units in its .parts folder, rows in the order of the input.
+
+    Nothing is computed again. If units are missing, it says which jobs are to be run again. Standard output
+    gets one line: the file and its shape.
+    """
+    promise_output(output)
+    merged = genoembed.merge(output, overwrite=overwrite)
+    if merged.failed:
+        _logger.info("%s", failure_line(merged.failed))
+    as_line = f"{output}: {count(merged.num_rows, 'row')} x {merged.width:,}, {', '.join(merged.layers)}"
+    click.echo(json.dumps({"output": output, **dataclasses.asdict(merged)}) if as_json else as_line)
+    if merged.failed:
+        raise click.exceptions.Exit(INCOMPLETE)
+
+
+_HOUR_S = 3600.0
+_DAY_H = 48.0
+
+
+def say_plan(plan: RunPlan, *, as_json: bool) -> None:
+    """Print a plan, and warn of what there is no room for."""
+    for line in policy_lines(plan.counts):
+        _logger.info("%s", line)
+    if plan.free_bytes is not None and plan.free_bytes < plan.disk_bytes:
+        _logger.warning(
+            "the run needs %s of disk, and %s are free",
+            magnitude(plan.disk_bytes, "B"),
+            magnitude(plan.free_bytes, "B"),
+        )
+    if as_json:
+        fields = dataclasses.asdict(plan)
+        click.echo(json.dumps({**fields, "output": str(plan.output)}))
+    else:
+        click.echo(aligned(_rows(plan)))
+
+
+def _rows(plan: RunPlan) -> list[tuple[str, str]]:
+    counts = plan.counts
+    share = "" if plan.shard is None else f" in share {plan.shard}"
+    finished = f", {plan.units_finished:,} of them finished" if plan.units_finished else ""
+    free = "" if plan.free_bytes is None else f", {_gigabytes(plan.free_bytes)} free"
+    return [
+        ("input", f"{count(counts.records, 'record')}, {count(counts.bases, 'base')}"),
+        ("work", f"{count(plan.units, 'unit')}{share}{finished}, {count(plan.windows, 'window')}"),
+        (
+            "model",
+            f"{count(plan.tokens, 'token')} in {count(plan.batches, 'forward pass', 'forward passes')}, "
+            f"{plan.padding_share:.1%} padding",
+        ),
+        ("output", _output(plan)),
+        ("disk", f"{_gigabytes(plan.disk_bytes)} until the units are joined{free}"),
+        ("memory", _memory(plan)),
+        ("time", _time(plan)),
+    ]
+
+
+def _output(plan: RunPlan) -> str:
+    widths = ", ".join(f"{name} x {width:,}" for name, width in plan.widths.items())
+    return f"{plan.output}: {_gigabytes(plan.output_bytes)}, {count(plan.rows, 'row')}: {widths or '-'}"
+
+
+def _memory(plan: RunPlan) -> str:
+    process = "not known" if plan.memory_bytes is None else f"about {_gigabytes(plan.memory_bytes)}"
+    device = "" if plan.device_bytes is None else f", {_gigabytes(plan.device_bytes)} on {plan.device}"
+    return process + device
+
+
+def _time(plan: RunPlan) -> str:
+    if plan.seconds is None or plan.tokens_per_s is None:
+        return "nothing to measure"
+    hours = plan.seconds / _HOUR_S
+    about = f"{hours / 24:,.1f} days" if hours > _DAY_H else f"{hours:.3g} hours"
+    workers = f", {plan.workers} workers" if plan.workers > 1 else ""
+    return (
+        f"about {about} ({plan.tokens_per_s:,.0f} tokens/s on {plan.device}{workers}, "
+        f"measured on {count(plan.measured_batches, 'batch', 'batches')})"
+    )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:,.3f} GB"

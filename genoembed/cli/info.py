@@ -1,19 +1,22 @@
-"""``genoembed info``: what is in an embedding file, and how it was made."""
+"""``genoembed info``: what is in an embedding file, and how it was made.
+
+``genoembed doctor``: known-answer tests of this installation.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 import genoembed
 from genoembed.cli.options import GroupedCommand
-from genoembed.cli.reporting import json_option
-from genoembed.cli.text import aligned
+from genoembed.cli.output import aligned, count, json_option, reporting_options
 
 if TYPE_CHECKING:
     from genoembed import EmbeddingFile
+
 
 IDS_SHOWN = 5
 
@@ -79,8 +82,53 @@ def _words(value: object) -> str:
 )
 @click.argument("file")
 @json_option
-def command(file: str, *, as_json: bool) -> None:
+def info_command(file: str, *, as_json: bool) -> None:
     """Say what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
     with genoembed.open_embeddings(file) as embeddings:
         facts = describe(embeddings)
     click.echo(json.dumps(facts) if as_json else aligned(_lines(facts)))
+
+
+class Check(Protocol):
+    """What a check found."""
+
+    @property
+    def name(self) -> str:
+        """What was checked."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is as it should be."""
+
+    @property
+    def detail(self) -> str:
+        """The numbers, or what to do."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+
+
+def show(check: Check) -> None:
+    """Print a check as soon as it is done."""
+    verdict = "ok    " if check.passed else "FAILED"
+    click.echo(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)")
+
+
+@click.command(
+    "doctor",
+    cls=GroupedCommand,
+    short_help="Test this installation against known answers.",
+    epilog="""\b
+    Example:
+      genoembed doctor""",
+)
+@reporting_options
+@click.pass_context
+def doctor_command(ctx: click.Context) -> None:
+    """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails."""
+    checks = genoembed.run_doctor(on_check=show)
+    failed = sum(not check.passed for check in checks)
+    click.echo(f"{count(len(checks), 'check')}, {failed} failed")
+    if failed:
+        ctx.exit(1)

@@ -1,4 +1,7 @@
-"""``genoembed models``: the models with names of their own."""
+"""``genoembed models``: the models with names of their own.
+
+``genoembed layers``: what can be captured in a model, and what a layer number means.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import genoembed
-from genoembed.cli.options import GroupedCommand
-from genoembed.cli.reporting import json_option
-from genoembed.cli.text import aligned, magnitude
+from genoembed.cli.options import GroupedCommand, config_option
+from genoembed.cli.output import aligned, json_option, magnitude, reporting_options
+from genoembed.config.embed import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from genoembed import ModelLayers
+
 
 HEADER = ("name", "layers", "width", "context", "parameters", "license", "needs", "FP8", "what it is")
 
@@ -54,7 +60,7 @@ def _notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
       genoembed models""",
 )
 @json_option
-def command(*, as_json: bool) -> None:
+def models_command(*, as_json: bool) -> None:
     """List the models that have a name here, the bundled one first.
 
     Any other model is named by its local folder or its Hugging Face id.
@@ -82,3 +88,79 @@ def command(*, as_json: bool) -> None:
         return
     click.echo(aligned(map(_line, models), header=HEADER))
     click.echo("\n".join(["", *_notes(models)]))
+
+
+MODEL = "Model"
+
+
+def layer_table(described: ModelLayers) -> list[dict[str, Any]]:
+    """Describe every layer of a model."""
+    numbered = set(described.numbered)
+    return [
+        {
+            "path": layer.path,
+            "index": layer.index,
+            "width": layer.width,
+            "is_number": layer.path in numbered,
+            "is_final": layer.path == described.final,
+        }
+        for layer in described.layers
+    ]
+
+
+def _meaning(described: ModelLayers) -> str:
+    """Say what an integer stands for, and how far it goes."""
+    if described.template is None:
+        return "Integers mean nothing here, because the blocks share one module: name a module path."
+    path, last = described.template.format(index="N"), described.num_blocks - 1
+    return f"--layer N means {path}, N from 0 to {last}, or from -{last + 1} to -1 counted from the end."
+
+
+def _line_of_layers(row: dict[str, Any]) -> tuple[str, ...]:
+    names = [str(row["index"])] if row["is_number"] else []
+    names += ["final"] if row["is_final"] else []
+    block, width = ("-" if row[key] is None else str(row[key]) for key in ("index", "width"))
+    return (" or ".join(names) or "-", row["path"], block, width)
+
+
+@click.command(
+    "layers",
+    cls=GroupedCommand,
+    short_help="List a model's layers, and what a layer number means.",
+    epilog="""\b
+    Example:
+      genoembed layers genoembed-mini""",
+)
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option(
+    "--all",
+    "show_all",
+    is_flag=True,
+    help="Every module that can be captured, not only those with short names.",
+)
+@config_option(key="revision", group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face id.")
+@config_option(
+    key="trust_remote_code", group=MODEL, help="Run the Python code that a model brings. Read it first."
+)
+@json_option
+@reporting_options
+def layers_command(
+    model: str, *, show_all: bool, as_json: bool, revision: str | None, trust_remote_code: bool
+) -> None:
+    """List the layers of MODEL (genoembed-mini unless named): what --layer takes, module path, block, width.
+
+    An integer means blocks.N.mlp.l3 in StripedHyena 2 models, Evo 2 among them, and the output of block N in
+    all others. No weights are read or fetched: a name of `genoembed models` needs no file at all, a Hugging
+    Face id its config.json. A width of - is known only when the model runs.
+    """
+    described = genoembed.describe_layers(model, revision=revision, trust_remote_code=trust_remote_code)
+    table = layer_table(described)
+    if as_json:
+        facts = {"template": described.template, "num_blocks": described.num_blocks, "final": described.final}
+        click.echo(json.dumps({"model": described.name, **facts, "layers": table}))
+        return
+    shown = [row for row in table if show_all or row["is_number"] or row["is_final"]]
+    click.echo(aligned(map(_line_of_layers, shown), header=("--layer", "module path", "block", "width")))
+    click.echo(_meaning(described))
+    if len(shown) < len(table):
+        click.echo(f"{len(table)} modules can be named by path; --all lists them.")

@@ -1,4 +1,4 @@
-"""Options that are configuration keys: names, defaults and choices come from ``genoembed.config``."""
+"""Options that are configuration keys: names, defaults and choices come from ``genoembed.config.embed``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import click
 
-from genoembed.config import DuplicatePolicy, EmbedConfig, EmptyPolicy, GapPolicy, InvalidPolicy
+from genoembed.config.embed import DuplicatePolicy, EmbedConfig, EmptyPolicy, GapPolicy, InvalidPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

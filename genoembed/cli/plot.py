@@ -12,8 +12,7 @@ import click
 import genoembed
 from genoembed.cli.options import COUNT, GroupedCommand, choice, file_option
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.reporting import json_option, reporting_options
-from genoembed.cli.text import count
+from genoembed.cli.output import count, json_option, reporting_options
 
 if TYPE_CHECKING:
     from genoembed import PlotReport
@@ -74,7 +73,7 @@ _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
 @file_option("--seed", group=MAP, help="Of the map and of the sample.  [0]", **COUNT)
 @json_option
 @reporting_options
-def command(file: str, *, output: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def plot_command(file: str, *, output: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Draw a map of the records in FILE.h5: as a picture, and as one HTML page that works without a network,
     with search, colours to switch, and a lasso that downloads what it holds as a table.
 

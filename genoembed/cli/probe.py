@@ -20,9 +20,8 @@ from genoembed.cli.options import (
     policy_options,
 )
 from genoembed.cli.outcome import INCOMPLETE
+from genoembed.cli.output import aligned, count, json_option, reporting_options
 from genoembed.cli.progress import estimate_bases, show_progress
-from genoembed.cli.reporting import json_option, reporting_options
-from genoembed.cli.text import aligned, count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,7 +175,7 @@ _FROM_FILE = (
 @file_option("--no-plot", group=OUTPUT, help="Do not draw score by layer.", **FLAG)
 @json_option
 @reporting_options
-def command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
+def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
     """Find out which layer of a model carries a label: INPUT are sequence files, or one embedding file.
 
     One pass takes all layers; each, and fusions of them, get the same cross-validated linear probe. Standard

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from genoembed.cli.text import count, duration, magnitude
+from genoembed.cli.output import count, duration, magnitude
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

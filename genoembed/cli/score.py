@@ -19,10 +19,8 @@ from genoembed.cli.options import (
     policy_options,
 )
 from genoembed.cli.outcome import promise_output
+from genoembed.cli.output import count, policy_lines, reporting_options
 from genoembed.cli.progress import estimate_bases, show_progress
-from genoembed.cli.reporting import reporting_options
-from genoembed.cli.summary import policy_lines
-from genoembed.cli.text import count
 
 _logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ OF_VARIANTS = ("reference", "flank", "unsupported", "layer", "pooling", "vectors
 @config_option(key="batch_tokens", group=MODEL, metavar="N", help="Tokens of one forward pass.")
 @config_option(key="threads", group=MODEL, metavar="N", help="CPU threads; without it, torch decides.")
 @reporting_options
-def command(inputs: tuple[str, ...], vcf: str | None, **options: Any) -> None:
+def score_command(inputs: tuple[str, ...], vcf: str | None, **options: Any) -> None:
     """Give the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
     --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference.
 

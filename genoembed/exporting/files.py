@@ -1,30 +1,217 @@
-"""``export``: an embedding file in the container that another tool wants.
+"""Rows of an embedding file, a block at a time.
 
-In: an embedding file. Out: a file of another kind, which appears complete or not at all. What does not fit is
-refused, with the way out. Blocks of rows are in memory, but for ``h5ad`` with another layer as ``X``.
+N records, T tokens, D features.
+
+NumPy's ``.npz``, written as a stream: nothing but a block of rows is in memory.
+HDF5 of other kinds: AnnData's ``.h5ad``, and one dataset a record, as UniProt ships embeddings.
+Tables: CSV with a column a feature, Parquet with a column a layer; a block of rows is in memory.
+``export``: an embedding file in the container that another tool wants.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import os
 import secrets
+import shutil
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from genoembed.errors import ConfigError, StoreError
-from genoembed.exporting.arrays import write_npz
-from genoembed.exporting.hdf5 import write_h5ad, write_one_dataset_a_record
-from genoembed.exporting.tables import write_csv, write_parquet
+import h5py
+import numpy as np
+from numpy.lib import format as npy
+
+from genoembed.errors import ConfigError, MissingExtraError, StoreError
 from genoembed.store import check_output, open_embeddings
+from genoembed.store.atomic import AtomicFile
+from genoembed.store.schema import escape_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from genoembed.store import EmbeddingFile
+
+
+_BLOCK_VALUES = 1 << 21
+_MOST_ROWS = 8192
+
+
+class RowBlock(NamedTuple):
+    """Consecutive records."""
+
+    start: int
+    stop: int
+    """One past the last record."""
+    matrices: dict[str, NDArray[np.floating]]
+    """By layer, ``(stop - start, D)``; in a per-token file ``(T, D)`` of their tokens."""
+    offsets: NDArray[np.int64]
+    """First row of each record within the block and the end, ``(stop - start + 1,)``."""
+
+
+def row_blocks(file: EmbeddingFile, layers: Sequence[str]) -> Iterator[RowBlock]:
+    """Read a file, a block at a time."""
+    widths = sum(file[name].shape[1] for name in layers)
+    ends = np.arange(1, len(file) + 1) if file.kind == "pooled" else np.cumsum(file.num_tokens)
+    most = max(1, _BLOCK_VALUES // widths)
+    start = first = 0
+    while start < len(file):
+        stop = int(np.searchsorted(ends, first + most, side="right"))
+        stop = min(max(stop, start + 1), start + _MOST_ROWS, len(file))
+        last = int(ends[stop - 1])
+        offsets = np.concatenate([[first], ends[start:stop]]).astype(np.int64) - first
+        yield RowBlock(start, stop, {name: file[name][first:last] for name in layers}, offsets)
+        start, first = stop, last
+
+
+NUMBERS = ("length", "start", "end", "n_windows")
+"""Columns of the records that are taken along."""
+_RESERVED = ("ids", "X", "feature_names", "offsets", "provenance", *NUMBERS)
+
+
+def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
+    """Write ``ids``, numbers about the records, ``provenance`` (JSON) and the matrices.
+
+    The first matrix is ``X``, every further one has its layer's name. A per-token file has ``offsets``, too:
+    the tokens of record ``i`` are the rows ``offsets[i]`` to ``offsets[i + 1] - 1``. No array needs pickle.
+    """
+    taken = [name for name in layers[1:] if name in _RESERVED]
+    if taken:
+        message = f"layer {taken[0]!r} is named like another array of the file; set layer to export it alone"
+        raise ConfigError(message)
+    with zipfile.ZipFile(target, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _put(archive, "ids", np.array(file.ids, dtype=np.str_))
+        for name in NUMBERS:
+            _put(archive, name, file.obs[name])
+        _put(archive, "provenance", np.array(json.dumps(file.provenance)))
+        _put(archive, "layers", np.array(layers, dtype=np.str_))
+        if file.kind == "pooled" and layers[0] == file.layers[0]:
+            _put(archive, "feature_names", np.array(file.feature_names, dtype=np.str_))
+        if file.kind == "tokens":
+            _put(archive, "offsets", np.concatenate([[0], np.cumsum(file.num_tokens)]).astype(np.int64))
+        for index, name in enumerate(layers):
+            _put_matrix(archive, name if index else "X", file, name)
+
+
+def _put(archive: zipfile.ZipFile, name: str, values: NDArray[np.generic]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        npy.write_array(member, values, allow_pickle=False)
+
+
+def _put_matrix(archive: zipfile.ZipFile, name: str, file: EmbeddingFile, layer: str) -> None:
+    matrix = file[layer]
+    header = {"descr": npy.dtype_to_descr(matrix.dtype), "fortran_order": False, "shape": matrix.shape}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        npy.write_array_header_2_0(member, header)
+        for block in row_blocks(file, [layer]):
+            member.write(np.ascontiguousarray(block.matrices[layer]).tobytes())
+
+
+def write_h5ad(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
+    """Write an AnnData file: a copy, since a pooled file is one; or one with another layer as ``X``."""
+    if list(layers) == file.layers:
+        shutil.copyfile(file.path, target)
+        return
+    try:
+        import anndata
+    except ImportError as error:
+        raise MissingExtraError(package="anndata", extra="analysis", purpose="a layer as h5ad") from error
+    (layer,) = layers
+    whole = file.to_anndata()
+    names = [f"{layer}:{index}" for index in range(file[layer].shape[1])]
+    made = anndata.AnnData(X=file[layer][:], obs=whole.obs, uns=dict(whole.uns))
+    made.var_names = names
+    made.write_h5ad(target)
+
+
+def write_one_dataset_a_record(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
+    """Write a dataset for each record at the root: ``(D,)``, in a per-token file ``(T, D)``.
+
+    A dataset's name is the id, in which ``%`` is ``%25`` and ``/`` is ``%2F``; its attribute ``original_id``
+    is the id as it was. The root's attribute ``layer`` names the layer.
+    """
+    (layer,) = layers
+    output = AtomicFile(target)
+    try:
+        with h5py.File(output, "w", libver=("earliest", "v110")) as made:
+            made.attrs["layer"] = layer
+            for block in row_blocks(file, [layer]):
+                for index in range(block.start, block.stop):
+                    first, last = block.offsets[index - block.start : index - block.start + 2]
+                    values = block.matrices[layer]
+                    vectors = values[first] if file.kind == "pooled" else values[first:last]
+                    record_id = file.ids[index]
+                    dataset = made.create_dataset(escape_name(record_id), data=vectors)
+                    dataset.attrs["original_id"] = record_id
+        output.commit()
+    finally:
+        output.discard()
+
+
+def write_csv(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
+    """Write a line a record: its id, then its features, so that every value reads back as it was."""
+    (layer,) = layers
+    width = file[layer].shape[1]
+    names = file.feature_names if layer == file.layers[0] else [f"{layer}:{index}" for index in range(width)]
+    with target.open("x", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["id", *names])
+        for block in row_blocks(file, [layer]):
+            for record_id, vector in zip(
+                file.ids[block.start : block.stop], block.matrices[layer], strict=True
+            ):
+                # NumPy's text of a value is the shortest that reads back as the value
+                writer.writerow([record_id, *map(str, vector)])
+
+
+def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
+    """Write a row a record: id, the columns about it, and a list of numbers a layer, named as the layer is.
+
+    In a per-token file the column of a layer holds a list of lists. The provenance is the key ``genoembed``
+    of the file's metadata.
+    """
+    try:
+        arrow: Any = import_module("pyarrow")
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingExtraError(package="pyarrow", extra="parquet", purpose="export to Parquet") from error
+    taken = [name for name in layers if name in ("id", *file.obs)]
+    if taken:
+        message = f"layer {taken[0]!r} is named like a column about the records; export to npz instead"
+        raise ConfigError(message)
+    fields = [("id", arrow.string())]
+    for name in file.obs:
+        is_number = file.obs[name].dtype.kind in "iu"
+        fields.append((name, arrow.int64() if is_number else arrow.string()))
+    for name in layers:
+        vector = arrow.list_(arrow.from_numpy_dtype(file[name].dtype), file[name].shape[1])
+        fields.append((name, vector if file.kind == "pooled" else arrow.list_(vector)))
+    schema = arrow.schema(fields, metadata={"genoembed": json.dumps(file.provenance)})
+    with parquet.ParquetWriter(target, schema) as writer:
+        for block in row_blocks(file, layers):
+            columns = [arrow.array(file.ids[block.start : block.stop], type=arrow.string())]
+            for name in file.obs:
+                values = file.obs[name][block.start : block.stop]
+                columns.append(arrow.array(values.tolist(), type=schema.field(name).type))
+            columns += [_vectors(arrow, block, name, schema.field(name).type) for name in layers]
+            writer.write_table(arrow.table(columns, schema=schema))
+
+
+def _vectors(arrow: Any, block: RowBlock, layer: str, kind: Any) -> Any:
+    values: NDArray[np.floating] = np.ascontiguousarray(block.matrices[layer])
+    rows = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), values.shape[1])
+    if arrow.types.is_fixed_size_list(kind):
+        return rows
+    return arrow.ListArray.from_arrays(arrow.array(block.offsets.astype(np.int32)), rows)
+
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genoembed.errors import LayerError, ModelError, ShapeError
-from genoembed.models.adapters import (
+from genoembed.models.behavior import (
     PaddingPolicy,
     Probe,
     context_length,

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from genoembed.errors import CheckpointError, GenoembedError, ModelError
-from genoembed.models.adapters import evaluating, forward_arguments
 from genoembed.models.architecture import NONSENSE, base_of, first_line
+from genoembed.models.behavior import evaluating, forward_arguments
 from genoembed.models.hooks import first_tensor
 from genoembed.models.load import without_progress_bars
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model

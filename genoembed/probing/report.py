@@ -1,22 +1,29 @@
-"""What a probe found: tables, words, and the options that put it to use."""
+"""What a probe found: tables, words, and the options that put it to use.
+
+What a sweep says, in words: which layer, how far the good ones reach, and whether it was worth a model.
+"""
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from genoembed.analysis.metrics import METRICS
-from genoembed.analysis.sweep import METRIC_WORDS
+import numpy as np
+
+from genoembed.probing.linear import METRICS
+from genoembed.probing.sweep import METRIC_WORDS, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from genoembed.analysis.few_shot import ShotSummary
-    from genoembed.analysis.folds import Task
-    from genoembed.analysis.layer_choice import Comparison, LayerChoice
-    from genoembed.analysis.sweep import InsideChoice, Scored
+    from genoembed.probing.few_shot import ShotSummary
+    from genoembed.probing.folds import Task
+    from genoembed.probing.linear import MetricSummary
+    from genoembed.probing.sweep import InsideChoice, Scored
+
 
 CHOSEN = "layer chosen in training folds"
 UNTRAINED = "untrained copy, layer chosen likewise"
@@ -167,3 +174,152 @@ def describe_classes(target: Sequence[object]) -> dict[str, int]:
     """
     names = [str(label) for label in target]
     return {name: names.count(name) for name in sorted(set(names))}
+
+
+NEAR_BEST = 0.95
+"""Layers with this share of the best score are as good as it for most purposes."""
+_NUMBERED = re.compile(r"(?:blocks\.(\d+)\.mlp\.l3|(?!blocks\.)[A-Za-z_.]+\.(\d+))")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerChoice:
+    """Which layer to use."""
+
+    layer: str
+    """Module path of the best one."""
+    near_best: tuple[str, ...]
+    """Layers that reach 95 % of its score, in the order of the model; none where that is 0 or less."""
+    is_one_range: bool
+    """Whether these are neighbours, without a gap."""
+    sentence: str
+    """Such as ``use layer 21 (blocks.21.mlp.l3), mean pooling: MCC 0.71 +- 0.02; ...``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The model against one baseline, on the same folds."""
+
+    name: str
+    score: MetricSummary
+    """The baseline's first metric."""
+    difference: float
+    """Mean over folds of the model's score less the baseline's."""
+    difference_sd: float
+    """Standard deviation of that difference over folds."""
+    is_beaten: bool
+    """Whether the model is above it on average, by more than the differences scatter."""
+
+
+def name_layer(path: str) -> str:
+    """Call a layer by what the user would ask for.
+
+    Example:
+        >>> name_layer("blocks.21.mlp.l3"), name_layer("encoder.layer.5"), name_layer("blocks.21")
+        ('layer 21 (blocks.21.mlp.l3)', 'layer 5 (encoder.layer.5)', 'layer blocks.21')
+    """
+    number = layer_number(path)
+    return f"layer {path}" if number is None else f"layer {number} ({path})"
+
+
+def layer_number(path: str) -> int | None:
+    """Find the integer that means a module, where there is one."""
+    found = _NUMBERED.fullmatch(path)
+    return None if found is None else int(found[1] or found[2])
+
+
+def choose_layer(
+    layers: Sequence[Scored],
+    inside: InsideChoice,
+    *,
+    fusions: Sequence[Scored] = (),
+    pooling: str | None,
+    task: Task,
+) -> LayerChoice:
+    """Recommend the layer with the best mean score, the first of equals."""
+    metric = METRICS[task][0]
+    means = [layer.metrics[metric].mean for layer in layers]
+    best = int(np.argmax(means))
+    near = [place for place, mean in enumerate(means) if means[best] > 0 and mean >= NEAR_BEST * means[best]]
+    is_one_range = not near or near[-1] - near[0] + 1 == len(near)
+    pooled = "" if pooling is None else f", {pooling} pooling"
+    parts = [f"use {name_layer(layers[best].name)}{pooled}: {shown(layers[best], task)}"]
+    if len(layers) > 1:
+        parts.append(_reach([layers[place].name for place in near], is_one_range=is_one_range))
+        parts.append(f"{shown(inside, task)} where the layer is chosen without the test fold")
+    above = max(fusions, key=lambda fusion: fusion.metrics[metric].mean, default=None)
+    if above is not None and above.metrics[metric].mean > means[best]:
+        parts.append(f"above it: {above.name}, {shown(above, task)}")
+    return LayerChoice(
+        layer=layers[best].name,
+        near_best=tuple(layers[place].name for place in near),
+        is_one_range=is_one_range,
+        sentence="; ".join(filter(None, parts)),
+    )
+
+
+def _reach(near: Sequence[str], *, is_one_range: bool) -> str:
+    if not near:
+        return "no layer is better than chance"
+    share = f"{NEAR_BEST:.0%}".replace("%", " %")
+    numbers = [layer_number(path) for path in near]
+    if len(near) == 1:
+        return f"no other layer reaches {share} of it"
+    first, last = (str(near[end] if numbers[end] is None else numbers[end]) for end in (0, -1))
+    if is_one_range:
+        return f"{share} of the best within layers {first}-{last}"
+    return f"{share} of the best at {len(near)} layers between {first} and {last}"
+
+
+def compare(
+    model: InsideChoice, baselines: Sequence[tuple[str, MetricSummary]], *, task: Task
+) -> list[Comparison]:
+    """Hold the model against baselines, fold by fold.
+
+    Args:
+        model: Its score with everything chosen inside the training folds.
+        baselines: First metric of each baseline by name, on the same folds.
+        task: What the target is.
+
+    Returns:
+        A comparison a baseline, the strongest baseline first.
+    """
+    mine = np.array(model.metrics[METRICS[task][0]].folds)
+    found = []
+    for name, score in sorted(baselines, key=lambda pair: -pair[1].mean):
+        by_fold = mine - np.array(score.folds)
+        mean, sd = float(by_fold.mean()), float(by_fold.std(ddof=1))
+        found.append(
+            Comparison(
+                name=name,
+                score=score,
+                difference=mean,
+                difference_sd=sd,
+                is_beaten=bool(mean > sd / np.sqrt(len(by_fold)) and mean > 0),
+            )
+        )
+    return found
+
+
+def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: Task) -> str:
+    """Say in plain words whether the embeddings were worth it."""
+    metric = METRIC_WORDS[METRICS[task][0]]
+    mine = f"{metric} {model.metrics[METRICS[task][0]].mean:.3f}"
+    if not comparisons:
+        return "no baselines were measured, so nothing says that the model was needed"
+    lost = [one for one in comparisons if one.difference <= 0]
+    close = [one for one in comparisons if one.difference > 0 and not one.is_beaten]
+    if lost:
+        named = ", ".join(f"{one.name} ({metric} {one.score.mean:.3f})" for one in lost)
+        return f"the probe ({mine}) does NOT beat {named}: for this label the embeddings are not needed"
+    if close:
+        named = ", ".join(f"{one.name} ({_by(one)})" for one in close)
+        return f"the probe ({mine}) is above {named}, but by no more than folds differ: not clearly better"
+    first = comparisons[0]
+    return (
+        f"the probe ({mine}) beats every baseline; the strongest is {first.name} "
+        f"({metric} {first.score.mean:.3f}), beaten by {_by(first)}"
+    )
+
+
+def _by(one: Comparison) -> str:
+    return f"{one.difference:+.3f} +- {one.difference_sd:.3f}"

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from genoembed.analysis.baselines import composition, kmer_frequencies
-from genoembed.analysis.few_shot import ShotSummary, score_shots
-from genoembed.analysis.folds import split_folds
-from genoembed.analysis.layer_choice import layer_number
-from genoembed.analysis.preparation import encode_target, standardize
-from genoembed.analysis.scalar_mix import mix_layers
-from genoembed.analysis.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep_layers
 from genoembed.errors import NonFiniteError
-from genoembed.probing.layers import RowsOfLayers, load_transforms
-from genoembed.probing.report import UNTRAINED
+from genoembed.probing.few_shot import ShotSummary, score_shots
+from genoembed.probing.folds import split_folds
+from genoembed.probing.preparation import encode_target, standardize
+from genoembed.probing.report import UNTRAINED, layer_number
 from genoembed.probing.rows import group_rows, join_labels, read_row_sequences
+from genoembed.probing.scalar_mix import mix_layers
+from genoembed.probing.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep_layers
+from genoembed.probing.vectors import RowsOfLayers, load_transforms
+from genoembed.sequences.composition import composition, kmer_frequencies
 from genoembed.store import open_embeddings
 
 if TYPE_CHECKING:
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.analysis.sweep import Kind
-    from genoembed.analysis.transform import FittedTransform
-    from genoembed.probing.labels import LabelTable
-    from genoembed.probing.options import ProbeOptions
+    from genoembed.pooling.transform import FittedTransform
+    from genoembed.probing.rows import LabelTable
+    from genoembed.probing.run import ProbeOptions
+    from genoembed.probing.sweep import Kind
     from genoembed.store import EmbeddingFile
 
 logger = logging.getLogger(__name__)

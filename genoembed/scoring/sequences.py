@@ -16,23 +16,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from genoembed.engines.loading import use_threads
-from genoembed.engines.units import iter_units
 from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.units import iter_units
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
 from genoembed.scoring.setup import run_options
-from genoembed.scoring.tables import open_table
 from genoembed.sequences import InputCounts, read_sequences
+from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from genoembed.contracts import SequenceRecord
-    from genoembed.engines.stats import RunStats
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.pipeline.units import RunStats
     from genoembed.scoring.scorer import StrandScore
     from genoembed.scoring.setup import RunOptions
-    from genoembed.scoring.tables import TableWriter
+    from genoembed.store.tables import TableWriter
+
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
-from genoembed.config import DEFAULT_MODEL, ModelConfig, WindowConfig
-from genoembed.engines.carried import find_facts
+from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel
 from genoembed.models.load import load_model
-from genoembed.scoring.scorer import ScorePooling, ScoreStrands
-from genoembed.scoring.start import StartChoice
+from genoembed.pipeline.request import find_facts
+from genoembed.scoring.scorer import ScorePooling, ScoreStrands, StartChoice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

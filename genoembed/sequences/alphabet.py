@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from genoembed.errors import AlphabetError, SequenceFormatError
-from genoembed.sequences.text import WHITESPACE
+from genoembed.sequences.compression import WHITESPACE
 
 if TYPE_CHECKING:
-    from genoembed.sequences.policies import Policies
-    from genoembed.sequences.rawrecord import RawRecord
+    from genoembed.sequences.records import Policies, RawRecord
 
 ALPHABET_NAME = "dna-iupac"
 DNA_IUPAC = b"ACGTRYSWKMBDHVN"

@@ -3,12 +3,16 @@
 In: a file name, or ``-``. Out: blocks of about one MiB of plain bytes. The compression is told by the first
 bytes, never by the file's name; files made of several members (bgzip, ``cat a.gz b.gz``, pzstd) are read to
 their end; a stream that stops early or is damaged is an error, never a short result. Nothing is sought.
+
+How large one record may be, so that a decompression bomb ends in an error and not in all memory.
+Text with one kind of line end.
 """
 
 from __future__ import annotations
 
 import bz2
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -18,10 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
-from genoembed.errors import InputFileError, SequenceFormatError
+from genoembed.errors import ConfigError, InputFileError, SequenceFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
 
 STDIN = "-"
 BLOCK_BYTES = 1 << 20
@@ -171,3 +176,93 @@ def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
             size = 0
     if held:
         yield b"".join(held)
+
+
+DEFAULT_MAX_RECORD_BYTES = 1 << 32
+"""4 GiB: more than any chromosome but those of lungfish and a few plants."""
+VARIABLE = "GENOEMBED_MAX_RECORD_BYTES"
+
+
+def max_record_bytes() -> int:
+    """Give the most bytes that one record may take, as plain text."""
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return DEFAULT_MAX_RECORD_BYTES
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18 or not int(text):
+        problem = (
+            f"environment variable {VARIABLE} is {text!r}; set it to a number of bytes, such as 8000000000"
+        )
+        raise ConfigError(problem)
+    return int(text)
+
+
+def check_record_size(
+    num_bytes: int, limit: int, *, path: str, line: int | None = None, record_id: str | None = None
+) -> None:
+    """Refuse a record that has grown beyond the limit."""
+    if num_bytes > limit:
+        problem = (
+            f"one record or line of over {limit} bytes, decompressed; the file is damaged or made to "
+            "fill the memory, or, if you know that it is right, set the environment variable "
+            f"{VARIABLE} higher"
+        )
+        raise SequenceFormatError(problem, path=path, line=line, record_id=record_id)
+
+
+WHITESPACE = b" \t\n\r\v\f"
+_BOM = b"\xef\xbb\xbf"
+
+
+def iter_text(path: str) -> Iterator[bytes]:
+    """Read a file as blocks of text, cut anywhere."""
+    yield from iter_text_blocks(iter_decompressed(path))
+
+
+def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Give text one kind of line end, and take a byte order mark off.
+
+    Example:
+        >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"]))
+        [b'a', b'\\nb', b'\\n']
+    """
+    held = b""
+    bom = _BOM
+    for raw in raw_blocks:
+        block = (held + raw).removeprefix(bom)
+        held = bom = b""
+        if b"\r" in block:
+            if block.endswith(b"\r"):  # its "\n" may open the next block
+                block, held = block[:-1], b"\r"
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if block:
+            yield block
+    if held:
+        yield b"\n"
+
+
+def iter_lines(blocks: Iterable[bytes], *, path: str = "") -> Iterator[bytes]:
+    """Cut blocks of text into lines.
+
+    A line that runs over many blocks is joined once, so one line of 250 Mb costs one copy.
+
+    Example:
+        >>> list(iter_lines([b"ab\\nc", b"d\\n\\n", b"e"]))
+        [b'ab', b'cd', b'', b'e']
+    """
+    limit = max_record_bytes()
+    parts: list[bytes] = []
+    held = 0
+    for block in blocks:
+        lines = block.split(b"\n")
+        held += len(lines[0])
+        check_record_size(held, limit, path=path)
+        if len(lines) == 1:
+            parts.append(block)
+            continue
+        held = len(lines[-1])
+        parts.append(lines[0])
+        yield b"".join(parts)
+        yield from lines[1:-1]
+        parts = [lines[-1]] if lines[-1] else []
+    if parts:
+        yield b"".join(parts)

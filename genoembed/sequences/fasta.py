@@ -12,9 +12,8 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from genoembed.errors import SequenceFormatError
-from genoembed.sequences.limits import check_record_size, max_record_bytes
-from genoembed.sequences.rawrecord import RawRecord
-from genoembed.sequences.text import WHITESPACE, iter_lines
+from genoembed.sequences.compression import WHITESPACE, check_record_size, iter_lines, max_record_bytes
+from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -16,11 +16,16 @@ from Bio import BiopythonWarning, SeqIO
 from Bio.Seq import UndefinedSequenceError
 
 from genoembed.errors import SequenceFormatError
-from genoembed.sequences.compression import find_codec
+from genoembed.sequences.compression import (
+    WHITESPACE,
+    check_record_size,
+    find_codec,
+    iter_lines,
+    iter_text,
+    max_record_bytes,
+)
 from genoembed.sequences.fasta import iter_fasta, iter_fastq
-from genoembed.sequences.limits import check_record_size, max_record_bytes
-from genoembed.sequences.rawrecord import RawRecord
-from genoembed.sequences.text import WHITESPACE, iter_lines, iter_text
+from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

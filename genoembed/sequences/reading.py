@@ -16,11 +16,11 @@ from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
-from genoembed.sequences.identity import IdRegistry
-from genoembed.sequences.policies import (
+from genoembed.sequences.records import (
     DuplicatePolicy,
     EmptyPolicy,
     GapPolicy,
+    IdRegistry,
     InputCounts,
     InvalidPolicy,
     Policies,
@@ -30,7 +30,7 @@ from genoembed.sequences.regions import open_regions
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from genoembed.sequences.rawrecord import RawRecord
+    from genoembed.sequences.records import RawRecord
 
 _LOG = logging.getLogger(__name__)
 

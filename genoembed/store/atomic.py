@@ -4,13 +4,17 @@ HDF5 must never see a failed write: when a chunk cannot be written while a file 
 the broken file open and the process crashes (segmentation fault) as it exits. h5py therefore writes through
 this object, which keeps the first error, holds what could not be written in memory, so that HDF5 reads back
 what it wrote, and lets HDF5 close in peace. The file is then thrown away.
+
+Room on the disk: asked for before something large is written, so that a full disk is no surprise.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +22,7 @@ from genoembed.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
 
 _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
@@ -162,3 +167,26 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+logger = logging.getLogger(__name__)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Tell how much may still be written."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        logger.debug("%s: free space is not known (%s)", folder, error)
+        return None
+
+
+def check_space(folder: Path, needed: int, *, what: str) -> None:
+    """Refuse to write what a disk has no room for."""
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        problem = (
+            f"{what} needs {needed / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB left; finished "
+            "units are kept: free some space, then run the same command again"
+        )
+        raise StoreError(problem, path=str(folder))

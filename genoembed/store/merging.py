@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import GenoembedError, StoreError
+from genoembed.store.atomic import check_space
 from genoembed.store.reader import open_embeddings
 from genoembed.store.schema import OBS_COLUMNS
-from genoembed.store.space import check_space
 from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:

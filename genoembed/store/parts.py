@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
-from genoembed.store.atomic import write_text
+from genoembed.store.atomic import check_space, free_bytes, write_text
 from genoembed.store.manifest import (
     MANIFEST,
     InputFacts,
@@ -35,7 +35,6 @@ from genoembed.store.manifest import (
     read_manifest,
 )
 from genoembed.store.schema import STORAGE_DTYPES
-from genoembed.store.space import check_space, free_bytes
 from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:

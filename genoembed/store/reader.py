@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
-from genoembed.store.layout import open_hdf5, read_layout
-from genoembed.store.matrix import reading
+from genoembed.store.layout import open_hdf5, read_layout, reading
 from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from genoembed.store.matrix import LazyMatrix
+    from genoembed.store.layout import LazyMatrix
     from genoembed.store.schema import Kind
 
 

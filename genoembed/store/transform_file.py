@@ -17,7 +17,7 @@ import numpy as np
 
 from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
 from genoembed.store.atomic import AtomicFile, check_output
-from genoembed.store.matrix import reading
+from genoembed.store.layout import reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

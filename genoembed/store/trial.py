@@ -10,8 +10,8 @@ from typing import Any
 import h5py
 
 from genoembed.errors import GenoembedError
+from genoembed.store.child_check import ORDERLY
 from genoembed.store.layout import check_size, read_layout
-from genoembed.store.quarantine import ORDERLY
 
 _CPU_SECONDS = 4
 _BYTES_PER_SECOND = 50_000_000

@@ -13,8 +13,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from genoembed.config.fields import differences
 from genoembed.errors import ConfigError
-from genoembed.training.flat_keys import differences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

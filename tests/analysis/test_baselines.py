@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.analysis.baselines import baseline_features, composition, kmer_frequencies, one_hot
 from genoembed.errors import ConfigError, EmptyRecordError, SequenceLengthError
+from genoembed.sequences.composition import baseline_features, composition, kmer_frequencies, one_hot
 
 letters = st.text(alphabet="ACGTNacgu", min_size=1, max_size=60)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from genoembed import compare
-from genoembed.analysis.comparison import difference, tolerance_of
+from genoembed.comparison import difference, tolerance_of
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, LayerError
 from genoembed.store.writer import EmbeddingWriter

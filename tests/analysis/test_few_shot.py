@@ -7,8 +7,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from genoembed.analysis.few_shot import SEEDS, score_shots
 from genoembed.errors import ConfigError
+from genoembed.probing.few_shot import SEEDS, score_shots
 
 RNG = np.random.default_rng(0)
 CODES = RNG.integers(0, 3, size=120)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.analysis.folds import inner_folds, split_folds
 from genoembed.errors import ConfigError, ShapeError
+from genoembed.probing.folds import inner_folds, split_folds
 
 
 @settings(deadline=None, max_examples=25)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from genoembed.analysis.hybrid import HybridWeights, best_matches, shared_terms
 from genoembed.errors import ConfigError
-from genoembed.training.m3_vectors import multi_vector_scores, sparse_scores
+from genoembed.retrieval.m3 import multi_vector_scores, sparse_scores
+from genoembed.searching.hybrid import HybridWeights, best_matches, shared_terms
 
 
 def test_shared_terms_score_as_in_training():

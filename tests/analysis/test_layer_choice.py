@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from genoembed.analysis.layer_choice import choose_layer, compare, layer_number, verdict
-from genoembed.analysis.metrics import MetricSummary
-from genoembed.analysis.sweep import InsideChoice, Scored
+from genoembed.probing.linear import MetricSummary
+from genoembed.probing.report import choose_layer, compare, layer_number, verdict
+from genoembed.probing.sweep import InsideChoice, Scored
 
 METRICS = ("mcc", "accuracy", "macro_f1")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from genoembed.analysis.layer_plot import plot_layers
-from genoembed.analysis.metrics import MetricSummary
-from genoembed.analysis.sweep import Scored
 from genoembed.errors import StoreError
+from genoembed.probing.layer_plot import plot_layers
+from genoembed.probing.linear import MetricSummary
+from genoembed.probing.sweep import Scored
 
 pytest.importorskip("matplotlib")
 

@@ -9,15 +9,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from genoembed.analysis.linear import (
+from genoembed.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+from genoembed.probing.linear import (
     LOGISTIC_C,
     cross_validate,
     predict,
     ridge_predictions,
     score_fold,
 )
-from genoembed.analysis.preparation import encode_target, lay_out, standardize
-from genoembed.errors import ConfigError, MissingExtraError, NonFiniteError, ShapeError
+from genoembed.probing.preparation import encode_target, lay_out, standardize
 
 FOLDS = np.arange(120) % 5
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
 
-from genoembed.analysis.metrics import measure, summarize
+from genoembed.probing.linear import measure, summarize
 
 
 @settings(deadline=None, max_examples=50)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.analysis.nearest_index import Origin, build_index, open_index
-from genoembed.analysis.neighbours import NO_ROW, Neighbours, Owners, exact_neighbours
-from genoembed.analysis.search import recall_of
-from genoembed.analysis.vectors import VectorSource
 from genoembed.errors import MissingExtraError, ShapeError
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.searching.index import Origin, build_index, open_index
+from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, exact_neighbours
+from genoembed.searching.run import recall_of
 
 METRICS = ("cosine", "dot", "euclidean")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.analysis.neighbours import NO_ROW, Owners, exact_neighbours
-from genoembed.analysis.vectors import VectorSource
 from genoembed.errors import ShapeError
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.searching.neighbors import NO_ROW, Owners, exact_neighbours
 
 METRICS = ("cosine", "dot", "euclidean")
 

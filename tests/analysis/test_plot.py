@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform, plot
-from genoembed.analysis.colours import MANY, MISSING, OTHER_COLOUR, ClassColumn, class_column, number_column
-from genoembed.analysis.reduction import MapOptions, lay_out
-from genoembed.analysis.value_table import read_value_table
 from genoembed.errors import ConfigError, LabelError, StoreError
+from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOUR, ClassColumn, class_column, number_column
+from genoembed.plotting.reduction import MapOptions, lay_out
+from genoembed.plotting.value_table import read_value_table
 from tests.analysis.map_file import NASTY, write_map_file, write_values
 
 

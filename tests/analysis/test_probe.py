@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from genoembed.analysis import probe, split_folds
-from genoembed.analysis.linear import ridge_predictions
-from genoembed.analysis.metrics import measure
-from genoembed.analysis.preparation import standardize
-from genoembed.analysis.screen import PENALTIES, screen
 from genoembed.errors import ConfigError, NonFiniteError, ShapeError
+from genoembed.probing.folds import split_folds
+from genoembed.probing.linear import measure, ridge_predictions
+from genoembed.probing.nested import probe
+from genoembed.probing.preparation import standardize
+from genoembed.probing.screen import PENALTIES, screen
 
 
 def noise(seed, width=4, rows=150):

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.analysis.linear import cross_validate
-from genoembed.analysis.scalar_mix import learn_mix, mix_layers
 from genoembed.errors import ConfigError
 from genoembed.pooling.fuse import fuse
+from genoembed.probing.linear import cross_validate
+from genoembed.probing.scalar_mix import learn_mix, mix_layers
 
 CODES = np.arange(90) // 3 % 3
 FOLDS = np.arange(90) % 3

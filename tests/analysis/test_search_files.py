@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform, open_embeddings, search
-from genoembed.analysis.neighbours import exact_neighbours
-from genoembed.analysis.recipes import differences, recipe_of
-from genoembed.analysis.search import SearchOptions, find_neighbours
-from genoembed.analysis.vectors import VectorSource
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, LayerError, StoreError
+from genoembed.pipeline.file_recipe import differences, recipe_of
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.searching.neighbors import exact_neighbours
+from genoembed.searching.run import SearchOptions, find_neighbours
 from tests.store.blocks import obs_row, token_block, write_file
 
 MADE = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from genoembed.analysis.folds import split_folds
-from genoembed.analysis.linear import cross_validate
-from genoembed.analysis.sweep import MEAN, MIX, choose_inside, shown, sweep_layers
 from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.probing.folds import split_folds
+from genoembed.probing.linear import cross_validate
+from genoembed.probing.sweep import MEAN, MIX, choose_inside, shown, sweep_layers
 
 CODES = np.arange(60) // 2 % 2
 FOLDS = split_folds(CODES, num_folds=3)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform
-from genoembed.analysis.fitting import load_transform
-from genoembed.analysis.transform import fit, measure_isotropy, measure_moments
-from genoembed.analysis.vectors import VectorSource
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, SchemaVersionError, ShapeError, StoreError, StoreFormatError
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.pooling.transform import fit, measure_isotropy, measure_moments
+from genoembed.transforms import load_transform
 from tests.store.blocks import obs_row, write_file
 
 

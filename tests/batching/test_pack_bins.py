@@ -11,10 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.batching import bins
-from genoembed.batching.bins import pack_bins
-from genoembed.batching.pack import pack_stream
-from genoembed.batching.packed_rows import IGNORE_INDEX, PackCounts
+from genoembed.batching import pack as bins
+from genoembed.batching.pack import IGNORE_INDEX, PackCounts, pack_bins, pack_stream
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
 
 FIELDS = ("input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens")
@@ -323,7 +321,7 @@ def test_pack_bins_reports_all_wrong_options_at_once():
 
 
 def test_pack_bins_logs_its_counts(caplog):
-    with caplog.at_level(logging.INFO, logger="genoembed.batching.bins"):
+    with caplog.at_level(logging.INFO, logger="genoembed.batching.pack"):
         list(pack_bins([b"ACGTA", b"A"], window=4))
     assert "documents=2, cut_documents=1, rows=2, slots=8, tokens=8" in caplog.text
     assert "efficiency 1.0000" in caplog.text

@@ -6,7 +6,8 @@ import layer_sweep
 import numpy as np
 
 from genoembed import read_sequences
-from genoembed.analysis import cross_validate, kmer_frequencies
+from genoembed.probing.linear import cross_validate
+from genoembed.sequences.composition import kmer_frequencies
 
 
 def test_sequences_are_two_kinds_and_the_same_each_time(tmp_path):

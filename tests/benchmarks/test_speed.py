@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import genoembed
-from genoembed.models.striped_hyena2.vortex_config import vortex_arguments
+from genoembed.models.striped_hyena2.convert import vortex_arguments
 
 TINY = {**speed_growth.TINY_SHAPE, **speed_growth.TINY_MODELS["all kinds"]}
 

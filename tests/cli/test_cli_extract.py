@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import genoembed
-from genoembed.cli.summary import POLICY_WORDS, policy_lines
-from genoembed.config import embed_config
+from genoembed.cli.output import POLICY_WORDS, policy_lines
+from genoembed.config.embed import embed_config
 from genoembed.errors import PrecisionWarning
 
 MESSY = ">a\nACGTacgt\n>b\nACGUJ\n>b\nAC-GT\n>c\n>d\nAC\n"

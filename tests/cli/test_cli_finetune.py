@@ -13,14 +13,14 @@ import click
 import pytest
 
 from genoembed.cli import main
-from genoembed.training.augment import AugmentConfig
-from genoembed.training.finetune_config import (
+from genoembed.config.finetune import (
     FINETUNE_STAGE,
     EncoderConfig,
     FinetuneDataConfig,
     FinetuneRecipe,
     ObjectiveConfig,
 )
+from genoembed.finetuning.augment import AugmentConfig
 
 STAGES = (ObjectiveConfig, FinetuneDataConfig, EncoderConfig, AugmentConfig, FinetuneRecipe)
 RUN_OPTIONS = {"output_dir", "config", "resume", "overwrite", "threads", "quiet", "verbose"}

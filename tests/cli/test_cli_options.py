@@ -12,7 +12,7 @@ import pytest
 from genoembed import __version__
 from genoembed.cli import COMMANDS, main
 from genoembed.cli.options import in_command_line_words, option_name
-from genoembed.config import (
+from genoembed.config.embed import (
     OPTION_STAGE,
     ComputeDtype,
     DuplicatePolicy,

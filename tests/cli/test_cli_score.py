@@ -92,5 +92,5 @@ def test_score_wrong_usage_exits_with_2(cli, fasta, words, complaint):
 
 
 def test_score_options_of_either_kind_are_options_of_the_command():
-    names = {parameter.name for parameter in score_module.command.params}
+    names = {parameter.name for parameter in score_module.score_command.params}
     assert {*score_module.OF_SEQUENCES, *score_module.OF_VARIANTS} <= names

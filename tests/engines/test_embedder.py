@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from genoembed.config import embed_config
+from genoembed.config.embed import embed_config
 from genoembed.contracts import SequenceRecord
-from genoembed.engines.embedder import BATCH_TOKENS, UnitEmbedder
-from genoembed.engines.stats import RunStats
-from genoembed.engines.units import WorkUnit
 from genoembed.errors import ModelError
+from genoembed.pipeline.embedder import BATCH_TOKENS, UnitEmbedder
+from genoembed.pipeline.units import RunStats, WorkUnit
 from genoembed.pooling import reduce
 from tests.by_hand import ALL_FAMILIES, STRIPED, embed, model_of, random_dna, revcomp
 
@@ -96,7 +95,7 @@ def test_running_totals_add_up():
 
 @pytest.mark.parametrize("slab_batches", [1, 32])
 def test_records_are_counted_once_and_as_they_are_done(slab_batches, monkeypatch):
-    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", slab_batches)
+    monkeypatch.setattr("genoembed.pipeline.batches.SLAB_BATCHES", slab_batches)
     records = (*RECORDS, dataclasses.replace(RECORDS[6], id="flanked", core_start=35, core_end=None))
     done = []
     embedder = embedder_of(
@@ -141,7 +140,7 @@ def test_budget_follows_the_device_unless_it_is_set():
 @pytest.mark.parametrize("family", ["esm", "custom_conv", STRIPED])
 def test_equal_sequences_run_once_and_each_has_its_row(family, slab_batches, pooling, monkeypatch):
     """Also on the other strand: the reverse complement of b is a."""
-    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", slab_batches)
+    monkeypatch.setattr("genoembed.pipeline.batches.SLAB_BATCHES", slab_batches)
     one, other = random_dna(30, 1), random_dna(20, 2)
     sequences = {"a": one, "b": revcomp(one), "c": other, "d": one, "e": "ACGT", "f": other}
     records = tuple(SequenceRecord(id=name, sequence=text.encode()) for name, text in sequences.items())
@@ -204,7 +203,7 @@ def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
         assert pooled.untyped_storage().nbytes() < hidden_BLD.untyped_storage().nbytes()
         return pooled
 
-    monkeypatch.setattr("genoembed.engines.forward.pool", pool)
+    monkeypatch.setattr("genoembed.pipeline.forward.pool", pool)
     embedder_of(family, layers=("all",), pooling=pooling)(WorkUnit(number=0, records=RECORDS))
     assert len(captured) >= 3
     assert set(alive) == {0}
@@ -215,7 +214,7 @@ def test_forward_and_pooling_are_timed_apart(monkeypatch):
         time.sleep(0.05)
         return reduce.pool(*args, **options)
 
-    monkeypatch.setattr("genoembed.engines.forward.pool", pool)
+    monkeypatch.setattr("genoembed.pipeline.forward.pool", pool)
     embedder = embedder_of("llama", layers=("all",))
     started = time.perf_counter()
     embedder(WorkUnit(number=0, records=RECORDS))
@@ -237,7 +236,7 @@ def test_no_memory_left_says_what_to_set(monkeypatch):
 def test_slabs_change_nothing(pooling, monkeypatch):
     options = {"pooling": pooling, "window": 20, "stride": 10, "rc": "mean", "layers": ("0", "final")}
     whole = embedder_of("esm", **options)(WorkUnit(number=0, records=RECORDS)).block
-    monkeypatch.setattr("genoembed.engines.slabs.SLAB_BATCHES", 1)
+    monkeypatch.setattr("genoembed.pipeline.batches.SLAB_BATCHES", 1)
     cut = embedder_of("esm", batch_tokens=24, **options)(WorkUnit(number=0, records=RECORDS)).block
     assert cut.rows == whole.rows
     field = "values" if pooling == "none" else "matrices"
@@ -286,7 +285,7 @@ def test_token_units_shrink_with_the_width(tmp_path, monkeypatch):
         return original(self, embedded)
 
     monkeypatch.setattr(UnitEmbedder, "rows", rows)
-    monkeypatch.setattr("genoembed.engines.embedder._UNIT_VALUES", 16 * 2 * 60)
+    monkeypatch.setattr("genoembed.pipeline.embedder._UNIT_VALUES", 16 * 2 * 60)
     records = {record.id: record.sequence.decode() for record in RECORDS}
     found = embed(tmp_path, records, model_of("llama"), layers=[0, "final"], pooling="none")
     assert units == [3, 3, 1, 1]
@@ -312,7 +311,7 @@ def test_pooled_units_shrink_with_layers_strands_and_windows(options, num_record
     monkeypatch.setattr(
         UnitEmbedder, "rows", lambda self, done: units.append(len(done.unit.records)) or original(self, done)
     )
-    monkeypatch.setattr("genoembed.engines.embedder._UNIT_VALUES", 16 * 2 * 5)
+    monkeypatch.setattr("genoembed.pipeline.embedder._UNIT_VALUES", 16 * 2 * 5)
     records = {record.id: record.sequence.decode() for record in RECORDS}
     embed(tmp_path, records, model_of("llama"), layers=[0, "final"], **options)
     assert units == num_records

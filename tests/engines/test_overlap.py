@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.engines.overlap import read_ahead, write_behind
+from genoembed.pipeline.threads import read_ahead, write_behind
 
 READING, WRITING = "genoembed-reading", "genoembed-writing"
 
@@ -200,7 +200,7 @@ def test_read_of_standard_input_that_hangs_does_not_spoil_the_exit():
     """Python closes standard input as it exits, and aborts if a thread holds its lock."""
     code = """
 import sys, time
-from genoembed.engines.overlap import read_ahead
+from genoembed.pipeline.threads import read_ahead
 
 def source():
     yield 1

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import EncodedSequence, SequenceRecord
-from genoembed.engines.pieces import Cutter
 from genoembed.errors import ConfigError
+from genoembed.pipeline.cutting import Cutter
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.hf import build_encoder
 from tests.by_hand import random_dna, revcomp

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from genoembed import extract, open_embeddings
-from genoembed.config import embed_config
-from genoembed.engines import ray as ray_module
-from genoembed.engines.ray import MOST_DEATHS, RayEngine, ray_engine
+from genoembed.config.embed import embed_config
 from genoembed.errors import (
     ConfigError,
     GenoembedError,
@@ -25,6 +23,8 @@ from genoembed.errors import (
     SequenceLengthError,
     StoreError,
 )
+from genoembed.pipeline import ray as ray_module
+from genoembed.pipeline.ray import MOST_DEATHS, RayEngine, ray_engine
 from tests.by_hand import folder_of, model_of, random_dna, write_fasta
 
 RECORDS = {f"r{number}": random_dna(20 + number, number) for number in range(12)}
@@ -280,7 +280,7 @@ def test_errors_survive_pickle(error):
 
 
 def test_worker_of_another_kind_is_refused(fasta, monkeypatch):
-    from genoembed.engines.worker import UnitWorker
+    from genoembed.pipeline.ray import UnitWorker
 
     original, calls = UnitWorker.start, []
 
@@ -297,7 +297,7 @@ def test_worker_of_another_kind_is_refused(fasta, monkeypatch):
 
 
 def test_warnings_of_the_first_worker_are_shown_once(fasta, monkeypatch):
-    from genoembed.engines import worker as worker_module
+    from genoembed.pipeline import ray as worker_module
 
     original = worker_module.load_configured
 
@@ -320,7 +320,7 @@ def test_no_more_than_a_few_units_are_on_their_way(fasta, monkeypatch):
         return original(self, save)
 
     monkeypatch.setattr(RayEngine, "_wait", wait)
-    monkeypatch.setattr("genoembed.engines.overlap.Ahead.is_ready", True)  # however slow the reading is
+    monkeypatch.setattr("genoembed.pipeline.threads.Ahead.is_ready", True)  # however slow the reading is
     run(fasta, monkeypatch, PlayedCluster(), workers=2, unit_bases=25)
     assert max(most) == 4
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import SequenceRecord
-from genoembed.engines import slabs as slabs_module
-from genoembed.engines.pieces import Cutter
-from genoembed.engines.slabs import SlabBuilder
-from genoembed.engines.units import WorkUnit
+from genoembed.pipeline import batches as slabs_module
+from genoembed.pipeline.batches import SlabBuilder
+from genoembed.pipeline.cutting import Cutter
+from genoembed.pipeline.units import WorkUnit
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.hf import build_encoder
 from tests.by_hand import random_dna

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import SequenceRecord
-from genoembed.engines.units import iter_units
+from genoembed.pipeline.units import iter_units
 
 
 def records_of(lengths):

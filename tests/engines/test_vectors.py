@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.engines.vectors import PieceVectors
+from genoembed.pipeline.assemble import PieceVectors
 
 
 @settings(max_examples=60)

@@ -13,7 +13,7 @@ import pytest
 from genoembed import export
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, LayerError, StoreError
-from genoembed.exporting import blocks
+from genoembed.exporting import files as blocks
 from genoembed.store.writer import EmbeddingWriter
 
 IDS = ("a/b%", "..", "plain", "Grüße")
@@ -158,7 +158,7 @@ def test_files_stay_unless_told_and_nothing_is_left_behind(pooled, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("genoembed.exporting.arrays._put_matrix", full)
+    monkeypatch.setattr("genoembed.exporting.files._put_matrix", full)
     with pytest.raises(StoreError, match=r"cannot be written .*No space left on device"):
         export(pooled, "npz", overwrite=True)
     assert target.read_text() == "mine"

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import EsmConfig, EsmModel, RobertaConfig, RobertaModel
 
 from genoembed.errors import ShapeError
-from genoembed.models.adapters import Probe, context_length, evaluating, padding_policy
+from genoembed.models.behavior import Probe, context_length, evaluating, padding_policy
 from tests.models.conftest import make_batch
 
 FACTS = {

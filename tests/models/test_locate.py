@@ -21,7 +21,7 @@ from genoembed.models.load import load_model
 from genoembed.models.locate import converted_folder, locate_model
 from genoembed.models.registry import CheckpointFile, KnownModel, find_model
 from genoembed.models.striped_hyena2 import convert as convert_module
-from genoembed.models.striped_hyena2.vortex_config import vortex_arguments
+from genoembed.models.striped_hyena2.convert import vortex_arguments
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "b_1m" / "evo2_golden_40bstyle.pt"

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2 import attention
-from genoembed.models.striped_hyena2.cache import StripedHyena2Cache, last_positions
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
     modal_convolution,
     modal_convolution_from,
 )
+from genoembed.models.striped_hyena2.state import StripedHyena2Cache, last_positions
 
 WIDTH = 6
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genoembed.models.striped_hyena2 import operators
-from genoembed.models.striped_hyena2.filter_matrices import toeplitz_matrix
-from genoembed.models.striped_hyena2.fir import depthwise_correlation
+from genoembed.models.striped_hyena2.filters import depthwise_correlation, toeplitz_matrix
 from genoembed.models.striped_hyena2.operators import (
     CHUNK,
     causal_convolution,

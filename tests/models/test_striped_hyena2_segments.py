@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2.operators import causal_convolution, causal_fir, modal_convolution
-from genoembed.models.striped_hyena2.segments import lay_out_segments
+from genoembed.models.striped_hyena2.state import lay_out_segments
 
 WIDTH = 8
 LENGTHS = (5, 64, 1, 63, 130, 65)

@@ -82,8 +82,8 @@ def rms(x: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write three random models and let the reference run them."""
+    from genoembed.models.striped_hyena2.convert import read_vortex_config
     from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
-    from genoembed.models.striped_hyena2.vortex_config import read_vortex_config
 
     root = tmp_path_factory.mktemp("vtx")
     for seed in SEEDS:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from genoembed.errors import ConfigError, InputFileError
-from genoembed.models.striped_hyena2.vortex_config import read_vortex_config, vortex_arguments
+from genoembed.models.striped_hyena2.convert import read_vortex_config, vortex_arguments
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

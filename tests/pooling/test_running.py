@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.pooling.reduce import pool
-from genoembed.pooling.running import RunningPool
+from genoembed.pooling.reduce import RunningPool, pool
 
 METHODS = ("mean", "weighted_mean", "max", "first", "last", "cls")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import genoembed
-from genoembed.analysis.scalar_mix import mix_layers
 from genoembed.cli import main
 from genoembed.errors import ConfigError, StoreError
+from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.vectors import untrained_copy
 from tests.by_hand import STRIPED, model_of
 

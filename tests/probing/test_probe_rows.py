@@ -8,8 +8,8 @@ import pytest
 import genoembed
 from genoembed.contracts import EmbeddingBlock, ObsRow
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError, LayerError, SequenceFormatError
-from genoembed.probing.layers import RowsOfLayers
-from genoembed.probing.options import divide_options
+from genoembed.probing.run import divide_options
+from genoembed.probing.vectors import RowsOfLayers
 from genoembed.store import EmbeddingWriter, open_embeddings
 
 NUM = 40

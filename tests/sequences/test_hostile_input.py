@@ -18,9 +18,10 @@ from genoembed.errors import (
     RegionError,
     SequenceFormatError,
 )
-from genoembed.sequences import InputCounts, compression, fasta, limits, read_sequences
-from genoembed.sequences.intervals import iter_intervals
-from genoembed.training.tables import iter_rows
+from genoembed.sequences import InputCounts, compression, fasta, read_sequences
+from genoembed.sequences import compression as limits
+from genoembed.sequences.regions import iter_intervals
+from genoembed.sequences.tables import iter_rows
 
 MIB = 1 << 20
 COMPRESS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import DuplicateIdError
-from genoembed.sequences.identity import IdRegistry
+from genoembed.sequences.records import IdRegistry
 
 
 @settings(deadline=None, max_examples=200)

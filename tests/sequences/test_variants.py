@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, InputFileError, MissingExtraError, SequenceFormatError, VariantError
-from genoembed.sequences.alleles import Change, anchor, left_align, trim_change
-from genoembed.sequences.variants import VariantCounts, read_variants
+from genoembed.sequences.variants import Change, VariantCounts, anchor, left_align, read_variants, trim_change
 
 CHR1 = "GATTACACACAGGGTTTACGTACGTNNACGATTTTTTTTCC"
 HEADER = "##fileformat=VCFv4.3\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from genoembed.errors import StoreFormatError
-from genoembed.store import open_embeddings, quarantine, trial
+from genoembed.store import child_check as quarantine
+from genoembed.store import open_embeddings, trial
 from genoembed.store.seal import MAGIC, check_seal
 from tests.store.blocks import pooled_block, token_block, write_file
 

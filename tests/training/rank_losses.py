@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from genoembed.training.candidates import PairIds
-from genoembed.training.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
-from genoembed.training.kmer_terms import TokenTerms
-from genoembed.training.m3 import M3Loss, M3LossConfig
-from genoembed.training.retrieval_heads import M3Heads, M3HeadsConfig
+from genoembed.finetuning.sampling import PairIds
+from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
+from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.m3 import M3Loss, M3LossConfig
+from genoembed.retrieval.terms import TokenTerms
 
 if TYPE_CHECKING:
-    from genoembed.training.m3_vectors import M3Vectors
+    from genoembed.retrieval.m3 import M3Vectors
 
 GROUP, WIDTH, LENGTH = 2, 6, 5
 ROWS = {"even": (2, 2), "uneven": (3, 1)}

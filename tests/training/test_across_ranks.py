@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from genoembed.errors import ShapeError
-from genoembed.training import across_ranks
-from genoembed.training.across_ranks import RankRows
+from genoembed.training import distributed as across_ranks
+from genoembed.training.distributed import RankRows
 from tests.training.rank_losses import CASES, batch_of, encoder_of, loss_of
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.sequences import reverse_complement
-from genoembed.training.augment import (
+from genoembed.finetuning.augment import (
     AugmentConfig,
     Augmented,
     augment,
@@ -18,6 +17,7 @@ from genoembed.training.augment import (
     random_crop,
     random_strand,
 )
+from genoembed.sequences import reverse_complement
 
 
 def rng(seed=0):

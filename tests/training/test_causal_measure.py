@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from genoembed.training.evaluation import CausalMeasure
-from genoembed.training.labelled import LabelledSequence
-from genoembed.training.run_config import StartConfig
-from genoembed.training.start import build_start
-from genoembed.training.task_models import CausalModel
-from genoembed.training.tuning import Tuned
+from genoembed.config.pretrain import StartConfig
+from genoembed.finetuning.evaluation import CausalMeasure
+from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.tasks import CausalModel
+from genoembed.finetuning.tuning import Tuned
+from genoembed.pretraining.start import build_start
 from tests.training.finetune_cases import build_model, sequences
 
 SEQUENCES = [*sequences(5, shortest=3, longest=30), "A"]

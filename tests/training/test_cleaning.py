@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from genoembed.errors import ConfigError, LabelError
-from genoembed.training.cleaning import CleaningConfig, clean_labelled
-from genoembed.training.labelled import LabelledSequence
+from genoembed.finetuning.cleaning import CleaningConfig, clean_labelled
+from genoembed.finetuning.labelled import LabelledSequence
 
 
 def rows(*spec):

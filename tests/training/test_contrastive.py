@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.sequences.alphabet import reverse_complement
-from genoembed.training.candidates import PairIds, sequence_identity
-from genoembed.training.contrastive import (
+from genoembed.finetuning.sampling import PairIds, sequence_identity
+from genoembed.retrieval.contrastive import (
     ContrastiveConfig,
     info_nce,
     supervised_contrastive,
     two_view_loss,
 )
-from genoembed.training.step_statistics import gradient_norms, relative_spread
+from genoembed.sequences.alphabet import reverse_complement
+from genoembed.training.log import gradient_norms, relative_spread
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "values.json"
 SIMLM = json.loads(GOLDEN.read_text())["simlm"]

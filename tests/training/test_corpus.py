@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.batching.bins import pack_bins
+from genoembed.batching.pack import pack_bins
 from genoembed.errors import AlphabetError, ConfigError, EmptyRecordError, InputFileError
+from genoembed.pretraining.corpus import CorpusConfig, CorpusCounts, CorpusState, DocumentStream
 from genoembed.sequences import reverse_complement
-from genoembed.training.corpus import CorpusConfig, CorpusCounts, CorpusState, DocumentStream
 
 PLAIN = CorpusConfig(both_strands=False, shuffle_documents=1)
 
@@ -249,7 +249,7 @@ def test_policies_reach_the_reader(tmp_path):
 
 
 def test_stream_logs_its_counts(corpus, caplog):
-    with caplog.at_level("INFO", logger="genoembed.training.corpus"):
+    with caplog.at_level("INFO", logger="genoembed.pretraining.corpus"):
         number = len(list(DocumentStream(corpus, config=CorpusConfig(), epoch=2)))
     assert f"corpus, epoch 2: CorpusCounts(documents={number}, " in caplog.text
 

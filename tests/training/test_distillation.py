@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genoembed.errors import ShapeError
-from genoembed.training.distillation import (
+from genoembed.retrieval.distillation import (
     group_divergence_rows,
     group_scores,
     kl_distillation_rows,

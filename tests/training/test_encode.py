@@ -7,9 +7,9 @@ import pytest
 
 from genoembed.contracts import EncodedSequence
 from genoembed.errors import SequenceLengthError, ShapeError
+from genoembed.finetuning.collate import encode_example, encode_token_example
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.encode import encode_example, encode_token_example
 
 
 class KmerEncoder:

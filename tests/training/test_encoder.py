@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import genoembed
+from genoembed.config.finetune import EncoderConfig
 from genoembed.errors import ConfigError, LayerError
+from genoembed.finetuning.collate import PaddedCollator, encode_example
 from genoembed.pooling.fuse import fuse
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.collate import PaddedCollator
-from genoembed.training.encode import encode_example
 from genoembed.training.encoder import Encoder
-from genoembed.training.finetune_config import EncoderConfig
 from tests.tiny_models import NATIVE_FAMILIES, build_tiny
 from tests.training.finetune_cases import build_model, sequences
 

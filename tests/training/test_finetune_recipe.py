@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genoembed.training.finetune_config import finetune_config
-from genoembed.training.finetune_recipe import default_rate, resolve_recipe
+from genoembed.config.finetune import finetune_config
+from genoembed.finetuning.rates import default_rate, resolve_recipe
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import genoembed
 from genoembed.errors import ConfigError, ModelError, SequenceLengthError, TrainingWarning
-from genoembed.training import finetune_trainer
-from genoembed.training.finetune_trainer import FinetuneTrainer
+from genoembed.finetuning import trainer as finetune_trainer
+from genoembed.finetuning.trainer import FinetuneTrainer
 from tests.tiny_models import build_tiny
 from tests.training.finetune_cases import (
     CONTEXT,
@@ -337,7 +337,7 @@ def test_training_ends_when_the_metric_stalls_but_not_before_the_least_epochs(mo
         property(lambda _: {"eval": lambda _model: {"mcc": next(values), "loss": 1.0}}, lambda *_: None),
         raising=False,
     )
-    monkeypatch.setattr("genoembed.training.finetuning._Run._finish", lambda _self, trainer: trainer)
+    monkeypatch.setattr("genoembed.finetuning.run._Run._finish", lambda _self, trainer: trainer)
     trainer = genoembed.finetune(path, tmp_path / "a", **options)
     assert trainer.state.epoch == 3
     assert trainer.state.best_global_step * 3 == trainer.state.global_step

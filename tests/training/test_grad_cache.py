@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from genoembed.errors import ConfigError
-from genoembed.training.contrastive import ContrastiveConfig, info_nce
-from genoembed.training.grad_cache import cached_backward
-from genoembed.training.kmer_terms import TokenTerms
-from genoembed.training.m3 import M3Loss, M3LossConfig
-from genoembed.training.m3_vectors import M3Vectors, join_vectors
-from genoembed.training.retrieval_heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce
+from genoembed.retrieval.grad_cache import cached_backward
+from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.m3 import M3Loss, M3LossConfig, M3Vectors, join_vectors
+from genoembed.retrieval.terms import TokenTerms
 
 WIDTH = 8
 CONFIG = ContrastiveConfig(temperature=0.2, scope="full")

@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError
+from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.sequences import reverse_complement
-from genoembed.training.augment import Augmented, point_mutations
-from genoembed.training.kinship import Clusters, cluster_kin, strand_free
-from genoembed.training.sketches import KinshipConfig, build_sketches, pair_identities
+from genoembed.sequences.homology import (
+    Clusters,
+    KinshipConfig,
+    build_sketches,
+    cluster_kin,
+    pair_identities,
+    strand_free,
+)
 
 
 def random_dna(rng, length) -> bytes:
@@ -56,7 +62,7 @@ def test_sketches_do_not_depend_on_neighbours_or_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [random_dna(rng, length) for length in (3, 50, 700, 0, 16, 400)]
     together = build_sketches(sequences)
-    monkeypatch.setattr("genoembed.training.sketches._CHUNK_BASES", 60)
+    monkeypatch.setattr("genoembed.sequences.homology._CHUNK_BASES", 60)
     in_chunks = build_sketches(sequences)
     assert together.hashes.tolist() == in_chunks.hashes.tolist()
     for index, sequence in enumerate(sequences):

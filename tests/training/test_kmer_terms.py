@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
+from genoembed.retrieval.terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
 from genoembed.sequences.alphabet import reverse_complement
-from genoembed.training.kmer_terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
 
 CODES = {letter: code for code, letter in enumerate("ACGT")}
 

@@ -26,10 +26,9 @@ from genoembed.errors import (
     MissingExtraError,
     SequenceFormatError,
 )
+from genoembed.finetuning.labelled import LabelledConfig, LabelledCounts, iter_labelled, read_labelled
 from genoembed.sequences import Policies, read_sequences
-from genoembed.training.labelled import iter_labelled, read_labelled
-from genoembed.training.labelled_config import LabelledConfig, LabelledCounts
-from genoembed.training.tables import iter_rows
+from genoembed.sequences.tables import iter_rows
 
 ROWS = [("ACGT", "promoter"), ("ggn", "other"), ("ACUU", "promoter")]
 EXPECTED = [(b"ACGT", "promoter"), (b"GGN", "other"), (b"ACTT", "promoter")]

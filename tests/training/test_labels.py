@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genoembed.errors import ConfigError, LabelError
-from genoembed.training.labels import LabelSpace, parse_label, reverse_label
+from genoembed.finetuning.labels import LabelSpace, parse_label, reverse_label
 
 
 def test_space_orders_classes_naturally_whatever_the_rows_order():

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from genoembed.errors import GenoembedWarning, TrainingWarning
-from genoembed.training.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
-from genoembed.training.loss_watch import LossWatch
-from genoembed.training.m3 import M3Loss
-from genoembed.training.m3_vectors import M3Vectors
+from genoembed.finetuning.trainer import LossWatch
+from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
+from genoembed.retrieval.m3 import M3Loss, M3Vectors
 
 CONFIG = ContrastiveConfig(temperature=0.5)
 

@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.training.candidates import PairIds
-from genoembed.training.kmer_terms import NO_TERM, TokenTerms
-from genoembed.training.m3 import M3Loss, M3LossConfig
-from genoembed.training.m3_vectors import M3Vectors, hybrid_scores
-from genoembed.training.retrieval_heads import M3Heads, M3HeadsConfig
+from genoembed.finetuning.sampling import PairIds
+from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.m3 import M3Loss, M3LossConfig, M3Vectors, hybrid_scores
+from genoembed.retrieval.terms import NO_TERM, TokenTerms
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 VALUES = json.loads((GOLDEN / "values.json").read_text())["m3"]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, InputError, TrainingWarning
-from genoembed.training.negatives import FILLER, GroupSampler
+from genoembed.finetuning.sampling import FILLER, GroupSampler
 
 
 def make(positives, negatives, size, match=None, **options):

@@ -15,8 +15,8 @@ from genoembed.errors import (
     LabelError,
     SequenceFormatError,
 )
+from genoembed.finetuning.pairs import PairCounts, read_pairs
 from genoembed.sequences import Policies
-from genoembed.training.pairs import PairCounts, read_pairs
 
 
 def write(folder, *rows, name="pairs.jsonl") -> str:

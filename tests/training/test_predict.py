@@ -18,9 +18,9 @@ from genoembed.errors import (
     EmptyRecordError,
     StoreError,
 )
-from genoembed.models.finetuned import read_finetuned
-from genoembed.training import predict as predict_module
-from genoembed.training.saved_model import load_predictor
+from genoembed.finetuning import predict as predict_module
+from genoembed.finetuning.saved import load_predictor
+from genoembed.models.trained_folder import read_finetuned
 from tests.training.finetune_cases import (
     CONTEXT,
     FAST,

@@ -15,14 +15,14 @@ import genoembed
 from genoembed import StripedHyena2ForCausalLM
 from genoembed.batching.pack import pack_stream
 from genoembed.models.striped_hyena2.blocks import OutFilterDense
-from genoembed.training import run
-from genoembed.training.metrics_file import MetricsFile
-from genoembed.training.pretraining import (
+from genoembed.pretraining import run
+from genoembed.pretraining.trainer import (
     MAX_LOG_POLE,
     ClampPoles,
     PretrainConfig,
     parameter_groups,
 )
+from genoembed.training.log import MetricsFile
 from tests.tiny_models import build_config, build_striped_hyena
 from tests.training.test_start import save_causal
 

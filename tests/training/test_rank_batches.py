@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
 from genoembed.errors import ConfigError
-from genoembed.training.rank_batches import RankBatches
+from genoembed.finetuning.sampling import RankBatches
 
 
 def batches_of(count, *, rows, world_size, least=1):

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.pooling.reduce import pool
-from genoembed.training.kmer_terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
-from genoembed.training.m3_vectors import M3Vectors, head_scores, join_vectors, multi_vector_scores
-from genoembed.training.retrieval_heads import (
+from genoembed.retrieval.heads import (
     DenseHead,
     M3Heads,
     M3HeadsConfig,
@@ -19,6 +17,8 @@ from genoembed.training.retrieval_heads import (
     SparseHead,
     set_trainable,
 )
+from genoembed.retrieval.m3 import M3Vectors, head_scores, join_vectors, multi_vector_scores
+from genoembed.retrieval.terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
 
 WIDTH = 6
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.training.row_order import ClassSampler, RandomOrder, new_sampler
+from genoembed.finetuning.sampling import ClassSampler, RandomOrder, new_sampler
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 5), st.integers(0, 3))

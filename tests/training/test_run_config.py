@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from genoembed.config.fields import differences
+from genoembed.config.pretrain import KEY_STAGE, train_config
 from genoembed.errors import ConfigError, InputFileError
-from genoembed.training.flat_keys import differences
-from genoembed.training.run_config import KEY_STAGE, train_config
 
 KEYS = {"corpus": ("a.fa",), "heldout_fraction": 0.1, "like": "evo2_7b", "max_steps": 5}
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import genoembed
-from genoembed.training.corpus import DocumentStream
-from genoembed.training.corpus_config import CorpusConfig
+from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 ROOT = SCRIPT.parents[2]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import SequenceLengthError, ShapeError
-from genoembed.training.score_windows import best_window_scores, passage_spans
+from genoembed.finetuning.windowed import best_window_scores, passage_spans
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "values.json"
 RERANKER = json.loads(GOLDEN.read_text())["reranker_windows"]

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, LabelError
+from genoembed.finetuning.augment import Augmented, point_mutations
+from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.splits import SplitConfig, check_leaks, group_clusters, label_shares, split_rows
 from genoembed.sequences import reverse_complement
-from genoembed.training.augment import Augmented, point_mutations
-from genoembed.training.kinship import Clusters, cluster_kin
-from genoembed.training.labelled import LabelledSequence
-from genoembed.training.leaks import check_leaks
-from genoembed.training.splits import SplitConfig, group_clusters, label_shares, split_rows
+from genoembed.sequences.homology import Clusters, cluster_kin
 
 METHODS = ("random", "stratified", "homology")
 

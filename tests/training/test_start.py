@@ -17,12 +17,11 @@ from transformers import (
 )
 
 from genoembed import CharTokenizer
+from genoembed.config.pretrain import StartConfig
 from genoembed.errors import CheckpointError, ConfigError, ModelError
 from genoembed.models.registry import find_model
-from genoembed.training import isolation
-from genoembed.training.isolation import forward_options, isolating_inputs
-from genoembed.training.run_config import StartConfig
-from genoembed.training.start import build_start, token_rules
+from genoembed.pretraining import start as isolation
+from genoembed.pretraining.start import build_start, forward_options, isolating_inputs, token_rules
 from tests.tiny_models import build_config, build_tiny
 
 CAUSAL = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.training.triplet import batch_hard_triplet, triplet_margin
+from genoembed.retrieval.contrastive import batch_hard_triplet, triplet_margin
 
 DISTANCES = ("euclidean", "cosine")
 

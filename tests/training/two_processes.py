@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import genoembed
-from genoembed.training.corpus import DocumentStream
+from genoembed.pretraining.corpus import DocumentStream
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import genoembed
-from genoembed.training.epoch_rows import GroupDataset, RowDataset, ViewDataset
-from genoembed.training.finetune_trainer import FinetuneTrainer
+from genoembed.finetuning.rows import GroupDataset, RowDataset, ViewDataset
+from genoembed.finetuning.trainer import FinetuneTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

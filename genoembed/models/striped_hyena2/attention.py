@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genoembed.models.striped_hyena2.cache import AttentionState
-from genoembed.models.striped_hyena2.layers import Float32Keeper, StreamLinear
+from genoembed.models.striped_hyena2.state import AttentionState, Float32Keeper, StreamLinear
 
 if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-    from genoembed.models.striped_hyena2.layers import BlockContext
+    from genoembed.models.striped_hyena2.state import BlockContext
 
 
 class RotaryEmbedding(Float32Keeper):

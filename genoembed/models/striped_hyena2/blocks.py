@@ -16,13 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from genoembed.models.striped_hyena2.attention import Attention
 from genoembed.models.striped_hyena2.hyena import HyenaFilter, Projections, project
-from genoembed.models.striped_hyena2.layers import StreamLinear, is_watched, multiply_into
+from genoembed.models.striped_hyena2.state import StreamLinear, is_watched, multiply_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-    from genoembed.models.striped_hyena2.layers import BlockContext
+    from genoembed.models.striped_hyena2.state import BlockContext
 
 
 class RMSNorm(nn.Module):

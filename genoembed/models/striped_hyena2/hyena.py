@@ -13,14 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genoembed.models.striped_hyena2.cache import HyenaState, last_positions
-from genoembed.models.striped_hyena2.filter_cache import FilterCache
-from genoembed.models.striped_hyena2.layers import Float32Keeper, is_watched, multiply_into
+from genoembed.models.striped_hyena2.filters import FilterCache
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
     modal_convolution,
     modal_convolution_from,
+)
+from genoembed.models.striped_hyena2.state import (
+    Float32Keeper,
+    HyenaState,
+    is_watched,
+    last_positions,
+    multiply_into,
 )
 
 if TYPE_CHECKING:

@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genoembed.models.precision import automatic_dtype, without_autocast
-from genoembed.models.striped_hyena2.filter_matrices import convolution_matrix, modal_matrices
-from genoembed.models.striped_hyena2.fir import depthwise_correlation
+from genoembed.models.striped_hyena2.filters import convolution_matrix, depthwise_correlation, modal_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from genoembed.models.striped_hyena2.filter_cache import FilterCache
-    from genoembed.models.striped_hyena2.filter_matrices import ModalMatrices
+    from genoembed.models.striped_hyena2.filters import FilterCache, ModalMatrices
 
 _Matrices = TypeVar("_Matrices")
 

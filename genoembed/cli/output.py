@@ -1,0 +1,275 @@
+"""What a run says on standard error: log lines and warnings, each on one line.
+
+Lines go through ``logging``, so that a reader who went away (``2>&1 | head``) cannot stop a run.
+
+Numbers and tables as plain text that people read and ``grep`` and ``awk`` take.
+What an extraction did, in plain words or as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import shlex
+import sys
+import warnings
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from genoembed.cli.options import GroupedOption
+from genoembed.errors import GenoembedWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from genoembed import ExtractionReport, InputCounts
+
+
+MESSAGES = "Messages"
+_LIBRARY_LEVELS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
+_SUMMED_UP = ("genoembed.sequences", "genoembed.store")
+_logger = logging.getLogger("genoembed")
+
+
+class LineHandler(logging.Handler):
+    """Writes each record as one line to what is standard error at that moment."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out what the summary says in other words, unless everything is asked for."""
+        told_later = record.name.startswith(_SUMMED_UP) and record.levelno <= logging.INFO
+        return bool(super().filter(record)) and (not told_later or _logger.isEnabledFor(logging.DEBUG))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        if sys.stderr is None:  # closed by the caller
+            return
+        mark = "Warning: " if record.levelno >= logging.WARNING else ""
+        try:
+            sys.stderr.write(mark + " ".join(record.getMessage().splitlines()) + "\n")
+            sys.stderr.flush()
+        except OSError:  # nobody reads it any more, which is no reason to stop
+            pass
+
+
+@contextmanager
+def reporting(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Show log lines and warnings of ours; other libraries' only where asked for."""
+    handler, level = LineHandler(), _logger.level
+    environment = {name: os.environ.get(name) for name in _LIBRARY_LEVELS}
+    _logger.addHandler(handler)
+    _logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        os.environ.update({name: os.environ.get(name) or "error" for name in _LIBRARY_LEVELS})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if verbose else "ignore")
+            warnings.simplefilter("once", GenoembedWarning)
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        _logger.removeHandler(handler)
+        _logger.setLevel(level)
+        _restore(environment)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    place = "" if issubclass(category, GenoembedWarning) else f"{category.__name__}: "
+    _logger.warning("%s%s", place, message)
+
+
+def _restore(environment: dict[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def reporting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--quiet`` and ``--verbose``, and run it under what they say."""
+
+    @functools.wraps(function)
+    def reported(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
+        with reporting(quiet=quiet, verbose=verbose):
+            return function(*args, **options)
+
+    declare = functools.partial(click.option, is_flag=True, cls=GroupedOption, group=MESSAGES)
+    say_less = declare("-q", "--quiet", help="On standard error, warnings and errors only.")
+    say_more = declare("-v", "--verbose", help="Debug lines, and the warnings of other libraries.")
+    return say_less(say_more(reported))
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--json``, passed as ``as_json``."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        cls=GroupedOption,
+        group=MESSAGES,
+        help="Print the result as one JSON object.",
+    )(function)
+
+
+_STEP = 1000
+_PREFIXES = ("", "k", "M", "G", "T")
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Say how many.
+
+    Example:
+        >>> count(1, "record"), count(1200, "gap letter")
+        ('1 record', '1,200 gap letters')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def magnitude(number: float, unit: str) -> str:
+    """Shorten a number to three digits and a prefix.
+
+    Example:
+        >>> magnitude(512, "b"), magnitude(4_641_652, "b"), magnitude(13_766_621_200, "B")
+        ('512 b', '4.64 Mb', '13.8 GB')
+    """
+    scale = 0
+    while round(number) >= _STEP and scale < len(_PREFIXES) - 1:
+        number, scale = number / _STEP, scale + 1
+    return f"{number:.3g} {_PREFIXES[scale]}{unit}" if scale else f"{number:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as a clock would.
+
+    Example:
+        >>> duration(75), duration(3675)
+        ('1:15', '1:01:15')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def aligned(rows: Iterable[Sequence[object]], *, header: Sequence[str] | None = None) -> str:
+    """Lay rows out in columns, two spaces apart.
+
+    Example:
+        >>> print(aligned([("a", 5), ("bc", 10)], header=("name", "size")))
+        name  size
+        a        5
+        bc      10
+    """
+    body = [tuple(row) for row in rows]
+    lines: list[Sequence[object]] = [header, *body] if header is not None else [*body]
+    if not lines:
+        return ""
+    is_number = [all(isinstance(cell, int | float) for cell in column) for column in zip(*body, strict=True)]
+    texts = [[_cell(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    shapes = list(zip(widths, is_number or [False] * len(widths), strict=True))
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, (width, right) in zip(line, shapes, strict=True)
+        ).rstrip()
+        for line in texts
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+_LAYERS_SHOWN = 4
+_FAILED_SHOWN = 5
+POLICY_WORDS = {
+    "upper_cased": ("soft-masked base", "upper-cased"),
+    "rna_to_dna": ("RNA letter", "read as DNA (U as T)"),
+    "masked_bases": ("invalid letter", "masked to N"),
+    "masked_records": ("record", "with masked letters"),
+    "gaps_stripped": ("gap letter", "taken out"),
+    "skipped_invalid": ("record", "skipped for invalid letters"),
+    "skipped_empty": ("record", "without bases skipped"),
+    "renamed": ("record", "renamed (id seen before)"),
+}
+"""For each count of an input policy: of what, and what was done to it."""
+
+
+def headline(report: ExtractionReport) -> str:
+    """Say in one line what was written."""
+    if report.num_rows is None or report.width is None:
+        units = count(report.stats.units + report.stats.units_kept, "unit")
+        return f"{report.output}: share {report.shard} is done, {units}"
+    shown = ", ".join(report.layers[:_LAYERS_SHOWN])
+    rest = len(report.layers) - _LAYERS_SHOWN
+    layers = f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{report.output}: {count(report.num_rows, 'row')} x {report.width:,}, {layers}"
+
+
+def details(report: ExtractionReport) -> list[str]:
+    """Say what was read, what the policies did, and what it cost."""
+    counts, stats = report.counts, report.stats
+    took = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
+    repeats = f", {count(stats.repeats, 'repeat')} not run again" if stats.repeats else ""
+    return [
+        f"read {count(counts.records, 'record')}, {count(counts.bases, 'base')} "
+        f"from {count(counts.files, 'file')}, cut into {count(stats.windows, 'window')}{repeats}",
+        *policy_lines(counts),
+        f"{count(stats.batches, 'forward pass', 'forward passes')}, {stats.padding_share:.1%} padding, "
+        f"{tokens_per_s(report):,.0f} tokens/s, {took}",
+        *kept_lines(report),
+        *([failure_line(report.failed)] if report.failed else []),
+    ]
+
+
+def kept_lines(report: ExtractionReport) -> list[str]:
+    """Say what an earlier run had finished, and what is left to do."""
+    stats = report.stats
+    lines = []
+    if stats.units_kept:
+        before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
+        lines.append(f"{before} had been finished before and were not run again")
+    if report.num_rows is None:
+        lines.append(f"when all shares are done: genoembed merge {shlex.quote(str(report.output))}")
+    return lines
+
+
+def failure_line(failed: Mapping[str, str]) -> str:
+    """Name the records without a vector."""
+    named = ", ".join(f"{name} ({why})" for name, why in islice(failed.items(), _FAILED_SHOWN))
+    rest = len(failed) - _FAILED_SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{count(len(failed), 'record')} failed, without a vector: {named}{more}"
+
+
+def policy_lines(counts: InputCounts) -> list[str]:
+    """Say what the input policies did, in plain words."""
+    acted = [(name, getattr(counts, name)) for name in POLICY_WORDS]
+    return [
+        f"{count(number, POLICY_WORDS[name][0])} {POLICY_WORDS[name][1]}" for name, number in acted if number
+    ]
+
+
+def tokens_per_s(report: ExtractionReport) -> float:
+    """Give the speed of the whole run."""
+    return report.stats.real_tokens / report.seconds if report.seconds else 0.0
+
+
+def as_json(report: ExtractionReport) -> dict[str, Any]:
+    """Give the report as values that JSON holds."""
+    fields = dataclasses.asdict(report)
+    fields["output"] = str(report.output)
+    fields["stats"]["padding_share"] = report.stats.padding_share
+    return {**fields, "tokens_per_s": tokens_per_s(report)}

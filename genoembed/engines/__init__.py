@@ -1,1 +1,0 @@
-"""Run work units: cut, batch, embed, in this process."""

@@ -1,0 +1,380 @@
+"""One labelled sequence as token ids, for the padded collator.
+
+In: a sequence, its label, and the model's encoder. Out: :class:`EncodedExample`. Nothing is cut: a sequence
+that does not fit is an error that names the way out.
+
+Rows of unequal length as one padded batch, with labels that know padding by its place.
+Views and groups padded to batches, and batches cut into the pieces that are encoded one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from genoembed.batching.pad import pad_batch, pool_mask
+from genoembed.contracts import EncodedSequence
+from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
+from genoembed.finetuning.sampling import UNKNOWN
+from genoembed.retrieval.terms import KmerTerms, collate_terms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from genoembed.finetuning.rows import Group, ViewPair
+    from genoembed.tokenization.hf import SequenceEncoder
+
+
+BaseLabels: TypeAlias = Literal["error", "first"]
+"""Labels of bases where a token has several bases: refuse, or take that of its first base."""
+
+IGNORE_INDEX = -100
+"""Label that losses leave out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedExample:
+    """One row of a batch, before padding."""
+
+    encoded: EncodedSequence
+    pool_mask: NDArray[np.bool_]
+    """True where a token counts in pooling. Shape ``(L,)``."""
+    label: NDArray[np.int64] | NDArray[np.float32] | None = None
+    """Of the sequence, shape ``()`` or ``(C,)``; or of its tokens, int64, shape ``(L,)``."""
+
+    def __len__(self) -> int:
+        return len(self.encoded.input_ids)
+
+
+def encode_example(
+    sequence: bytes,
+    encoder: SequenceEncoder,
+    *,
+    label: NDArray[np.int64] | NDArray[np.float32] | None = None,
+    max_tokens: int | None = None,
+    eos_token_id: int | None = None,
+    skip_first: int = 0,
+    record_id: str | None = None,
+) -> EncodedExample:
+    """Encode a sequence whose label is one of the whole, or none.
+
+    Example:
+        >>> from genoembed.tokenization.char import CharTokenizer
+        >>> from genoembed.tokenization.hf import build_encoder
+        >>> row = encode_example(b"ACG", build_encoder(CharTokenizer()), eos_token_id=0)
+        >>> row.encoded.input_ids.tolist(), row.pool_mask.tolist()
+        ([65, 67, 71, 0], [True, True, True, False])
+    """
+    if not sequence:
+        problem = "no bases, expected at least one; leave empty sequences out"
+        raise SequenceLengthError(problem, record_id=record_id)
+    encoded = encoder.encode(sequence)
+    if eos_token_id is not None:
+        encoded = _with_eos(encoded, eos_token_id)
+    num_tokens = len(encoded.input_ids)
+    if max_tokens is not None and num_tokens > max_tokens:
+        problem = (
+            f"{num_tokens} tokens ({len(sequence)} bases), but the model's context is {max_tokens}; set "
+            "max_crop_bp to crop, or cut the sequences"
+        )
+        raise SequenceLengthError(problem, record_id=record_id)
+    mask = pool_mask(encoded, core_start=0, core_end=len(sequence), skip_first=skip_first)
+    return EncodedExample(encoded=encoded, pool_mask=mask, label=label)
+
+
+def encode_token_example(
+    sequence: bytes,
+    encoder: SequenceEncoder,
+    *,
+    base_labels: NDArray[np.int64],
+    several_bases: BaseLabels = "error",
+    ignore_index: int = IGNORE_INDEX,
+    max_tokens: int | None = None,
+    record_id: str | None = None,
+) -> EncodedExample:
+    """Encode a sequence with a label a base: each token takes that of the base it starts at."""
+    name = f"record {record_id!r}: " if record_id is not None else ""
+    if base_labels.shape != (len(sequence),):
+        message = f"{name}labels of shape {base_labels.shape}, expected ({len(sequence)},), one a base"
+        raise ShapeError(message)
+    row = encode_example(sequence, encoder, max_tokens=max_tokens, record_id=record_id)
+    starts = row.encoded.base_start
+    if starts is None:
+        return EncodedExample(encoded=row.encoded, pool_mask=row.pool_mask, label=base_labels)
+    has_base = starts >= 0
+    if int(has_base.sum()) != len(sequence) and several_bases == "error":
+        message = (
+            f"{name}{int(has_base.sum())} tokens for {len(sequence)} labelled bases, expected one a base; "
+            "take a model with one token a base, or set several_bases='first' to learn the label of each "
+            "token's first base"
+        )
+        raise ShapeError(message)
+    labels = np.full(len(starts), ignore_index, dtype=np.int64)
+    labels[has_base] = base_labels[starts[has_base]]
+    return EncodedExample(encoded=row.encoded, pool_mask=row.pool_mask, label=labels)
+
+
+def _with_eos(encoded: EncodedSequence, eos_token_id: int) -> EncodedSequence:
+    ids = np.append(encoded.input_ids.astype(np.int64), eos_token_id)
+    starts = encoded.base_start
+    if starts is None:
+        starts = np.arange(len(ids) - 1, dtype=np.int64)
+    return EncodedSequence(input_ids=ids, base_start=np.append(starts, -1))
+
+
+LabelTarget: TypeAlias = Literal["none", "sequence", "token", "causal"]
+"""What is predicted: nothing, something of the sequence, of each token, or the next token."""
+
+_TARGETS = ("none", "sequence", "token", "causal")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedCollator:
+    """Pads rows on the right to the longest of their batch.
+
+    Example:
+        >>> from genoembed.tokenization.char import CharTokenizer
+        >>> from genoembed.tokenization.hf import build_encoder
+        >>> from genoembed.finetuning.collate import encode_example
+        >>> encoder = build_encoder(CharTokenizer())
+        >>> rows = [encode_example(bases, encoder, eos_token_id=0) for bases in (b"ACG", b"T")]
+        >>> batch = PaddedCollator(pad_token_id=0, target="causal")(rows)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[65, 67, 71, 0], [84, 0, 0, 0]], [[65, 67, 71, 0], [84, 0, -100, -100]])
+    """
+
+    pad_token_id: int
+    """Fills padded slots; may be the id of EOS."""
+    target: LabelTarget
+    """What labels are of."""
+    pad_to_multiple_of: int = 1
+    """Padded lengths are multiples of this."""
+    ignore_index: int = IGNORE_INDEX
+    """Label of padding."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.target not in _TARGETS:
+            problems.append(f"target is {self.target!r}; set target to one of {', '.join(_TARGETS)}")
+        if self.pad_to_multiple_of < 1:
+            problems.append(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}; set pad_to_multiple_of to 1 or more"
+            )
+        if self.ignore_index >= 0:
+            problems.append(
+                f"ignore_index is {self.ignore_index}, which a class or token may have; set it below 0"
+            )
+        if problems:
+            raise ConfigError(*problems)
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        """Pad rows to one batch."""
+        batch = pad_batch(
+            [example.encoded for example in examples],
+            pool_masks=[example.pool_mask for example in examples],
+            rows=range(len(examples)),
+            pad_token_id=self.pad_token_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        collated = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "pool_mask": batch.pool_mask,
+        }
+        if self.target == "causal":
+            is_padding = batch.attention_mask == 0
+            collated["labels"] = batch.input_ids.masked_fill(is_padding, self.ignore_index)
+        elif self.target == "token":
+            collated["labels"] = self._token_labels(examples, batch.input_ids.shape[1])
+        elif self.target == "sequence":
+            collated["labels"] = _sequence_labels(examples)
+        return collated
+
+    def _token_labels(self, examples: Sequence[EncodedExample], length: int) -> Tensor:
+        labels_BL = np.full((len(examples), length), self.ignore_index, dtype=np.int64)
+        for row, example in enumerate(examples):
+            label = example.label
+            if label is None or label.shape != (len(example),):
+                found = "no label" if label is None else f"labels of shape {label.shape}"
+                message = f"row {row}: {found}, expected ({len(example)},), one a token"
+                raise ShapeError(message)
+            labels_BL[row, : len(example)] = label
+        return torch.from_numpy(labels_BL)
+
+
+def _sequence_labels(examples: Sequence[EncodedExample]) -> Tensor:
+    labels = [example.label for example in examples]
+    shapes = {None if label is None else label.shape for label in labels}
+    if None in shapes or len(shapes) > 1:
+        message = (
+            f"labels of shapes {sorted(map(str, shapes))} in one batch, expected one label a row, all alike"
+        )
+        raise ShapeError(message)
+    return torch.from_numpy(np.stack([label for label in labels if label is not None]))
+
+
+@dataclass(kw_only=True, slots=True)
+class PaddingMeter:
+    """Counts what padding costs.
+
+    The training loop adds each batch that it really runs: what workers have prepared ahead is not counted.
+
+    Example:
+        >>> meter = PaddingMeter()
+        >>> meter.add(torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+        >>> meter.slots, meter.tokens, meter.padding_share
+        (8, 6, 0.25)
+    """
+
+    batches: int = 0
+    rows: int = 0
+    slots: int = 0
+    """Padding included."""
+    tokens: int = 0
+    """Real ones."""
+    longest: int = 0
+    """Slots of the longest row."""
+
+    def add(self, attention_mask: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            attention_mask: 1 where a token is real. Shape ``(B, L)``.
+        """
+        rows, length = attention_mask.shape
+        self.batches += 1
+        self.rows += rows
+        self.slots += rows * length
+        self.tokens += int(attention_mask.sum())
+        self.longest = max(self.longest, length)
+
+    @classmethod
+    def joined(cls, meters: Sequence[PaddingMeter]) -> PaddingMeter:
+        """Add up what several processes have counted.
+
+        Args:
+            meters: At least one.
+
+        Returns:
+            Their sum.
+        """
+        sums = {
+            name: sum(getattr(m, name) for m in meters) for name in ("batches", "rows", "slots", "tokens")
+        }
+        return cls(**sums, longest=max(meter.longest for meter in meters))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the slots that is padding."""
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+    @property
+    def packed_slots(self) -> int:
+        """Slots of the same sequences laid end to end, one end token after each, in rows of the longest."""
+        if not self.longest:
+            return 0
+        return -(-(self.tokens + self.rows) // self.longest) * self.longest
+
+    @property
+    def packed_padding_share(self) -> float:
+        """Share of the packed slots that holds no token of a sequence: end tokens and the last row's rest."""
+        return 1 - self.tokens / self.packed_slots if self.packed_slots else 0.0
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """Give the numbers for a log.
+
+        Args:
+            seconds: Time that the counted batches took; above 0.
+
+        Returns:
+            ``padding_percent``, ``packed_padding_percent``, ``padded_cost`` (slots over packed slots),
+            ``tokens_per_second`` (real ones) and ``slots_per_second``.
+        """
+        return {
+            "padding_percent": 100 * self.padding_share,
+            "packed_padding_percent": 100 * self.packed_padding_share,
+            "padded_cost": self.slots / self.packed_slots if self.packed_slots else 1.0,
+            "tokens_per_second": self.tokens / seconds,
+            "slots_per_second": self.slots / seconds,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewCollator:
+    """Pads pairs of views, one after the other: first and second of the first pair, and so on."""
+
+    rows: PaddedCollator
+
+    def __call__(self, pairs: Sequence[ViewPair]) -> dict[str, Tensor]:
+        """Pad pairs to one batch."""
+        batch = self.rows([view for pair in pairs for view in (pair.first, pair.second)])
+        return {**batch, "ids": torch.tensor([pair.identity for pair in pairs])}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupCollator:
+    """Pads queries and passages, with the terms of their k-mers where the sparse head wants them."""
+
+    rows: PaddedCollator
+    terms: KmerTerms | None = None
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Pad groups to one batch."""
+        size = len(groups[0].passages)
+        batch = self.side(
+            [group.query for group in groups], [group.sequences[0] for group in groups], "query_"
+        )
+        batch |= self.side(
+            [passage for group in groups for passage in group.passages],
+            [sequence for group in groups for sequence in group.sequences[1:]],
+            "passage_",
+        )
+        labels = torch.tensor([group.label for group in groups])
+        passage_labels = torch.full((len(groups), size), UNKNOWN)
+        passage_labels[:, 0] = labels
+        batch |= {
+            "query_ids": torch.tensor([group.ids[0] for group in groups]),
+            "passage_ids": torch.tensor([number for group in groups for number in group.ids[1:]]),
+            "query_labels": labels,
+            "passage_labels": passage_labels.flatten(),
+            "passage_mask": torch.tensor([is_real for group in groups for is_real in group.is_real]),
+        }
+        if groups[0].teacher_scores is not None:
+            batch["teacher_scores"] = torch.tensor([group.teacher_scores for group in groups])
+        return batch
+
+    def side(
+        self, examples: Sequence[EncodedExample], sequences: Sequence[bytes], prefix: str
+    ) -> dict[str, Tensor]:
+        """Pad one side."""
+        found = {f"{prefix}{name}": value for name, value in self.rows(examples).items()}
+        if self.terms is not None:
+            starts = [example.encoded.base_start for example in examples]
+            terms = collate_terms(sequences, self.terms, base_starts=starts)
+            found |= {f"{prefix}term_ids": terms.ids, f"{prefix}term_positions": terms.positions}
+        return found
+
+
+def split_batch(batch: dict[str, Tensor], *, rows: int) -> list[dict[str, Tensor]]:
+    """Cut a contrastive batch into pieces that are encoded one at a time."""
+    count = len(
+        batch["query_input_ids"] if "query_input_ids" in batch else batch.get("ids", batch["input_ids"])
+    )
+    inputs = {name: value for name, value in batch.items() if name.endswith(_ENCODED)}
+    pieces = []
+    for start in range(0, count, rows):
+        piece = {}
+        for name, value in inputs.items():
+            each = len(value) // count
+            piece[name] = value[start * each : (start + rows) * each]
+        pieces.append(piece)
+    return pieces
+
+
+_ENCODED = ("input_ids", "attention_mask", "pool_mask", "term_ids", "term_positions")

@@ -1,0 +1,300 @@
+"""Measure a model that is being fine-tuned on rows that are held out, as ``predict`` would use it.
+
+In: a model of :mod:`genoembed.training.task_models` in eval mode, and rows. Out: metrics by name. Promised:
+sequences longer than the context are seen in windows, whole; no view is augmented, but where two views are
+what is compared, and then they are the same each time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from genoembed.errors import ConfigError
+from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
+from genoembed.finetuning.collate import IGNORE_INDEX, encode_example
+from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.metrics import class_metrics, multilabel_metrics, number_metrics, ranking_metrics
+from genoembed.finetuning.pairs import RetrievalExample
+from genoembed.finetuning.rows import check_lengths, group_numbers
+from genoembed.finetuning.sampling import sequence_identity
+from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from genoembed.config.finetune import Contrast
+    from genoembed.finetuning.augment import AugmentConfig
+    from genoembed.finetuning.collate import GroupCollator
+    from genoembed.finetuning.labels import LabelSpace
+    from genoembed.finetuning.rows import LabelEncoder
+    from genoembed.finetuning.tasks import CausalModel, ContrastModel, PredictionModel, RetrievalModel
+    from genoembed.finetuning.windowed import WindowedRunner
+    from genoembed.pretraining.start import Start
+
+
+ModelT_contra = TypeVar("ModelT_contra", contravariant=True)
+RowT = TypeVar("RowT", LabelledSequence, RetrievalExample)
+
+_AT_ONCE = 256
+"""Sequences whose windows are in memory together."""
+
+
+class Measure(Protocol, Generic[ModelT_contra]):
+    """Something that measures a model."""
+
+    def __call__(self, model: ModelT_contra) -> dict[str, float]:
+        """Measure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionMeasure:
+    """Measures predictions, of sequences or of bases."""
+
+    rows: Sequence[LabelledSequence]
+    space: LabelSpace
+    runner: WindowedRunner
+
+    def __call__(self, model: PredictionModel) -> dict[str, float]:
+        """Measure."""
+        if model.per_token:
+            logits, predictions, labels = self._tokens(model)
+        else:
+            labels = torch.from_numpy(np.stack([self.space.encode(row.label) for row in self.rows]))
+            found = [
+                model(vectors=self.runner.vectors(model, model.encoder, part), want="predict")
+                for part in _parts([row.sequence for row in self.rows])
+            ]
+            logits, predictions = (
+                torch.cat([output[name].float().cpu() for output in found])
+                for name in ("logits", "predictions")
+            )
+        head = model.head
+        device = head.output.weight.device
+        loss = float(head.loss(logits.to(device), labels.to(device)))
+        if self.space.kind == "regression":
+            metrics = number_metrics(labels.numpy(), predictions.numpy())
+        elif self.space.kind == "multilabel":
+            metrics = multilabel_metrics(labels.numpy(), predictions.numpy())
+        else:
+            metrics = class_metrics(labels.numpy(), predictions.numpy())
+        return _known({**metrics, "loss": loss})
+
+    def _tokens(self, model: PredictionModel) -> tuple[Tensor, Tensor, Tensor]:
+        logits, predictions, labels = [], [], []
+        for part in _parts(self.rows):
+            outputs = self.runner.tokens(model, model.encoder, [row.sequence for row in part])
+            for row, output in zip(part, outputs, strict=True):
+                of_bases = self.space.encode(row.label)[output.starts]
+                kept = torch.from_numpy(np.flatnonzero(of_bases != IGNORE_INDEX))
+                logits.append(output.logits[kept])
+                predictions.append(output.predictions[kept])
+                labels.append(torch.from_numpy(of_bases)[kept])
+        return torch.cat(logits), torch.cat(predictions), torch.cat(labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CausalMeasure:
+    """Measures a causal model; sequences longer than the context are cut, each piece on its own."""
+
+    rows: Sequence[LabelledSequence]
+    start: Start
+    max_tokens: int | None
+    rows_at_once: int
+
+    def __call__(self, model: CausalModel) -> dict[str, float]:
+        """Measure."""
+        device = next(model.parameters()).device
+        nats, tokens = 0.0, 0
+        pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
+        pieces.sort(key=len, reverse=True)
+        rules = self.start.rules
+        for start in range(0, len(pieces), self.rows_at_once):
+            batch = pieces[start : start + self.rows_at_once]
+            lengths = torch.tensor([len(piece) for piece in batch])
+            ids = torch.full((len(batch), int(lengths.max())), rules.pad_token_id)
+            for row, piece in enumerate(batch):
+                ids[row, : len(piece)] = torch.from_numpy(piece)
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            labels = ids.masked_fill(~mask, IGNORE_INDEX)
+            with torch.no_grad():
+                output = model(ids.to(device), mask.long().to(device), labels.to(device), want="predict")
+            nats, tokens = nats + float(output["nats"]), tokens + int(output["tokens"])
+        loss = nats / max(tokens, 1)
+        return {"loss": loss, "bits_per_token": loss / math.log(2)}
+
+    def _pieces(self, sequence: bytes) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        rules = self.start.rules
+        ids = np.array([*rules.encode(sequence), rules.eod_token_id], dtype=np.int64)
+        step = self.max_tokens or len(ids)
+        return [ids[start : start + step] for start in range(0, len(ids), step)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelMeasure:
+    """Measures whether the nearest other sequences have the same label."""
+
+    rows: Sequence[LabelledSequence]
+    runner: WindowedRunner
+
+    def __call__(self, model: ContrastModel) -> dict[str, float]:
+        """Measure."""
+        vectors = _vectors(model, self.runner, [row.sequence for row in self.rows])
+        names = sorted({str(row.label) for row in self.rows})
+        labels = torch.tensor([names.index(str(row.label)) for row in self.rows])
+        is_same = labels[:, None] == labels[None]
+        others = ~torch.eye(len(labels), dtype=torch.bool)
+        return ranking_metrics(_similarities(model, vectors, vectors), is_same, allowed_QP=others)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewMeasure:
+    """Measures whether the second view of a sequence finds the first."""
+
+    rows: Sequence[LabelledSequence]
+    runner: WindowedRunner
+    other: AugmentConfig
+    seed: int
+
+    def __call__(self, model: ContrastModel) -> dict[str, float]:
+        """Measure."""
+        views = [
+            augment(
+                Augmented(row.sequence),
+                augmentation_rng(seed=self.seed, epoch=0, row=index),
+                config=self.other,
+            ).sequence
+            for index, row in enumerate(self.rows)
+        ]
+        first = _vectors(model, self.runner, [row.sequence for row in self.rows])
+        second = _vectors(model, self.runner, views)
+        identities = torch.tensor([sequence_identity(row.sequence) for row in self.rows])
+        return ranking_metrics(_similarities(model, second, first), identities[:, None] == identities[None])
+
+
+class ExampleMeasure:
+    """Measures whether queries find their positives among the passages of all rows.
+
+    Passages of the query's own group that are not its positives take no part, and neither does the query.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[RetrievalExample],
+        runner: WindowedRunner,
+        *,
+        encoder: LabelEncoder | None = None,
+        collate: GroupCollator | None = None,
+    ) -> None:
+        self._runner, self._encoder, self._collate = runner, encoder, collate
+        self._queries = [row.query for row in rows]
+        by_identity: dict[int, bytes] = {}
+        for row in rows:
+            for sequence in (*row.pos, *row.neg):
+                by_identity.setdefault(sequence_identity(sequence), sequence)
+        self._passages = list(by_identity.values())
+        column = {identity: index for index, identity in enumerate(by_identity)}
+        self._relevant = torch.zeros(len(rows), len(column), dtype=torch.bool)
+        self._allowed = torch.ones(len(rows), len(column), dtype=torch.bool)
+        groups = group_numbers(rows)
+        of_group: dict[int, set[int]] = {}
+        for row, group in zip(rows, groups, strict=True):
+            of_group.setdefault(group, set()).update(column[sequence_identity(s)] for s in row.pos)
+        for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
+            right = [column[sequence_identity(sequence)] for sequence in row.pos]
+            out = [] if group < 0 else sorted(of_group[group] - set(right))
+            itself = column.get(sequence_identity(row.query))
+            self._allowed[index, [*out, *([] if itself is None or itself in right else [itself])]] = False
+            self._relevant[index, right] = True
+        if encoder is not None:
+            check_lengths(
+                [*self._queries, *self._passages],
+                encoder.encoder,
+                max_tokens=encoder.max_tokens,
+                max_crop_bp=None,
+            )
+
+    def __call__(self, model: ContrastModel | RetrievalModel) -> dict[str, float]:
+        """Measure."""
+        if self._collate is None:
+            query, passage = (_vectors(model, self._runner, side) for side in (self._queries, self._passages))
+            return self._rank(_similarities(model, query, passage))
+        sides = [self._represent(model, side) for side in (self._queries, self._passages)]
+        by_head = head_scores(*sides)
+        metrics = self._rank(hybrid_scores(*sides))
+        if len(by_head) > 1:
+            for name, scores in by_head.items():
+                found = self._rank(scores)
+                metrics |= {f"{name}_{key}": found[key] for key in found if key != "ranked_queries"}
+        return metrics
+
+    def _rank(self, scores: Tensor) -> dict[str, float]:
+        return ranking_metrics(scores, self._relevant, allowed_QP=self._allowed)
+
+    @torch.no_grad()
+    def _represent(self, model: ContrastModel | RetrievalModel, sequences: Sequence[bytes]) -> M3Vectors:
+        assert self._collate is not None, "only retrieval heads come here"
+        assert self._encoder is not None, "only retrieval heads come here"
+        device = next(model.parameters()).device
+        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+        chunks = []
+        rows = 1 if self._runner.equal_lengths else self._runner.rows
+        for start in range(0, len(order), rows):
+            part = [sequences[index] for index in order[start : start + rows]]
+            examples = [
+                encode_example(s, self._encoder.encoder, skip_first=self._encoder.skip_first) for s in part
+            ]
+            batch = self._collate.side(examples, part, "")
+            output = model(**{name: value.to(device) for name, value in batch.items()}, want="hidden")
+            chunks.append({name: value.cpu() for name, value in output.items()})
+        back = torch.tensor(order).argsort()
+        joined = join_vectors(chunks).tensors()
+        return M3Vectors(**{name: value[back] for name, value in joined.items()})
+
+
+def _vectors(
+    model: ContrastModel | RetrievalModel, runner: WindowedRunner, sequences: Sequence[bytes]
+) -> Tensor:
+    with torch.no_grad():
+        found = [
+            model(vectors=runner.vectors(model, model.encoder, part), want="predict")["dense"].float().cpu()
+            for part in _parts(sequences)
+        ]
+    return torch.cat(found)
+
+
+def _similarities(model: object, query_ND: Tensor, passage_PD: Tensor) -> Tensor:
+    """Score as the loss does: minus Euclidean distances for triplets, else dot products."""
+    if getattr(model, "margin", None) is not None and getattr(model, "distance", "") == "euclidean":
+        return -torch.cdist(query_ND, passage_PD)
+    return query_ND @ passage_PD.T
+
+
+PartT = TypeVar("PartT")
+
+
+def _parts(items: Sequence[PartT]) -> list[Sequence[PartT]]:
+    return [items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE)]
+
+
+def _known(metrics: dict[str, float]) -> dict[str, float]:
+    """Leave out what could not be measured, such as areas where all rows have one class."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> None:
+    """Refuse held-out rows on which nothing can be ranked."""
+    if contrast != "labels" or not rows:
+        return
+    labels = [row.label for row in rows]
+    if len(set(labels)) == len(labels):
+        message = (
+            f"validation: {len(rows)} rows of {len(rows)} labels, so none has a fellow to find; hold out more"
+        )
+        raise ConfigError(message)

@@ -1,0 +1,377 @@
+"""What a reading of labelled sequences is asked to do, and the counts of what it did.
+
+Labelled sequences: tables of sequences and labels, or sequence files with a table of their labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import count
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from genoembed.config.embed import field_problems
+from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormatError
+from genoembed.finetuning.labels import Label, parse_label
+from genoembed.sequences import InputCounts, Policies
+from genoembed.sequences.alphabet import GAPS
+from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
+from genoembed.sequences.formats import iter_records
+from genoembed.sequences.reading import clean_record
+from genoembed.sequences.records import IdRegistry, RawRecord
+from genoembed.sequences.tables import TableRow, iter_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+LabelKind: TypeAlias = Literal["class", "multilabel", "regression", "token", "none"]
+"""One class a sequence; any number of them; a number or several; one class a base; no label at all."""
+
+UnlabelledPolicy: TypeAlias = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableColumns:
+    """Where sequences and labels stand in a table."""
+
+    sequence_column: str = "sequence"
+    """Column of the sequences."""
+    label_columns: tuple[str, ...] = ("label",)
+    """Column of the labels; several for ``multilabel`` (0 or 1 each) and ``regression``."""
+    label_delimiter: str | None = None
+    """Separates names in one cell, for ``multilabel`` and ``token``."""
+    ignore_label: str | None = None
+    """For ``token``: the name that stands for a base without label, such as ``.``."""
+    id_column: str | None = None
+    """Column of the ids. None: ``row_1``, ``row_2`` ...; for a table of labels, the column ``id``."""
+    split_column: str | None = None
+    """Column that says to which side of the split a row belongs."""
+    group_column: str | None = None
+    """Column of groups that no split may cut, instead of clusters of homologs."""
+    unlabelled: UnlabelledPolicy = "error"
+    """A sequence whose id is not in the table of labels: stop, or leave it out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledConfig(TableColumns):
+    """Where sequences and labels stand, and what a label is."""
+
+    kind: LabelKind = "class"
+    """``class``, ``multilabel``, ``regression``, ``token`` (one a base) or ``none`` (sequences only)."""
+
+    def __post_init__(self) -> None:
+        problems = list(field_problems(self))
+        if not problems:
+            problems += self._rule_problems()
+        if problems:
+            raise ConfigError(*problems)
+
+    def _rule_problems(self) -> Iterator[str]:
+        columns = self.label_columns
+        if self.kind != "none" and not columns:
+            yield "label_columns is empty; name the column of the labels"
+        if len(columns) > 1 and self.kind in ("class", "token"):
+            yield (
+                f"label_columns names {len(columns)} columns, but kind {self.kind!r} has one; name one, or "
+                "set kind='multilabel' or 'regression'"
+            )
+        if self.label_delimiter is not None and (
+            self.kind not in ("multilabel", "token") or len(columns) > 1
+        ):
+            yield (
+                "label_delimiter separates names in the one column of kind 'multilabel' or 'token'; "
+                "leave it out"
+            )
+        if self.ignore_label is not None and self.kind != "token":
+            yield "ignore_label is for kind 'token'; leave it out"
+        named = [*self._wanted(), *filter(None, (self.id_column, self.split_column, self.group_column))]
+        if len(set(named)) < len(named):
+            yield f"columns {', '.join(named)}: one is named twice; name each column once"
+
+    def _wanted(self) -> tuple[str, ...]:
+        return (self.sequence_column, *(self.label_columns if self.kind != "none" else ()))
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelledCounts:
+    """How much was read, and how often each policy acted. The reader adds to it."""
+
+    read: InputCounts = field(default_factory=InputCounts)
+    """Records, bases, and what the policies for letters did."""
+    skipped_unlabelled: int = 0
+    """Records left out because the table of labels does not have them."""
+    unused_labels: int = 0
+    """Labels of the table that no record asked for."""
+
+
+logger = logging.getLogger(__name__)
+
+PathInput: TypeAlias = "str | PathLike[str]"
+_RECORD_STARTS = (b">", b";", b"@", b"LOCUS ", b"ID   ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledSequence:
+    """One sequence to learn from, cleaned, with its label and where both came from."""
+
+    id: str
+    """Unique within a run."""
+    sequence: bytes
+    """ASCII letters, one byte a base, after all policies."""
+    label: Label
+    """What ``kind`` says; for ``token``, one name a base of ``sequence``."""
+    source: str
+    """File name as the user gave it."""
+    line: int | None = None
+    """1-based line of the row, or of the record's header, where the format has lines."""
+    split: str | None = None
+    """What the column of the split says."""
+    group: str | None = None
+    """What the column of groups says."""
+    flags: tuple[str, ...] = ()
+    """What policies did: ``masked:12``, ``gaps:3`` ..."""
+
+
+class _Cells(NamedTuple):
+    """What a table says about one sequence."""
+
+    label: Label
+    split: str | None
+    group: str | None
+
+
+def iter_labelled(
+    paths: PathInput | Sequence[PathInput],
+    *,
+    config: LabelledConfig | None = None,
+    labels: PathInput | None = None,
+    policies: Policies | None = None,
+    counts: LabelledCounts | None = None,
+) -> Iterator[LabelledSequence]:
+    """Read labelled sequences, one at a time.
+
+    Compression and format are told by content. Options and file names are checked at once; rows are read as
+    the iterator is used. A table of labels is held in memory.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from pathlib import Path
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "two.csv")
+        ...     _ = path.write_text("sequence,label\\nacgu,promoter\\nGG,other\\n")
+        ...     [(row.id, row.sequence, row.label, row.line) for row in iter_labelled(path)]
+        [('row_1', b'ACGT', 'promoter', 2), ('row_2', b'GG', 'other', 3)]
+    """
+    names = [fspath(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
+    chosen = LabelledConfig() if config is None else config
+    table = None if labels is None else fspath(labels)
+    _check_files(names, table, chosen)
+    reader = _Reader(chosen, Policies() if policies is None else policies, counts or LabelledCounts())
+    return reader.tables(names) if table is None else reader.joined(names, table)
+
+
+def read_labelled(
+    paths: PathInput | Sequence[PathInput],
+    *,
+    config: LabelledConfig | None = None,
+    labels: PathInput | None = None,
+    policies: Policies | None = None,
+    counts: LabelledCounts | None = None,
+) -> list[LabelledSequence]:
+    """Read all labelled sequences into memory, for training. As :func:`iter_labelled`."""
+    tally = LabelledCounts() if counts is None else counts
+    rows = list(iter_labelled(paths, config=config, labels=labels, policies=policies, counts=tally))
+    if not rows:
+        message = f"input: no sequence is left ({tally}); give more, or change the policies"
+        raise ConfigError(message)
+    return rows
+
+
+def _check_files(names: list[str], table: str | None, config: LabelledConfig) -> None:
+    problems = []
+    if not names:
+        problems.append("no input file; name at least one, or '-' for standard input")
+    if [*names, table].count(STDIN) > 1:
+        problems.append("standard input '-' is named twice, but can be read once; name it once")
+    if table is not None and config.kind == "none":
+        problems.append("labels are given, but kind is 'none'; set kind, or leave labels out")
+    if problems:
+        raise ConfigError(*problems)
+    for name in filter(None, [*names, table]):
+        check_readable(name)
+
+
+class _Reader:
+    """One reading: ids and counts run over all files."""
+
+    def __init__(self, config: LabelledConfig, policies: Policies, counts: LabelledCounts) -> None:
+        self._config = config
+        self._policies = policies
+        self._counts = counts
+        self._ids = IdRegistry(policies.duplicates)
+
+    def tables(self, names: list[str]) -> Iterator[LabelledSequence]:
+        number = count(1)
+        for name in names:
+            self._counts.read.files += 1
+            if self._config.kind == "none" and _has_records(name):
+                found = (self._finish(raw, _Cells(None, None, None)) for raw in iter_records(name))
+            else:
+                found = (self._row(row, next(number)) for row in iter_rows(name))
+            yield from (finished for finished in found if finished is not None)
+        logger.info("input: %s", self._counts)
+
+    def joined(self, names: list[str], table: str) -> Iterator[LabelledSequence]:
+        cells = self._read_table(table)
+        unused = set(cells)
+        for name in names:
+            self._counts.read.files += 1
+            for raw in iter_records(name):
+                unused.discard(raw.id)
+                of_record = cells.get(raw.id)
+                if of_record is not None:
+                    finished = self._finish(raw, of_record)
+                    if finished is not None:
+                        yield finished
+                elif self._config.unlabelled == "error":
+                    raise _unlabelled(raw, table, cells)
+                else:
+                    self._counts.skipped_unlabelled += 1
+                    logger.info("%s:%s: record %r skipped: no label in %s", name, raw.line, raw.id, table)
+        self._counts.unused_labels += len(unused)
+        if unused:
+            logger.warning(
+                "%s: %d of %d labels belong to no record (%s ...)",
+                table,
+                len(unused),
+                len(cells),
+                min(unused),
+            )
+        logger.info("input: %s", self._counts)
+
+    def _row(self, row: TableRow, number: int) -> LabelledSequence | None:
+        record_id = self._id(row) if self._config.id_column else f"row_{number}"
+        value = _cell(row, self._config.sequence_column, "sequence_column")
+        if value is not None and not isinstance(value, str):
+            problem = f"the sequence is {value!r}, expected text; mend the row or set sequence_column"
+            raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=record_id)
+        raw = RawRecord(
+            id=record_id,
+            description="",
+            path=row.path,
+            source=row.path,
+            line=row.line,
+            body=iter([((value or "").encode(), row.line)]),
+        )
+        return self._finish(raw, self._cells(row, record_id))
+
+    def _cells(self, row: TableRow, record_id: str) -> _Cells:
+        config = self._config
+        wanted = config.label_columns if config.kind != "none" else ()
+        try:
+            label = parse_label(
+                {column: _cell(row, column, "label_columns") for column in wanted},
+                kind=config.kind,
+                delimiter=config.label_delimiter,
+                ignore_label=config.ignore_label,
+            )
+        except LabelError as error:
+            raise LabelError(error.problem, path=row.path, line=row.line, record_id=record_id) from None
+        return _Cells(
+            label,
+            _text_cell(row, config.split_column, "split_column"),
+            _text_cell(row, config.group_column, "group_column"),
+        )
+
+    def _id(self, row: TableRow) -> str:
+        column = self._config.id_column or "id"
+        value = _text_cell(row, column, "id_column")
+        if not value:
+            problem = f"column {column!r} has no id; name the row"
+            raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=_unnamed(row))
+        return value
+
+    def _read_table(self, path: str) -> dict[str, _Cells]:
+        cells: dict[str, _Cells] = {}
+        ids = IdRegistry("error")
+        for row in iter_rows(path):
+            record_id = self._id(row)
+            ids.admit(record_id, path=path, line=row.line)
+            cells[record_id] = self._cells(row, record_id)
+        return cells
+
+    def _finish(self, raw: RawRecord, cells: _Cells) -> LabelledSequence | None:
+        pieces = list(raw.body)
+        label = cells.label
+        record = clean_record(
+            raw._replace(body=iter(pieces)),
+            policies=self._policies,
+            ids=self._ids,
+            counts=self._counts.read,
+        )
+        if record is None:
+            return None
+        if self._config.kind == "token":
+            assert isinstance(label, tuple), "token labels are a row of names"
+            label = _fit_token_label(label, pieces, raw)
+        return LabelledSequence(
+            id=record.id,
+            sequence=record.sequence,
+            label=label,
+            source=raw.path,
+            line=raw.line,
+            split=cells.split,
+            group=cells.group,
+            flags=record.flags,
+        )
+
+
+def _has_records(path: str) -> bool:
+    """Tell a sequence file from a table, by how its text begins."""
+    if path == STDIN:
+        return True
+    blocks = (block.lstrip(WHITESPACE) for block in iter_text(path))
+    return next(filter(None, blocks), b"").startswith(_RECORD_STARTS)
+
+
+def _fit_token_label(label: Label, pieces: list[tuple[bytes, int | None]], raw: RawRecord) -> Label:
+    """Match labels to letters as the file has them, and take out those of stripped gaps."""
+    assert isinstance(label, tuple), "token labels are a row of names"
+    letters = b"".join(piece.translate(None, WHITESPACE) for piece, _ in pieces)
+    if len(label) != len(letters):
+        problem = f"{len(label)} labels for {len(letters)} letters, expected one a letter; mend the row"
+        raise LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
+    names = (name for letter, name in zip(letters, label, strict=True) if letter not in GAPS)
+    return tuple(name for name in names if name is None or isinstance(name, str))
+
+
+def _unlabelled(raw: RawRecord, table: str, cells: dict[str, _Cells]) -> InputError:
+    near = get_close_matches(raw.id, list(cells)[:10_000], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "add it"
+    problem = f"no label in {table}; {hint}, or set unlabelled='skip'"
+    return LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
+
+
+def _unnamed(row: TableRow) -> str | None:
+    return row.name if row.line is None else None
+
+
+def _cell(row: TableRow, column: str, key: str) -> object:
+    if column in row.values:
+        return row.values[column]
+    names = [name if len(name) <= 30 else f"{name[:27]}..." for name in list(row.values)[:6]]
+    shown = ", ".join(map(repr, names)) or "none"
+    near = get_close_matches(column, row.values, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}? Set {key}" if near else f"set {key}, or add the column"
+    problem = f"no column {column!r} (there are {shown}); {remedy}"
+    raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=_unnamed(row))
+
+
+def _text_cell(row: TableRow, column: str | None, key: str) -> str | None:
+    if column is None:
+        return None
+    value = _cell(row, column, key)
+    return None if value is None else str(value).strip()

@@ -1,0 +1,309 @@
+"""Apply a fine-tuned head to sequences: files in, a table out, in constant memory.
+
+``read -> windows -> encoder -> head -> table``. Promised: the same policies for letters, ids and gaps as in
+``extract``; sequences longer than the context are seen whole, in windows; the file appears when complete.
+
+Write predictions as TSV or Parquet, a part at a time; a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError
+from genoembed.finetuning.saved import load_predictor
+from genoembed.finetuning.windowed import WindowedRunner
+from genoembed.sequences import InputCounts, read_sequences
+from genoembed.store.atomic import check_output
+from genoembed.tokenization.hf import build_encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from os import PathLike
+    from pathlib import Path
+
+    from genoembed.contracts import SequenceRecord
+    from genoembed.finetuning.saved import SavedPredictor
+    from genoembed.finetuning.windowed import TokenOutputs
+
+
+__all__ = ["PredictionReport", "predict"]
+
+logger = logging.getLogger(__name__)
+
+PART_RECORDS, PART_BASES = 256, 1 << 20
+"""Records, and bases, whose windows are in memory together."""
+MULTILABEL_THRESHOLD = 0.5
+_POLICIES = ("invalid", "duplicates", "empty", "gaps", "keep_case")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionReport:
+    """What a run did."""
+
+    output: str
+    """The table; ``-`` is standard output."""
+    num_records: int
+    """Records that were predicted."""
+    num_rows: int
+    """Rows of the table: a row a record, or a row a token."""
+    task: str
+    names: tuple[str, ...]
+    """Classes, labels or targets."""
+    counts: InputCounts
+    """What was read, and what the input policies did."""
+    seconds: float
+    """Wall time, without loading the model."""
+
+
+def predict(
+    model: str | PathLike[str],
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    output: str | PathLike[str] = "-",
+    format: TableFormat = "auto",
+    overwrite: bool = False,
+    batch_rows: int = 16,
+    device: str | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[InputCounts], None] | None = None,
+    **policies: Any,
+) -> PredictionReport:
+    """Predict labels or numbers for the sequences of files, and write a table.
+
+    Columns are ``id`` and, for classes, ``label`` (the likeliest) and ``p_NAME`` for each; for several
+    labels, ``labels`` (those of 0.5 or more, joined by commas) and ``p_NAME``; for numbers, one column a
+    target; for labels of bases, a row a token with ``id``, ``start``, ``end`` (0-based, half-open), ``label``
+    and ``p_NAME``.
+
+    Args:
+        model: Folder ``final`` of a fine-tuning run.
+        inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
+        output: The table; ``-`` is standard output.
+        format: ``tsv``, ``parquet``, or by the name of the output.
+        overwrite: Replace an existing file.
+        batch_rows: Windows of a forward pass.
+        device: Torch device; None is CUDA if present, else the CPU.
+        threads: CPU threads; None leaves torch's choice.
+        trust_remote_code: Run code that the folder brings.
+        progress: Called with what was read, after each part.
+        **policies: ``invalid``, ``duplicates``, ``empty``, ``gaps`` and ``keep_case``, as for ``extract``.
+            None stands for the default, which for ``keep_case`` is what training did.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If options are wrong, or the folder holds no model that predicts.
+        GenoembedError: If input, model or output fail; the output is then as it was before.
+    """
+    problems = [
+        f"{name} is {value}; set {name} to 1 or more"
+        for name, value in (("batch_rows", batch_rows), ("threads", threads))
+        if value is not None and value < 1
+    ]
+    problems += [f"{name!r} is no option of predict" for name in policies if name not in _POLICIES]
+    if problems:
+        raise ConfigError(*problems)
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        saved = load_predictor(model, device=device, trust_remote_code=trust_remote_code)
+        counts = InputCounts()
+        records = read_sequences(
+            inputs,
+            counts=counts,
+            **{
+                "keep_case": bool(saved.facts.values["keep_case"]),
+                **{name: value for name, value in policies.items() if value is not None},
+            },
+        )
+        started = time.perf_counter()
+        table = open_table(os.fspath(output), format=format, overwrite=overwrite)
+        num_records = num_rows = 0
+        with table as writer, torch.inference_mode():
+            for part in _parts(records):
+                columns = predict_part(saved, part, batch_rows=batch_rows)
+                writer.write(columns)
+                num_records += len(part)
+                num_rows += len(next(iter(columns.values())))
+                if progress is not None:
+                    progress(counts)
+            if not num_records:
+                problem = f"no record is left to predict ({counts}); check the input, or set invalid='mask'"
+                raise EmptyRecordError(problem, path=str(inputs))
+    finally:
+        torch.set_num_threads(before)
+    return PredictionReport(
+        output=os.fspath(output),
+        num_records=num_records,
+        num_rows=num_rows,
+        task=saved.facts.task,
+        names=saved.space.names,
+        counts=counts,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def predict_part(
+    saved: SavedPredictor, records: Sequence[SequenceRecord], *, batch_rows: int = 16
+) -> dict[str, Sequence[object]]:
+    """Predict a few records."""
+    encoder = saved.model.encoder
+    runner = WindowedRunner.of(
+        encoder,
+        build_encoder(saved.genomic.tokenizer),
+        max_tokens=saved.genomic.max_length,
+        skip_first=saved.facts.skip_first,
+        rows=batch_rows,
+    )
+    sequences = [record.sequence for record in records]
+    ids = [record.id for record in records]
+    if saved.space.kind == "token":
+        outputs = runner.tokens(saved.model, encoder, sequences)
+        return _token_columns(ids, sequences, outputs, saved.space.names)
+    vectors = runner.vectors(saved.model, encoder, sequences)
+    predictions = saved.model(vectors=vectors, want="predict")["predictions"].float().cpu().numpy()
+    names = saved.space.names
+    if saved.space.kind == "regression":
+        return {"id": ids, **{name: predictions[:, index] for index, name in enumerate(names)}}
+    probabilities = {f"p_{name}": predictions[:, index] for index, name in enumerate(names)}
+    if saved.space.kind == "multilabel":
+        chosen = [
+            ",".join(name for name, p in zip(names, row, strict=True) if p >= MULTILABEL_THRESHOLD)
+            for row in predictions
+        ]
+        return {"id": ids, "labels": chosen, **probabilities}
+    return {"id": ids, "label": [names[index] for index in predictions.argmax(axis=1)], **probabilities}
+
+
+def _token_columns(
+    ids: Sequence[str], sequences: Sequence[bytes], outputs: Sequence[TokenOutputs], names: Sequence[str]
+) -> dict[str, Sequence[object]]:
+    probabilities = np.concatenate([output.predictions.numpy() for output in outputs])
+    starts = [output.starts for output in outputs]
+    ends = [np.append(start[1:], len(sequence)) for start, sequence in zip(starts, sequences, strict=True)]
+    columns: dict[str, Any] = {
+        "id": [name for name, start in zip(ids, starts, strict=True) for _ in start],
+        "start": np.concatenate(starts),
+        "end": np.concatenate(ends),
+        "label": [names[index] for index in probabilities.argmax(axis=1)],
+    }
+    return columns | {f"p_{name}": probabilities[:, index] for index, name in enumerate(names)}
+
+
+def _parts(records: Iterable[SequenceRecord]) -> Iterator[list[SequenceRecord]]:
+    part: list[SequenceRecord] = []
+    bases = 0
+    for record in records:
+        part.append(record)
+        bases += len(record.sequence)
+        if len(part) >= PART_RECORDS or bases >= PART_BASES:
+            yield part
+            part, bases = [], 0
+    if part:
+        yield part
+
+
+TableFormat: TypeAlias = Literal["auto", "tsv", "parquet"]
+
+STDOUT = "-"
+
+
+class TableWriter(Protocol):
+    """Takes rows, a part at a time."""
+
+    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
+        """Write rows."""
+
+
+@contextmanager
+def open_table(
+    output: str, *, format: TableFormat = "auto", overwrite: bool = False
+) -> Iterator[TableWriter]:
+    """Open a table for writing."""
+    is_parquet = format == "parquet" or (format == "auto" and output.endswith(".parquet"))
+    if output == STDOUT:
+        if is_parquet:
+            message = "format is 'parquet', which standard output cannot take; set output to a file name"
+            raise ConfigError(message)
+        yield _TsvWriter(sys.stdout)
+        return
+    target = check_output(output, overwrite=overwrite)
+    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        if is_parquet:
+            writer = _ParquetWriter(part)
+            yield writer
+            writer.close()
+        else:
+            with part.open("w", encoding="utf-8", newline="") as file:
+                yield _TsvWriter(file)
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _TsvWriter:
+    """Tab-separated values; tabs and line ends in a text become spaces."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self._has_header = file, False
+
+    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
+        if not self._has_header:
+            self._file.write("\t".join(map(_cell, columns)) + "\n")
+            self._has_header = True
+        for values in zip(*columns.values(), strict=True):
+            self._file.write("\t".join(map(_cell, values)) + "\n")
+
+
+class _ParquetWriter:
+    """Parquet through pyarrow, a row group a part."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._arrow: Any = import_module("pyarrow")
+            self._parquet: Any = import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise MissingExtraError(package="pyarrow", extra="parquet", purpose="writing Parquet") from error
+        self._path = path
+        self._writer: Any = None
+
+    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
+        table = self._arrow.table({name: self._column(values) for name, values in columns.items()})
+        if self._writer is None:
+            self._writer = self._parquet.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        """Write the end of the file; an empty table if there was no row."""
+        if self._writer is None:
+            self.write({"id": []})
+        self._writer.close()
+
+    def _column(self, values: Sequence[object]) -> Any:
+        if isinstance(values, np.ndarray):
+            return self._arrow.array(values)
+        return self._arrow.array(list(values), type=self._arrow.string())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float | np.floating):
+        return f"{value:.6g}"
+    return str(value).replace("\t", " ").replace("\n", " ").replace("\r", " ")

@@ -1,0 +1,150 @@
+"""From what is asked for to numbers: epochs by the size of the data, rates by tuning and width.
+
+Sources of the defaults: epochs, Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for
+large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), above it in inverse
+proportion to the width (Yang et al. 2022); adapters, 2e-4 (Hu et al. 2022); both a third less below 2,000
+rows (Mosbach et al. 2021: small steps). At width 128 these are too low: 1e-3 and 3e-3 on 700 rows did better
+(``benchmarks/results/finetuning.md``); between the widths, rates lie on a line in logarithms. New heads,
+1e-3 (Kingma and Ba 2015, Adam's own).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from genoembed.errors import ConfigError
+from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER
+from genoembed.finetuning.trainer import Rates
+from genoembed.training.optimizer import uses_bfloat16
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from genoembed.config.finetune import FinetuneConfig, FinetuneRecipe
+
+
+_SMALL, _LARGE = 2_000, 20_000
+_NARROW, _WIDE = 128, 768
+_FULL_RATES, _LORA_RATES = (1.5e-3, 3e-5), (4.5e-3, 2e-4)
+"""At the width ``_NARROW`` and at ``_WIDE``, for sets that are not small."""
+_HEAD_RATE = 1e-3
+_SMALL_SCALE = 2 / 3
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "plateau": "reduce_lr_on_plateau",
+}
+
+
+def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
+    """Fill in what goes by model and data.
+
+    Example:
+        >>> from genoembed.config.finetune import finetune_config
+        >>> config = finetune_config({"task": "regression", "train": ("a.tsv",)})
+        >>> recipe = resolve_recipe(config, num_rows=500, width=768).recipe
+        >>> recipe.max_epochs, f"{recipe.learning_rate:.0e}", recipe.metric
+        (20, '2e-05', 'spearman')
+    """
+    recipe, task = config.recipe, config.objective.task
+    metric = recipe.metric or METRICS[task][0]
+    if metric not in METRICS[task]:
+        message = f"metric is {metric!r}; set metric to one of {', '.join(METRICS[task])}"
+        raise ConfigError(message)
+    epochs = 20 if num_rows < _SMALL else 10 if num_rows < _LARGE else 3
+    rate = recipe.learning_rate or default_rate(
+        width, uses_adapters=config.encoder.tuning == "lora", num_rows=num_rows
+    )
+    resolved = replace(
+        recipe,
+        max_epochs=recipe.max_epochs or epochs,
+        learning_rate=rate,
+        head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
+        metric=metric,
+        dtype="bfloat16" if uses_bfloat16(recipe.dtype) else "float32",
+    )
+    return replace(config, recipe=resolved)
+
+
+def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
+    """Give the peak rate of an encoder for which none is asked.
+
+    Example:
+        >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
+        [0.001, 2e-05, 4e-06]
+    """
+    narrow, wide = _LORA_RATES if uses_adapters else _FULL_RATES
+    share = math.log(max(width, _NARROW) / _NARROW) / math.log(_WIDE / _NARROW)
+    rate = narrow * (wide / narrow) ** min(share, 1.0)
+    if width > _WIDE and not uses_adapters:
+        rate *= _WIDE / width
+    return rate * (_SMALL_SCALE if num_rows < _SMALL else 1.0)
+
+
+def rates_of(recipe: FinetuneRecipe) -> Rates:
+    """Take the rates out of a resolved recipe."""
+    assert recipe.learning_rate is not None, "the recipe is resolved"
+    assert recipe.head_learning_rate is not None, "the recipe is resolved"
+    return Rates(
+        encoder=recipe.learning_rate, head=recipe.head_learning_rate, weight_decay=recipe.weight_decay
+    )
+
+
+def finetune_arguments(
+    recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
+) -> TrainingArguments:
+    """Say a resolved recipe in the words of transformers."""
+    metric = str(recipe.metric)
+    is_greater_better = metric not in SMALLER_IS_BETTER
+    every = "epoch" if recipe.eval_steps is None else "steps"
+    arguments: dict[str, Any] = dict(
+        output_dir=str(folder),
+        num_train_epochs=recipe.max_epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.rows_per_device,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy=every if has_validation else "no",
+        save_strategy=every,
+        save_total_limit=2,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model=f"eval_{metric}" if has_validation else None,
+        greater_is_better=is_greater_better if has_validation else None,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    if recipe.eval_steps is not None:
+        arguments |= {"eval_steps": recipe.eval_steps, "save_steps": recipe.eval_steps}
+    if recipe.schedule == "plateau":
+        mode = "max" if is_greater_better else "min"
+        arguments["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
+    found = TrainingArguments(**arguments)
+    if recipe.schedule != "plateau":  # it knows only now how many processes there are
+        steps = total_steps(recipe, num_rows=num_rows, world_size=found.world_size)
+        found.warmup_steps = math.ceil(recipe.warmup_fraction * steps)
+    return found
+
+
+def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:
+    """Count the optimizer steps of a resolved recipe."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    batches = math.ceil(num_rows / (recipe.rows_per_device * world_size))
+    return math.ceil(batches / recipe.accumulation_steps) * (recipe.max_epochs or 1)

@@ -1,0 +1,271 @@
+"""From a view of a row to the token ids, masks and label that a batch holds of it.
+
+In: bases and labels of bases as they are to be seen, and the row that they come from. Out:
+:class:`~genoembed.training.encode.EncodedExample`. Promised: labels of bases are encoded after their bases
+were cropped and turned; nothing is cut to fit the context.
+
+Rows, views and groups as a trainer draws them: by number and epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from genoembed.errors import SequenceLengthError
+from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
+from genoembed.finetuning.collate import EncodedExample, encode_example, encode_token_example
+from genoembed.finetuning.sampling import FILLER, UNKNOWN, sequence_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from genoembed.finetuning.augment import AugmentConfig
+    from genoembed.finetuning.collate import BaseLabels
+    from genoembed.finetuning.labelled import LabelledSequence
+    from genoembed.finetuning.labels import LabelSpace
+    from genoembed.finetuning.pairs import RetrievalExample
+    from genoembed.finetuning.sampling import GroupSampler
+    from genoembed.tokenization.hf import SequenceEncoder
+
+
+class RowEncoder(Protocol):
+    """Makes token ids of a view of a sequence."""
+
+    @property
+    def per_base(self) -> bool:
+        """Whether a label is a name a base, which follows its base."""
+
+    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
+        """Encode a view, as it is to be seen, of a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelEncoder:
+    """Encodes a view with the label of its row."""
+
+    encoder: SequenceEncoder
+    max_tokens: int | None
+    space: LabelSpace | None = None
+    """What labels mean; None for rows without."""
+    skip_first: int = 0
+    several_bases: BaseLabels = "error"
+
+    @property
+    def per_base(self) -> bool:
+        """Whether a label is a name a base."""
+        return self.space is not None and self.space.kind == "token"
+
+    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
+        """Encode a view of a row."""
+        if self.space is not None and self.per_base:
+            assert view.token_labels is not None, "rows of this kind have labels of bases"
+            labels = self.space.encode(view.token_labels)
+            return encode_token_example(
+                view.sequence,
+                self.encoder,
+                base_labels=labels.astype(np.int64),
+                several_bases=self.several_bases,
+                max_tokens=self.max_tokens,
+                record_id=row.id,
+            )
+        return encode_example(
+            view.sequence,
+            self.encoder,
+            label=None if self.space is None else self.space.encode(row.label),
+            max_tokens=self.max_tokens,
+            skip_first=self.skip_first,
+            record_id=row.id,
+        )
+
+
+def check_lengths(
+    sequences: Sequence[bytes], encoder: SequenceEncoder, *, max_tokens: int | None, max_crop_bp: int | None
+) -> None:
+    """Refuse sequences that do not fit the context, before the first step."""
+    if max_tokens is None:
+        return
+    bases = encoder.max_bases(max_tokens)
+    for number, sequence in enumerate(sequences, start=1):
+        seen = len(sequence) if max_crop_bp is None else min(len(sequence), max_crop_bp)
+        if seen <= bases:
+            continue
+        if max_crop_bp is not None:
+            problem = (
+                f"max_crop_bp is {max_crop_bp}, but the model's context is sure to hold {bases} bases; set "
+                f"max_crop_bp to {bases} or less"
+            )
+            raise SequenceLengthError(problem)
+        encode_example(sequence, encoder, max_tokens=max_tokens, record_id=f"row {number}")
+
+
+_SECOND_VIEW = 1 << 20
+"""Added to the epoch: the second view of a sequence draws other numbers than the first."""
+
+
+class EpochDataset(Dataset[Any]):
+    """A dataset that knows which epoch it is."""
+
+    epoch = 0
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0."""
+        self.epoch = epoch
+
+
+class RowDataset(EpochDataset):
+    """Labelled rows, each epoch in another view."""
+
+    def __init__(
+        self, rows: Sequence[LabelledSequence], encode: RowEncoder, *, augment: AugmentConfig, seed: int
+    ) -> None:
+        self.rows, self._encode, self._augment, self._seed = rows, encode, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedExample:
+        row = self.rows[index]
+        rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
+        view = _view(row, per_base=self._encode.per_base)
+        return self._encode(augment(view, rng, config=self._augment), row)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPair:
+    """Two views of one sequence."""
+
+    first: EncodedExample
+    second: EncodedExample
+    identity: int
+
+
+class ViewDataset(EpochDataset):
+    """Two views of each sequence: the first as ``augment`` says, the second as ``other`` says."""
+
+    def __init__(
+        self,
+        rows: Sequence[LabelledSequence],
+        encode: RowEncoder,
+        *,
+        augment: AugmentConfig,
+        other: AugmentConfig,
+        seed: int,
+    ) -> None:
+        self.rows, self._encode, self._seed = rows, encode, seed
+        self._configs = (augment, other)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> ViewPair:
+        row = self.rows[index]
+        views = []
+        for number, config in enumerate(self._configs):
+            epoch = self.epoch + number * _SECOND_VIEW
+            rng = augmentation_rng(seed=self._seed, epoch=epoch, row=index)
+            views.append(self._encode(augment(Augmented(row.sequence), rng, config=config), row))
+        return ViewPair(first=views[0], second=views[1], identity=sequence_identity(row.sequence))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """A query and the passages that one epoch gives it, the positive first."""
+
+    query: EncodedExample
+    passages: tuple[EncodedExample, ...]
+    sequences: tuple[bytes, ...]
+    """Of the query and of the passages, as the model sees them."""
+    ids: tuple[int, ...]
+    """Identities of the query and of the passages."""
+    label: int
+    """Number of the query's group of rows, or -1."""
+    is_real: tuple[bool, ...]
+    """False for a passage that only fills up."""
+    teacher_scores: tuple[float, ...] | None
+
+
+class GroupDataset(EpochDataset):
+    """Retrieval examples, each epoch with another draw of passages."""
+
+    def __init__(
+        self,
+        rows: Sequence[RetrievalExample],
+        sampler: GroupSampler,
+        *,
+        encoder: SequenceEncoder,
+        max_tokens: int | None,
+        skip_first: int,
+        augment: AugmentConfig,
+        seed: int,
+    ) -> None:
+        self.rows, self._sampler, self._encoder = rows, sampler, encoder
+        self._max_tokens, self._skip_first = max_tokens, skip_first
+        self._augment, self._seed = augment, seed
+        self._labels = group_numbers(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Group:
+        row = self.rows[index]
+        draw = self._sampler.draw(index, epoch=self.epoch)
+        chosen = [FILLER if n == FILLER else len(row.pos) + n for n in draw.negatives]
+        places = [draw.positive, *chosen]
+        listed = (*row.pos, *row.neg)
+        passages = [listed[draw.positive if place == FILLER else place] for place in places]
+        rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
+        views = [
+            augment(Augmented(sequence), rng, config=self._augment).sequence
+            for sequence in (row.query, *passages)
+        ]
+        examples = [
+            encode_example(
+                view,
+                self._encoder,
+                max_tokens=self._max_tokens,
+                skip_first=self._skip_first,
+                record_id=row.id,
+            )
+            for view in views
+        ]
+        scores = row.teacher_scores
+        return Group(
+            query=examples[0],
+            passages=tuple(examples[1:]),
+            sequences=tuple(views),
+            ids=(
+                sequence_identity(row.query),
+                *(
+                    UNKNOWN if place == FILLER else sequence_identity(sequence)
+                    for place, sequence in zip(places, passages, strict=True)
+                ),
+            ),
+            label=self._labels[index],
+            is_real=tuple(place != FILLER for place in places),
+            teacher_scores=None if scores is None else tuple(_score(scores, place) for place in places),
+        )
+
+
+def group_numbers(rows: Sequence[RetrievalExample]) -> list[int]:
+    """Number the groups that rows name."""
+    numbers: dict[str, int] = {}
+    return [UNKNOWN if row.group is None else numbers.setdefault(row.group, len(numbers)) for row in rows]
+
+
+def _view(row: LabelledSequence, *, per_base: bool) -> Augmented:
+    if not per_base:
+        return Augmented(row.sequence)
+    assert isinstance(row.label, tuple), "labels of bases are a row of names"
+    names = tuple(name for name in row.label if name is None or isinstance(name, str))
+    return Augmented(row.sequence, names)
+
+
+def _score(scores: Sequence[float], place: int) -> float:
+    return 0.0 if place == FILLER else scores[place]

@@ -1,0 +1,314 @@
+"""Fine-tune a model: labelled sequences or pairs in, a folder that embeds and predicts out.
+
+``read -> clean -> part -> load and cut the model -> train -> choose the best step -> test -> save``.
+Promised: the same config, data and seed give the same model on CPUs; a run that was killed goes on from its
+newest checkpoint with the losses of a run that was never killed; ``finetune.json`` runs the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback
+from transformers.trainer_utils import set_seed
+
+from genoembed._version import __version__
+from genoembed.config.finetune import PREDICTION_TASKS, finetune_config
+from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
+from genoembed.finetuning.rates import finetune_arguments, rates_of, resolve_recipe, total_steps
+from genoembed.finetuning.sampling import new_sampler
+from genoembed.finetuning.saved import save_finetuned
+from genoembed.finetuning.start import set_up_task
+from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
+from genoembed.models.load import without_progress_bars
+from genoembed.pretraining.trainer import ClampPoles
+from genoembed.training.distributed import (
+    StopOnSignal,
+    leave_process_group_at_exit,
+    use_threads,
+    wait_for_all,
+)
+from genoembed.training.run_folder import (
+    FINAL_FOLDER,
+    METRICS_FILE,
+    RUN_FILE,
+    checkpoint_to_resume,
+    clear_run,
+    compare_with_run,
+    path_strings,
+    refuse_other_run,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from os import PathLike
+
+    from transformers import TrainerCallback, TrainingArguments
+
+    from genoembed.config.finetune import FinetuneConfig, Task
+
+
+__all__ = ["FinetuneReport", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "finetune.json"
+REPORT_FILE = "report.json"
+_FILE_KEYS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneReport:
+    """What a run did."""
+
+    output: str
+    """Folder of the model: for ``extract``, ``predict`` and ``AutoModel``."""
+    steps: int
+    """Optimizer steps, those before a resumption counted."""
+    best_step: int
+    """The step whose weights were saved."""
+    metric: str
+    """What chose it."""
+    validation: dict[str, float]
+    """Metrics on the validation rows at that step; empty without any."""
+    test: dict[str, float]
+    """Metrics on the test rows; empty without any."""
+    metrics: str
+    """JSON-lines file with the whole curve."""
+    config: str
+    """JSON file that runs the same training again."""
+
+
+def finetune(
+    train: str | PathLike[str] | Iterable[str | PathLike[str]] | None,
+    output_dir: str | PathLike[str],
+    *,
+    task: Task | None = None,
+    labels: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Fine-tune a model.
+
+    Writes checkpoints, ``metrics.jsonl``, ``finetune.json``, ``run.json`` and, at the end, the folder
+    ``final``. SIGINT and SIGTERM end the run after the step being done, with a checkpoint.
+
+    Args:
+        train: Files to learn from; None takes those of ``config``.
+        output_dir: Folder for everything that is written.
+        task: ``classification``, ``multilabel``, ``regression``, ``token``, ``lm``, ``contrastive``,
+            ``triplet`` or ``retrieval``; None takes that of ``config``.
+        labels: Table from id to label, where ``train`` are sequence files.
+        config: TOML or JSON file with values for what ``options`` leave out.
+        resume: Go on from the newest checkpoint in ``output_dir``.
+        overwrite: Start again where there is a run in ``output_dir``.
+        threads: CPU threads; None leaves torch's choice.
+        **options: Any field of the stages of :mod:`genoembed.config.finetune`, such as ``model``,
+            ``layers``, ``tuning``, ``split``, ``max_epochs``, ``learning_rate``. None stands for the file's
+            value, or the default.
+
+    Returns:
+        Where the model is, and how good it is.
+
+    Raises:
+        ConfigError: If options are wrong or do not go with the data, ``output_dir`` holds a run and neither
+            ``resume`` nor ``overwrite`` is set, or the run to resume has another config.
+        MissingExtraError: If a package of the extra ``finetune`` is needed and missing.
+        GenoembedError: If data or model fail.
+        KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
+    """
+    files = {name: path_strings(options.get(name)) for name in _FILE_KEYS[1:]}
+    table = None if labels is None else os.fspath(labels)
+    keys = options | files | {"train": path_strings(train), "task": task, "labels": table}
+    if isinstance(keys.get("model"), os.PathLike):
+        keys["model"] = os.fspath(keys["model"])
+    settings = finetune_config(keys, file=config)
+    use_threads(threads)
+    folder = Path(output_dir)
+    if resume and (folder / REPORT_FILE).is_file():
+        logger.info("resume: the run in %s is complete", folder)
+        return FinetuneReport(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    if settings.objective.task in PREDICTION_TASKS:
+        check_metrics_installed()
+    if not (resume or overwrite):
+        refuse_other_run(folder)
+    state = torch.get_rng_state()
+    try:
+        return _Run(settings, folder).train(resume=resume)
+    finally:
+        torch.set_rng_state(state)
+
+
+class _Run:
+    """One run: everything that is checked before the first step, then training."""
+
+    def __init__(self, config: FinetuneConfig, folder: Path) -> None:
+        set_seed(config.recipe.seed)
+        self.asked, self.folder = config, folder
+        self.setup = set_up_task(config)
+        parameters = list(self.setup.model.parameters())
+        logger.info(
+            "tuning %s: %d of %d parameters learn",
+            config.encoder.tuning,
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters),
+        )
+        self.config = resolve_recipe(config, num_rows=len(self.setup.dataset), width=self.setup.width)
+        self.arguments = self._arguments()
+        leave_process_group_at_exit()
+        recipe = self.config.recipe
+        if self.setup.group_sampler is not None:
+            ranks = self.arguments.world_size if config.objective.across_devices else 1
+            self.setup.group_sampler.check_batch(
+                min(recipe.rows_per_device * ranks, len(self.setup.dataset)),
+                in_batch_negatives=not config.objective.own_negatives_only,
+            )
+
+    def _arguments(self) -> TrainingArguments:
+        return finetune_arguments(
+            self.config.recipe,
+            self.folder,
+            num_rows=len(self.setup.dataset),
+            has_validation="eval" in self.setup.measures,
+        )
+
+    def train(self, *, resume: bool) -> FinetuneReport:
+        """Train to the end, or to a signal."""
+        checkpoint = self._claim(resume=resume)
+        stop = StopOnSignal()
+        trainer = self._trainer(stop)
+        trainer.remove_callback(PrinterCallback)
+        self._write_files()
+        total = total_steps(
+            self.config.recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size
+        )
+        recipe = self.config.recipe
+        logger.info(
+            "training for %d steps at most, rate %.2g, of heads %.2g",
+            total,
+            recipe.learning_rate,
+            recipe.head_learning_rate,
+        )
+        with stop.listening(), without_progress_bars():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stop.raise_if_stopped(self.folder)
+        return self._finish(trainer)
+
+    def _claim(self, *, resume: bool) -> Path | None:
+        """Compare with the run that is there and find its checkpoint, or clear it away."""
+        if resume:
+            message = (
+                f"train: the rows are not those of the run in {self.folder}; give the same files, or "
+                "overwrite to start again"
+            )
+            compare_with_run(self.folder, self._compared(), digests={"rows": message})
+            return checkpoint_to_resume(self.folder)
+        if self.arguments.process_index == 0:
+            clear_run(self.folder, CONFIG_FILE, REPORT_FILE)
+        return None
+
+    def _compared(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that began; files may move, rows may not change."""
+        values: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
+        for name in (*_FILE_KEYS, "labels"):
+            values["data"].pop(name)
+        return {**values, "rows": self.setup.digest, "processes": self.arguments.world_size}
+
+    def _trainer(self, stop: StopOnSignal) -> FinetuneTrainer:
+        recipe, setup = self.config.recipe, self.setup
+        shown = (str(recipe.metric), *METRICS[self.config.objective.task][:2], "loss")
+        callbacks: list[TrainerCallback] = [
+            ClampPoles(),
+            FinetuneLog(self.folder / METRICS_FILE, shown=shown),
+            stop,
+        ]
+        if "eval" in setup.measures:
+            callbacks.append(
+                StopEarly(
+                    f"eval_{recipe.metric}",
+                    is_greater_better=recipe.metric not in SMALLER_IS_BETTER,
+                    patience=recipe.patience,
+                    min_epochs=recipe.min_epochs,
+                )
+            )
+        return FinetuneTrainer(
+            model=setup.model,
+            args=self.arguments,
+            dataset=setup.dataset,
+            collate=setup.collate,
+            sampler=new_sampler(
+                setup.lengths,
+                labels=setup.classes,
+                batch_size=recipe.rows_per_device * self.arguments.world_size,
+                seed=recipe.seed,
+                mixed_lengths=recipe.mixed_lengths,
+            ),
+            least_rows=self._least_rows(),
+            rates=rates_of(recipe),
+            measures=setup.measures,
+            micro_batch=recipe.micro_batch,
+            callbacks=callbacks,
+        )
+
+    def _least_rows(self) -> int:
+        """Say how many rows each process needs: a batch of one has nothing to compare with."""
+        compares_elsewhere = self.config.objective.across_devices and self.arguments.world_size > 1
+        return 1 if self.setup.contrast is None or compares_elsewhere else 2
+
+    def _write_files(self) -> None:
+        if self.arguments.process_index:
+            return
+        write_json(self.folder / RUN_FILE, {"genoembed": __version__, "compared": self._compared()})
+        write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
+
+    def _finish(self, trainer: FinetuneTrainer) -> FinetuneReport:
+        state, metric = trainer.state, str(self.config.recipe.metric)
+        test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
+        best = int(state.best_global_step or state.global_step)
+        validation = _line_of(state.log_history, best, f"eval_{metric}")
+        final = self.folder / FINAL_FOLDER
+        report = FinetuneReport(
+            output=str(final),
+            steps=int(state.global_step),
+            best_step=best,
+            metric=metric,
+            validation=_bare(validation, "eval_"),
+            test=_bare(test, "test_"),
+            metrics=str(self.folder / METRICS_FILE),
+            config=str(self.folder / CONFIG_FILE),
+        )
+        if self.arguments.process_index == 0:
+            self._save(final, trainer)
+            write_json(self.folder / REPORT_FILE, asdict(report))
+        wait_for_all()
+        return report
+
+    def _save(self, final: Path, trainer: FinetuneTrainer) -> None:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model.cpu()
+        save_finetuned(
+            model,
+            final,
+            config=self.config,
+            tokenizer=self.setup.tokenizer,
+            space=self.setup.space,
+            source=self.setup.source,
+        )
+
+
+def _line_of(history: list[dict[str, float]], step: int, metric: str) -> dict[str, float]:
+    return next((line for line in reversed(history) if line.get("step") == step and metric in line), {})
+
+
+def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:
+    return {name.removeprefix(side): value for name, value in metrics.items() if name.startswith(side)}

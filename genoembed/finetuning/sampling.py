@@ -1,0 +1,527 @@
+"""Which passages a query may be set against: everything but its kin, which would be false negatives.
+
+In: labels and identities of queries and passages. Out: masks over pairs. Promised: a positive is never left
+out, and what is left out is counted.
+
+Passages lie in groups of G, the positive first: those of query i are ``i * G`` to ``i * G + G - 1``.
+B queries of this rank, Q queries of all ranks, P = Q * G passages of all ranks.
+
+Which positive and which negatives of a row a step gets: drawn afresh each epoch, and counted.
+In which order rows come: of like length together, of one class together, or at random.
+Batches for one process or for several: the rows of each step, dealt out, every row of an epoch once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, Sampler
+
+from genoembed.errors import ConfigError, InputError, ShapeError, TrainingWarning
+from genoembed.sequences.alphabet import reverse_complement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence, Sized
+
+    from torch import Tensor
+
+    from genoembed.training.distributed import RankRows
+
+
+UNKNOWN = -1
+"""A label or identity that matches nothing, itself included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairIds:
+    """What tells that a passage is no negative of a query. All of it is optional."""
+
+    query_ids: Tensor | None = None
+    """Identity of each query: a hash of its sequence, or the number of its homology cluster.
+    int64, ``(B,)``."""
+    passage_ids: Tensor | None = None
+    """Identity of each passage, numbered as ``query_ids`` are. int64, ``(B * G,)``."""
+    query_labels: Tensor | None = None
+    """Class of each query. int64, ``(B,)``."""
+    passage_labels: Tensor | None = None
+    """Class of each passage. int64, ``(B * G,)``."""
+    passage_mask: Tensor | None = None
+    """False for a slot that only fills up a group. Bool, ``(B * G,)``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CandidateMasks:
+    """Who is compared with whom."""
+
+    passages: Tensor
+    """True where a passage is a candidate of a query, its positive included. Bool, ``(B, P)``."""
+    pairs: Tensor
+    """True where another query, or its positive, may be a negative; False for itself. Bool, ``(B, Q)``."""
+    targets: Tensor
+    """Column of each query's positive in ``passages``. int64, ``(B,)``."""
+    masked: int
+    """Pairs of query and passage that were left out as false negatives."""
+
+
+def sequence_identity(sequence: bytes) -> int:
+    """Give equal sequences, and the two strands of one molecule, equal numbers, for ``PairIds``.
+
+    Example:
+        >>> sequence_identity(b"AAC") == sequence_identity(b"GTT")
+        True
+    """
+    molecule = min(sequence, reverse_complement(sequence))
+    digest = hashlib.blake2b(molecule, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_groups(num_queries: int, num_passages: int, ids: PairIds) -> int:
+    """Check that passages come in groups of one size, and that identities fit.
+
+    Example:
+        >>> check_groups(2, 8, PairIds())
+        4
+    """
+    if num_queries < 1 or num_passages < 1 or num_passages % num_queries:
+        message = (
+            f"passages: {num_passages} for {num_queries} queries, expected the same number for each query, "
+            "its positive first"
+        )
+        raise ShapeError(message)
+    for field in fields(ids):
+        value = getattr(ids, field.name)
+        expected = num_queries if field.name.startswith("query") else num_passages
+        if value is not None and value.shape != (expected,):
+            message = f"{field.name}: shape {tuple(value.shape)}, expected ({expected},)"
+            raise ShapeError(message)
+    mask = ids.passage_mask
+    group_size = num_passages // num_queries
+    if mask is not None and not bool(mask[::group_size].all()):
+        message = "passage_mask: False for a positive, expected True for the first passage of each group"
+        raise ShapeError(message)
+    return group_size
+
+
+def candidate_masks(ids: PairIds, rows: RankRows, *, group_size: int, device: torch.device) -> CandidateMasks:
+    """Decide who is compared with whom.
+
+    A passage is left out if it has the query's label, or is the query, or is the query's positive, under
+    another number. Two queries are kin if they or their positives share an identity, or their labels agree;
+    then each other's positives are left out, too.
+    """
+    every = _gathered(ids, rows, group_size, device)
+    num_queries = rows.sizes[rows.rank]
+    own_B = rows.start + torch.arange(num_queries, device=device)
+    targets_B = own_B * group_size
+    kin_BP = torch.zeros(num_queries, rows.total * group_size, dtype=torch.bool, device=device)
+    kin_BQ = torch.zeros(num_queries, rows.total, dtype=torch.bool, device=device)
+    if every.query_labels is not None:
+        labels_B = every.query_labels[own_B]
+        kin_BQ |= _same(labels_B, every.query_labels)
+        if every.passage_labels is not None:
+            kin_BP |= _same(labels_B, every.passage_labels)
+    sides = ((every.query_ids, 1), (every.passage_ids, group_size))
+    # identities of all queries, and of all positives
+    known = [ids_N[::step] for ids_N, step in sides if ids_N is not None]
+    for mine_Q in known:
+        for theirs_Q in known:
+            kin_BQ |= _same(mine_Q[own_B], theirs_Q)
+        if every.passage_ids is not None:
+            kin_BP |= _same(mine_Q[own_B], every.passage_ids)
+    kin_BP[:, ::group_size] |= kin_BQ
+    is_own_BQ = own_B[:, None] == torch.arange(rows.total, device=device)
+    kin_BP = kin_BP.scatter(1, targets_B[:, None], value=False)
+    real_P = every.passage_mask
+    masked = int((kin_BP if real_P is None else kin_BP & real_P).sum())
+    passages_BP = ~kin_BP if real_P is None else ~kin_BP & real_P
+    return CandidateMasks(passages=passages_BP, pairs=~(kin_BQ | is_own_BQ), targets=targets_B, masked=masked)
+
+
+def _gathered(ids: PairIds, rows: RankRows, group_size: int, device: torch.device) -> PairIds:
+    found = {}
+    for field in fields(ids):
+        value = getattr(ids, field.name)
+        if value is not None:
+            size = 1 if field.name.startswith("query") else group_size
+            found[field.name] = rows.gather(value.to(device), group_size=size)
+    return replace(ids, **found)
+
+
+def _same(mine_B: Tensor, theirs_N: Tensor) -> Tensor:
+    return (mine_B[:, None] == theirs_N[None, :]) & (mine_B[:, None] != UNKNOWN)
+
+
+FILLER = -1
+"""Place of a group for which the row has no negative; mask it with ``PairIds.passage_mask``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupDraw:
+    """One row's group for one epoch."""
+
+    positive: int
+    """Index into the row's positives."""
+    negatives: tuple[int, ...]
+    """``group_size - 1`` indices into the row's negatives, all different; ``FILLER`` at the end of a row that
+    has fewer."""
+
+    @property
+    def num_fillers(self) -> int:
+        """Places that the row could not fill."""
+        return sum(index == FILLER for index in self.negatives)
+
+
+@dataclass(slots=True)
+class NegativeCounts:
+    """What was really drawn since the sampler was made."""
+
+    groups: int = 0
+    negatives: int = 0
+    """Real negatives in those groups."""
+    fillers: int = 0
+    """Places that stayed without one."""
+
+    @property
+    def negatives_per_group(self) -> float:
+        """Negatives of its own that a query really got, on average; 0 before the first group."""
+        return self.negatives / self.groups if self.groups else 0.0
+
+
+class GroupSampler:
+    """Draw ``train_group_size`` passages for each row: one positive and negatives of the row.
+
+    Warns, once, where the numbers are not what they look like: rows with more negatives than a group takes,
+    rows with fewer, rows with none.
+
+    Args:
+        num_positives: Of each row, at least 1.
+        num_negatives: Of each row.
+        train_group_size: Passages of a query: 1 positive and this less 1 negatives.
+        seed: Decides what is drawn.
+        in_batch_negatives: Whether passages of other queries are negatives, too.
+
+    Raises:
+        ConfigError: If ``train_group_size`` is below 1, or no query would have a negative.
+        InputError: If there is no row, or a row has no positive; ``line`` is the row's number from 1.
+
+    Example:
+        >>> sampler = GroupSampler([1, 2], [4, 4], train_group_size=5, seed=0)
+        >>> sorted(sampler.draw(0, epoch=0).negatives)
+        [0, 1, 2, 3]
+        >>> sampler.draw(0, epoch=1) == sampler.draw(0, epoch=1)
+        True
+    """
+
+    def __init__(
+        self,
+        num_positives: Sequence[int],
+        num_negatives: Sequence[int],
+        *,
+        train_group_size: int,
+        seed: int,
+        in_batch_negatives: bool = True,
+    ) -> None:
+        if train_group_size < 1:
+            message = f"train_group_size is {train_group_size}; set train_group_size to 2 or more"
+            raise ConfigError(message)
+        if len(num_positives) == 0 or len(num_positives) != len(num_negatives):
+            message = (
+                f"rows: positives of {len(num_positives)}, negatives of {len(num_negatives)}, expected the "
+                "same number, at least one"
+            )
+            raise InputError(message)
+        for row, count in enumerate(num_positives, start=1):
+            if count < 1:
+                message = "pos is empty, expected at least one positive; give one or leave the row out"
+                raise InputError(message, line=row)
+        self._positives, self._negatives = tuple(num_positives), tuple(num_negatives)
+        self._wanted, self._seed = train_group_size, seed
+        self.group_size = min(train_group_size, 1 + max(num_negatives))
+        """Passages of a query: no more than the richest row has."""
+        self.counts = NegativeCounts()
+        if not in_batch_negatives and min(self.group_size, 1 + min(num_negatives)) < 2:
+            row = self._negatives.index(min(num_negatives)) + 1
+            message = (
+                f"train_group_size is {train_group_size}, row {row} has {self._negatives[row - 1]} negatives "
+                "and in_batch_negatives is False: its loss would be 0; set in_batch_negatives to True, or "
+                "give negatives to each row and set train_group_size to 2 or more"
+            )
+            raise ConfigError(message)
+        self._warn()
+
+    def draw(self, row: int, *, epoch: int) -> GroupDraw:
+        """Draw the group of a row.
+
+        Args:
+            row: Number of the row, from 0.
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            The group; the same for the same seed, epoch and row.
+        """
+        generator = np.random.default_rng((self._seed, epoch, row))
+        places, available = self.group_size - 1, self._negatives[row]
+        positive = int(generator.integers(self._positives[row]))
+        chosen = generator.permutation(available)[:places].tolist()
+        self.counts.groups += 1
+        self.counts.negatives += len(chosen)
+        self.counts.fillers += places - len(chosen)
+        return GroupDraw(positive=positive, negatives=(*chosen, *[FILLER] * (places - len(chosen))))
+
+    def check_batch(self, queries_per_batch: int, *, in_batch_negatives: bool = True) -> None:
+        """Refuse batches in which a query would meet no negative.
+
+        Args:
+            queries_per_batch: Queries that are compared together, those of other devices included if they
+                are compared, too.
+            in_batch_negatives: Whether passages of other queries are negatives.
+
+        Raises:
+            ConfigError: If there would be none: loss and gradient would be 0.
+        """
+        others = queries_per_batch - 1 if in_batch_negatives else 0
+        if self.group_size == 1 and others < 1:
+            why = (
+                "in_batch_negatives is False"
+                if not in_batch_negatives
+                else "a batch has one query on its own"
+            )
+            message = (
+                f"train_group_size is {self._wanted}, a query has no negatives of its own, and {why}: loss "
+                "and gradient would be 0; set train_group_size to 2 or more (with negatives in the data), or "
+                "make batches of 2 queries or more, with in_batch_negatives"
+            )
+            raise ConfigError(message)
+
+    def _warn(self) -> None:
+        places = self._wanted - 1
+        without = sum(count == 0 for count in self._negatives)
+        fewer = sum(0 < count < places for count in self._negatives)
+        more = sum(count > places for count in self._negatives)
+        rows = len(self._negatives)
+        if without:
+            _warn_once(
+                f"neg: {without} of {rows} rows have no negatives; in-batch negatives (the passages of the "
+                "other queries) are used for them, so larger batches give more negatives"
+            )
+        if places > max(self._negatives):
+            short = places - max(self._negatives)
+            _warn_once(
+                f"train_group_size is {self._wanted}, which takes {places} negatives a row, {short} more "
+                f"than the row with the most has; groups of {self.group_size} are used; give more negatives, "
+                f"or set train_group_size to {self.group_size}"
+            )
+        elif fewer:
+            missing = sum(places - count for count in self._negatives if 0 < count < places)
+            _warn_once(
+                f"train_group_size is {self._wanted}, which takes {places} negatives a row, but {fewer} of "
+                f"{rows} rows have fewer, {missing} negatives short altogether; those places stay empty and "
+                "count for nothing"
+            )
+        if more:
+            unused = max(self._negatives) - places
+            _warn_once(
+                f"{more} of {rows} rows have more negatives than the {places} that train_group_size "
+                f"{self._wanted} takes (up to {unused} more): each epoch draws {places} of them afresh, so "
+                "more negatives in the data do not make a step harder; raise train_group_size for that"
+            )
+
+
+def _warn_once(message: str) -> None:
+    # a sampler is made once a run; two frames up is whoever made it
+    warnings.warn(message, TrainingWarning, stacklevel=4)
+
+
+_ROWS_PER_CLASS = 4
+
+
+class EpochOrder(Sampler[int]):
+    """An order of rows that is another one in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0.
+
+        Args:
+            epoch: Its number.
+        """
+        self.epoch = epoch
+
+
+class LengthGroupedSampler(EpochOrder):
+    """Orders rows so that those of a batch have like lengths, and batches come in random order.
+
+    Rows are shuffled, sorted by length within pools of ``pool_batches`` batches, cut into batches, and the
+    batches shuffled (so lengths do not run down within a pool). The batch with the longest row comes first:
+    memory that does not suffice shows at once. Every row is in every epoch once; the order depends on
+    lengths, seed and epoch only.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows that one step pads together: rows of a device times devices.
+        seed: Decides about the order.
+        pool_batches: More make batches more even and less random.
+
+    Raises:
+        ConfigError: If there is no row, or a number is out of range.
+
+    Example:
+        >>> list(LengthGroupedSampler([5, 1, 5, 1], batch_size=2, seed=0)) in ([0, 2, 1, 3], [2, 0, 3, 1],
+        ...     [0, 2, 3, 1], [2, 0, 1, 3])
+        True
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, batch_size: int, seed: int = 0, pool_batches: int = 50
+    ) -> None:
+        numbers = (("batch_size", batch_size, 1), ("seed", seed, 0), ("pool_batches", pool_batches, 1))
+        problems = [
+            f"{n} is {value}; set {n} to {least} or more" for n, value, least in numbers if value < least
+        ]
+        if not len(lengths):
+            problems.append("lengths: no row to order; give at least one")
+        if problems:
+            raise ConfigError(*problems)
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._batch_size = batch_size
+        self._pool = pool_batches * batch_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self.epoch])
+        order = rng.permutation(len(self._lengths))
+        batches = []
+        for start in range(0, len(order), self._pool):
+            pool = order[start : start + self._pool]
+            pool = pool[np.argsort(-self._lengths[pool], kind="stable")]
+            batches += [pool[at : at + self._batch_size] for at in range(0, len(pool), self._batch_size)]
+        # only the last batch may be short, else those after it would be cut elsewhere
+        tail = [batches.pop()] if len(batches[-1]) < self._batch_size else []
+        batches = [batches[index] for index in rng.permutation(len(batches))]
+        longest = max(range(len(batches)), key=lambda index: self._lengths[batches[index]].max(), default=0)
+        batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
+        return iter(np.concatenate(batches + tail).tolist())
+
+
+class ClassSampler(EpochOrder):
+    """Orders rows so that batches hold several of a class: those of a class come four at a time,
+    beside those of others.
+
+    Each row is in each epoch once; the order depends on labels, seed and epoch alone.
+
+    Args:
+        labels: Class of each row.
+        seed: Decides about the order.
+    """
+
+    def __init__(self, labels: Sequence[object], *, seed: int) -> None:
+        by_label: dict[object, list[int]] = defaultdict(list)
+        for index, label in enumerate(labels):
+            by_label[label].append(index)
+        self._classes, self._count, self._seed = list(by_label.values()), len(labels), seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        rounds: dict[int, list[list[int]]] = defaultdict(list)
+        for members in self._classes:
+            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            for start in range(0, len(order), _ROWS_PER_CLASS):
+                rounds[start].append(order[start : start + _ROWS_PER_CLASS])
+        # a round has a piece of each class that still has one, so neighbours are of different classes
+        for start in sorted(rounds):
+            for index in torch.randperm(len(rounds[start]), generator=generator).tolist():
+                yield from rounds[start][index]
+
+
+class RandomOrder(ClassSampler):
+    """Orders rows at random, by seed and epoch.
+
+    Args:
+        count: Number of rows.
+        seed: Decides about the order.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        super().__init__(range(count), seed=seed)  # a class each, so one round
+
+
+def new_sampler(
+    lengths: Sequence[int],
+    *,
+    labels: Sequence[object] | None,
+    batch_size: int,
+    seed: int,
+    mixed_lengths: bool,
+) -> Sampler[int]:
+    """Choose the order of rows.
+
+    Args:
+        lengths: Of each row.
+        labels: Classes that batches should hold several rows of; None for none.
+        batch_size: Rows of a step's batch, all devices together.
+        seed: Of the run.
+        mixed_lengths: Random rows instead of rows of like length.
+
+    Returns:
+        The sampler.
+    """
+    if labels is not None:
+        return ClassSampler(labels, seed=seed)
+    if mixed_lengths:
+        return RandomOrder(len(lengths), seed=seed)
+    return LengthGroupedSampler(lengths, batch_size=batch_size, seed=seed)
+
+
+class RankBatches(BatchSampler):
+    """The batches of one process.
+
+    A last batch that is short is dealt out evenly; it is left out where a process would get too few rows,
+    unless it is the only one.
+
+    Example:
+        >>> from torch.utils.data import SequentialSampler
+        >>> order = SequentialSampler(range(7))
+        >>> [list(RankBatches(order, rows=2, rank=rank, world_size=2)) for rank in (0, 1)]
+        [[[0, 1], [4]], [[2, 3], [5, 6]]]
+    """
+
+    def __init__(
+        self, order: Sampler[int], *, rows: int, least: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(order, rows, drop_last=False)
+        self._least, self._rank, self._world_size = min(least, rows) * world_size, rank, world_size
+        self._together = rows * world_size
+        if self._count() < world_size:
+            message = (
+                f"train: {self._count()} rows for {world_size} processes, expected one or more for each; "
+                "start fewer processes"
+            )
+            raise ConfigError(message)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self._count(), self._together)
+        return full + (rest > 0 and (full == 0 or rest >= self._least))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for number in range(len(self)):
+            batch = order[number * self._together :][: self._together]
+            first, last = (len(batch) * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            yield batch[first:last]
+
+    def _count(self) -> int:
+        order: Sized = self.sampler  # type: ignore[assignment]
+        return len(order)

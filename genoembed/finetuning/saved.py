@@ -1,0 +1,205 @@
+"""A fine-tuned model as a folder: encoder, heads, tokenizer, and what makes its vectors what they are.
+
+In: a trained model, or a folder. Out: a folder that ``AutoModel`` opens, or a model that predicts. Promised:
+what comes back predicts what was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from genoembed._version import __version__
+from genoembed.config.finetune import EncoderConfig
+from genoembed.errors import CheckpointError, ConfigError
+from genoembed.finetuning.labels import LabelSpace
+from genoembed.finetuning.tasks import CausalModel, ContrastModel, PredictionModel, RetrievalModel
+from genoembed.models.load import load_model, without_progress_bars
+from genoembed.models.trained_folder import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned, read_heads
+from genoembed.training.encoder import Encoder
+from genoembed.training.heads import ClassificationHead, MultilabelHead, RegressionHead
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from genoembed.config.finetune import FinetuneConfig
+    from genoembed.finetuning.tasks import Head
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.trained_folder import FinetunedFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedPredictor:
+    """A fine-tuned model that predicts."""
+
+    facts: FinetunedFacts
+    genomic: GenomicModel
+    model: PredictionModel
+    space: LabelSpace
+
+
+def save_finetuned(
+    model: PredictionModel | CausalModel | ContrastModel | RetrievalModel,
+    folder: Path,
+    *,
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    space: LabelSpace | None,
+    source: Path | None = None,
+) -> None:
+    """Write a model that has been fine-tuned. Adapters become part of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, CausalModel):
+        model.tuned.merge()
+        backbone: Any = model.model
+    else:
+        model.encoder.tuned.merge()
+        backbone = model.encoder.backbone
+        heads = {
+            name: value.detach().cpu().contiguous()
+            for name, value in model.state_dict().items()
+            if not name.startswith("encoder.backbone.")
+        }
+        if heads:
+            save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
+    with without_progress_bars():
+        backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if source is not None and getattr(backbone.config, "auto_map", None):
+        for path in source.glob("*.py"):
+            shutil.copy(path, folder / path.name)
+    facts = _facts(model, config, space)
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _facts(
+    model: PredictionModel | CausalModel | ContrastModel | RetrievalModel,
+    config: FinetuneConfig,
+    space: LabelSpace | None,
+) -> dict[str, object]:
+    objective = config.objective
+    encoder = None if isinstance(model, CausalModel) else model.encoder
+    normalise, pooler = False, None
+    if isinstance(model, ContrastModel):
+        normalise = model.head.normalise
+        pooler = "head.pooler" if model.head.pooler is not None else None
+    elif isinstance(model, RetrievalModel):
+        normalise = model.heads.dense.normalise
+        pooler = "heads.dense.pooler" if model.heads.dense.pooler is not None else None
+    return {
+        "format": FACTS_FORMAT,
+        "genoembed": __version__,
+        "task": objective.task,
+        "base_model": config.encoder.model,
+        "layers": [] if encoder is None else list(encoder.layers),
+        "pooling": config.encoder.pooling,
+        "skip_first": config.encoder.skip_first,
+        "fusion": config.encoder.fusion,
+        "fusion_weights": [] if encoder is None else list(encoder.fusion_weights),
+        "normalise": normalise,
+        "pooler": pooler,
+        "keep_case": config.data.keep_case,
+        "labels": None if space is None else {"kind": space.kind, "names": list(space.names)},
+        "head": {"add_pooler": config.encoder.add_pooler} if isinstance(model, PredictionModel) else None,
+        "retrieval": {
+            "mode": objective.mode,
+            "term_bases": objective.term_bases,
+            "vector_width": objective.vector_width,
+            "vector_window": objective.vector_window,
+        }
+        if isinstance(model, RetrievalModel)
+        else None,
+    }
+
+
+def load_predictor(
+    folder: str | PathLike[str],
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> SavedPredictor:
+    """Load a fine-tuned model that predicts labels or numbers."""
+    facts = read_finetuned(folder)
+    if facts is None:
+        message = f"{folder}: no {FACTS_FILE}; name the folder 'final' of a fine-tuning run"
+        raise ConfigError(message)
+    labels = facts.values.get("labels")
+    if labels is None:
+        other = "score" if facts.task == "lm" else "extract"
+        message = (
+            f"{folder}: it was fine-tuned for {facts.task}, which predicts no label; use it with {other}"
+        )
+        raise ConfigError(message)
+    genomic = load_model(str(folder), device=device, dtype="float32", trust_remote_code=trust_remote_code)
+    space = LabelSpace(kind=labels["kind"], names=tuple(labels["names"]))
+    encoder = load_encoder(facts, genomic)
+    head = new_head(space, encoder.width, add_pooler=bool(facts.values["head"]["add_pooler"]))
+    model = PredictionModel(encoder, head, per_token=space.kind == "token")
+    load_heads(model, facts)
+    model.to(genomic.device).eval()
+    return SavedPredictor(facts=facts, genomic=genomic, model=model, space=space)
+
+
+def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
+    """Cut and pool a model as it was fine-tuned."""
+    config = EncoderConfig(
+        model=genomic.name,
+        layers=facts.layers,
+        pooling=facts.pooling,  # type: ignore[arg-type]
+        skip_first=facts.skip_first,
+        fusion=facts.fusion,  # type: ignore[arg-type]
+        tuning="frozen",
+    )
+    return Encoder(genomic, config, fusion_weights=facts.fusion_weights or None)
+
+
+def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
+    """Put saved weights into everything but the backbone."""
+    saved = read_heads(facts.folder)
+    wanted = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
+    saved = {
+        name: value for name, value in saved.items() if name in wanted or not name.endswith("class_weights")
+    }
+    if set(saved) != wanted:
+        names = sorted(set(saved) ^ wanted)
+        message = f"weights {', '.join(names[:3])} are missing or have no place; fine-tune again"
+        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE))
+    try:
+        model.load_state_dict(saved, strict=False)
+    except RuntimeError as error:
+        message = f"weights have another shape ({str(error).splitlines()[-1].strip()}); fine-tune again"
+        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE)) from error
+
+
+def new_head(
+    space: LabelSpace,
+    width: int,
+    *,
+    add_pooler: bool = False,
+    dropout: float = 0.0,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+    seed: int = 0,
+) -> Head:
+    """Make the head that predicts what a label space holds."""
+    shape: dict[str, Any] = {
+        "dropout": dropout,
+        "add_pooler": add_pooler,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    if space.kind == "regression":
+        return RegressionHead(width, space.num_outputs, **shape)
+    if space.kind == "multilabel":
+        return MultilabelHead(width, space.num_outputs, **shape)
+    return ClassificationHead(
+        width, space.num_outputs, class_weights=class_weights, label_smoothing=label_smoothing, **shape
+    )

@@ -1,0 +1,417 @@
+"""Notice, while an encoder trains, that it learns nothing, and say so in plain words, each thing once.
+
+In: what each step says about itself. Out: warnings. A loss of 0, a loss that stays where guessing would be,
+and vectors that have become one vector look like progress in a log; none of them is.
+
+What watches a fine-tuning run: epochs, early stopping, and the lines that people read.
+The loop of fine-tuning: transformers' Trainer with our models, batches, measures and statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from genoembed.errors import CheckpointError, TrainingWarning
+from genoembed.finetuning.collate import split_batch
+from genoembed.finetuning.sampling import RankBatches
+from genoembed.retrieval.grad_cache import cached_backward
+from genoembed.training.distributed import from_first
+from genoembed.training.log import LossOutput, MetricsFile, StepBook, gradient_norms
+from genoembed.training.optimizer import AdamWTrainer, decaying_parameters, is_pole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.utils.data import Sampler
+    from transformers import TrainingArguments
+
+    from genoembed.finetuning.evaluation import Measure
+    from genoembed.finetuning.rows import EpochDataset
+    from genoembed.training.log import StepStatistics
+
+
+Trouble: TypeAlias = Literal["zero", "no_negatives", "chance", "collapsed", "not_finite"]
+
+
+@dataclass(slots=True)
+class LossWatch:
+    """Watch the steps of a run.
+
+    Example:
+        >>> from genoembed.retrieval.contrastive import info_nce
+        >>> import torch
+        >>> watch, same = LossWatch(patience=1), torch.ones(4, 2)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     watch.observe(info_nce(same, same))
+        >>> sorted(watch.seen)
+        ['chance', 'collapsed']
+    """
+
+    patience: int = 20
+    """Steps in a row that must look the same before a warning; a missing negative warns at once."""
+    near_chance: float = 1e-3
+    """Share of the chance loss within which a loss is stuck at it."""
+    least_spread: float = 1e-4
+    """Spread (see ``StepStatistics``) below which vectors have become one."""
+    seen: set[Trouble] = field(default_factory=set)
+    """What was warned about."""
+    _streaks: dict[Trouble, int] = field(default_factory=dict)
+
+    def observe(self, output: LossOutput) -> None:
+        """Look at one training step."""
+        loss, statistics = float(output.loss.detach()), output.statistics
+        cross_entropy = output.parts.get("cross_entropy", output.parts.get("dense", loss))
+        is_guessing = (
+            math.isfinite(statistics.chance_loss)
+            and statistics.negatives_per_query > 0
+            and abs(cross_entropy - statistics.chance_loss) <= self.near_chance * statistics.chance_loss
+        )
+        found: dict[Trouble, bool] = {
+            "not_finite": not math.isfinite(loss),
+            "no_negatives": statistics.negatives_per_query == 0,
+            "zero": loss == 0 and statistics.negatives_per_query > 0,
+            "chance": is_guessing,
+            "collapsed": statistics.spread < self.least_spread,
+        }
+        for trouble, is_there in found.items():
+            self._streaks[trouble] = self._streaks.get(trouble, 0) + 1 if is_there else 0
+            at_once = trouble in ("no_negatives", "not_finite")
+            if self._streaks[trouble] >= (1 if at_once else self.patience):
+                self._warn(trouble, loss, statistics)
+
+    def _warn(self, trouble: Trouble, loss: float, statistics: StepStatistics) -> None:
+        if trouble in self.seen:
+            return
+        self.seen.add(trouble)
+        message = _MESSAGES[trouble].format(
+            loss=loss,
+            patience=self.patience,
+            chance=statistics.chance_loss,
+            candidates=1 + statistics.negatives_per_query,
+            negatives=statistics.negatives_per_query,
+            spread=statistics.spread,
+            margin=statistics.positive_score - statistics.negative_score,
+        )
+        warnings.warn(message, TrainingWarning, stacklevel=3)
+
+
+_MESSAGES: dict[Trouble, str] = {
+    "not_finite": (
+        "the loss is {loss}: nothing can be learned from it; lower the learning rate, raise the temperature, "
+        "or train in float32 or bfloat16"
+    ),
+    "no_negatives": (
+        "the loss is {loss:g} and no query has a negative (after false negatives were left out): this step "
+        "teaches nothing; raise the batch size or train_group_size, and look at how labels and identities "
+        "group the sequences"
+    ),
+    "zero": (
+        "the loss has been exactly 0 for {patience} steps with {negatives:.1f} negatives a query: every "
+        "positive wins by far (mean lead {margin:.3g}), so nothing more is learned; use harder negatives, a "
+        "larger batch or a higher temperature, and check that positives are no copies of their queries"
+    ),
+    "chance": (
+        "the loss has been {chance:.4g} for {patience} steps, the value of guessing among {candidates:.1f} "
+        "candidates: the model tells positives and negatives apart no better than a coin; check that it "
+        "learns at all (learning rate, frozen parameters), and that the pooling is not a constant, as the "
+        "first token of a causal model is"
+    ),
+    "collapsed": (
+        "the vectors of a batch have become almost one vector (spread {spread:.2g}) for {patience} steps: "
+        "the encoder has collapsed; lower the learning rate, use more negatives, or another layer or pooling"
+    ),
+}
+
+
+logger = logging.getLogger(__name__)
+
+
+class SetEpoch(TrainerCallback):
+    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in."""
+
+    def __init__(self, dataset: EpochDataset, sampler: Sampler[int]) -> None:
+        self._listeners: list[Any] = [dataset, sampler]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Pass the epoch on."""
+        for listener in self._listeners:
+            listener.set_epoch(int(state.epoch or 0))
+
+
+class StopEarly(TrainerCallback):
+    """End training when the metric has not become better for some evaluations.
+
+    Of equal metrics, the one with the smaller loss is better. It looks at the whole log each time and keeps
+    nothing, so a run that goes on stops where it would have.
+    """
+
+    def __init__(self, metric: str, *, is_greater_better: bool, patience: int, min_epochs: int) -> None:
+        self._metric, self._sign = metric, 1 if is_greater_better else -1
+        self._patience, self._min_epochs = patience, min_epochs
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Decide."""
+        values = [
+            (self._sign * line[self._metric], -line.get("eval_loss", 0.0))
+            for line in state.log_history
+            if self._metric in line
+        ]
+        if not values or (state.epoch or 0) < self._min_epochs:
+            return
+        since_best = len(values) - 1 - values.index(max(values))
+        if since_best >= self._patience:
+            logger.info(
+                "%s has not become better for %d evaluations: training ends", self._metric, since_best
+            )
+            control.should_training_stop = True
+
+
+class FinetuneLog(MetricsFile):
+    """Append what the trainer logs to ``metrics.jsonl``, and say it in a line."""
+
+    loss_in_bits = False
+
+    def __init__(self, path: Path, *, shown: Sequence[str]) -> None:
+        super().__init__(path)
+        self._shown = tuple(shown)
+
+    def describe(self, line: Mapping[str, float]) -> str:
+        """Say the loss, what it compared, and the task's metrics."""
+        said = [f"{name} {line[name]:.4g}" for name in line if self._is_said(name)]
+        return f"step {line['step']}: {', '.join(said)}" if said else ""
+
+    def _is_said(self, name: str) -> bool:
+        bare = name.removeprefix("eval_").removeprefix("test_")
+        return name in _SAID or (name != bare and bare in self._shown)
+
+
+_SAID = (
+    "loss",
+    "learning_rate",
+    "padding_percent",
+    "tokens_per_second",
+    "negatives_per_query",
+    "positive_score",
+    "negative_score",
+)
+
+
+ADAM_BETAS = (0.9, 0.999)
+POLE_RATE_SCALE = 0.1
+"""Poles of long filters move this much slower, as in pretraining."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast the parts of a model learn."""
+
+    encoder: float
+    head: float
+    weight_decay: float
+
+
+class FinetuneTrainer(AdamWTrainer):
+    """A Trainer for the models of :mod:`genoembed.finetuning.tasks`."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        dataset: EpochDataset,
+        collate: Callable[[Any], dict[str, Tensor]],
+        sampler: Sampler[int],
+        least_rows: int,
+        rates: Rates,
+        measures: Mapping[str, Measure[Any]],
+        micro_batch: int | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._measures, self._micro_batch = measures, micro_batch
+        self._book, self._watch = StepBook(), LossWatch()
+        self._batches = RankBatches(
+            sampler,
+            rows=args.per_device_train_batch_size,
+            least=least_rows,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        super().__init__(
+            groups=lambda model: parameter_groups(model, rates),
+            rate=rates.encoder,
+            betas=ADAM_BETAS,
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=dataset,
+            eval_dataset=[],
+            callbacks=[*callbacks, SetEpoch(dataset, sampler)],
+        )
+        # each batch gives a mean of its own
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Read the rows of this process: accelerate would fill up a short batch with rows that come again."""
+        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Run the model, and note what it compared."""
+        output = model(**inputs)
+        self._note(output.get("contrast"))
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Do forward and backward of a batch."""
+        started = time.perf_counter()
+        if self._micro_batch is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._cached_step(model, inputs, self._micro_batch)
+        if self.accelerator.sync_gradients and self._logs_after_this_step():
+            norms = gradient_norms(self.accelerator.unwrap_model(model).parts)
+            self._book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})
+        for name, mask in inputs.items():
+            if name.endswith("attention_mask"):
+                self._book.padding.add(mask)
+        self._book.seconds += time.perf_counter() - started
+        return loss
+
+    def _cached_step(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> Tensor:
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        inner: Any = self.accelerator.unwrap_model(model)
+
+        def encode(piece: dict[str, Tensor]) -> dict[str, Tensor]:
+            with self.compute_loss_context_manager():
+                return model(**piece, want="hidden")
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+
+        output = cached_backward(
+            split_batch(batch, rows=rows),
+            encode=encode,
+            loss=lambda chunks: inner.contrast_loss(chunks, batch),
+            backward=backward,
+            without_sync=lambda: self.accelerator.no_sync(model),
+        )
+        self._note(output)
+        return output.loss / self.current_gradient_accumulation_steps
+
+    def _note(self, contrast: LossOutput | None) -> None:
+        if contrast is None or not self.model.training:
+            return
+        self._watch.observe(contrast)
+        parts = {f"loss_{name}": value for name, value in contrast.parts.items()}
+        self._book.add(contrast.statistics.as_metrics() | parts)
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step % self.args.logging_steps == 0 or step == self.state.max_steps
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, side: str = "eval", **__: Any) -> dict[str, float]:
+        """Measure on rows that are held out, and log it."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            found = self._measures[side](model)
+        model.train(was_training)
+        # every process measures all rows; that all stop alike must not hang on a last bit
+        found = from_first(found)
+        metrics = {f"{side}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        if side == "eval":
+            trainer: Any = self
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Let the loss decide between equal metrics, such as the 0 of a head that knows one class yet."""
+        best, name = self.state.best_metric, str(self.args.metric_for_best_model)
+        if best is not None and metrics.get(name) == best and "eval_loss" in metrics:
+            lines = [line for line in self.state.log_history if "eval_loss" in line]
+            before = [line["eval_loss"] for line in lines if line["step"] == self.state.best_global_step]
+            if before and metrics["eval_loss"] < before[-1]:
+                self.state.best_metric = None
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add statistics to a line about training."""
+        if "loss" in logs:
+            logs |= self._book.metrics()
+            self._book = StepBook()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save what learns, and buffers; what does not learn is in the model that was started from."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.model.state_dict() if state_dict is None else state_dict
+        kept = {name: values[name].contiguous() for name in self._learned() if name in values}
+        save_file(kept, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        torch.save(self.args, os.fspath(folder / "training_args.bin"))
+
+    def _learned(self) -> list[str]:
+        """Name parameters that learn, each once, and buffers outside the backbone."""
+        learned = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        buffers = [
+            name
+            for name, _ in self.model.named_buffers()
+            if not name.startswith(("encoder.backbone.", "model."))
+        ]
+        return [*learned, *buffers]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = set(load_result.missing_keys) & set(self._learned())
+        if missing or load_result.unexpected_keys:
+            names = ", ".join(sorted([*missing, *load_result.unexpected_keys])[:3])
+            message = (
+                f"{len(missing)} weights are missing and {len(load_result.unexpected_keys)} have no place "
+                f"({names}); set overwrite to start again"
+            )
+            raise CheckpointError(message, path=str(self.args.output_dir))
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """Split the parameters that learn by rate and weight decay."""
+    decaying = decaying_parameters(model)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_backbone = name.startswith(("encoder.backbone.", "model."))
+        rate = rates.encoder if in_backbone else rates.head
+        if is_pole(name):
+            rate *= POLE_RATE_SCALE
+        decay = rates.weight_decay if name in decaying else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -1,0 +1,189 @@
+"""Facts about a model that callers must not guess: is a mask honoured, is it causal, how long may input be.
+
+Found by asking the model itself: a few tokens go in, the end of the input is changed, and what moves is
+looked at. No table of architectures. Everything runs in inference mode and eval mode, and leaves the model
+as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from genoembed.models.hooks import first_tensor
+from genoembed.models.layers import final_candidates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+PaddingPolicy: TypeAlias = Literal["mask", "right", "equal"]
+"""``mask``: pad on the right and hand over the mask; ``right``: padding on the right cannot be seen, because
+the model is causal; ``equal``: neither, so a batch must hold sequences of one length."""
+
+_NUM_REAL = 12
+_NUM_PADDED = 16
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+)
+
+
+def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingPolicy:
+    """Say how sequences of different lengths may share a batch.
+
+    Example:
+        >>> padding_policy(accepts_attention_mask=False, is_causal=False)
+        'equal'
+    """
+    if accepts_attention_mask:
+        return "mask"
+    return "right" if is_causal else "equal"
+
+
+def takes_argument(module: nn.Module, name: str) -> bool:
+    """Tell whether a model's ``forward`` names an argument (``**kwargs`` do not count)."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[str, Any]:
+    """Collect what to hand to a model besides the ids."""
+    arguments: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    if takes_argument(module, "use_cache"):
+        arguments["use_cache"] = False
+    return arguments
+
+
+def context_length(module: nn.Module) -> int | None:
+    """Read how many tokens (special ones included) a model takes."""
+    config = getattr(module, "config", None)
+    values = (getattr(config, key, None) for key in _LENGTH_KEYS)
+    limit = next((value for value in values if isinstance(value, int) and value > 0), None)
+    return None if limit is None else limit - _position_offset(module)
+
+
+def _position_offset(module: nn.Module) -> int:
+    """Positions lost because they start behind the padding id: an embedding that keeps both says so."""
+    for child in module.modules():
+        padding_idx = getattr(child, "padding_idx", None)
+        if isinstance(padding_idx, int) and isinstance(getattr(child, "position_ids", None), Tensor):
+            return padding_idx + 1
+    return 0
+
+
+class Probe:
+    """Asks one model a few questions with a handful of tokens."""
+
+    def __init__(self, module: nn.Module, *, special_ids: Sequence[int], pad_token_id: int | None) -> None:
+        self.module = module
+        weight = _embedding_weight(module)
+        limit = context_length(module) or _NUM_PADDED
+        self.num_padded = min(_NUM_PADDED, limit)
+        self.num_real = min(_NUM_REAL, self.num_padded - 1)
+        barred = set(special_ids)
+        ordinary = torch.tensor([i for i in range(min(weight.shape[0], 1024)) if i not in barred])
+        generator = torch.Generator().manual_seed(0)
+        picks = torch.randint(len(ordinary), (self.num_padded,), generator=generator)
+        self.ids = ordinary[picks].to(weight.device)
+        self.other_ids = ordinary[(picks + 1) % len(ordinary)].to(weight.device)
+        self.pad_id = int(ordinary[0]) if pad_token_id is None else pad_token_id
+
+    def is_causal(self) -> bool:
+        """Tell whether no token sees a later one."""
+        if getattr(self.module, "is_causal_by_construction", False):
+            return True
+        changed = torch.cat((self.ids[: self.num_real], self.other_ids[self.num_real :]))
+        half_precision = _embedding_weight(self.module).dtype != torch.float32
+        return self._same(self._run(self.ids), self._run(changed), tolerance=1e-3 if half_precision else 1e-5)
+
+    def accepts_attention_mask(self) -> bool:
+        """Tell whether the model takes an attention mask and honours it."""
+        if not takes_argument(self.module, "attention_mask"):
+            return False
+        if getattr(self.module, "is_causal_by_construction", False):
+            return True
+        mask = (torch.arange(self.num_padded, device=self.ids.device) < self.num_real).long()
+        padded = torch.cat(
+            (self.ids[: self.num_real], torch.full_like(self.ids, self.pad_id)[self.num_real :])
+        )
+        other = torch.cat((self.ids[: self.num_real], self.other_ids[self.num_real :]))
+        masked = self._run(padded, mask)
+        alone = self._run(self.ids[: self.num_real], mask[: self.num_real])
+        half_precision = _embedding_weight(self.module).dtype != torch.float32
+        return self._same(masked, self._run(other, mask), tolerance=1e-5) and self._same(
+            masked, alone, tolerance=2e-2 if half_precision else 1e-4
+        )
+
+    def final_path(self) -> str | None:
+        """Find the module whose output is ``last_hidden_state``."""
+        outputs: dict[str, object] = {}
+        candidates = final_candidates(self.module)
+
+        def keep_first(path: str, _module: nn.Module, _inputs: object, output: object) -> None:
+            outputs.setdefault(path, output)
+
+        handles = [
+            self.module.get_submodule(path).register_forward_hook(partial(keep_first, path))
+            for path in candidates
+        ]
+        try:
+            last = self._run(self.ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path in candidates:
+            if path in outputs:
+                found = first_tensor(outputs[path], path=path)
+                if torch.equal(found.reshape(last.shape) if found.numel() == last.numel() else found, last):
+                    return path
+        return None
+
+    def _run(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        arguments = forward_arguments(self.module, None if mask is None else mask[None])
+        with torch.inference_mode(), evaluating(self.module):
+            output = self.module(ids[None], **arguments)
+        last = getattr(output, "last_hidden_state", None)
+        return last if isinstance(last, Tensor) else first_tensor(output, path="")
+
+    def _same(self, first: Tensor, second: Tensor, *, tolerance: float) -> bool:
+        """Compare the real positions, relative to the largest entry."""
+        a, b = first[:, : self.num_real].float(), second[:, : self.num_real].float()
+        return bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and give each of its modules its own mode back."""
+    # usually none: to set the mode of hundreds of modules takes a millisecond, for each batch
+    trained = [child for child in module.modules() if child.training]
+    if trained:
+        module.eval()
+    try:
+        yield
+    finally:
+        for child in trained:
+            child.training = True
+
+
+def _embedding_weight(module: nn.Module) -> Tensor:
+    """Find the token embedding: what the model names as such, else the first embedding with weights."""
+    getter = getattr(module, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter is not None else None
+    except NotImplementedError:  # custom code need not name it
+        embedding = None
+    if embedding is None:
+        embedding = next(child for child in module.modules() if isinstance(child, nn.Embedding))
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return weight

@@ -1,0 +1,340 @@
+"""What the pieces of a unit gave, held until the unit's rows are built.
+
+Pooled vectors are copied side by side into one matrix a layer. To keep the small tensors that come from the
+forward passes would cost many times their size: each is carved out of the hole that a large activation left,
+so that the next activation takes new memory.
+
+P pieces, D hidden size, T tokens.
+
+Rows of the file from what pieces gave: windows merged, strands combined, layers fused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
+from genoembed.errors import ConfigError, EmptyPoolError
+from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
+from genoembed.pooling.reduce import Pooling as PooledBy
+from genoembed.pooling.reduce import merge_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from genoembed.config.embed import EmbeddingConfig
+    from genoembed.contracts import SequenceRecord, Window
+
+
+class PieceVectors:
+    """Vectors of pieces, numbered as they come."""
+
+    def __init__(self, num_pieces: int) -> None:
+        self._block_rows = max(1, num_pieces)
+        self._blocks: dict[str, list[Tensor]] = {}
+        self._num_pieces = 0
+
+    def add(self, vectors: Mapping[str, Tensor | Sequence[Tensor]]) -> range:
+        """Take the pieces of a batch in."""
+        first = self._num_pieces
+        for layer, batch in vectors.items():
+            blocks = self._blocks.setdefault(layer, [])
+            if isinstance(batch, torch.Tensor):
+                self._copy(blocks, first, batch)
+            else:
+                blocks.extend(batch)
+            self._num_pieces = first + len(batch)
+        return range(first, self._num_pieces)
+
+    def pooled(self, layer: str, numbers: Sequence[int]) -> Tensor:
+        """Gather the vectors of pooled pieces."""
+        blocks = self._blocks[layer]
+        if len(blocks) == 1:
+            return blocks[0][torch.tensor(numbers, dtype=torch.int64)]
+        places = (divmod(number, self._block_rows) for number in numbers)
+        return torch.stack([blocks[block][row] for block, row in places])
+
+    def tokens(self, layer: str, numbers: Sequence[int]) -> Tensor:
+        """Join the token vectors of pieces."""
+        return torch.cat([self._blocks[layer][number] for number in numbers])
+
+    def num_tokens(self, layer: str, numbers: Sequence[int]) -> int:
+        """Count the token vectors of pieces."""
+        return sum(len(self._blocks[layer][number]) for number in numbers)
+
+    def _copy(self, blocks: list[Tensor], first: int, batch_PD: Tensor) -> None:
+        done = 0
+        while done < len(batch_PD):
+            block, row = divmod(first + done, self._block_rows)
+            if block == len(blocks):
+                blocks.append(batch_PD.new_empty((self._block_rows, batch_PD.shape[1])))
+            room = min(self._block_rows - row, len(batch_PD) - done)
+            blocks[block][row : row + room] = batch_PD[done : done + room]
+            done += room
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What one piece gave."""
+
+    number: int
+    """Of its vectors, among those of the unit."""
+    weight: int
+    """Bases that count in it, at least 1."""
+
+
+TakenPieces: TypeAlias = "Mapping[tuple[int, bool], Mapping[int, Taken]]"
+"""Pieces with at least one token that counts, by record and strand (True is reverse), then by window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBuilder:
+    """Knows how pieces become rows."""
+
+    layers: tuple[str, ...]
+    embedding: EmbeddingConfig
+    per_window: bool
+    finish: Callable[[Tensor], Tensor] | None = None
+    """What a fine-tuned model does to fused vectors, strand by strand."""
+
+    def build(
+        self,
+        records: Sequence[SequenceRecord],
+        cuts: Sequence[Sequence[Window]],
+        taken: TakenPieces,
+        vectors: PieceVectors,
+        failed: Mapping[int, str] | None = None,
+        widths: Mapping[str, int] | None = None,
+    ) -> EmbeddingBlock | TokenBlock:
+        """Build the rows of a unit."""
+        rows: list[ObsRow] = []
+        spoiled: dict[int, ObsRow] = {}
+        strands = (False,) if self.embedding.rc == "none" else (False, True)
+        parts: dict[bool, list[list[Taken]]] = {is_reverse: [] for is_reverse in strands}
+        for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
+            if failed and index in failed:
+                spoiled[len(rows) + len(spoiled)] = _failed_row(record, len(windows), failed[index])
+                continue
+            for number, row in self._rows(record, windows):
+                rows.append(row)
+                for is_reverse in strands:
+                    mine = self._parts(taken, (index, is_reverse), number)
+                    self._check(mine, record, row, vectors)
+                    parts[is_reverse].append(mine)
+        make = self._token_block if self.embedding.pooling == "none" else self._pooled_block
+        if rows or not spoiled:
+            block = make(rows, parts[False], parts.get(True), vectors)
+        else:
+            block = self._no_rows(widths or {})
+        return _with_rows(block, spoiled) if spoiled else block
+
+    def _no_rows(self, widths: Mapping[str, int]) -> EmbeddingBlock | TokenBlock:
+        matrices = {name: np.empty((0, width), np.float32) for name, width in widths.items()}
+        if self.embedding.pooling == "none":
+            return TokenBlock(rows=(), lengths=np.zeros(0, np.int64), values=matrices)
+        return EmbeddingBlock(rows=(), matrices=matrices)
+
+    def nothing_left(
+        self, records: Sequence[SequenceRecord], cuts: Sequence[Sequence[Window]], taken: TakenPieces
+    ) -> dict[int, str]:
+        """Find the records of which nothing is left to pool, in all or in one of their rows."""
+        strands = (False,) if self.embedding.rc == "none" else (False, True)
+        return {
+            index: "nothing to pool"
+            for index, (record, windows) in enumerate(zip(records, cuts, strict=True))
+            if not all(
+                self._parts(taken, (index, is_reverse), number)
+                for number, _ in self._rows(record, windows)
+                for is_reverse in strands
+            )
+        }
+
+    def _rows(self, record: SequenceRecord, windows: Sequence[Window]) -> Iterator[tuple[int | None, ObsRow]]:
+        """The file's rows of a record, each with the number of its window (None is all of them)."""
+        if not self.per_window:
+            yield None, _record_row(record, len(windows))
+            return
+        for number, window in enumerate(windows):
+            yield number, _window_row(record, window)
+
+    def _parts(self, taken: TakenPieces, key: tuple[int, bool], number: int | None) -> list[Taken]:
+        """Give the pieces of a row, in the reading order of their strand."""
+        pieces = taken.get(key, {})
+        numbers = sorted(pieces) if number is None else [number]
+        return [pieces[wanted] for wanted in numbers if wanted in pieces]
+
+    def _check(
+        self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow, vectors: PieceVectors
+    ) -> None:
+        if not parts:
+            raise EmptyPoolError(_nothing_left(record, row, self.embedding.skip_first))
+        if self.embedding.pooling == "none" and self.embedding.rc != "none":
+            num_tokens = vectors.num_tokens(self.layers[0], [part.number for part in parts])
+            if num_tokens != row.length:
+                message = (
+                    f"record {record.id!r}: {num_tokens} tokens for {row.length} bases, but pooling='none' "
+                    "with rc needs a token a base; set rc='none'"
+                )
+                raise ConfigError(message)
+
+    def _pooled_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Sequence[Sequence[Taken]],
+        reverse: Sequence[Sequence[Taken]] | None,
+        vectors: PieceVectors,
+    ) -> EmbeddingBlock:
+        def combined(layer: str) -> Tensor:
+            return combine_strands(
+                self._merged(forward, layer, vectors),
+                None if reverse is None else self._merged(reverse, layer, vectors),
+                method=self.embedding.rc,
+            )
+
+        def finished(parts: Sequence[Sequence[Taken]] | None) -> Tensor | None:
+            if parts is None or self.finish is None:
+                return None
+            ((name, fused_ND),) = self._fused(lambda layer: self._merged(parts, layer, vectors)).items()
+            names.append(name)
+            return self.finish(fused_ND)
+
+        names: list[str] = []
+        first_ND = finished(forward)
+        if first_ND is None:
+            matrices = self._fused(combined)
+        else:
+            matrix_ND = combine_strands(first_ND, finished(reverse), method=self.embedding.rc)
+            matrices = {names[0]: matrix_ND}
+        return EmbeddingBlock(
+            rows=tuple(rows), matrices={name: matrix.numpy() for name, matrix in matrices.items()}
+        )
+
+    def _merged(self, parts: Sequence[Sequence[Taken]], layer: str, vectors: PieceVectors) -> Tensor:
+        """Pooled vectors of all rows at one layer and strand; those of several windows are merged."""
+        matrix_ND = vectors.pooled(layer, [mine[0].number for mine in parts])
+        for row, mine in enumerate(parts):
+            if len(mine) > 1:
+                weights = torch.tensor([part.weight for part in mine], dtype=torch.float64)
+                windows_KD = vectors.pooled(layer, [part.number for part in mine])
+                matrix_ND[row] = merge_windows(windows_KD, weights, method=self._pooling)
+        return matrix_ND
+
+    @property
+    def _pooling(self) -> PooledBy:
+        assert self.embedding.pooling != "none", "token vectors are not merged"
+        return self.embedding.pooling
+
+    def _token_block(
+        self,
+        rows: Sequence[ObsRow],
+        forward: Sequence[Sequence[Taken]],
+        reverse: Sequence[Sequence[Taken]] | None,
+        vectors: PieceVectors,
+    ) -> TokenBlock:
+        def tokens(layer: str, parts: Sequence[Taken]) -> Tensor:
+            return vectors.tokens(layer, [part.number for part in parts])
+
+        def combined(layer: str) -> Tensor:
+            others = [None] * len(rows) if reverse is None else [tokens(layer, mine) for mine in reverse]
+            return torch.cat(
+                [
+                    combine_token_strands(tokens(layer, mine), other_TD, method=self.embedding.rc)
+                    for mine, other_TD in zip(forward, others, strict=True)
+                ]
+            )
+
+        values = self._fused(combined)
+        lengths = [vectors.num_tokens(self.layers[0], [part.number for part in mine]) for mine in forward]
+        return TokenBlock(
+            rows=tuple(rows),
+            lengths=np.array(lengths, dtype=np.int64),
+            values={name: matrix.numpy() for name, matrix in values.items()},
+        )
+
+    def _fused(self, combined: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        layers = {layer: combined(layer) for layer in self.layers}
+        return fuse(layers, method=self.embedding.fusion, weights=self.embedding.fusion_weights or None)
+
+
+def _nothing_left(record: SequenceRecord, row: ObsRow, skip_first: int) -> str:
+    where = f"record {record.id!r}: no token is left to pool of bases {row.start + 1}-{row.end}"
+    if skip_first:
+        return f"{where}; skip_first is {skip_first}, set it lower or leave the record out"
+    return (
+        f"{where}: none of the tokenizer's tokens starts there (letters that it does not know, or a region "
+        "shorter than a token); widen the region or leave the record out"
+    )
+
+
+def _failed_row(record: SequenceRecord, num_windows: int, reason: str) -> ObsRow:
+    row = _record_row(record, num_windows)
+    return replace(row, flags=",".join((*record.flags, f"failed:{reason}")))
+
+
+def _with_rows(
+    block: EmbeddingBlock | TokenBlock, spoiled: Mapping[int, ObsRow]
+) -> EmbeddingBlock | TokenBlock:
+    """Put rows without vectors where they belong: NaN, or no tokens."""
+    num_rows = len(block.rows) + len(spoiled)
+    good = np.array([position not in spoiled for position in range(num_rows)])
+    others = iter(block.rows)
+    rows = tuple(spoiled[at] if at in spoiled else next(others) for at in range(num_rows))
+    if isinstance(block, TokenBlock):
+        lengths = np.zeros(num_rows, dtype=np.int64)
+        lengths[good] = block.lengths
+        return TokenBlock(rows=rows, lengths=lengths, values=block.values)
+    matrices = {}
+    for name, matrix in block.matrices.items():
+        matrices[name] = np.full((num_rows, matrix.shape[1]), np.nan, matrix.dtype)
+        matrices[name][good] = matrix
+    return EmbeddingBlock(rows=rows, matrices=matrices)
+
+
+def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
+    end, core_end = _ends(record)
+    return ObsRow(
+        id=record.id,
+        description=record.description,
+        length=core_end - record.core_start,
+        start=record.start,
+        end=end,
+        strand=record.strand,
+        source=record.source,
+        n_windows=num_windows,
+        sha256=record.sha256,
+        flags=",".join(record.flags),
+    )
+
+
+def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
+    """Describe one window by the bases it answers for, in the parent's coordinates, and what it sees."""
+    end, core_end = _ends(record)
+    before, after = window.core_start - record.core_start, core_end - window.core_end
+    if record.strand == "-":
+        before, after = after, before
+    start, end = record.start + before, end - after
+    return ObsRow(
+        id=f"{record.id}:{start + 1}-{end}",  # as places are written: from 1, both ends included
+        description=record.description,
+        length=window.core_end - window.core_start,
+        start=start,
+        end=end,
+        strand=record.strand,
+        source=record.source,
+        n_windows=1,
+        sha256=hashlib.sha256(record.sequence[window.start : window.end]).hexdigest(),
+        flags=",".join(record.flags),
+    )
+
+
+def _ends(record: SequenceRecord) -> tuple[int, int]:
+    assert record.end is not None, "a record sets it when it is made"
+    assert record.core_end is not None, "a record sets it when it is made"
+    return record.end, record.core_end

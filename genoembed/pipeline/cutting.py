@@ -1,0 +1,237 @@
+"""Cut records into the pieces that a model sees: strands, windows, tokens.
+
+In: records of a work unit. Out: encoded pieces with the tokens that count. Promised: each base of a record's
+core counts in exactly one piece of each strand, nothing is truncated.
+
+The reverse complement is cut like a record of its own, so that a sequence and its reverse complement give
+the same pieces, strands swapped. Where each window has its own row, it is cut at the same bases instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from genoembed.batching.pad import pool_mask
+from genoembed.contracts import Window
+from genoembed.errors import ConfigError, SequenceLengthError
+from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.windows import iter_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from genoembed.contracts import EncodedSequence, SequenceRecord
+    from genoembed.tokenization.hf import SequenceEncoder
+
+
+_BASES_PER_TOKEN = 16
+"""No tokenizer in use joins more bases on average: longer records are cut without being tried whole."""
+_SHARES = (1.0, 0.95, 0.85, 0.7, 0.5)
+"""Of the bases that fill the context at a record's start; other places may have shorter tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One row of a forward pass."""
+
+    record_index: int
+    """Which record of the unit."""
+    window_index: int
+    """Which window of this strand, in its reading order; with ``mirror``, of the forward strand."""
+    is_reverse: bool
+    """Whether this is the reverse complement."""
+    num_bases: int
+    """Bases that count: those of the core that this piece answers for, less those skipped."""
+    encoded: EncodedSequence
+    pool_mask: NDArray[np.bool_]
+    content: bytes
+    """SHA-256 of the tokens that the model sees and of which of them count; equal for equal vectors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutter:
+    """Knows the context of a model and how to fit records into it."""
+
+    encoder: SequenceEncoder
+    max_tokens: int | None
+    """Context of the model, special tokens included; None is no limit."""
+    is_causal: bool
+    window: int | None = None
+    """Bases of a window; None is what the context holds, where tokens join bases as far as each fits."""
+    stride: int | None = None
+    """Bases from window to window."""
+    skip_first: int = 0
+    """Bases at the start of each piece that do not count."""
+    both_strands: bool = False
+    mirror: bool = False
+    """Cut the reverse complement at the same bases as the forward strand."""
+
+    def __post_init__(self) -> None:
+        limit = self.context_bases
+        problems = []
+        if self.window is not None and limit is not None and self.encoder.aligned and self.window > limit:
+            problems.append(
+                f"window is {self.window}, but the model's context holds {limit} bases; "
+                f"set window to {limit} or less"
+            )
+        if self.stride is not None and self.window is None:
+            if limit is None:
+                problems.append(
+                    f"stride is {self.stride}, but the model states no context to cut to; set window, too"
+                )
+            elif self.stride > limit:
+                problems.append(
+                    f"stride is {self.stride}, but the model's context holds {limit} bases: bases between "
+                    f"windows would be lost; set stride to {limit} or less, or set window"
+                )
+        if problems:
+            raise ConfigError(*problems)
+
+    @property
+    def context_bases(self) -> int | None:
+        """Bases that surely fit the model's context; None is no limit."""
+        return None if self.max_tokens is None else self.encoder.max_bases(self.max_tokens)
+
+    def windows(self, record: SequenceRecord) -> list[Window]:
+        """Cut one record."""
+        return self._cut(record.sequence, record.core_start, _core_end(record))
+
+    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
+        """Encode the windows of one record, on one strand or both."""
+        for number, window in enumerate(windows):
+            yield self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
+        if not self.both_strands:
+            return
+        backward = reverse_complement(record.sequence)
+        length = len(backward)
+        if self.mirror:
+            reverse_windows = [self._mirror(window, length) for window in windows]
+        else:
+            reverse_windows = self._cut(backward, length - _core_end(record), length - record.core_start)
+        for number, window in enumerate(reverse_windows):
+            yield self._piece(record, backward, window, record_index, number, is_reverse=True)
+
+    def _cut(self, sequence: bytes, core_start: int, core_end: int) -> list[Window]:
+        for size in self._sizes(sequence):
+            windows = list(
+                iter_windows(
+                    len(sequence),
+                    window_bp=size,
+                    # a stride of the user's goes with the windows of the context, too
+                    stride_bp=None if self.stride is None else min(self.stride, size),
+                    causal=self.is_causal,
+                    core_start=core_start,
+                    core_end=core_end,
+                )
+            )
+            if self._surely_fits(size) or self._fit(sequence, windows):
+                break
+        return windows
+
+    def _sizes(self, sequence: bytes) -> Iterator[int]:
+        """Window sizes to try, the largest first; the last one surely fits, or is the user's own."""
+        length, surely = max(len(sequence), 1), self.context_bases
+        if self.window is not None:
+            yield self.window
+        elif surely is None or length <= surely:
+            yield length
+        else:
+            if not self.encoder.aligned:
+                yield from self._larger_sizes(sequence, surely)
+            yield surely
+
+    def _larger_sizes(self, sequence: bytes, surely: int) -> Iterator[int]:
+        """Sizes that fit only if tokens join bases there: all of it, what fills the context at its start."""
+        assert self.max_tokens is not None, "there is a sure size, so there is a context"
+        longest = self.max_tokens * _BASES_PER_TOKEN
+        if len(sequence) <= longest:
+            yield len(sequence)
+        starts = self.encoder.encode(sequence[:longest]).base_start
+        room = self.max_tokens - self.encoder.num_special_tokens
+        if starts is None or (starts >= 0).sum() <= room:
+            return
+        filled = int(starts[starts >= 0][room])
+        for share in _SHARES:
+            size = int(filled * share)
+            if surely < size < len(sequence):
+                yield size
+
+    def _surely_fits(self, size: int) -> bool:
+        return self.window is not None or self.context_bases is None or size <= self.context_bases
+
+    def _fit(self, sequence: bytes, windows: Sequence[Window]) -> bool:
+        assert self.max_tokens is not None, "what has no context surely fits"
+        strands = [(sequence, windows)]
+        if self.both_strands and self.mirror:
+            mirrored = [self._mirror(window, len(sequence)) for window in windows]
+            strands.append((reverse_complement(sequence), mirrored))
+        return all(
+            len(self.encoder.encode(text[window.start : window.end]).input_ids) <= self.max_tokens
+            for text, cuts in strands
+            for window in cuts
+        )
+
+    def _piece(
+        self,
+        record: SequenceRecord,
+        sequence: bytes,
+        window: Window,
+        record_index: int,
+        window_index: int,
+        *,
+        is_reverse: bool,
+    ) -> Piece:
+        whole = window.start == 0 and window.end == len(sequence)
+        encoded = self.encoder.encode(sequence if whole else sequence[window.start : window.end])
+        if self.max_tokens is not None and len(encoded.input_ids) > self.max_tokens:
+            problem = (
+                f"bases {window.start + 1}-{window.end} make {len(encoded.input_ids)} tokens, "
+                f"but the model's context is {self.max_tokens}; set window to {self.context_bases} or less"
+            )
+            raise SequenceLengthError(
+                problem, path=record.source or None, line=record.line, record_id=record.id
+            )
+        first = max(window.core_start, window.start + self.skip_first)
+        counted = pool_mask(
+            encoded,
+            core_start=window.core_start - window.start,
+            core_end=window.core_end - window.start,
+            skip_first=self.skip_first,
+        )
+        return Piece(
+            record_index=record_index,
+            window_index=window_index,
+            is_reverse=is_reverse,
+            num_bases=max(0, window.core_end - first),
+            encoded=encoded,
+            pool_mask=counted,
+            content=_digest(encoded.input_ids, counted),
+        )
+
+    def _mirror(self, window: Window, length: int) -> Window:
+        """The same core on the reverse complement; a causal model sees what is to the left of it there."""
+        core_start, core_end = length - window.core_end, length - window.core_start
+        if self.is_causal:
+            end = core_end
+            start = max(0, end - (window.end - window.start))
+        else:
+            start, end = length - window.end, length - window.start
+        return Window(start=start, end=end, core_start=core_start, core_end=core_end)
+
+
+def _core_end(record: SequenceRecord) -> int:
+    assert record.core_end is not None, "a record sets it when it is made"
+    return record.core_end
+
+
+def _digest(input_ids: NDArray[np.integer], counted: NDArray[np.bool_]) -> bytes:
+    """Tell pieces apart; the ids of one encoder have one dtype, so equal bytes are equal ids."""
+    digest = hashlib.sha256(np.ascontiguousarray(input_ids).data)
+    digest.update(counted.data)
+    return digest.digest()

@@ -1,0 +1,144 @@
+"""Two dimensions out of many: principal components, UMAP and t-SNE, each with a fixed seed.
+
+UMAP and t-SNE start from the first principal components, as is usual: distances change little, and it is
+many times faster. PCA and t-SNE are scikit-learn's, UMAP is umap-learn's.
+
+N rows, D features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from genoembed.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+MapMethod: TypeAlias = Literal["pca", "umap", "tsne"]
+
+_NAMES = {"pca": "PC", "umap": "UMAP ", "tsne": "t-SNE "}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapOptions:
+    """How vectors are laid out in the plane."""
+
+    method: MapMethod = "pca"
+    components: int = 50
+    """``umap`` and ``tsne``: principal components that they start from."""
+    neighbours: int = 15
+    """``umap``: neighbours of a point; more show the large shape, fewer the small one."""
+    min_dist: float = 0.1
+    """``umap``: how close points may lie, 0 to 1."""
+    perplexity: float = 30.0
+    """``tsne``: about how many neighbours a point has."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.method not in get_args(MapMethod):
+            problems.append(
+                f"method is {self.method!r}; set method to one of {', '.join(get_args(MapMethod))}"
+            )
+        for name, least in (("components", 2), ("neighbours", 2)):
+            if getattr(self, name) < least:
+                problems.append(f"{name} is {getattr(self, name)}; set {name} to {least} or more")
+        if not 0 <= self.min_dist <= 1:
+            problems.append(f"min_dist is {self.min_dist}; set min_dist to 0 to 1")
+        if not self.perplexity >= 1:
+            problems.append(f"perplexity is {self.perplexity}; set perplexity to 1 or more")
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlaneMap:
+    """Points in the plane."""
+
+    points: NDArray[np.float32]
+    """``(N, 2)``."""
+    axis_labels: tuple[str, str]
+    settings: str
+    """What was used, in words."""
+
+
+def lay_out(vectors: NDArray[np.float32], options: MapOptions) -> PlaneMap:
+    """Lay vectors out in the plane.
+
+    Example:
+        >>> corners = np.array([[3, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=np.float32)
+        >>> lay_out(corners, MapOptions()).axis_labels
+        ('PC1 (90.0 %)', 'PC2 (10.0 %)')
+    """
+    wanted = 2 if options.method == "pca" else options.components
+    scores, shares = _principal_components(vectors, wanted, options.seed)
+    name = _NAMES[options.method]
+    if options.method == "pca":
+        labels = (f"PC1 ({shares[0]:.1%})".replace("%", " %"), f"PC2 ({shares[1]:.1%})".replace("%", " %"))
+        return PlaneMap(points=scores[:, :2], axis_labels=labels, settings="PCA")
+    start = f"of {scores.shape[1]} principal components, seed {options.seed}"
+    if options.method == "umap":
+        neighbours = min(options.neighbours, len(vectors) - 1)
+        points = _umap(scores, neighbours, options)
+        settings = f"UMAP {start}, {neighbours} neighbours, min_dist {options.min_dist:g}"
+    else:
+        perplexity = min(options.perplexity, (len(vectors) - 1) / 3)
+        points = _tsne(scores, perplexity, options)
+        settings = f"t-SNE {start}, perplexity {perplexity:.3g}"
+    return PlaneMap(points=points, axis_labels=(f"{name}1", f"{name}2"), settings=settings)
+
+
+def _principal_components(
+    vectors: NDArray[np.float32], wanted: int, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Give scores ``(N, C)``, C at least 2, and the share of the variance of each component."""
+    try:
+        from sklearn.decomposition import PCA
+    except ImportError as error:
+        raise MissingExtraError(package="scikit-learn", extra="analysis", purpose="plot") from error
+    num_components = min(wanted, *vectors.shape)
+    centred = vectors - vectors.mean(axis=0)
+    if not centred.any():  # all rows are equal, and no direction has a share
+        return np.zeros((len(vectors), 2), np.float32), np.zeros(2)
+    pca = PCA(n_components=num_components, random_state=seed)
+    scores = np.asarray(pca.fit_transform(centred), dtype=np.float32)
+    shares = np.asarray(pca.explained_variance_ratio_, dtype=np.float64)
+    if num_components < 2:
+        scores = np.column_stack([scores, np.zeros_like(scores)])
+        shares = np.append(shares, 0.0)
+    return scores, shares
+
+
+def _umap(scores: NDArray[np.float32], neighbours: int, options: MapOptions) -> NDArray[np.float32]:
+    with warnings.catch_warnings():
+        # of its parts that we do not use, and of running on one thread, which the fixed seed asks for
+        warnings.simplefilter("ignore")
+        try:
+            import umap
+        except ImportError as error:
+            raise MissingExtraError(
+                package="umap-learn", extra="analysis", purpose="method 'umap'"
+            ) from error
+        model = umap.UMAP(
+            n_neighbors=neighbours,
+            min_dist=options.min_dist,
+            init="pca",
+            random_state=options.seed,
+            n_jobs=1,
+        )
+        return np.asarray(model.fit_transform(scores), dtype=np.float32)
+
+
+def _tsne(scores: NDArray[np.float32], perplexity: float, options: MapOptions) -> NDArray[np.float32]:
+    from sklearn.manifold import TSNE
+
+    model = TSNE(
+        n_components=2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=options.seed
+    )
+    return np.asarray(model.fit_transform(scores), dtype=np.float32)

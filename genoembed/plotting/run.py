@@ -1,0 +1,424 @@
+"""``plot``: a map of an embedding file, as pictures, as an interactive page and as a table.
+
+``file -> rows with a vector -> (transform) -> plane -> colours -> outputs``. What was left out is counted,
+and said on the map.
+
+Which rows of an embedding file a map shows, with their vectors.
+What a map shows, before it is a picture or a page; and the map as a table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.errors import ConfigError, StoreError
+from genoembed.pipeline.file_recipe import check_comparable, recipe_of
+from genoembed.pipeline.file_vectors import VectorSource, usable_rows
+from genoembed.plotting.colors import (
+    MISSING,
+    OTHER_COLOUR,
+    ClassColumn,
+    NumberColumn,
+    class_column,
+    number_column,
+    text_column,
+)
+from genoembed.plotting.html_map import build_page
+from genoembed.plotting.reduction import MapOptions, lay_out
+from genoembed.plotting.static_map import draw_map
+from genoembed.plotting.value_table import read_value_table
+from genoembed.store import check_output, open_embeddings
+from genoembed.store.atomic import AtomicFile
+from genoembed.store.schema import has_failed
+from genoembed.transforms import load_transform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from genoembed.plotting.reduction import MapMethod, PlaneMap
+    from genoembed.pooling.transform import FittedTransform
+    from genoembed.store import EmbeddingFile
+
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".svg", ".html", ".tsv")
+MAX_POINTS = 100_000
+_ALWAYS = "length"
+_NOT_OFFERED = ("sha256", "description")
+"""Columns of the file that differ from row to row: on the map only if they are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlotReport:
+    """What was drawn."""
+
+    outputs: tuple[Path, ...]
+    """The files that were written."""
+    method: MapMethod
+    settings: str
+    """How the map was laid out, in words."""
+    layer: str
+    colors: tuple[str, ...]
+    """What points can be coloured by; pictures show the first."""
+    num_points: int
+    num_in_file: int
+    """Rows of the file."""
+    num_failed: int
+    """Rows left out because the extraction gave them no vector."""
+    num_not_finite: int
+    """Rows left out for NaN or infinity."""
+    num_not_sampled: int
+    """Rows left out by chance, since there were more than ``max_points``."""
+    num_without_value: int
+    """Points that the first colour says nothing about."""
+    num_unknown_ids: int
+    """Ids of the table that the file does not have."""
+    seconds: float
+
+
+def plot(
+    path: str | PathLike[str],
+    output: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    *,
+    color: str | Sequence[str] = (),
+    values: str | PathLike[str] | None = None,
+    classes: str | Sequence[str] = (),
+    layer: str | None = None,
+    transform: str | PathLike[str] | None = None,
+    max_points: int | None = MAX_POINTS,
+    title: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> PlotReport:
+    """Draw a map of the records of an embedding file.
+
+    Rows without a vector (NaN, or flagged as failed) are left out and counted.
+
+    Args:
+        path: A pooled file that genoembed wrote.
+        output: Files to write: ``.png``, ``.svg``, ``.html`` (interactive, needs nothing else) or ``.tsv``
+            (the points); None is ``.png`` and ``.html`` beside the file.
+        color: Columns of the file or of ``values``; the first one colours the pictures, the page switches
+            between all of them and the file's other columns. Empty takes the first one of ``values``, or
+            the ``source`` where there are several, or the ``length``.
+        values: A table of values: ids in the first column, tab-separated.
+        classes: Columns whose numbers are classes, such as numbers of clusters.
+        layer: Which matrix of the file; None is the first.
+        transform: A file of ``fit_transform``, applied before the map is made.
+        max_points: Where there are more rows, a random sample of so many is drawn; None draws all.
+        title: None is the name of the file.
+        overwrite: Replace existing files.
+        **options: Fields of :class:`~genoembed.plotting.reduction.MapOptions`: ``method`` (``pca``, ``umap``
+            or ``tsne``), ``components``, ``neighbours``, ``min_dist``, ``perplexity`` and ``seed``. None
+            stands for the default.
+
+    Returns:
+        What was drawn.
+
+    Raises:
+        ConfigError: If options are wrong, a column is not there, or fewer than three rows have a vector.
+        LabelError: If the table of values is malformed or belongs to other records.
+        LayerError: If the file has no such matrix.
+        MissingExtraError: If a package that is needed is not installed.
+        StoreError: If a file cannot be read or written; no output is there then, or all is as it was.
+    """
+    started = time.perf_counter()
+    wanted = _map_options(options, max_points)
+    targets = _targets(path, output, overwrite=overwrite)
+    with open_embeddings(path) as file:
+        points = read_points(file, layer=layer, transform=transform, max_points=max_points, seed=wanted.seed)
+        columns, num_unknown = _columns(file, points.rows, _listed(color), values, _listed(classes))
+        ids = [file.ids[row] for row in points.rows]
+        descriptions = tuple(map(str, file.obs["description"][points.rows]))
+        lengths = file.obs["length"][points.rows]
+    logger.info("%s: %d points, %s", fspath(path), len(ids), wanted.method)
+    plane = lay_out(points.vectors, wanted)
+    content = MapContent(
+        plane=plane,
+        ids=tuple(ids),
+        descriptions=descriptions,
+        lengths=lengths,
+        columns=columns,
+        title=Path(path).name if title is None else title,
+        notes=tuple(_notes(points, plane.settings, transform, wanted.seed)),
+        keeps_scale=wanted.method != "pca",
+        seed=wanted.seed,
+    )
+    made = [(target, _made(content, Path(target).suffix.lower())) for target in targets]
+    for target, body in made:
+        _write(target, body, overwrite=overwrite)
+    return PlotReport(
+        outputs=tuple(map(Path, targets)),
+        method=wanted.method,
+        settings=plane.settings,
+        layer=points.layer,
+        colors=tuple(column.name for column in columns),
+        num_points=len(ids),
+        num_in_file=points.num_in_file,
+        num_failed=points.num_failed,
+        num_not_finite=points.num_not_finite,
+        num_not_sampled=points.num_not_sampled,
+        num_without_value=columns[0].num_missing,
+        num_unknown_ids=num_unknown,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _map_options(options: Mapping[str, Any], max_points: int | None) -> MapOptions:
+    unknown = [name for name in options if name not in MapOptions.__dataclass_fields__]
+    problems = [f"{name!r} is no option of plot" for name in unknown]
+    if max_points is not None and max_points < 3:
+        problems.append(f"max_points is {max_points}; set max_points to 3 or more, or leave it out")
+    if problems:
+        raise ConfigError(*problems)
+    return MapOptions(**{name: value for name, value in options.items() if value is not None})
+
+
+def _targets(
+    path: str | PathLike[str],
+    output: str | PathLike[str] | Sequence[str | PathLike[str]] | None,
+    *,
+    overwrite: bool,
+) -> list[str]:
+    names = [Path(path).with_suffix(suffix) for suffix in (".png", ".html")] if output is None else output
+    targets = [fspath(name) for name in ([names] if isinstance(names, str | PathLike) else names)]
+    wrong = [name for name in targets if Path(name).suffix.lower() not in SUFFIXES]
+    if wrong or not targets:
+        found = ", ".join(map(repr, wrong)) or "empty"
+        message = f"output is {found}; set output to names that end in {', '.join(SUFFIXES)}"
+        raise ConfigError(message)
+    for name in targets:
+        check_output(name, overwrite=overwrite)
+    return targets
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _columns(
+    file: EmbeddingFile,
+    rows: NDArray[np.int64],
+    wanted: Sequence[str],
+    values: str | PathLike[str] | None,
+    classes: Sequence[str],
+) -> tuple[tuple[ClassColumn | NumberColumn, ...], int]:
+    """Collect what points can be coloured by, what was asked for first."""
+    table = None if values is None else read_value_table(values, file.ids)
+    tabled = {} if table is None else dict(table.columns)
+    names = [*tabled, *(name for name in file.obs if name not in tabled)]
+    unknown = [name for name in (*wanted, *classes) if name not in names]
+    if unknown:
+        message = (
+            f"color is {unknown[0]!r}, which is no column of {file.path} or of the values; set color to one "
+            f"of {', '.join(names)}"
+        )
+        raise ConfigError(message)
+    made: dict[str, ClassColumn | NumberColumn] = {}
+    for name in names:
+        if name in _NOT_OFFERED and name not in wanted and name not in tabled:
+            continue
+        is_class = name in classes
+        if name in tabled:
+            made[name] = text_column(name, [tabled[name][row] for row in rows], as_classes=is_class)
+        else:
+            made[name] = _file_column(name, file.obs[name][rows], is_class=is_class)
+    varied = [name for name in made if name == _ALWAYS or name in tabled or _varies(made[name])]
+    first = list(wanted) or list(tabled) or [name for name in ("source", _ALWAYS) if name in varied]
+    shown = list(dict.fromkeys([*first, *tabled, *varied]))
+    return tuple(made[name] for name in shown), 0 if table is None else table.num_unknown
+
+
+def _file_column(name: str, values: NDArray[Any], *, is_class: bool) -> ClassColumn | NumberColumn:
+    if values.dtype.kind in "iuf" and not is_class:
+        return number_column(name, values.astype(float))
+    return class_column(name, [str(value) or None for value in values])
+
+
+def _varies(column: ClassColumn | NumberColumn) -> bool:
+    values = column.values
+    return any(value != values[0] for value in values)
+
+
+def _notes(points: PointRows, settings: str, transform: str | PathLike[str] | None, seed: int) -> list[str]:
+    notes = [f"{len(points.rows):,} of {points.num_in_file:,} records", points.layer, settings]
+    if transform is not None:
+        notes.append(f"transformed by {Path(transform).name}")
+    if points.num_not_sampled:
+        notes.append(f"a random sample (seed {seed}): {points.num_not_sampled:,} records are not shown")
+    left_out = points.num_failed + points.num_not_finite
+    if left_out:
+        notes.append(f"{left_out:,} without a vector left out")
+    return notes
+
+
+def _made(content: MapContent, suffix: str) -> bytes:
+    if suffix == ".html":
+        return build_page(content).encode()
+    if suffix == ".tsv":
+        return "".join(f"{line}\n" for line in table_lines(content)).encode()
+    return draw_map(content, "png" if suffix == ".png" else "svg")
+
+
+def _write(name: str, body: bytes, *, overwrite: bool) -> None:
+    try:
+        file = AtomicFile(check_output(name, overwrite=overwrite))
+        try:
+            file.write(memoryview(body))
+            file.commit()
+        finally:
+            file.discard()
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
+        raise StoreError(problem, path=name) from error
+
+
+_FEWEST = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointRows:
+    """The rows that a map shows."""
+
+    rows: NDArray[np.int64]
+    """Their numbers in the file, rising, ``(N,)``."""
+    vectors: NDArray[np.float32]
+    """``(N, D)``."""
+    layer: str
+    """Which matrix they are of."""
+    num_in_file: int
+    """Rows of the file."""
+    num_failed: int
+    """Left out: the extraction gave them no vector and says so in their flags."""
+    num_not_finite: int
+    """Left out: among the rows that were looked at, those with NaN or infinity."""
+    num_not_sampled: int
+    """Left out by chance, because there were more than the map may show."""
+
+
+def read_points(
+    file: EmbeddingFile,
+    *,
+    layer: str | None = None,
+    transform: str | PathLike[str] | None = None,
+    max_points: int | None = None,
+    seed: int = 0,
+) -> PointRows:
+    """Read the vectors that a map shows."""
+    _ = file.X  # a per-token file says here that it has no row a record
+    name = layer or file.layers[0]
+    source = VectorSource(file[name], _load(file, name, transform))
+    is_spoiled = np.array([has_failed(str(flags)) for flags in file.obs["flags"]], dtype=bool)
+    candidates = np.flatnonzero(~is_spoiled)
+    num_failed, num_left = len(file) - len(candidates), len(candidates)
+    if max_points is not None and num_left > max_points:
+        candidates = np.sort(np.random.default_rng(seed).choice(candidates, max_points, replace=False))
+    rows, vectors = _finite(source, candidates)
+    if len(rows) < _FEWEST:
+        message = (
+            f"{file.path}: {len(rows)} of {len(file)} rows have a vector ({num_failed} failed), expected "
+            f"{_FEWEST} or more for a map; look at the flags of the records"
+        )
+        raise ConfigError(message)
+    return PointRows(
+        rows=rows,
+        vectors=vectors,
+        layer=name,
+        num_in_file=len(file),
+        num_failed=num_failed,
+        num_not_finite=len(candidates) - len(rows),
+        num_not_sampled=num_left - len(candidates),
+    )
+
+
+def _load(file: EmbeddingFile, layer: str, path: str | PathLike[str] | None) -> FittedTransform | None:
+    if path is None:
+        return None
+    loaded = load_transform(path)
+    check_comparable(loaded.recipe, recipe_of(file.provenance, layer), names=(str(path), str(file.path)))
+    return loaded.transform
+
+
+def _finite(
+    source: VectorSource, candidates: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Keep the candidates without NaN or infinity; the file is read once, a block at a time."""
+    vectors = np.empty((len(candidates), source.width), dtype=np.float32)
+    rows = np.empty(len(candidates), dtype=np.int64)
+    filled = 0
+    for start, block in source.blocks():
+        first, last = np.searchsorted(candidates, (start, start + len(block)))
+        mine = candidates[first:last]
+        taken = block[mine - start]
+        is_finite = usable_rows(taken, allow_zero=True)
+        end = filled + int(is_finite.sum())
+        vectors[filled:end], rows[filled:end] = taken[is_finite], mine[is_finite]
+        filled = end
+    return rows[:filled], vectors[:filled]
+
+
+_BLANKS = str.maketrans({"\t": " ", "\n": " ", "\r": " "})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapContent:
+    """Points with all that is said about them."""
+
+    plane: PlaneMap
+    ids: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    lengths: NDArray[np.int64]
+    """Bases, ``(N,)``."""
+    columns: tuple[ClassColumn | NumberColumn, ...]
+    """What points can be coloured by, the one that is shown first in front."""
+    title: str
+    notes: tuple[str, ...]
+    """How the map was made, and what was left out."""
+    keeps_scale: bool
+    """Whether a step along either axis is as long in the picture: distances mean something."""
+    seed: int
+
+    def drawing_order(self) -> NDArray[np.int64]:
+        """Mix the points, so that no class hides another because it comes later in the file."""
+        order = np.random.default_rng(self.seed).permutation(len(self.ids)).astype(np.int64)
+        column = self.columns[0]
+        if isinstance(column, ClassColumn):
+            is_grey = np.array([colour == OTHER_COLOUR for colour in column.colours] + [True])
+            layer = np.where(column.codes == MISSING, 0, 2 - is_grey[column.codes])
+        else:
+            layer = np.where(np.isnan(column.values), 0, 1)
+        sorted_order: NDArray[np.int64] = order[np.argsort(layer[order], kind="stable")]
+        return sorted_order
+
+
+def table_lines(content: MapContent) -> Iterator[str]:
+    """Write the map as tab-separated text."""
+    names = [column.name for column in content.columns if column.name != "length"]
+    yield _line(["id", "x", "y", "description", "length", *names])
+    shown = [_texts(column) for column in content.columns if column.name != "length"]
+    for index, record_id in enumerate(content.ids):
+        x, y = content.plane.points[index]
+        cells = [record_id, f"{x:.6g}", f"{y:.6g}", content.descriptions[index], str(content.lengths[index])]
+        yield _line([*cells, *(texts[index] for texts in shown)])
+
+
+def _texts(column: ClassColumn | NumberColumn) -> tuple[str, ...]:
+    if isinstance(column, ClassColumn):
+        return column.values
+    return tuple("" if np.isnan(value) else f"{value:.10g}" for value in column.values)
+
+
+def _line(cells: list[str]) -> str:
+    return "\t".join(cell.translate(_BLANKS) for cell in cells)

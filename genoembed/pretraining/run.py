@@ -1,0 +1,316 @@
+"""Pretrain a causal model on packed sequences: corpus files in, a model folder out.
+
+``read -> cut -> shuffle -> encode -> pack -> train``. Promised: a run that was killed goes on from its newest
+checkpoint with the rows that come next, and the loss curve is that of a run that was never killed (bitwise on
+CPUs in float32); it goes on only with the config that it began with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from genoembed._version import __version__
+from genoembed.config.pretrain import DOCUMENT_WINDOWS, train_config
+from genoembed.errors import ModelError
+from genoembed.models.layers import find_blocks
+from genoembed.models.load import without_progress_bars
+from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
+from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
+from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
+from genoembed.pretraining.trainer import ClampPoles, PackedTrainer, PretrainConfig, training_arguments
+from genoembed.training.distributed import (
+    StopOnSignal,
+    leave_process_group_at_exit,
+    use_threads,
+    wait_for_all,
+)
+from genoembed.training.log import MetricsFile
+from genoembed.training.optimizer import uses_bfloat16
+from genoembed.training.run_folder import (
+    FINAL_FOLDER,
+    METRICS_FILE,
+    RUN_FILE,
+    checkpoint_to_resume,
+    clear_run,
+    compare_with_run,
+    path_strings,
+    refuse_other_run,
+    steps_of,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from os import PathLike
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from genoembed.config.pretrain import DataConfig, RecipeConfig, TrainConfig
+    from genoembed.pretraining.start import Start
+
+
+__all__ = ["PretrainReport", "pretrain"]
+
+logger = logging.getLogger(__name__)
+
+_BASE_RATE, _BASE_WIDTH = 2e-3, 128
+_MAX_WARMUP = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainReport:
+    """What a run did."""
+
+    output: str
+    """Folder of the trained model and its tokenizer."""
+    steps: int
+    """Optimizer steps, those before a resumption counted."""
+    bits_per_base: float
+    """On what is held out, at the end."""
+    metrics: str
+    """JSON-lines file with the whole curve."""
+
+
+def pretrain(
+    corpus: str | PathLike[str] | Iterable[str | PathLike[str]] | None,
+    output_dir: str | PathLike[str],
+    *,
+    config: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    **options: Any,
+) -> PretrainReport:
+    """Train a causal model on packed sequences.
+
+    Writes checkpoints, ``metrics.jsonl``, ``run.json`` and, at the end, the folder ``final``. SIGINT and
+    SIGTERM end the run after the step being done, with a checkpoint. Under ``torchrun`` each process trains
+    on its own part of the documents.
+
+    Args:
+        corpus: Sequence files to train on; None takes those of ``config``.
+        output_dir: Folder for everything that is written.
+        config: TOML or JSON file with values for what ``options`` leave out.
+        resume: Go on from the newest checkpoint in ``output_dir``.
+        overwrite: Start again where there is a run in ``output_dir``.
+        threads: CPU threads; None leaves torch's choice.
+        **options: Any field of ``StartConfig``, ``DataConfig`` and ``RecipeConfig`` of
+            :mod:`genoembed.config.pretrain`, such as ``model`` or ``like``, ``heldout`` or
+            ``heldout_fraction``, ``packing``, ``window``, ``isolate``, ``max_steps``. None stands for the
+            file's value, or the default.
+
+    Returns:
+        Where the model is, and what it reached.
+
+    Raises:
+        ConfigError: If options are wrong, ``output_dir`` holds a run and neither ``resume`` nor ``overwrite``
+            is set, or the run to resume has another config.
+        GenoembedError: If corpus or model fail.
+        KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
+    """
+    keys = options | {"corpus": path_strings(corpus), "heldout": path_strings(options.get("heldout"))}
+    settings = train_config(keys, file=config)
+    use_threads(threads)
+    run = _Run(settings, Path(output_dir))
+    run.claim_folder(resume=resume, overwrite=overwrite)
+    return run.train()
+
+
+class _Run:
+    """One run: everything that is checked before the first step, then training."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        data = config.data
+        self.config, self.folder = config, folder
+        self.start = build_start(config.start, window=data.window, seed=config.recipe.seed)
+        self.isolating = isolating_inputs(self.start.model, self.start.rules) if data.isolate else ()
+        self.recipe = _resolved_recipe(config.recipe, self.start)
+        self.arguments = _arguments(self.recipe, folder)
+        leave_process_group_at_exit()
+        shard = {"shard": self.arguments.process_index, "num_shards": self.arguments.world_size}
+        self.corpus = _corpus_config(data, seed=config.recipe.seed)
+        self.rows = RowShape(
+            packing=data.packing,
+            window=data.window,
+            seed=config.recipe.seed,
+            rows_per_batch=config.recipe.rows_per_device,
+        )
+        self.stream = PackedStream(
+            data.corpus, corpus=replace(self.corpus, **shard), rules=self.start.rules, rows=self.rows
+        )
+        self.checkpoint: Path | None = None
+
+    def claim_folder(self, *, resume: bool, overwrite: bool) -> None:
+        """Compare with the run that is there, find its checkpoint, or clear it away."""
+        if resume:
+            told = "names, sizes or order of the files are not those of the run in"
+            remedy = "name the same files, or overwrite to start again"
+            digests = {key: f"{key}: {told} {self.folder}; {remedy}" for key in ("corpus", "heldout")}
+            compare_with_run(self.folder, self._compared(), digests=digests)
+            self.checkpoint = checkpoint_to_resume(self.folder)
+            return
+        if not overwrite:
+            refuse_other_run(self.folder)
+        if self.arguments.process_index == 0:
+            clear_run(self.folder)
+
+    def _compared(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one that began; files may move, not change."""
+        values: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
+        values["data"]["corpus"] = self.stream.files_sha256
+        files = self.config.data.heldout
+        values["data"]["heldout"] = DocumentStream(files).state.files_sha256 if files else None
+        recipe = {field.name: getattr(self.recipe, field.name) for field in fields(PretrainConfig)}
+        shared = values["recipe"].keys() & recipe.keys()
+        values["recipe"] |= {key: recipe[key] for key in shared}
+        values["recipe"]["dtype"] = "bfloat16" if self.recipe.bf16 else "float32"
+        return {**values, "processes": self.arguments.world_size}
+
+    def train(self) -> PretrainReport:
+        """Train to the end, or to a signal."""
+        data = self.config.data
+        heldout = read_heldout(
+            data.heldout or data.corpus,
+            corpus=replace(self.corpus, heldout=not data.heldout),
+            rules=self.start.rules,
+            rows=self.rows,
+            num_rows=data.heldout_rows,
+        )
+        logger.info("held out: %d rows of %d documents", len(heldout), heldout.documents)
+        done = steps_of(self.checkpoint)
+        recipe = self.recipe
+        self.stream.skip_rows = done * recipe.accumulation_steps * recipe.rows_per_device
+        if self.stream.skip_rows:
+            logger.info("resume: reading again the %d rows of %d steps", self.stream.skip_rows, done)
+        model, stop = self.start.model, StopOnSignal()
+        if self.config.recipe.gradient_checkpointing:
+            _checkpoint_activations(model)
+        if recipe.compile_blocks:
+            for block in model.get_submodule(find_blocks(model)).children():
+                block.compile(dynamic=False)
+        trainer = PackedTrainer(
+            model=model,
+            args=self.arguments,
+            recipe=recipe,
+            stream=self.stream,
+            heldout=heldout,
+            isolating=self.isolating,
+            forward_options=forward_options(self.isolating),
+            callbacks=self._callbacks(stop),
+        )
+        trainer.remove_callback(PrinterCallback)
+        wait_for_all()  # the others still look at the folder
+        self._write_run_file()
+        if self.checkpoint is not None and done >= recipe.max_steps:
+            logger.info("resume: all %d steps are done", done)
+            trainer.restore(self.checkpoint)
+            return self._finish(trainer)
+        with stop.listening(), without_progress_bars():
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        stop.raise_if_stopped(self.folder, total=recipe.max_steps)
+        return self._finish(trainer)
+
+    def _callbacks(self, stop: StopOnSignal) -> list[TrainerCallback]:
+        metrics = MetricsFile(self.folder / METRICS_FILE)
+        callbacks = [ClampPoles(), metrics, _SaveTokenizer(self.start.tokenizer), stop]
+        if find_spec("tensorboard") is not None:
+            board = TensorBoardCallback()
+            board.logging_dir = str(self.folder / "tensorboard")
+            callbacks.append(board)
+        return callbacks
+
+    def _write_run_file(self) -> None:
+        if self.arguments.process_index:
+            return
+        run = {
+            "genoembed": __version__,
+            "compared": self._compared(),
+            "corpus": list(self.config.data.corpus),
+            "heldout": list(self.config.data.heldout),
+            "corpus_config": asdict(self.corpus),
+            "model_config": self.start.model.config.to_dict(),
+        }
+        write_json(self.folder / RUN_FILE, run)
+
+    def _finish(self, trainer: PackedTrainer) -> PretrainReport:
+        last = [line for line in trainer.state.log_history if "eval_bits_per_base" in line]
+        steps = int(trainer.state.global_step)
+        if not last or last[-1]["step"] != steps:
+            last = [trainer.evaluate()]
+        final = self.folder / FINAL_FOLDER
+        with without_progress_bars():
+            trainer.save_model(str(final))
+        if self.arguments.process_index == 0:
+            self.start.tokenizer.save_pretrained(final)
+        wait_for_all()
+        return PretrainReport(
+            output=str(final),
+            steps=steps,
+            bits_per_base=last[-1]["eval_bits_per_base"],
+            metrics=str(self.folder / METRICS_FILE),
+        )
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        message = (
+            f"gradient_checkpointing: {type(model).__name__} does not offer it; set "
+            "gradient_checkpointing to False, and fewer rows_per_device with more accumulation_steps"
+        )
+        raise ModelError(message)
+    # the newer name of the same method
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _resolved_recipe(recipe: RecipeConfig, start: Start) -> PretrainConfig:
+    width = getattr(start.model.config, "hidden_size", None) or _BASE_WIDTH
+    rate = _BASE_RATE * math.sqrt(_BASE_WIDTH / max(width, _BASE_WIDTH)) * (1 if start.is_new else 0.1)
+    warmup = min(_MAX_WARMUP, recipe.max_steps // 20)
+    shared = {f.name: getattr(recipe, f.name) for f in fields(PretrainConfig) if hasattr(recipe, f.name)}
+    shared |= {
+        "learning_rate": rate if recipe.learning_rate is None else recipe.learning_rate,
+        "warmup_steps": warmup if recipe.warmup_steps is None else recipe.warmup_steps,
+        "bf16": uses_bfloat16(recipe.dtype),
+    }
+    return PretrainConfig(**shared)
+
+
+def _arguments(recipe: PretrainConfig, folder: Path) -> TrainingArguments:
+    # the stream leaves out used rows itself
+    return training_arguments(recipe, folder, ignore_data_skip=True, ddp_find_unused_parameters=False)
+
+
+def _corpus_config(data: DataConfig, *, seed: int) -> CorpusConfig:
+    return CorpusConfig(
+        seed=seed,
+        both_strands=not data.one_strand,
+        n_run_bp=data.n_run_bp,
+        max_document_bp=data.max_document_bp or DOCUMENT_WINDOWS * data.window,
+        shuffle_documents=data.shuffle_documents,
+        heldout_fraction=data.heldout_fraction or 0.0,
+        invalid=data.invalid,
+        gaps=data.gaps,
+        empty=data.empty,
+    )
+
+
+class _SaveTokenizer(TrainerCallback):
+    """Make each checkpoint a folder that can be loaded by itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def on_save(self, args: Any, state: Any, control: object, **kwargs: object) -> None:
+        if state.is_world_process_zero:
+            self._tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -1,0 +1,289 @@
+"""Scores of sparse and multi-vector representations, with what matched.
+
+Beside a dense cosine, BGE-M3 (Chen et al. 2024) scores the terms that two sequences share and, for each
+vector of the query, the most similar vector of the subject (MaxSim). Both say where a hit comes from.
+
+U terms, M vectors, E features.
+
+Score what a dense search found once more, with the sparse and multi-vector heads of a retrieval model.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from genoembed.errors import ConfigError
+from genoembed.retrieval.retriever import HeadVectors, Retriever, load_retriever
+from genoembed.searching.hits import HybridScores
+from genoembed.searching.neighbors import NO_ROW, Neighbours
+from genoembed.sequences import read_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from os import PathLike
+
+    from numpy.typing import NDArray
+
+    from genoembed.store import EmbeddingFile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridWeights:
+    """How the three scores are added; the defaults are those of BGE-M3."""
+
+    dense: float = 1.0
+    sparse: float = 0.3
+    multi_vector: float = 1.0
+
+    def __post_init__(self) -> None:
+        given = (self.dense, self.sparse, self.multi_vector)
+        if not (all(0 <= weight < np.inf for weight in given) and any(given)):
+            message = (
+                f"hybrid_weights is {list(given)}; set hybrid_weights to three finite numbers, none below 0 "
+                "and not all 0"
+            )
+            raise ConfigError(message)
+
+    def total(self, *, dense: float, sparse: float, multi_vector: float) -> float:
+        """Add scores.
+
+        Example:
+            >>> HybridWeights().total(dense=1.0, sparse=1.0, multi_vector=0.5)
+            1.8
+        """
+        return self.dense * dense + self.sparse * sparse + self.multi_vector * multi_vector
+
+
+class SharedTerms(NamedTuple):
+    """Terms that two sequences have in common."""
+
+    score: float
+    """Sum of the products of their weights."""
+    query: NDArray[np.int64]
+    """Their places in the query's list, those that give most first. ``(U,)``."""
+    subject: NDArray[np.int64]
+    """Their places in the subject's list."""
+    products: NDArray[np.float64]
+    """What each gives."""
+
+
+def shared_terms(
+    query_ids: NDArray[np.int64],
+    query_weights: NDArray[np.floating],
+    subject_ids: NDArray[np.int64],
+    subject_weights: NDArray[np.floating],
+) -> SharedTerms:
+    """Score the terms that two sequences share.
+
+    Example:
+        >>> ids, weights = np.array([5, 7]), np.array([2.0, 1.0])
+        >>> found = shared_terms(ids, weights, np.array([7, 9]), np.array([3.0, 1.0]))
+        >>> found.score, found.query.tolist(), found.subject.tolist()
+        (3.0, [1], [0])
+    """
+    _, query, subject = np.intersect1d(query_ids, subject_ids, assume_unique=True, return_indices=True)
+    products = query_weights[query].astype(np.float64) * subject_weights[subject]
+    order = np.lexsort((query, -products))
+    order = order[products[order] > 0]
+    return SharedTerms(float(products.sum()), query[order], subject[order], products[order])
+
+
+class BestMatches(NamedTuple):
+    """The most similar vector of the subject for each of the query."""
+
+    score: float
+    """Mean of the similarities (MaxSim)."""
+    subject: NDArray[np.int64]
+    """Which vector of the subject; ``(M,)``."""
+    similarities: NDArray[np.float64]
+    """``(M,)``."""
+
+
+def best_matches(query: NDArray[np.floating], subject: NDArray[np.floating]) -> BestMatches:
+    """Find for each vector of the query the most similar one of the subject.
+
+    Example:
+        >>> best_matches(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0], [0.5, 0.0]]))
+        BestMatches(score=0.5, subject=array([1]), similarities=array([0.5]))
+    """
+    products = query.astype(np.float64) @ subject.astype(np.float64).T
+    best = products.argmax(axis=1)
+    similarities = products[np.arange(len(query)), best]
+    return BestMatches(float(similarities.mean()), best, similarities)
+
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 5
+"""Matching places and terms that are named."""
+_ENCODED_TOGETHER = 64
+_KEPT_BYTES = 1 << 28
+_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridOptions:
+    """What is scored again."""
+
+    weights: HybridWeights
+    depth: int = 100
+    """Rows a query."""
+    subject_sequences: tuple[str, ...] = ()
+    """Files of the database's sequences; empty takes those that it names."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            message = f"depth is {self.depth}; set depth to 1 or more"
+            raise ConfigError(message)
+
+
+def rescore(
+    queries: EmbeddingFile,
+    database: EmbeddingFile,
+    found: Neighbours,
+    options: HybridOptions,
+    *,
+    k: int,
+    folder: str | PathLike[str] | None = None,
+    device: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> tuple[Neighbours, dict[tuple[int, int], HybridScores]]:
+    """Score neighbours again and rank them by the weighted sum."""
+    for file in (queries, database):
+        _check_whole_records(file)
+    made = database.provenance
+    folder = folder if folder is not None else made["config"]["model"]["model"]
+    retriever = load_retriever(folder, device=device, trust_remote_code=bool(trust_remote_code))
+    digest = retriever.genomic.provenance.get("weights_sha256")
+    if digest != made["model"].get("weights_sha256"):
+        message = (
+            f"{folder}: weights {digest}, but {database.path} was embedded with "
+            f"{made['model'].get('weights_sha256')}; name the model that it was embedded with"
+        )
+        raise ConfigError(message)
+    asked = sequences_of(queries, range(len(queries)), ())
+    rows = np.unique(found.rows[found.rows != NO_ROW]).tolist()
+    subjects = _Encoded(retriever, sequences_of(database, rows, options.subject_sequences))
+    ranked = Neighbours(
+        np.full((len(found.rows), min(k, found.rows.shape[1])), NO_ROW, np.int64),
+        np.full((len(found.rows), min(k, found.rows.shape[1])), np.nan),
+    )
+    parts: dict[tuple[int, int], HybridScores] = {}
+    for query in range(len(queries)):
+        near = [int(row) for row in found.rows[query] if row != NO_ROW]
+        (mine,) = retriever.encode([asked[query]]) if near else (None,)
+        scored: list[tuple[float, int, HybridScores]] = []
+        for row, theirs in subjects.take(near):
+            assert mine is not None, "a query with neighbours was encoded"
+            dense = float(found.scores[query][near.index(row)])
+            scored.append((*_score(mine, theirs, dense, options.weights, asked[query], retriever, row),))
+        scored.sort(key=lambda item: (-item[0], item[1]))
+        for place, (score, row, part) in enumerate(scored[:k]):
+            ranked.rows[query, place], ranked.scores[query, place] = row, score
+            parts[query, row] = part
+    return ranked, parts
+
+
+def _score(
+    query: HeadVectors,
+    subject: HeadVectors,
+    dense: float,
+    weights: HybridWeights,
+    sequence: bytes,
+    retriever: Retriever,
+    row: int,
+) -> tuple[float, int, HybridScores]:
+    terms = shared_terms(query.term_ids, query.term_weights, subject.term_ids, subject.term_weights)
+    best = best_matches(query.vectors, subject.vectors)
+    total = weights.total(dense=dense, sparse=terms.score, multi_vector=best.score)
+    shown = []
+    for place, product in zip(terms.query[:SHOWN], terms.products[:SHOWN], strict=True):
+        start = int(query.term_starts[place])
+        shown.append(f"{sequence[start : start + retriever.kmers.k].decode()}:{product:.4g}")
+    part = HybridScores(
+        dense=dense,
+        sparse=terms.score,
+        multi_vector=best.score,
+        matches=_matches(query, subject, best),
+        terms=",".join(shown),
+        num_terms=len(terms.query),
+    )
+    return total, row, part
+
+
+def _matches(query: HeadVectors, subject: HeadVectors, best: BestMatches) -> str:
+    """Name the places that match best, in the bases of the sequences that the model saw."""
+    order = np.argsort(-best.similarities, kind="stable")[:SHOWN]
+    spans = []
+    for place in order:
+        (start, end), (from_, to) = query.spans[place], subject.spans[best.subject[place]]
+        spans.append(f"{start}-{end}:{from_}-{to}:{best.similarities[place]:.4g}")
+    return ",".join(spans)
+
+
+class _Encoded:
+    """What the heads make of sequences, kept as far as there is room."""
+
+    def __init__(self, retriever: Retriever, sequences: dict[int, bytes]) -> None:
+        self._retriever = retriever
+        self._sequences = sequences
+        self._kept: dict[int, HeadVectors] = {}
+        self._bytes = 0
+
+    def take(self, rows: list[int]) -> Iterable[tuple[int, HeadVectors]]:
+        """Give the vectors of rows."""
+        for start in range(0, len(rows), _ENCODED_TOGETHER):
+            part = rows[start : start + _ENCODED_TOGETHER]
+            missing = [row for row in part if row not in self._kept]
+            if self._bytes > _KEPT_BYTES:
+                self._kept = {row: self._kept[row] for row in part if row in self._kept}
+                self._bytes = sum(map(_size, self._kept.values()))
+            encoded = self._retriever.encode([self._sequences[row] for row in missing])
+            self._kept |= dict(zip(missing, encoded, strict=True))
+            self._bytes += sum(map(_size, encoded))
+            yield from ((row, self._kept[row]) for row in part)
+
+
+def _size(vectors: HeadVectors) -> int:
+    return sum(array.nbytes for array in vectors)
+
+
+def _check_whole_records(file: EmbeddingFile) -> None:
+    config = file.provenance.get("config")
+    if not isinstance(config, dict) or config["windows"]["per_window"]:
+        what = "does not say how it was made" if not isinstance(config, dict) else "has a row a window"
+        message = f"{file.path}: it {what}, expected a row a record for hybrid; embed without per_window"
+        raise ConfigError(message)
+
+
+def sequences_of(file: EmbeddingFile, rows: Iterable[int], paths: tuple[str, ...]) -> dict[int, bytes]:
+    """Read the sequences of rows again, as the model saw them."""
+    recorded: dict[str, Any] = file.provenance["config"]["input"]
+    sources = list(paths or recorded["inputs"])
+    if lost := [name for name in sources if not Path(name).is_file()]:
+        message = (
+            f"{file.path}: hybrid needs the sequences of its records, and {', '.join(map(repr, lost))} is no "
+            "file; set subject_sequences to where they are now"
+        )
+        raise ConfigError(message)
+    options = {name: recorded[name] for name in _READING if name in recorded}
+    wanted = {file.ids[row]: row for row in rows}
+    digests = file.obs["sha256"]
+    found: dict[int, bytes] = {}
+    for record in read_sequences(sources, regions=recorded.get("regions") or None, **options):
+        row = wanted.get(record.id)
+        if row is not None and record.sha256 == digests[row]:
+            found[row] = record.sequence
+    if len(found) < len(wanted):
+        absent = [name for name, row in wanted.items() if row not in found]
+        message = (
+            f"{file.path}: {len(absent)} of its sequences ({', '.join(map(repr, absent[:3]))} ...) are not "
+            f"in {', '.join(sources)} as they were embedded; set subject_sequences to their files"
+        )
+        raise ConfigError(message)
+    return found

@@ -1,0 +1,338 @@
+"""Approximate nearest neighbours with a graph index (HNSW) that lies beside the embedding file.
+
+The index file says what it was built from: digest of the embedding file, matrix, metric, transform, settings.
+One that differs is built again; one that fits is mapped into memory, not read. It holds the vectors in
+float32, so scores come from it alone, to about 1e-6.
+
+Dot products have no neighbourhood of their own; each row gets one more feature that makes all rows equally
+long (Bachrach et al. 2014), after which the largest dot product is the largest cosine.
+
+Q queries, N rows, D features, k neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.errors import MissingExtraError, StoreError
+from genoembed.pipeline.file_vectors import usable_rows
+from genoembed.searching.neighbors import (
+    NO_ROW,
+    Metric,
+    Neighbours,
+    Owners,
+    check_widths,
+    keys_to_scores,
+    unit_rows,
+)
+from genoembed.store.atomic import AtomicFile, check_output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from genoembed.pipeline.file_vectors import VectorSource
+
+
+logger = logging.getLogger(__name__)
+
+CONNECTIVITY, BUILD_EFFORT, SEARCH_EFFORT = 16, 128, 128
+"""Neighbours of a node; candidates that are looked at while a row is added, and while a query is answered."""
+_MAGIC = b"genoembed-index\n"
+_FORMAT = 1
+_ALIGNED = 4096
+_SHORT = 12
+_USEARCH_METRICS: dict[Metric, str] = {"cosine": "ip", "dot": "ip", "euclidean": "l2sq"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What an index is built from."""
+
+    path: Path
+    """The embedding file."""
+    layer: str
+    metric: Metric
+    transform: str | None
+    """Digest of the transform."""
+
+    def index_path(self) -> Path:
+        """Name the index file: beside the embedding file, one for each matrix, metric and transform."""
+        key = json.dumps([self.layer, self.transform]).encode()
+        return self.path.with_name(
+            f"{self.path.name}.{self.metric}-{hashlib.sha256(key).hexdigest()[:_SHORT]}.index"
+        )
+
+
+class NearestIndex:
+    """An index that answers queries."""
+
+    def __init__(self, index: Any, *, metric: Metric, scale: float, memory: mmap.mmap | None = None) -> None:
+        self._index = index
+        self._metric = metric
+        self.scale = scale
+        """Length that all rows have, for ``dot``."""
+        self._memory = memory
+
+    def neighbours(
+        self,
+        queries: NDArray[np.floating],
+        source: VectorSource,
+        *,
+        k: int,
+        owners: Owners | None = None,
+        effort: int = SEARCH_EFFORT,
+        threads: int = 1,
+    ) -> Neighbours:
+        """Find near rows of each query, most of the nearest ones among them."""
+        check_widths(queries, source)
+        wide = np.asarray(queries, dtype=np.float64)
+        k = min(k, len(source))
+        rows = np.full((len(queries), k), NO_ROW, dtype=np.int64)
+        keys = np.full((len(queries), k), -np.inf)
+        self._index.expansion_search = max(effort, k)
+        left = np.flatnonzero(usable_rows(wide, allow_zero=self._metric != "cosine"))
+        asked = k if owners is None else 2 * k + 8
+        while len(left) and k:
+            asked = min(asked, len(self._index))
+            found, their_keys = self._ask(wide[left], asked, threads)
+            if owners is not None:
+                is_own = owners.rows[found] == owners.queries[left][:, None]
+                found, their_keys = _without(found, their_keys, is_own | (found == NO_ROW), k)
+            rows[left, : found.shape[1]] = found[:, :k]
+            keys[left, : found.shape[1]] = their_keys[:, :k]
+            is_short = (rows[left] == NO_ROW).any(axis=1)
+            left = left[is_short] if asked < len(self._index) else left[:0]
+            asked *= 4
+        scores = np.where(rows == NO_ROW, np.nan, keys_to_scores(keys, self._metric))
+        return Neighbours(rows, scores)
+
+    def _ask(
+        self, queries: NDArray[np.float64], count: int, threads: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Give rows and keys (larger is nearer), ``(Q, count)``, equal keys in the order of the rows."""
+        if not count:
+            return np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0))
+        lengths = np.linalg.norm(queries, axis=1)
+        asked = queries if self._metric == "euclidean" else unit_rows_or_zero(queries)
+        if self._metric == "dot":
+            asked = np.pad(asked, ((0, 0), (0, 1)))
+        matches = self._index.search(np.ascontiguousarray(asked, np.float32), count, threads=threads)
+        counts = np.atleast_1d(getattr(matches, "counts", len(matches)))  # one query gives a list of its own
+        found, distances = (
+            _widened(values, count) for values in (matches.keys.astype(np.int64), matches.distances)
+        )
+        is_there = np.arange(count) < counts[:, None]
+        keys = (
+            -distances.astype(np.float64) if self._metric == "euclidean" else 1 - distances.astype(np.float64)
+        )
+        if self._metric == "dot":
+            keys = keys * lengths[:, None] * self.scale
+        found, keys = np.where(is_there, found, NO_ROW), np.where(is_there, keys, -np.inf)
+        order = np.lexsort((np.where(is_there, found, np.iinfo(np.int64).max), -keys), axis=1)
+        return np.take_along_axis(found, order, axis=1), np.take_along_axis(keys, order, axis=1)
+
+
+def _widened(values: NDArray[np.generic], count: int) -> NDArray[Any]:
+    """Give rows of ``count`` values."""
+    values = np.atleast_2d(values)
+    return np.pad(values, ((0, 0), (0, count - values.shape[1])))
+
+
+def _without(
+    found: NDArray[np.int64], keys: NDArray[np.float64], is_out: NDArray[np.bool_], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Leave pairs out and close the gaps."""
+    order = np.argsort(is_out, axis=1, kind="stable")[:, :k]
+    found, keys = np.where(is_out, NO_ROW, found), np.where(is_out, -np.inf, keys)
+    return np.take_along_axis(found, order, axis=1), np.take_along_axis(keys, order, axis=1)
+
+
+def unit_rows_or_zero(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give each row length 1; rows of zeros stay.
+
+    Example:
+        >>> unit_rows_or_zero(np.array([[0.0, 2.0], [0.0, 0.0]])).tolist()
+        [[0.0, 1.0], [0.0, 0.0]]
+    """
+    unit = np.zeros_like(vectors)
+    has_length = (vectors != 0).any(axis=1)
+    if has_length.any():
+        unit[has_length] = unit_rows(vectors[has_length])
+    return unit
+
+
+def build_index(
+    source: VectorSource,
+    *,
+    metric: Metric,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[NearestIndex, bytearray]:
+    """Build an index."""
+    scale = _longest(source) if metric == "dot" else 1.0
+    index = _new_index(source.width + (metric == "dot"), metric)
+    for start, block in source.blocks():
+        usable = usable_rows(block, allow_zero=metric != "cosine")
+        rows = np.ascontiguousarray(_indexed(block[usable], metric, scale), np.float32)
+        if len(rows):
+            index.add(start + np.flatnonzero(usable), rows, threads=threads)
+        if progress is not None:
+            progress(start + len(block))
+    return NearestIndex(index, metric=metric, scale=scale), index.save()
+
+
+def _longest(source: VectorSource) -> float:
+    longest = 0.0
+    for _, block in source.blocks():
+        usable = block[usable_rows(block, allow_zero=True)]
+        if len(usable):
+            longest = max(longest, float(np.linalg.norm(usable, axis=1).max()))
+    return longest or 1.0
+
+
+def _indexed(block: NDArray[np.float64], metric: Metric, scale: float) -> NDArray[np.float64]:
+    if metric == "cosine":
+        return unit_rows(block) if len(block) else block
+    if metric == "euclidean":
+        return block
+    scaled = block / scale
+    rest = np.sqrt(np.maximum(1 - (scaled * scaled).sum(axis=1, keepdims=True), 0))
+    return np.concatenate([scaled, rest], axis=1)
+
+
+def _new_index(width: int, metric: Metric) -> Any:
+    return _usearch().Index(
+        ndim=width,
+        metric=_USEARCH_METRICS[metric],
+        dtype="f32",
+        connectivity=CONNECTIVITY,
+        expansion_add=BUILD_EFFORT,
+        expansion_search=SEARCH_EFFORT,
+    )
+
+
+def _usearch() -> Any:
+    try:
+        import usearch.index
+    except ImportError as error:
+        raise MissingExtraError(package="usearch", extra="search", purpose="approximate search") from error
+    return usearch.index
+
+
+def open_index(
+    source: VectorSource,
+    origin: Origin,
+    *,
+    path: Path | None = None,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[NearestIndex, Path | None, bool]:
+    """Take the index that lies beside a file, or build it and put it there."""
+    path = path or origin.index_path()
+    wanted = _identity(source, origin)
+    header = _read_header(path)
+    if header is not None and _fits(header, wanted, origin.path):
+        return _map_index(path, header, source, origin.metric), path, False
+    why = "there is none yet" if header is None else "it was built from something else"
+    logger.info("%s: building an index of %d rows (%s)", path, len(source), why)
+    index, content = build_index(source, metric=origin.metric, threads=threads, progress=progress)
+    facts = {**wanted, "source": _file_facts(origin.path), "scale": index.scale, "bytes": len(content)}
+    try:
+        check_output(path, overwrite=True)
+    except StoreError as error:
+        logger.warning("%s; the index is not kept", error)
+        return index, None, True
+    _write(path, facts, content)
+    return index, path, True
+
+
+def _identity(source: VectorSource, origin: Origin) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "usearch": _usearch_version(),
+        "layer": origin.layer,
+        "metric": origin.metric,
+        "transform": origin.transform,
+        "rows": len(source),
+        "width": source.width,
+        "settings": [CONNECTIVITY, BUILD_EFFORT],
+    }
+
+
+def _usearch_version() -> str:
+    _usearch()
+    return version("usearch").split(".")[0]  # its files are read by all of a major version
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+
+
+def _fits(header: Mapping[str, Any], wanted: Mapping[str, Any], embeddings: Path) -> bool:
+    """Tell whether an index is of this file: the same file by its times, or one of the same content."""
+    if any(header.get(name) != value for name, value in wanted.items()):
+        return False
+    source, found = header["source"], embeddings.stat()
+    times = (found.st_size, found.st_mtime_ns, found.st_ino)
+    if times == tuple(source[name] for name in ("bytes", "mtime_ns", "inode")):
+        return True
+    return bool(found.st_size == source["bytes"] and _file_facts(embeddings)["sha256"] == source["sha256"])
+
+
+def _read_header(path: Path) -> dict[str, Any] | None:
+    """Read what an index says about itself; None where there is no index, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return None
+            size = int.from_bytes(file.read(8), "little")
+            if size > _ALIGNED * 16:
+                return None
+            header = json.loads(file.read(size))
+        if not isinstance(header, dict) or path.stat().st_size != _offset(size) + header["bytes"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return {**header, "offset": _offset(size)}
+
+
+def _offset(header_size: int) -> int:
+    return -(-(len(_MAGIC) + 8 + header_size) // _ALIGNED) * _ALIGNED
+
+
+def _map_index(path: Path, header: Mapping[str, Any], source: VectorSource, metric: Metric) -> NearestIndex:
+    index = _new_index(source.width + (metric == "dot"), metric)
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    index.view(memoryview(content)[header["offset"] :])
+    return NearestIndex(index, metric=metric, scale=float(header["scale"]), memory=content)
+
+
+def _write(path: Path, facts: Mapping[str, Any], content: bytearray) -> None:
+    header = json.dumps(facts).encode()
+    start = _MAGIC + len(header).to_bytes(8, "little") + header
+    try:
+        file = AtomicFile(check_output(path, overwrite=True))
+        try:
+            file.write(memoryview(start.ljust(_offset(len(header)), b"\0")))
+            file.write(memoryview(content))
+            file.commit()
+        finally:
+            file.discard()
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error}); free space, or search without it"
+        raise StoreError(problem, path=str(path)) from error

@@ -1,0 +1,222 @@
+"""The processes of a run: the threads of each, and the group that several form under ``torchrun``.
+
+Signals that end training: after the step that is being done, with a checkpoint, in all processes alike.
+Rows that lie on several processes, seen as one batch, with the gradient that one process would give.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import logging
+import signal
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from genoembed.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+    from torch import Tensor
+
+
+ValueT = TypeVar("ValueT")
+
+
+def use_threads(threads: int | None) -> None:
+    """Set how many CPU threads torch uses."""
+    if threads is None:
+        return
+    if threads < 1:
+        message = f"threads is {threads}; set threads to 1 or more"
+        raise ConfigError(message)
+    torch.set_num_threads(threads)
+
+
+def leave_process_group() -> None:
+    """End the group while the interpreter lives: its threads can make a process abort that ends with them."""
+    gc.collect()  # what is wrapped for the group holds it
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_process_group_at_exit() -> None:
+    """Have the group, if there is one, ended before the interpreter is."""
+    if dist.is_initialized():
+        atexit.register(leave_process_group)
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here: torchrun ends the others when one is gone."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_all(value: ValueT) -> list[ValueT]:
+    """Show every process what each has; a collective call.
+
+    Example:
+        >>> from_all({"loss": 0.5})
+        [{'loss': 0.5}]
+    """
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: ValueT) -> ValueT:
+    """Give every process what the first one has; a collective call.
+
+    Example:
+        >>> from_first(0.5)
+        0.5
+    """
+    if not dist.is_initialized():
+        return value
+    found: list[Any] = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+logger = logging.getLogger(__name__)
+
+
+class StopOnSignal(TrainerCallback):
+    """Let SIGINT and SIGTERM end training after the step that is being done, with a checkpoint.
+
+    A second signal has its usual effect.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_at: int | None = None
+        """Step after which training stopped because of a signal."""
+        self._is_asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            self._is_asked = True
+            logger.info("interrupted: saving a checkpoint after this step; interrupt again to stop at once")
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
+        """Stop all processes if one was asked to."""
+        asked = self._is_asked
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(flag)
+            asked = bool(flag)
+        if asked and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            control.should_training_stop = True
+
+    def raise_if_stopped(self, folder: Path, *, total: int | None = None) -> None:
+        """End the run as an interruption does, and say how to go on."""
+        if self.stopped_at is None:
+            return
+        of_total = "" if total is None else f" of {total}"
+        message = (
+            f"{folder / f'checkpoint-{self.stopped_at}'} is saved; run the same again with resume "
+            f"to go on at step {self.stopped_at + 1}{of_total}"
+        )
+        raise KeyboardInterrupt(message)
+
+
+class RankRows:
+    """How many rows each rank holds, and where those of this rank stand among all.
+
+    Building one is a collective call: every rank does it, in the same order.
+
+    Example:
+        >>> rows = RankRows(3, across=False, device=torch.device("cpu"))
+        >>> rows.start, rows.total, float(rows.mean(torch.tensor([1.0, 2.0, 6.0])))
+        (0, 3, 3.0)
+    """
+
+    def __init__(self, num_rows: int, *, across: bool, device: torch.device) -> None:
+        together = across and dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if together else 1
+        self.sizes = (num_rows,)
+        self.rank = dist.get_rank() if together else 0
+        if together:
+            counts = torch.zeros(self.world_size, dtype=torch.int64, device=device)
+            counts[self.rank] = num_rows
+            dist.all_reduce(counts)
+            self.sizes = tuple(counts.tolist())
+        if min(self.sizes) < 1:
+            message = f"rows of each rank: {list(self.sizes)}, expected 1 or more; drop the last, short batch"
+            raise ShapeError(message)
+        self.start = sum(self.sizes[: self.rank])
+        """Number of this rank's first row among all."""
+        self.total = sum(self.sizes)
+        """Rows of all ranks."""
+
+    def gather(self, rows: Tensor, *, group_size: int = 1, pad: float | None = None) -> Tensor:
+        """Lay the rows of all ranks end to end; gradients flow back to the rank that a row came from."""
+        if self.world_size == 1:
+            return rows
+        if pad is not None:
+            rows = _fill_columns(rows, pad)
+        sizes = tuple(size * group_size for size in self.sizes)
+        was_bool = rows.dtype == torch.bool
+        gathered: Tensor = _Gather.apply(rows.to(torch.uint8) if was_bool else rows, sizes)
+        return gathered.bool() if was_bool else gathered
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Average over the rows of all ranks, as this rank's share of a loss."""
+        return values_N.sum() * (self.world_size / self.total)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward pass sums the gradients of all ranks and keeps this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        rank = dist.get_rank()
+        start = sum(ctx.sizes[:rank])
+        return total[start : start + ctx.sizes[rank]], None
+
+
+def _fill_columns(rows: Tensor, value: float) -> Tensor:
+    width = torch.tensor(rows.shape[1], device=rows.device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    missing = int(width) - rows.shape[1]
+    filler = rows.new_full((rows.shape[0], missing, *rows.shape[2:]), value)
+    return torch.cat([rows, filler], dim=1)

@@ -1,0 +1,281 @@
+"""The curve of a run: what a trainer logs, as a file of JSON lines and as lines of text.
+
+What a line of the log says about its steps: means and counts of all processes, and what padding cost.
+What a training step of an encoder says about itself, beside its loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from genoembed.finetuning.collate import PaddingMeter
+from genoembed.training.distributed import from_all
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile(TrainerCallback):
+    """Append what the trainer logs to a JSON-lines file, losses in bits as well as in nats, and say it."""
+
+    loss_in_bits = True
+    """Whether losses are those of a language model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        """Drop the lines of steps that will be trained again, or of an earlier run from scratch."""
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) <= state.global_step] if state.global_step else []
+        if len(kept) < len(lines):
+            logger.info(
+                "%s: left out %d lines of steps that are trained again", self.path, len(lines) - len(kept)
+            )
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: object,
+        state: Any,
+        control: object,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero:
+            return
+        line: dict[str, float] = {"step": state.global_step, **(logs or {})}
+        for name in ("loss", "eval_loss"):
+            if self.loss_in_bits and name in line:
+                line[f"{name}_bits"] = line[name] / math.log(2)
+        said = self.describe(line)
+        if said:
+            logger.info("%s", said)
+        self.write(line)
+
+    def describe(self, line: Mapping[str, float]) -> str:
+        """Say a line in words."""
+        return describe_line(line)
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Append a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def describe_line(line: Mapping[str, float]) -> str:
+    """Say a line of ``metrics.jsonl`` in words that fit a terminal.
+
+    Example:
+        >>> describe_line({"step": 20, "loss_bits": 1.923, "learning_rate": 2e-3, "packing_percent": 100})
+        'step 20: loss 1.923 bits, rate 0.002, packing 100.0 %'
+    """
+    said = [text % line[name] for name, text in _WORDS.items() if name in line]
+    return f"step {line['step']}: {', '.join(said)}"
+
+
+_WORDS = {
+    "loss_bits": "loss %.3f bits",
+    "eval_loss_bits": "held-out loss %.3f bits",
+    "eval_bits_per_base": "held-out %.4f bits per base",
+    "tokens_per_second": "%.0f tokens/s",
+    "learning_rate": "rate %.3g",
+    "grad_norm": "gradient %.3g",
+    "packing_percent": "packing %.1f %%",
+    "padding_percent": "padding %.1f %%",
+    "padded_cost": "padded batches would cost %.2fx",
+    "train_runtime": "%.0f s in all",
+}
+
+
+def _step_of(line: str) -> float:
+    """Read the step of a line; one that a killed run has cut short counts as later than every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
+
+
+@dataclass(slots=True)
+class StepBook:
+    """What was trained on since the last line, in this process.
+
+    Example:
+        >>> book = StepBook()
+        >>> book.add({"loss_dense": 1.0, "queries": 4.0})
+        >>> book.add({"loss_dense": 2.0, "queries": 4.0, "spread": math.nan})
+        >>> joined_metrics([book, book])
+        {'loss_dense': 1.5, 'queries': 8.0}
+    """
+
+    padding: PaddingMeter = field(default_factory=PaddingMeter)
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    steps: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of a batch; those that are none are left out."""
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self.sums[name] += value
+                self.steps[name] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Give the numbers of all processes; a collective call."""
+        plain = StepBook(self.padding, self.seconds, dict(self.sums), dict(self.steps))
+        return joined_metrics(from_all(plain))
+
+
+def joined_metrics(books: Sequence[StepBook]) -> dict[str, float]:
+    """Join what the processes have noted about the same steps."""
+    found = {}
+    for name in dict.fromkeys(name for book in books for name in book.sums):
+        total = sum(book.sums.get(name, 0.0) for book in books)
+        found[name] = total / sum(book.steps.get(name, 0) for book in books)
+        if name in COUNTED:
+            found[name] *= len(books)
+    seconds = max(book.seconds for book in books)
+    return found | (PaddingMeter.joined([book.padding for book in books]).metrics(seconds) if seconds else {})
+
+
+COUNTED = ("queries", "left_out", "masked_false_negatives")
+"""Numbers of a step that add up over ranks; the others are means."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStatistics:
+    """What one step really compared, on this rank."""
+
+    queries: int
+    """Queries (or anchors) that took part."""
+    left_out: int = 0
+    """Anchors that did not, because the batch held no partner for them."""
+    negatives_per_query: float
+    """Negatives really used, averaged over queries; after masks, those of other ranks included."""
+    masked_false_negatives: int
+    """Pairs of query and candidate left out because label or identity say that they belong together."""
+    positive_score: float
+    """Mean similarity of the positives, before the temperature."""
+    negative_score: float
+    """Mean similarity of the negatives that were used, before the temperature; NaN where there is none."""
+    chance_loss: float
+    """Loss of an encoder that tells nothing apart: the mean of ln(1 + negatives); NaN for other losses."""
+    spread: float
+    """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centred."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Give all numbers by name, as loggers take them."""
+        return {
+            "queries": float(self.queries),
+            "left_out": float(self.left_out),
+            "negatives_per_query": self.negatives_per_query,
+            "masked_false_negatives": float(self.masked_false_negatives),
+            "positive_score": self.positive_score,
+            "negative_score": self.negative_score,
+            "chance_loss": self.chance_loss,
+            "spread": self.spread,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """A loss, and what it was made of."""
+
+    loss: Tensor
+    """Scalar with gradient. Its average over ranks is the loss of the whole batch."""
+    statistics: StepStatistics
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Terms of the loss by name, before their weights."""
+
+
+def score_statistics(
+    scores_BC: Tensor, targets_B: Tensor, *, temperature: float, masked: int, spread: float
+) -> StepStatistics:
+    """Read off a matrix of scores what a cross-entropy over it compares.
+
+    Example:
+        >>> scores = torch.tensor([[0.8, 0.2, -torch.inf], [0.4, 0.6, 0.2]])
+        >>> found = score_statistics(scores, torch.tensor([0, 1]), temperature=1.0, masked=1, spread=1.0)
+        >>> found.negatives_per_query, round(found.positive_score, 4), round(found.negative_score, 4)
+        (1.5, 0.7, 0.2667)
+    """
+    scores_BC = scores_BC.detach()
+    positive_B = scores_BC.gather(1, targets_B[:, None])[:, 0]
+    used_BC = scores_BC.isfinite().scatter(1, targets_B[:, None], value=False)
+    used_B = used_BC.sum(dim=1)
+    negative = torch.where(used_BC, scores_BC, 0).sum() / used_B.sum()
+    wide = _widest(scores_BC)
+    numbers = torch.stack(
+        [
+            used_B.to(wide).mean(),
+            positive_B.to(wide).mean() * temperature,
+            negative.to(wide) * temperature,
+            torch.log1p(used_B.to(wide)).mean(),
+        ]
+    ).tolist()
+    return StepStatistics(
+        queries=len(scores_BC),
+        negatives_per_query=numbers[0],
+        masked_false_negatives=masked,
+        positive_score=numbers[1],
+        negative_score=numbers[2],
+        chance_loss=numbers[3],
+        spread=spread,
+    )
+
+
+@torch.no_grad()
+def relative_spread(vectors_ND: Tensor) -> float:
+    """Measure how much of the vectors' length is difference between them.
+
+    Example:
+        >>> relative_spread(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        1.0
+        >>> relative_spread(torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+        0.0
+    """
+    wide_ND = vectors_ND.detach().to(_widest(vectors_ND))
+    from_centre = (wide_ND - wide_ND.mean(dim=0)).square().sum(dim=1).mean()
+    length = wide_ND.square().sum(dim=1).mean()
+    return float(from_centre / length) if bool(length > 0) else 0.0
+
+
+@torch.no_grad()
+def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Measure the gradient that has reached each part of a model.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> layer(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> gradient_norms({"dense": layer})
+        {'dense': 5.0}
+    """
+    norms = {}
+    for name, module in modules.items():
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        squares = [grad.to(torch.float32).square().sum() for grad in grads]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    """Give the widest floating dtype of a device."""
+    return torch.float32 if values.device.type == "mps" else torch.float64

@@ -1,0 +1,188 @@
+"""``fit-transform``: fit a transform on the vectors of a file, store it, and load it where it is applied.
+
+In: a pooled embedding file, the background. Out: a small HDF5 file that says what its vectors were, so that
+vectors of another model or layer are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from os import fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from genoembed.errors import StoreFormatError
+from genoembed.pipeline.file_recipe import Recipe, recipe_of
+from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.pooling.transform import (
+    Axes,
+    FittedTransform,
+    Isotropy,
+    Method,
+    fit,
+    measure_isotropy,
+    measure_moments,
+)
+from genoembed.store import check_output, open_embeddings
+from genoembed.store.transform_file import StoredTransform, read_transform, write_transform
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+
+_SAMPLE_ROWS = 5000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformReport:
+    """What was fitted."""
+
+    output: Path
+    """The file that was written."""
+    method: Method
+    layer: str
+    """Which matrix it was fitted on."""
+    num_rows: int
+    """Rows that it was fitted on."""
+    num_unusable: int
+    """Rows with NaN or infinity, which were left out."""
+    width: int
+    """Features of what it is applied to."""
+    output_width: int
+    """Features of what comes out."""
+    components: int
+    """Directions that were kept (``whiten``) or removed (``remove-top``)."""
+    explained: float | None
+    """Share of the variance along these directions; None for ``center``."""
+    before: Isotropy
+    """Of a sample of the background."""
+    after: Isotropy
+    """Of the same sample, transformed."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedTransform:
+    """A transform from a file."""
+
+    transform: FittedTransform
+    recipe: Recipe
+    """What made the vectors that it was fitted on."""
+    digest: str
+    """Of its values."""
+
+
+def fit_transform(
+    background: str | PathLike[str],
+    *,
+    output: str | PathLike[str],
+    method: Method = "center",
+    components: int | None = None,
+    layer: str | None = None,
+    axes: Axes = "pca",
+    shrinkage: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> TransformReport:
+    """Fit a transform on a file of vectors, and write it.
+
+    The file is read twice, in blocks; sums are float64. Memory and time grow with the square of the width.
+
+    Args:
+        background: A pooled file that genoembed wrote: sequences like those to be compared, many of them.
+        output: The file to write.
+        method: ``center`` takes the mean out; ``whiten`` gives all directions variance 1; ``remove-top``
+            takes the mean and the strongest directions out.
+        components: ``remove-top``: directions to remove, None is one a hundred features; ``whiten``:
+            directions to keep, None is all that have variance.
+        layer: Which matrix of the file; None is the first.
+        axes: Of ``whiten``: ``pca`` gives principal components, ``zca`` vectors in the old axes.
+        shrinkage: Of ``whiten``, 0 to 1: how far directions are treated alike.
+        seed: Of the sample that the report is measured on.
+        overwrite: Replace an existing file.
+
+    Returns:
+        What was fitted, with mean cosine and mean resultant length before and after.
+
+    Raises:
+        ConfigError: If options are wrong, or there are too few rows.
+        LayerError: If the file has no such matrix.
+        StoreError: If a file cannot be read or written, or holds a vector for every token.
+    """
+    started = time.perf_counter()
+    check_output(output, overwrite=overwrite)
+    with open_embeddings(background) as file:
+        _ = file.X  # a per-token file says here that it has no row a record
+        name = layer or file.layers[0]
+        source = VectorSource(file[name])
+        moments = measure_moments(source, with_covariance=method != "center")
+        transform = fit(moments, method=method, components=components, axes=axes, shrinkage=shrinkage)
+        chosen = np.random.default_rng(seed).permutation(len(source))[:_SAMPLE_ROWS]
+        sample = source.take(np.sort(chosen))
+        before = measure_isotropy(sample, seed=seed)
+        after = measure_isotropy(transform.apply_float64(sample), seed=seed)
+        recipe = recipe_of(file.provenance, name)
+    facts = {
+        "method": method,
+        "axes": axes,
+        "shrinkage": shrinkage,
+        "num_rows": transform.num_rows,
+        "recipe": recipe,
+        "background": {"name": fspath(background), "sha256": _digest(Path(background))},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "before": before._asdict(),
+        "after": after._asdict(),
+    }
+    arrays = {"mean": transform.mean, "matrix": transform.matrix, "variances": transform.variances}
+    write_transform(StoredTransform(arrays=arrays, facts=facts), output, overwrite=overwrite)
+    return TransformReport(
+        output=Path(output),
+        method=method,
+        layer=name,
+        num_rows=transform.num_rows,
+        num_unusable=moments.num_unusable,
+        width=transform.input_width,
+        output_width=transform.output_width,
+        components=transform.components,
+        explained=_explained(transform),
+        before=before,
+        after=after,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def load_transform(path: str | PathLike[str]) -> LoadedTransform:
+    """Load a transform."""
+    stored = read_transform(path)
+    facts = stored.facts
+    try:
+        transform = FittedTransform(
+            method=facts["method"],
+            axes=facts["axes"],
+            mean=stored.arrays["mean"],
+            matrix=stored.arrays["matrix"],
+            variances=stored.arrays["variances"],
+            num_rows=int(facts["num_rows"]),
+        )
+        recipe = dict(facts["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"a part of the transform is missing ({error}); fit it again"
+        raise StoreFormatError(problem, path=fspath(path)) from error
+    return LoadedTransform(transform=transform, recipe=recipe, digest=stored.digest)
+
+
+def _explained(transform: FittedTransform) -> float | None:
+    total = float(transform.variances.sum())
+    if transform.method == "center" or not total:
+        return None
+    return float(transform.variances[: transform.components].sum()) / total
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -257,7 +257,7 @@ def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
         raise
 
 
-def _certificate(engine: Engine, parts: Parts, pending: PendingUnits) -> dict[str, float | int | bool]:
+def _certificate(engine: Engine, parts: Parts, pending: PendingUnits) -> dict[str, float | int | bool | None]:
     with open_embeddings(parts.shard(0)) as file:
         block = read_block(file)
     dtype = str(engine.facts.identity["dtype"])

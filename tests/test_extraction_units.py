@@ -481,6 +481,22 @@ def test_certificate_tells_of_a_model_that_mixes_its_batch(fasta, tmp_path, monk
     assert "vectors depend on what shares their batch: of 2 records" in caplog.text
 
 
+@pytest.mark.parametrize("is_bad", [lambda rows: rows == 1, lambda rows: rows > 1])
+def test_certificate_is_refused_where_one_side_is_nan(is_bad, fasta, tmp_path, monkeypatch):
+    original = type(model_of("llama")).forward
+
+    def forward(model, batch, layers, reduce=None):
+        found = original(model, batch, layers, reduce)
+        spoiled = {layer: vectors * torch.nan for layer, vectors in found.items()}
+        return spoiled if is_bad(len(batch.rows)) else found
+
+    monkeypatch.setattr(type(model_of("llama")), "forward", forward)
+    run(fasta, tmp_path, certificate=2, on_error="skip")
+    _, _, provenance = values_of(tmp_path / "out.h5")
+    assert provenance["certificate"]["is_within"] is False
+    assert provenance["certificate"]["max_relative"] is None
+
+
 def test_manifest_says_what_the_run_is(fasta, tmp_path):
     run(fasta, tmp_path, shard="1/2")
     manifest = json.loads((tmp_path / "out.parts" / "manifest.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -23,6 +24,7 @@ import torch
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.models.provenance import parameters_digest
+from genoembed.pipeline.agreement import difference, tolerance_of, worst
 from genoembed.pipeline.units import WorkUnit
 
 if TYPE_CHECKING:
@@ -165,14 +167,10 @@ def file_facts(name: str) -> dict[str, str | int | None]:
 
 logger = logging.getLogger(__name__)
 
-TOLERANCES = {"float32": 1e-5, "float64": 1e-5}
-"""Largest difference that counts as none, over the largest value of a vector, by the model's type."""
-_TOLERANCE_ELSE = 1e-2
-
 
 def certify_rows(
     engine: Engine, records: Sequence[SequenceRecord], block: EmbeddingBlock | TokenBlock, *, dtype: str
-) -> dict[str, float | int | bool]:
+) -> dict[str, float | int | bool | None]:
     """Embed records one at a time, and compare with the rows that they have in a file."""
     before = replace(engine.stats)
     alone: dict[int, UnitRows] = {}
@@ -181,31 +179,25 @@ def certify_rows(
     for name in before.__dataclass_fields__:
         setattr(engine.stats, name, getattr(before, name))
     in_file = dict(_vectors(block))
-    absolute, relative, cosine = [0.0], [0.0], [1.0]
-    for rows in alone.values():
-        for key, mine in _vectors(rows.block):
-            theirs = in_file[key].astype(np.float64)
-            if not np.isfinite(mine).all() or not mine.size:
-                continue
-            absolute.append(float(np.abs(mine - theirs).max()))
-            relative.append(absolute[-1] / (float(np.abs(mine).max()) or 1.0))
-            norms = float(np.linalg.norm(mine) * np.linalg.norm(theirs))
-            cosine.append(float((mine * theirs).sum()) / norms if norms else 1.0)
-    tolerance = TOLERANCES.get(dtype, _TOLERANCE_ELSE)
-    is_within = max(relative) <= tolerance
+    found = worst(
+        difference(vectors, in_file[key]) for rows in alone.values() for key, vectors in _vectors(rows.block)
+    )
+    tolerance = tolerance_of([dtype])
+    is_within = found.is_within(tolerance)
     if not is_within:
         logger.warning(
             "vectors depend on what shares their batch: of %d records, the largest difference is %.2g of the "
             "largest value, over %.0e; set batch_tokens to 1 to embed each alone, and report the model",
             len(records),
-            max(relative),
+            found.relative,
             tolerance,
         )
+    is_comparable = math.isfinite(found.relative)  # JSON has no word for infinity
     return {
         "records": len(records),
-        "max_absolute": max(absolute),
-        "max_relative": max(relative),
-        "min_cosine": min(cosine),
+        "max_absolute": found.absolute if is_comparable else None,
+        "max_relative": found.relative if is_comparable else None,
+        "min_cosine": found.cosine if is_comparable else None,
         "tolerance": tolerance,
         "is_within": is_within,
     }
@@ -213,7 +205,7 @@ def certify_rows(
 
 def _vectors(
     block: EmbeddingBlock | TokenBlock,
-) -> Iterator[tuple[tuple[str, str], NDArray[np.float64]]]:
+) -> Iterator[tuple[tuple[str, str], NDArray[np.floating]]]:
     """Give the vectors of each row, by layer and id."""
     if isinstance(block, EmbeddingBlock):
         parts = {name: list(matrix) for name, matrix in block.matrices.items()}
@@ -222,4 +214,4 @@ def _vectors(
         parts = {name: np.split(values, cuts) for name, values in block.values.items()}
     for name, vectors in parts.items():
         for row, mine in zip(block.rows, vectors, strict=True):
-            yield (name, row.id), np.asarray(mine, np.float64)
+            yield (name, row.id), mine

@@ -1,0 +1,99 @@
+"""Whether two sets of vectors agree: the one measure, and the tolerances that it is held against.
+
+The certificate of a file, ``compare`` and ``verify`` all use this measure. Promised: a vector with NaN or
+infinity on one side only never agrees.
+
+D features, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+
+COMPUTED_TOLERANCES = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+"""Largest relative difference that counts as none, by the type of numbers that a model computed in. float64
+has the tolerance of float32, since vectors are kept in float32."""
+STORED_TOLERANCES = {"float64": 0.0, "float32": 0.0, "float16": 1e-3}
+"""The same by the type that a file stores: float16 keeps eleven bits."""
+
+
+class Difference(NamedTuple):
+    """How far two vectors differ; of several vectors, the worst of each measure."""
+
+    cosine: float
+    """1 where both are zero, or neither has a value; NaN where they cannot be compared."""
+    absolute: float
+    """Largest difference of a value; infinite where they cannot be compared."""
+    relative: float
+    """The same, divided by the largest value of either vector."""
+
+    def is_within(self, tolerance: float) -> bool:
+        """Whether the relative difference counts as none."""
+        return self.relative <= tolerance
+
+
+SAME = Difference(1.0, 0.0, 0.0)
+INCOMPARABLE = Difference(float("nan"), float("inf"), float("inf"))
+"""Of vectors of unequal shape, or of which one has values that are not finite."""
+
+
+def difference(first: NDArray[np.floating], second: NDArray[np.floating]) -> Difference:
+    """Measure how far two vectors differ, or the vectors of two runs of tokens, token by token.
+
+    Example:
+        >>> difference(np.array([3.0, 4.0]), np.array([3.0, 4.5])).relative
+        0.1111111111111111
+        >>> difference(np.array([3.0, 4.0]), np.array([3.0, np.nan])).is_within(1.0)
+        False
+    """
+    if first.shape != second.shape:
+        return INCOMPARABLE
+    a_TD, b_TD = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (first, second))
+    # a record that failed has NaN for a vector: twice the same outcome
+    if not a_TD.size or (np.isnan(a_TD).all() and np.isnan(b_TD).all()):
+        return SAME
+    # explicitly, as max() and min() pass over NaN, depending on where it stands
+    if not (np.isfinite(a_TD).all() and np.isfinite(b_TD).all()):
+        return INCOMPARABLE
+    absolute_T = np.abs(a_TD - b_TD).max(axis=1)
+    largest_T = np.maximum(np.abs(a_TD).max(axis=1), np.abs(b_TD).max(axis=1))
+    lengths_T = np.linalg.norm(a_TD, axis=1) * np.linalg.norm(b_TD, axis=1)
+    products_T = np.einsum("td,td->t", a_TD, b_TD)
+    cosine_T = np.where(absolute_T == 0, 1.0, products_T / np.where(lengths_T == 0, 1.0, lengths_T))
+    relative_T = absolute_T / np.where(largest_T == 0, 1.0, largest_T)
+    return Difference(float(cosine_T.min()), float(absolute_T.max()), float(relative_T.max()))
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """Join the differences of several vectors; those of none are the same.
+
+    Example:
+        >>> worst([SAME, Difference(0.9, 0.5, 0.1)])
+        Difference(cosine=0.9, absolute=0.5, relative=0.1)
+    """
+    found = list(differences)
+    if not found:
+        return SAME
+    cosines, absolutes, relatives = np.array(found, dtype=np.float64).T
+    # NumPy's minimum and maximum hand NaN on
+    return Difference(float(cosines.min()), float(absolutes.max()), float(relatives.max()))
+
+
+def tolerance_of(computed: Iterable[str], stored: Iterable[str] = ()) -> float:
+    """Choose a tolerance by the names of the types that vectors were computed in, and are stored in.
+
+    Example:
+        >>> tolerance_of(["float32"]), tolerance_of(["float32"], ["float16"]), tolerance_of(["bfloat16"])
+        (1e-05, 0.001, 0.01)
+    """
+    coarsest = max(COMPUTED_TOLERANCES.values())
+    limits = [COMPUTED_TOLERANCES.get(name, coarsest) for name in computed]
+    return max([*limits, *(STORED_TOLERANCES.get(name, coarsest) for name in stored)])

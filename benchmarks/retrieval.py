@@ -45,15 +45,15 @@ from genoembed.config.finetune import EncoderConfig
 from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, encode_example
 from genoembed.finetuning.metrics import ranking_metrics
-from genoembed.finetuning.saved import load_encoder, load_heads
-from genoembed.finetuning.tasks import RetrievalModel
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.probing.folds import split_folds
 from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
 from genoembed.retrieval.m3 import M3Loss, M3Vectors, head_scores, hybrid_scores, join_vectors
+from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder
+from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

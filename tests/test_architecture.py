@@ -116,7 +116,9 @@ RULES = {
     ),
     # training and its three users; fine-tuning trains retrieval models too
     "training": Rule(
-        internal=BELOW_VERBS, third_party=("torch", "transformers", "numpy", "safetensors", "accelerate")
+        internal=BELOW_VERBS,
+        third_party=("torch", "transformers", "numpy", "safetensors", "accelerate"),
+        in_functions=("peft",),
     ),
     "pretraining": Rule(
         internal=("training", *BELOW_VERBS), third_party=("torch", "transformers", "numpy", "safetensors")
@@ -127,7 +129,7 @@ RULES = {
     "finetuning": Rule(
         internal=("training", "retrieval", *BELOW_VERBS),
         third_party=("torch", "transformers", "numpy", "safetensors"),
-        in_functions=("peft", "pyarrow", "sklearn"),
+        in_functions=("pyarrow", "sklearn"),
     ),
     "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
 }
@@ -234,18 +236,11 @@ def test_modules_were_seen():
 
 
 NOT_YET = {
-    "genoembed.finetuning.evaluation",
-    "genoembed.finetuning.run",
-    "genoembed.finetuning.start",
     "genoembed.plotting.run",
     "genoembed.pooling.transform",
     "genoembed.probing.vectors",
-    "genoembed.retrieval.contrastive",
-    "genoembed.retrieval.m3",
     "genoembed.retrieval.retriever",
     "genoembed.searching.run",
-    "genoembed.training.encoder",
-    "genoembed.training.log",
     "genoembed.verification",
 }
 """Modules on their way to the table; the set only shrinks."""

@@ -21,7 +21,7 @@ from genoembed.finetuning.labelled import LabelledSequence
 from genoembed.finetuning.metrics import class_metrics, multilabel_metrics, number_metrics, ranking_metrics
 from genoembed.finetuning.pairs import RetrievalExample
 from genoembed.finetuning.rows import check_lengths, group_numbers
-from genoembed.finetuning.sampling import sequence_identity
+from genoembed.retrieval.candidates import sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from genoembed.finetuning.collate import GroupCollator
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.rows import LabelEncoder
-    from genoembed.finetuning.tasks import CausalModel, ContrastModel, PredictionModel, RetrievalModel
+    from genoembed.finetuning.tasks import CausalModel, PredictionModel
     from genoembed.finetuning.windowed import WindowedRunner
-    from genoembed.pretraining.start import Start
+    from genoembed.retrieval.models import ContrastModel, RetrievalModel
+    from genoembed.training.start import Start
 
 
 ModelT_contra = TypeVar("ModelT_contra", contravariant=True)

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from genoembed.errors import SequenceLengthError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, encode_example, encode_token_example
-from genoembed.finetuning.sampling import FILLER, UNKNOWN, sequence_identity
+from genoembed.finetuning.sampling import FILLER
+from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

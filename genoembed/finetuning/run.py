@@ -27,13 +27,13 @@ from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.start import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.models.load import without_progress_bars
-from genoembed.pretraining.trainer import ClampPoles
 from genoembed.training.distributed import (
     StopOnSignal,
     leave_process_group_at_exit,
     use_threads,
     wait_for_all,
 )
+from genoembed.training.optimizer import ClampPoles
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
     METRICS_FILE,

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from genoembed._version import __version__
-from genoembed.config.finetune import EncoderConfig
-from genoembed.errors import CheckpointError, ConfigError
+from genoembed.errors import ConfigError
 from genoembed.finetuning.labels import LabelSpace
-from genoembed.finetuning.tasks import CausalModel, ContrastModel, PredictionModel, RetrievalModel
+from genoembed.finetuning.tasks import CausalModel, PredictionModel
 from genoembed.models.load import load_model, without_progress_bars
-from genoembed.models.trained_folder import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned, read_heads
-from genoembed.training.encoder import Encoder
+from genoembed.models.trained_folder import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned
+from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.training.heads import ClassificationHead, MultilabelHead, RegressionHead
+from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -147,37 +146,6 @@ def load_predictor(
     load_heads(model, facts)
     model.to(genomic.device).eval()
     return SavedPredictor(facts=facts, genomic=genomic, model=model, space=space)
-
-
-def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
-    """Cut and pool a model as it was fine-tuned."""
-    config = EncoderConfig(
-        model=genomic.name,
-        layers=facts.layers,
-        pooling=facts.pooling,  # type: ignore[arg-type]
-        skip_first=facts.skip_first,
-        fusion=facts.fusion,  # type: ignore[arg-type]
-        tuning="frozen",
-    )
-    return Encoder(genomic, config, fusion_weights=facts.fusion_weights or None)
-
-
-def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
-    """Put saved weights into everything but the backbone."""
-    saved = read_heads(facts.folder)
-    wanted = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
-    saved = {
-        name: value for name, value in saved.items() if name in wanted or not name.endswith("class_weights")
-    }
-    if set(saved) != wanted:
-        names = sorted(set(saved) ^ wanted)
-        message = f"weights {', '.join(names[:3])} are missing or have no place; fine-tune again"
-        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE))
-    try:
-        model.load_state_dict(saved, strict=False)
-    except RuntimeError as error:
-        message = f"weights have another shape ({str(error).splitlines()[-1].strip()}); fine-tune again"
-        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE)) from error
 
 
 def new_head(

@@ -20,12 +20,12 @@ from genoembed.finetuning.labels import LabelSpace
 from genoembed.finetuning.preparation import label_kind, read_example_sides, read_sides, without_strata
 from genoembed.finetuning.rows import GroupDataset, LabelEncoder, RowDataset, ViewDataset, check_lengths
 from genoembed.finetuning.sampling import GroupSampler
-from genoembed.finetuning.tasks import ContrastModel, RetrievalModel, VectorHead
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.load import load_model
 from genoembed.retrieval.contrastive import ContrastiveConfig
 from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
 from genoembed.retrieval.m3 import M3Loss, M3LossConfig
+from genoembed.retrieval.models import ContrastModel, RetrievalModel, VectorHead
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder

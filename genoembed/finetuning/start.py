@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genoembed.config.pretrain import StartConfig
 from genoembed.contracts import EncodedSequence
 from genoembed.errors import ConfigError, SequenceLengthError
 from genoembed.finetuning.augment import Augmented
@@ -24,19 +23,18 @@ from genoembed.finetuning.preparation import find_contrast, label_kind, read_sid
 from genoembed.finetuning.rows import RowDataset
 from genoembed.finetuning.saved import new_head
 from genoembed.finetuning.setup import TaskSetup, load_base, set_up_contrast, set_up_examples
-from genoembed.finetuning.tasks import CausalModel, PredictionModel
-from genoembed.finetuning.tuning import set_up_tuning
+from genoembed.finetuning.tasks import CausalModel, PredictionModel, fit_inputs
 from genoembed.models.behavior import context_length
 from genoembed.models.load import without_progress_bars
-from genoembed.pretraining.start import build_start
-from genoembed.training.encoder import fit_inputs
 from genoembed.training.heads import RegressionHead
+from genoembed.training.start import load_causal
+from genoembed.training.tuning import set_up_tuning
 
 if TYPE_CHECKING:
     from genoembed.config.finetune import FinetuneConfig
     from genoembed.finetuning.evaluation import Measure
     from genoembed.finetuning.labelled import LabelledSequence
-    from genoembed.pretraining.start import Start
+    from genoembed.training.start import Start
 
 
 def set_up_task(config: FinetuneConfig) -> TaskSetup:
@@ -126,12 +124,8 @@ def _causal(config: FinetuneConfig) -> TaskSetup:
     recipe, wanted = config.recipe, config.encoder
     sides = read_sides(without_strata(config), kind="none")
     with without_progress_bars():
-        start = build_start(
-            StartConfig(
-                model=wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
-            ),
-            window=2,
-            seed=recipe.seed,
+        start = load_causal(
+            wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
         )
     max_tokens = context_length(start.model)
     crop = config.augment.max_crop_bp

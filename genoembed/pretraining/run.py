@@ -26,7 +26,7 @@ from genoembed.models.load import without_progress_bars
 from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
-from genoembed.pretraining.trainer import ClampPoles, PackedTrainer, PretrainConfig, training_arguments
+from genoembed.pretraining.trainer import PackedTrainer, PretrainConfig, training_arguments
 from genoembed.training.distributed import (
     StopOnSignal,
     leave_process_group_at_exit,
@@ -34,7 +34,7 @@ from genoembed.training.distributed import (
     wait_for_all,
 )
 from genoembed.training.log import MetricsFile
-from genoembed.training.optimizer import uses_bfloat16
+from genoembed.training.optimizer import ClampPoles, uses_bfloat16
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
     METRICS_FILE,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from genoembed.config.pretrain import DataConfig, RecipeConfig, TrainConfig
-    from genoembed.pretraining.start import Start
+    from genoembed.training.start import Start
 
 
 __all__ = ["PretrainReport", "pretrain"]

@@ -13,28 +13,26 @@ import difflib
 import inspect
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from genoembed.errors import CheckpointError, ConfigError, ModelError
-from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
-from genoembed.models.locate import locate_model, reachable_source
+from genoembed.errors import ConfigError, ModelError
+from genoembed.models.architecture import NONSENSE
 from genoembed.models.registry import find_model
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
-from genoembed.pretraining.stream import TokenRules
 from genoembed.tokenization.char import CharTokenizer
+from genoembed.training.start import Start, load_causal, token_rules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from genoembed.config.pretrain import StartConfig
-    from genoembed.models.locate import ModelSource
+    from genoembed.training.start import TokenRules
 
 
 logger = logging.getLogger(__name__)
@@ -44,22 +42,14 @@ _MIN_HEADS = 2
 _NAMES_SHOWN = 3
 
 
-class Start(NamedTuple):
-    """What training starts from."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    rules: TokenRules
-    is_new: bool
-
-
 def build_start(config: StartConfig, *, window: int, seed: int) -> Start:
     """Build or load the model."""
     if config.model is not None:
-        model, tokenizer = _load(config.model, config)
-        _fit_context(model, window=window, name=config.model)
-        check_causal(model, name=config.model)
-        return Start(model.train(), tokenizer, token_rules(tokenizer, name=config.model), is_new=False)
+        start = load_causal(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        _fit_context(start.model, window=window, name=config.model)
+        return start
     shape = _shape(config.shape, window) if config.shape is not None else _shrunk(config, window)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,51 +117,6 @@ def _groups(groups: int, full_width: int, width: int) -> int:
     return max(1, math.gcd(width, max(1, width * groups // full_width)))
 
 
-def _load(name: str, config: StartConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = reachable_source(locate_model(name), revision=config.revision)
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision is not None:
-        options["revision"] = config.revision
-    model_config = read_config(source, options)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=model_config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **options,
-        )
-    except (OSError, *NONSENSE) as error:
-        if "trust_remote_code" in str(error):
-            raise needs_trust(source) from error
-        if isinstance(error, OSError):
-            message = f"no weights were found ({first_line(error)}); the folder needs safetensors files"
-            raise CheckpointError(message, path=source.location) from error
-        raise unbuildable(source, error) from error
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong:
-        message = (
-            f"{len(wrong)} weights of a causal model are missing or of another shape "
-            f"({', '.join(wrong[:_NAMES_SHOWN])}); go on from a causal model with its head"
-        )
-        raise CheckpointError(message, path=source.location)
-    return model, _tokenizer(source, model_config.model_type, options)
-
-
-def _tokenizer(source: ModelSource, model_type: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    if model_type == "striped_hyena2":
-        return CharTokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(source.location, **options)
-    except (OSError, *NONSENSE) as error:
-        message = (
-            f"model {source.name!r}: no tokenizer could be loaded ({first_line(error)}); "
-            "save the model's tokenizer into its folder"
-        )
-        raise ModelError(message) from error
-
-
 def _fit_context(model: PreTrainedModel, *, window: int, name: str) -> None:
     """Let a StripedHyena 2 model's context grow with the rows it is trained on; refuse what others lack."""
     context = getattr(model.config, "max_position_embeddings", None)
@@ -182,42 +127,6 @@ def _fit_context(model: PreTrainedModel, *, window: int, name: str) -> None:
         raise ConfigError(message)
     logger.info("%s: context grows from %d to %d tokens", name, context, window)
     model.config.max_position_embeddings = window
-
-
-def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
-    """Say how a tokenizer turns a document into ids, without special tokens."""
-    if isinstance(tokenizer, CharTokenizer):
-        return TokenRules(tokenizer.encode_bytes, tokenizer.eod_token_id, int(tokenizer.pad_token_id))
-    end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
-    if end is None:
-        message = f"model {name!r}: its tokenizer has no eos_token; set one that ends a document, and save it"
-        raise ModelError(message)
-
-    def encode(document: bytes) -> list[int]:
-        text = document.decode("ascii")
-        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-
-    return TokenRules(
-        encode, int(end), int(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    )
-
-
-@torch.no_grad()
-def check_causal(model: PreTrainedModel, *, name: str) -> None:
-    """Refuse a model in which a token sees the tokens after it."""
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(8)[None] % model.config.vocab_size
-    other = ids.clone()
-    other[0, -1] = 0
-    device = model.get_input_embeddings().weight.device
-    before, after = (model(input_ids=row.to(device)).logits[0, :-1] for row in (ids, other))
-    model.train(was_training)
-    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5):
-        message = f"model {name!r}: tokens see what follows them, expected a causal model; go on from another"
-        raise ModelError(message)
 
 
 _SEGMENTS = (b"ACGTTGCAAGTCCGTA" * 2, b"GATTACAGGCATTCAG" * 2)

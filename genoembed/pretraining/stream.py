@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from genoembed.errors import ConfigError
 from genoembed.pretraining.corpus import DocumentStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -28,18 +28,10 @@ if TYPE_CHECKING:
     from genoembed.config.pretrain import Packing
     from genoembed.contracts import PackedBatch
     from genoembed.pretraining.corpus import CorpusConfig
+    from genoembed.training.start import TokenRules
 
 
 _ROW_FIELDS = ("input_ids", "labels", "position_ids", "segment_ids")
-
-
-class TokenRules(NamedTuple):
-    """How DNA becomes token ids."""
-
-    encode: Callable[[bytes], Document]
-    """Token ids of a document, without special tokens."""
-    eod_token_id: int
-    pad_token_id: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 ADAM_BETAS = (0.9, 0.98)
-MAX_LOG_POLE = -1e-4
-"""Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,17 +114,6 @@ def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str,
         {"params": poles, "weight_decay": 0.0, "lr": config.learning_rate * config.pole_rate_scale},
     ]
     return [group for group in groups if group["params"]]
-
-
-class ClampPoles(TrainerCallback):
-    """Keep every mode of the long filters decaying: a positive pole would explode."""
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
-        """Clamp after each optimizer step."""
-        for name, parameter in kwargs["model"].named_parameters():
-            if is_pole(name):
-                parameter.clamp_(max=MAX_LOG_POLE)
 
 
 @dataclass(kw_only=True, slots=True)

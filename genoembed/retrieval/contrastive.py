@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from genoembed.config.embed import field_problems
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.sampling import UNKNOWN, CandidateMasks, PairIds, candidate_masks, check_groups
+from genoembed.retrieval.candidates import UNKNOWN, CandidateMasks, PairIds, candidate_masks, check_groups
 from genoembed.retrieval.distillation import group_divergence_rows, teacher_probabilities
 from genoembed.training.distributed import RankRows
 from genoembed.training.log import LossOutput, StepStatistics, relative_spread, score_statistics

@@ -21,7 +21,7 @@ from torch import nn
 
 from genoembed.config.embed import field_problems
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.sampling import PairIds, candidate_masks, check_groups
+from genoembed.retrieval.candidates import PairIds, candidate_masks, check_groups
 from genoembed.retrieval.contrastive import allowed_passages
 from genoembed.retrieval.distillation import (
     kl_distillation_rows,

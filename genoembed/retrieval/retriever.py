@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from genoembed.errors import ConfigError
-from genoembed.finetuning.saved import load_encoder, load_heads
-from genoembed.finetuning.tasks import RetrievalModel
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
 from genoembed.retrieval.m3 import M3Loss
+from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, collate_terms
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,36 +4,35 @@ In: padded batches. Out: pooled vectors or hidden states, with gradient. Promise
 layer never run; pooling and fusion are those of ``extract``, so a saved encoder embeds as it was trained.
 
 B rows, L padded length, D hidden size, K layers.
-
-Show a new head what its inputs are like, before training.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from genoembed.errors import ConfigError, LayerError, ModelError
-from genoembed.finetuning.tuning import Tuned, set_up_tuning
 from genoembed.models.behavior import forward_arguments
 from genoembed.models.hooks import capture
 from genoembed.pooling.fuse import fuse
 from genoembed.pooling.reduce import check_pooling, pool
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.tuning import Tuned, set_up_tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from genoembed.config.finetune import EncoderConfig
     from genoembed.contracts import EncodedSequence
-    from genoembed.finetuning.tasks import PredictionModel
-    from genoembed.finetuning.windowed import WindowedRunner
     from genoembed.models.genomic_model import GenomicModel
 
+
+Want: TypeAlias = Literal["loss", "layers", "hidden", "predict"]
+"""What a forward pass of a model around an encoder gives."""
 
 _PROBE = b"ACGT" * 6
 
@@ -196,38 +195,3 @@ def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
         "block, a norm or an MLP"
     )
     raise LayerError(message, spec=path)
-
-
-MOST_SEQUENCES = 256
-FEWEST_SEQUENCES = 16
-MOST_BASES = 1 << 17
-"""Where sequences are long, fewer of them are looked at, but not fewer than ``FEWEST_SEQUENCES``."""
-
-
-def fit_inputs(model: PredictionModel, runner: WindowedRunner, sequences: Sequence[bytes]) -> None:
-    """Fit the head to what the encoder gives for some of the sequences."""
-    chosen = choose_sequences(sequences)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        if model.per_token:
-            inputs = runner.states(model.encoder, chosen)
-        else:
-            inputs = runner.vectors(model, model.encoder, chosen)
-    model.head.fit_inputs(inputs)
-    model.train(was_training)
-
-
-def choose_sequences(sequences: Sequence[bytes]) -> list[bytes]:
-    """Take sequences at even distances, as many as are needed to know a mean and a deviation.
-
-    Example:
-        >>> choose_sequences([b"A", b"C", b"G"])
-        [b'A', b'C', b'G']
-        >>> len(choose_sequences([b"A"] * 1000)), len(choose_sequences([b"A" * MOST_BASES] * 1000))
-        (256, 16)
-    """
-    mean_bases = sum(map(len, sequences)) / len(sequences)
-    wanted = max(FEWEST_SEQUENCES, min(MOST_SEQUENCES, int(MOST_BASES / mean_bases)))
-    count = min(wanted, len(sequences))
-    return [sequences[index * len(sequences) // count] for index in range(count)]

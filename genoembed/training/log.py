@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from genoembed.finetuning.collate import PaddingMeter
 from genoembed.training.distributed import from_all
 
 if TYPE_CHECKING:
@@ -112,6 +111,92 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except ValueError:
         return math.inf
+
+
+@dataclass(kw_only=True, slots=True)
+class PaddingMeter:
+    """Counts what padding costs.
+
+    The training loop adds each batch that it really runs: what workers have prepared ahead is not counted.
+
+    Example:
+        >>> meter = PaddingMeter()
+        >>> meter.add(torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+        >>> meter.slots, meter.tokens, meter.padding_share
+        (8, 6, 0.25)
+    """
+
+    batches: int = 0
+    rows: int = 0
+    slots: int = 0
+    """Padding included."""
+    tokens: int = 0
+    """Real ones."""
+    longest: int = 0
+    """Slots of the longest row."""
+
+    def add(self, attention_mask: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            attention_mask: 1 where a token is real. Shape ``(B, L)``.
+        """
+        rows, length = attention_mask.shape
+        self.batches += 1
+        self.rows += rows
+        self.slots += rows * length
+        self.tokens += int(attention_mask.sum())
+        self.longest = max(self.longest, length)
+
+    @classmethod
+    def joined(cls, meters: Sequence[PaddingMeter]) -> PaddingMeter:
+        """Add up what several processes have counted.
+
+        Args:
+            meters: At least one.
+
+        Returns:
+            Their sum.
+        """
+        sums = {
+            name: sum(getattr(m, name) for m in meters) for name in ("batches", "rows", "slots", "tokens")
+        }
+        return cls(**sums, longest=max(meter.longest for meter in meters))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the slots that is padding."""
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+    @property
+    def packed_slots(self) -> int:
+        """Slots of the same sequences laid end to end, one end token after each, in rows of the longest."""
+        if not self.longest:
+            return 0
+        return -(-(self.tokens + self.rows) // self.longest) * self.longest
+
+    @property
+    def packed_padding_share(self) -> float:
+        """Share of the packed slots that holds no token of a sequence: end tokens and the last row's rest."""
+        return 1 - self.tokens / self.packed_slots if self.packed_slots else 0.0
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """Give the numbers for a log.
+
+        Args:
+            seconds: Time that the counted batches took; above 0.
+
+        Returns:
+            ``padding_percent``, ``packed_padding_percent``, ``padded_cost`` (slots over packed slots),
+            ``tokens_per_second`` (real ones) and ``slots_per_second``.
+        """
+        return {
+            "padding_percent": 100 * self.padding_share,
+            "packed_padding_percent": 100 * self.packed_padding_share,
+            "padded_cost": self.slots / self.packed_slots if self.packed_slots else 1.0,
+            "tokens_per_second": self.tokens / seconds,
+            "slots_per_second": self.slots / seconds,
+        }
 
 
 @dataclass(slots=True)

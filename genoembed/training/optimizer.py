@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from genoembed.models.precision import automatic_dtype
 
@@ -85,3 +85,18 @@ def uses_bfloat16(dtype: TrainDtype) -> bool:
         (False, True)
     """
     return has_bfloat16() if dtype == "auto" else dtype == "bfloat16"
+
+
+MAX_LOG_POLE = -1e-4
+"""Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
+
+
+class ClampPoles(TrainerCallback):
+    """Keep every mode of the long filters decaying: a positive pole would explode."""
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+        """Clamp after each optimizer step."""
+        for name, parameter in kwargs["model"].named_parameters():
+            if is_pole(name):
+                parameter.clamp_(max=MAX_LOG_POLE)

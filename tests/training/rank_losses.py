@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from genoembed.finetuning.sampling import PairIds
+from genoembed.retrieval.candidates import PairIds
 from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
 from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
 from genoembed.retrieval.m3 import M3Loss, M3LossConfig

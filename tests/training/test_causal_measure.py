@@ -11,8 +11,8 @@ from genoembed.config.pretrain import StartConfig
 from genoembed.finetuning.evaluation import CausalMeasure
 from genoembed.finetuning.labelled import LabelledSequence
 from genoembed.finetuning.tasks import CausalModel
-from genoembed.finetuning.tuning import Tuned
 from genoembed.pretraining.start import build_start
+from genoembed.training.tuning import Tuned
 from tests.training.finetune_cases import build_model, sequences
 
 SEQUENCES = [*sequences(5, shortest=3, longest=30), "A"]

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.collate import PaddedCollator, PaddingMeter, encode_example, encode_token_example
+from genoembed.finetuning.collate import PaddedCollator, encode_example, encode_token_example
 from genoembed.finetuning.sampling import LengthGroupedSampler
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.log import PaddingMeter
 
 ENCODER = build_encoder(CharTokenizer())
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.sampling import PairIds, sequence_identity
+from genoembed.retrieval.candidates import PairIds, sequence_identity
 from genoembed.retrieval.contrastive import (
     ContrastiveConfig,
     info_nce,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.sampling import PairIds
+from genoembed.retrieval.candidates import PairIds
 from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
 from genoembed.retrieval.m3 import M3Loss, M3LossConfig, M3Vectors, hybrid_scores
 from genoembed.retrieval.terms import NO_TERM, TokenTerms

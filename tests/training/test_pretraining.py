@@ -16,13 +16,9 @@ from genoembed import StripedHyena2ForCausalLM
 from genoembed.batching.pack import pack_stream
 from genoembed.models.striped_hyena2.blocks import OutFilterDense
 from genoembed.pretraining import run
-from genoembed.pretraining.trainer import (
-    MAX_LOG_POLE,
-    ClampPoles,
-    PretrainConfig,
-    parameter_groups,
-)
+from genoembed.pretraining.trainer import PretrainConfig, parameter_groups
 from genoembed.training.log import MetricsFile
+from genoembed.training.optimizer import MAX_LOG_POLE, ClampPoles
 from tests.tiny_models import build_config, build_striped_hyena
 from tests.training.test_start import save_causal
 

@@ -21,7 +21,8 @@ from genoembed.config.pretrain import StartConfig
 from genoembed.errors import CheckpointError, ConfigError, ModelError
 from genoembed.models.registry import find_model
 from genoembed.pretraining import start as isolation
-from genoembed.pretraining.start import build_start, forward_options, isolating_inputs, token_rules
+from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
+from genoembed.training.start import token_rules
 from tests.tiny_models import build_config, build_tiny
 
 CAUSAL = {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from genoembed import CharTokenizer
 from genoembed.errors import ConfigError
 from genoembed.pretraining.corpus import CorpusConfig, DocumentStream, is_heldout
-from genoembed.pretraining.start import token_rules
 from genoembed.pretraining.stream import PackedStream, PaddedCounts, RowShape, read_heldout
+from genoembed.training.start import token_rules
 
 RULES = token_rules(CharTokenizer(), name="bytes")
 CORPUS = CorpusConfig(seed=4, both_strands=False, shuffle_documents=8)

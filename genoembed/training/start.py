@@ -1,0 +1,136 @@
+"""A causal model that training goes on from, with its tokenizer.
+
+In: a name or folder. Out: the model in float32, and how DNA becomes its token ids. Promised: no weight is
+left random, and what is not causal is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from genoembed.errors import CheckpointError, ModelError
+from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
+from genoembed.models.locate import locate_model, reachable_source
+from genoembed.tokenization.char import CharTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from genoembed.batching.pack import Document
+    from genoembed.models.locate import ModelSource
+
+
+_NAMES_SHOWN = 3
+
+
+class TokenRules(NamedTuple):
+    """How DNA becomes token ids."""
+
+    encode: Callable[[bytes], Document]
+    """Token ids of a document, without special tokens."""
+    eod_token_id: int
+    pad_token_id: int
+
+
+class Start(NamedTuple):
+    """What training starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rules: TokenRules
+    is_new: bool
+
+
+def load_causal(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Start:
+    """Load a causal model, in training mode, and check that it is one."""
+    model, tokenizer = _load(name, revision=revision, trust_remote_code=trust_remote_code)
+    check_causal(model, name=name)
+    return Start(model.train(), tokenizer, token_rules(tokenizer, name=name), is_new=False)
+
+
+def _load(
+    name: str, *, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = reachable_source(locate_model(name), revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    model_config = read_config(source, options)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=model_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    except (OSError, *NONSENSE) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_trust(source) from error
+        if isinstance(error, OSError):
+            message = f"no weights were found ({first_line(error)}); the folder needs safetensors files"
+            raise CheckpointError(message, path=source.location) from error
+        raise unbuildable(source, error) from error
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        message = (
+            f"{len(wrong)} weights of a causal model are missing or of another shape "
+            f"({', '.join(wrong[:_NAMES_SHOWN])}); go on from a causal model with its head"
+        )
+        raise CheckpointError(message, path=source.location)
+    return model, _tokenizer(source, model_config.model_type, options)
+
+
+def _tokenizer(source: ModelSource, model_type: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    if model_type == "striped_hyena2":
+        return CharTokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **options)
+    except (OSError, *NONSENSE) as error:
+        message = (
+            f"model {source.name!r}: no tokenizer could be loaded ({first_line(error)}); "
+            "save the model's tokenizer into its folder"
+        )
+        raise ModelError(message) from error
+
+
+def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
+    """Say how a tokenizer turns a document into ids, without special tokens."""
+    if isinstance(tokenizer, CharTokenizer):
+        return TokenRules(tokenizer.encode_bytes, tokenizer.eod_token_id, int(tokenizer.pad_token_id))
+    end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
+    if end is None:
+        message = f"model {name!r}: its tokenizer has no eos_token; set one that ends a document, and save it"
+        raise ModelError(message)
+
+    def encode(document: bytes) -> list[int]:
+        text = document.decode("ascii")
+        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+    return TokenRules(
+        encode, int(end), int(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, *, name: str) -> None:
+    """Refuse a model in which a token sees the tokens after it."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    device = model.get_input_embeddings().weight.device
+    before, after = (model(input_ids=row.to(device)).logits[0, :-1] for row in (ids, other))
+    model.train(was_training)
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5):
+        message = f"model {name!r}: tokens see what follows them, expected a causal model; go on from another"
+        raise ModelError(message)

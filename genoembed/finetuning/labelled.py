@@ -254,7 +254,7 @@ class _Reader:
 
     def _row(self, row: TableRow, number: int) -> LabelledSequence | None:
         record_id = self._id(row) if self._config.id_column else f"row_{number}"
-        value = _cell(row, self._config.sequence_column, "sequence_column")
+        value = row.cell(self._config.sequence_column, option="sequence_column")
         if value is not None and not isinstance(value, str):
             problem = f"the sequence is {value!r}, expected text; mend the row or set sequence_column"
             raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=record_id)
@@ -273,7 +273,7 @@ class _Reader:
         wanted = config.label_columns if config.kind != "none" else ()
         try:
             label = parse_label(
-                {column: _cell(row, column, "label_columns") for column in wanted},
+                {column: row.cell(column, option="label_columns") for column in wanted},
                 kind=config.kind,
                 delimiter=config.label_delimiter,
                 ignore_label=config.ignore_label,
@@ -282,16 +282,18 @@ class _Reader:
             raise LabelError(error.problem, path=row.path, line=row.line, record_id=record_id) from None
         return _Cells(
             label,
-            _text_cell(row, config.split_column, "split_column"),
-            _text_cell(row, config.group_column, "group_column"),
+            _text(row, config.split_column, "split_column"),
+            _text(row, config.group_column, "group_column"),
         )
 
     def _id(self, row: TableRow) -> str:
         column = self._config.id_column or "id"
-        value = _text_cell(row, column, "id_column")
+        value = row.text(column, option="id_column")
         if not value:
             problem = f"column {column!r} has no id; name the row"
-            raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=_unnamed(row))
+            raise SequenceFormatError(
+                problem, path=row.path, line=row.line, record_id=row.name if row.line is None else None
+            )
         return value
 
     def _read_table(self, path: str) -> dict[str, _Cells]:
@@ -355,23 +357,5 @@ def _unlabelled(raw: RawRecord, table: str, cells: dict[str, _Cells]) -> InputEr
     return LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
 
 
-def _unnamed(row: TableRow) -> str | None:
-    return row.name if row.line is None else None
-
-
-def _cell(row: TableRow, column: str, key: str) -> object:
-    if column in row.values:
-        return row.values[column]
-    names = [name if len(name) <= 30 else f"{name[:27]}..." for name in list(row.values)[:6]]
-    shown = ", ".join(map(repr, names)) or "none"
-    near = get_close_matches(column, row.values, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}? Set {key}" if near else f"set {key}, or add the column"
-    problem = f"no column {column!r} (there are {shown}); {remedy}"
-    raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=_unnamed(row))
-
-
-def _text_cell(row: TableRow, column: str | None, key: str) -> str | None:
-    if column is None:
-        return None
-    value = _cell(row, column, key)
-    return None if value is None else str(value).strip()
+def _text(row: TableRow, column: str | None, option: str) -> str | None:
+    return None if column is None else row.text(column, option=option)

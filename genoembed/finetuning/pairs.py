@@ -19,7 +19,7 @@ from genoembed.errors import ConfigError, LabelError, SequenceFormatError
 from genoembed.sequences import InputCounts, Policies, reverse_complement
 from genoembed.sequences.reading import clean_record
 from genoembed.sequences.records import IdRegistry, RawRecord
-from genoembed.sequences.tables import iter_json_lines
+from genoembed.sequences.tables import iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -159,7 +159,7 @@ def _iter(
     number = 0
     for name in names:
         counts.read.files += 1
-        for row in iter_json_lines(name):
+        for row in iter_rows(name):
             number += 1
             row_id = _row_id(row, number)
             cleaned = _clean(row, row_id, _texts(row, row_id), policies, counts.read)

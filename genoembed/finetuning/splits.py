@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError, LabelError
+from genoembed.errors import ConfigError
 from genoembed.finetuning.cleaning import place
 from genoembed.sequences.homology import KinshipConfig, build_sketches, pair_identities
+from genoembed.sequences.tables import SplitSide, parse_split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,20 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SplitMethod: TypeAlias = Literal["random", "stratified", "homology", "column"]
-Side: TypeAlias = Literal["train", "validation", "test"]
-SIDES: tuple[Side, ...] = get_args(Side)
-SIDE_NAMES: dict[str, Side] = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "test": "test",
-    "testing": "test",
-}
-"""What a column may call the sides, in any case."""
+SIDES: tuple[SplitSide, ...] = get_args(SplitSide)
 
 _NUM_BINS = 10
 """Strata of a number: tenths of the rows, by value."""
@@ -103,7 +91,7 @@ class Splits:
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
 
-    def sides(self) -> dict[Side, NDArray[np.int64]]:
+    def sides(self) -> dict[SplitSide, NDArray[np.int64]]:
         """Give the three sides by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
@@ -161,9 +149,9 @@ def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
     return np.array([numbers[row.group or ""] for row in rows], dtype=np.int64)
 
 
-def label_shares(rows: Sequence[LabelledSequence], splits: Splits) -> dict[Side, dict[str, float]]:
+def label_shares(rows: Sequence[LabelledSequence], splits: Splits) -> dict[SplitSide, dict[str, float]]:
     """Give the share of each class on each side, for the report."""
-    shares: dict[Side, dict[str, float]] = {}
+    shares: dict[SplitSide, dict[str, float]] = {}
     for side, members in splits.sides().items():
         counted = Counter(name for index in members for name in _names(rows[index].label))
         shares[side] = {name: times / len(members) for name, times in sorted(counted.items())}
@@ -179,13 +167,7 @@ def _names(label: Label) -> set[str]:
 def _by_column(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
     sides = np.zeros(len(rows), dtype=np.int64)
     for index, row in enumerate(rows):
-        side = SIDE_NAMES.get((row.split or "").lower())
-        if side is None:
-            problem = (
-                f"the split column has {row.split!r}, expected one of {', '.join(SIDE_NAMES)}; mend the row, "
-                "or set split_column"
-            )
-            raise LabelError(problem, path=row.source, line=row.line, record_id=row.id)
+        side = parse_split(row.split, path=row.source, line=row.line, record_id=row.id)
         sides[index] = SIDES.index(side)
     return sides
 
@@ -349,7 +331,7 @@ class LeakReport:
 
     clusters_across: int
     """Clusters with rows to train on and rows held out."""
-    leaked: dict[Side, int]
+    leaked: dict[SplitSide, int]
     """Rows of validation and of test that have kin to train on."""
     train_rows: int
     """Rows to train on that have kin held out."""
@@ -381,7 +363,7 @@ def check_leaks(
     of_heldout = set(clusters.labels[np.concatenate([splits.validation, splits.test])].tolist())
     across = np.array(sorted(of_train & of_heldout), dtype=np.int64)
     is_kin = np.isin(clusters.labels[splits.train], across)
-    leaked: dict[Side, int] = {
+    leaked: dict[SplitSide, int] = {
         "validation": _count_in(clusters, splits.validation, across),
         "test": _count_in(clusters, splits.test, across),
     }

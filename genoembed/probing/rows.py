@@ -10,14 +10,14 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.errors import ConfigError, GenoembedWarning, LabelError, SequenceFormatError
+from genoembed.errors import ConfigError, GenoembedWarning, LabelError
 from genoembed.sequences import read_sequences
 from genoembed.sequences.homology import KinshipConfig, cluster_kin
-from genoembed.sequences.tables import iter_rows
+from genoembed.sequences.tables import iter_rows, parse_split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,21 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.probing.run import ProbeOptions
-    from genoembed.sequences.tables import TableRow
+    from genoembed.sequences.tables import SplitSide, TableRow
     from genoembed.store import EmbeddingFile
-
-
-Side = Literal["train", "test"]
-_SIDES: Mapping[str, Side | None] = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "validation": None,
-    "valid": None,
-    "val": None,
-    "dev": None,
-}
-"""What a split may be called; None is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +38,8 @@ class LabelTable:
     """Class, or value of a regression."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """Empty where there is no column of groups."""
-    sides: Mapping[str, Side | None] = field(default_factory=dict)
-    """``train`` or ``test``; None for rows that take no part. Empty where nothing is split."""
+    sides: Mapping[str, SplitSide] = field(default_factory=dict)
+    """Side of the split; validation rows take no part. Empty where nothing is split."""
     num_empty: int = 0
     """Rows without a label, which count as absent."""
 
@@ -62,65 +49,46 @@ def read_labels(path: str, options: ProbeOptions) -> LabelTable:
     group_column = (options.group_column or "group") if options.cv == "grouped" else None
     split_column = None
     if options.preset != "none" and options.split is None:
-        split_column = options.split_column or "split"
+        split_column = "split"
     labels: dict[str, str | float] = {}
     groups: dict[str, str] = {}
-    sides: dict[str, Side | None] = {}
+    sides: dict[str, SplitSide] = {}
     seen: set[str] = set()
     num_empty = 0
     for row in iter_rows(path):
-        name = _cell(row, options.id_column, "id_column")
+        name = row.text(options.id_column, option="id_column")
         if name in seen:
-            problem = f"id {name!r} appears twice, expected one row a record; leave one out"
+            problem = f"id {name!r} appears twice, expected one row per record; remove one"
             raise LabelError(problem, path=row.path, line=row.line, record_id=name)
         seen.add(name)
-        label = _cell(row, options.label_column, "label_column")
+        label = row.text(options.label_column, option="label_column")
         if not label:
             num_empty += 1
             continue
-        labels[name] = _value(row, label, name) if options.task == "regression" else label
-        if group_column is not None and (group := _cell(row, group_column, "group_column")):
+        labels[name] = _number(row, label, name) if options.task == "regression" else label
+        if group_column is not None and (group := row.text(group_column, option="group_column")):
             groups[name] = group
         if split_column is not None:
-            sides[name] = _side(row, _cell(row, split_column, "split_column"), name)
+            sides[name] = _side(row, split_column, name)
     if options.split is not None:
-        sides = {
-            name: side
-            for name, side in _read_split(options.split, options.id_column).items()
-            if name in labels
-        }
+        for row in iter_rows(options.split):
+            name = row.text(options.id_column, option="id_column")
+            if name in labels:
+                sides[name] = _side(row, "split", name)
     return LabelTable(path=path, labels=labels, groups=groups, sides=sides, num_empty=num_empty)
 
 
-def _read_split(path: str, id_column: str) -> dict[str, Side | None]:
-    sides: dict[str, Side | None] = {}
-    for row in iter_rows(path):
-        name = _cell(row, id_column, "id_column")
-        sides[name] = _side(row, _cell(row, "split", "split"), name)
-    return sides
-
-
-def _cell(row: TableRow, column: str, key: str) -> str:
-    if column not in row.values:
-        problem = f"no column {column!r} ({key}); it has {', '.join(map(repr, row.values))}; set {key} to one"
-        raise SequenceFormatError(problem, path=row.path, line=row.line)
-    value = row.values[column]
-    return "" if value is None else str(value).strip()
-
-
-def _value(row: TableRow, label: str, name: str) -> float:
+def _number(row: TableRow, label: str, name: str) -> float:
     try:
         return float(label)
     except ValueError as error:
-        problem = f"label {label!r} is no number, expected one for a regression; set task to 'classification'"
+        problem = f"label {label!r} is not a number, but the task is regression; set task to 'classification'"
         raise LabelError(problem, path=row.path, line=row.line, record_id=name) from error
 
 
-def _side(row: TableRow, word: str, name: str) -> Side | None:
-    if word.lower() not in _SIDES:
-        problem = f"split {word!r}, expected one of {', '.join(_SIDES)}; mend the row"
-        raise LabelError(problem, path=row.path, line=row.line, record_id=name)
-    return _SIDES[word.lower()]
+def _side(row: TableRow, column: str, name: str) -> SplitSide:
+    word = row.text(column, option="split_column")
+    return parse_split(word, path=row.path, line=row.line, record_id=name)
 
 
 logger = logging.getLogger(__name__)
@@ -168,7 +136,7 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeOptions) -
         [
             row
             for row, name in enumerate(ids)
-            if name in table.labels and not has_failed[row] and table.sides.get(name, "train") is not None
+            if name in table.labels and not has_failed[row] and table.sides.get(name) != "validation"
         ],
         dtype=np.int64,
     )
@@ -178,7 +146,7 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeOptions) -
         "rows without a vector": int(has_failed.sum()),
         "labels without a record": len(strays),
         "rows of neither train nor test": sum(
-            name in table.labels and table.sides.get(name, "train") is None for name in ids
+            name in table.labels and table.sides.get(name) == "validation" for name in ids
         ),
     }
     if not len(rows):

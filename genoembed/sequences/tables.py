@@ -1,22 +1,25 @@
-"""Rows of a table, whatever it is written in: TSV, CSV, JSON lines or Parquet, compressed or not.
+"""The one reader of tables: TSV, CSV (commas or semicolons), JSON lines or Parquet, compressed or not.
 
 In: a file name, or ``-``. Out: one :class:`TableRow` after the other, in file order and constant memory.
-Compression and kind are told by content, never by the file's name. Text is UTF-8; a field may be quoted as
-spreadsheets do, over several lines even; every row has the columns of the header. A damaged row is an error
-with its line.
+Compression and kind are told by content, never by the file's name. Text is UTF-8, with any line ends and with
+or without a byte order mark; a field may be quoted as spreadsheets do, over several lines even; every row has
+the columns of the header. A damaged row is an error with its line. What a column of splits may say is decided
+here too, for all who read one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
+from difflib import get_close_matches
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from genoembed.errors import MissingExtraError, SequenceFormatError
+from genoembed.errors import LabelError, MissingExtraError, SequenceFormatError
 from genoembed.sequences.compression import (
     WHITESPACE,
     check_readable,
@@ -24,13 +27,12 @@ from genoembed.sequences.compression import (
     find_codec,
     iter_decompressed,
     iter_lines,
-    iter_text,
     iter_text_blocks,
     max_record_bytes,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 
 PARQUET_MAGIC = b"PAR1"
@@ -57,9 +59,77 @@ class TableRow(NamedTuple):
         """What errors and records call a row that has no id."""
         return f"row_{self.number}"
 
+    def cell(self, column: str, *, option: str) -> object:
+        """Return the value of a column; if there is no such column, the error says which option names it."""
+        if column in self.values:
+            return self.values[column]
+        names = [name if len(name) <= 30 else f"{name[:27]}..." for name in list(self.values)[:6]]
+        shown = ", ".join(map(repr, names)) or "none"
+        near = get_close_matches(column, self.values, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]!r}? Set {option}" if near else f"set {option}, or add the column"
+        problem = f"no column {column!r} (there are {shown}); {remedy}"
+        record_id = self.name if self.line is None else None
+        raise SequenceFormatError(problem, path=self.path, line=self.line, record_id=record_id)
 
-def iter_rows(path: str) -> Iterator[TableRow]:
+    def text(self, column: str, *, option: str) -> str:
+        """Return the value of a column as text; empty where it has none."""
+        return as_text(self.cell(column, option=option))
+
+
+def as_text(value: object) -> str:
+    """Spell a value the same in typed and in text files: 1, 1.0 and True are ``1``, NaN is empty.
+
+    Example:
+        >>> [as_text(value) for value in (2.0, 0.5, " a ", None, True)]
+        ['2', '0.5', 'a', '', '1']
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    return str(value).strip()
+
+
+SplitSide: TypeAlias = Literal["train", "validation", "test"]
+SPLIT_WORDS: Mapping[str, SplitSide] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "development": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""What a column may call the sides of a split, in any case."""
+
+
+def parse_split(
+    word: str | None, *, path: str, line: int | None = None, record_id: str | None = None
+) -> SplitSide:
+    """Read the side of a split that a table names.
+
+    Example:
+        >>> parse_split("Dev", path="labels.tsv")
+        'validation'
+    """
+    side = SPLIT_WORDS.get((word or "").strip().lower())
+    if side is None:
+        problem = f"the split column has {word!r}, expected one of {', '.join(SPLIT_WORDS)}; fix the row"
+        raise LabelError(problem, path=path, line=line, record_id=record_id)
+    return side
+
+
+def iter_rows(path: str, *, ids: Container[str] = ()) -> Iterator[TableRow]:
     """Read the rows of a table.
+
+    Args:
+        path: File name, or ``-``.
+        ids: Ids of records. A TSV or CSV whose first cell is one of them has no header: its columns are
+            then called ``column_1``, ``column_2`` ...
 
     Example:
         >>> from pathlib import Path
@@ -83,8 +153,10 @@ def iter_rows(path: str) -> Iterator[TableRow]:
         if raw.strip(WHITESPACE):
             _check_kind(path, raw)
             numbered = chain(((line, raw),), lines)
-            parse = _iter_json if raw.lstrip(WHITESPACE).startswith(b"{") else _iter_delimited
-            yield from parse(path, numbered)
+            if raw.lstrip(WHITESPACE).startswith(b"{"):
+                yield from _iter_json(path, numbered)
+            else:
+                yield from _iter_delimited(path, numbered, ids)
             return
     problem = f"the file is empty, {EXPECTED}; check the step that wrote it"
     raise SequenceFormatError(problem, path=path)
@@ -119,20 +191,6 @@ def _decode(path: str, line: int, raw: bytes) -> str:
 # ---------------------------------------------------------------------------------------------- JSON lines
 
 
-def iter_json_lines(path: str) -> Iterator[TableRow]:
-    """Read a file of one JSON object a line."""
-    check_readable(path)
-    lines = enumerate(iter_lines(iter_text(path), path=path), start=1)
-    for first in lines:
-        if first[1].strip(WHITESPACE):
-            if find_codec(first[1]) or _CONTROL.search(first[1], 0, 1024):
-                _check_kind(path, first[1])
-            yield from _iter_json(path, chain((first,), lines))
-            return
-    problem = "the file is empty, expected JSON lines; check the step that wrote it"
-    raise SequenceFormatError(problem, path=path)
-
-
 def _iter_json(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableRow]:
     number = 0
     for line, raw in lines:
@@ -145,10 +203,10 @@ def _iter_json(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableR
             if "\\u" in text:  # an escape can spell half a character, which no file and no id can hold
                 json.dumps(values, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            problem = f"not JSON ({error}), expected one object a line; mend the line"
+            problem = f"not JSON ({error}), expected one object a line; fix the line"
             raise SequenceFormatError(problem, path=path, line=line) from error
         if not isinstance(values, dict):
-            problem = f"a JSON {_json_kind(values)}, expected one object a line; mend the line"
+            problem = f"a JSON {_json_kind(values)}, expected one object a line; fix the line"
             raise SequenceFormatError(problem, path=path, line=line)
         yield TableRow(path, line, number, values)
 
@@ -176,29 +234,44 @@ def _json_kind(value: object) -> str:
 # ---------------------------------------------------------------------------------------------- TSV and CSV
 
 
-def _iter_delimited(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableRow]:
-    rest = iter(lines)
-    line, raw = next(rest)
+def _iter_delimited(path: str, lines: Iterator[tuple[int, bytes]], ids: Container[str]) -> Iterator[TableRow]:
+    line, raw = next(lines)
     text = _decode(path, line, raw)
-    delimiter = max(_DELIMITERS, key=text.count)  # the first of equals
-    header = [name.strip() for name in _fields(path, line, text, delimiter, rest)]
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        problem = f"column {twice[0]!r} appears twice in the header; rename one"
-        raise SequenceFormatError(problem, path=path, line=line)
+    delimiter, has_header = _delimiter(text, ids)
+    cells = _fields(path, line, text, delimiter, lines)
     number = 0
-    for line, raw in rest:
+    if has_header:
+        header = [name.strip() for name in cells]
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            problem = f"column {twice[0]!r} appears twice in the header; rename one"
+            raise SequenceFormatError(problem, path=path, line=line)
+    else:
+        number = 1
+        header = [f"column_{place}" for place in range(1, len(cells) + 1)]
+        yield TableRow(path, line, number, dict(zip(header, cells, strict=True)))
+    for line, raw in lines:
         if not raw.strip(b" \r"):  # a row of tabs is a row
             continue
         number += 1
-        fields = _fields(path, line, _decode(path, line, raw), delimiter, rest)
+        fields = _fields(path, line, _decode(path, line, raw), delimiter, lines)
         if len(fields) != len(header):
             shown = ", ".join(" ".join(name.split()) for name in header[:_COLUMNS_SHOWN])
             problem = (
-                f"the row has {len(fields)} column(s), expected the {len(header)} of the header "
-                f"({shown}{' ...' * (len(header) > _COLUMNS_SHOWN)}); mend the row"
+                f"the row has {len(fields)} column(s), expected the {len(header)} of the "
+                f"{'header' if has_header else 'first row'} "
+                f"({shown}{' ...' * (len(header) > _COLUMNS_SHOWN)}); fix the row"
             )
             raise SequenceFormatError(problem, path=path, line=line)
         yield TableRow(path, line, number, dict(zip(header, fields, strict=True)))
+
+
+def _delimiter(text: str, ids: Container[str]) -> tuple[str, bool]:
+    """Tell the delimiter by the first line, and whether that line is a header."""
+    for delimiter in _DELIMITERS:
+        if text.split(delimiter, 1)[0].strip().strip('"') in ids:
+            return delimiter, False
+    # a tab is never part of a name, but a comma may be: "id<tab>one, two, three"
+    return "\t" if "\t" in text else max(_DELIMITERS, key=text.count), True
 
 
 def _fields(

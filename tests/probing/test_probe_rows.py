@@ -114,10 +114,10 @@ def test_chromosome_that_cannot_be_told_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
-        ("name\tlabel", {}, r"no column 'id' \(id_column\); it has 'name', 'label'"),
-        ("id\tclass", {}, r"no column 'label' \(label_column\)"),
-        ("id\tlabel", {"cv": "grouped"}, r"no column 'group' \(group_column\)"),
-        ("id\tlabel", {"preset": "geneb"}, r"no column 'split' \(split_column\)"),
+        ("name\tlabel", {}, r"no column 'id' \(there are 'name', 'label'\); set id_column"),
+        ("id\tclass", {}, r"no column 'label' .*label_column"),
+        ("id\tlabel", {"cv": "grouped"}, r"no column 'group' .*group_column"),
+        ("id\tlabel", {"preset": "geneb"}, r"no column 'split' .*split_column"),
     ],
 )
 def test_column_that_is_not_there_is_named(tmp_path, header, options, message):
@@ -143,7 +143,7 @@ def test_id_that_appears_twice_is_refused_by_line(tmp_path):
 def test_value_that_is_no_number_is_refused_by_line(tmp_path):
     store(tmp_path / "a.h5")
     write_labels(tmp_path / "l.tsv")
-    with pytest.raises(LabelError, match=r"l\.tsv:2: .*label 'x' is no number"):
+    with pytest.raises(LabelError, match=r"l\.tsv:2: .*label 'x' is not a number"):
         run(tmp_path, task="regression")
 
 
@@ -152,7 +152,7 @@ def test_split_word_that_is_not_known_is_refused(tmp_path):
     names = [f"r{number}" for number in range(NUM)]
     rows = "".join(f"{name}\tx\ttrain\n" for name in names[:-1])
     (tmp_path / "l.tsv").write_text("id\tlabel\tsplit\n" + rows + f"{names[-1]}\ty\tholdout\n")
-    with pytest.raises(LabelError, match="split 'holdout', expected one of train"):
+    with pytest.raises(LabelError, match="the split column has 'holdout', expected one of train"):
         run(tmp_path, preset="geneb")
 
 

@@ -281,17 +281,17 @@ def _model_config(content: bytes, folder: Path) -> None:
 
 def _embeddings(content: bytes, folder: Path) -> None:
     """As ``open_embeddings`` and every way to read do, with a fork for the child process: quicker."""
-    from genoembed.store import child_check as quarantine
+    from genoembed.store import child_check
     from genoembed.store.reader import open_embeddings
 
-    quarantine.check_in_child = _trial
+    child_check.check_in_child = _trial
     with open_embeddings(_put(folder, "vectors.h5", content)) as embeddings:
         _read_all(embeddings)
 
 
 def _trial(path: Path) -> None:
     """What ``check_in_child`` does, of a process with one thread and less time."""
-    from genoembed.store.trial import walk
+    from genoembed.store.child_check import walk
 
     child = os.fork()
     if not child:

@@ -248,7 +248,7 @@ def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        num_units = parts.num_saved()
+        num_units = len(parts.saved_numbers())
         if num_units:
             units = "1 finished unit is" if num_units == 1 else f"{num_units} finished units are"
             error.add_note(f"{units} kept in {parts.folder}: run the same command again to go on")

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 from genoembed.store.atomic import check_output, free_bytes
-from genoembed.store.manifest import InputFacts, Manifest, UnitRecord, UnitRows
 from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_parts, merged_by, read_block
-from genoembed.store.parts import Parts, parts_folder
+from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord, UnitRows, parts_folder
 from genoembed.store.reader import EmbeddingDataset, EmbeddingFile, open_embeddings
 from genoembed.store.schema import SCHEMA_VERSION
 from genoembed.store.writer import EmbeddingWriter

@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 
 from genoembed.errors import GenoembedError, SchemaVersionError, StoreError, StoreFormatError
-from genoembed.store import child_check
 from genoembed.store.schema import (
     INDEX,
     LAYERS_ATTR,
@@ -26,7 +25,6 @@ from genoembed.store.schema import (
     SCHEMA_VERSION,
     escape_name,
 )
-from genoembed.store.seal import check_seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -54,17 +52,6 @@ class Layout:
     """By layer, in the order asked for: ``(N, D)``, in per-token files ``(T, D)``."""
     offsets: NDArray[np.int64] | None
     """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
-
-
-def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
-    """Open a file for reading, or say why that cannot be.
-
-    HDF5 sees it only if its seal holds, or a child process got through it unharmed.
-    """
-    if not check_seal(path) or untrusted:
-        child_check.check_in_child(path)
-    with reading(str(path)):
-        return h5py.File(path, "r", locking="best-effort")
 
 
 def check_size(dataset: h5py.Dataset, path: str) -> None:

@@ -20,8 +20,7 @@ from genoembed.store.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genoembed.store.manifest import InputFacts, UnitRecord
-    from genoembed.store.parts import Parts
+    from genoembed.store.parts import InputFacts, Parts, UnitRecord
     from genoembed.store.reader import EmbeddingFile
     from genoembed.store.schema import JSON
 
@@ -49,8 +48,10 @@ def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
     with parts.lock("merge"):
         facts, records = _complete(parts)
         parts.remove_temporary()
-        _check_space(parts, records)
+        needed = sum(parts.shard(record.number).stat().st_size for record in records)
+        check_space(parts.folder, needed, what="the merged file")
         merged = _write(parts, facts, records, overwrite=overwrite)
+        # only now: until the output has its name, the parts are all there is
         parts.remove()
     return merged
 
@@ -58,8 +59,8 @@ def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
 def is_output_of(parts: Parts) -> bool:
     """Tell whether the output that lies there is the merged one of these parts."""
     with suppress(GenoembedError, OSError), open_embeddings(parts.output) as file:
-        began = parts.manifest.provenance.get("created")
-        is_same = _run_of(file) == parts.manifest.digest and file.provenance.get("created") == began
+        found, began = file.provenance, parts.manifest.provenance.get("created")
+        is_same = found.get("run") == parts.manifest.digest and found.get("created") == began
         # an output that was there before may say the same of another input: it is older than the manifest
         return is_same and file.path.stat().st_mtime_ns >= parts.began_ns()
     return False
@@ -81,28 +82,21 @@ def merged_by(
 ) -> Merged | None:
     """Read what a complete output holds, if a run made it that was the same in everything."""
     with open_embeddings(output) as file:
-        found = _contents(file.provenance.get("inputs", []))
+        made = file.provenance
+        files = [_content(item) for item in inputs]
         places = [_content(item) or item.get("name") for item in regions]
         is_same = (
-            _run_of(file) == digest
-            and found == _contents(inputs)
-            and None not in found
-            and places == [_content(item) or item.get("name") for item in file.provenance.get("regions", [])]
+            made.get("run") == digest
+            and None not in files  # standard input: nobody knows what it held
+            and [_content(item) for item in made.get("inputs", [])] == files
+            and [_content(item) or item.get("name") for item in made.get("regions", [])] == places
         )
         return _summary(file) if is_same else None
-
-
-def _contents(items: Sequence[Mapping[str, JSON]]) -> list[object]:
-    return [_content(item) for item in items]
 
 
 def _content(item: Mapping[str, JSON]) -> object:
     """What a file held; None for standard input and places."""
     return None if item.get("sha256") is None else (item.get("bytes"), item["sha256"])
-
-
-def _run_of(file: EmbeddingFile) -> object:
-    return file.provenance.get("run")
 
 
 def _summary(file: EmbeddingFile) -> Merged:
@@ -136,12 +130,6 @@ def _complete(parts: Parts) -> tuple[InputFacts, list[UnitRecord]]:
         problem = f"{len(missing)} of {facts.num_units} units are missing or damaged ({shown}); {remedy}"
         raise StoreError(problem, path=str(parts.folder))
     return facts, [record for record in found if record is not None]
-
-
-def _check_space(parts: Parts, records: list[UnitRecord]) -> None:
-    """Refuse to begin a copy that the disk has no room for."""
-    needed = sum(parts.shard(record.number).stat().st_size for record in records)
-    check_space(parts.folder, needed, what="the merged file")
 
 
 def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwrite: bool) -> Merged:

@@ -4,7 +4,7 @@
 rows) and ``unit-000123.json`` (what it was made from, and the digest of its file), and ``input.json`` once
 the input was read to its end. Promised: each of them appears whole or not at all and lasts through a power
 cut; a unit counts as finished only if its input, its settings and the bytes of its file are what they say;
-two processes never work on the same share.
+two processes never work on the same share; what cannot be read is one error that names the file.
 """
 
 from __future__ import annotations
@@ -15,32 +15,21 @@ import logging
 import os
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
 from genoembed.store.atomic import check_space, free_bytes, write_text
-from genoembed.store.manifest import (
-    MANIFEST,
-    InputFacts,
-    Manifest,
-    UnitRecord,
-    UnitRows,
-    is_same_input,
-    known_fields,
-    manifest_text,
-    read_json,
-    read_manifest,
-)
 from genoembed.store.schema import STORAGE_DTYPES
 from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from genoembed.store.schema import JSON
+    from genoembed.contracts import TokenBlock
+    from genoembed.store.schema import JSON, StorageDType
 
 try:
     import fcntl
@@ -49,13 +38,84 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-INPUT, CERTIFICATE = "input.json", "certificate.json"
+MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
+_FORMAT = "genoembed-parts"
+_VERSION = 1
 _PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.tmp")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
 _UNIT_OVERHEAD = 1 << 20
 """Bytes of a unit's file beside its vectors, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRecord:
+    """What is known about a finished unit."""
+
+    number: int
+    """Position in the run, from 0."""
+    content: str
+    """SHA-256 of the records it was made from."""
+    first: str
+    """Id of its first record."""
+    last: str
+    """Id of its last record."""
+    num_records: int
+    num_bases: int
+    num_rows: int
+    stats: Mapping[str, float]
+    """What its forward passes cost."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Records without a vector, by id: why."""
+    shard_sha256: str = ""
+    """Of the file with its rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRows:
+    """A unit that was embedded, and is to be saved."""
+
+    record: UnitRecord
+    block: EmbeddingBlock | TokenBlock
+    feature_names: Sequence[str] | None
+    """Of the primary matrix; None for a vector a token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a run is."""
+
+    identity: Mapping[str, JSON]
+    """Everything that decides what the vectors are, by name: two runs with the same are the same run."""
+    provenance: Mapping[str, JSON]
+    """What the output says about the run that made it, as far as that is known at its start."""
+    out_dtype: StorageDType
+    num_shares: int
+    """Into how many shares the units were divided, by the process that began."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputFacts:
+    """What is known when the input was read to its end."""
+
+    num_units: int
+    counts: Mapping[str, int]
+    """What was read, and what the input policies did."""
+    inputs: Sequence[Mapping[str, JSON]]
+    """Files with their digests."""
+    regions: Sequence[Mapping[str, JSON]]
+
+    @property
+    def content(self) -> list[object]:
+        """What two processes that have read the same agree in."""
+        return [self.num_units, [item.get("sha256") for item in self.inputs]]
 
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
@@ -89,7 +149,7 @@ class Parts:
         with _reporting(parts.folder):
             parts.folder.mkdir(exist_ok=True)
         with parts.lock("begin", wait=True):
-            found = read_manifest(parts.folder)
+            found = _read_manifest(parts.folder)
             if found is not None and found.digest != parts._digest:
                 problem = parts._difference(found)
                 if not drop_other:
@@ -100,8 +160,7 @@ class Parts:
                 found = None
             if found is None:
                 parts._refuse_foreign()
-                with _reporting(parts.folder):
-                    write_text(parts.folder / MANIFEST, manifest_text(manifest))
+                parts._write(MANIFEST, {"format": _FORMAT, "version": _VERSION, **asdict(manifest)})
                 return parts
         parts = cls(output, found)
         parts._drops_other = drop_other
@@ -110,7 +169,7 @@ class Parts:
     @classmethod
     def find(cls, output: str | os.PathLike[str]) -> Parts | None:
         """Look for the parts of an output."""
-        manifest = read_manifest(parts_folder(output))
+        manifest = _read_manifest(parts_folder(output))
         return None if manifest is None else cls(output, manifest)
 
     @contextmanager
@@ -169,9 +228,9 @@ class Parts:
         ) as writer:
             writer.append(unit.block)
             writer.finish({"unit": number, "run": self._digest})
-        facts = asdict(unit.record) | {"shard_sha256": _file_digest(self.shard(number)), "run": self._digest}
-        with _reporting(self.folder):
-            write_text(self.shard(number).with_suffix(".json"), json.dumps(facts))
+        # the record comes after the rows: where it is, they are whole
+        facts = asdict(unit.record) | {"shard_sha256": _file_digest(self.shard(number))}
+        self._write(self.shard(number).with_suffix(".json").name, facts | {"run": self._digest})
 
     def _check_space(self, unit: UnitRows) -> None:
         matrices = unit.block.matrices if isinstance(unit.block, EmbeddingBlock) else unit.block.values
@@ -192,7 +251,7 @@ class Parts:
     def close_input(self, facts: InputFacts) -> None:
         """Note that the input was read to its end."""
         before = self.input_facts() if self.manifest.num_shares > 1 else None
-        if before is not None and not is_same_input(before, facts):
+        if before is not None and before.content != facts.content:
             problem = (
                 f"another share was made from another input ({before.num_units} units, here "
                 f"{facts.num_units}); give all shares the same files, and run those again that had others "
@@ -201,33 +260,33 @@ class Parts:
             if not self._drops_other:
                 raise StoreError(problem, path=str(self.folder))
             logger.warning("%s: %s", self.folder, problem)
-        with _reporting(self.folder):
-            write_text(self.folder / INPUT, json.dumps(asdict(facts) | {"run": self._digest}))
+        self._write(INPUT, asdict(facts) | {"run": self._digest})
 
     def save_certificate(self, found: Mapping[str, JSON]) -> None:
         """Note how far vectors depend on their batch."""
-        with _reporting(self.folder):
-            write_text(self.folder / CERTIFICATE, json.dumps({**found, "run": self._digest}))
+        self._write(CERTIFICATE, {**found, "run": self._digest})
 
     def certificate(self) -> dict[str, JSON] | None:
         """Read how far vectors depend on their batch."""
-        found = read_json(self.folder / CERTIFICATE)
-        return None if found is None or found.pop("run", None) != self._digest else found
+        return self._read(CERTIFICATE)
 
     def input_facts(self) -> InputFacts | None:
         """Read what the input held."""
-        found = read_json(self.folder / INPUT)
-        if found is None or found.pop("run", None) != self._digest:
-            return None
-        return InputFacts(**known_fields(InputFacts, found))
+        found = self._read(INPUT)
+        return None if found is None else InputFacts(**_known_fields(InputFacts, found))
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        with _reporting(self.folder):
+            write_text(self.folder / name, json.dumps(values))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Read a file of this run; what another run left under that name counts as missing."""
+        found = _read_json(self.folder / name)
+        return None if found is None or found.pop("run", None) != self._digest else found
 
     def began_ns(self) -> int:
         """Tell when the run began."""
         return (self.folder / MANIFEST).stat().st_mtime_ns
-
-    def num_saved(self) -> int:
-        """Count the units that were saved, intact or not."""
-        return len(self.saved_numbers())
 
     def saved_numbers(self) -> list[int]:
         """Name the units that were saved, intact or not."""
@@ -265,7 +324,7 @@ class Parts:
             raise StoreError(problem, path=str(self.folder))
 
     def _difference(self, found: Manifest) -> str:
-        num_units = self.num_saved()
+        num_units = len(self.saved_numbers())
         before, now = dict(found.identity), dict(self.manifest.identity)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         shown = ", ".join(
@@ -284,14 +343,12 @@ class Parts:
     def _read_record(self, number: int) -> UnitRecord | None:
         path = self.shard(number).with_suffix(".json")
         try:
-            found = read_json(path)
-            if found is None or found.pop("run", None) != self._digest:
-                return None
-            record = UnitRecord(**known_fields(UnitRecord, found))
+            found = self._read(path.name)
+            record = None if found is None else UnitRecord(**_known_fields(UnitRecord, found))
         except (StoreFormatError, TypeError) as error:
             logger.warning("%s: damaged (%s), unit %d is made again", path, error, number)
             return None
-        return record if record.number == number else None
+        return record if record is not None and record.number == number else None
 
 
 def _file_digest(path: Path) -> str | None:
@@ -314,3 +371,44 @@ def _reporting(folder: Path) -> Iterator[None]:
             f"space, quota and rights of {str(folder.parent)!r}, then run the same command again"
         )
         raise StoreError(problem, path=str(folder)) from error
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    """Read the manifest of a folder of parts."""
+    path = folder / MANIFEST
+    found = _read_json(path)
+    if found is None:
+        return None
+    if found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
+        problem = "is no manifest of a run; move it, or set output to another file"
+        raise StoreFormatError(problem, path=str(path))
+    if found.get("version") != _VERSION:
+        problem = (
+            f"is of version {found.get('version')!r}, this genoembed knows {_VERSION}; finish the run with "
+            "the genoembed that began it, or set overwrite to true to start over"
+        )
+        raise StoreFormatError(problem, path=str(path))
+    return Manifest(**_known_fields(Manifest, found))
+
+
+def _known_fields(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what a dataclass has fields for."""
+    return {key.name: found[key.name] for key in fields(cls) if key.name in found}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        problem = f"{str(path.parent)!r} is no folder; move it, or set output to another file"
+        raise StoreError(problem, path=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read ({error}); remove its folder to start over"
+        raise StoreFormatError(problem, path=str(path)) from error
+    if not isinstance(found, dict):
+        problem = "is no JSON object; remove its folder to start over"
+        raise StoreFormatError(problem, path=str(path))
+    return found

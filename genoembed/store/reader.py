@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
-from genoembed.store.layout import open_hdf5, read_layout, reading
+from genoembed.store.child_check import open_hdf5
+from genoembed.store.layout import read_layout, reading
 from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON
 
 if TYPE_CHECKING:

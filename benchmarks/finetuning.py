@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from labelled_features import Features
     from numpy.typing import NDArray
 
-    from genoembed.config.finetune import Task
+    from genoembed.config.choices import Task
 
 logger = logging.getLogger("finetuning")
 

@@ -182,7 +182,8 @@ def _reference(content: bytes, folder: Path) -> None:
 
 
 def _table(content: bytes, folder: Path) -> None:
-    from genoembed.finetuning.labelled import LabelledConfig, iter_labelled
+    from genoembed.config.labelled import LabelledConfig
+    from genoembed.finetuning.labelled import iter_labelled
     from genoembed.sequences.tables import iter_rows
 
     path = _put(folder, "rows", content)

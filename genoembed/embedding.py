@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.config.embed import EmbedConfig, Fusion, Pooling
+    from genoembed.config.choices import Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
 

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from os import PathLike
 
-    from genoembed.config.embed import EmbedConfig, Fusion, Pooling
+    from genoembed.config.choices import Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.local import Engine

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from os import PathLike
 
-    from genoembed.config.embed import EmbedConfig, Fusion, Pooling
+    from genoembed.config.choices import Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import Batch, SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.batches import PieceBatch, Slab

@@ -19,20 +19,14 @@ import numpy as np
 from genoembed.errors import StoreFormatError
 from genoembed.pipeline.file_recipe import Recipe, recipe_of
 from genoembed.pipeline.file_vectors import VectorSource
-from genoembed.pooling.transform import (
-    Axes,
-    FittedTransform,
-    Isotropy,
-    Method,
-    fit,
-    measure_isotropy,
-    measure_moments,
-)
+from genoembed.pooling.transform import FittedTransform, Isotropy, fit, measure_isotropy, measure_moments
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.transform_file import StoredTransform, read_transform, write_transform
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from genoembed.config.choices import TransformAxes, TransformMethod
 
 
 _SAMPLE_ROWS = 5000
@@ -44,7 +38,7 @@ class TransformReport:
 
     output: Path
     """The file that was written."""
-    method: Method
+    method: TransformMethod
     layer: str
     """Which matrix it was fitted on."""
     num_rows: int
@@ -81,10 +75,10 @@ def fit_transform(
     background: str | PathLike[str],
     *,
     output: str | PathLike[str],
-    method: Method = "center",
+    method: TransformMethod = "center",
     components: int | None = None,
     layer: str | None = None,
-    axes: Axes = "pca",
+    axes: TransformAxes = "pca",
     shrinkage: float = 0.0,
     seed: int = 0,
     overwrite: bool = False,

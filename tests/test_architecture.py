@@ -45,9 +45,7 @@ RULES = {
     "_version": Rule(),
     # the floor
     "errors": Rule(),
-    "config": Rule(
-        internal=("errors", "finetuning", "retrieval", "pooling"), third_party=("pydantic", "yaml")
-    ),
+    "config": Rule(internal=("errors",), third_party=("pydantic", "yaml")),
     "contracts": Rule(internal=("errors",), third_party=("numpy",), type_checking=("torch",)),
     "registration": Rule(internal=("models", "tokenization"), third_party=("transformers",)),
     # the stages

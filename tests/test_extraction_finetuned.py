@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 import genoembed
 from genoembed.cli import main
+from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, PoolingMismatchWarning
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.trained_folder import read_finetuned
-from genoembed.retrieval.contrastive import ContrastiveConfig
 from genoembed.retrieval.models import ContrastModel, VectorHead
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.saved import load_encoder, load_heads

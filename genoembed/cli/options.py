@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import click
 
-from genoembed.config.embed import DuplicatePolicy, EmbedConfig, EmptyPolicy, GapPolicy, InvalidPolicy
+from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
+from genoembed.config.embed import EmbedConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

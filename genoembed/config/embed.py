@@ -13,25 +13,26 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from genoembed.config.choices import (
+    ComputeDtype,
+    DuplicatePolicy,
+    EmptyPolicy,
+    Engine,
+    FailurePolicy,
+    Fusion,
+    GapPolicy,
+    InvalidPolicy,
+    Pooling,
+    StorageDtype,
+    Strands,
+)
 from genoembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-
-Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean", "none"]
-Fusion: TypeAlias = Literal["none", "concat", "mean", "max", "weighted"]
-Strands: TypeAlias = Literal["none", "mean", "concat"]
-InvalidPolicy: TypeAlias = Literal["error", "skip", "mask"]
-DuplicatePolicy: TypeAlias = Literal["error", "suffix"]
-EmptyPolicy: TypeAlias = Literal["error", "skip"]
-GapPolicy: TypeAlias = Literal["error", "strip"]
-ComputeDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-StorageDtype: TypeAlias = Literal["float32", "float16"]
-FailurePolicy: TypeAlias = Literal["stop", "skip"]
-Engine: TypeAlias = Literal["local", "ray"]
 
 DEFAULT_MODEL = "genoembed-mini"
 

@@ -7,45 +7,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
-from genoembed.config.embed import (
-    DEFAULT_MODEL,
+from genoembed.config.choices import (
+    BaseLabels,
+    ClassWeights,
+    ContrastChoice,
+    Distance,
+    Distillation,
     DuplicatePolicy,
     EmptyPolicy,
+    FalseNegativePolicy,
+    FindingPolicy,
     Fusion,
     GapPolicy,
+    HomologPolicy,
     InvalidPolicy,
-    field_problems,
+    LabelKind,
+    M3Mode,
+    Schedule,
+    ScopeChoice,
+    SplitMethod,
+    Task,
+    TokenPooling,
+    TrainDtype,
+    Tuning,
 )
+from genoembed.config.embed import DEFAULT_MODEL, field_problems
 from genoembed.config.fields import FlatKeys, raise_all
-from genoembed.config.pretrain import TrainDtype  # noqa: TC001 - hints are read
-from genoembed.finetuning.augment import AugmentConfig
-from genoembed.finetuning.cleaning import FindingPolicy  # noqa: TC001 - hints are read
-from genoembed.finetuning.collate import BaseLabels  # noqa: TC001 - hints are read
-from genoembed.finetuning.labelled import LabelKind, TableColumns
-from genoembed.finetuning.pairs import FalseNegativePolicy  # noqa: TC001 - hints are read
-from genoembed.finetuning.splits import SplitMethod  # noqa: TC001 - hints are read
-from genoembed.pooling.reduce import Pooling  # noqa: TC001 - hints are read
-from genoembed.retrieval.contrastive import Distance  # noqa: TC001 - hints are read
-from genoembed.retrieval.heads import M3Mode  # noqa: TC001 - hints are read
-from genoembed.retrieval.m3 import Distillation  # noqa: TC001 - hints are read
+from genoembed.config.labelled import AugmentConfig, TableColumns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from os import PathLike
 
-
-Task: TypeAlias = Literal[
-    "classification", "multilabel", "regression", "token", "lm", "contrastive", "triplet", "retrieval"
-]
-Tuning: TypeAlias = Literal["full", "frozen", "last_n", "lora"]
-Contrast: TypeAlias = Literal["examples", "labels", "views"]
-ContrastChoice: TypeAlias = Literal["auto", "examples", "labels", "views"]
-ScopeChoice: TypeAlias = Literal["auto", "one_way", "symmetric", "full"]
-HomologPolicy: TypeAlias = Literal["ignore", "keep", "drop", "error"]
-Schedule: TypeAlias = Literal["cosine", "linear", "constant", "plateau"]
-ClassWeights: TypeAlias = Literal["none", "balanced"]
 
 PREDICTION_TASKS = ("classification", "multilabel", "regression", "token")
 """Tasks whose model predicts something of a sequence or of its bases."""
@@ -70,7 +65,7 @@ class EncoderConfig:
     """Run code that the model's repository brings."""
     layers: tuple[str, ...] = ("final",)
     """Where the model is cut; several are fused. Blocks after the deepest never run."""
-    pooling: Pooling = "mean"
+    pooling: TokenPooling = "mean"
     """How tokens become one vector."""
     skip_first: int = 0
     """Bases at the start that pooling leaves out."""
@@ -317,18 +312,6 @@ class FinetuneRecipe:
             if not 0 <= self.warmup_fraction < 1:
                 problems.append(f"warmup_fraction is {self.warmup_fraction}; set it from 0 to below 1")
         raise_all(problems)
-
-
-__all__ = [
-    "FINETUNE_STAGE",
-    "EncoderConfig",
-    "FinetuneConfig",
-    "FinetuneDataConfig",
-    "FinetuneRecipe",
-    "ObjectiveConfig",
-    "Task",
-    "finetune_config",
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

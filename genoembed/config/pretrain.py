@@ -7,9 +7,10 @@ Promised: an unknown key is an error that names the nearest one, and all problem
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
-from genoembed.config.embed import EmptyPolicy, GapPolicy, InvalidPolicy, field_problems
+from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
+from genoembed.config.embed import field_problems
 from genoembed.config.fields import FlatKeys, raise_all
 
 if TYPE_CHECKING:
@@ -17,11 +18,52 @@ if TYPE_CHECKING:
     from os import PathLike
 
 
-Packing: TypeAlias = Literal["stream", "bins"]
-TrainDtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
-
 DOCUMENT_WINDOWS = 8
 """Documents are cut at this many windows unless ``max_document_bp`` says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """What becomes of the records of a corpus."""
+
+    seed: int = 0
+    """Decides about the order of files and documents, and about strands; with the epoch. 0 or more."""
+    both_strands: bool = True
+    """Replace a document by its reverse complement with probability one half."""
+    n_run_bp: int | None = 10
+    """Runs of at least this many ``N`` are left out and end a document, bases. None keeps them."""
+    max_document_bp: int | None = None
+    """Cut longer documents every so many bases; each piece is a document of its own. None cuts nothing.
+    Without it, the documents of one chromosome stay together however large the buffer."""
+    shuffle_documents: int = 32768
+    """Documents among which the next one is drawn; 1 keeps the order of the files."""
+    shuffle_bp: int = 2**28
+    """Bases that wait in the shuffle at most (one document more, at times)."""
+    shard: int = 0
+    """Which part of the documents to give, from 0: with several data workers, ``rank * workers + worker``."""
+    num_shards: int = 1
+    """Parts in all: ranks times workers. Each reads all files, and gives every ``num_shards``-th document."""
+    heldout_fraction: float = 0.0
+    """Share of the records that is set aside to measure on, 0 to below 1; see ``is_heldout``."""
+    heldout: bool = False
+    """Give the records that are set aside, and not the others."""
+    invalid: InvalidPolicy = "error"
+    """Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``."""
+    gaps: GapPolicy = "error"
+    """Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip``."""
+    empty: EmptyPolicy = "error"
+    """A record without bases: ``error`` or ``skip``."""
+
+    def __post_init__(self) -> None:
+        least = {"seed": (0, ""), "n_run_bp": (1, "bases"), "max_document_bp": (1, "bases")}
+        least |= {"shuffle_documents": (1, "documents"), "shuffle_bp": (1, "bases")}
+        least |= {"shard": (0, ""), "num_shards": (1, "")}
+        problems = list(field_problems(self, at_least=least))
+        if not problems and self.shard >= self.num_shards:
+            problems.append(f"shard: {self.shard} of {self.num_shards}; set shard to 0 to num_shards - 1")
+        if not problems and not 0 <= self.heldout_fraction < 1:
+            problems.append(f"heldout_fraction is {self.heldout_fraction}; set it to 0 or more, and below 1")
+        raise_all(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import h5py
 import numpy as np
 from numpy.lib import format as npy
 
+from genoembed.config.choices import ExportFormat
 from genoembed.errors import ConfigError, MissingExtraError, StoreError
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.atomic import AtomicFile
@@ -215,7 +216,6 @@ def _vectors(arrow: Any, block: RowBlock, layer: str, kind: Any) -> Any:
 
 logger = logging.getLogger(__name__)
 
-ExportFormat: TypeAlias = Literal["h5ad", "npz", "parquet", "csv", "uniprot-h5"]
 
 SUFFIXES = {
     "h5ad": ".h5ad",

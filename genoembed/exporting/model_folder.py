@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genoembed.errors import ConfigError, MissingExtraError, ModelError, StoreError
-from genoembed.models.load import DtypeName, GenomicModel, load_model
+from genoembed.models.load import GenomicModel, load_model
 from genoembed.models.trained_folder import read_finetuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genoembed.config.choices import ComputeDtype
 
 
 _README = "README.md"
@@ -46,7 +48,7 @@ def export_model(
     model: str | PathLike[str],
     output: str | PathLike[str],
     *,
-    dtype: DtypeName = "float32",
+    dtype: ComputeDtype = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,

@@ -7,14 +7,15 @@ of bases follow their bases through crops and strands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError, ShapeError
+from genoembed.errors import ShapeError
 from genoembed.sequences import reverse_complement
+
+if TYPE_CHECKING:
+    from genoembed.config.labelled import AugmentConfig
 
 _BASES = np.frombuffer(b"ACGT", dtype=np.uint8)
 _INDEX = np.full(256, 4, dtype=np.uint8)
@@ -26,35 +27,6 @@ class Augmented(NamedTuple):
 
     sequence: bytes
     token_labels: tuple[str | None, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig:
-    """Which views training sees; by default none but the sequence itself."""
-
-    reverse_complement: float = 0.0
-    """Probability of reading the other strand. Leave at 0 where the strand is part of the question."""
-    crop_fraction: float = 1.0
-    """A crop has at least this share of the sequence, up to all of it; 1 crops nothing."""
-    max_crop_bp: int | None = None
-    """Longer sequences are cropped to this many bases, wherever the crop falls."""
-    mutation_rate: float = 0.0
-    """Probability that a base is replaced by one of the three others."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"max_crop_bp": (1, "bases")}))
-        if not problems:
-            problems += [
-                f"{name} is {value}; set {name} from 0 to 1"
-                for name in ("reverse_complement", "mutation_rate")
-                if not 0 <= (value := getattr(self, name)) <= 1
-            ]
-            if not 0 < self.crop_fraction <= 1:
-                problems.append(
-                    f"crop_fraction is {self.crop_fraction}; set crop_fraction above 0, at most 1 for no crop"
-                )
-        if problems:
-            raise ConfigError(*problems)
 
 
 def augmentation_rng(*, seed: int, epoch: int, row: int) -> np.random.Generator:

@@ -9,43 +9,25 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError, LabelError
+from genoembed.config.labelled import CleaningConfig
+from genoembed.errors import LabelError
 from genoembed.finetuning.labels import reverse_label
 from genoembed.sequences.homology import strand_free
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from genoembed.finetuning.labelled import LabelKind, LabelledSequence
+    from genoembed.config.choices import FindingPolicy, LabelKind
+    from genoembed.finetuning.labelled import LabelledSequence
     from genoembed.finetuning.labels import Label
 
 
 logger = logging.getLogger(__name__)
 
-FindingPolicy: TypeAlias = Literal["keep", "drop", "error"]
-"""Report only; leave out, counted; or stop."""
 
 _NUM_EXAMPLES = 5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CleaningConfig:
-    """What is looked for, and what becomes of it."""
-
-    both_strands: bool = True
-    """A sequence and its reverse complement are one; False where the strand is part of the question."""
-    duplicates: FindingPolicy = "keep"
-    """Equal sequences with one label: ``drop`` keeps the first."""
-    conflicts: FindingPolicy = "keep"
-    """Equal sequences with different labels: ``drop`` leaves all of them out."""
-
-    def __post_init__(self) -> None:
-        problems = tuple(field_problems(self))
-        if problems:
-            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from genoembed.config.choices import BaseLabels
     from genoembed.finetuning.rows import Group, ViewPair
     from genoembed.tokenization.hf import SequenceEncoder
 
-
-BaseLabels: TypeAlias = Literal["error", "first"]
-"""Labels of bases where a token has several bases: refuse, or take that of its first base."""
 
 IGNORE_INDEX = -100
 """Label that losses leave out."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from genoembed.config.finetune import Contrast
-    from genoembed.finetuning.augment import AugmentConfig
+    from genoembed.config.choices import Contrast
+    from genoembed.config.labelled import AugmentConfig
     from genoembed.finetuning.collate import GroupCollator
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.rows import LabelEncoder

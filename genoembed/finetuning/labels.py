@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.finetuning.labelled import LabelKind
+    from genoembed.config.choices import LabelKind
 
 
 Label: TypeAlias = "str | tuple[float, ...] | tuple[str | None, ...] | None"

@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, get_args
 
+from genoembed.config.choices import FalseNegativePolicy
 from genoembed.errors import ConfigError, LabelError, SequenceFormatError
 from genoembed.sequences import InputCounts, Policies, reverse_complement
 from genoembed.sequences.reading import clean_record
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PathInput: TypeAlias = "str | PathLike[str]"
-FalseNegativePolicy: TypeAlias = Literal["error", "drop", "keep"]
-"""A negative that is the query or a positive of its own row, on either strand."""
 
 _KEYS = ("query", "pos", "neg", "teacher_scores", "id", "group")
 _FOREIGN_KEYS = {

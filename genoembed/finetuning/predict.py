@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
 
+    from genoembed.config.choices import TableFormat
     from genoembed.contracts import SequenceRecord
     from genoembed.finetuning.saved import SavedPredictor
     from genoembed.finetuning.windowed import TokenOutputs
@@ -217,8 +218,6 @@ def _parts(records: Iterable[SequenceRecord]) -> Iterator[list[SequenceRecord]]:
     if part:
         yield part
 
-
-TableFormat: TypeAlias = Literal["auto", "tsv", "parquet"]
 
 STDOUT = "-"
 

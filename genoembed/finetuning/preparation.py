@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from genoembed.config.finetune import LABEL_KINDS
+from genoembed.config.labelled import CleaningConfig, LabelledConfig, SplitConfig, TableColumns
 from genoembed.errors import ConfigError, SequenceFormatError
-from genoembed.finetuning.cleaning import CleaningConfig, clean_labelled
-from genoembed.finetuning.labelled import LabelledConfig, LabelledSequence, TableColumns, read_labelled
+from genoembed.finetuning.cleaning import clean_labelled
+from genoembed.finetuning.labelled import LabelledSequence, read_labelled
 from genoembed.finetuning.pairs import RetrievalExample, read_pairs
-from genoembed.finetuning.splits import SplitConfig, Splits, check_leaks, group_clusters, split_rows
+from genoembed.finetuning.splits import Splits, check_leaks, group_clusters, split_rows
 from genoembed.sequences import Policies
 from genoembed.sequences.homology import Clusters, KinshipConfig, cluster_kin
 from genoembed.sequences.tables import iter_rows
@@ -27,8 +28,8 @@ from genoembed.sequences.tables import iter_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from genoembed.config.finetune import Contrast, FinetuneConfig, FinetuneDataConfig
-    from genoembed.finetuning.labelled import LabelKind
+    from genoembed.config.choices import Contrast, LabelKind
+    from genoembed.config.finetune import FinetuneConfig, FinetuneDataConfig
 
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from genoembed.finetuning.augment import AugmentConfig
-    from genoembed.finetuning.collate import BaseLabels
+    from genoembed.config.choices import BaseLabels
+    from genoembed.config.labelled import AugmentConfig
     from genoembed.finetuning.labelled import LabelledSequence
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.pairs import RetrievalExample

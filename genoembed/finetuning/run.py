@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 
     from transformers import TrainerCallback, TrainingArguments
 
-    from genoembed.config.finetune import FinetuneConfig, Task
+    from genoembed.config.choices import Task
+    from genoembed.config.finetune import FinetuneConfig
 
 
 __all__ = ["FinetuneReport", "finetune"]

@@ -12,8 +12,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from genoembed.config.labelled import AugmentConfig
+from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.errors import ConfigError
-from genoembed.finetuning.augment import AugmentConfig
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, ViewCollator
 from genoembed.finetuning.evaluation import ExampleMeasure, LabelMeasure, ViewMeasure, check_measurable
 from genoembed.finetuning.labels import LabelSpace
@@ -22,9 +23,8 @@ from genoembed.finetuning.rows import GroupDataset, LabelEncoder, RowDataset, Vi
 from genoembed.finetuning.sampling import GroupSampler
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.load import load_model
-from genoembed.retrieval.contrastive import ContrastiveConfig
-from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
-from genoembed.retrieval.m3 import M3Loss, M3LossConfig
+from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import ContrastModel, RetrievalModel, VectorHead
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from genoembed.config.finetune import Contrast, FinetuneConfig, ScopeChoice
+    from genoembed.config.choices import Contrast, ContrastScope, ScopeChoice
+    from genoembed.config.finetune import FinetuneConfig
     from genoembed.finetuning.collate import LabelTarget
     from genoembed.finetuning.evaluation import Measure
     from genoembed.finetuning.preparation import Sides
     from genoembed.finetuning.rows import EpochDataset
     from genoembed.finetuning.tasks import CausalModel, PredictionModel
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.retrieval.contrastive import ContrastScope
     from genoembed.tokenization.hf import SequenceEncoder
 
 

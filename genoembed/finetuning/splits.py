@@ -13,11 +13,11 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 
-from genoembed.config.embed import field_problems
+from genoembed.config.labelled import SplitConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.cleaning import place
 from genoembed.sequences.homology import KinshipConfig, build_sketches, pair_identities
@@ -28,59 +28,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.finetuning.cleaning import FindingPolicy
-    from genoembed.finetuning.labelled import LabelKind, LabelledSequence
+    from genoembed.config.choices import FindingPolicy, LabelKind
+    from genoembed.finetuning.labelled import LabelledSequence
     from genoembed.finetuning.labels import Label
     from genoembed.sequences.homology import Clusters
 
 
 logger = logging.getLogger(__name__)
 
-SplitMethod: TypeAlias = Literal["random", "stratified", "homology", "column"]
 SIDES: tuple[SplitSide, ...] = get_args(SplitSide)
 
 _NUM_BINS = 10
 """Strata of a number: tenths of the rows, by value."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitConfig:
-    """How rows are parted."""
-
-    split: SplitMethod = "stratified"
-    """``random``; ``stratified`` keeps the shares of labels; ``homology`` keeps kin together and the shares
-    as well as that allows; ``column`` takes what the file says."""
-    validation_fraction: float = 0.1
-    """Share of the rows that stops training and chooses the best step; 0 for none."""
-    test_fraction: float = 0.1
-    """Share of the rows that judges; 0 for none."""
-    seed: int = 0
-    """Decides which rows."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"seed": (0, "")}))
-        if not problems:
-            problems += [
-                f"{name} is {value}; set {name} from 0 to below 1, such as 0.1"
-                for name in ("validation_fraction", "test_fraction")
-                if not 0 <= (value := getattr(self, name)) < 1
-            ]
-            if self.validation_fraction + self.test_fraction >= 1:
-                problems.append(
-                    f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} "
-                    "leave nothing to train on; set them to less than 1 together"
-                )
-        if problems:
-            raise ConfigError(*problems)
-
-    @property
-    def fractions(self) -> tuple[float, float, float]:
-        """Shares of train, validation and test."""
-        return (
-            1 - self.validation_fraction - self.test_fraction,
-            self.validation_fraction,
-            self.test_fraction,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import struct
 import warnings
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -42,9 +42,10 @@ from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["DtypeName", "GenomicModel", "load_model"]
+    from genoembed.config.choices import ComputeDtype
 
-DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+__all__ = ["GenomicModel", "load_model"]
+
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -56,7 +57,7 @@ def load_model(
     name_or_path: str = BUNDLED_NAME,
     *,
     device: str | torch.device | None = None,
-    dtype: DtypeName | torch.dtype | None = None,
+    dtype: ComputeDtype | torch.dtype | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
@@ -127,7 +128,7 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
-def _choose_dtype(dtype: DtypeName | torch.dtype | None, device: torch.device) -> torch.dtype:
+def _choose_dtype(dtype: ComputeDtype | torch.dtype | None, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":

@@ -21,7 +21,6 @@ import torch
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, EmptyPoolError
 from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
-from genoembed.pooling.reduce import Pooling as PooledBy
 from genoembed.pooling.reduce import merge_windows
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from genoembed.config.choices import TokenPooling as PooledBy
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.contracts import SequenceRecord, Window
 

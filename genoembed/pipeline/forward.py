@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from genoembed.config.embed import EmbeddingConfig, Pooling
+    from genoembed.config.choices import Pooling
+    from genoembed.config.embed import EmbeddingConfig
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.cutting import Piece

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from genoembed.config.embed import EmbedConfig, EmbeddingConfig, Fusion, ModelConfig, Pooling
+    from genoembed.config.choices import Fusion, Pooling
+    from genoembed.config.embed import EmbedConfig, EmbeddingConfig, ModelConfig
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from genoembed.config.choices import MapMethod
 from genoembed.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-MapMethod: TypeAlias = Literal["pca", "umap", "tsne"]
 
 _NAMES = {"pca": "PC", "umap": "UMAP ", "tsne": "t-SNE "}
 

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.plotting.reduction import MapMethod, PlaneMap
+    from genoembed.config.choices import MapMethod
+    from genoembed.plotting.reduction import PlaneMap
     from genoembed.pooling.transform import FittedTransform
     from genoembed.store import EmbeddingFile
 

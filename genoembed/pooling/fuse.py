@@ -5,19 +5,17 @@ N rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from genoembed.config.choices import Fusion, Strands
 from genoembed.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-Fusion: TypeAlias = Literal["none", "concat", "mean", "max", "weighted"]
-StrandFusion: TypeAlias = Literal["none", "mean", "concat"]
 
 
 def fuse(
@@ -73,7 +71,7 @@ def fuse(
 
 
 def feature_names(
-    widths: Mapping[str, int], *, method: Fusion, strands: StrandFusion = "none"
+    widths: Mapping[str, int], *, method: Fusion, strands: Strands = "none"
 ) -> dict[str, tuple[str, ...]]:
     """Name the columns of the matrices that ``fuse`` returns.
 
@@ -112,7 +110,7 @@ def feature_names(
     return {method: _columns(method, next(iter(widths.values())), strands)}
 
 
-def combine_strands(forward_ND: Tensor, reverse_ND: Tensor | None, *, method: StrandFusion) -> Tensor:
+def combine_strands(forward_ND: Tensor, reverse_ND: Tensor | None, *, method: Strands) -> Tensor:
     """Combine pooled vectors of sequences with those of their reverse complements.
 
     Args:
@@ -145,7 +143,7 @@ def combine_strands(forward_ND: Tensor, reverse_ND: Tensor | None, *, method: St
     return _mix([forward_ND, reverse_ND], [1.0, 1.0])
 
 
-def combine_token_strands(forward_TD: Tensor, reverse_TD: Tensor | None, *, method: StrandFusion) -> Tensor:
+def combine_token_strands(forward_TD: Tensor, reverse_TD: Tensor | None, *, method: Strands) -> Tensor:
     """Combine the token vectors of one sequence with those of its reverse complement.
 
     The reverse strand is turned round first, so that row i of the result is base i of the sequence as given.
@@ -181,7 +179,7 @@ def _mix(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mixed
 
 
-def _columns(name: str, width: int, strands: StrandFusion) -> tuple[str, ...]:
+def _columns(name: str, width: int, strands: Strands) -> tuple[str, ...]:
     forward = tuple(f"{name}:{index}" for index in range(width))
     if strands != "concat":
         return forward
@@ -195,9 +193,9 @@ def _method_problems(method: str) -> list[str]:
 
 
 def _strand_problems(method: str) -> list[str]:
-    if method in get_args(StrandFusion):
+    if method in get_args(Strands):
         return []
-    return [f"rc {method!r}: expected one of {', '.join(get_args(StrandFusion))}; set rc to one of them"]
+    return [f"rc {method!r}: expected one of {', '.join(get_args(Strands))}; set rc to one of them"]
 
 
 def _weight_problems(method: str, weights: Sequence[float] | None, num_layers: int) -> list[str]:

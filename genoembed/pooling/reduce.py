@@ -2,12 +2,12 @@
 
 B rows, L padded length, D hidden size, K windows of one sequence.
 
-Pooling of rows that come block by block: what :func:`~genoembed.pooling.reduce.pool` gives at once.
+TokenPooling of rows that come block by block: what :func:`~genoembed.pooling.reduce.pool` gives at once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from genoembed.config.choices import TokenPooling
 
-Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean"]
 
 # Values of a row that are copied (masked, widened to the accumulator's dtype) at a time. On a CPU the copy
 # stays in the cache; elsewhere few large kernels are better than many small ones. Not shared among the rows,
@@ -32,7 +32,7 @@ def pool(
     hidden_BLD: Tensor,
     mask_BL: Tensor,
     *,
-    method: Pooling,
+    method: TokenPooling,
     attention_mask_BL: Tensor | None = None,
     empty: Literal["error", "nan"] = "error",
 ) -> Tensor:
@@ -90,7 +90,7 @@ def pool(
     return torch.where(has_token_B[:, None], pooled_BD, torch.nan)
 
 
-def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: Pooling) -> Tensor:
+def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: TokenPooling) -> Tensor:
     """Combine the pooled vectors of a sequence's windows to the vector of the sequence.
 
     ``mean`` weighs windows by the tokens they kept, which is exactly the mean over the sequence when each
@@ -277,7 +277,7 @@ class RunningPool:
         tensor([[3.]])
     """
 
-    def __init__(self, method: Pooling) -> None:
+    def __init__(self, method: TokenPooling) -> None:
         self._method = method
         self._dtype = torch.float32
         self._sum_BD: Tensor | None = None

@@ -14,7 +14,7 @@ N rows, D features, C components.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,11 @@ from genoembed.searching.neighbors import unit_rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import TransformAxes, TransformMethod
     from genoembed.pipeline.file_vectors import VectorSource
 
 
-Method: TypeAlias = Literal["center", "whiten", "remove-top"]
-Axes: TypeAlias = Literal["pca", "zca"]
-
-METHODS: tuple[Method, ...] = ("center", "whiten", "remove-top")
+METHODS: tuple[TransformMethod, ...] = ("center", "whiten", "remove-top")
 LEAST_VARIANCE = 1e-6
 """Directions with less than this share of the largest variance hold rounding only; whitening drops them."""
 _ROWS_A_COMPONENT = 100
@@ -41,8 +39,8 @@ _ROWS_A_COMPONENT = 100
 class FittedTransform:
     """What is done to a vector: ``(x - mean) @ left``, and of ``remove-top`` ``y - (y @ left) @ left.T``."""
 
-    method: Method
-    axes: Axes
+    method: TransformMethod
+    axes: TransformAxes
     """Of ``whiten``."""
     mean: NDArray[np.float64]
     """``(D,)``."""
@@ -122,9 +120,9 @@ def measure_moments(source: VectorSource, *, with_covariance: bool = True) -> Mo
 def fit(
     moments: Moments,
     *,
-    method: Method,
+    method: TransformMethod,
     components: int | None = None,
-    axes: Axes = "pca",
+    axes: TransformAxes = "pca",
     shrinkage: float = 0.0,
 ) -> FittedTransform:
     """Make a transform of what was measured."""
@@ -149,7 +147,7 @@ def fit(
 
 
 def _check_options(
-    width: int, *, method: Method, components: int | None, axes: Axes, shrinkage: float
+    width: int, *, method: TransformMethod, components: int | None, axes: TransformAxes, shrinkage: float
 ) -> None:
     problems = []
     if method not in METHODS:
@@ -182,7 +180,7 @@ def _whitening(
     variances: NDArray[np.float64],
     directions: NDArray[np.float64],
     components: int,
-    axes: Axes,
+    axes: TransformAxes,
     shrinkage: float,
 ) -> NDArray[np.float64]:
     shrunk = (1 - shrinkage) * variances + shrinkage * variances.mean()

@@ -18,87 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from genoembed.config.pretrain import CorpusConfig
 from genoembed.errors import ConfigError
-from genoembed.sequences import InputCounts, Policies, read_sequences, reverse_complement
+from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from genoembed.contracts import SequenceRecord
-    from genoembed.sequences.records import EmptyPolicy, GapPolicy, InvalidPolicy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusConfig:
-    """What becomes of the records of a corpus."""
-
-    seed: int = 0
-    """Decides about the order of files and documents, and about strands; with the epoch. 0 or more."""
-    both_strands: bool = True
-    """Replace a document by its reverse complement with probability one half."""
-    n_run_bp: int | None = 10
-    """Runs of at least this many ``N`` are left out and end a document, bases. None keeps them."""
-    max_document_bp: int | None = None
-    """Cut longer documents every so many bases; each piece is a document of its own. None cuts nothing.
-    Without it, the documents of one chromosome stay together however large the buffer."""
-    shuffle_documents: int = 32768
-    """Documents among which the next one is drawn; 1 keeps the order of the files."""
-    shuffle_bp: int = 2**28
-    """Bases that wait in the shuffle at most (one document more, at times)."""
-    shard: int = 0
-    """Which part of the documents to give, from 0: with several data workers, ``rank * workers + worker``."""
-    num_shards: int = 1
-    """Parts in all: ranks times workers. Each reads all files, and gives every ``num_shards``-th document."""
-    heldout_fraction: float = 0.0
-    """Share of the records that is set aside to measure on, 0 to below 1; see ``is_heldout``."""
-    heldout: bool = False
-    """Give the records that are set aside, and not the others."""
-    invalid: InvalidPolicy = "error"
-    """Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``."""
-    gaps: GapPolicy = "error"
-    """Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip``."""
-    empty: EmptyPolicy = "error"
-    """A record without bases: ``error`` or ``skip``."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name}: {value!r}, expected a whole number from {least}; set {name} to {least} or more"
-            for name, least in _LEAST.items()
-            if not _is_whole_number(value := getattr(self, name), least)
-            and not (value is None and name in _OPTIONAL)
-        ]
-        if not problems and self.shard >= self.num_shards:
-            problems.append(f"shard: {self.shard} of {self.num_shards}; set shard to 0 to num_shards - 1")
-        problems += [
-            f"{name} is {getattr(self, name)!r}; set {name} to True or False"
-            for name in ("both_strands", "heldout")
-            if not isinstance(getattr(self, name), bool)
-        ]
-        if not 0 <= self.heldout_fraction < 1:
-            problems.append(f"heldout_fraction is {self.heldout_fraction}; set it to 0 or more, and below 1")
-        try:
-            Policies(invalid=self.invalid, gaps=self.gaps, empty=self.empty)
-        except ConfigError as error:
-            problems += error.problems
-        if problems:
-            raise ConfigError(*problems)
-
-
-_LEAST = {
-    "seed": 0,
-    "n_run_bp": 1,
-    "max_document_bp": 1,
-    "shuffle_documents": 1,
-    "shuffle_bp": 1,
-    "shard": 0,
-    "num_shards": 1,
-}
-_OPTIONAL = ("n_run_bp", "max_document_bp")
-
-
-def _is_whole_number(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,11 +19,11 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from genoembed._version import __version__
-from genoembed.config.pretrain import DOCUMENT_WINDOWS, train_config
+from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, train_config
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
-from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
+from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
 from genoembed.pretraining.trainer import PackedTrainer, PretrainConfig, training_arguments

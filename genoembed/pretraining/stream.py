@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.batching.pack import Document
-    from genoembed.config.pretrain import Packing
+    from genoembed.config.choices import Packing
+    from genoembed.config.pretrain import CorpusConfig
     from genoembed.contracts import PackedBatch
-    from genoembed.pretraining.corpus import CorpusConfig
     from genoembed.training.start import TokenRules
 
 

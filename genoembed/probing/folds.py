@@ -7,10 +7,11 @@ the same groups as outer ones, and no choice ever sees the rows that it is score
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genoembed.config.probe import MIN_FOLDS
 from genoembed.errors import ConfigError, MissingExtraError, ShapeError
 
 if TYPE_CHECKING:
@@ -18,18 +19,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import ProbeTask
 
-Task: TypeAlias = Literal["classification", "regression"]
 
 _QUANTILES = 10
-MIN_FOLDS = 3
 """One to test on, one to choose on, one to fit on."""
 
 
 def split_folds(
     target: NDArray[np.generic],
     *,
-    task: Task = "classification",
+    task: ProbeTask = "classification",
     groups: Sequence[object] | NDArray[np.generic] | None = None,
     num_folds: int = 5,
     seed: int = 0,
@@ -85,7 +85,7 @@ def missing_scikit_learn() -> MissingExtraError:
 
 def _check_counts(
     target: NDArray[np.generic],
-    task: Task,
+    task: ProbeTask,
     groups: Sequence[object] | NDArray[np.generic] | None,
     num_folds: int,
 ) -> None:
@@ -112,7 +112,9 @@ def _check_counts(
         raise ConfigError(message)
 
 
-def _check_folds(folds: NDArray[np.int64], target: NDArray[np.generic], task: Task, num_folds: int) -> None:
+def _check_folds(
+    folds: NDArray[np.int64], target: NDArray[np.generic], task: ProbeTask, num_folds: int
+) -> None:
     """Refuse folds that grouping left without rows, or without a class to learn."""
     for fold in range(num_folds):
         # what is left to learn from when this fold is tested and the next one is chosen on

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
     from genoembed.probing.sweep import Scored
 
 
@@ -37,7 +37,7 @@ def plot_layers(
     lines: Sequence[Scored],
     untrained: Sequence[Scored] = (),
     best: str,
-    task: Task,
+    task: ProbeTask,
     title: str,
 ) -> None:
     """Draw score by layer, with one standard deviation over folds as a band."""

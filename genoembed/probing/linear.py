@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +47,9 @@ class MetricSummary:
     """The metric in each fold."""
 
 
-def measure(true: NDArray[np.generic], predicted: NDArray[np.generic], *, task: Task) -> dict[str, float]:
+def measure(
+    true: NDArray[np.generic], predicted: NDArray[np.generic], *, task: ProbeTask
+) -> dict[str, float]:
     """Compare predictions with the truth.
 
     Correlations are 0 where one side is constant, as the Matthews correlation is by convention. Macro-F1 is
@@ -143,7 +145,7 @@ def cross_validate(
     target: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
-    task: Task = "classification",
+    task: ProbeTask = "classification",
     components: int = COMPONENTS,
 ) -> dict[str, MetricSummary]:
     """Score features: logistic regression for classes, ridge regression for values.
@@ -174,7 +176,7 @@ def score_fold(
     folds: NDArray[np.int64],
     fold: int,
     *,
-    task: Task,
+    task: ProbeTask,
     components: int = COMPONENTS,
 ) -> FoldScore:
     """Choose blocks and penalty on inner folds, fit on all rows outside one fold, and score it."""
@@ -201,7 +203,7 @@ def predict(
     target: NDArray[np.generic],
     test: NDArray[np.float64],
     *,
-    task: Task,
+    task: ProbeTask,
     penalties: Sequence[float],
 ) -> list[NDArray[np.generic]]:
     """Fit with each penalty and predict.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genoembed.config.probe import TOP
 from genoembed.errors import ConfigError
 from genoembed.probing.folds import split_folds
 from genoembed.probing.linear import METRICS, MetricSummary, score_fold, summarize
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 logger = logging.getLogger(__name__)
 
-TOP = (2, 4)
 """How many of the best candidates are laid side by side."""
 FINALISTS = 3
 """How many candidates the final model compares."""
@@ -63,7 +63,7 @@ class Choice:
 class ProbeResult:
     """What the features are worth for a label."""
 
-    task: Task
+    task: ProbeTask
     metrics: Mapping[str, MetricSummary]
     """Honest scores on the test folds: everything was chosen inside the training folds."""
     choices: tuple[Choice, ...]
@@ -86,7 +86,7 @@ def probe(
     features: Mapping[str, NDArray[np.floating]],
     target: Sequence[object] | NDArray[np.generic],
     *,
-    task: Task = "classification",
+    task: ProbeTask = "classification",
     groups: Sequence[object] | NDArray[np.generic] | None = None,
     fusions: Mapping[str, Sequence[str]] | None = None,
     top: Sequence[int] = TOP,

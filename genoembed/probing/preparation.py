@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 COMPONENTS = 32
@@ -46,7 +46,7 @@ def check_components(components: int) -> None:
         raise ConfigError(message)
 
 
-def encode_target(target: NDArray[np.generic], *, task: Task) -> NDArray[np.generic]:
+def encode_target(target: NDArray[np.generic], *, task: ProbeTask) -> NDArray[np.generic]:
     """Number the classes, or take the values as float64.
 
     Example:

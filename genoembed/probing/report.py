@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from genoembed.config.choices import ProbeTask
     from genoembed.probing.few_shot import ShotSummary
-    from genoembed.probing.folds import Task
     from genoembed.probing.linear import MetricSummary
     from genoembed.probing.sweep import InsideChoice, Scored
 
@@ -39,7 +39,7 @@ class ProbeReport:
     """The file that the layers were read from; as input, it probes other labels without another pass."""
     was_extracted: bool
     """Whether this run made it; False where it was there."""
-    task: Task
+    task: ProbeTask
     metrics: tuple[str, ...]
     """Names of the metrics; the first one decides."""
     cv: str
@@ -153,7 +153,7 @@ def fusion_options(weights: Mapping[str, float], *, are_all: bool, pooling: str 
     return shlex.join([*words, "--fuse", "weighted", "--fusion-weights", numbers])
 
 
-def metric_names(task: Task) -> tuple[str, ...]:
+def metric_names(task: ProbeTask) -> tuple[str, ...]:
     """Name the metrics of a task as people write them."""
     return tuple(METRIC_WORDS[name] for name in METRICS[task])
 
@@ -233,7 +233,7 @@ def choose_layer(
     *,
     fusions: Sequence[Scored] = (),
     pooling: str | None,
-    task: Task,
+    task: ProbeTask,
 ) -> LayerChoice:
     """Recommend the layer with the best mean score, the first of equals."""
     metric = METRICS[task][0]
@@ -271,7 +271,7 @@ def _reach(near: Sequence[str], *, is_one_range: bool) -> str:
 
 
 def compare(
-    model: InsideChoice, baselines: Sequence[tuple[str, MetricSummary]], *, task: Task
+    model: InsideChoice, baselines: Sequence[tuple[str, MetricSummary]], *, task: ProbeTask
 ) -> list[Comparison]:
     """Hold the model against baselines, fold by fold.
 
@@ -300,7 +300,7 @@ def compare(
     return found
 
 
-def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: Task) -> str:
+def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: ProbeTask) -> str:
     """Say in plain words whether the embeddings were worth it."""
     metric = METRIC_WORDS[METRICS[task][0]]
     mine = f"{metric} {model.metrics[METRICS[task][0]].mean:.3f}"

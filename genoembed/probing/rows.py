@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.run import ProbeOptions
+    from genoembed.config.probe import ProbeConfig
     from genoembed.sequences.tables import SplitSide, TableRow
     from genoembed.store import EmbeddingFile
 
@@ -44,7 +44,7 @@ class LabelTable:
     """Rows without a label, which count as absent."""
 
 
-def read_labels(path: str, options: ProbeOptions) -> LabelTable:
+def read_labels(path: str, options: ProbeConfig) -> LabelTable:
     """Read a table of labels."""
     group_column = (options.group_column or "group") if options.cv == "grouped" else None
     split_column = None
@@ -113,7 +113,7 @@ class LabelledRows:
     """Rows and labels that were left out, by why."""
 
 
-def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeOptions) -> LabelledRows:
+def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) -> LabelledRows:
     """Put labels to the rows of a file; leave out rows that failed, and those without a label."""
     ids, has_failed = file.ids, _failed_rows(file)
     known = set(ids)
@@ -172,7 +172,7 @@ def group_rows(
     file: EmbeddingFile,
     labelled: LabelledRows,
     table: LabelTable,
-    options: ProbeOptions,
+    options: ProbeConfig,
     sequences: Sequence[bytes] | None,
 ) -> NDArray[np.int64] | None:
     """Say which rows must share a fold."""

@@ -9,14 +9,15 @@ import difflib
 import importlib.util
 import json
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from genoembed.config.embed import OPTION_STAGE, default_output, field_problems
+from genoembed.config.embed import OPTION_STAGE, default_output
+from genoembed.config.probe import ProbeConfig
 from genoembed.errors import ConfigError, MissingExtraError, StoreError
-from genoembed.probing.folds import MIN_FOLDS, missing_scikit_learn
+from genoembed.probing.folds import missing_scikit_learn
 from genoembed.probing.layer_plot import plot_layers
 from genoembed.probing.linear import METRICS
 from genoembed.probing.report import (
@@ -30,94 +31,25 @@ from genoembed.probing.report import (
 )
 from genoembed.probing.rows import read_labels
 from genoembed.probing.scoring import Measured, ProbeRun
-from genoembed.probing.sweep import TOP, choose_inside
+from genoembed.probing.sweep import choose_inside
 from genoembed.probing.vectors import EMBEDDINGS, embed_layers, embed_untrained, find_embedding_file
 from genoembed.probing.vectors import UNTRAINED as UNTRAINED_FILE
 from genoembed.store import open_embeddings
 from genoembed.store.atomic import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
     from genoembed.store import EmbeddingFile
 
 
-Folding: TypeAlias = Literal["stratified", "grouped", "homology", "chromosome"]
-Preset: TypeAlias = Literal["none", "geneb"]
-UnmatchedPolicy: TypeAlias = Literal["error", "warn"]
-
 FIXED = ("fusion", "fusion_weights", "per_window", "shard", "output", "overwrite", "resume")
 """Options of ``extract`` that a probe decides by itself."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeOptions:
-    """How layers are compared."""
-
-    task: Literal["classification", "regression"] = "classification"
-    """What the labels are: classes, or numbers."""
-    cv: Folding = "stratified"
-    """Which rows share a fold: any (spread by class), those of a group, kin by shared k-mers, or those of a
-    chromosome."""
-    num_folds: int = 5
-    """Test folds, at least 3."""
-    seed: int = 0
-    """Of the folds, and of the untrained copy's weights."""
-    id_column: str = "id"
-    """Column of the record ids in the table of labels."""
-    label_column: str = "label"
-    """Column of the labels."""
-    group_column: str | None = None
-    """Column of the groups; with ``cv='grouped'`` None is ``group``."""
-    split_column: str | None = None
-    """Column that says ``train`` or ``test``, for the preset; None is ``split``, or the table ``split``."""
-    split: str | None = None
-    """Table with the columns of the ids and of the split, instead of a column of the labels."""
-    unmatched: UnmatchedPolicy = "error"
-    """Labels whose record is not there: stop, or say how many and go on."""
-    kin_identity: float = 0.8
-    """Identity from which sequences are kin, for ``cv='homology'``."""
-    top: tuple[int, ...] = TOP
-    """How many of the best layers are laid side by side; each number is a candidate."""
-    baselines: bool = True
-    """Score 4-mers, 6-mers, and GC content with length on the same folds."""
-    untrained: bool = True
-    """Score a copy of the model with fresh weights; this doubles the cost."""
-    preset: Preset = "none"
-    """``geneb``: also fit on all, ten and one training rows of each class, and score a given test split."""
-    sequences: tuple[str, ...] = ()
-    """Sequence files, where those that an embedding file names are gone."""
-    transform: tuple[str, ...] = ()
-    """Fitted transforms (``fit-transform``), each applied to the layer it was fitted on; the untrained copy's
-    layers stay as they are."""
-    plot: bool = True
-    """Draw score by layer as PNG and SVG."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"num_folds": (MIN_FOLDS, "")}))
-        if not problems:
-            problems += self._rule_problems()
-        if problems:
-            raise ConfigError(*problems)
-
-    def _rule_problems(self) -> Iterator[str]:
-        if not 0 < self.kin_identity <= 1:
-            yield f"kin_identity is {self.kin_identity}; set kin_identity above 0, at most 1, such as 0.8"
-        if any(number < 2 for number in self.top):
-            yield f"top is {list(self.top)}; set top to numbers of 2 or more, such as {list(TOP)}"
-        if self.preset == "none" and (self.split or self.split_column):
-            yield "split and split_column are for a preset; set preset to 'geneb', or leave them out"
-        if self.split and self.split_column:
-            yield "split names a table and split_column a column of the labels; give one of the two"
-        if self.preset != "none" and self.task != "classification":
-            yield f"preset 'geneb' is for classes, but task is {self.task!r}; set task to 'classification'"
-        if self.group_column and self.cv != "grouped":
-            yield f"group_column is given, but cv is {self.cv!r}; set cv to 'grouped', or leave it out"
-
-
-def divide_options(options: Mapping[str, Any]) -> tuple[ProbeOptions, dict[str, Any]]:
+def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, Any]]:
     """Tell options of the probe from those of the extraction.
 
     Example:
@@ -126,7 +58,7 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeOptions, dict[str, 
         ('homology', {'window': 500})
     """
     given = {name: value for name, value in options.items() if value is not None}
-    own = {field.name for field in fields(ProbeOptions)}
+    own = {field.name for field in fields(ProbeConfig)}
     others = set(OPTION_STAGE) - {"inputs"} - set(FIXED)
     problems = []
     for name in set(given) - own - others:
@@ -138,7 +70,7 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeOptions, dict[str, 
     if problems:
         raise ConfigError(*sorted(problems))
     mine: dict[str, Any] = {name: _as_tuple(name, value) for name, value in given.items() if name in own}
-    return ProbeOptions(**mine), {name: value for name, value in given.items() if name not in own}
+    return ProbeConfig(**mine), {name: value for name, value in given.items() if name not in own}
 
 
 def _as_tuple(name: str, value: object) -> object:
@@ -178,7 +110,7 @@ def probe(
         output: Folder for the results; None is the first input's stem and ``.probe``.
         overwrite: Replace earlier results, and vectors that other settings made.
         progress: As for ``extract``.
-        **options: Fields of :class:`~genoembed.probing.run.ProbeOptions`: ``task``, ``cv``,
+        **options: Fields of :class:`~genoembed.config.probe.ProbeConfig`: ``task``, ``cv``,
             ``num_folds``, ``seed``, ``id_column``, ``label_column``, ``group_column``, ``split_column``,
             ``split``, ``unmatched``, ``kin_identity``, ``top``, ``baselines``, ``untrained``, ``preset``,
             ``sequences``, ``plot``. For sequences also options of ``extract``: ``pooling``, ``window``,
@@ -305,7 +237,7 @@ def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:
     return paths
 
 
-def _check_packages(options: ProbeOptions) -> None:
+def _check_packages(options: ProbeConfig) -> None:
     """Refuse to begin a pass whose vectors could not be probed or drawn."""
     if importlib.util.find_spec("sklearn") is None:
         raise missing_scikit_learn()
@@ -313,7 +245,7 @@ def _check_packages(options: ProbeOptions) -> None:
         raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a plot by layer")
 
 
-def _check_folder(folder: Path, options: ProbeOptions, *, overwrite: bool) -> None:
+def _check_folder(folder: Path, options: ProbeConfig, *, overwrite: bool) -> None:
     """Refuse a folder whose results must stay, before any work is done; make one that is not there."""
     written = [SUMMARY, *(PLOTS if options.plot else ())]
     if there := [name for name in written if (folder / name).exists() and not overwrite]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 TURNS = 8
@@ -41,7 +41,7 @@ def learn_mix(
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
-    task: Task,
+    task: ProbeTask,
     without: int | None = None,
 ) -> dict[str, float]:
     """Learn how much each layer counts.
@@ -101,7 +101,7 @@ def mix_layers(
     return mixed.astype(np.float32)
 
 
-def _columns(codes: NDArray[np.generic], task: Task) -> NDArray[np.float64]:
+def _columns(codes: NDArray[np.generic], task: ProbeTask) -> NDArray[np.float64]:
     if task == "regression":
         return codes.astype(np.float64)[:, None]
     classes, numbers = np.unique(codes, return_inverse=True)

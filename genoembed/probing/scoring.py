@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.probe import ProbeConfig
     from genoembed.pooling.transform import FittedTransform
     from genoembed.probing.rows import LabelTable
-    from genoembed.probing.run import ProbeOptions
     from genoembed.probing.sweep import Kind
     from genoembed.store import EmbeddingFile
 
@@ -76,7 +76,7 @@ class ProbeRun:
         self,
         file: EmbeddingFile,
         table: LabelTable,
-        options: ProbeOptions,
+        options: ProbeConfig,
         layers: int | str | Sequence[int | str] | None,
     ) -> None:
         self.file, self.options = file, options

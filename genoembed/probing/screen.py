@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 PENALTIES = (1.0, 1e-1, 1e-2)
@@ -72,7 +72,7 @@ def screen(
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
-    task: Task,
+    task: ProbeTask,
     components: int,
 ) -> ScreenScores:
     """Score blocks on every pair of an outer and an inner fold."""
@@ -153,14 +153,16 @@ def _solve(sums: _Sums) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]
     return models
 
 
-def _columns(codes: NDArray[np.generic], task: Task) -> NDArray[np.float64]:
+def _columns(codes: NDArray[np.generic], task: ProbeTask) -> NDArray[np.float64]:
     """Give the target as columns: one a class, or the values."""
     if task == "regression":
         return codes.astype(np.float64)[:, None]
     return np.eye(int(codes.astype(np.int64).max()) + 1)[codes.astype(np.int64)]
 
 
-def _scores(codes: NDArray[np.generic], guesses: Sequence[NDArray[np.float64]], task: Task) -> list[float]:
+def _scores(
+    codes: NDArray[np.generic], guesses: Sequence[NDArray[np.float64]], task: ProbeTask
+) -> list[float]:
     metric = METRICS[task][0]
     return [
         measure(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from genoembed.config.probe import TOP
 from genoembed.errors import ConfigError
 from genoembed.probing.linear import METRICS, FoldScore, MetricSummary, score_fold, summarize
 from genoembed.probing.preparation import COMPONENTS, check_block
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.probing.folds import Task
+    from genoembed.config.choices import ProbeTask
 
 
 logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["layer", "fusion", "baseline", "untrained"]
 
-TOP = (2, 4)
 """How many of the best layers are laid side by side."""
 MEAN = "mean of all layers"
 MIX = "weighted mean of all layers"
@@ -82,7 +82,7 @@ def sweep_layers(
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
-    task: Task,
+    task: ProbeTask,
     fusions: bool = True,
     kind: Kind = "layer",
     top: Sequence[int] = TOP,
@@ -138,7 +138,7 @@ def score_block(
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
-    task: Task,
+    task: ProbeTask,
     kind: Kind,
     members: tuple[str, ...] = (),
 ) -> Scored:
@@ -146,7 +146,7 @@ def score_block(
     return _score(name, kind, lambda _: ([block], members), codes, folds, task)
 
 
-def choose_inside(candidates: Sequence[Scored], *, task: Task) -> InsideChoice:
+def choose_inside(candidates: Sequence[Scored], *, task: ProbeTask) -> InsideChoice:
     """Choose a candidate for each test fold by its inner folds, and take its score on the test fold."""
     if not candidates:
         message = "candidates: none, expected at least one; name a layer"
@@ -163,7 +163,7 @@ def choose_inside(candidates: Sequence[Scored], *, task: Task) -> InsideChoice:
     )
 
 
-def shown(scored: Scored | InsideChoice, task: Task) -> str:
+def shown(scored: Scored | InsideChoice, task: ProbeTask) -> str:
     """Say the first metric in words."""
     summary = scored.metrics[METRICS[task][0]]
     return f"{METRIC_WORDS[METRICS[task][0]]} {summary.mean:.3f} +- {summary.sd:.3f}"
@@ -186,7 +186,7 @@ def _score(
     blocks_of: Callable[[int], tuple[list[NDArray[np.floating]], tuple[str, ...]]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
-    task: Task,
+    task: ProbeTask,
 ) -> Scored:
     """Score what may be made of other features for each test fold."""
     found: list[FoldScore] = []
@@ -213,7 +213,7 @@ def _score_top(
     features: Mapping[str, NDArray[np.floating]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
-    task: Task,
+    task: ProbeTask,
 ) -> Scored:
     """Lay the best layers of each test fold's training rows side by side."""
 
@@ -229,7 +229,7 @@ def _score_mix(
     features: Mapping[str, NDArray[np.floating]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
-    task: Task,
+    task: ProbeTask,
 ) -> Scored:
     """Learn the weights of each test fold on the others."""
 

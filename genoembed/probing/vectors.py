@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.config.embed import ComputeDtype
+    from genoembed.config.choices import ComputeDtype
     from genoembed.extraction import ExtractionReport
     from genoembed.pipeline.units import RunStats
     from genoembed.pooling.transform import FittedTransform

@@ -13,13 +13,13 @@ Triplet margin losses: an anchor nearer to its positive than to its negative, by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
 
-from genoembed.config.embed import field_problems
+from genoembed.config.choices import Distance
+from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.retrieval.candidates import UNKNOWN, CandidateMasks, PairIds, candidate_masks, check_groups
 from genoembed.retrieval.distillation import group_divergence_rows, teacher_probabilities
@@ -30,37 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ContrastScope: TypeAlias = Literal["one_way", "symmetric", "full"]
 _NO_IDS = PairIds()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ContrastiveConfig:
-    """What queries are compared with."""
-
-    temperature: float = 0.05
-    """Scores are divided by it; above 0."""
-    scope: ContrastScope = "one_way"
-    """``one_way``: queries against passages. ``symmetric``: the mean of that and positives against queries.
-    ``full``: one softmax over passages, and over the other queries and positives from either side."""
-    in_batch_negatives: bool = True
-    """Use the passages of other queries; without, only the query's own group."""
-    across_devices: bool = False
-    """Use those of other ranks, too."""
-    mask_hard_negatives: bool = False
-    """Leave the query's own negatives to the teacher, and out of the cross-entropy."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self))
-        if not (isinstance(self.temperature, float | int) and 0 < self.temperature < math.inf):
-            problems.append(f"temperature is {self.temperature}; set it above 0, such as 0.05")
-        if not self.in_batch_negatives and (self.scope != "one_way" or self.across_devices):
-            problems.append(
-                "in_batch_negatives is False, but scope and across_devices are about them; set "
-                "in_batch_negatives to True, or scope to 'one_way' and across_devices to False"
-            )
-        if problems:
-            raise ConfigError(*problems)
 
 
 def info_nce(
@@ -295,9 +265,6 @@ def _fellow_statistics(
 
 def _mean_where(values: Tensor, mask: Tensor) -> float:
     return float(torch.where(mask, values, 0).sum() / mask.sum())
-
-
-Distance: TypeAlias = Literal["euclidean", "cosine"]
 
 
 def triplet_margin(

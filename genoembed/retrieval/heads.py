@@ -8,16 +8,15 @@ B rows, L padded length, D hidden size, E width of a head's output, T terms, U d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError, ShapeError
-from genoembed.pooling.reduce import Pooling, pool
+from genoembed.config.retrieval import M3HeadsConfig
+from genoembed.errors import ShapeError
+from genoembed.pooling.reduce import pool
 from genoembed.retrieval.m3 import M3Vectors
 from genoembed.retrieval.terms import NO_TERM, TokenTerms
 from genoembed.training.heads import new_linear
@@ -25,35 +24,7 @@ from genoembed.training.heads import new_linear
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-M3Mode: TypeAlias = Literal["all", "fix_encoder", "dense"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class M3HeadsConfig:
-    """Shape of the heads; saved with a model, since its weights mean nothing without."""
-
-    pooling: Pooling = "mean"
-    """How tokens become the dense vector."""
-    add_pooler: bool = False
-    """Put a linear projection after the pooling."""
-    normalise_dense: bool = True
-    """Give dense vectors length 1, so that scores are cosines."""
-    normalise_sparse: bool = True
-    """Give rows of term weights length 1: else a sequence twice as long scores about twice as high."""
-    vector_width: int | None = None
-    """Width of the vectors of the multi-vector head; None is the hidden size."""
-    vector_window: int = 8
-    """Tokens averaged to one vector of the multi-vector head; 1 keeps a vector a token."""
-    skip_first: int = 0
-    """Kept tokens at the start of a row that the multi-vector head leaves out; 1 for a row that starts with
-    a special token, as BGE-M3's do."""
-
-    def __post_init__(self) -> None:
-        least = {"vector_width": (1, ""), "vector_window": (1, "tokens"), "skip_first": (0, "tokens")}
-        problems = list(field_problems(self, at_least=least))
-        if problems:
-            raise ConfigError(*problems)
+    from genoembed.config.choices import M3Mode, TokenPooling
 
 
 class DenseHead(nn.Module):
@@ -72,7 +43,7 @@ class DenseHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, pooling: Pooling = "mean", add_pooler: bool = False, normalise: bool = True
+        self, width: int, *, pooling: TokenPooling = "mean", add_pooler: bool = False, normalise: bool = True
     ) -> None:
         super().__init__()
         self.pooling, self.normalise = pooling, normalise

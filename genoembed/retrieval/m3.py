@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError, ShapeError
+from genoembed.config.retrieval import M3LossConfig
+from genoembed.errors import ShapeError
 from genoembed.retrieval.candidates import PairIds, candidate_masks, check_groups
 from genoembed.retrieval.contrastive import allowed_passages
 from genoembed.retrieval.distillation import (
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
+
+    from genoembed.config.choices import Distillation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,45 +228,11 @@ def _spread_terms(ids: Tensor, weights: Tensor, columns: Tensor, num_columns: in
     return table.scatter_add(1, columns, weights)
 
 
-Distillation: TypeAlias = Literal["m3", "kl"]
 _DISTILLATIONS: dict[Distillation, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "m3": m3_distillation_rows,
     "kl": kl_distillation_rows,
 }
 _NO_IDS = PairIds()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class M3LossConfig:
-    """Weights and options of the loss. The defaults are those of BGE-M3."""
-
-    temperature: float = 0.02
-    """Scores are divided by it; above 0."""
-    sparse_in_ensemble: float = 0.3
-    """Weight of the sparse scores in the ensemble; the others have 1."""
-    sparse_in_loss: float = 0.1
-    """Weight of the sparse head's loss; the others have 1."""
-    self_distillation_start: int | None = None
-    """Let the ensemble teach the heads in a forward pass in training mode before which more than so many were
-    done: -1 from the first on, 0 from the second. None: never."""
-    distillation: Distillation = "m3"
-    """What takes the place of the cross-entropy when there are teacher scores."""
-    in_batch_negatives: bool = True
-    """Use the passages of other queries; without, only the query's own group."""
-    across_devices: bool = False
-    """Use those of other ranks, too."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"self_distillation_start": (-1, "")}))
-        if not (isinstance(self.temperature, float | int) and 0 < self.temperature < math.inf):
-            problems.append(f"temperature is {self.temperature}; set it above 0, such as 0.02")
-        if not self.in_batch_negatives and self.across_devices:
-            problems.append(
-                "across_devices is about in-batch negatives, but in_batch_negatives is False; set "
-                "across_devices to False"
-            )
-        if problems:
-            raise ConfigError(*problems)
 
 
 class M3Loss(nn.Module):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from genoembed.retrieval.candidates import PairIds
 from genoembed.retrieval.contrastive import (
-    ContrastiveConfig,
     batch_hard_triplet,
     info_nce,
     supervised_contrastive,
@@ -31,8 +30,8 @@ from genoembed.training.heads import new_linear
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genoembed.config.finetune import Contrast
-    from genoembed.retrieval.contrastive import Distance
+    from genoembed.config.choices import Contrast, Distance
+    from genoembed.config.retrieval import ContrastiveConfig
     from genoembed.retrieval.heads import M3Heads
     from genoembed.retrieval.m3 import M3Loss
     from genoembed.training.encoder import Encoder, Want

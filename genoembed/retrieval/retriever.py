@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genoembed.config.retrieval import M3HeadsConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import read_finetuned
-from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
+from genoembed.retrieval.heads import M3Heads
 from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, collate_terms

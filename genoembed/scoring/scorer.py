@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from genoembed.config.choices import ScorePooling, ScoreStrands, StartChoice
     from genoembed.contracts import Batch
     from genoembed.models.language_model import LanguageModel
 
-
-StartChoice: TypeAlias = Literal["auto", "none"]
 
 _PROBE = b"ACGT" * 6
 
@@ -107,9 +106,6 @@ def start_sequence(
     widths[has_bases] = np.diff(np.append(first[has_bases], length))
     return StartedSequence(EncodedSequence(input_ids=ids, base_start=first), first, widths)
 
-
-ScoreStrands: TypeAlias = Literal["none", "mean"]
-ScorePooling: TypeAlias = Literal["mean", "max", "last"]
 
 BATCH_TOKENS = {"cpu": 2_048}
 _BATCH_TOKENS_ELSEWHERE = 16_384

@@ -5,23 +5,22 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from genoembed.config.choices import ComputeDtype, ScorePooling, ScoreStrands, StartChoice
 from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel
 from genoembed.models.load import load_model
 from genoembed.pipeline.request import find_facts
-from genoembed.scoring.scorer import ScorePooling, ScoreStrands, StartChoice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from genoembed.models.genomic_model import GenomicModel
 
-Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 _CHOICES = {"rc": ScoreStrands, "start_token": StartChoice, "pooling": ScorePooling}
 _LOADING = ("revision", "trust_remote_code", "dtype", "device")
@@ -34,7 +33,7 @@ class RunOptions:
     model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL
     revision: str | None = None
     trust_remote_code: bool | None = None
-    dtype: Dtype | None = None
+    dtype: ComputeDtype | None = None
     """None is float32: what is looked at here are small differences."""
     device: str | None = None
     threads: int | None = None

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from genoembed.config.choices import ScorePooling, UnsupportedPolicy
     from genoembed.contracts import VariantContext
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
-    from genoembed.scoring.scorer import ScorePooling, StrandScore
+    from genoembed.scoring.scorer import StrandScore
     from genoembed.scoring.setup import RunOptions
-    from genoembed.sequences.variants import UnsupportedPolicy
     from genoembed.store.tables import TableWriter
 
 

@@ -24,15 +24,7 @@ import numpy as np
 
 from genoembed.errors import MissingExtraError, StoreError
 from genoembed.pipeline.file_vectors import usable_rows
-from genoembed.searching.neighbors import (
-    NO_ROW,
-    Metric,
-    Neighbours,
-    Owners,
-    check_widths,
-    keys_to_scores,
-    unit_rows,
-)
+from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, check_widths, keys_to_scores, unit_rows
 from genoembed.store.atomic import AtomicFile, check_output
 
 if TYPE_CHECKING:
@@ -41,6 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import Metric
     from genoembed.pipeline.file_vectors import VectorSource
 
 

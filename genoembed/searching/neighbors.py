@@ -10,7 +10,7 @@ Q queries, N rows, B rows of a block, D features, P pairs, k neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,9 @@ from genoembed.pipeline.file_vectors import block_rows, usable_rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import Metric
     from genoembed.pipeline.file_vectors import VectorSource
 
-
-Metric: TypeAlias = Literal["cosine", "dot", "euclidean"]
 
 NO_ROW = -1
 """Where there are fewer neighbours than asked for."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from genoembed.config.choices import Metric
 from genoembed.errors import ConfigError, StoreError
 from genoembed.extraction import extract
 from genoembed.pipeline.file_recipe import check_comparable, recipe_of
@@ -27,7 +28,7 @@ from genoembed.pipeline.file_vectors import VectorSource, usable_rows
 from genoembed.searching.hits import Hits, Places
 from genoembed.searching.hybrid import HybridOptions, HybridWeights, rescore
 from genoembed.searching.index import SEARCH_EFFORT, Origin, open_index
-from genoembed.searching.neighbors import NO_ROW, Metric, Neighbours, Owners, exact_neighbours
+from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, exact_neighbours
 from genoembed.store import EmbeddingFile, check_output, open_embeddings
 from genoembed.store.atomic import AtomicFile
 from genoembed.transforms import load_transform

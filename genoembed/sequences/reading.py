@@ -16,20 +16,13 @@ from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
-from genoembed.sequences.records import (
-    DuplicatePolicy,
-    EmptyPolicy,
-    GapPolicy,
-    IdRegistry,
-    InputCounts,
-    InvalidPolicy,
-    Policies,
-)
+from genoembed.sequences.records import IdRegistry, InputCounts, Policies
 from genoembed.sequences.regions import open_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
     from genoembed.sequences.records import RawRecord
 
 _LOG = logging.getLogger(__name__)

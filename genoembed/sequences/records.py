@@ -7,13 +7,14 @@ Ids that are unique within a run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.errors import ConfigError, DuplicateIdError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
     from genoembed.contracts import Strand
 
 
@@ -48,11 +49,6 @@ class RawRecord(NamedTuple):
     span: Span | None = None
     """Where a region came from."""
 
-
-InvalidPolicy: TypeAlias = Literal["error", "skip", "mask"]
-DuplicatePolicy: TypeAlias = Literal["error", "suffix"]
-EmptyPolicy: TypeAlias = Literal["error", "skip"]
-GapPolicy: TypeAlias = Literal["error", "strip"]
 
 _CHOICES = {
     "invalid": ("error", "skip", "mask"),

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
@@ -25,10 +25,11 @@ from genoembed.sequences.regions import ReferenceFasta
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from genoembed.config.choices import UnsupportedPolicy
+
 
 _LOG = logging.getLogger(__name__)
 
-UnsupportedPolicy: TypeAlias = Literal["skip", "error"]
 
 DEFAULT_FLANK = 512
 _COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT")

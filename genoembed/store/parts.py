@@ -28,8 +28,9 @@ from genoembed.store.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from genoembed.config.choices import StorageDtype
     from genoembed.contracts import TokenBlock
-    from genoembed.store.schema import JSON, StorageDType
+    from genoembed.store.schema import JSON
 
 try:
     import fcntl
@@ -90,7 +91,7 @@ class Manifest:
     """Everything that decides what the vectors are, by name: two runs with the same are the same run."""
     provenance: Mapping[str, JSON]
     """What the output says about the run that made it, as far as that is known at its start."""
-    out_dtype: StorageDType
+    out_dtype: StorageDtype
     num_shares: int
     """Into how many shares the units were divided, by the process that began."""
 

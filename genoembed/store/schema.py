@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     import h5py
 
+    from genoembed.config.choices import StorageDtype
+
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 Kind: TypeAlias = Literal["pooled", "tokens"]
-StorageDType: TypeAlias = Literal["float32", "float16"]
 ColumnType: TypeAlias = Literal["text", "integer", "category"]
 
 
@@ -44,7 +45,7 @@ NUMBER: Final = Encoding("numeric-scalar", "0.2.0")
 STRING: Final = Encoding("string", "0.2.0")
 STRING_ARRAY: Final = Encoding("string-array", "0.2.0")
 
-STORAGE_DTYPES: Final[Mapping[StorageDType, np.dtype[np.floating]]] = {
+STORAGE_DTYPES: Final[Mapping[StorageDtype, np.dtype[np.floating]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
 }

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import StorageDtype
     from genoembed.contracts import ObsRow
-    from genoembed.store.schema import JSON, Kind, StorageDType
+    from genoembed.store.schema import JSON, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class EmbeddingWriter:
         path: str | os.PathLike[str],
         *,
         kind: Kind,
-        dtype: StorageDType = "float32",
+        dtype: StorageDtype = "float32",
         feature_names: Sequence[str] | None = None,
         overwrite: bool = False,
         staging: Path | None = None,

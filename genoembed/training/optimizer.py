@@ -16,7 +16,7 @@ from genoembed.models.precision import automatic_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from genoembed.config.pretrain import TrainDtype
+    from genoembed.config.choices import TrainDtype
 
 
 ADAM_EPSILON = 1e-8

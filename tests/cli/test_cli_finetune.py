@@ -20,7 +20,7 @@ from genoembed.config.finetune import (
     FinetuneRecipe,
     ObjectiveConfig,
 )
-from genoembed.finetuning.augment import AugmentConfig
+from genoembed.config.labelled import AugmentConfig
 
 STAGES = (ObjectiveConfig, FinetuneDataConfig, EncoderConfig, AugmentConfig, FinetuneRecipe)
 RUN_OPTIONS = {"output_dir", "config", "resume", "overwrite", "threads", "quiet", "verbose"}

@@ -12,8 +12,7 @@ import pytest
 from genoembed import __version__
 from genoembed.cli import COMMANDS, main
 from genoembed.cli.options import in_command_line_words, option_name
-from genoembed.config.embed import (
-    OPTION_STAGE,
+from genoembed.config.choices import (
     ComputeDtype,
     DuplicatePolicy,
     EmptyPolicy,
@@ -26,6 +25,7 @@ from genoembed.config.embed import (
     StorageDtype,
     Strands,
 )
+from genoembed.config.embed import OPTION_STAGE
 
 DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
 MESSAGES = {"-q", "--quiet", "-v", "--verbose"}

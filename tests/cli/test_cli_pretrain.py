@@ -12,8 +12,8 @@ import click
 import pytest
 
 from genoembed.cli import main
-from genoembed.config.embed import EmptyPolicy, GapPolicy, InvalidPolicy
-from genoembed.config.pretrain import KEY_STAGE, DataConfig, Packing, RecipeConfig, TrainDtype
+from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
+from genoembed.config.pretrain import KEY_STAGE, DataConfig, RecipeConfig
 
 RUN_OPTIONS = {"output_dir", "config", "resume", "overwrite", "threads", "quiet", "verbose"}
 SHAPE = ["--like", "evo2_7b", "--hidden-size", 32, "--layers", 4, "--window", 32, "--dtype", "float32"]

@@ -6,11 +6,12 @@ import gzip
 
 import pytest
 
+from genoembed.config.labelled import LabelledConfig, SplitConfig
+from genoembed.config.probe import ProbeConfig
 from genoembed.errors import LabelError, SequenceFormatError
-from genoembed.finetuning.labelled import LabelledConfig, read_labelled
-from genoembed.finetuning.splits import SplitConfig, split_rows
+from genoembed.finetuning.labelled import read_labelled
+from genoembed.finetuning.splits import split_rows
 from genoembed.probing.rows import read_labels
-from genoembed.probing.run import ProbeOptions
 from genoembed.sequences.tables import SPLIT_WORDS, iter_rows, parse_split
 
 HEADER = ("id", "sequence", "label", "split")
@@ -44,12 +45,12 @@ def joined_labels(path):
 
 
 def probe_labels(path):
-    table = read_labels(str(path), ProbeOptions(preset="geneb"))
+    table = read_labels(str(path), ProbeConfig(preset="geneb"))
     return [(name, label, table.sides[name]) for name, label in table.labels.items()]
 
 
 def probe_split(path):
-    table = read_labels(str(path), ProbeOptions(preset="geneb", split=str(path)))
+    table = read_labels(str(path), ProbeConfig(preset="geneb", split=str(path)))
     return [(name, label, table.sides[name]) for name, label in table.labels.items()]
 
 

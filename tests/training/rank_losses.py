@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.retrieval.candidates import PairIds
-from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
-from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
-from genoembed.retrieval.m3 import M3Loss, M3LossConfig
+from genoembed.retrieval.contrastive import info_nce, supervised_contrastive
+from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.terms import TokenTerms
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.config.labelled import AugmentConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.finetuning.augment import (
-    AugmentConfig,
     Augmented,
     augment,
     augmentation_rng,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from genoembed.config.labelled import CleaningConfig
 from genoembed.errors import ConfigError, LabelError
-from genoembed.finetuning.cleaning import CleaningConfig, clean_labelled
+from genoembed.finetuning.cleaning import clean_labelled
 from genoembed.finetuning.labelled import LabelledSequence
 
 

@@ -11,14 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.retrieval.candidates import PairIds, sequence_identity
-from genoembed.retrieval.contrastive import (
-    ContrastiveConfig,
-    info_nce,
-    supervised_contrastive,
-    two_view_loss,
-)
+from genoembed.retrieval.contrastive import info_nce, supervised_contrastive, two_view_loss
 from genoembed.sequences.alphabet import reverse_complement
 from genoembed.training.log import gradient_norms, relative_spread
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.errors import ConfigError
-from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce
+from genoembed.retrieval.contrastive import info_nce
 from genoembed.retrieval.grad_cache import cached_backward
-from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
-from genoembed.retrieval.m3 import M3Loss, M3LossConfig, M3Vectors, join_vectors
+from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.m3 import M3Loss, M3Vectors, join_vectors
 from genoembed.retrieval.terms import TokenTerms
 
 WIDTH = 8

@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.config.labelled import LabelledConfig
 from genoembed.errors import (
     AlphabetError,
     ConfigError,
@@ -26,7 +27,7 @@ from genoembed.errors import (
     MissingExtraError,
     SequenceFormatError,
 )
-from genoembed.finetuning.labelled import LabelledConfig, LabelledCounts, iter_labelled, read_labelled
+from genoembed.finetuning.labelled import LabelledCounts, iter_labelled, read_labelled
 from genoembed.sequences import Policies, read_sequences
 from genoembed.sequences.tables import iter_rows
 

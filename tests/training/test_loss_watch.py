@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 
+from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import GenoembedWarning, TrainingWarning
 from genoembed.finetuning.trainer import LossWatch
-from genoembed.retrieval.contrastive import ContrastiveConfig, info_nce, supervised_contrastive
+from genoembed.retrieval.contrastive import info_nce, supervised_contrastive
 from genoembed.retrieval.m3 import M3Loss, M3Vectors
 
 CONFIG = ContrastiveConfig(temperature=0.5)

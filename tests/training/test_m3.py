@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from genoembed.config.retrieval import M3HeadsConfig, M3LossConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.retrieval.candidates import PairIds
-from genoembed.retrieval.heads import M3Heads, M3HeadsConfig
-from genoembed.retrieval.m3 import M3Loss, M3LossConfig, M3Vectors, hybrid_scores
+from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.m3 import M3Loss, M3Vectors, hybrid_scores
 from genoembed.retrieval.terms import NO_TERM, TokenTerms
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"

@@ -7,16 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.config.retrieval import M3HeadsConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.pooling.reduce import pool
-from genoembed.retrieval.heads import (
-    DenseHead,
-    M3Heads,
-    M3HeadsConfig,
-    MultiVectorHead,
-    SparseHead,
-    set_trainable,
-)
+from genoembed.retrieval.heads import DenseHead, M3Heads, MultiVectorHead, SparseHead, set_trainable
 from genoembed.retrieval.m3 import M3Vectors, head_scores, join_vectors, multi_vector_scores
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
 

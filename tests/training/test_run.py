@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import genoembed
-from genoembed.config.pretrain import RecipeConfig, StartConfig
+from genoembed.config.pretrain import CorpusConfig, RecipeConfig, StartConfig
 from genoembed.errors import ConfigError, ModelError
 from genoembed.pretraining import run
-from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
+from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
 from genoembed.training.distributed import StopOnSignal
 from genoembed.training.run_folder import newest_checkpoint

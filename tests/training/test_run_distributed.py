@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import genoembed
-from genoembed.pretraining.corpus import CorpusConfig, DocumentStream
+from genoembed.config.pretrain import CorpusConfig
+from genoembed.pretraining.corpus import DocumentStream
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 ROOT = SCRIPT.parents[2]

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.config.labelled import SplitConfig
 from genoembed.errors import ConfigError, LabelError
 from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.labelled import LabelledSequence
-from genoembed.finetuning.splits import SplitConfig, check_leaks, group_clusters, label_shares, split_rows
+from genoembed.finetuning.splits import check_leaks, group_clusters, label_shares, split_rows
 from genoembed.sequences import reverse_complement
 from genoembed.sequences.homology import Clusters, cluster_kin
 

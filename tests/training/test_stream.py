@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed import CharTokenizer
+from genoembed.config.pretrain import CorpusConfig
 from genoembed.errors import ConfigError
-from genoembed.pretraining.corpus import CorpusConfig, DocumentStream, is_heldout
+from genoembed.pretraining.corpus import DocumentStream, is_heldout
 from genoembed.pretraining.stream import PackedStream, PaddedCounts, RowShape, read_heldout
 from genoembed.training.start import token_rules
 

@@ -22,7 +22,7 @@ from genoembed.finetuning.labelled import LabelledSequence, read_labelled
 from genoembed.finetuning.pairs import RetrievalExample, read_pairs
 from genoembed.finetuning.splits import Splits, check_leaks, group_clusters, split_rows
 from genoembed.sequences import Policies
-from genoembed.sequences.homology import Clusters, KinshipConfig, cluster_kin
+from genoembed.sequences.homology import Clusters, HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _clusters(
         return None
     if by_group:
         return Clusters(labels=group_clusters(rows))
-    return cluster_kin([row.sequence for row in rows], config=KinshipConfig(identity=data.kin_identity))
+    return cluster_homologs([row.sequence for row in rows], config=HomologyConfig(identity=data.kin_identity))
 
 
 def _splits_of_files(sizes: Sequence[int]) -> Splits:
@@ -193,7 +193,7 @@ def _sealed(
     data: FinetuneDataConfig,
 ) -> Sides[RowT]:
     if clusters is not None and data.homologs != "ignore":
-        kinship = KinshipConfig(identity=data.kin_identity)
+        kinship = HomologyConfig(identity=data.kin_identity)
         splits = check_leaks(sequences, splits, clusters, policy=data.homologs, config=kinship).splits
     sides = Sides(**{side: [rows[i] for i in members] for side, members in splits.sides().items()})
     if not sides.train:

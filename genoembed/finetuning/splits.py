@@ -20,7 +20,7 @@ import numpy as np
 from genoembed.config.labelled import SplitConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.cleaning import place
-from genoembed.sequences.homology import KinshipConfig, build_sketches, pair_identities
+from genoembed.sequences.homology import HomologyConfig, build_sketches, pair_identities
 from genoembed.sequences.tables import SplitSide, parse_split
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def check_leaks(
     clusters: Clusters,
     *,
     policy: FindingPolicy = "keep",
-    config: KinshipConfig | None = None,
+    config: HomologyConfig | None = None,
 ) -> Sealed:
     """Look for kin across the split."""
     if len(clusters.labels) != len(rows):
@@ -331,7 +331,7 @@ def check_leaks(
         leaked=leaked,
         train_rows=int(is_kin.sum()),
         dropped=int(is_kin.sum()) if policy == "drop" else 0,
-        examples=tuple(_examples(rows, splits, clusters, across, config or KinshipConfig())),
+        examples=tuple(_examples(rows, splits, clusters, across, config or HomologyConfig())),
     )
     _report(report, splits, policy)
     if policy == "drop" and len(across):
@@ -351,7 +351,7 @@ def _examples(
     splits: Splits,
     clusters: Clusters,
     across: NDArray[np.int64],
-    config: KinshipConfig,
+    config: HomologyConfig,
 ) -> list[Leak]:
     examples = []
     heldout = np.sort(np.concatenate([splits.validation, splits.test]))

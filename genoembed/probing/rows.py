@@ -16,7 +16,7 @@ import numpy as np
 
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError
 from genoembed.sequences import read_sequences
-from genoembed.sequences.homology import KinshipConfig, cluster_kin
+from genoembed.sequences.homology import HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows, parse_split
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def group_rows(
             "their files"
         )
         raise ConfigError(message)
-    clusters = cluster_kin(sequences, config=KinshipConfig(identity=options.kin_identity))
+    clusters = cluster_homologs(sequences, config=HomologyConfig(identity=options.kin_identity))
     return clusters.labels
 
 

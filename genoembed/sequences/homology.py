@@ -1,15 +1,13 @@
-"""Which sequences are kin: bottom MinHash sketches of canonical k-mers, and clusters of what resembles.
+"""Which sequences are homologs: MinHash sketches of canonical k-mers, and clusters by sequence identity.
 
 In: sequences. Out: sketches, identities of pairs, clusters. A sketch keeps the ``s`` smallest hashes of a
 sequence's k-mers, strands counted as one (Mash: Ondov et al. 2016, Genome Biology 17:132). Two sketches are
 compared below the smaller of their largest hashes, where both are complete: the share of the smaller one's
 k-mers that the other has too is the containment C, and C**(1/k) the identity of the part they share if
 letters change independently (Hera, Pierce-Ward and Koslicki 2023, Genome Research 33:1061). So a fragment is
-kin to what it was cut from. k-mers with letters other than ACGT say nothing and are left out, and so are
-microsatellites (poly-A, CACACA ...: units of up to six letters that fit three times), which unrelated
-sequences share.
-
-Clusters of kin: sequences that resemble one another, directly or through others.
+a homolog of what it was cut from. k-mers with letters other than ACGT say nothing and are left out, and so
+are microsatellites (poly-A, CACACA ...: units of up to six letters that fit three times), which unrelated
+sequences share. A cluster holds sequences that are homologs directly or through others.
 """
 
 from __future__ import annotations
@@ -19,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.sequences import reverse_complement
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_KMER_SIZE = 16
 """As Mash's clustering of RefSeq: in sequences of up to a megabase, hardly a 16-mer is shared by chance."""
 DEFAULT_SKETCH_SIZE = 400
@@ -36,30 +38,32 @@ DEFAULT_SKETCH_SIZE = 400
 DEFAULT_IDENTITY = 0.8
 """The 80 % that families of repeats are defined by (Wicker et al. 2007, Nature Reviews Genetics 8:973)."""
 MIN_SHARED = 2
-"""k-mers that kin share at least."""
+"""k-mers that homologs share at least."""
 
 _MAX_KMER_SIZE = 31
 _MAX_PERIOD = 6
 _ROW_BITS = 11
 _CHUNK_BASES = 1 << 17
 _PAIRS_AT_ONCE = 1 << _ROW_BITS
+_ENTRIES_AT_ONCE = 1 << 15
+_NUM_PARTNERS = 16
+"""Partners tried for each k-mer of a sequence among all that have it."""
 
 _CODES = np.full(256, 4, dtype=np.uint8)
-for _letters in (b"Aa", b"Cc", b"Gg", b"TtUu"):
-    for _letter in _letters:
-        _CODES[_letter] = (b"Aa", b"Cc", b"Gg", b"TtUu").index(_letters)
+for _code, _letters in enumerate((b"Aa", b"Cc", b"Gg", b"TtUu")):
+    _CODES[list(_letters)] = _code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KinshipConfig:
-    """What counts as kin."""
+class HomologyConfig:
+    """What counts as a homolog."""
 
     kmer_size: int = DEFAULT_KMER_SIZE
     """Bases of a k-mer, 4 to 31."""
     sketch_size: int = DEFAULT_SKETCH_SIZE
     """Hashes kept of a sequence."""
     identity: float = DEFAULT_IDENTITY
-    """Identity from which sequences are kin, above 0, at most 1."""
+    """Sequence identity from which two sequences are homologs, above 0, at most 1."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -91,15 +95,15 @@ class Sketches:
         return self.hashes[self.offsets[index] : self.offsets[index + 1]]
 
 
-def build_sketches(sequences: Sequence[bytes], *, config: KinshipConfig | None = None) -> Sketches:
+def build_sketches(sequences: Sequence[bytes], *, config: HomologyConfig | None = None) -> Sketches:
     """Sketch sequences.
 
     Example:
-        >>> sketches = build_sketches([b"ACGTTGCAAC", b"GTTGCAACGT"], config=KinshipConfig(kmer_size=6))
+        >>> sketches = build_sketches([b"ACGTTGCAAC", b"GTTGCAACGT"], config=HomologyConfig(kmer_size=6))
         >>> sketches.of(0).tolist() == sketches.of(1).tolist(), len(sketches.of(0))
         (True, 4)
     """
-    chosen = config or KinshipConfig()
+    chosen = config or HomologyConfig()
     parts: list[NDArray[np.uint64]] = []
     lengths = np.zeros(len(sequences) + 1, dtype=np.int64)
     for first, chunk in _chunks(sequences):
@@ -208,13 +212,6 @@ def _largest(sketches: Sketches, wanted: NDArray[np.int64]) -> NDArray[np.uint64
     return np.where(is_empty, 0, largest).astype(np.uint64)
 
 
-logger = logging.getLogger(__name__)
-
-_NEIGHBOURS = 16
-"""Partners tried for each k-mer of a sequence among all that have it."""
-_ENTRIES_AT_ONCE = 1 << 15
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clusters:
     """Which sequences belong together."""
@@ -222,7 +219,7 @@ class Clusters:
     labels: NDArray[np.int64]
     """Cluster of each sequence, numbered by first appearance. Shape ``(N,)``."""
     unsketched: int = 0
-    """Sequences without a k-mer that counts (too short, or repeats only): kin to their equals alone."""
+    """Sequences without a k-mer that counts (too short, or repeats only): homologs of equal ones only."""
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1:
@@ -251,24 +248,22 @@ def strand_free(sequence: bytes) -> bytes:
     return min(forward, reverse_complement(forward))
 
 
-def cluster_kin(sequences: Sequence[bytes], *, config: KinshipConfig | None = None) -> Clusters:
+def cluster_homologs(sequences: Sequence[bytes], *, config: HomologyConfig | None = None) -> Clusters:
     """Put sequences that resemble one another, directly or through others, into one cluster.
 
     Example:
-        >>> config = KinshipConfig(kmer_size=6)
-        >>> kin = [b"ACGTTGCAACGGAT", b"ATCCGTTGCAACGT", b"GGGTCTAGACTTCA", b"CGTTGCAACGGA"]
-        >>> cluster_kin(kin, config=config).labels.tolist()
+        >>> config = HomologyConfig(kmer_size=6)
+        >>> related = [b"ACGTTGCAACGGAT", b"ATCCGTTGCAACGT", b"GGGTCTAGACTTCA", b"CGTTGCAACGGA"]
+        >>> cluster_homologs(related, config=config).labels.tolist()
         [0, 0, 1, 0]
     """
-    chosen = config or KinshipConfig()
+    chosen = config or HomologyConfig()
     first_of: dict[bytes, int] = {}
     representative = np.array(
         [first_of.setdefault(strand_free(sequence), len(first_of)) for sequence in sequences], dtype=np.int64
     )
     sketches = build_sketches(list(first_of), config=chosen)
-    forest = _Forest(len(first_of))
-    _join_kin(sketches, forest, chosen.identity)
-    labels = _number_by_appearance(forest.roots()[representative])
+    labels = _number_by_appearance(_connect(sketches, chosen.identity)[representative])
     is_empty = np.diff(sketches.offsets) == 0
     clusters = Clusters(labels=labels, unsketched=int(is_empty[representative].sum()) if len(labels) else 0)
     logger.info(
@@ -283,63 +278,35 @@ def cluster_kin(sequences: Sequence[bytes], *, config: KinshipConfig | None = No
     return clusters
 
 
-class _Forest:
-    """Union-find over numbers."""
-
-    def __init__(self, size: int) -> None:
-        self._parents = np.arange(size, dtype=np.int64)
-
-    def roots(self) -> NDArray[np.int64]:
-        """Give the root of every number."""
-        parents = self._parents
-        while True:
-            above = parents[parents]
-            if (above == parents).all():
-                break
-            parents = above
-        self._parents = parents
-        return parents.copy()
-
-    def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
-        """Make one tree of the trees of each pair."""
-        parents = self._parents
-        for one, other in zip(left.tolist(), right.tolist(), strict=True):
-            a, b = _root(parents, one), _root(parents, other)
-            parents[max(a, b)] = min(a, b)
-
-
-def _root(parents: NDArray[np.int64], node: int) -> int:
-    while (above := int(parents[node])) != node:
-        parents[node] = parents[above]
-        node = above
-    return node
-
-
-def _join_kin(sketches: Sketches, forest: _Forest, identity: float) -> None:
-    unlike: set[int] = set()
+def _connect(sketches: Sketches, identity: float) -> NDArray[np.int64]:
+    """Compare sequences that share a hash, and number the connected components of homologs."""
     size = len(sketches)
+    labels = np.arange(size)
+    rejected: set[int] = set()
     for left, right in _candidates(sketches):
-        roots = forest.roots()
-        is_open = roots[left] != roots[right]
+        # pairs that are connected already need no comparison: in a large family that is nearly all of them
+        is_open = labels[left] != labels[right]
         low = np.minimum(left[is_open], right[is_open])
         high = np.maximum(left[is_open], right[is_open])
-        keys = [key for key in np.unique(low * size + high).tolist() if key not in unlike]
-        if not keys:
-            continue
+        keys = [key for key in np.unique(low * size + high).tolist() if key not in rejected]
         pairs = np.array(keys, dtype=np.int64)
         low, high = pairs // size, pairs % size
-        is_kin = pair_identities(sketches, low, high) >= identity
-        forest.join(low[is_kin], high[is_kin])
-        unlike.update(pairs[~is_kin].tolist())
+        is_homolog = pair_identities(sketches, low, high) >= identity
+        rejected.update(pairs[~is_homolog].tolist())
+        if is_homolog.any():
+            edges = (labels[low[is_homolog]], labels[high[is_homolog]])
+            graph = coo_array((np.ones(len(edges[0])), edges), shape=(size, size))
+            labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+    return labels
 
 
 def _candidates(sketches: Sketches) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pair sequences that share a hash, some hashes at a time."""
     hashes, owners = _shared_entries(sketches)
     for start in range(0, len(hashes), _ENTRIES_AT_ONCE):
-        part = hashes[start : start + _ENTRIES_AT_ONCE + _NEIGHBOURS]
-        owner = owners[start : start + _ENTRIES_AT_ONCE + _NEIGHBOURS]
-        for distance in range(1, min(_NEIGHBOURS, len(part) - 1) + 1):
+        part = hashes[start : start + _ENTRIES_AT_ONCE + _NUM_PARTNERS]
+        owner = owners[start : start + _ENTRIES_AT_ONCE + _NUM_PARTNERS]
+        for distance in range(1, min(_NUM_PARTNERS, len(part) - 1) + 1):
             is_same = part[distance:] == part[:-distance]
             if not is_same.any():
                 break
@@ -358,7 +325,7 @@ def _shared_entries(sketches: Sketches) -> tuple[NDArray[np.uint64], NDArray[np.
     hashes, owners = hashes[is_shared], owners[order[is_shared]]
     run = np.cumsum(~follows[is_shared]) - 1
     sizes = np.bincount(run)[run] if len(run) else np.zeros(0, np.int64)
-    crowded = np.flatnonzero(sizes > _NEIGHBOURS + 1)
+    crowded = np.flatnonzero(sizes > _NUM_PARTNERS + 1)
     shuffled = np.lexsort((mix(hashes[crowded] ^ mix(owners[crowded].astype(np.uint64))), hashes[crowded]))
     owners[crowded] = owners[crowded[shuffled]]
     return hashes, owners

@@ -16,7 +16,7 @@ from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.labelled import LabelledSequence
 from genoembed.finetuning.splits import check_leaks, group_clusters, label_shares, split_rows
 from genoembed.sequences import reverse_complement
-from genoembed.sequences.homology import Clusters, cluster_kin
+from genoembed.sequences.homology import Clusters, cluster_homologs
 
 METHODS = ("random", "stratified", "homology")
 
@@ -109,7 +109,7 @@ def test_split_homology_keeps_kin_together_and_shares_near():
             bases = reverse_complement(copy) if rng.random() < 0.5 else copy
             label = "ab"[family % 4 == 0]
             rows.append(LabelledSequence(id=str(len(rows)), sequence=bases, label=label, source="a"))
-    clusters = cluster_kin([row.sequence for row in rows])
+    clusters = cluster_homologs([row.sequence for row in rows])
     assert len(clusters.sizes) == 120
     config = SplitConfig(split="homology", validation_fraction=0.1, test_fraction=0.2)
     splits = split_rows(rows, kind="class", config=config, clusters=clusters)
@@ -187,7 +187,7 @@ def leaky():
         kind="class",
         config=SplitConfig(split="column"),
     )
-    return rows, splits, cluster_kin(bases)
+    return rows, splits, cluster_homologs(bases)
 
 
 def test_leaks_are_reported_with_an_example_and_kept(caplog):

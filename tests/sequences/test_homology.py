@@ -1,4 +1,4 @@
-"""Kin are found by k-mers, on both strands and as fragments; strangers are not, repeats or no."""
+"""Homologs are found by k-mers, on both strands and as fragments; other sequences are not, repeats or no."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.sequences import reverse_complement
 from genoembed.sequences.homology import (
     Clusters,
-    KinshipConfig,
+    HomologyConfig,
     build_sketches,
-    cluster_kin,
+    cluster_homologs,
     pair_identities,
     strand_free,
 )
@@ -50,7 +50,7 @@ def identity(left: bytes, right: bytes, config=None) -> float:
     k=st.integers(4, 9),
 )
 def test_sketch_that_is_large_enough_has_every_kmer_once(sequences, k):
-    sketches = build_sketches(sequences, config=KinshipConfig(kmer_size=k))
+    sketches = build_sketches(sequences, config=HomologyConfig(kmer_size=k))
     assert len(sketches) == len(sequences)
     for index, sequence in enumerate(sequences):
         sketch = sketches.of(index)
@@ -78,7 +78,7 @@ def test_identity_of_whole_sketches_is_the_root_of_the_exact_containment(left, r
     a, b = canonical_kmers(left, 5), canonical_kmers(right, 5)
     shared, smaller = len(a & b), min(len(a), len(b))
     expected = (shared / smaller) ** (1 / 5) if shared and shared >= min(2, smaller) else 0.0
-    assert identity(left, right, KinshipConfig(kmer_size=5)) == pytest.approx(expected, abs=1e-12)
+    assert identity(left, right, HomologyConfig(kmer_size=5)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.03, 0.1, 0.15])
@@ -89,7 +89,7 @@ def test_identity_estimates_the_share_of_unchanged_bases(rate):
     assert np.mean(found) == pytest.approx(1 - rate, abs=0.015)
 
 
-def test_kin_are_clustered_on_both_strands_as_fragments_and_through_others():
+def test_homologs_are_clustered_on_both_strands_as_fragments_and_through_others():
     rng = np.random.default_rng(2)
     gene, stranger = random_dna(rng, 900), random_dna(rng, 900)
     bridge = gene[600:] + random_dna(rng, 10) + stranger[:300]
@@ -100,22 +100,22 @@ def test_kin_are_clustered_on_both_strands_as_fragments_and_through_others():
         gene[200:350].lower(),
     ]
     alone = [random_dna(rng, 900), stranger]
-    assert cluster_kin([*family, *alone]).labels.tolist() == [0, 0, 0, 0, 1, 2]
-    assert cluster_kin([*family, *alone, bridge]).labels.tolist() == [0, 0, 0, 0, 1, 0, 0]
+    assert cluster_homologs([*family, *alone]).labels.tolist() == [0, 0, 0, 0, 1, 2]
+    assert cluster_homologs([*family, *alone, bridge]).labels.tolist() == [0, 0, 0, 0, 1, 0, 0]
 
 
-def test_strangers_are_apart_even_where_repeats_are_shared():
+def test_unrelated_sequences_are_apart_even_where_repeats_are_shared():
     rng = np.random.default_rng(3)
     repeats = (b"A" * 60, b"CA" * 40, b"CAG" * 30, b"GATTA" * 30)
     sequences = [b"".join(random_dna(rng, 100) + repeat for repeat in repeats) for _ in range(30)]
-    assert len(cluster_kin(sequences).sizes) == 30
+    assert len(cluster_homologs(sequences).sizes) == 30
     far = random_dna(rng, 1000)
-    assert len(cluster_kin([far, mutated(far, rng, 0.4)]).sizes) == 2
+    assert len(cluster_homologs([far, mutated(far, rng, 0.4)]).sizes) == 2
 
 
-def test_short_sequences_are_kin_to_their_equals_alone():
+def test_short_sequences_are_homologs_of_equal_ones_only():
     sequences = [b"ACGT", b"acgt", b"AACC", b"GGTT", b"ACGTN", b""]
-    clusters = cluster_kin(sequences)
+    clusters = cluster_homologs(sequences)
     assert clusters.labels.tolist() == [0, 0, 1, 1, 2, 3]
     assert clusters.unsketched == 6
 
@@ -125,7 +125,7 @@ def test_large_families_are_found_whole_and_unmixed():
     ancestors = [random_dna(rng, 300) for _ in range(3)]
     motif = random_dna(rng, 17)  # two k-mers that all have: far more sequences than partners tried
     members = [mutated(ancestors[index % 3], rng, 0.08) + motif for index in range(300)]
-    labels = cluster_kin(members).labels
+    labels = cluster_homologs(members).labels
     assert labels.tolist() == [index % 3 for index in range(300)]
 
 
@@ -133,9 +133,9 @@ def test_clusters_are_the_same_partition_in_any_order():
     rng = np.random.default_rng(5)
     ancestors = [random_dna(rng, 400) for _ in range(12)]
     sequences = [mutated(ancestors[int(rng.integers(12))], rng, 0.05) for _ in range(60)]
-    labels = cluster_kin(sequences).labels
+    labels = cluster_homologs(sequences).labels
     order = rng.permutation(60)
-    shuffled = cluster_kin([sequences[index] for index in order]).labels
+    shuffled = cluster_homologs([sequences[index] for index in order]).labels
     for one in range(60):
         same = labels[order] == labels[order[one]]
         assert (same == (shuffled == shuffled[one])).all()
@@ -145,7 +145,7 @@ def test_clusters_list_their_members():
     clusters = Clusters(labels=np.array([0, 1, 0, 2]))
     assert [members.tolist() for members in clusters.members()] == [[0, 2], [1], [3]]
     assert clusters.sizes.tolist() == [2, 1, 1]
-    assert cluster_kin([]).labels.tolist() == []
+    assert cluster_homologs([]).labels.tolist() == []
 
 
 def test_strand_free_spells_both_strands_alike():
@@ -160,6 +160,6 @@ def test_strand_free_spells_both_strands_alike():
         ({"identity": 80.0}, "identity is 80.0; set identity above 0, at most 1"),
     ],
 )
-def test_kinship_config_refuses_what_makes_no_sense(options, match):
+def test_homology_config_refuses_what_makes_no_sense(options, match):
     with pytest.raises(ConfigError, match=match):
-        KinshipConfig(**options)
+        HomologyConfig(**options)

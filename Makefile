@@ -5,7 +5,6 @@ check:
 	ruff format --check .
 	ruff check .
 	mypy
-	pydoclint --quiet genoembed
 
 format:
 	ruff format .

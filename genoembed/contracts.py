@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Strand: TypeAlias = Literal["+", "-"]
 
+IGNORE_INDEX = -100
+"""Label that losses leave out; torch and transformers take it as such, too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRecord:

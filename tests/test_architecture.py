@@ -127,7 +127,7 @@ RULES = {
     "finetuning": Rule(
         internal=("training", "retrieval", *BELOW_VERBS),
         third_party=("torch", "transformers", "numpy", "safetensors"),
-        in_functions=("pyarrow", "sklearn"),
+        in_functions=("pyarrow", "scipy", "sklearn"),
     ),
     "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
 }

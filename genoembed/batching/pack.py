@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from genoembed.contracts import PackedBatch
+from genoembed.contracts import IGNORE_INDEX, PackedBatch
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Document: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.integer] | Sequence[int]"
 """Token ids of one document: bytes (one byte a token), an integer array, or integers."""
-
-IGNORE_INDEX = -100
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from genoembed.batching.pad import pad_batch, pool_mask
-from genoembed.contracts import EncodedSequence
+from genoembed.contracts import IGNORE_INDEX, EncodedSequence
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
 from genoembed.retrieval.candidates import UNKNOWN
 from genoembed.retrieval.terms import KmerTerms, collate_terms
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from genoembed.tokenization.hf import SequenceEncoder
 
 
-IGNORE_INDEX = -100
-"""Label that losses leave out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +43,11 @@ class EncodedExample:
     """True where a token counts in pooling. Shape ``(L,)``."""
     label: NDArray[np.int64] | NDArray[np.float32] | None = None
     """Of the sequence, shape ``()`` or ``(C,)``; or of its tokens, int64, shape ``(L,)``."""
+
+    @classmethod
+    def of_ids(cls, ids: NDArray[np.int64]) -> EncodedExample:
+        """Take token ids of which all count."""
+        return cls(encoded=EncodedSequence(input_ids=ids), pool_mask=np.ones(len(ids), dtype=np.bool_))
 
     def __len__(self) -> int:
         return len(self.encoded.input_ids)

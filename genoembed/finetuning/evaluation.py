@@ -1,8 +1,8 @@
-"""Measure a model that is being fine-tuned on rows that are held out, as ``predict`` would use it.
+"""Measure a model that is being fine-tuned on held-out rows, as ``predict`` would use it.
 
-In: a model of :mod:`genoembed.training.task_models` in eval mode, and rows. Out: metrics by name. Promised:
-sequences longer than the context are seen in windows, whole; no view is augmented, but where two views are
-what is compared, and then they are the same each time.
+In: a model in eval mode, and rows. Out: metrics by name. Promised: sequences longer than the context are seen
+whole, in windows; nothing is augmented, except where two views of a sequence are compared, and these are the
+same at each evaluation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
-from genoembed.finetuning.collate import IGNORE_INDEX, encode_example
+from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.labelled import LabelledSequence
 from genoembed.finetuning.metrics import class_metrics, multilabel_metrics, number_metrics, ranking_metrics
 from genoembed.finetuning.pairs import RetrievalExample
@@ -115,31 +116,25 @@ class CausalMeasure:
         nats, tokens = 0.0, 0
         pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
         pieces.sort(key=len, reverse=True)
-        rules = self.start.rules
+        collate = PaddedCollator(pad_token_id=self.start.rules.pad_token_id, target="causal")
         for start in range(0, len(pieces), self.rows_at_once):
             batch = pieces[start : start + self.rows_at_once]
-            lengths = torch.tensor([len(piece) for piece in batch])
-            ids = torch.full((len(batch), int(lengths.max())), rules.pad_token_id)
-            for row, piece in enumerate(batch):
-                ids[row, : len(piece)] = torch.from_numpy(piece)
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            labels = ids.masked_fill(~mask, IGNORE_INDEX)
+            inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
             with torch.no_grad():
-                output = model(ids.to(device), mask.long().to(device), labels.to(device), want="predict")
+                output = model(**inputs, want="predict")
             nats, tokens = nats + float(output["nats"]), tokens + int(output["tokens"])
         loss = nats / max(tokens, 1)
         return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
-    def _pieces(self, sequence: bytes) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-        rules = self.start.rules
-        ids = np.array([*rules.encode(sequence), rules.eod_token_id], dtype=np.int64)
+    def _pieces(self, sequence: bytes) -> list[EncodedExample]:
+        ids = self.start.rules.encode_document(sequence)
         step = self.max_tokens or len(ids)
-        return [ids[start : start + step] for start in range(0, len(ids), step)]
+        return [EncodedExample.of_ids(ids[start : start + step]) for start in range(0, len(ids), step)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelMeasure:
-    """Measures whether the nearest other sequences have the same label."""
+    """Measures whether the closest other sequences have the same label."""
 
     rows: Sequence[LabelledSequence]
     runner: WindowedRunner
@@ -290,12 +285,10 @@ def _known(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> None:
-    """Refuse held-out rows on which nothing can be ranked."""
+    """Raise if no held-out row has another of its label to find."""
     if contrast != "labels" or not rows:
         return
     labels = [row.label for row in rows]
     if len(set(labels)) == len(labels):
-        message = (
-            f"validation: {len(rows)} rows of {len(rows)} labels, so none has a fellow to find; hold out more"
-        )
+        message = f"validation: {len(rows)} rows of {len(rows)} labels, so no row has another of its label to find; hold out more"
         raise ConfigError(message)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, LabelError
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ class LabelSpace:
         """Outputs that a head for this task has."""
         return len(self.names)
 
-    def encode(self, label: Label, *, ignore_index: int = -100) -> NDArray[np.int64] | NDArray[np.float32]:
+    def encode(
+        self, label: Label, *, ignore_index: int = IGNORE_INDEX
+    ) -> NDArray[np.int64] | NDArray[np.float32]:
         """Turn a label into what a loss takes.
 
         Example:

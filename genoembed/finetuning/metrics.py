@@ -1,11 +1,8 @@
-"""How well right passages are found: recall at k and mean reciprocal rank.
+"""The metrics of each task, and the one that chooses the best step.
 
-In: scores, and who is right for whom. Out: numbers by name. Promised: vectors that are all alike do not look
-good, since a tie counts against the right passage.
-
-Q queries, P passages.
-
-How good predictions are: the metrics of each task, with scikit-learn, and the one that decides.
+In: predictions and truth, or scores and which passages are relevant. Out: numbers by name. Promised: vectors
+that are all alike do not rank well, since a tie counts against the relevant passage. N rows, C classes,
+K targets, Q queries, P passages.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ RECALL_AT = (1, 10)
 def ranking_metrics(
     scores_QP: torch.Tensor, relevant_QP: torch.Tensor, *, allowed_QP: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """Rank the best right passage of each query among the wrong ones.
+    """Rank the best relevant passage of each query among the others.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
@@ -41,14 +38,16 @@ def ranking_metrics(
     """
     allowed_QP = torch.ones_like(relevant_QP) if allowed_QP is None else allowed_QP
     relevant_QP = relevant_QP & allowed_QP
-    has_right_Q = relevant_QP.any(dim=1)
-    if not bool(has_right_Q.any()):
-        message = "ranking: no query has a right passage among the others; hold out more rows of each group"
+    has_relevant_Q = relevant_QP.any(dim=1)
+    if not bool(has_relevant_Q.any()):
+        message = (
+            "ranking: no query has a relevant passage among the others; hold out more rows of each group"
+        )
         raise ConfigError(message)
-    scores_QP, relevant_QP = scores_QP[has_right_Q].float(), relevant_QP[has_right_Q]
-    wrong_QP = allowed_QP[has_right_Q] & ~relevant_QP
+    scores_QP, relevant_QP = scores_QP[has_relevant_Q].float(), relevant_QP[has_relevant_Q]
+    others_QP = allowed_QP[has_relevant_Q] & ~relevant_QP
     best_Q = scores_QP.masked_fill(~relevant_QP, -torch.inf).amax(dim=1)
-    rank_Q = 1 + (wrong_QP & ~(scores_QP < best_Q[:, None])).sum(dim=1)
+    rank_Q = 1 + (others_QP & ~(scores_QP < best_Q[:, None])).sum(dim=1)
     metrics = {"mrr": float((1 / rank_Q.double()).mean())}
     metrics |= {f"recall_at_{k}": float((rank_Q <= k).double().mean()) for k in RECALL_AT}
     return metrics | {"ranked_queries": float(len(rank_Q))}
@@ -69,7 +68,7 @@ SMALLER_IS_BETTER = ("loss", "bits_per_token")
 
 
 def check_metrics_installed() -> None:
-    """Refuse to start what could not be measured."""
+    """Raise if predictions could not be measured."""
     if find_spec("sklearn") is None:
         raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
 
@@ -120,15 +119,19 @@ def number_metrics(true_NK: NDArray[np.floating], guess_NK: NDArray[np.floating]
         >>> number_metrics(np.array([[1.0], [2.0], [9.0]]), np.array([[0.0], [1.0], [2.0]]))["spearman"]
         1.0
     """
+    from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import r2_score
 
-    pairs = list(zip(true_NK.T.astype(np.float64), guess_NK.T.astype(np.float64), strict=True))
     r2 = float(r2_score(true_NK, guess_NK)) if len(true_NK) > 1 else math.nan
-    return {
-        "pearson": float(np.mean([_correlation(true, guess) for true, guess in pairs])),
-        "spearman": float(np.mean([_correlation(_ranks(true), _ranks(guess)) for true, guess in pairs])),
-        "r2": r2,
-    }
+    pairs = list(zip(true_NK.T.astype(np.float64), guess_NK.T.astype(np.float64), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about constants
+        found = {
+            name: [correlation(*pair).statistic if len(true_NK) > 1 else math.nan for pair in pairs]
+            for name, correlation in (("pearson", pearsonr), ("spearman", spearmanr))
+        }
+    # a constant correlates with nothing: 0, where scipy gives NaN, by which no best step can be chosen
+    return {name: float(np.nan_to_num(values).mean()) for name, values in found.items()} | {"r2": r2}
 
 
 def _areas(
@@ -144,16 +147,3 @@ def _areas(
         "auroc": float(np.mean([roc_auc_score(*pair) for pair in pairs])),
         "auprc": float(np.mean([average_precision_score(*pair) for pair in pairs])),
     }
-
-
-def _correlation(first_N: NDArray[np.float64], second_N: NDArray[np.float64]) -> float:
-    first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
-    scale = np.sqrt((first_N @ first_N) * (second_N @ second_N))
-    return float(first_N @ second_N / scale) if scale > 0 else 0.0
-
-
-def _ranks(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rank from 0, ties sharing their mean rank."""
-    _, codes, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[codes]

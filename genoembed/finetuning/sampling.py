@@ -1,14 +1,8 @@
-"""Which passages a query may be set against: everything but its kin, which would be false negatives.
+"""What a step trains on: passages drawn for each row, rows in order, and batches for each process.
 
-In: labels and identities of queries and passages. Out: masks over pairs. Promised: a positive is never left
-out, and what is left out is counted.
-
-Passages lie in groups of G, the positive first: those of query i are ``i * G`` to ``i * G + G - 1``.
-B queries of this rank, Q queries of all ranks, P = Q * G passages of all ranks.
-
-Which positive and which negatives of a row a step gets: drawn afresh each epoch, and counted.
-In which order rows come: of like length together, of one class together, or at random.
-Batches for one process or for several: the rows of each step, dealt out, every row of an epoch once.
+In: sizes, lengths or classes of rows. Out: draws, row numbers and batches. Promised: all of it depends on the
+seed, the epoch and the rows alone, so that a resumed run goes on as it would have; each row is in each epoch
+once.
 """
 
 from __future__ import annotations
@@ -42,27 +36,6 @@ class GroupDraw:
     """``group_size - 1`` indices into the row's negatives, all different; ``FILLER`` at the end of a row that
     has fewer."""
 
-    @property
-    def num_fillers(self) -> int:
-        """Places that the row could not fill."""
-        return sum(index == FILLER for index in self.negatives)
-
-
-@dataclass(slots=True)
-class NegativeCounts:
-    """What was really drawn since the sampler was made."""
-
-    groups: int = 0
-    negatives: int = 0
-    """Real negatives in those groups."""
-    fillers: int = 0
-    """Places that stayed without one."""
-
-    @property
-    def negatives_per_group(self) -> float:
-        """Negatives of its own that a query really got, on average; 0 before the first group."""
-        return self.negatives / self.groups if self.groups else 0.0
-
 
 class GroupSampler:
     """Draw ``train_group_size`` passages for each row: one positive and negatives of the row.
@@ -74,7 +47,7 @@ class GroupSampler:
         num_positives: Of each row, at least 1.
         num_negatives: Of each row.
         train_group_size: Passages of a query: 1 positive and this less 1 negatives.
-        seed: Decides what is drawn.
+        seed: Random seed of the draws.
         in_batch_negatives: Whether passages of other queries are negatives, too.
 
     Raises:
@@ -115,7 +88,6 @@ class GroupSampler:
         self._wanted, self._seed = train_group_size, seed
         self.group_size = min(train_group_size, 1 + max(num_negatives))
         """Passages of a query: no more than the richest row has."""
-        self.counts = NegativeCounts()
         if not in_batch_negatives and min(self.group_size, 1 + min(num_negatives)) < 2:
             row = self._negatives.index(min(num_negatives)) + 1
             message = (
@@ -127,35 +99,15 @@ class GroupSampler:
         self._warn()
 
     def draw(self, row: int, *, epoch: int) -> GroupDraw:
-        """Draw the group of a row.
-
-        Args:
-            row: Number of the row, from 0.
-            epoch: Number of the epoch, from 0.
-
-        Returns:
-            The group; the same for the same seed, epoch and row.
-        """
+        """Draw the group of a row; the same for the same seed, epoch and row, both from 0."""
         generator = np.random.default_rng((self._seed, epoch, row))
         places, available = self.group_size - 1, self._negatives[row]
         positive = int(generator.integers(self._positives[row]))
         chosen = generator.permutation(available)[:places].tolist()
-        self.counts.groups += 1
-        self.counts.negatives += len(chosen)
-        self.counts.fillers += places - len(chosen)
         return GroupDraw(positive=positive, negatives=(*chosen, *[FILLER] * (places - len(chosen))))
 
     def check_batch(self, queries_per_batch: int, *, in_batch_negatives: bool = True) -> None:
-        """Refuse batches in which a query would meet no negative.
-
-        Args:
-            queries_per_batch: Queries that are compared together, those of other devices included if they
-                are compared, too.
-            in_batch_negatives: Whether passages of other queries are negatives.
-
-        Raises:
-            ConfigError: If there would be none: loss and gradient would be 0.
-        """
+        """Raise if a query would meet no negative among those compared together: its loss would be 0."""
         others = queries_per_batch - 1 if in_batch_negatives else 0
         if self.group_size == 1 and others < 1:
             why = (
@@ -218,35 +170,29 @@ class EpochOrder(Sampler[int]):
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0.
-
-        Args:
-            epoch: Its number.
-        """
+        """Choose the epoch, from 0."""
         self.epoch = epoch
 
 
 class LengthGroupedSampler(EpochOrder):
-    """Orders rows so that those of a batch have like lengths, and batches come in random order.
+    """Order rows so that those of a batch have like lengths, and batches come in random order.
 
     Rows are shuffled, sorted by length within pools of ``pool_batches`` batches, cut into batches, and the
-    batches shuffled (so lengths do not run down within a pool). The batch with the longest row comes first:
-    memory that does not suffice shows at once. Every row is in every epoch once; the order depends on
-    lengths, seed and epoch only.
+    batches shuffled. The batch with the longest row comes first: memory that does not suffice shows at once.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows that one step pads together: rows of a device times devices.
-        seed: Decides about the order.
+        seed: Random seed of the order.
         pool_batches: More make batches more even and less random.
 
     Raises:
         ConfigError: If there is no row, or a number is out of range.
 
     Example:
-        >>> list(LengthGroupedSampler([5, 1, 5, 1], batch_size=2, seed=0)) in ([0, 2, 1, 3], [2, 0, 3, 1],
-        ...     [0, 2, 3, 1], [2, 0, 1, 3])
-        True
+        >>> order = list(LengthGroupedSampler([5, 1, 5, 1], batch_size=2, seed=0))
+        >>> sorted(order[:2]), sorted(order[2:])
+        ([0, 2], [1, 3])
     """
 
     def __init__(
@@ -261,9 +207,7 @@ class LengthGroupedSampler(EpochOrder):
         if problems:
             raise ConfigError(*problems)
         self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._batch_size = batch_size
-        self._pool = pool_batches * batch_size
-        self._seed = seed
+        self._batch_size, self._pool, self._seed = batch_size, pool_batches * batch_size, seed
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -278,6 +222,7 @@ class LengthGroupedSampler(EpochOrder):
             batches += [pool[at : at + self._batch_size] for at in range(0, len(pool), self._batch_size)]
         # only the last batch may be short, else those after it would be cut elsewhere
         tail = [batches.pop()] if len(batches[-1]) < self._batch_size else []
+        # transformers' sampler leaves lengths falling within each pool, and rates with them: shuffle batches
         batches = [batches[index] for index in rng.permutation(len(batches))]
         longest = max(range(len(batches)), key=lambda index: self._lengths[batches[index]].max(), default=0)
         batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
@@ -285,14 +230,11 @@ class LengthGroupedSampler(EpochOrder):
 
 
 class ClassSampler(EpochOrder):
-    """Orders rows so that batches hold several of a class: those of a class come four at a time,
-    beside those of others.
-
-    Each row is in each epoch once; the order depends on labels, seed and epoch alone.
+    """Order rows so that batches hold several rows of each class: four of one class, then four of another.
 
     Args:
         labels: Class of each row.
-        seed: Decides about the order.
+        seed: Random seed of the order.
     """
 
     def __init__(self, labels: Sequence[object], *, seed: int) -> None:
@@ -311,22 +253,10 @@ class ClassSampler(EpochOrder):
             order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
             for start in range(0, len(order), _ROWS_PER_CLASS):
                 rounds[start].append(order[start : start + _ROWS_PER_CLASS])
-        # a round has a piece of each class that still has one, so neighbours are of different classes
+        # a round has four rows of each class that still has some, so neighbors are of different classes
         for start in sorted(rounds):
             for index in torch.randperm(len(rounds[start]), generator=generator).tolist():
                 yield from rounds[start][index]
-
-
-class RandomOrder(ClassSampler):
-    """Orders rows at random, by seed and epoch.
-
-    Args:
-        count: Number of rows.
-        seed: Decides about the order.
-    """
-
-    def __init__(self, count: int, *, seed: int) -> None:
-        super().__init__(range(count), seed=seed)  # a class each, so one round
 
 
 def new_sampler(
@@ -336,30 +266,19 @@ def new_sampler(
     batch_size: int,
     seed: int,
     mixed_lengths: bool,
-) -> Sampler[int]:
-    """Choose the order of rows.
-
-    Args:
-        lengths: Of each row.
-        labels: Classes that batches should hold several rows of; None for none.
-        batch_size: Rows of a step's batch, all devices together.
-        seed: Of the run.
-        mixed_lengths: Random rows instead of rows of like length.
-
-    Returns:
-        The sampler.
-    """
+) -> EpochOrder:
+    """Choose the order of rows: by class where there are classes, else by length or at random."""
     if labels is not None:
         return ClassSampler(labels, seed=seed)
     if mixed_lengths:
-        return RandomOrder(len(lengths), seed=seed)
+        return ClassSampler(range(len(lengths)), seed=seed)  # a class for each row: one round, at random
     return LengthGroupedSampler(lengths, batch_size=batch_size, seed=seed)
 
 
 class RankBatches(BatchSampler):
-    """The batches of one process.
+    """Give one process its rows of each batch.
 
-    A last batch that is short is dealt out evenly; it is left out where a process would get too few rows,
+    A last batch that is short is shared out evenly; it is left out where a process would get too few rows,
     unless it is the only one.
 
     Example:

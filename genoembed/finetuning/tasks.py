@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ class CausalModel(nn.Module):
         targets = labels[:, 1:]
         reduction = "mean" if want == "loss" else "sum"
         nats = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
         )
-        return {"loss": nats} if want == "loss" else {"nats": nats, "tokens": (targets != -100).sum()}
+        return {"loss": nats} if want == "loss" else {"nats": nats, "tokens": (targets != IGNORE_INDEX).sum()}
 
 
 MOST_SEQUENCES = 256

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from genoembed.batching.pack import IGNORE_INDEX
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.training.optimizer import AdamWTrainer, decaying_parameters, is_pole
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, ModelError, ShapeError
 from genoembed.training.losses import (
-    IGNORE_INDEX,
     classification_loss,
     multilabel_loss,
     regression_loss,

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, InputError, ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-IGNORE_INDEX = -100
-"""Label of a position that takes no part in the loss."""
 
 
 def classification_loss(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from genoembed.tokenization.char import CharTokenizer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.batching.pack import Document
@@ -35,6 +37,10 @@ class TokenRules(NamedTuple):
     """Token ids of a document, without special tokens."""
     eod_token_id: int
     pad_token_id: int
+
+    def encode_document(self, sequence: bytes) -> NDArray[np.int64]:
+        """Encode a document with the token that ends it."""
+        return np.array([*self.encode(sequence), self.eod_token_id], dtype=np.int64)
 
 
 class Start(NamedTuple):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.batching.pack import IGNORE_INDEX, pack_stream, packing_efficiency
+from genoembed.batching.pack import pack_stream, packing_efficiency
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
 from tests.oracles import pack_rows
 from tests.strategies import dna_lists

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.batching import pack as bins
-from genoembed.batching.pack import IGNORE_INDEX, PackCounts, pack_bins, pack_stream
+from genoembed.batching.pack import PackCounts, pack_bins, pack_stream
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
 
 FIELDS = ("input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens")

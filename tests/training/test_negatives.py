@@ -1,4 +1,4 @@
-"""Drawing groups: afresh each epoch, reproducible, counted, and plain words about what data cannot give."""
+"""Drawing groups: afresh each epoch, reproducible, and plain words about what data cannot give."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_group_sampler_depends_on_seed_epoch_and_row_alone():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(2, 7))
 @pytest.mark.filterwarnings("ignore::genoembed.errors.TrainingWarning")
-def test_group_sampler_counts_what_is_really_used(negatives, size):
+def test_group_sampler_draws_what_the_row_has(negatives, size):
     sampler = GroupSampler([1] * len(negatives), negatives, train_group_size=size, seed=0)
     draws = [sampler.draw(row, epoch=0) for row in range(len(negatives))]
     assert sampler.group_size == min(size, 1 + max(negatives))
@@ -47,9 +47,6 @@ def test_group_sampler_counts_what_is_really_used(negatives, size):
     assert all(len(draw.negatives) == sampler.group_size - 1 for draw in draws)
     assert all(set(found) <= set(range(count)) for found, count in zip(used, negatives, strict=True))
     assert all(len(set(found)) == min(size - 1, n) for found, n in zip(used, negatives, strict=True))
-    assert sampler.counts.negatives == sum(map(len, used))
-    assert sampler.counts.fillers == sum(draw.num_fillers for draw in draws)
-    assert sampler.counts.negatives_per_group == pytest.approx(sum(map(len, used)) / len(negatives))
 
 
 def test_group_sampler_says_by_how_much_a_group_is_too_large():

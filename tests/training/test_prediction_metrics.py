@@ -73,5 +73,5 @@ def test_ranking_leaves_out_what_is_not_allowed_and_queries_without_a_right_pass
     allowed = torch.tensor([[False, True, True], [True, True, True]])
     found = ranking_metrics(scores, relevant, allowed_QP=allowed)
     assert found == {"mrr": 1.0, "recall_at_1": 1.0, "recall_at_10": 1.0, "ranked_queries": 1.0}
-    with pytest.raises(ConfigError, match="no query has a right passage"):
+    with pytest.raises(ConfigError, match="no query has a relevant passage"):
         ranking_metrics(scores, torch.zeros_like(relevant))

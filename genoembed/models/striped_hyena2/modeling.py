@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2.attention import RotaryEmbedding
 from genoembed.models.striped_hyena2.blocks import AttentionBlock, HyenaBlock, RMSNorm
@@ -31,8 +32,6 @@ from genoembed.models.striped_hyena2.state import (
     StripedHyena2Cache,
     lay_out_segments,
 )
-
-_IGNORE_INDEX = -100
 
 
 class Unembedding(nn.Module):
@@ -363,11 +362,11 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
 
 
 def _next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | int | None) -> Tensor:
-    targets = F.pad(labels_BL[:, 1:], (0, 1), value=_IGNORE_INDEX).reshape(-1)
+    targets = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
     total = F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(), targets, ignore_index=_IGNORE_INDEX, reduction="sum"
+        logits_BLV.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    counted = (targets != _IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
+    counted = (targets != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
     return total / counted
 
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from genoembed.tokenization.hf import SequenceEncoder
 
 
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedExample:
     """One row of a batch, before padding."""

@@ -290,5 +290,8 @@ def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> No
         return
     labels = [row.label for row in rows]
     if len(set(labels)) == len(labels):
-        message = f"validation: {len(rows)} rows of {len(rows)} labels, so no row has another of its label to find; hold out more"
+        message = (
+            f"validation: {len(rows)} rows of {len(rows)} labels, so none has another row of its label to find; "
+            "hold out more"
+        )
         raise ConfigError(message)

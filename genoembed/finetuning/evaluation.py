@@ -291,7 +291,7 @@ def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> No
     labels = [row.label for row in rows]
     if len(set(labels)) == len(labels):
         message = (
-            f"validation: {len(rows)} rows of {len(rows)} labels, so none has another row of its label to find; "
+            f"validation: {len(rows)} rows of {len(rows)} labels, so none has another of its label to find; "
             "hold out more"
         )
         raise ConfigError(message)

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from genoembed.config.labelled import AugmentConfig
     from genoembed.finetuning.collate import GroupCollator
     from genoembed.finetuning.labels import LabelSpace
+    from genoembed.finetuning.models import CausalModel, PredictionModel
     from genoembed.finetuning.rows import LabelEncoder
-    from genoembed.finetuning.tasks import CausalModel, PredictionModel
     from genoembed.finetuning.windowed import WindowedRunner
     from genoembed.retrieval.models import ContrastModel, RetrievalModel
-    from genoembed.training.start import Start
+    from genoembed.training.start import TokenRules
 
 
 ModelT_contra = TypeVar("ModelT_contra", contravariant=True)
@@ -106,7 +106,7 @@ class CausalMeasure:
     """Measures a causal model; sequences longer than the context are cut, each piece on its own."""
 
     rows: Sequence[LabelledSequence]
-    start: Start
+    rules: TokenRules
     max_tokens: int | None
     rows_at_once: int
 
@@ -116,7 +116,7 @@ class CausalMeasure:
         nats, tokens = 0.0, 0
         pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
         pieces.sort(key=len, reverse=True)
-        collate = PaddedCollator(pad_token_id=self.start.rules.pad_token_id, target="causal")
+        collate = PaddedCollator(pad_token_id=self.rules.pad_token_id, target="causal")
         for start in range(0, len(pieces), self.rows_at_once):
             batch = pieces[start : start + self.rows_at_once]
             inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
@@ -127,7 +127,7 @@ class CausalMeasure:
         return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
     def _pieces(self, sequence: bytes) -> list[EncodedExample]:
-        ids = self.start.rules.encode_document(sequence)
+        ids = self.rules.encode_document(sequence)
         step = self.max_tokens or len(ids)
         return [EncodedExample.of_ids(ids[start : start + step]) for start in range(0, len(ids), step)]
 

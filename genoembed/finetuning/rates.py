@@ -19,7 +19,6 @@ from transformers import TrainingArguments
 
 from genoembed.errors import ConfigError
 from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER
-from genoembed.finetuning.trainer import Rates
 from genoembed.training.optimizer import uses_bfloat16
 
 if TYPE_CHECKING:
@@ -85,15 +84,6 @@ def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
     if width > _WIDE and not uses_adapters:
         rate *= _WIDE / width
     return rate * (_SMALL_SCALE if num_rows < _SMALL else 1.0)
-
-
-def rates_of(recipe: FinetuneRecipe) -> Rates:
-    """Take the rates out of a resolved recipe."""
-    assert recipe.learning_rate is not None, "the recipe is resolved"
-    assert recipe.head_learning_rate is not None, "the recipe is resolved"
-    return Rates(
-        encoder=recipe.learning_rate, head=recipe.head_learning_rate, weight_decay=recipe.weight_decay
-    )
 
 
 def finetune_arguments(

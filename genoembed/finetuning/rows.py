@@ -1,16 +1,14 @@
-"""From a view of a row to the token ids, masks and label that a batch holds of it.
+"""Rows as a trainer draws them: by number and epoch, as token ids, masks and labels.
 
-In: bases and labels of bases as they are to be seen, and the row that they come from. Out:
-:class:`~genoembed.training.encode.EncodedExample`. Promised: labels of bases are encoded after their bases
-were cropped and turned; nothing is cut to fit the context.
-
-Rows, views and groups as a trainer draws them: by number and epoch.
+In: labelled sequences or retrieval examples. Out: what collators pad. Promised: labels of bases are encoded
+after their bases were cropped and reversed; nothing is cut to fit the context; the same seed, epoch and row
+give the same view.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -22,7 +20,7 @@ from genoembed.finetuning.sampling import FILLER
 from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from genoembed.config.choices import BaseLabels
     from genoembed.config.labelled import AugmentConfig
@@ -31,17 +29,11 @@ if TYPE_CHECKING:
     from genoembed.finetuning.pairs import RetrievalExample
     from genoembed.finetuning.sampling import GroupSampler
     from genoembed.tokenization.hf import SequenceEncoder
+    from genoembed.training.start import TokenRules
 
 
-class RowEncoder(Protocol):
-    """Makes token ids of a view of a sequence."""
-
-    @property
-    def per_base(self) -> bool:
-        """Whether a label is a name a base, which follows its base."""
-
-    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
-        """Encode a view, as it is to be seen, of a row."""
+RowEncoder: TypeAlias = "Callable[[Augmented, LabelledSequence], EncodedExample]"
+"""Encodes a view of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +47,9 @@ class LabelEncoder:
     skip_first: int = 0
     several_bases: BaseLabels = "error"
 
-    @property
-    def per_base(self) -> bool:
-        """Whether a label is a name a base."""
-        return self.space is not None and self.space.kind == "token"
-
     def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
         """Encode a view of a row."""
-        if self.space is not None and self.per_base:
+        if self.space is not None and self.space.kind == "token":
             assert view.token_labels is not None, "rows of this kind have labels of bases"
             labels = self.space.encode(view.token_labels)
             return encode_token_example(
@@ -83,10 +70,29 @@ class LabelEncoder:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentEncoder:
+    """Encodes a view and the token that ends it, for a causal model."""
+
+    rules: TokenRules
+    max_tokens: int | None
+
+    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
+        """Encode a view of a row."""
+        ids = self.rules.encode_document(view.sequence)
+        if self.max_tokens is not None and len(ids) > self.max_tokens:
+            problem = (
+                f"{len(ids)} tokens with the end token, but the model's context is {self.max_tokens}; set "
+                "max_crop_bp to crop, or cut the sequences"
+            )
+            raise SequenceLengthError(problem, record_id=row.id)
+        return EncodedExample.of_ids(ids)
+
+
 def check_lengths(
     sequences: Sequence[bytes], encoder: SequenceEncoder, *, max_tokens: int | None, max_crop_bp: int | None
 ) -> None:
-    """Refuse sequences that do not fit the context, before the first step."""
+    """Raise if a sequence does not fit the context, before the first step."""
     if max_tokens is None:
         return
     bases = encoder.max_bases(max_tokens)
@@ -108,7 +114,7 @@ _SECOND_VIEW = 1 << 20
 
 
 class EpochDataset(Dataset[Any]):
-    """A dataset that knows which epoch it is."""
+    """A dataset that gives other views or draws in each epoch."""
 
     epoch = 0
 
@@ -121,12 +127,19 @@ class EpochDataset(Dataset[Any]):
 
 
 class RowDataset(EpochDataset):
-    """Labelled rows, each epoch in another view."""
+    """Labelled rows, in another view in each epoch."""
 
     def __init__(
-        self, rows: Sequence[LabelledSequence], encode: RowEncoder, *, augment: AugmentConfig, seed: int
+        self,
+        rows: Sequence[LabelledSequence],
+        encode: RowEncoder,
+        *,
+        augment: AugmentConfig,
+        seed: int,
+        per_base: bool = False,
     ) -> None:
         self.rows, self._encode, self._augment, self._seed = rows, encode, augment, seed
+        self._per_base = per_base
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,7 +147,7 @@ class RowDataset(EpochDataset):
     def __getitem__(self, index: int) -> EncodedExample:
         row = self.rows[index]
         rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
-        view = _view(row, per_base=self._encode.per_base)
+        view = _view(row, per_base=self._per_base)
         return self._encode(augment(view, rng, config=self._augment), row)
 
 
@@ -255,7 +268,7 @@ class GroupDataset(EpochDataset):
 
 
 def group_numbers(rows: Sequence[RetrievalExample]) -> list[int]:
-    """Number the groups that rows name."""
+    """Number the groups that rows name; rows without a group are ``UNKNOWN``."""
     numbers: dict[str, int] = {}
     return [UNKNOWN if row.group is None else numbers.setdefault(row.group, len(numbers)) for row in rows]
 

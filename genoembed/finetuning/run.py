@@ -21,10 +21,10 @@ from transformers.trainer_utils import set_seed
 from genoembed._version import __version__
 from genoembed.config.finetune import PREDICTION_TASKS, finetune_config
 from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
-from genoembed.finetuning.rates import finetune_arguments, rates_of, resolve_recipe, total_steps
+from genoembed.finetuning.rates import finetune_arguments, resolve_recipe, total_steps
 from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
-from genoembed.finetuning.start import set_up_task
+from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.models.load import without_progress_bars
 from genoembed.training.distributed import (
@@ -255,9 +255,8 @@ class _Run:
                 mixed_lengths=recipe.mixed_lengths,
             ),
             least_rows=self._least_rows(),
-            rates=rates_of(recipe),
+            recipe=recipe,
             measures=setup.measures,
-            micro_batch=recipe.micro_batch,
             callbacks=callbacks,
         )
 

@@ -11,17 +11,15 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 
 from genoembed._version import __version__
 from genoembed.errors import ConfigError
 from genoembed.finetuning.labels import LabelSpace
-from genoembed.finetuning.tasks import CausalModel, PredictionModel
+from genoembed.finetuning.models import CausalModel, PredictionModel, new_head
 from genoembed.models.load import load_model, without_progress_bars
 from genoembed.models.trained_folder import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned
 from genoembed.retrieval.models import ContrastModel, RetrievalModel
-from genoembed.training.heads import ClassificationHead, MultilabelHead, RegressionHead
 from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genoembed.config.finetune import FinetuneConfig
-    from genoembed.finetuning.tasks import Head
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
 
@@ -146,28 +143,3 @@ def load_predictor(
     load_heads(model, facts)
     model.to(genomic.device).eval()
     return SavedPredictor(facts=facts, genomic=genomic, model=model, space=space)
-
-
-def new_head(
-    space: LabelSpace,
-    width: int,
-    *,
-    add_pooler: bool = False,
-    dropout: float = 0.0,
-    label_smoothing: float = 0.0,
-    class_weights: torch.Tensor | None = None,
-    seed: int = 0,
-) -> Head:
-    """Make the head that predicts what a label space holds."""
-    shape: dict[str, Any] = {
-        "dropout": dropout,
-        "add_pooler": add_pooler,
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    if space.kind == "regression":
-        return RegressionHead(width, space.num_outputs, **shape)
-    if space.kind == "multilabel":
-        return MultilabelHead(width, space.num_outputs, **shape)
-    return ClassificationHead(
-        width, space.num_outputs, class_weights=class_weights, label_smoothing=label_smoothing, **shape
-    )

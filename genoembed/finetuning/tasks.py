@@ -1,144 +1,423 @@
-"""What a trainer trains: an encoder with the head and the loss of a task, one ``forward`` for all of it.
+"""What a fine-tuning run is made of before its first step: model, rows, batches and measures of its task.
 
-In: batches of :mod:`genoembed.training.batches`. Out: ``{"loss": ...}`` with, for contrastive tasks, a
-``contrast`` (:class:`~genoembed.training.step_statistics.LossOutput`); or, with ``want``, what evaluation and
-prediction need. Everything goes through ``forward``, so that wrappers (data-parallel, sharded) see it.
+In: a :class:`~genoembed.config.finetune.FinetuneConfig`. Out: a :class:`TaskSetup`. Promised: whatever can be
+refused is refused here, rows before the model is loaded.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from genoembed.contracts import IGNORE_INDEX
-from genoembed.errors import ShapeError
+from genoembed.config.finetune import PREDICTION_TASKS
+from genoembed.config.labelled import AugmentConfig
+from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
+from genoembed.errors import ConfigError
+from genoembed.finetuning.augment import Augmented
+from genoembed.finetuning.collate import GroupCollator, PaddedCollator, ViewCollator
+from genoembed.finetuning.evaluation import (
+    CausalMeasure,
+    ExampleMeasure,
+    LabelMeasure,
+    PredictionMeasure,
+    ViewMeasure,
+    check_measurable,
+)
+from genoembed.finetuning.labels import LabelSpace
+from genoembed.finetuning.models import CausalModel, PredictionModel, fit_inputs, new_head
+from genoembed.finetuning.preparation import (
+    find_contrast,
+    label_kind,
+    read_example_sides,
+    read_sides,
+    without_strata,
+)
+from genoembed.finetuning.rows import (
+    DocumentEncoder,
+    GroupDataset,
+    LabelEncoder,
+    RowDataset,
+    ViewDataset,
+    check_lengths,
+)
+from genoembed.finetuning.sampling import GroupSampler
+from genoembed.finetuning.windowed import WindowedRunner
+from genoembed.models.behavior import context_length
+from genoembed.models.load import load_model, without_progress_bars
+from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.m3 import M3Loss
+from genoembed.retrieval.models import ContrastModel, RetrievalModel, VectorHead
+from genoembed.retrieval.terms import KmerTerms
+from genoembed.tokenization.hf import build_encoder
+from genoembed.training.encoder import Encoder
+from genoembed.training.heads import RegressionHead
+from genoembed.training.start import load_causal
+from genoembed.training.tuning import set_up_tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
-    from genoembed.finetuning.windowed import WindowedRunner
-    from genoembed.training.encoder import Encoder, Want
-    from genoembed.training.heads import ClassificationHead, MultilabelHead, RegressionHead
-    from genoembed.training.tuning import Tuned
-
-
-Head: TypeAlias = "ClassificationHead | MultilabelHead | RegressionHead"
-
-
-class PredictionModel(nn.Module):
-    """An encoder and a head that predicts something of a sequence, or of each of its tokens."""
-
-    def __init__(self, encoder: Encoder, head: Head, *, per_token: bool = False) -> None:
-        super().__init__()
-        self.encoder, self.head, self.per_token = encoder, head, per_token
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """What gradients are reported of."""
-        return {"encoder": self.encoder, "head": self.head}
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pool_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        vectors: Tensor | None = None,
-        want: Want = "loss",
-    ) -> dict[str, Any]:
-        """Run the encoder, the head, or both."""
-        if vectors is None:
-            if input_ids is None or attention_mask is None or pool_mask is None:
-                message = "batch: input_ids, attention_mask and pool_mask, expected all three, or vectors"
-                raise ShapeError(message)
-            if self.per_token:
-                vectors = self.encoder.hidden(input_ids, attention_mask)
-            else:
-                layers = self.encoder.pooled_layers(input_ids, attention_mask, pool_mask)
-                if want == "layers":
-                    return layers
-                vectors = self.encoder.fuse(layers)
-        logits = self.head(vectors)
-        if want == "predict":
-            return {"logits": logits, "predictions": self.head.predict(vectors)}
-        if labels is None:
-            message = "labels: none in the batch, expected one a row"
-            raise ShapeError(message)
-        return {"loss": self.head.loss(logits, labels)}
+    from genoembed.config.choices import Contrast
+    from genoembed.config.finetune import FinetuneConfig
+    from genoembed.finetuning.collate import LabelTarget
+    from genoembed.finetuning.evaluation import Measure
+    from genoembed.finetuning.preparation import Sides
+    from genoembed.finetuning.rows import EpochDataset
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.tokenization.hf import SequenceEncoder
 
 
-class CausalModel(nn.Module):
-    """A causal language model on padded rows."""
+logger = logging.getLogger(__name__)
 
-    def __init__(self, model: PreTrainedModel, tuned: Tuned) -> None:
-        super().__init__()
-        self.model: nn.Module = model
-        self.tuned = tuned
+TaskModel: TypeAlias = PredictionModel | CausalModel | ContrastModel | RetrievalModel
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """What gradients are reported of."""
-        return {"model": self.model}
+_COSINE_MARGIN, _EUCLIDEAN_MARGIN = 0.3, 1.0
+_LABEL_TEMPERATURE, _PAIR_TEMPERATURE = 0.1, 0.05
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        pool_mask: Tensor | None = None,
-        *,
-        want: Want = "loss",
-    ) -> dict[str, Any]:
-        """Take the loss of the next tokens."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
-        targets = labels[:, 1:]
-        reduction = "mean" if want == "loss" else "sum"
-        nats = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSetup:
+    """A run that is ready to begin."""
+
+    model: TaskModel
+    tokenizer: PreTrainedTokenizerBase
+    width: int
+    """Hidden size."""
+    dataset: EpochDataset
+    collate: Callable[[Any], dict[str, Tensor]]
+    lengths: Sequence[int]
+    """Bases of each row."""
+    measures: dict[str, Measure[Any]]
+    """``eval`` and ``test``, as far as rows are held out."""
+    digest: str
+    """Of all rows."""
+    source: Path | None = None
+    """Folder of the model that was started from, whose code a saved model needs."""
+    space: LabelSpace | None = None
+    """What labels mean, for tasks that predict."""
+    classes: Sequence[object] | None = None
+    """Classes that batches should hold several rows of."""
+    contrast: Contrast | None = None
+    group_sampler: GroupSampler | None = None
+
+
+def set_up_task(config: FinetuneConfig) -> TaskSetup:
+    """Read rows, load and build the model, and put together what a trainer needs."""
+    task = config.objective.task
+    if task == "lm":
+        return _language_model(config)
+    if task in PREDICTION_TASKS:
+        return _prediction(config)
+    contrast = find_contrast(config)
+    if contrast == "examples":
+        return _examples(config)
+    if contrast == "views" and task == "triplet":
+        message = "task 'triplet' needs labels or examples; give labels, or set task to 'contrastive'"
+        raise ConfigError(message)
+    return _contrast(config, contrast)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Base:
+    """A loaded model, cut and set up to learn, with how its rows are encoded and padded."""
+
+    genomic: GenomicModel
+    encoder: Encoder
+    tokens: SequenceEncoder
+    runner: WindowedRunner
+
+    def collator(self, target: LabelTarget, config: FinetuneConfig) -> PaddedCollator:
+        """Pad as the model can take it."""
+        multiple = 1 if self.encoder.padding == "equal" else config.recipe.pad_to_multiple_of
+        return PaddedCollator(
+            pad_token_id=self.tokens.pad_token_id, target=target, pad_to_multiple_of=multiple
         )
-        return {"loss": nats} if want == "loss" else {"nats": nats, "tokens": (targets != IGNORE_INDEX).sum()}
+
+    def label_encoder(self, config: FinetuneConfig, space: LabelSpace | None = None) -> LabelEncoder:
+        """Encode rows, with labels where ``space`` says what they mean."""
+        return LabelEncoder(
+            encoder=self.tokens,
+            max_tokens=self.genomic.max_length,
+            space=space,
+            skip_first=config.encoder.skip_first,
+            several_bases=config.data.several_bases,
+        )
+
+    def check(self, sequences: Sequence[bytes], config: FinetuneConfig) -> None:
+        """Raise if a sequence does not fit the context."""
+        check_lengths(
+            sequences,
+            self.tokens,
+            max_tokens=self.genomic.max_length,
+            max_crop_bp=config.augment.max_crop_bp,
+        )
+
+    def facts(self, sides: Sides[Any]) -> dict[str, Any]:
+        """Return the fields of :class:`TaskSetup` that depend on model and data alone."""
+        return {
+            "tokenizer": self.genomic.tokenizer,
+            "source": self.genomic.location,
+            "width": self.encoder.width,
+            "digest": sides.digest,
+        }
 
 
-MOST_SEQUENCES = 256
+def _load_base(config: FinetuneConfig) -> _Base:
+    """Load the model that a run starts from."""
+    wanted = config.encoder
+    genomic = load_model(
+        wanted.model, dtype="float32", trust_remote_code=wanted.trust_remote_code, revision=wanted.revision
+    )
+    encoder = Encoder(genomic, wanted, seed=config.recipe.seed)
+    logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
+    tokens = build_encoder(genomic.tokenizer)
+    runner = WindowedRunner.of(
+        encoder,
+        tokens,
+        max_tokens=genomic.max_length,
+        skip_first=wanted.skip_first,
+        rows=config.recipe.rows_per_device,
+        pad_to_multiple_of=config.recipe.pad_to_multiple_of,
+    )
+    return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner)
 
 
-FEWEST_SEQUENCES = 16
+def _prediction(config: FinetuneConfig) -> TaskSetup:
+    objective, kind = config.objective, label_kind(config.objective.task, None)
+    sides = read_sides(config, kind=kind)
+    labels = [row.label for row in (*sides.train, *sides.validation, *sides.test)]
+    space = LabelSpace.of(labels, kind=kind, columns=config.data.label_columns)
+    base = _load_base(config)
+    base.check([row.sequence for row in sides.train], config)
+    weights = None
+    if objective.class_weights == "balanced":
+        counts = space.counts(row.label for row in sides.train)
+        if not counts.all():
+            missing = [name for name, count in zip(space.names, counts, strict=True) if not count]
+            message = f"class_weights: no row to train on of {', '.join(missing)}; leave class_weights out"
+            raise ConfigError(message)
+        weights = torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
+    head = new_head(
+        space,
+        base.encoder.width,
+        add_pooler=config.encoder.add_pooler,
+        dropout=objective.dropout,
+        label_smoothing=objective.label_smoothing,
+        class_weights=weights,
+        seed=config.recipe.seed,
+    )
+    if isinstance(head, RegressionHead):
+        targets = np.stack([space.encode(row.label) for row in sides.train])
+        head.fit_targets(torch.from_numpy(targets))
+    encode = base.label_encoder(config, space)
+    measures = {
+        side: PredictionMeasure(rows=rows, space=space, runner=base.runner) for side, rows in sides.held_out()
+    }
+    model = PredictionModel(base.encoder, head, per_token=kind == "token")
+    fit_inputs(model, base.runner, [row.sequence for row in sides.train])
+    return TaskSetup(
+        model=model,
+        space=space,
+        dataset=RowDataset(
+            sides.train, encode, augment=config.augment, seed=config.recipe.seed, per_base=kind == "token"
+        ),
+        collate=base.collator("token" if kind == "token" else "sequence", config),
+        lengths=[len(row.sequence) for row in sides.train],
+        measures=dict(measures),
+        **base.facts(sides),
+    )
 
 
-MOST_BASES = 1 << 17
-"""Where sequences are long, fewer of them are looked at, but not fewer than ``FEWEST_SEQUENCES``."""
+def _contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
+    """Learn from labels, or from two views of each sequence."""
+    objective, recipe = config.objective, config.recipe
+    kind = label_kind(objective.task, contrast)
+    sides = read_sides(without_strata(config) if contrast == "views" else config, kind=kind)
+    check_measurable(sides.validation, contrast)
+    check_measurable(sides.test, contrast)
+    base = _load_base(config)
+    base.check([row.sequence for row in sides.train], config)
+    other = AugmentConfig(
+        mutation_rate=objective.view_mutation_rate,
+        crop_fraction=objective.view_crop_fraction,
+        reverse_complement=objective.view_reverse_complement,
+        max_crop_bp=config.augment.max_crop_bp,
+    )
+    rows = base.collator("sequence" if contrast == "labels" else "none", config)
+    dataset: EpochDataset
+    collate: Callable[[Any], dict[str, Tensor]]
+    measures: dict[str, Measure[Any]] = {}
+    if contrast == "labels":
+        labels = [row.label for row in (*sides.train, *sides.validation, *sides.test)]
+        encode = base.label_encoder(config, LabelSpace.of(labels, kind="class"))
+        dataset, collate = RowDataset(sides.train, encode, augment=config.augment, seed=recipe.seed), rows
+        measures |= {side: LabelMeasure(rows=held, runner=base.runner) for side, held in sides.held_out()}
+    else:
+        encode = base.label_encoder(config)
+        dataset = ViewDataset(sides.train, encode, augment=config.augment, other=other, seed=recipe.seed)
+        collate = ViewCollator(rows=rows)
+        measures |= {
+            side: ViewMeasure(rows=held, runner=base.runner, other=other, seed=recipe.seed)
+            for side, held in sides.held_out()
+        }
+    return TaskSetup(
+        model=_contrast_model(base, config, contrast),
+        dataset=dataset,
+        collate=collate,
+        lengths=[len(row.sequence) for row in sides.train],
+        classes=[row.label for row in sides.train] if contrast == "labels" else None,
+        measures=measures,
+        contrast=contrast,
+        **base.facts(sides),
+    )
 
 
-def fit_inputs(model: PredictionModel, runner: WindowedRunner, sequences: Sequence[bytes]) -> None:
-    """Fit the head to what the encoder gives for some of the sequences."""
-    chosen = choose_sequences(sequences)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        if model.per_token:
-            inputs = runner.states(model.encoder, chosen)
-        else:
-            inputs = runner.vectors(model, model.encoder, chosen)
-    model.head.fit_inputs(inputs)
-    model.train(was_training)
+def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> ContrastModel:
+    objective = config.objective
+    is_triplet = objective.task == "triplet"
+    margin = objective.margin
+    if is_triplet and margin is None:
+        margin = _COSINE_MARGIN if objective.distance == "cosine" else _EUCLIDEAN_MARGIN
+    scope = objective.scope
+    if scope == "auto":
+        scope = "symmetric" if contrast == "views" else "one_way"
+    # normalised vectors cannot be farther apart than 2: a Euclidean margin needs room
+    normalise = not (is_triplet and objective.distance == "euclidean")
+    head = VectorHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalise=normalise)
+    return ContrastModel(
+        base.encoder,
+        head,
+        contrast=contrast,
+        config=ContrastiveConfig(
+            temperature=objective.temperature
+            or (_LABEL_TEMPERATURE if contrast == "labels" else _PAIR_TEMPERATURE),
+            scope=scope,
+            in_batch_negatives=not objective.own_negatives_only,
+            across_devices=objective.across_devices,
+        ),
+        margin=margin if is_triplet else None,
+        distance=objective.distance,
+    )
 
 
-def choose_sequences(sequences: Sequence[bytes]) -> list[bytes]:
-    """Take sequences at even distances, as many as are needed to know a mean and a deviation.
+def _examples(config: FinetuneConfig) -> TaskSetup:
+    """Learn pairs, triplets or retrieval from queries with positives and negatives."""
+    objective, recipe = config.objective, config.recipe
+    is_triplet, is_retrieval = objective.task == "triplet", objective.task == "retrieval"
+    sides = read_example_sides(config)
+    if is_triplet and any(not row.neg for row in sides.train):
+        row = next(row for row in sides.train if not row.neg)
+        message = f"{row.source}:{row.line}: no neg, but task 'triplet' needs one a row; give each row one"
+        raise ConfigError(message)
+    sampler = GroupSampler(
+        [len(row.pos) for row in sides.train],
+        [len(row.neg) for row in sides.train],
+        train_group_size=2 if is_triplet else objective.train_group_size,
+        seed=recipe.seed,
+        in_batch_negatives=not objective.own_negatives_only,
+    )
+    base = _load_base(config)
+    terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
+    base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)], config)
+    dataset = GroupDataset(
+        sides.train,
+        sampler,
+        encoder=base.tokens,
+        max_tokens=base.genomic.max_length,
+        skip_first=config.encoder.skip_first,
+        augment=config.augment,
+        seed=recipe.seed,
+    )
+    collate = GroupCollator(rows=base.collator("none", config), terms=terms)
+    heads_need = {"encoder": base.label_encoder(config), "collate": collate} if is_retrieval else {}
+    measures: dict[str, Measure[Any]] = {
+        side: ExampleMeasure(rows, base.runner, **heads_need)  # type: ignore[arg-type]
+        for side, rows in sides.held_out()
+    }
+    return TaskSetup(
+        model=_retrieval_model(base, config) if is_retrieval else _contrast_model(base, config, "examples"),
+        dataset=dataset,
+        collate=collate,
+        lengths=[len(row.query) + max(map(len, row.pos)) for row in sides.train],
+        measures=measures,
+        contrast="examples",
+        group_sampler=None if is_triplet else sampler,
+        **base.facts(sides),
+    )
 
-    Example:
-        >>> choose_sequences([b"A", b"C", b"G"])
-        [b'A', b'C', b'G']
-        >>> len(choose_sequences([b"A"] * 1000)), len(choose_sequences([b"A" * MOST_BASES] * 1000))
-        (256, 16)
-    """
-    mean_bases = sum(map(len, sequences)) / len(sequences)
-    wanted = max(FEWEST_SEQUENCES, min(MOST_SEQUENCES, int(MOST_BASES / mean_bases)))
-    count = min(wanted, len(sequences))
-    return [sequences[index * len(sequences) // count] for index in range(count)]
+
+def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
+    objective, encoder = config.objective, config.encoder
+    heads = M3Heads(
+        base.encoder.width,
+        M3HeadsConfig(
+            pooling=encoder.pooling,
+            add_pooler=encoder.add_pooler,
+            vector_width=objective.vector_width,
+            vector_window=objective.vector_window,
+        ),
+        mode=objective.mode,
+    )
+    loss = M3Loss(
+        M3LossConfig(
+            temperature=objective.temperature or M3LossConfig().temperature,
+            self_distillation_start=objective.self_distillation_start,
+            distillation=objective.distillation,
+            in_batch_negatives=not objective.own_negatives_only,
+            across_devices=objective.across_devices,
+        )
+    )
+    return RetrievalModel(base.encoder, heads, loss)
+
+
+def _language_model(config: FinetuneConfig) -> TaskSetup:
+    recipe, wanted = config.recipe, config.encoder
+    sides = read_sides(without_strata(config), kind="none")
+    with without_progress_bars():
+        start = load_causal(
+            wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+        )
+    max_tokens = context_length(start.model)
+    crop = config.augment.max_crop_bp
+    encode = DocumentEncoder(rules=start.rules, max_tokens=max_tokens)
+    if max_tokens is not None and crop is None:
+        longest = max(sides.train, key=lambda row: len(row.sequence))
+        encode(Augmented(longest.sequence), longest)
+    ids = torch.from_numpy(start.rules.encode_document(b"ACGT" * 6))[None]
+    tuned = set_up_tuning(
+        start.model,
+        lambda: start.model(input_ids=ids).logits.float().square().mean(),
+        config=wanted,
+        seed=recipe.seed,
+    )
+    measures: dict[str, Measure[Any]] = {
+        side: CausalMeasure(
+            rows=rows,
+            rules=start.rules,
+            max_tokens=min(filter(None, (max_tokens, crop)), default=None),
+            rows_at_once=recipe.rows_per_device,
+        )
+        for side, rows in sides.held_out()
+    }
+    return TaskSetup(
+        model=CausalModel(start.model, tuned),
+        tokenizer=start.tokenizer,
+        width=int(getattr(start.model.config, "hidden_size", 0)) or 1,
+        dataset=RowDataset(sides.train, encode, augment=config.augment, seed=recipe.seed),
+        collate=PaddedCollator(
+            pad_token_id=start.rules.pad_token_id,
+            target="causal",
+            pad_to_multiple_of=recipe.pad_to_multiple_of,
+        ),
+        lengths=[len(row.sequence) for row in sides.train],
+        measures=measures,
+        digest=sides.digest,
+    )

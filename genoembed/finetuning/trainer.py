@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
     from transformers import TrainingArguments
 
+    from genoembed.config.finetune import FinetuneRecipe
     from genoembed.finetuning.evaluation import Measure
     from genoembed.finetuning.rows import EpochDataset
     from genoembed.training.log import StepStatistics
@@ -216,15 +217,6 @@ POLE_RATE_SCALE = 0.1
 """Poles of long filters move this much slower, as in pretraining."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
-    """How fast the parts of a model learn."""
-
-    encoder: float
-    head: float
-    weight_decay: float
-
-
 class FinetuneTrainer(AdamWTrainer):
     """A Trainer for the models of :mod:`genoembed.finetuning.tasks`."""
 
@@ -237,12 +229,11 @@ class FinetuneTrainer(AdamWTrainer):
         collate: Callable[[Any], dict[str, Tensor]],
         sampler: Sampler[int],
         least_rows: int,
-        rates: Rates,
+        recipe: FinetuneRecipe,
         measures: Mapping[str, Measure[Any]],
-        micro_batch: int | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self._measures, self._micro_batch = measures, micro_batch
+        self._measures, self._micro_batch = measures, recipe.micro_batch
         self._book, self._watch = StepBook(), LossWatch()
         self._batches = RankBatches(
             sampler,
@@ -251,9 +242,10 @@ class FinetuneTrainer(AdamWTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        assert recipe.learning_rate is not None, "resolve_recipe has set it"
         super().__init__(
-            groups=lambda model: parameter_groups(model, rates),
-            rate=rates.encoder,
+            groups=lambda model: parameter_groups(model, recipe),
+            rate=recipe.learning_rate,
             betas=ADAM_BETAS,
             model=model,
             args=args,
@@ -401,7 +393,7 @@ class FinetuneTrainer(AdamWTrainer):
             raise CheckpointError(message, path=str(self.args.output_dir))
 
 
-def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
     """Split the parameters that learn by rate and weight decay."""
     decaying = decaying_parameters(model)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -409,9 +401,10 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         in_backbone = name.startswith(("encoder.backbone.", "model."))
-        rate = rates.encoder if in_backbone else rates.head
+        rate = recipe.learning_rate if in_backbone else recipe.head_learning_rate
+        assert rate is not None, "resolve_recipe has set both"
         if is_pole(name):
             rate *= POLE_RATE_SCALE
-        decay = rates.weight_decay if name in decaying else 0.0
+        decay = recipe.weight_decay if name in decaying else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

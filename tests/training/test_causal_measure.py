@@ -10,7 +10,7 @@ import torch
 from genoembed.config.pretrain import StartConfig
 from genoembed.finetuning.evaluation import CausalMeasure
 from genoembed.finetuning.labelled import LabelledSequence
-from genoembed.finetuning.tasks import CausalModel
+from genoembed.finetuning.models import CausalModel
 from genoembed.pretraining.start import build_start
 from genoembed.training.tuning import Tuned
 from tests.training.finetune_cases import build_model, sequences
@@ -29,7 +29,7 @@ def measured(start, *, rows_at_once, max_tokens=None):
         LabelledSequence(id=f"s{i}", sequence=s.encode(), label=None, source="-", line=i)
         for i, s in enumerate(SEQUENCES)
     ]
-    measure = CausalMeasure(rows=rows, start=start, max_tokens=max_tokens, rows_at_once=rows_at_once)
+    measure = CausalMeasure(rows=rows, rules=start.rules, max_tokens=max_tokens, rows_at_once=rows_at_once)
     model = CausalModel(start.model, Tuned(start.model))
     return measure(model.eval())
 

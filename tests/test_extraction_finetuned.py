@@ -19,7 +19,7 @@ from genoembed.models.trained_folder import read_finetuned
 from genoembed.retrieval.models import ContrastModel, VectorHead
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.saved import load_encoder, load_heads
-from tests.training.finetune_cases import (
+from tests.finetuning.cases import (
     CONTEXT,
     FAST,
     build_model,

@@ -11,7 +11,7 @@ from genoembed.retrieval.retriever import load_retriever
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.searching.hybrid import best_matches, shared_terms
 from genoembed.searching.run import recorded_options
-from tests.training.finetune_cases import FAST, build_model, sequences, write_examples, write_fasta
+from tests.finetuning.cases import FAST, build_model, sequences, write_examples, write_fasta
 
 pytestmark = pytest.mark.filterwarnings("ignore::genoembed.errors.GenoembedWarning")
 DATABASE = sequences(14, seed=5, shortest=20, longest=40)

@@ -12,8 +12,8 @@ from genoembed.finetuning.collate import PaddedCollator, encode_example
 from genoembed.pooling.fuse import fuse
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder
+from tests.finetuning.cases import build_model, sequences
 from tests.tiny_models import NATIVE_FAMILIES, build_tiny
-from tests.training.finetune_cases import build_model, sequences
 
 ROWS = sequences(4, seed=2)
 

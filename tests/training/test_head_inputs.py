@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from genoembed import finetune, load_model
 from genoembed.config.finetune import EncoderConfig
 from genoembed.training.encoder import Encoder
-from tests.training.finetune_cases import FAST, build_model, rich, sequences, write_classes, write_table
+from tests.finetuning.cases import FAST, build_model, rich, sequences, write_classes, write_table
 
 SCALE = 500.0
 

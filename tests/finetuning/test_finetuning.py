@@ -17,8 +17,7 @@ import genoembed
 from genoembed.errors import ConfigError, ModelError, SequenceLengthError, TrainingWarning
 from genoembed.finetuning import trainer as finetune_trainer
 from genoembed.finetuning.trainer import FinetuneTrainer
-from tests.tiny_models import build_tiny
-from tests.training.finetune_cases import (
+from tests.finetuning.cases import (
     CONTEXT,
     FAST,
     build_model,
@@ -28,6 +27,7 @@ from tests.training.finetune_cases import (
     write_fasta,
     write_table,
 )
+from tests.tiny_models import build_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::genoembed.errors.TrainingWarning")
 

@@ -13,7 +13,7 @@ from genoembed.finetuning.labelled import LabelledSequence
 from genoembed.finetuning.models import CausalModel
 from genoembed.pretraining.start import build_start
 from genoembed.training.tuning import Tuned
-from tests.training.finetune_cases import build_model, sequences
+from tests.finetuning.cases import build_model, sequences
 
 SEQUENCES = [*sequences(5, shortest=3, longest=30), "A"]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import genoembed
-from tests.training.finetune_cases import build_model, sequences, write_classes, write_examples, write_fasta
-from tests.training.two_ranks_finetune import CASES, ROWS_TOGETHER, lines_of, watched_run
+from tests.finetuning.cases import build_model, sequences, write_classes, write_examples, write_fasta
+from tests.finetuning.two_ranks import CASES, ROWS_TOGETHER, lines_of, watched_run
 
-SCRIPT = Path(__file__).with_name("two_ranks_finetune.py")
+SCRIPT = Path(__file__).with_name("two_ranks.py")
 ROOT = SCRIPT.parents[2]
 ROWS = 22
 """Two full steps, and one with three rows a process."""

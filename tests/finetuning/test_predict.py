@@ -21,7 +21,7 @@ from genoembed.errors import (
 from genoembed.finetuning import predict as predict_module
 from genoembed.finetuning.saved import load_predictor
 from genoembed.models.trained_folder import read_finetuned
-from tests.training.finetune_cases import (
+from tests.finetuning.cases import (
     CONTEXT,
     FAST,
     build_model,

@@ -15,14 +15,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
 from genoembed.errors import ConfigError
 from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER
-from genoembed.training.optimizer import uses_bfloat16
+from genoembed.training.trainer import resolved_dtype, training_arguments
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from transformers import TrainingArguments
 
     from genoembed.config.finetune import FinetuneConfig, FinetuneRecipe
 
@@ -66,7 +67,7 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
         learning_rate=rate,
         head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
         metric=metric,
-        dtype="bfloat16" if uses_bfloat16(recipe.dtype) else "float32",
+        dtype=resolved_dtype(recipe.dtype),
     )
     return replace(config, recipe=resolved)
 
@@ -93,39 +94,25 @@ def finetune_arguments(
     metric = str(recipe.metric)
     is_greater_better = metric not in SMALLER_IS_BETTER
     every = "epoch" if recipe.eval_steps is None else "steps"
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder),
+    others: dict[str, Any] = dict(
         num_train_epochs=recipe.max_epochs,
         max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.rows_per_device,
-        gradient_accumulation_steps=recipe.accumulation_steps,
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy=every if has_validation else "no",
         save_strategy=every,
-        save_total_limit=2,
         load_best_model_at_end=has_validation,
         metric_for_best_model=f"eval_{metric}" if has_validation else None,
         greater_is_better=is_greater_better if has_validation else None,
-        seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to=[],
-        remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
     )
     if recipe.eval_steps is not None:
-        arguments |= {"eval_steps": recipe.eval_steps, "save_steps": recipe.eval_steps}
+        others |= {"eval_steps": recipe.eval_steps, "save_steps": recipe.eval_steps}
     if recipe.schedule == "plateau":
         mode = "max" if is_greater_better else "min"
-        arguments["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
-    found = TrainingArguments(**arguments)
+        others["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
+    found = training_arguments(recipe, folder, **others)
     if recipe.schedule != "plateau":  # it knows only now how many processes there are
         steps = total_steps(recipe, num_rows=num_rows, world_size=found.world_size)
         found.warmup_steps = math.ceil(recipe.warmup_fraction * steps)

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
 
-from genoembed._version import __version__
 from genoembed.config.finetune import PREDICTION_TASKS, finetune_config
 from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
 from genoembed.finetuning.rates import finetune_arguments, resolve_recipe, total_steps
@@ -26,24 +24,15 @@ from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
-from genoembed.models.load import without_progress_bars
-from genoembed.training.distributed import (
-    StopOnSignal,
-    leave_process_group_at_exit,
-    use_threads,
-    wait_for_all,
-)
-from genoembed.training.optimizer import ClampPoles
+from genoembed.training.distributed import leave_process_group_at_exit, use_threads, wait_for_all
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
     METRICS_FILE,
-    RUN_FILE,
-    checkpoint_to_resume,
-    clear_run,
-    compare_with_run,
+    claim_run,
     path_strings,
     refuse_other_run,
     write_json,
+    write_run,
 )
 
 if TYPE_CHECKING:
@@ -186,9 +175,7 @@ class _Run:
     def train(self, *, resume: bool) -> FinetuneReport:
         """Train to the end, or to a signal."""
         checkpoint = self._claim(resume=resume)
-        stop = StopOnSignal()
-        trainer = self._trainer(stop)
-        trainer.remove_callback(PrinterCallback)
+        trainer = self._trainer()
         self._write_files()
         total = total_steps(
             self.config.recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size
@@ -200,23 +187,23 @@ class _Run:
             recipe.learning_rate,
             recipe.head_learning_rate,
         )
-        with stop.listening(), without_progress_bars():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stop.raise_if_stopped(self.folder)
+        trainer.train_from(checkpoint)
         return self._finish(trainer)
 
     def _claim(self, *, resume: bool) -> Path | None:
         """Compare with the run that is there and find its checkpoint, or clear it away."""
-        if resume:
-            message = (
-                f"train: the rows are not those of the run in {self.folder}; give the same files, or "
-                "overwrite to start again"
-            )
-            compare_with_run(self.folder, self._compared(), digests={"rows": message})
-            return checkpoint_to_resume(self.folder)
-        if self.arguments.process_index == 0:
-            clear_run(self.folder, CONFIG_FILE, REPORT_FILE)
-        return None
+        message = (
+            f"train: the rows are not those of the run in {self.folder}; give the same files, or "
+            "overwrite to start again"
+        )
+        return claim_run(
+            self.folder,
+            self._compared(),
+            resume=resume,
+            digests={"rows": message},
+            is_first=self.arguments.process_index == 0,
+            others=(CONFIG_FILE, REPORT_FILE),
+        )
 
     def _compared(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that began; files may move, rows may not change."""
@@ -225,14 +212,10 @@ class _Run:
             values["data"].pop(name)
         return {**values, "rows": self.setup.digest, "processes": self.arguments.world_size}
 
-    def _trainer(self, stop: StopOnSignal) -> FinetuneTrainer:
+    def _trainer(self) -> FinetuneTrainer:
         recipe, setup = self.config.recipe, self.setup
         shown = (str(recipe.metric), *METRICS[self.config.objective.task][:2], "loss")
-        callbacks: list[TrainerCallback] = [
-            ClampPoles(),
-            FinetuneLog(self.folder / METRICS_FILE, shown=shown),
-            stop,
-        ]
+        callbacks: list[TrainerCallback] = [FinetuneLog(self.folder / METRICS_FILE, shown=shown)]
         if "eval" in setup.measures:
             callbacks.append(
                 StopEarly(
@@ -246,7 +229,7 @@ class _Run:
             model=setup.model,
             args=self.arguments,
             dataset=setup.dataset,
-            collate=setup.collate,
+            data_collator=setup.collate,
             sampler=new_sampler(
                 setup.lengths,
                 labels=setup.classes,
@@ -268,7 +251,7 @@ class _Run:
     def _write_files(self) -> None:
         if self.arguments.process_index:
             return
-        write_json(self.folder / RUN_FILE, {"genoembed": __version__, "compared": self._compared()})
+        write_run(self.folder, self._compared())
         write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
 
     def _finish(self, trainer: FinetuneTrainer) -> FinetuneReport:

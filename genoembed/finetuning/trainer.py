@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +28,11 @@ from genoembed.finetuning.collate import split_batch
 from genoembed.finetuning.sampling import RankBatches
 from genoembed.retrieval.grad_cache import cached_backward
 from genoembed.training.distributed import from_first
-from genoembed.training.log import LossOutput, MetricsFile, StepBook, gradient_norms
-from genoembed.training.optimizer import AdamWTrainer, decaying_parameters, is_pole
+from genoembed.training.log import LossOutput, MetricsFile, gradient_norms
+from genoembed.training.trainer import ResumableTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.utils.data import Sampler
@@ -212,29 +211,25 @@ _SAID = (
 )
 
 
-ADAM_BETAS = (0.9, 0.999)
-POLE_RATE_SCALE = 0.1
-"""Poles of long filters move this much slower, as in pretraining."""
-
-
-class FinetuneTrainer(AdamWTrainer):
+class FinetuneTrainer(ResumableTrainer):
     """A Trainer for the models of :mod:`genoembed.finetuning.tasks`."""
 
     def __init__(
         self,
         *,
-        model: nn.Module,
         args: TrainingArguments,
         dataset: EpochDataset,
-        collate: Callable[[Any], dict[str, Tensor]],
         sampler: Sampler[int],
         least_rows: int,
         recipe: FinetuneRecipe,
         measures: Mapping[str, Measure[Any]],
         callbacks: list[TrainerCallback],
+        **arguments: Any,
     ) -> None:
+        assert recipe.head_learning_rate is not None, "resolve_recipe has set it"
         self._measures, self._micro_batch = measures, recipe.micro_batch
-        self._book, self._watch = StepBook(), LossWatch()
+        self._head_rate = recipe.head_learning_rate
+        self._watch = LossWatch()
         self._batches = RankBatches(
             sampler,
             rows=args.per_device_train_batch_size,
@@ -242,21 +237,16 @@ class FinetuneTrainer(AdamWTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
-        assert recipe.learning_rate is not None, "resolve_recipe has set it"
         super().__init__(
-            groups=lambda model: parameter_groups(model, recipe),
-            rate=recipe.learning_rate,
-            betas=ADAM_BETAS,
-            model=model,
-            args=args,
-            data_collator=collate,
-            train_dataset=dataset,
-            eval_dataset=[],
-            callbacks=[*callbacks, SetEpoch(dataset, sampler)],
+            args=args, train_dataset=dataset, callbacks=[*callbacks, SetEpoch(dataset, sampler)], **arguments
         )
         # each batch gives a mean of its own
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
+
+    def rate_of(self, name: str) -> float:
+        """Give the peak rate of a parameter: new heads learn faster than what was pretrained."""
+        return float(self.args.learning_rate) if _is_pretrained(name) else self._head_rate
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Read the rows of this process: accelerate would fill up a short batch with rows that come again."""
@@ -281,18 +271,16 @@ class FinetuneTrainer(AdamWTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Do forward and backward of a batch."""
-        started = time.perf_counter()
         if self._micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._cached_step(model, inputs, self._micro_batch)
         if self.accelerator.sync_gradients and self._logs_after_this_step():
             norms = gradient_norms(self.accelerator.unwrap_model(model).parts)
-            self._book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})
+            self.book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})
         for name, mask in inputs.items():
             if name.endswith("attention_mask"):
-                self._book.padding.add(mask)
-        self._book.seconds += time.perf_counter() - started
+                self.book.padding.add(mask)
         return loss
 
     def _cached_step(self, model: nn.Module, inputs: dict[str, Any], rows: int) -> Tensor:
@@ -322,29 +310,19 @@ class FinetuneTrainer(AdamWTrainer):
             return
         self._watch.observe(contrast)
         parts = {f"loss_{name}": value for name, value in contrast.parts.items()}
-        self._book.add(contrast.statistics.as_metrics() | parts)
+        self.book.add(contrast.statistics.as_metrics() | parts)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1
         return step % self.args.logging_steps == 0 or step == self.state.max_steps
 
-    @torch.no_grad()
     def evaluate(self, *_: Any, side: str = "eval", **__: Any) -> dict[str, float]:
         """Measure on rows that are held out, and log it."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        with self.compute_loss_context_manager():
-            found = self._measures[side](model)
-        model.train(was_training)
+        with self.evaluating(self.model), self.compute_loss_context_manager():
+            found = self._measures[side](self.model)
         # every process measures all rows; that all stop alike must not hang on a last bit
-        found = from_first(found)
-        metrics = {f"{side}_{name}": value for name, value in found.items()}
-        self.log(dict(metrics))
-        if side == "eval":
-            trainer: Any = self
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
-        return metrics
+        metrics = {f"{side}_{name}": value for name, value in from_first(found).items()}
+        return self.report_measured(metrics, is_validation=side == "eval")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Let the loss decide between equal metrics, such as the 0 of a head that knows one class yet."""
@@ -355,13 +333,6 @@ class FinetuneTrainer(AdamWTrainer):
             if before and metrics["eval_loss"] < before[-1]:
                 self.state.best_metric = None
         return super()._determine_best_metric(metrics=metrics, trial=trial)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add statistics to a line about training."""
-        if "loss" in logs:
-            logs |= self._book.metrics()
-            self._book = StepBook()
-        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save what learns, and buffers; what does not learn is in the model that was started from."""
@@ -375,11 +346,7 @@ class FinetuneTrainer(AdamWTrainer):
     def _learned(self) -> list[str]:
         """Name parameters that learn, each once, and buffers outside the backbone."""
         learned = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        buffers = [
-            name
-            for name, _ in self.model.named_buffers()
-            if not name.startswith(("encoder.backbone.", "model."))
-        ]
+        buffers = [name for name, _ in self.model.named_buffers() if not _is_pretrained(name)]
         return [*learned, *buffers]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -393,18 +360,5 @@ class FinetuneTrainer(AdamWTrainer):
             raise CheckpointError(message, path=str(self.args.output_dir))
 
 
-def parameter_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
-    """Split the parameters that learn by rate and weight decay."""
-    decaying = decaying_parameters(model)
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        in_backbone = name.startswith(("encoder.backbone.", "model."))
-        rate = recipe.learning_rate if in_backbone else recipe.head_learning_rate
-        assert rate is not None, "resolve_recipe has set both"
-        if is_pole(name):
-            rate *= POLE_RATE_SCALE
-        decay = recipe.weight_decay if name in decaying else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+def _is_pretrained(name: str) -> bool:
+    return name.startswith(("encoder.backbone.", "model."))

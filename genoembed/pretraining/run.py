@@ -10,43 +10,34 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from genoembed._version import __version__
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, train_config
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
 from genoembed.pretraining.corpus import DocumentStream
-from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
+from genoembed.pretraining.start import build_start, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
-from genoembed.pretraining.trainer import PackedTrainer, PretrainConfig, training_arguments
-from genoembed.training.distributed import (
-    StopOnSignal,
-    leave_process_group_at_exit,
-    use_threads,
-    wait_for_all,
-)
+from genoembed.pretraining.trainer import ADAM_BETA2, PackedTrainer
+from genoembed.training.distributed import leave_process_group_at_exit, use_threads, wait_for_all
 from genoembed.training.log import MetricsFile
-from genoembed.training.optimizer import ClampPoles, uses_bfloat16
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
     METRICS_FILE,
-    RUN_FILE,
-    checkpoint_to_resume,
-    clear_run,
-    compare_with_run,
+    claim_run,
     path_strings,
     refuse_other_run,
     steps_of,
-    write_json,
+    write_run,
 )
+from genoembed.training.trainer import resolved_dtype, training_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -120,8 +111,11 @@ def pretrain(
     keys = options | {"corpus": path_strings(corpus), "heldout": path_strings(options.get("heldout"))}
     settings = train_config(keys, file=config)
     use_threads(threads)
-    run = _Run(settings, Path(output_dir))
-    run.claim_folder(resume=resume, overwrite=overwrite)
+    folder = Path(output_dir)
+    if not (resume or overwrite):
+        refuse_other_run(folder)
+    run = _Run(settings, folder)
+    run.claim_folder(resume=resume)
     return run.train()
 
 
@@ -149,19 +143,19 @@ class _Run:
         )
         self.checkpoint: Path | None = None
 
-    def claim_folder(self, *, resume: bool, overwrite: bool) -> None:
+    def claim_folder(self, *, resume: bool) -> None:
         """Compare with the run that is there, find its checkpoint, or clear it away."""
-        if resume:
-            told = "names, sizes or order of the files are not those of the run in"
-            remedy = "name the same files, or overwrite to start again"
-            digests = {key: f"{key}: {told} {self.folder}; {remedy}" for key in ("corpus", "heldout")}
-            compare_with_run(self.folder, self._compared(), digests=digests)
-            self.checkpoint = checkpoint_to_resume(self.folder)
-            return
-        if not overwrite:
-            refuse_other_run(self.folder)
-        if self.arguments.process_index == 0:
-            clear_run(self.folder)
+        told = f"names, sizes or order of the files are not those of the run in {self.folder}"
+        self.checkpoint = claim_run(
+            self.folder,
+            self._compared(),
+            resume=resume,
+            digests={
+                key: f"{key}: {told}; name the same files, or overwrite to start again"
+                for key in ("corpus", "heldout")
+            },
+            is_first=self.arguments.process_index == 0,
+        )
 
     def _compared(self) -> dict[str, Any]:
         """What a run that goes on must share with the one that began; files may move, not change."""
@@ -169,10 +163,7 @@ class _Run:
         values["data"]["corpus"] = self.stream.files_sha256
         files = self.config.data.heldout
         values["data"]["heldout"] = DocumentStream(files).state.files_sha256 if files else None
-        recipe = {field.name: getattr(self.recipe, field.name) for field in fields(PretrainConfig)}
-        shared = values["recipe"].keys() & recipe.keys()
-        values["recipe"] |= {key: recipe[key] for key in shared}
-        values["recipe"]["dtype"] = "bfloat16" if self.recipe.bf16 else "float32"
+        values["recipe"] |= asdict(self.recipe)
         return {**values, "processes": self.arguments.world_size}
 
     def train(self) -> PretrainReport:
@@ -191,8 +182,8 @@ class _Run:
         self.stream.skip_rows = done * recipe.accumulation_steps * recipe.rows_per_device
         if self.stream.skip_rows:
             logger.info("resume: reading again the %d rows of %d steps", self.stream.skip_rows, done)
-        model, stop = self.start.model, StopOnSignal()
-        if self.config.recipe.gradient_checkpointing:
+        model = self.start.model
+        if recipe.gradient_checkpointing:
             _checkpoint_activations(model)
         if recipe.compile_blocks:
             for block in model.get_submodule(find_blocks(model)).children():
@@ -200,28 +191,23 @@ class _Run:
         trainer = PackedTrainer(
             model=model,
             args=self.arguments,
-            recipe=recipe,
             stream=self.stream,
             heldout=heldout,
             isolating=self.isolating,
-            forward_options=forward_options(self.isolating),
-            callbacks=self._callbacks(stop),
+            pole_rate_scale=recipe.pole_rate_scale,
+            callbacks=self._callbacks(),
         )
-        trainer.remove_callback(PrinterCallback)
         wait_for_all()  # the others still look at the folder
         self._write_run_file()
         if self.checkpoint is not None and done >= recipe.max_steps:
             logger.info("resume: all %d steps are done", done)
             trainer.restore(self.checkpoint)
-            return self._finish(trainer)
-        with stop.listening(), without_progress_bars():
-            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        stop.raise_if_stopped(self.folder, total=recipe.max_steps)
+        else:
+            trainer.train_from(self.checkpoint)
         return self._finish(trainer)
 
-    def _callbacks(self, stop: StopOnSignal) -> list[TrainerCallback]:
-        metrics = MetricsFile(self.folder / METRICS_FILE)
-        callbacks = [ClampPoles(), metrics, _SaveTokenizer(self.start.tokenizer), stop]
+    def _callbacks(self) -> list[TrainerCallback]:
+        callbacks = [MetricsFile(self.folder / METRICS_FILE), _SaveTokenizer(self.start.tokenizer)]
         if find_spec("tensorboard") is not None:
             board = TensorBoardCallback()
             board.logging_dir = str(self.folder / "tensorboard")
@@ -229,17 +215,15 @@ class _Run:
         return callbacks
 
     def _write_run_file(self) -> None:
-        if self.arguments.process_index:
-            return
-        run = {
-            "genoembed": __version__,
-            "compared": self._compared(),
-            "corpus": list(self.config.data.corpus),
-            "heldout": list(self.config.data.heldout),
-            "corpus_config": asdict(self.corpus),
-            "model_config": self.start.model.config.to_dict(),
-        }
-        write_json(self.folder / RUN_FILE, run)
+        if self.arguments.process_index == 0:
+            write_run(
+                self.folder,
+                self._compared(),
+                corpus=list(self.config.data.corpus),
+                heldout=list(self.config.data.heldout),
+                corpus_config=asdict(self.corpus),
+                model_config=self.start.model.config.to_dict(),
+            )
 
     def _finish(self, trainer: PackedTrainer) -> PretrainReport:
         last = [line for line in trainer.state.log_history if "eval_bits_per_base" in line]
@@ -273,22 +257,35 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _resolved_recipe(recipe: RecipeConfig, start: Start) -> PretrainConfig:
+def _resolved_recipe(recipe: RecipeConfig, start: Start) -> RecipeConfig:
+    """Fill in what goes by model and hardware."""
     width = getattr(start.model.config, "hidden_size", None) or _BASE_WIDTH
     rate = _BASE_RATE * math.sqrt(_BASE_WIDTH / max(width, _BASE_WIDTH)) * (1 if start.is_new else 0.1)
     warmup = min(_MAX_WARMUP, recipe.max_steps // 20)
-    shared = {f.name: getattr(recipe, f.name) for f in fields(PretrainConfig) if hasattr(recipe, f.name)}
-    shared |= {
-        "learning_rate": rate if recipe.learning_rate is None else recipe.learning_rate,
-        "warmup_steps": warmup if recipe.warmup_steps is None else recipe.warmup_steps,
-        "bf16": uses_bfloat16(recipe.dtype),
-    }
-    return PretrainConfig(**shared)
+    return replace(
+        recipe,
+        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
+        warmup_steps=warmup if recipe.warmup_steps is None else recipe.warmup_steps,
+        dtype=resolved_dtype(recipe.dtype),
+    )
 
 
-def _arguments(recipe: PretrainConfig, folder: Path) -> TrainingArguments:
-    # the stream leaves out used rows itself
-    return training_arguments(recipe, folder, ignore_data_skip=True, ddp_find_unused_parameters=False)
+def _arguments(recipe: RecipeConfig, folder: Path) -> TrainingArguments:
+    return training_arguments(
+        recipe,
+        folder,
+        max_steps=recipe.max_steps,
+        adam_beta2=ADAM_BETA2,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=recipe.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        prediction_loss_only=True,
+        ignore_data_skip=True,  # the stream leaves out used rows itself
+    )
 
 
 def _corpus_config(data: DataConfig, *, seed: int) -> CorpusConfig:

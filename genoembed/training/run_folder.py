@@ -13,8 +13,10 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from genoembed._version import __version__
 from genoembed.config.fields import differences
 from genoembed.errors import ConfigError
+from genoembed.store.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -77,11 +79,29 @@ def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapp
         raise ConfigError(*problems)
 
 
-def checkpoint_to_resume(folder: Path) -> Path | None:
-    """Find the checkpoint that a run goes on from, and say which."""
+def claim_run(
+    folder: Path,
+    compared: Mapping[str, Any],
+    *,
+    resume: bool,
+    digests: Mapping[str, str],
+    is_first: bool,
+    others: tuple[str, ...] = (),
+) -> Path | None:
+    """Compare with the run that is there and find the checkpoint to go on from, or clear it away."""
+    if not resume:
+        if is_first:
+            clear_run(folder, *others)
+        return None
+    compare_with_run(folder, compared, digests=digests)
     checkpoint = newest_checkpoint(folder)
     logger.info("resume: %s", checkpoint or f"no checkpoint yet in {folder}, from the start")
     return checkpoint
+
+
+def write_run(folder: Path, compared: Mapping[str, Any], **facts: object) -> None:
+    """Note what a run was asked to do: what one that goes on must share, and facts for people."""
+    write_json(folder / RUN_FILE, {"genoembed": __version__, "compared": compared, **facts})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -104,6 +124,4 @@ def steps_of(checkpoint: Path | None) -> int:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(values, indent=1, default=str) + "\n")

@@ -15,10 +15,9 @@ import genoembed
 from genoembed import StripedHyena2ForCausalLM
 from genoembed.batching.pack import pack_stream
 from genoembed.models.striped_hyena2.blocks import OutFilterDense
-from genoembed.pretraining import run
 from genoembed.pretraining.trainer import PretrainConfig, parameter_groups
 from genoembed.training.log import MetricsFile
-from genoembed.training.optimizer import MAX_LOG_POLE, ClampPoles
+from genoembed.training.trainer import MAX_LOG_POLE, ClampPoles
 from tests.tiny_models import build_config, build_striped_hyena
 from tests.training.test_start import save_causal
 
@@ -160,7 +159,7 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_checkpoint(corpus, whole, 
             if state.global_step == 5:
                 raise KilledError("killed in step 6")
 
-    monkeypatch.setattr(run, "ClampPoles", Killer)
+    monkeypatch.setattr("genoembed.training.trainer.ClampPoles", Killer)
     with pytest.raises(KilledError, match="step 6"):
         genoembed.pretrain(corpus, tmp_path / "run", **SMALL, **SHAPED)
     monkeypatch.undo()

@@ -19,8 +19,8 @@ from genoembed.errors import ConfigError, ModelError
 from genoembed.pretraining import run
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
-from genoembed.training.distributed import StopOnSignal
 from genoembed.training.run_folder import newest_checkpoint
+from genoembed.training.trainer import StopOnSignal
 from tests.training.test_start import save_causal
 
 SMALL = {
@@ -80,7 +80,7 @@ def interrupt_at(step, monkeypatch):
             if state.global_step == step - 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(run, "ClampPoles", Interrupter)
+    monkeypatch.setattr("genoembed.training.trainer.ClampPoles", Interrupter)
 
 
 def test_the_loss_falls_and_everything_is_reported(whole):
@@ -282,7 +282,7 @@ def test_gradient_checkpointing_computes_blocks_again():
 def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
     model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
     for has_bfloat16 in (True, False):
-        monkeypatch.setattr("genoembed.training.optimizer.has_bfloat16", lambda has=has_bfloat16: has)
+        monkeypatch.setattr("genoembed.training.trainer.has_bfloat16", lambda has=has_bfloat16: has)
         recipe = run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
         assert recipe.learning_rate == pytest.approx(rate)
         assert (recipe.warmup_steps, recipe.bf16) == (50, has_bfloat16)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from genoembed.config.pretrain import TrainDtype
+    from genoembed.config.choices import TrainDtype
 
 
 logger = logging.getLogger(__name__)

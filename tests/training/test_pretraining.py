@@ -14,14 +14,26 @@ from transformers import LlamaForCausalLM, TrainerCallback
 import genoembed
 from genoembed import StripedHyena2ForCausalLM
 from genoembed.batching.pack import pack_stream
+from genoembed.config.pretrain import RecipeConfig
 from genoembed.models.striped_hyena2.blocks import OutFilterDense
-from genoembed.pretraining.trainer import PretrainConfig, parameter_groups
 from genoembed.training.log import MetricsFile
-from genoembed.training.trainer import MAX_LOG_POLE, ClampPoles
+from genoembed.training.trainer import (
+    MAX_LOG_POLE,
+    ClampPoles,
+    ResumableTrainer,
+    parameter_groups,
+    training_arguments,
+)
 from tests.tiny_models import build_config, build_striped_hyena
 from tests.training.test_start import save_causal
 
-CONFIG = PretrainConfig(max_steps=12, learning_rate=1e-2)
+
+def groups_of(model, tmp_path):
+    recipe = RecipeConfig(max_steps=12, learning_rate=1e-2)
+    arguments = training_arguments(recipe, tmp_path)
+    return ResumableTrainer(model=model, args=arguments, callbacks=[]).create_optimizer().param_groups
+
+
 SHAPED = {"like": "evo2_7b", "hidden_size": 32, "layers": 4}
 SMALL = {
     "heldout_fraction": 0.2,
@@ -64,9 +76,9 @@ def curve(folder, name: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("build", [build_striped_hyena, llama])
-def test_parameter_groups_hold_each_parameter_once(build):
+def test_parameter_groups_hold_each_parameter_once(build, tmp_path):
     model = build()
-    groups = parameter_groups(model, CONFIG)
+    groups = groups_of(model, tmp_path)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert len(set(grouped)) == len(grouped)
@@ -75,7 +87,7 @@ def test_parameter_groups_hold_each_parameter_once(build):
 @pytest.mark.parametrize("build", [build_striped_hyena, llama])
 def test_weight_decay_falls_on_the_matrices_of_linear_maps_only(build):
     model = build()
-    groups = parameter_groups(model, CONFIG)
+    groups = parameter_groups(model, rate_of=lambda _: 1e-2, weight_decay=0.1)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     linear = {
@@ -87,13 +99,13 @@ def test_weight_decay_falls_on_the_matrices_of_linear_maps_only(build):
     assert names == linear
 
 
-def test_poles_have_a_rate_of_their_own():
+def test_poles_have_a_rate_of_their_own(tmp_path):
     model = build_striped_hyena()
-    (group,) = [g for g in parameter_groups(model, CONFIG) if "lr" in g]
-    assert group["lr"] == CONFIG.learning_rate * CONFIG.pole_rate_scale
+    (group,) = [g for g in groups_of(model, tmp_path) if g["lr"] != 1e-2]
+    assert group["lr"] == pytest.approx(1e-3)
     assert group["weight_decay"] == 0.0
     assert [id(p) for p in group["params"]] == [id(model.get_parameter("blocks.2.filter.log_poles"))]
-    assert all("lr" not in group for group in parameter_groups(llama(), CONFIG))
+    assert {group["lr"] for group in groups_of(llama(), tmp_path)} == {1e-2}
 
 
 def test_clamp_poles_touches_poles_above_the_bound_only():

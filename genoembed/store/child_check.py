@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +119,7 @@ def walk(path: Path) -> None:
         def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
             with suppress(*_ORDERLY_ERRORS):
                 for key in list(node.attrs):
-                    _quietly(lambda key=key: node.attrs[key])
+                    _quietly(partial(node.attrs.__getitem__, key))
             if isinstance(node, h5py.Dataset):
                 _quietly(lambda: _touch(node, str(path)))
 

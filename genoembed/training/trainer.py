@@ -215,6 +215,8 @@ class StopOnSignal(TrainerCallback):
 class ResumableTrainer(Trainer):
     """A Trainer with AdamW over our groups, which measures in its own way and ends on a signal."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self, *, callbacks: list[TrainerCallback], pole_rate_scale: float = POLE_RATE_SCALE, **arguments: Any
     ) -> None:

@@ -71,6 +71,14 @@ def sequence_identity(sequence: bytes) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def allowed_passages(masks: CandidateMasks, *, in_batch_negatives: bool, group_size: int) -> Tensor:
+    """Narrow candidates down to the query's own group, where in-batch negatives are not wanted: (B, P)."""
+    if in_batch_negatives:
+        return masks.passages
+    column_P = torch.arange(masks.passages.shape[1], device=masks.passages.device)
+    return masks.passages & (column_P // group_size == masks.targets[:, None] // group_size)
+
+
 def check_groups(num_queries: int, num_passages: int, ids: PairIds) -> int:
     """Check that passages come in groups of one size, and that identities fit.
 

@@ -1,7 +1,7 @@
 """Contrastive losses: pull a query to its positive, push it from the other candidates.
 
 In: vectors of queries and of their passages in groups of G, the positive first, or vectors with labels. Out:
-:class:`~genoembed.training.step_statistics.LossOutput`. Scores are dot products, so vectors are normalised by
+:class:`~genoembed.training.log.LossOutput`. Scores are dot products, so vectors are normalised by
 whoever makes them, where cosines are meant. Sums run in float32 (float64 for float64 input).
 
 B queries of this rank, Q queries of all ranks, P = Q * G passages of all ranks, D width, N vectors, C
@@ -21,9 +21,17 @@ import torch.nn.functional as F
 from genoembed.config.choices import Distance
 from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.retrieval.candidates import UNKNOWN, CandidateMasks, PairIds, candidate_masks, check_groups
+from genoembed.retrieval.candidates import (
+    UNKNOWN,
+    CandidateMasks,
+    PairIds,
+    allowed_passages,
+    candidate_masks,
+    check_groups,
+)
 from genoembed.retrieval.distillation import group_divergence_rows, teacher_probabilities
 from genoembed.training.distributed import RankRows
+from genoembed.training.heads import at_least_float32
 from genoembed.training.log import LossOutput, StepStatistics, relative_spread, score_statistics
 
 if TYPE_CHECKING:
@@ -72,7 +80,7 @@ def info_nce(
     group_size = check_groups(len(query_BD), len(passage_PD), ids)
     rows = RankRows(len(query_BD), across=config.across_devices, device=query_BD.device)
     masks = candidate_masks(ids, rows, group_size=group_size, device=query_BD.device)
-    query_BD, passage_PD = _wide(query_BD), _wide(passage_PD)
+    query_BD, passage_PD = at_least_float32(query_BD), at_least_float32(passage_PD)
     all_queries = rows.gather(query_BD)
     all_passages = rows.gather(passage_PD, group_size=group_size)
     local_BP = query_BD @ all_passages.T / config.temperature
@@ -169,7 +177,7 @@ def supervised_contrastive(
     if vectors_ND.ndim != 2 or labels_N.shape != vectors_ND.shape[:1]:
         message = f"labels: shape {tuple(labels_N.shape)} for vectors of shape {tuple(vectors_ND.shape)}"
         raise ShapeError(message)
-    vectors_ND, labels_N = _wide(vectors_ND), labels_N.to(vectors_ND.device)
+    vectors_ND, labels_N = at_least_float32(vectors_ND), labels_N.to(vectors_ND.device)
     rows = RankRows(len(vectors_ND), across=across_devices, device=vectors_ND.device)
     all_labels = rows.gather(labels_N)
     scores_NC = vectors_ND @ rows.gather(vectors_ND).T / temperature
@@ -187,23 +195,6 @@ def supervised_contrastive(
     return LossOutput(loss=loss, statistics=statistics)
 
 
-def allowed_passages(masks: CandidateMasks, *, in_batch_negatives: bool, group_size: int) -> Tensor:
-    """Narrow the candidates down to the query's own group, where in-batch negatives are not wanted.
-
-    Args:
-        masks: Who may be compared.
-        in_batch_negatives: Whether passages of other queries take part.
-        group_size: Passages of a query.
-
-    Returns:
-        Bool, ``(B, P)``.
-    """
-    if in_batch_negatives:
-        return masks.passages
-    column_P = torch.arange(masks.passages.shape[1], device=masks.passages.device)
-    return masks.passages & (column_P // group_size == masks.targets[:, None] // group_size)
-
-
 def _check_vectors(query_BD: Tensor, passage_PD: Tensor) -> None:
     shapes = tuple(query_BD.shape), tuple(passage_PD.shape)
     if query_BD.ndim != 2 or passage_PD.ndim != 2 or shapes[0][1] != shapes[1][1]:
@@ -211,10 +202,6 @@ def _check_vectors(query_BD: Tensor, passage_PD: Tensor) -> None:
             f"vectors: queries of shape {shapes[0]}, passages {shapes[1]}, expected (B, D) and (B * G, D)"
         )
         raise ShapeError(message)
-
-
-def _wide(vectors: Tensor) -> Tensor:
-    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def _only(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -361,7 +348,7 @@ def _check_options(margin: float, distance: str) -> None:
 
 
 def _directed(vectors: Tensor, distance: Distance) -> Tensor:
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = at_least_float32(vectors)
     return F.normalize(vectors, dim=-1) if distance == "cosine" else vectors
 
 

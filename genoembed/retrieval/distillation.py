@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 def group_scores(scores_BC: Tensor, targets_B: Tensor, *, group_size: int) -> Tensor:
     """Take the scores of each query's own group out of those of all candidates.
 
-    Args:
-        scores_BC: Floating, shape ``(B, C)``.
-        targets_B: Column of each positive. int64, shape ``(B,)``.
-        group_size: Passages of a query.
-
-    Returns:
-        The positive's score first, shape ``(B, G)``.
-
     Example:
         >>> group_scores(torch.arange(8.0).reshape(2, 4), torch.tensor([0, 2]), group_size=2)
         tensor([[0., 1.],
@@ -43,17 +35,6 @@ def group_scores(scores_BC: Tensor, targets_B: Tensor, *, group_size: int) -> Te
 
 def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tensor) -> Tensor:
     """Turn the scores of a teacher into probabilities over the candidates that the student compares, too.
-
-    Args:
-        teacher_BG: Scores of each query's group, the positive first, larger is better, shape ``(B, G)``.
-        scores_BC: The student's, -inf where a candidate is left out. Floating, shape ``(B, C)``.
-        targets_B: Column of each positive. int64, shape ``(B,)``.
-
-    Returns:
-        Softmax over the group, 0 where a candidate is left out; dtype of ``scores_BC``, shape ``(B, G)``.
-
-    Raises:
-        ShapeError: If the teacher has not one score for each passage of a group.
 
     Example:
         >>> student = torch.tensor([[0.3, 0.1, -torch.inf]])
@@ -75,13 +56,6 @@ def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tens
 def soft_entropy_rows(scores_BC: Tensor, probabilities_BC: Tensor) -> Tensor:
     """Take the cross-entropy against probabilities: ``-sum_j T_ij log softmax(S_i)_j``.
 
-    Args:
-        scores_BC: Floating, shape ``(B, C)``.
-        probabilities_BC: Rows sum to 1; 0 where a score is -inf. Shape ``(B, C)``; takes no gradient.
-
-    Returns:
-        Shape ``(B,)``.
-
     Example:
         >>> soft_entropy_rows(torch.tensor([[1.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 0.5, 0.0]]))
         tensor([0.6931])
@@ -95,14 +69,6 @@ def group_divergence_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tens
     """Take the Kullback-Leibler divergence of the group's scores from the teacher's probabilities.
 
     ``sum_g T_ig (log T_ig - log softmax(S_i over the group)_g)``: the distillation of SimLM.
-
-    Args:
-        scores_BC: The student's, floating, shape ``(B, C)``.
-        teacher_BG: Probabilities, see :func:`teacher_probabilities`, shape ``(B, G)``.
-        targets_B: Column of each positive. int64, shape ``(B,)``.
-
-    Returns:
-        Shape ``(B,)``, at least 0.
 
     Example:
         >>> scores = torch.tensor([[1.0, 1.0, 5.0]])
@@ -119,14 +85,6 @@ def kl_distillation_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tenso
     ``-sum_g T_ig log softmax(S_i over the group)_g - log softmax(S_i)_y``; as there, without the teacher's
     own entropy, which has no gradient.
 
-    Args:
-        scores_BC: The student's, floating, shape ``(B, C)``.
-        teacher_BG: Probabilities, see :func:`teacher_probabilities`, shape ``(B, G)``.
-        targets_B: Column of each positive, y. int64, shape ``(B,)``.
-
-    Returns:
-        Shape ``(B,)``.
-
     Example:
         >>> kl_distillation_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
         tensor([1.3863])
@@ -139,14 +97,6 @@ def m3_distillation_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tenso
     """Make every passage of the group a positive in turn, weighed by the teacher (Chen et al. 2024, BGE-M3).
 
     ``sum_g T_ig CE(S_i without the group's passages 0 to g - 1, y + g)``.
-
-    Args:
-        scores_BC: The student's, floating, shape ``(B, C)``.
-        teacher_BG: Probabilities, see :func:`teacher_probabilities`, shape ``(B, G)``.
-        targets_B: Column of each positive, y. int64, shape ``(B,)``.
-
-    Returns:
-        Shape ``(B,)``.
 
     Example:
         >>> m3_distillation_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))

@@ -19,7 +19,7 @@ from genoembed.errors import ShapeError
 from genoembed.pooling.reduce import pool
 from genoembed.retrieval.m3 import M3Vectors
 from genoembed.retrieval.terms import NO_TERM, TokenTerms
-from genoembed.training.heads import new_linear
+from genoembed.training.heads import at_least_float32, new_linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class DenseHead(nn.Module):
         """
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
-        return F.normalize(_wide(pooled_BD), dim=-1) if self.normalise else pooled_BD
+        return F.normalize(at_least_float32(pooled_BD), dim=-1) if self.normalise else pooled_BD
 
 
 class SparseHead(nn.Module):
@@ -132,7 +132,9 @@ class SparseHead(nn.Module):
                 f"{tuple(hidden_BLD.shape)}; make terms and tokens from the same sequences"
             )
             raise ShapeError(message)
-        weights_BL = torch.relu(_wide(self.linear(hidden_BLD.to(self.linear.weight.dtype))))[..., 0]
+        weights_BL = torch.relu(at_least_float32(self.linear(hidden_BLD.to(self.linear.weight.dtype))))[
+            ..., 0
+        ]
         ids_BU, weights_BU = _strongest(ids_BT, weights_BL.gather(1, positions_BT))
         return ids_BU, F.normalize(weights_BU, dim=-1) if self.normalise else weights_BU
 
@@ -177,7 +179,7 @@ class MultiVectorHead(nn.Module):
             window_BL = ((order_BL - self.skip_first) // self.window).clamp(min=0)
             hidden_BMD, mask_BM = _average_windows(hidden_BLD, mask_BM, window_BL)
         vectors_BME = self.linear(hidden_BMD.to(self.linear.weight.dtype))
-        vectors_BME = F.normalize(torch.where(mask_BM[..., None], _wide(vectors_BME), 0), dim=-1)
+        vectors_BME = F.normalize(torch.where(mask_BM[..., None], at_least_float32(vectors_BME), 0), dim=-1)
         return vectors_BME, mask_BM
 
 
@@ -268,10 +270,6 @@ def set_trainable(encoder: nn.Module, heads: M3Heads) -> None:
     heads.dense.requires_grad_(not is_fixed)
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def _strongest(ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Keep each term of a row once, with its largest weight."""
     last = torch.iinfo(torch.int64).max
@@ -289,7 +287,7 @@ def _strongest(ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def _average_windows(hidden_BLD: Tensor, mask_BL: Tensor, window_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Average the kept tokens of each window."""
-    hidden_BLD = torch.where(mask_BL[..., None], _wide(hidden_BLD), 0)
+    hidden_BLD = torch.where(mask_BL[..., None], at_least_float32(hidden_BLD), 0)
     windows = int(window_BL.max()) + 1
     shape = (len(hidden_BLD), windows, hidden_BLD.shape[2])
     sum_BMD = hidden_BLD.new_zeros(shape).scatter_add(

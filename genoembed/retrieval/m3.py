@@ -21,8 +21,7 @@ from torch import nn
 
 from genoembed.config.retrieval import M3LossConfig
 from genoembed.errors import ShapeError
-from genoembed.retrieval.candidates import PairIds, candidate_masks, check_groups
-from genoembed.retrieval.contrastive import allowed_passages
+from genoembed.retrieval.candidates import PairIds, allowed_passages, candidate_masks, check_groups
 from genoembed.retrieval.distillation import (
     kl_distillation_rows,
     m3_distillation_rows,
@@ -31,6 +30,7 @@ from genoembed.retrieval.distillation import (
 )
 from genoembed.retrieval.terms import NO_TERM
 from genoembed.training.distributed import RankRows
+from genoembed.training.heads import at_least_float32
 from genoembed.training.log import LossOutput, relative_spread, score_statistics
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def dense_scores(query_BD: Tensor, passage_PD: Tensor) -> Tensor:
         >>> dense_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
     """
-    return _wide(query_BD) @ _wide(passage_PD).T
+    return at_least_float32(query_BD) @ at_least_float32(passage_PD).T
 
 
 def sparse_scores(
@@ -153,7 +153,7 @@ def multi_vector_scores(
             empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
             message = f"{name} rows {empty}: no vector is kept, expected at least one; lower skip_first"
             raise ShapeError(message)
-    query_BMD, passage_PMD = _wide(query_BMD), _wide(passage_PMD)
+    query_BMD, passage_PMD = at_least_float32(query_BMD), at_least_float32(passage_PMD)
     scores = []
     for query_MD, query_mask_M in zip(query_BMD, query_mask_BM, strict=True):
         products_MPM = torch.einsum("id,pjd->ipj", query_MD, passage_PMD)
@@ -213,17 +213,13 @@ def head_scores(query: M3Vectors, passage: M3Vectors) -> dict[str, Tensor]:
     return found
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def _widened(rows: Tensor, width: int, value: float) -> Tensor:
     filler = rows.new_full((rows.shape[0], width - rows.shape[1], *rows.shape[2:]), value)
     return torch.cat([rows, filler], dim=1)
 
 
 def _spread_terms(ids: Tensor, weights: Tensor, columns: Tensor, num_columns: int) -> Tensor:
-    weights = torch.where(ids == NO_TERM, 0, _wide(weights))
+    weights = torch.where(ids == NO_TERM, 0, at_least_float32(weights))
     table = weights.new_zeros((len(ids), num_columns))
     return table.scatter_add(1, columns, weights)
 

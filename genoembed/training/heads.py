@@ -1,8 +1,9 @@
 """Prediction heads: a class, several labels, numbers for a sequence, or a class for each token.
 
-In: pooled vectors (or hidden states, for tokens). Out: logits or numbers, and the loss that goes with them.
-What a prediction needs later - mean and deviation of inputs and of targets, class weights - is in the state
-dict.
+In: pooled vectors (or hidden states, for tokens). Out: logits or numbers, and the loss that goes with them: a
+scalar in float32 (float64 for float64 input). What a prediction needs later - mean and deviation of inputs
+and of targets, class weights - is in the state dict. Promised: a label is ignored because it says so
+(``ignore_index``), never because of the token it belongs to.
 
 B rows, L padded length, D hidden size, C classes, K targets of a row.
 """
@@ -12,16 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genoembed.contracts import IGNORE_INDEX
-from genoembed.errors import ConfigError, ModelError, ShapeError
-from genoembed.training.losses import (
-    classification_loss,
-    multilabel_loss,
-    regression_loss,
-    token_classification_loss,
-)
+from genoembed.errors import ConfigError, InputError, ModelError, ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,7 +226,7 @@ class ClassificationHead(PredictionHead):
         Returns:
             Floating, at least float32, shape ``(..., C)``; sums to 1.
         """
-        return torch.softmax(_wide(self(vectors)), dim=-1)
+        return torch.softmax(at_least_float32(self(vectors)), dim=-1)
 
 
 class MultilabelHead(PredictionHead):
@@ -267,7 +263,7 @@ class MultilabelHead(PredictionHead):
         Returns:
             Floating, at least float32, shape ``(..., C)``.
         """
-        return torch.sigmoid(_wide(self(vectors)))
+        return torch.sigmoid(at_least_float32(self(vectors)))
 
 
 class RegressionHead(PredictionHead):
@@ -349,7 +345,7 @@ class RegressionHead(PredictionHead):
         """
         self._check_fitted()
         targets = targets[:, None] if targets.ndim == 1 else targets
-        standard = (_wide(targets) - self.target_mean) / self.target_deviation
+        standard = (at_least_float32(targets) - self.target_mean) / self.target_deviation
         return regression_loss(outputs, standard)
 
     def predict(self, vectors: Tensor) -> Tensor:
@@ -365,7 +361,7 @@ class RegressionHead(PredictionHead):
             ConfigError: If ``fit_targets`` was not called.
         """
         self._check_fitted()
-        return _wide(self(vectors)) * self.target_deviation + self.target_mean
+        return at_least_float32(self(vectors)) * self.target_deviation + self.target_mean
 
     def _check_fitted(self) -> None:
         if not bool(self.target_deviation.isfinite().all()):
@@ -373,5 +369,106 @@ class RegressionHead(PredictionHead):
             raise ConfigError(message)
 
 
-def _wide(values: Tensor) -> Tensor:
+def classification_loss(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    *,
+    class_weights_C: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Take the mean cross-entropy of the right class, weighted by class.
+
+    Example:
+        >>> classification_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor(0.6931)
+    """
+    if logits_BC.ndim != 2 or labels_B.shape != logits_BC.shape[:1]:
+        raise ShapeError(_shapes("labels", labels_B, logits_BC, "(B,) and (B, C)"))
+    _check_classes(labels_B, logits_BC.shape[1])
+    logits_BC = at_least_float32(logits_BC)
+    weights_C = None if class_weights_C is None else class_weights_C.to(logits_BC)
+    return F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=label_smoothing)
+
+
+def token_classification_loss(
+    logits_BLC: Tensor,
+    labels_BL: Tensor,
+    *,
+    class_weights_C: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Take the mean cross-entropy over all tokens of the batch that have a label.
+
+    Example:
+        >>> labels = torch.tensor([[1, -100]])
+        >>> token_classification_loss(torch.tensor([[[0.0, 0.0], [9.0, -9.0]]]), labels)
+        tensor(0.6931)
+    """
+    if logits_BLC.ndim != 3 or labels_BL.shape != logits_BLC.shape[:2]:
+        raise ShapeError(_shapes("labels", labels_BL, logits_BLC, "(B, L) and (B, L, C)"))
+    has_label_BL = labels_BL != ignore_index
+    if not bool(has_label_BL.any()):
+        message = f"labels: all are {ignore_index}, expected a class for at least one token of a batch"
+        raise InputError(message)
+    return classification_loss(
+        logits_BLC[has_label_BL],
+        labels_BL[has_label_BL],
+        class_weights_C=class_weights_C,
+        label_smoothing=label_smoothing,
+    )
+
+
+def multilabel_loss(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
+    """Take the mean binary cross-entropy of all labels, each of which is on or off by itself.
+
+    Example:
+        >>> multilabel_loss(torch.zeros(1, 2), torch.tensor([[1, 0]]))
+        tensor(0.6931)
+    """
+    if logits_BC.ndim != 2 or targets_BC.shape != logits_BC.shape:
+        raise ShapeError(_shapes("targets", targets_BC, logits_BC, "(B, C) both"))
+    logits_BC = at_least_float32(logits_BC)
+    targets_BC = targets_BC.to(logits_BC)
+    # written so that NaN is outside, too
+    if not bool(((targets_BC >= 0) & (targets_BC <= 1)).all()):
+        message = (
+            "targets: a value outside 0 to 1, expected 1 for a label that is on and 0 for one that is off"
+        )
+        raise InputError(message)
+    return F.binary_cross_entropy_with_logits(logits_BC, targets_BC)
+
+
+def regression_loss(predicted_BK: Tensor, targets_BK: Tensor) -> Tensor:
+    """Take the mean squared error.
+
+    Example:
+        >>> regression_loss(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
+        tensor(4.)
+    """
+    if predicted_BK.ndim != 2 or predicted_BK.shape != targets_BK.shape:
+        raise ShapeError(_shapes("targets", targets_BK, predicted_BK, "(B, K) both"))
+    if not bool(targets_BK.isfinite().all()):
+        message = "targets: a value that is no finite number; leave out rows without a target"
+        raise InputError(message)
+    predicted_BK = at_least_float32(predicted_BK)
+    return F.mse_loss(predicted_BK, targets_BK.to(predicted_BK))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Widen half precision: losses and scores sum over many terms."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _check_classes(labels: Tensor, num_classes: int) -> None:
+    if labels.numel() == 0:
+        return
+    lowest, highest = torch.stack([labels.min(), labels.max()]).tolist()
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        message = f"labels: {wrong} is no class, expected 0 to {num_classes - 1}"
+        raise InputError(message)
+
+
+def _shapes(name: str, found: Tensor, beside: Tensor, expected: str) -> str:
+    return f"{name}: shape {tuple(found.shape)} beside {tuple(beside.shape)}, expected {expected}"

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from genoembed.errors import ConfigError, InputError, ModelError, ShapeError
-from genoembed.training.heads import ClassificationHead, MultilabelHead, PredictionHead, RegressionHead
-from genoembed.training.losses import (
-    balanced_class_weights,
+from genoembed.training.heads import (
+    ClassificationHead,
+    MultilabelHead,
+    PredictionHead,
+    RegressionHead,
     classification_loss,
     multilabel_loss,
     regression_loss,
@@ -41,10 +43,9 @@ def test_classification_loss_smooths_labels():
 
 def test_multilabel_loss_equals_the_sum_written_out():
     found, targets = logits(2, 3), torch.tensor([[1, 0, 1], [0, 0, 1]])
-    weights = torch.tensor([1.0, 2.0, 3.0])
     p = torch.sigmoid(found)
-    expected = -(targets * weights * p.log() + (1 - targets) * (1 - p).log()).mean()
-    loss = multilabel_loss(found, targets, positive_weights_C=weights)
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    loss = multilabel_loss(found, targets)
     assert loss.item() == pytest.approx(float(expected))
 
 
@@ -63,14 +64,6 @@ def test_token_loss_takes_another_ignore_index():
     found, labels = logits(1, 3, 2), torch.tensor([[0, 1, 7]])
     expected = classification_loss(found[0, :2], labels[0, :2])
     assert torch.equal(token_classification_loss(found, labels, ignore_index=7), expected)
-
-
-def test_balanced_class_weights_make_classes_count_the_same():
-    labels = torch.tensor([0, 0, 0, 1, 2, 2, -100])
-    weights = balanced_class_weights(labels, 3)
-    assert (weights * torch.tensor([3, 1, 2])).tolist() == pytest.approx([2, 2, 2])
-    with pytest.raises(ConfigError, match=r"no row of the training part has class \[3\]"):
-        balanced_class_weights(labels, 4)
 
 
 def test_classification_head_keeps_its_weights_in_its_state():

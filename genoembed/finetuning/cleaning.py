@@ -160,7 +160,7 @@ def _describe(rows: Sequence[LabelledSequence], group: list[int], labels: list[L
 
 
 def place(row: LabelledSequence) -> str:
-    """Say where a row stands."""
+    """Return the file and line of a row."""
     return row.source if row.line is None else f"{row.source}:{row.line}"
 
 
@@ -171,7 +171,7 @@ def _short(label: Label) -> str:
 
 def _refuse(policy: FindingPolicy, key: str, what: str, row: LabelledSequence, equal: EqualRows) -> None:
     if policy == "error":
-        problem = f"{what}: {equal}; mend the rows, or set {key}='drop' or 'keep'"
+        problem = f"{what}: {equal}; fix the rows, or set {key}='drop' or 'keep'"
         raise LabelError(problem, path=row.source, line=row.line, record_id=row.id)
 
 

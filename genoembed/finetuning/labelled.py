@@ -188,7 +188,7 @@ class _Reader:
         record_id = self._id(row) if self._config.id_column else f"row_{number}"
         value = row.cell(self._config.sequence_column, option="sequence_column")
         if value is not None and not isinstance(value, str):
-            problem = f"the sequence is {value!r}, expected text; mend the row or set sequence_column"
+            problem = f"the sequence is {value!r}, expected text; fix the row or set sequence_column"
             raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=record_id)
         raw = RawRecord(
             id=record_id,
@@ -276,7 +276,7 @@ def _fit_token_label(label: Label, pieces: list[tuple[bytes, int | None]], raw: 
     assert isinstance(label, tuple), "token labels are a row of names"
     letters = b"".join(piece.translate(None, WHITESPACE) for piece, _ in pieces)
     if len(label) != len(letters):
-        problem = f"{len(label)} labels for {len(letters)} letters, expected one a letter; mend the row"
+        problem = f"{len(label)} labels for {len(letters)} letters, expected one a letter; fix the row"
         raise LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
     names = (name for letter, name in zip(letters, label, strict=True) if letter not in GAPS)
     return tuple(name for name in names if name is None or isinstance(name, str))

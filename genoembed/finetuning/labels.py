@@ -83,7 +83,7 @@ def _name(column: str, value: object) -> str:
     if value is None or isinstance(value, str):
         raise _missing(column)
     problem = (
-        f"column {column!r} has {value!r}, expected the name of one class; mend the row or set another task"
+        f"column {column!r} has {value!r}, expected the name of one class; fix the row or set another task"
     )
     raise LabelError(problem)
 
@@ -96,7 +96,7 @@ def _number(column: str, value: object) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        problem = f"column {column!r} has {value!r}, expected a finite number; mend or remove the row"
+        problem = f"column {column!r} has {value!r}, expected a finite number; fix or remove the row"
         raise LabelError(problem)
     return number
 
@@ -113,7 +113,7 @@ def _names_of_row(cells: Mapping[str, object], delimiter: str | None) -> tuple[s
         text = str(value) if isinstance(value, str) else _name(column, value)
         names = [name.strip() for name in (text.split(delimiter) if delimiter else [text]) if name.strip()]
     if len(set(names)) < len(names):
-        problem = f"column {column!r} names {Counter(names).most_common(1)[0][0]!r} twice; mend the row"
+        problem = f"column {column!r} names {Counter(names).most_common(1)[0][0]!r} twice; fix the row"
         raise LabelError(problem)
     return tuple(sorted(names))
 
@@ -124,7 +124,7 @@ def _flag(column: str, value: object) -> bool:
         return text in _TRUE
     if value is None or not text or text == "nan":
         raise _missing(column)
-    problem = f"column {column!r} has {value!r}, expected 0 or 1; mend the row"
+    problem = f"column {column!r} has {value!r}, expected 0 or 1; fix the row"
     raise LabelError(problem)
 
 
@@ -135,7 +135,7 @@ def _token_names(column: str, value: object, delimiter: str | None) -> list[str 
         if value is None or isinstance(value, str):
             raise _missing(column)
         problem = (
-            f"column {column!r} has {value!r}, expected a text or a list with one label a base; mend the row"
+            f"column {column!r} has {value!r}, expected a text or a list with one label a base; fix the row"
         )
         raise LabelError(problem)
     if delimiter is None:

@@ -281,13 +281,13 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
         found = f"{len(scores)} numbers" if isinstance(scores, list) else _shown(scores)
         problem = (
             f"teacher_scores: {found} for {num_passages} sequences of pos and neg, expected one each; "
-            "mend the row"
+            "fix the row"
         )
         raise LabelError(problem, path=row.path, line=row.line, record_id=row_id)
     for place, score in enumerate(scores, start=1):
         if not _is_finite(score):
             problem = (
-                f"item {place} of teacher_scores is {_shown(score)}, expected a finite number; mend the row"
+                f"item {place} of teacher_scores is {_shown(score)}, expected a finite number; fix the row"
             )
             raise LabelError(problem, path=row.path, line=row.line, record_id=row_id)
     return tuple(float(score) for score in scores)

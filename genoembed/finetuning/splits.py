@@ -1,19 +1,17 @@
 """Which rows train, which stop the training, and which judge it.
 
-In: labelled sequences (and clusters of kin). Out: :class:`Splits`, three sets of row numbers that share no
-row and leave none out. Promised: the same rows, config and seed give the same split; under ``homology`` no
-cluster is on two sides. C columns (one a class, and the rows as a whole), K sides.
-
-Kin across the split: held-out sequences that resemble something trained on flatter every measure.
+In: labelled sequences, and clusters of homologs. Out: :class:`Splits`, three sets of row numbers that share
+no row and leave none out; and a report of homologs across the split, for held-out sequences that resemble
+what was trained on flatter every metric. Promised: the same rows, config and seed give the same split; under
+``homology`` no cluster is on two sides. C columns (one for each class, and the rows as a whole), K sides.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -51,7 +49,7 @@ class Splits:
     test: NDArray[np.int64]
 
     def sides(self) -> dict[SplitSide, NDArray[np.int64]]:
-        """Give the three sides by name."""
+        """Return the three sides by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
@@ -62,7 +60,7 @@ def split_rows(
     config: SplitConfig | None = None,
     clusters: Clusters | None = None,
 ) -> Splits:
-    """Part rows into train, validation and test.
+    """Split rows into train, validation and test.
 
     Example:
         >>> from genoembed.finetuning.labelled import LabelledSequence
@@ -106,15 +104,6 @@ def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
             raise ConfigError(message)
         numbers.setdefault(row.group, len(numbers))
     return np.array([numbers[row.group or ""] for row in rows], dtype=np.int64)
-
-
-def label_shares(rows: Sequence[LabelledSequence], splits: Splits) -> dict[SplitSide, dict[str, float]]:
-    """Give the share of each class on each side, for the report."""
-    shares: dict[SplitSide, dict[str, float]] = {}
-    for side, members in splits.sides().items():
-        counted = Counter(name for index in members for name in _names(rows[index].label))
-        shares[side] = {name: times / len(members) for name, times in sorted(counted.items())}
-    return shares
 
 
 def _names(label: Label) -> set[str]:
@@ -260,50 +249,45 @@ def _check_sides(splits: Splits, config: SplitConfig, total: int) -> None:
             share = len(splits.sides()[side]) / total
             if abs(share - fraction) > max(0.02, fraction / 4):
                 logger.warning(
-                    "split homology: %s has %.1f %% of the rows, %.1f %% were asked for: clusters are large",
+                    "split homology: %s has %.1f %% of the rows, %.1f %% were requested: clusters are large",
                     side,
                     100 * share,
                     100 * fraction,
                 )
 
 
-_NUM_EXAMPLES = 5
-_KIN_TRIED = 500
-"""Members of a cluster among which an example's nearest is looked for."""
+_MEMBERS_TRIED = 500
+"""Members of a cluster among which the closest to an example is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leak:
-    """A held-out row and its nearest kin on the training side."""
+    """A held-out row and its closest homolog among the rows to train on."""
 
-    heldout_id: str
-    heldout_place: str
-    train_id: str
-    train_place: str
+    heldout: LabelledSequence
+    train: LabelledSequence
     identity: float
-    """Estimated from k-mers; below the threshold if the two are kin through others only."""
+    """Estimated from k-mers; below the threshold if the two are homologs through others only."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.heldout.id} ({place(self.heldout)}) and {self.train.id} ({place(self.train)}), "
+            f"identity {self.identity:.2f}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeakReport:
-    """Kin across the split."""
+    """Homologs across the split, and the split after the policy."""
 
+    splits: Splits
     clusters_across: int
     """Clusters with rows to train on and rows held out."""
     leaked: dict[SplitSide, int]
-    """Rows of validation and of test that have kin to train on."""
-    train_rows: int
-    """Rows to train on that have kin held out."""
+    """Rows of validation and of test that have homologs to train on."""
     dropped: int
-    """Those of them that were left out."""
-    examples: tuple[Leak, ...]
-
-
-class Sealed(NamedTuple):
-    """The split after the policy, and what was found."""
-
-    splits: Splits
-    report: LeakReport
+    """Rows left out of training because they have homologs that are held out."""
+    example: Leak | None
 
 
 def check_leaks(
@@ -313,80 +297,62 @@ def check_leaks(
     *,
     policy: FindingPolicy = "keep",
     config: HomologyConfig | None = None,
-) -> Sealed:
-    """Look for kin across the split."""
-    if len(clusters.labels) != len(rows):
-        message = f"clusters: {len(clusters.labels)} labels for {len(rows)} rows; cluster these rows"
+) -> LeakReport:
+    """Look for homologs across the split."""
+    labels = clusters.labels
+    if len(labels) != len(rows):
+        message = f"clusters: {len(labels)} labels for {len(rows)} rows; cluster these rows"
         raise ConfigError(message)
-    of_train = set(clusters.labels[splits.train].tolist())
-    of_heldout = set(clusters.labels[np.concatenate([splits.validation, splits.test])].tolist())
-    across = np.array(sorted(of_train & of_heldout), dtype=np.int64)
-    is_kin = np.isin(clusters.labels[splits.train], across)
-    leaked: dict[SplitSide, int] = {
-        "validation": _count_in(clusters, splits.validation, across),
-        "test": _count_in(clusters, splits.test, across),
-    }
+    heldout = np.concatenate([splits.validation, splits.test])
+    across = np.intersect1d(labels[splits.train], labels[heldout])
+    is_homolog = np.isin(labels[splits.train], across)
     report = LeakReport(
+        splits=splits,
         clusters_across=len(across),
-        leaked=leaked,
-        train_rows=int(is_kin.sum()),
-        dropped=int(is_kin.sum()) if policy == "drop" else 0,
-        examples=tuple(_examples(rows, splits, clusters, across, config or HomologyConfig())),
+        leaked={
+            "validation": int(np.isin(labels[splits.validation], across).sum()),
+            "test": int(np.isin(labels[splits.test], across).sum()),
+        },
+        dropped=int(is_homolog.sum()) if policy == "drop" else 0,
+        example=_leak(rows, splits, labels, int(across[0]), config or HomologyConfig())
+        if len(across)
+        else None,
     )
-    _report(report, splits, policy)
-    if policy == "drop" and len(across):
-        if is_kin.all():
-            message = "homologs='drop' leaves nothing to train on; set split='homology'"
-            raise ConfigError(message)
-        splits = replace(splits, train=splits.train[~is_kin])
-    return Sealed(splits, report)
-
-
-def _count_in(clusters: Clusters, members: NDArray[np.int64], across: NDArray[np.int64]) -> int:
-    return int(np.isin(clusters.labels[members], across).sum())
-
-
-def _examples(
-    rows: Sequence[LabelledSequence],
-    splits: Splits,
-    clusters: Clusters,
-    across: NDArray[np.int64],
-    config: HomologyConfig,
-) -> list[Leak]:
-    examples = []
-    heldout = np.sort(np.concatenate([splits.validation, splits.test]))
-    for cluster in across[:_NUM_EXAMPLES]:
-        row = int(heldout[clusters.labels[heldout] == cluster][0])
-        kin = splits.train[clusters.labels[splits.train] == cluster][:_KIN_TRIED]
-        sequences = [rows[index].sequence for index in (row, *kin.tolist())]
-        number = np.arange(1, len(sequences), dtype=np.int64)
-        identities = pair_identities(build_sketches(sequences, config=config), np.zeros_like(number), number)
-        nearest = int(identities.argmax())
-        train = rows[int(kin[nearest])]
-        is_equal = train.sequence == rows[row].sequence
-        examples.append(
-            Leak(
-                heldout_id=rows[row].id,
-                heldout_place=place(rows[row]),
-                train_id=train.id,
-                train_place=place(train),
-                identity=1.0 if is_equal else float(identities[nearest]),
-            )
-        )
-    return examples
-
-
-def _report(report: LeakReport, splits: Splits, policy: FindingPolicy) -> None:
-    if not report.clusters_across:
-        return
-    first = report.examples[0]
+    if report.example is None:
+        return report
     found = (
         f"{report.leaked['validation']} of {len(splits.validation)} validation rows and "
-        f"{report.leaked['test']} of {len(splits.test)} test rows have kin among the rows to train on; "
-        f"first: {first.heldout_id} ({first.heldout_place}) and {first.train_id} ({first.train_place}), "
-        f"identity {first.identity:.2f}"
+        f"{report.leaked['test']} of {len(splits.test)} test rows have homologs among the rows to train on; "
+        f"first: {report.example}"
     )
     if policy == "error":
         message = f"homologs: {found}; set split='homology', or homologs='drop' or 'keep'"
         raise ConfigError(message)
     logger.warning("%s; %d rows to train on dropped", found, report.dropped)
+    if policy == "keep":
+        return report
+    if is_homolog.all():
+        message = "homologs='drop' leaves nothing to train on; set split='homology'"
+        raise ConfigError(message)
+    return replace(report, splits=replace(splits, train=splits.train[~is_homolog]))
+
+
+def _leak(
+    rows: Sequence[LabelledSequence],
+    splits: Splits,
+    labels: NDArray[np.int64],
+    cluster: int,
+    config: HomologyConfig,
+) -> Leak:
+    """Find the first held-out row of a cluster, and what it is most like among those to train on."""
+    heldout = np.sort(np.concatenate([splits.validation, splits.test]))
+    row = rows[int(heldout[labels[heldout] == cluster][0])]
+    candidates = [rows[i] for i in splits.train[labels[splits.train] == cluster][:_MEMBERS_TRIED]]
+    number = np.arange(1, 1 + len(candidates), dtype=np.int64)
+    sketches = build_sketches([row.sequence, *(one.sequence for one in candidates)], config=config)
+    identities = pair_identities(sketches, np.zeros_like(number), number)
+    closest = int(identities.argmax())
+    train = candidates[closest]
+    # a sketch holds a sample of the k-mers: equal sequences are told by their letters
+    is_equal = train.sequence == row.sequence
+    return Leak(heldout=row, train=train, identity=1.0 if is_equal else float(identities[closest]))

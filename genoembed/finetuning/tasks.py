@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from genoembed.config.finetune import PREDICTION_TASKS
+from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labelled import AugmentConfig
 from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.errors import ConfigError
@@ -29,13 +29,7 @@ from genoembed.finetuning.evaluation import (
 )
 from genoembed.finetuning.labels import LabelSpace
 from genoembed.finetuning.models import CausalModel, PredictionModel, fit_inputs, new_head
-from genoembed.finetuning.preparation import (
-    find_contrast,
-    label_kind,
-    read_example_sides,
-    read_sides,
-    without_strata,
-)
+from genoembed.finetuning.preparation import find_contrast, read_example_sides, read_sides
 from genoembed.finetuning.rows import (
     DocumentEncoder,
     GroupDataset,
@@ -191,7 +185,7 @@ def _load_base(config: FinetuneConfig) -> _Base:
 
 
 def _prediction(config: FinetuneConfig) -> TaskSetup:
-    objective, kind = config.objective, label_kind(config.objective.task, None)
+    objective, kind = config.objective, LABEL_KINDS[config.objective.task]
     sides = read_sides(config, kind=kind)
     labels = [row.label for row in (*sides.train, *sides.validation, *sides.test)]
     space = LabelSpace.of(labels, kind=kind, columns=config.data.label_columns)
@@ -239,8 +233,7 @@ def _prediction(config: FinetuneConfig) -> TaskSetup:
 def _contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
     """Learn from labels, or from two views of each sequence."""
     objective, recipe = config.objective, config.recipe
-    kind = label_kind(objective.task, contrast)
-    sides = read_sides(without_strata(config) if contrast == "views" else config, kind=kind)
+    sides = read_sides(config, kind="class" if contrast == "labels" else "none")
     check_measurable(sides.validation, contrast)
     check_measurable(sides.test, contrast)
     base = _load_base(config)
@@ -380,7 +373,7 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
 
 def _language_model(config: FinetuneConfig) -> TaskSetup:
     recipe, wanted = config.recipe, config.encoder
-    sides = read_sides(without_strata(config), kind="none")
+    sides = read_sides(config, kind="none")
     with without_progress_bars():
         start = load_causal(
             wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code

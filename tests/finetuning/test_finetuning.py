@@ -402,7 +402,7 @@ def test_kin_across_the_split_are_dropped_where_asked(model, tmp_path, caplog):
             path, tmp_path / "run", task="classification", model=model, homologs="drop",
             **{**FAST, "max_epochs": 1},
         )  # fmt: skip
-    assert "have kin among the rows to train on" in caplog.text
+    assert "have homologs among the rows to train on" in caplog.text
     assert "rows: 48 to train" not in caplog.text
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import genoembed
-from genoembed.models.locate import BUNDLED_FOLDER
+from genoembed.models.registry import BUNDLED_FOLDER
 
 
 def score_contig(model, sequence: bytes, *, window: int, context: int, rows: int, dtype) -> tuple[float, int]:

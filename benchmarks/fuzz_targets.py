@@ -270,7 +270,7 @@ def _heads(content: bytes, folder: Path) -> None:
 
 def _model_config(content: bytes, folder: Path) -> None:
     from genoembed.models.architecture import read_config
-    from genoembed.models.locate import ModelSource
+    from genoembed.models.registry import ModelSource
 
     _put(folder, "config.json", content)
     source = ModelSource(name="fuzzed", location=str(folder), is_local=True)

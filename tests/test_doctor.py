@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from examples.package_mini import KNOWN_SEQUENCE, package
 from genoembed import CharTokenizer, doctor, load_model
 from genoembed.doctor import KNOWN_ANSWER, DoctorCheck, embed_sequences, run_doctor
-from genoembed.models.locate import BUNDLED_FOLDER
 from genoembed.models.provenance import weights_digest
+from genoembed.models.registry import BUNDLED_FOLDER
 from tests.tiny_models import build_striped_hyena
 
 TOKENIZER, DIGEST, VECTOR, INVARIANCE, BFLOAT16, STORE, DEVICE = NAMES = (

@@ -17,7 +17,7 @@ from examples.package_mini import FLOAT32_TENSORS, KNOWN_SEQUENCE
 from genoembed import load_model, read_sequences
 from genoembed.config.pretrain import train_config
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
-from genoembed.models.locate import BUNDLED_FOLDER
+from genoembed.models.registry import BUNDLED_FOLDER
 from tests.analysis.map_file import write_map_file
 
 ROOT = Path(__file__).parents[1]

@@ -162,5 +162,7 @@ def layers_command(
     shown = [row for row in table if show_all or row["is_number"] or row["is_final"]]
     click.echo(aligned(map(_line_of_layers, shown), header=("--layer", "module path", "block", "width")))
     click.echo(_meaning(described))
+    if described.final is None:
+        click.echo("What final means is known only when the model runs with its weights.")
     if len(shown) < len(table):
         click.echo(f"{len(table)} modules can be named by path; --all lists them.")

@@ -25,7 +25,7 @@ from genoembed.models.registry import suggestion
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from genoembed.models.locate import ModelSource
+    from genoembed.models.registry import ModelSource
 
 _AUTO_CLASSES = {
     "AutoModel": AutoModel,

@@ -8,12 +8,13 @@ as it was.
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genoembed.models.hooks import first_tensor
 from genoembed.models.layers import final_candidates
@@ -125,32 +126,52 @@ class Probe:
         )
 
     def final_path(self) -> str | None:
-        """Find the module whose output is ``last_hidden_state``."""
-        outputs: dict[str, object] = {}
+        """Find the module whose output is ``last_hidden_state``, None if none is seen to return it.
+
+        A pass on the meta device shows it, too: the one tensor is passed on, or a view of it. There the code
+        of some models fails for want of values, and None is the answer.
+        """
+        declared = getattr(self.module, "final_layer_path", None)
+        if declared is not None:
+            return str(declared)
         candidates = final_candidates(self.module)
+        outputs, last = self._run_and_keep(candidates)
+        if last is None:
+            return None
+        found = {path: first_tensor(outputs[path], path=path) for path in candidates if path in outputs}
+        found = {path: output for path, output in found.items() if output.numel() == last.numel()}
+        # the same memory first: this much is seen on the meta device as well, so that both passes agree
+        same = [path for path, output in found.items() if _memory(output) == _memory(last)]
+        if not same and not last.is_meta:
+            same = [path for path, output in found.items() if torch.equal(output.reshape(last.shape), last)]
+        return same[0] if same else None
+
+    def _run_and_keep(self, paths: Sequence[str]) -> tuple[dict[str, object], Tensor | None]:
+        """Run once; return what modules gave first, and the last hidden states, None if the run failed."""
+        outputs: dict[str, object] = {}
 
         def keep_first(path: str, _module: nn.Module, _inputs: object, output: object) -> None:
             outputs.setdefault(path, output)
 
         handles = [
-            self.module.get_submodule(path).register_forward_hook(partial(keep_first, path))
-            for path in candidates
+            self.module.get_submodule(path).register_forward_hook(partial(keep_first, path)) for path in paths
         ]
         try:
-            last = self._run(self.ids)
+            if not self.ids.is_meta:
+                return outputs, self._run(self.ids)
+            for answer in (True, False):
+                with suppress(*_WITHOUT_VALUES), torch.no_grad(), _AnswerForValues(answer):
+                    outputs.clear()
+                    return outputs, self._run(self.ids)
+            return {}, None
         finally:
             for handle in handles:
                 handle.remove()
-        for path in candidates:
-            if path in outputs:
-                found = first_tensor(outputs[path], path=path)
-                if torch.equal(found.reshape(last.shape) if found.numel() == last.numel() else found, last):
-                    return path
-        return None
 
     def _run(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         arguments = forward_arguments(self.module, None if mask is None else mask[None])
-        with torch.inference_mode(), evaluating(self.module):
+        # inference mode would hide questions about values from the mode that answers them
+        with torch.inference_mode(not ids.is_meta), evaluating(self.module):
             output = self.module(ids[None], **arguments)
         last = getattr(output, "last_hidden_state", None)
         return last if isinstance(last, Tensor) else first_tensor(output, path="")
@@ -159,6 +180,29 @@ class Probe:
         """Compare the real positions, relative to the largest entry."""
         a, b = first[:, : self.num_real].float(), second[:, : self.num_real].float()
         return bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+_WITHOUT_VALUES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+"""What a model's code raises on the meta device, where tensors have a shape but no values."""
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _AnswerForValues(TorchDispatchMode):
+    """Answers where a model asks a meta tensor for a value, which is "is nothing masked?", mostly."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self.answer if args[0].dtype == torch.bool else int(self.answer)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

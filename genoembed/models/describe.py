@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from genoembed.models.architecture import build_without_weights, read_config
+from genoembed.models.behavior import Probe
 from genoembed.models.layers import (
-    final_candidates,
     has_numbered_blocks,
     list_layers,
     num_blocks,
@@ -38,8 +38,9 @@ class ModelLayers:
     share one module, so that numbers mean nothing."""
     num_blocks: int
     """Layer numbers go from 0 to one below this, or from minus this to -1, counted from the end."""
-    final: str
-    """Module path that ``final`` means, by the model's structure; a loaded model makes sure by running."""
+    final: str | None
+    """Module path that ``final`` means; None where no module is seen to return the last hidden states, which
+    the code of some models shows only with weights."""
 
     @property
     def numbered(self) -> tuple[str, ...]:
@@ -85,5 +86,5 @@ def describe_layers(
         layers=list_layers(module),
         template=number_template(module) if has_numbered_blocks(module) else None,
         num_blocks=num_blocks(module),
-        final=final_candidates(module)[0],
+        final=Probe(module, special_ids=(), pad_token_id=None).final_path(),
     )

@@ -244,14 +244,8 @@ class GenomicModel:
         )
 
     @cached_property
-    def _final_path(self) -> str:
-        path = self._probe.final_path()
-        if path is None:
-            message = (
-                f"layer 'final': no module of {self.name} returns last_hidden_state; name a block number"
-            )
-            raise LayerError(message, spec=FINAL)
-        return path
+    def _final_path(self) -> str | None:
+        return self._probe.final_path()
 
     def _is_untrained(self, path: str) -> bool:
         return path.partition(".")[0] in self.untrained

@@ -65,16 +65,20 @@ def find_blocks(module: nn.Module) -> str:
 def final_candidates(module: nn.Module) -> tuple[str, ...]:
     """List the modules that may give ``last_hidden_state``, the likeliest first.
 
-    That is a norm beside the blocks (or beside what holds them) that is registered after them, else the last
-    block, else a norm registered before them. Which of them it is shows in a forward pass.
+    Norms beside the blocks (or beside what holds them) that are registered after them, the last block, norms
+    registered before the blocks, and what holds the blocks. The order of registration is not the order of
+    running (Evo 1 registers its final norm before the blocks, DeBERTa one for other tensors after them), so a
+    forward pass decides: see :meth:`genoembed.models.behavior.Probe.final_path`.
     """
     blocks_path = find_blocks(module)
     width = _config_number(module, _WIDTH_KEYS)
     after: list[str] = []
     before: list[str] = []
+    around: list[str] = []
     path = blocks_path
     while path:
         parent, _, name = path.rpartition(".")
+        around += [parent] if parent else []
         seen = False
         for sibling, child in module.get_submodule(parent).named_children():
             if sibling == name:
@@ -83,7 +87,7 @@ def final_candidates(module: nn.Module) -> tuple[str, ...]:
                 (after if seen else before).append(f"{parent}.{sibling}".lstrip("."))
         path = parent
     last = len(_blocks(module, blocks_path)) - 1
-    return (*after, f"{blocks_path}.{last}", *before)
+    return (*after, f"{blocks_path}.{last}", *before, *around)
 
 
 def list_layers(module: nn.Module) -> tuple[LayerInfo, ...]:
@@ -118,7 +122,7 @@ def resolve_layers(
     final_path: str | None = None,
     name: str | None = None,
 ) -> tuple[LayerInfo, ...]:
-    """Turn layer specs into module paths."""
+    """Turn layer specs into module paths; ``final_path`` is what ``final`` means."""
     asked = [specs] if isinstance(specs, (int, str)) else list(specs)
     if not asked:
         message = (
@@ -151,13 +155,21 @@ class _Resolver:
         elif text == ALL:
             yield from (self._block(index, spec) for index in range(self.depth))
         elif text == FINAL:
-            yield self.final_path if self.final_path is not None else final_candidates(self.module)[0]
+            yield self._final()
         elif _GLOB_CHARACTERS.intersection(text):
             yield from self._matching(text)
         elif text in self.known:
             yield text
         else:
             raise self._unknown(text)
+
+    def _final(self) -> str:
+        if self.final_path is None:
+            message = (
+                f"layer {FINAL!r}: no module of {self.name} returns last_hidden_state; name a block number"
+            )
+            raise LayerError(message, spec=FINAL)
+        return self.final_path
 
     def _block(self, index: int, spec: LayerSpec) -> str:
         if self.stated_depth != self.depth:

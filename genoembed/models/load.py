@@ -35,9 +35,9 @@ from genoembed.models.architecture import (
 )
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
-from genoembed.models.locate import ModelSource, locate_model, reachable_source
+from genoembed.models.locate import locate_model, reachable_source
 from genoembed.models.precision import automatic_dtype
-from genoembed.models.registry import BUNDLED_NAME, KnownModel, known_models
+from genoembed.models.registry import BUNDLED_NAME, KnownModel, ModelSource, known_models
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -266,8 +266,9 @@ def _unused_children(module: PreTrainedModel) -> set[str]:
     """Name the children behind the blocks that are not the final norm: poolers and the like."""
     children = [name for name, _ in module.named_children()]
     blocks = find_blocks(module).partition(".")[0]
-    final = final_candidates(module)[0].partition(".")[0]
-    return set(children[children.index(blocks) + 1 :]) - {final}
+    # whichever of these norms gives the last hidden states, none of them may be random
+    final = {path.partition(".")[0] for path in final_candidates(module)}
+    return set(children[children.index(blocks) + 1 :]) - final
 
 
 def _strip(key: str, prefixes: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -21,7 +20,14 @@ from genoembed.models.hub import (
     silence_reason,
     verify_checkpoint,
 )
-from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, KnownModel, known_models, suggestion
+from genoembed.models.registry import (
+    BUNDLED_FOLDER,
+    BUNDLED_NAME,
+    KnownModel,
+    ModelSource,
+    known_models,
+    suggestion,
+)
 from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -29,19 +35,6 @@ _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 22
 _CONVERTIBLE = (".pt", ".safetensors")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
-    """Where a model comes from."""
-
-    name: str
-    """The name as given."""
-    location: str
-    """Local folder or Hugging Face id, as ``from_pretrained`` takes it."""
-    is_local: bool
-    entry: KnownModel | None = None
-    """The registry's entry, if the name is one."""
 
 
 def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:

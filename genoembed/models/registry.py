@@ -80,6 +80,19 @@ class KnownModel:
         return StripedHyena2Config(**self.config, checkpoint_name=self.name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Where a model comes from."""
+
+    name: str
+    """The name as given."""
+    location: str
+    """Local folder or Hugging Face id, as ``from_pretrained`` takes it."""
+    is_local: bool
+    entry: KnownModel | None = None
+    """The registry's entry, if the name is one."""
+
+
 def known_models() -> tuple[KnownModel, ...]:
     """List the models with names of their own, the bundled one first.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.batching.pack import Document
-    from genoembed.models.locate import ModelSource
+    from genoembed.models.registry import ModelSource
 
 
 _NAMES_SHOWN = 3

@@ -44,7 +44,7 @@ class Templated(nn.Module):
 
 
 def paths(module: nn.Module, *specs: int | str) -> list[str]:
-    return [layer.path for layer in resolve_layers(module, specs, name="templated")]
+    return [layer.path for layer in resolve_layers(module, specs, final_path="norm", name="templated")]
 
 
 def test_find_blocks_and_final_fit_every_family(family, tiny_model):

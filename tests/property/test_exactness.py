@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from genoembed import load_model
 from genoembed.config.embed import embed_config
 from genoembed.contracts import SequenceRecord
-from genoembed.models.locate import BUNDLED_FOLDER
+from genoembed.models.registry import BUNDLED_FOLDER
 from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.pipeline.units import WorkUnit
 from tests.by_hand import ALL_FAMILIES, STRIPED, folder_of, model_of, random_dna

@@ -63,6 +63,7 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq"]
     embedding_layer_template = "blocks.{index}.mlp.l3"
     """What a layer given as an integer means, as in Evo 2's own example."""
+    final_layer_path = "norm"
     is_causal_by_construction = True
     carries_state = True
     """Whether a sequence may come in blocks, each with the ``past_key_values`` of the one before."""

@@ -24,8 +24,8 @@ from genoembed.training.trainer import (
     parameter_groups,
     training_arguments,
 )
+from tests.pretraining.test_start import save_causal
 from tests.tiny_models import build_config, build_striped_hyena
-from tests.training.test_start import save_causal
 
 
 def groups_of(model, tmp_path):

@@ -21,7 +21,7 @@ from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
 from genoembed.training.run_folder import newest_checkpoint
 from genoembed.training.trainer import StopOnSignal
-from tests.training.test_start import save_causal
+from tests.pretraining.test_start import save_causal
 
 SMALL = {
     "like": "evo2_7b",

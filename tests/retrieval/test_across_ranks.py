@@ -14,7 +14,7 @@ import torch.distributed as dist
 from genoembed.errors import ShapeError
 from genoembed.training import distributed as across_ranks
 from genoembed.training.distributed import RankRows
-from tests.training.rank_losses import CASES, batch_of, encoder_of, loss_of
+from tests.retrieval.rank_losses import CASES, batch_of, encoder_of, loss_of
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 ROOT = SCRIPT.parents[2]

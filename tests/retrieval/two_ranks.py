@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tests.training.rank_losses import CASES, batch_of, encoder_of, loss_of
+from tests.retrieval.rank_losses import CASES, batch_of, encoder_of, loss_of
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Search: recall@10 of the approximate index against exact search, speed of both, build time and memory.
 
-Clustered vectors (each a centre and noise; queries are new members of the clusters) and, on fewer rows,
+Clustered vectors (each a center and noise; queries are new members of the clusters) and, on fewer rows,
 uniform noise, where no index can do well: the nearest row is hardly nearer than any other. CPU seconds count,
 since they depend less on who else uses the machine::
 
@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 from describe_machine import describe_machine
 
-from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.pipeline.embedding_file import VectorSource
 from genoembed.searching.index import BUILD_EFFORT, CONNECTIVITY, Origin, open_index
-from genoembed.searching.neighbors import exact_neighbours
+from genoembed.searching.neighbors import exact_neighbors
 from genoembed.searching.run import recall_of
 from genoembed.store.layout import LazyMatrix
 
@@ -46,7 +46,7 @@ class Vectors:
     clusters: int
     """0 is uniform noise."""
     spread: float
-    """Deviation of a member from its centre, relative to that of the centres."""
+    """Deviation of a member from its center, relative to that of the centers."""
     seed: int = 0
 
     def draw(self, count: int, *, part: int) -> np.ndarray:
@@ -54,8 +54,8 @@ class Vectors:
         noise = np.random.default_rng([self.seed, 1, part])
         rows = noise.standard_normal((count, WIDTH), dtype=np.float32)
         if self.clusters:
-            centres = np.random.default_rng([self.seed, 0])
-            table = centres.standard_normal((self.clusters, WIDTH), dtype=np.float32)
+            centers = np.random.default_rng([self.seed, 0])
+            table = centers.standard_normal((self.clusters, WIDTH), dtype=np.float32)
             rows = table[noise.integers(0, self.clusters, count)] + self.spread * rows
         return rows
 
@@ -76,8 +76,8 @@ def measure(kind: Vectors, num_rows: int, *, queries: int, exact_queries: int) -
 
 
 def _compare(source: VectorSource, path: Path, asked: np.ndarray, sample: np.ndarray) -> dict[str, Any]:
-    exact, exact_cost = timed(lambda: exact_neighbours(sample, source, k=K))
-    one, one_cost = timed(lambda: exact_neighbours(sample[:1], source, k=K))
+    exact, exact_cost = timed(lambda: exact_neighbors(sample, source, k=K))
+    one, one_cost = timed(lambda: exact_neighbors(sample[:1], source, k=K))
     assert (one.rows == exact.rows[:1]).all()
     before = peak_mib()
     origin = Origin(path=path, layer="X", metric="cosine", transform=None)
@@ -86,10 +86,10 @@ def _compare(source: VectorSource, path: Path, asked: np.ndarray, sample: np.nda
     after = peak_mib()
     (index, _, is_new), load_cost = timed(lambda: open_index(source, origin))
     assert not is_new
-    index.neighbours(asked, source, k=K)  # brings the mapped pages in
+    index.neighbors(asked, source, k=K)  # brings the mapped pages in
     rows = []
     for effort in EFFORTS:
-        found, cost = timed(lambda e=effort: index.neighbours(asked, source, k=K, effort=e))
+        found, cost = timed(lambda e=effort: index.neighbors(asked, source, k=K, effort=e))
         part = type(found)(found.rows[: len(sample)], found.scores[: len(sample)])
         recall = recall_of(part, exact, metric="cosine")
         rows.append({"effort": effort, "recall": recall, **rates(len(asked), cost)})
@@ -135,9 +135,9 @@ def as_markdown(figures: dict[str, Any], machine: dict[str, Any], note: str) -> 
         *(f"- {key}: {value}" for key, value in facts.items()),
     ]
     lines += [
-        f"- settings: width {WIDTH}, cosine, k = {K}, one thread; graph with {CONNECTIVITY} neighbours a "
+        f"- settings: width {WIDTH}, cosine, k = {K}, one thread; graph with {CONNECTIVITY} neighbors a "
         f"node, built with effort {BUILD_EFFORT}",
-        "- recall@10: share of the true ten neighbours (exact search, float64) that the index finds",
+        "- recall@10: share of the true ten neighbors (exact search, float64) that the index finds",
         "- queries/s are for each CPU second; the clock's stand in the JSON file",
     ]
     for name, found in figures.items():

@@ -1,4 +1,4 @@
-"""From an embedding file to clusters on a map with scanpy: neighbours, UMAP and Leiden.
+"""From an embedding file to clusters on a map with scanpy: neighbors, UMAP and Leiden.
 
 An embedding file is an AnnData file, so that everything of scanpy works on it. Needs scanpy, igraph and
 leidenalg: pip install scanpy igraph leidenalg

@@ -1,7 +1,7 @@
-"""From FASTA to nearest neighbours in ten lines of Python: which gene is most like which?
+"""From FASTA to nearest neighbors in ten lines of Python: which gene is most like which?
 
-Embeds the example genes at block 28, centres the vectors (those of a language model share a large common
-part) and prints each gene's nearest neighbour by cosine.
+Embeds the example genes at block 28, centers the vectors (those of a language model share a large common
+part) and prints each gene's nearest neighbor by cosine.
 
     python examples/nearest_genes.py
 """
@@ -17,12 +17,12 @@ GENES = Path(__file__).parent / "data" / "bacterial_genes.fa.gz"
 
 
 def main() -> None:
-    """Embed the genes and print their neighbours."""
+    """Embed the genes and print their neighbors."""
     with tempfile.TemporaryDirectory() as folder:
         report = genoembed.extract(GENES, layers=28, pooling="mean", output=Path(folder, "genes.h5"))
-        centred = genoembed.fit_transform(report.output, output=Path(folder, "centred.h5"))
+        centered = genoembed.fit_transform(report.output, output=Path(folder, "centered.h5"))
         found = genoembed.search(
-            report.output, report.output, k=1, exclude_self=True, transform=centred.output
+            report.output, report.output, k=1, exclude_self=True, transform=centered.output
         )
     print(f"{report.num_rows} genes, {report.width} features from {', '.join(report.layers)}")
     for hit in found.hits:

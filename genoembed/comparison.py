@@ -8,64 +8,34 @@ D features, T tokens.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import fspath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from genoembed.errors import ConfigError, StoreError
-from genoembed.pipeline.file_recipe import differences, recipe_of
-from genoembed.pipeline.file_vectors import block_rows
+from genoembed.errors import ConfigError
+from genoembed.pipeline.agreement import Difference, LayerComparison, difference, summarize, tolerance_of
+from genoembed.pipeline.embedding_file import (
+    block_rows,
+    comparable_settings,
+    computed_dtype,
+    setting_differences,
+)
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.atomic import write_text
+from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
     from os import PathLike
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from genoembed.store import EmbeddingFile
 
 
-TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
-"""Largest relative difference by the type of numbers that a model computed in."""
-STORED_TOLERANCES = {"float32": 0.0, "float16": 1e-3}
-"""The same by the type that a file stores: float16 keeps eleven bits."""
-
-
-class Difference(NamedTuple):
-    """How far two vectors of a record agree; in per-token files, the worst of its tokens."""
-
-    cosine: float
-    """1 where both are zero, or neither record has a vector; NaN where they cannot be compared."""
-    absolute: float
-    """Largest difference of a value."""
-    relative: float
-    """The same, divided by the largest value of either vector."""
-
-
-SAME = Difference(1.0, 0.0, 0.0)
-INCOMPARABLE = Difference(float("nan"), float("inf"), float("inf"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerComparison:
-    """How far two matrices agree."""
-
-    layer: str
-    num_compared: int
-    num_outside: int
-    """Records that differ by more than the tolerance."""
-    min_cosine: float
-    """NaN where nothing was compared."""
-    mean_cosine: float
-    max_absolute: float
-    max_relative: float
-    worst: tuple[tuple[str, Difference], ...]
-    """Up to ten records that differ most, the worst first."""
+COLUMNS = ("id", "layer", "cosine", "max_absolute", "max_relative", "within")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +52,7 @@ class CompareReport:
     """Ids of records that both have, of different sequences."""
     is_reordered: bool
     """Whether the records of both come in another order, which is no difference."""
-    recipe_differences: tuple[str, ...]
+    setting_differences: tuple[str, ...]
     """In what the files say that they were made differently."""
     output: str | None
     """The table that was written."""
@@ -129,93 +99,34 @@ def compare(
     if tolerance is not None and not tolerance >= 0:
         message = f"tolerance is {tolerance}; set tolerance to 0 or more"
         raise ConfigError(message)
-    target = None if output is None else check_output(output, overwrite=overwrite)
-    with open_embeddings(first) as one, open_embeddings(second) as other:
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(open_embeddings(path)) for path in (first, second))
+        table = (
+            None if output is None else stack.enter_context(open_table(output, COLUMNS, overwrite=overwrite))
+        )
         names = _common_layers(one, other, layer)
         wanted = _tolerance(one, other, names) if tolerance is None else tolerance
         pairs = _Pairs.of(one, other)
-        lines = ["id\tlayer\tcosine\tmax_absolute\tmax_relative\twithin"]
         summaries = []
         for name in names:
             found = list(_differences(one, other, name, pairs))
             ids = [one.ids[row] for row in pairs.first]
             summaries.append(summarize(name, zip(ids, found, strict=True), tolerance=wanted))
-            if target is not None:
-                lines += [_line(key, name, item, wanted) for key, item in zip(ids, found, strict=True)]
-        report = CompareReport(
+            if table is not None:
+                for record_id, item in zip(ids, found, strict=True):
+                    table.write((record_id, name, *item, "yes" if item.is_within(wanted) else "no"))
+        return CompareReport(
             layers=tuple(summaries),
             tolerance=wanted,
             only_in_first=pairs.only_in_first,
             only_in_second=pairs.only_in_second,
             other_sequence=_other_sequences(one, other, pairs),
             is_reordered=bool((np.diff(pairs.second) < 0).any()),
-            recipe_differences=tuple(_recipe_differences(one, other, names)),
+            setting_differences=tuple(_setting_differences(one, other, names)),
             output=None if output is None else fspath(output),
         )
-    if target is not None:
-        _write(target, lines)
-    return report
-
-
-def difference(first: NDArray[np.floating], second: NDArray[np.floating]) -> Difference:
-    """Measure how far two vectors, or the vectors of two runs of tokens, agree.
-
-    Example:
-        >>> difference(np.array([3.0, 4.0]), np.array([3.0, 4.5])).relative
-        0.1111111111111111
-    """
-    if first.shape != second.shape:
-        return INCOMPARABLE
-    a, b = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (first, second))
-    if not a.size or (np.isnan(a).all() and np.isnan(b).all()):
-        return SAME
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return INCOMPARABLE
-    absolute = np.abs(a - b).max(axis=1)
-    largest = np.maximum(np.abs(a).max(axis=1), np.abs(b).max(axis=1))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    is_zero = lengths == 0
-    cosine = np.where(absolute == 0, 1.0, np.einsum("td,td->t", a, b) / np.where(is_zero, 1.0, lengths))
-    relative = absolute / np.where(largest == 0, 1.0, largest)
-    return Difference(float(cosine.min()), float(absolute.max()), float(relative.max()))
-
-
-def summarize(
-    layer: str, found: Iterable[tuple[str, Difference]], *, tolerance: float, num_worst: int = 10
-) -> LayerComparison:
-    """Sum differences up.
-
-    Example:
-        >>> summary = summarize("x", [("a", SAME), ("b", Difference(0.9, 0.5, 0.1))], tolerance=0.01)
-        >>> summary.num_outside, summary.worst[0][0], summary.mean_cosine
-        (1, 'b', 0.95)
-    """
-    pairs = list(found)
-    ranked = sorted((pair for pair in pairs if pair[1].relative > 0), key=lambda pair: -pair[1].relative)
-    cosines = np.array([pair[1].cosine for pair in pairs])
-    comparable = cosines[~np.isnan(cosines)]
-    return LayerComparison(
-        layer=layer,
-        num_compared=len(pairs),
-        num_outside=sum(not pair[1].relative <= tolerance for pair in pairs),
-        min_cosine=float(comparable.min()) if len(comparable) else float("nan"),
-        mean_cosine=float(comparable.mean()) if len(comparable) else float("nan"),
-        max_absolute=max((pair[1].absolute for pair in pairs), default=0.0),
-        max_relative=max((pair[1].relative for pair in pairs), default=0.0),
-        worst=tuple(ranked[:num_worst]),
-    )
-
-
-def tolerance_of(computed: Iterable[str], stored: Iterable[str] = ()) -> float:
-    """Choose a tolerance.
-
-    Example:
-        >>> tolerance_of(["float32"]), tolerance_of(["float32"], ["float16"]), tolerance_of(["bfloat16"])
-        (1e-05, 0.001, 0.01)
-    """
-    coarsest = max(TOLERANCES.values())
-    limits = [TOLERANCES.get(name, coarsest) for name in computed]
-    return max([*limits, *(STORED_TOLERANCES.get(name, coarsest) for name in stored)])
 
 
 class _Pairs(NamedTuple):
@@ -266,10 +177,7 @@ def _common_layers(one: EmbeddingFile, other: EmbeddingFile, layer: str | None) 
 
 
 def _tolerance(one: EmbeddingFile, other: EmbeddingFile, names: list[str]) -> float:
-    computed = []
-    for file in (one, other):
-        made = file.provenance.get("model")
-        computed.append(str(made.get("dtype", "float32")) if isinstance(made, dict) else "float32")
+    computed = [computed_dtype(file) or "float32" for file in (one, other)]
     return tolerance_of(computed, [file[name].dtype.name for file in (one, other) for name in names])
 
 
@@ -291,26 +199,9 @@ def _other_sequences(one: EmbeddingFile, other: EmbeddingFile, pairs: _Pairs) ->
     return tuple(one.ids[row] for row, is_other in zip(pairs.first, differs, strict=True) if is_other)
 
 
-def _recipe_differences(one: EmbeddingFile, other: EmbeddingFile, names: list[str]) -> list[str]:
-    found = differences(recipe_of(one.provenance, names[0]), recipe_of(other.provenance, names[0]))
-    types = [_computed(file.provenance) for file in (one, other)]
+def _setting_differences(one: EmbeddingFile, other: EmbeddingFile, names: list[str]) -> list[str]:
+    found = setting_differences(
+        comparable_settings(one.provenance, names[0]), comparable_settings(other.provenance, names[0])
+    )
+    types = [computed_dtype(file) for file in (one, other)]
     return found + ([f"dtype: {types[0]!r} against {types[1]!r}"] if types[0] != types[1] else [])
-
-
-def _computed(provenance: Mapping[str, Any]) -> str | None:
-    made = provenance.get("model")
-    return str(made["dtype"]) if isinstance(made, dict) and "dtype" in made else None
-
-
-def _line(record_id: str, layer: str, found: Difference, tolerance: float) -> str:
-    within = "yes" if found.relative <= tolerance else "no"
-    numbers = f"{found.cosine:.9g}\t{found.absolute:.6g}\t{found.relative:.6g}"
-    return f"{record_id}\t{layer}\t{numbers}\t{within}"
-
-
-def _write(target: Path, lines: list[str]) -> None:
-    try:
-        write_text(target, "\n".join(lines) + "\n")
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=str(target)) from error

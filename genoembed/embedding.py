@@ -79,6 +79,17 @@ class RecordEmbedder:
         return self._embedder.batch_tokens
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """How vectors are made, in the words of a file's provenance."""
+        facts = self._embedder.facts
+        return {
+            "model": dict(self.model.provenance),
+            "layers": list(self.layers),
+            "config": self.config.to_dict(),
+            **({} if facts is None else {"finetuned": dict(facts.values)}),
+        }
+
+    @property
     def feature_names(self) -> dict[str, tuple[str, ...]]:
         """Names of the columns of each matrix; empty before anything was embedded."""
         return self._embedder.feature_names

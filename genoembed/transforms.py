@@ -1,4 +1,4 @@
-"""``fit-transform``: fit a transform on the vectors of a file, store it, and load it where it is applied.
+"""``fit-transform``: fit a transform on the vectors of a file, and store it.
 
 In: a pooled embedding file, the background. Out: a small HDF5 file that says what its vectors were, so that
 vectors of another model or layer are refused.
@@ -6,7 +6,6 @@ vectors of another model or layer are refused.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,17 +15,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genoembed.errors import StoreFormatError
-from genoembed.pipeline.file_recipe import Recipe, recipe_of
-from genoembed.pipeline.file_vectors import VectorSource
-from genoembed.pooling.transform import FittedTransform, Isotropy, fit, measure_isotropy, measure_moments
+from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
+from genoembed.pipeline.provenance import file_facts
+from genoembed.pooling.transform import (
+    Isotropy,
+    fit,
+    measure_isotropy,
+    measure_moments,
+)
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.transform_file import StoredTransform, read_transform, write_transform
+from genoembed.store.transform_file import StoredTransform, write_transform
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from genoembed.config.choices import TransformAxes, TransformMethod
+    from genoembed.pooling.transform import FittedTransform
 
 
 _SAMPLE_ROWS = 5000
@@ -58,17 +62,6 @@ class TransformReport:
     after: Isotropy
     """Of the same sample, transformed."""
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedTransform:
-    """A transform from a file."""
-
-    transform: FittedTransform
-    recipe: Recipe
-    """What made the vectors that it was fitted on."""
-    digest: str
-    """Of its values."""
 
 
 def fit_transform(
@@ -120,14 +113,14 @@ def fit_transform(
         sample = source.take(np.sort(chosen))
         before = measure_isotropy(sample, seed=seed)
         after = measure_isotropy(transform.apply_float64(sample), seed=seed)
-        recipe = recipe_of(file.provenance, name)
+        settings = comparable_settings(file.provenance, name)
     facts = {
         "method": method,
         "axes": axes,
         "shrinkage": shrinkage,
         "num_rows": transform.num_rows,
-        "recipe": recipe,
-        "background": {"name": fspath(background), "sha256": _digest(Path(background))},
+        "recipe": settings,
+        "background": {"name": fspath(background), "sha256": file_facts(fspath(background))["sha256"]},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "before": before._asdict(),
         "after": after._asdict(),
@@ -150,33 +143,8 @@ def fit_transform(
     )
 
 
-def load_transform(path: str | PathLike[str]) -> LoadedTransform:
-    """Load a transform."""
-    stored = read_transform(path)
-    facts = stored.facts
-    try:
-        transform = FittedTransform(
-            method=facts["method"],
-            axes=facts["axes"],
-            mean=stored.arrays["mean"],
-            matrix=stored.arrays["matrix"],
-            variances=stored.arrays["variances"],
-            num_rows=int(facts["num_rows"]),
-        )
-        recipe = dict(facts["recipe"])
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"a part of the transform is missing ({error}); fit it again"
-        raise StoreFormatError(problem, path=fspath(path)) from error
-    return LoadedTransform(transform=transform, recipe=recipe, digest=stored.digest)
-
-
 def _explained(transform: FittedTransform) -> float | None:
     total = float(transform.variances.sum())
     if transform.method == "center" or not total:
         return None
     return float(transform.variances[: transform.components].sum()) / total
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""``verify``: embed a sample of a file's records again, by the recipe that the file holds; and ``certify``.
+"""``verify``: embed a sample of the records of a file again, as the file says; and ``certify``.
 
 ``file -> sample of its records -> their sequences -> vectors -> differences``. The input is told by the file,
 or given; each sequence must have the SHA-256 that the file recorded.
@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genoembed.comparison import (
+from genoembed.embedding import RecordEmbedder
+from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.pipeline.agreement import (
     Difference,
     LayerComparison,
     difference,
     summarize,
     tolerance_of,
+    worst,
 )
-from genoembed.embedding import RecordEmbedder
-from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.pipeline.embedding_file import read_file_settings, record_names
 from genoembed.pipeline.request import use_threads
-from genoembed.searching.run import record_names
 from genoembed.sequences import read_sequences
 from genoembed.store import open_embeddings
 from genoembed.store.schema import has_failed
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
 
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.pipeline.embedding_file import FileSettings
     from genoembed.store import EmbeddingFile
-
-_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
-_EMBEDDING = ("pooling", "fusion", "skip_first", "rc")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +67,7 @@ class Certificate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """Whether a file holds what its recipe gives."""
+    """Whether a file holds what its settings give."""
 
     path: Path
     layers: tuple[LayerComparison, ...]
@@ -136,18 +135,20 @@ def verify(
         message = f"threads is {threads}; set threads to 1 or more"
         raise ConfigError(message)
     with use_threads(threads), open_embeddings(path) as file:
-        recipe = _recipe(file)
+        settings = read_file_settings(file, remedy="extract the sequences again")
         wanted = _sample_ids(file, sample, seed)
-        records = _find(wanted, _records(file, recipe, inputs, regions))
+        records = _find(wanted, _records(file, settings, inputs, regions))
+        is_named = model is None or isinstance(model, str | PathLike)
         embedder = RecordEmbedder(
-            *([recipe["model"]] if model is None else [model]),
-            **_embedding_options(
-                recipe, options, is_named=model is None or isinstance(model, str | PathLike)
-            ),
+            settings.model if model is None else model,
+            **settings.embedding_options(),
+            per_window=settings.per_window,
+            **({"revision": settings.revision, "dtype": settings.dtype} if is_named else {})
+            | {name: value for name, value in options.items() if value is not None},
         )
         compared, others, stored = _compare(file, wanted, records, embedder)
         computed = str(embedder.model.provenance["dtype"])
-        limit = tolerance_of([recipe["dtype"], computed], stored) if tolerance is None else tolerance
+        limit = tolerance_of([settings.dtype, computed], stored) if tolerance is None else tolerance
         proof = _certify(embedder, [*records.values()], None, seed) if certificate and records else None
         return VerifyReport(
             path=Path(path),
@@ -156,7 +157,7 @@ def verify(
             num_sampled=len(wanted),
             missing=tuple(name for name in wanted if name not in records),
             other_sequence=tuple(others),
-            same_weights=_same(recipe["weights"], embedder.model.provenance["weights_sha256"]),
+            same_weights=_same(settings.weights_sha256, embedder.model.provenance["weights_sha256"]),
             certificate=proof,
         )
 
@@ -209,14 +210,14 @@ def _certify(
         found += [difference(mine[name], theirs[name]) for name in mine]
     facts = embedder.model.provenance
     limit = tolerance_of([str(facts["dtype"])]) if tolerance is None else tolerance
-    largest = max(item.relative for item in found)
+    largest = worst(found)
     return Certificate(
         num_records=len(records),
-        max_absolute=max(item.absolute for item in found),
-        max_relative=largest,
-        min_cosine=min(item.cosine for item in found),
+        max_absolute=largest.absolute,
+        max_relative=largest.relative,
+        min_cosine=largest.cosine,
         tolerance=limit,
-        is_within=largest <= limit,
+        is_within=largest.is_within(limit),
         model=str(facts["id"]),
         weights_sha256=str(facts["weights_sha256"]),
         dtype=str(facts["dtype"]),
@@ -239,41 +240,6 @@ def _check(options: Mapping[str, Any], *, sample: int, tolerance: float | None) 
         raise ConfigError(*problems)
 
 
-def _recipe(file: EmbeddingFile) -> dict[str, Any]:
-    """Read how a file was made, in the words of ``extract``."""
-    provenance = file.provenance
-    config, made = provenance.get("config"), provenance.get("model")
-    if not isinstance(config, dict) or not isinstance(made, dict) or "layers" not in provenance:
-        message = f"{file.path}: it does not say how its vectors were made, so they cannot be made again"
-        raise ConfigError(message)
-    embedding, windows = config["embedding"], config["windows"]
-    return {
-        "model": config["model"]["model"],
-        "revision": config["model"].get("revision"),
-        "dtype": str(made["dtype"]),
-        "weights": made.get("weights_sha256"),
-        "inputs": [entry["name"] for entry in provenance.get("inputs", [])],
-        "reading": {name: config["input"][name] for name in _READING if name in config["input"]},
-        "regions": list(config["input"].get("regions") or ()),
-        "embedding": {
-            "layers": tuple(provenance["layers"]),
-            **{name: embedding[name] for name in _EMBEDDING},
-            "fusion_weights": tuple(embedding["fusion_weights"]) or None,
-            "window": windows["window"],
-            "stride": windows["stride"],
-            "per_window": windows["per_window"],
-        },
-    }
-
-
-def _embedding_options(
-    recipe: Mapping[str, Any], options: Mapping[str, Any], *, is_named: bool
-) -> dict[str, Any]:
-    given = {name: value for name, value in options.items() if value is not None}
-    made = {"dtype": recipe["dtype"], "revision": recipe["revision"]} if is_named else {}
-    return {**recipe["embedding"], **made, **given}
-
-
 def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
     """Choose records that have a vector, in the order of the file."""
     names = record_names(file)
@@ -290,17 +256,17 @@ def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
 
 def _records(
     file: EmbeddingFile,
-    recipe: Mapping[str, Any],
+    settings: FileSettings,
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | None,
     regions: Sequence[str | PathLike[str]] | None,
 ) -> Iterator[SequenceRecord]:
     given = [inputs] if isinstance(inputs, str | PathLike) else inputs
-    names = recipe["inputs"] if given is None else [fspath(name) for name in given]
+    names = settings.inputs if given is None else [fspath(name) for name in given]
     if not names or (given is None and "-" in names):
         message = f"{file.path}: it was made of standard input; set inputs to the file with these sequences"
         raise ConfigError(message)
-    places = recipe["regions"] if regions is None else [fspath(name) for name in regions]
-    return read_sequences(names, regions=places or None, **recipe["reading"])
+    places = settings.regions if regions is None else [fspath(name) for name in regions]
+    return read_sequences(names, regions=places or None, **settings.reading)
 
 
 def _find(wanted: Sequence[str], records: Iterable[SequenceRecord]) -> dict[str, SequenceRecord]:

@@ -86,9 +86,7 @@ RULES = {
     "embedding": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "planning": Rule(internal=("extraction", *BELOW_VERBS), third_party=("numpy", "torch")),
     "comparison": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
-    "verification": Rule(
-        internal=("extraction", "embedding", "comparison", *BELOW_VERBS), third_party=("numpy", "torch")
-    ),
+    "verification": Rule(internal=("extraction", "embedding", *BELOW_VERBS), third_party=("numpy", "torch")),
     "transforms": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
@@ -234,12 +232,7 @@ def test_modules_were_seen():
 
 
 NOT_YET = {
-    "genoembed.plotting.run",
-    "genoembed.pooling.transform",
-    "genoembed.probing.vectors",
     "genoembed.retrieval.retriever",
-    "genoembed.searching.run",
-    "genoembed.verification",
 }
 """Modules on their way to the table; the set only shrinks."""
 

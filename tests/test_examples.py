@@ -18,7 +18,7 @@ from genoembed import load_model, read_sequences
 from genoembed.config.pretrain import train_config
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
 from genoembed.models.registry import BUNDLED_FOLDER
-from tests.analysis.map_file import write_map_file
+from tests.plotting.map_file import write_map_file
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -109,13 +109,13 @@ def test_package_mini_packages_a_model_whose_known_answer_holds(trained, tmp_pat
     assert [check.name for check in run_doctor(model=str(target)) if not check.passed] == []
 
 
-def test_nearest_genes_names_a_neighbour_of_every_gene():
+def test_nearest_genes_names_a_neighbor_of_every_gene():
     header, *rows = run_example(EXAMPLES / "nearest_genes.py").splitlines()
     assert header == "32 genes, 128 features from blocks.28.mlp.l3"
     names = {record.id for record in read_sequences(EXAMPLES / "data" / "bacterial_genes.fa.gz")}
     pairs = [row.split() for row in rows]
     assert {name for name, _, _ in pairs} == names
-    assert all(neighbour in names - {name} for name, neighbour, _ in pairs)
+    assert all(neighbor in names - {name} for name, neighbor, _ in pairs)
     assert all(-1 < float(cosine) <= 1 for _, _, cosine in pairs)
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import genoembed
 
-COLOURS = {"6-mer counts": "#1b7837", "4-mer counts": "#e08214", "GC content and length": "#8073ac"}
+COLORS = {"6-mer counts": "#1b7837", "4-mer counts": "#e08214", "GC content and length": "#8073ac"}
 
 
 def write_input(table: Path, rows: int, folder: Path) -> bool:
@@ -37,18 +37,18 @@ def write_input(table: Path, rows: int, folder: Path) -> bool:
 def draw(report: genoembed.ProbeReport, file: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    for name, scores, colour in (
+    for name, scores, color in (
         ("trained model", report.layers, "#1f5fa8"),
         ("untrained copy", report.untrained, "#808080"),
     ):
         means, sds = (
             np.array([getattr(one.metrics["mcc"], key) for one in scores]) for key in ("mean", "sd")
         )
-        axes.fill_between(range(len(scores)), means - sds, means + sds, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(means, color=colour, marker="o", markersize=4, label=name)
+        axes.fill_between(range(len(scores)), means - sds, means + sds, color=color, alpha=0.15, linewidth=0)
+        axes.plot(means, color=color, marker="o", markersize=4, label=name)
     for one in report.baselines:
         score = one.metrics["mcc"].mean
-        axes.axhline(score, color=COLOURS[one.name], linestyle="--", label=f"{one.name}, {score:.2f}")
+        axes.axhline(score, color=COLORS[one.name], linestyle="--", label=f"{one.name}, {score:.2f}")
     axes.axhline(0, color="black", linewidth=0.8, label="chance, 0")
     axes.set(xlabel="layer", ylabel="MCC (band: 1 s.d. over folds)", ylim=(-0.05, 1))
     axes.set_xticks(range(len(report.layers)), [one.name.split(".")[1] for one in report.layers], fontsize=8)

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 import genoembed
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 NEAREST = make_pipeline(StandardScaler(with_std=False), KNeighborsClassifier(5, metric="cosine"))
 
 
@@ -62,14 +62,14 @@ def draw(matrices: dict[str, np.ndarray], labels: np.ndarray, titles: dict[str, 
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     panels = figure.subplots(1, len(matrices))
     for panel, (name, matrix) in zip(panels, matrices.items(), strict=True):
-        centred = matrix - matrix.mean(axis=0)
+        centered = matrix - matrix.mean(axis=0)
         perplexity = min(30, len(labels) // 4)
         plane = TSNE(metric="cosine", perplexity=perplexity, init="pca", random_state=0).fit_transform(
-            centred
+            centered
         )
-        for label, colour in zip(np.unique(labels), COLOURS, strict=False):
+        for label, color in zip(np.unique(labels), COLORS, strict=False):
             rows = labels == label
-            panel.scatter(*plane[rows].T, s=11, color=colour, label=label, linewidth=0, alpha=0.8)
+            panel.scatter(*plane[rows].T, s=11, color=color, label=label, linewidth=0, alpha=0.8)
         panel.set(xticks=(), yticks=(), xlabel="t-SNE 1", ylabel="t-SNE 2")
         panel.set_title(titles[name], fontsize=10)
     handles, words = panels[0].get_legend_handles_labels()

@@ -1,6 +1,6 @@
 """``genoembed compare``: how far two embedding files agree.
 
-``genoembed verify``: a file against its own recipe.
+``genoembed verify``: a file against what its own settings give.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def compare_command(first: str, second: str, *, as_json: bool, **options: Any) -
     Exit code 1 if a record differs by more than the tolerance, is in one file only, or has another sequence.
     """
     report = genoembed.compare(first, second, **options)
-    for line in report.recipe_differences:
+    for line in report.setting_differences:
         _logger.info("made differently: %s", line)
     click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines(report)))
     if not report.is_within:
@@ -168,7 +168,7 @@ CHECKED, RUN = "What is checked", "How it runs"
 @json_option
 @reporting_options
 def verify_command(file: str, inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Embed a sample of the records of FILE.h5 again, by the recipe in the file, and compare.
+    """Embed a sample of the records of FILE.h5 again, with the settings that the file records, and compare.
 
     Their sequences come from the files that FILE.h5 names, or from INPUT; each must have the SHA-256 that was
     recorded. Exit code 1 if a record is missing, has another sequence, or differs by more than the tolerance.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-MAP, COLOURS, OUTPUT = "The map", "Colours", "Output"
+MAP, COLORS, OUTPUT = "The map", "Colors", "Output"
 _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
 
 
@@ -31,7 +31,7 @@ _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
     Examples:
       genoembed plot genes.h5 --color length
       genoembed plot genes.h5 --values classes.tsv --method umap -o map.html -o map.svg
-      genoembed plot genes.h5 --values clusters.tsv --classes leiden --transform centred.h5 -o map.png""",
+      genoembed plot genes.h5 --values clusters.tsv --classes leiden --transform centered.h5 -o map.png""",
 )
 @click.argument("file", metavar="FILE.h5")
 @file_option(
@@ -46,13 +46,13 @@ _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
 @file_option("--title", group=OUTPUT, metavar="TEXT", help="Heading.  [the file's name]")
 @file_option(
     "--color",
-    group=COLOURS,
+    group=COLORS,
     help="Column of FILE.h5 or of the values; repeatable. Pictures show the first, the page all.",
     **_COLUMN,
 )
-@file_option("--values", group=COLOURS, metavar="TSV", help="A table: ids in its first column, then values.")
+@file_option("--values", group=COLORS, metavar="TSV", help="A table: ids in its first column, then values.")
 @file_option(
-    "--classes", group=COLOURS, help="Numbers there are classes, as of clusters; repeatable.", **_COLUMN
+    "--classes", group=COLORS, help="Numbers there are classes, as of clusters; repeatable.", **_COLUMN
 )
 @file_option(
     "--method", group=MAP, default="pca", help="How it is laid out.  [pca]", **choice("pca", "umap", "tsne")
@@ -62,11 +62,9 @@ _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
 @file_option(
     "--components", group=MAP, help="umap and tsne: principal components they start from.  [50]", **COUNT
 )
-@file_option("--neighbours", group=MAP, help="umap: neighbours of a point.  [15]", **COUNT)
+@file_option("--neighbors", group=MAP, help="umap: neighbors of a point.  [15]", **COUNT)
 @file_option("--min-dist", group=MAP, type=float, metavar="X", help="umap: how close points may lie.  [0.1]")
-@file_option(
-    "--perplexity", group=MAP, type=float, metavar="X", help="tsne: about how many neighbours.  [30]"
-)
+@file_option("--perplexity", group=MAP, type=float, metavar="X", help="tsne: about how many neighbors.  [30]")
 @file_option(
     "--max-points", group=MAP, default=100_000, help="Of more rows, draw a sample of N.  [100000]", **COUNT
 )
@@ -75,7 +73,7 @@ _COLUMN: dict[str, Any] = {"multiple": True, "default": (), "metavar": "COLUMN"}
 @reporting_options
 def plot_command(file: str, *, output: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Draw a map of the records in FILE.h5: as a picture, and as one HTML page that works without a network,
-    with search, colours to switch, and a lasso that downloads what it holds as a table.
+    with search, colors to switch, and a lasso that downloads what it holds as a table.
 
     Rows without a vector are left out, and counted. Standard output gets the names of the files.
     """

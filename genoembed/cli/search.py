@@ -51,11 +51,11 @@ def _weights(ctx: click.Context, option: click.Parameter, text: str) -> tuple[fl
     Examples:
       genoembed search genes.fa --against genomes.h5 -k 5
       genoembed search genomes.h5 --against genomes.h5 --exclude-self --approximate -o near.tsv
-      genoembed search genes.h5 --against genomes.h5 --transform centred.h5 | cut -f 1-3""",
+      genoembed search genes.h5 --against genomes.h5 --transform centered.h5 | cut -f 1-3""",
 )
 @click.argument("queries", metavar="QUERY...", nargs=-1, required=True)
 @_option("--against", group=NEAR, required=True, metavar="FILE.h5", help="The embeddings to search.")
-@_option("-k", "--neighbours", "k", group=NEAR, type=int, metavar="N", help="Hits of a query.  [10]")
+@_option("-k", "--neighbors", "k", group=NEAR, type=int, metavar="N", help="Hits of a query.  [10]")
 @_option(
     "--metric",
     group=NEAR,
@@ -155,10 +155,10 @@ FIT, OUTPUT = "What is fitted", "Output"
 @click.command(
     "fit-transform",
     cls=GroupedCommand,
-    short_help="Centre or whiten vectors, fitted on a background.",
+    short_help="Center or whiten vectors, fitted on a background.",
     epilog="""\b
     Examples:
-      genoembed fit-transform genomes.h5 -o centred.h5
+      genoembed fit-transform genomes.h5 -o centered.h5
       genoembed fit-transform genomes.h5 --method remove-top --components 3 -o top3.h5
       genoembed search genes.fa --against genomes.h5 --transform top3.h5""",
 )

@@ -491,7 +491,7 @@ INPUT, OUTPUT, RUN = "Input", "Output", "Run"
     "--format",
     group=OUTPUT,
     default="auto",
-    **choice("auto", "tsv", "parquet"),
+    **choice("auto", "tsv", "csv", "parquet"),
     help="auto goes by the name.  [auto]",
 )
 @file_option("--overwrite", group=OUTPUT, **FLAG, default=False, help="Replace FILE, once complete.")

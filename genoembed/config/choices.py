@@ -20,7 +20,7 @@ FalseNegativePolicy: TypeAlias = Literal["error", "drop", "keep"]
 
 SplitMethod: TypeAlias = Literal["random", "stratified", "homology", "column"]
 
-TableFormat: TypeAlias = Literal["auto", "tsv", "parquet"]
+TableFormat: TypeAlias = Literal["auto", "tsv", "csv", "parquet"]
 
 TokenPooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean"]
 

@@ -10,16 +10,11 @@ Tables: CSV with a column a feature, Parquet with a column a layer; a block of r
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-import os
-import secrets
 import shutil
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -29,10 +24,11 @@ import numpy as np
 from numpy.lib import format as npy
 
 from genoembed.config.choices import ExportFormat
-from genoembed.errors import ConfigError, MissingExtraError, StoreError
+from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.atomic import AtomicFile
+from genoembed.store.atomic import AtomicFile, replacing, reporting_writes
 from genoembed.store.schema import escape_name
+from genoembed.store.tables import import_pyarrow, open_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -158,19 +154,15 @@ def write_one_dataset_a_record(file: EmbeddingFile, layers: Sequence[str], targe
 
 
 def write_csv(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
-    """Write a line a record: its id, then its features, so that every value reads back as it was."""
+    """Write one line per record: its id, then its features, so that every value reads back as it was."""
     (layer,) = layers
     width = file[layer].shape[1]
     names = file.feature_names if layer == file.layers[0] else [f"{layer}:{index}" for index in range(width)]
-    with target.open("x", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["id", *names])
+    with open_table(target, ["id", *names], format="csv") as table:
         for block in row_blocks(file, [layer]):
-            for record_id, vector in zip(
-                file.ids[block.start : block.stop], block.matrices[layer], strict=True
-            ):
-                # NumPy's text of a value is the shortest that reads back as the value
-                writer.writerow([record_id, *map(str, vector)])
+            ids = file.ids[block.start : block.stop]
+            for record_id, vector in zip(ids, block.matrices[layer].tolist(), strict=True):
+                table.write([record_id, *vector])
 
 
 def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
@@ -179,11 +171,7 @@ def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> N
     In a per-token file the column of a layer holds a list of lists. The provenance is the key ``genoembed``
     of the file's metadata.
     """
-    try:
-        arrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingExtraError(package="pyarrow", extra="parquet", purpose="export to Parquet") from error
+    arrow, parquet = import_pyarrow("export to Parquet")
     taken = [name for name in layers if name in ("id", *file.obs)]
     if taken:
         message = f"layer {taken[0]!r} is named like a column about the records; export to npz instead"
@@ -290,7 +278,7 @@ def export(
         layers = _layers(file, to, layer)
         if to == "uniprot-h5" and len(file) > _MANY_DATASETS:
             logger.warning("%s: %d datasets are slow to write and to open", fspath(name), len(file))
-        with _appearing(target, fspath(name)) as part:
+        with replacing(name, overwrite=overwrite) as part, reporting_writes(name):
             _WRITERS[to](file, layers, part)
         return ExportReport(
             output=Path(name),
@@ -316,21 +304,3 @@ def _layers(file: EmbeddingFile, to: ExportFormat, layer: str | None) -> tuple[s
     if problems:
         raise ConfigError(*problems)
     return layers
-
-
-@contextmanager
-def _appearing(target: Path, name: str) -> Iterator[Path]:
-    """Give a temporary name beside the target, which becomes the target if all goes well."""
-    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=name) from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,36 +2,29 @@
 
 ``read -> windows -> encoder -> head -> table``. Promised: the same policies for letters, ids and gaps as in
 ``extract``; sequences longer than the context are seen whole, in windows; the file appears when complete.
-
-Write predictions as TSV or Parquet, a part at a time; a file appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError
+from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
 from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.sequences import InputCounts, read_sequences
-from genoembed.store.atomic import check_output
+from genoembed.store.tables import open_table
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from os import PathLike
-    from pathlib import Path
 
     from genoembed.config.choices import TableFormat
     from genoembed.contracts import SequenceRecord
@@ -93,7 +86,7 @@ def predict(
         model: Folder ``final`` of a fine-tuning run.
         inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
         output: The table; ``-`` is standard output.
-        format: ``tsv``, ``parquet``, or by the name of the output.
+        format: ``tsv``, ``csv``, ``parquet``, or ``auto``: by the name of the output.
         overwrite: Replace an existing file.
         batch_rows: Windows of a forward pass.
         device: Torch device; None is CUDA if present, else the CPU.
@@ -138,7 +131,7 @@ def predict(
         with table as writer, torch.inference_mode():
             for part in _parts(records):
                 columns = predict_part(saved, part, batch_rows=batch_rows)
-                writer.write(columns)
+                writer.write_columns(columns)
                 num_records += len(part)
                 num_rows += len(next(iter(columns.values())))
                 if progress is not None:
@@ -217,92 +210,3 @@ def _parts(records: Iterable[SequenceRecord]) -> Iterator[list[SequenceRecord]]:
             part, bases = [], 0
     if part:
         yield part
-
-
-STDOUT = "-"
-
-
-class TableWriter(Protocol):
-    """Takes rows, a part at a time."""
-
-    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
-        """Write rows."""
-
-
-@contextmanager
-def open_table(
-    output: str, *, format: TableFormat = "auto", overwrite: bool = False
-) -> Iterator[TableWriter]:
-    """Open a table for writing."""
-    is_parquet = format == "parquet" or (format == "auto" and output.endswith(".parquet"))
-    if output == STDOUT:
-        if is_parquet:
-            message = "format is 'parquet', which standard output cannot take; set output to a file name"
-            raise ConfigError(message)
-        yield _TsvWriter(sys.stdout)
-        return
-    target = check_output(output, overwrite=overwrite)
-    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        if is_parquet:
-            writer = _ParquetWriter(part)
-            yield writer
-            writer.close()
-        else:
-            with part.open("w", encoding="utf-8", newline="") as file:
-                yield _TsvWriter(file)
-                file.flush()
-                os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class _TsvWriter:
-    """Tab-separated values; tabs and line ends in a text become spaces."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file, self._has_header = file, False
-
-    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
-        if not self._has_header:
-            self._file.write("\t".join(map(_cell, columns)) + "\n")
-            self._has_header = True
-        for values in zip(*columns.values(), strict=True):
-            self._file.write("\t".join(map(_cell, values)) + "\n")
-
-
-class _ParquetWriter:
-    """Parquet through pyarrow, a row group a part."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._arrow: Any = import_module("pyarrow")
-            self._parquet: Any = import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise MissingExtraError(package="pyarrow", extra="parquet", purpose="writing Parquet") from error
-        self._path = path
-        self._writer: Any = None
-
-    def write(self, columns: Mapping[str, Sequence[object]]) -> None:
-        table = self._arrow.table({name: self._column(values) for name, values in columns.items()})
-        if self._writer is None:
-            self._writer = self._parquet.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        """Write the end of the file; an empty table if there was no row."""
-        if self._writer is None:
-            self.write({"id": []})
-        self._writer.close()
-
-    def _column(self, values: Sequence[object]) -> Any:
-        if isinstance(values, np.ndarray):
-            return self._arrow.array(values)
-        return self._arrow.array(list(values), type=self._arrow.string())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float | np.floating):
-        return f"{value:.6g}"
-    return str(value).replace("\t", " ").replace("\n", " ").replace("\r", " ")

@@ -8,6 +8,7 @@ D features, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -97,3 +98,46 @@ def tolerance_of(computed: Iterable[str], stored: Iterable[str] = ()) -> float:
     coarsest = max(COMPUTED_TOLERANCES.values())
     limits = [COMPUTED_TOLERANCES.get(name, coarsest) for name in computed]
     return max([*limits, *(STORED_TOLERANCES.get(name, coarsest) for name in stored)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerComparison:
+    """How far two matrices agree."""
+
+    layer: str
+    num_compared: int
+    num_outside: int
+    """Records that differ by more than the tolerance."""
+    min_cosine: float
+    """NaN where nothing was compared."""
+    mean_cosine: float
+    max_absolute: float
+    max_relative: float
+    worst: tuple[tuple[str, Difference], ...]
+    """Up to ten records that differ most, the worst first."""
+
+
+def summarize(
+    layer: str, found: Iterable[tuple[str, Difference]], *, tolerance: float, num_worst: int = 10
+) -> LayerComparison:
+    """Sum differences up.
+
+    Example:
+        >>> summary = summarize("x", [("a", SAME), ("b", Difference(0.9, 0.5, 0.1))], tolerance=0.01)
+        >>> summary.num_outside, summary.worst[0][0], summary.mean_cosine
+        (1, 'b', 0.95)
+    """
+    pairs = list(found)
+    ranked = sorted((pair for pair in pairs if pair[1].relative > 0), key=lambda pair: -pair[1].relative)
+    cosines = np.array([pair[1].cosine for pair in pairs])
+    comparable = cosines[~np.isnan(cosines)]
+    return LayerComparison(
+        layer=layer,
+        num_compared=len(pairs),
+        num_outside=sum(not pair[1].is_within(tolerance) for pair in pairs),
+        min_cosine=float(comparable.min()) if len(comparable) else float("nan"),
+        mean_cosine=float(comparable.mean()) if len(comparable) else float("nan"),
+        max_absolute=max((pair[1].absolute for pair in pairs), default=0.0),
+        max_relative=max((pair[1].relative for pair in pairs), default=0.0),
+        worst=tuple(ranked[:num_worst]),
+    )

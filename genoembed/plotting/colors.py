@@ -1,7 +1,7 @@
-"""Columns that a map can be coloured by: classes with a colour each, or numbers on a scale.
+"""Columns that a map can be colored by: classes with a color each, or numbers on a scale.
 
-Up to eight classes have colours that people with any colour vision tell apart (close to Okabe and Ito's set).
-Of more than twenty classes the most frequent keep a colour, the rest is grey.
+Up to eight classes have colors that people with any color vision tell apart (close to Okabe and Ito's set).
+Of more than twenty classes the most frequent keep a color, the rest is grey.
 
 N points.
 """
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.plotting.reduction import PlaneMap
+
 
 MISSING = -1
-MISSING_COLOUR = "#c8c8c8"
-OTHER_COLOUR = "#8c8c8c"
+MISSING_COLOR = "#c8c8c8"
+OTHER_COLOR = "#8c8c8c"
 FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#333333")
 MANY = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf"),
@@ -40,7 +42,7 @@ class ClassColumn:
     name: str
     classes: tuple[str, ...]
     """Named in the legend: by frequency, and where there are too many ``other (N classes)`` last."""
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     """One a class."""
     codes: NDArray[np.int16]
     """Class of each point, ``MISSING`` where it has none, ``(N,)``."""
@@ -66,9 +68,9 @@ class NumberColumn:
     values: NDArray[np.float64]
     """``(N,)``, NaN where there is none."""
     low: float
-    """Value of the scale's first colour; smaller ones have it, too."""
+    """Value of the scale's first color; smaller ones have it, too."""
     high: float
-    """Value of its last colour."""
+    """Value of its last color."""
     is_log: bool
     """Whether the scale is logarithmic."""
 
@@ -79,11 +81,11 @@ class NumberColumn:
 
 
 def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
-    """Give classes their colours.
+    """Give classes their colors.
 
     Example:
         >>> column = class_column("kind", ["a", "b", "b", None])
-        >>> column.classes, column.codes.tolist(), column.colours
+        >>> column.classes, column.codes.tolist(), column.colors
         (('b', 'a'), [1, 0, 0, -1], ('#0072b2', '#e69f00'))
     """
     texts = np.array(["" if value is None else value for value in values], dtype=object)
@@ -93,18 +95,18 @@ def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
     classes = [str(found[index]) for index in ranking]
     position = np.empty(len(found), dtype=np.int16 if len(found) < 2**15 else np.int64)
     position[ranking] = np.arange(len(found))
-    colours: tuple[str, ...] = FEW if len(classes) <= len(FEW) else MANY
+    colors: tuple[str, ...] = FEW if len(classes) <= len(FEW) else MANY
     if len(classes) > len(MANY):
         num_kept = len(MANY) - 1
         position = np.minimum(position, num_kept)
         classes = [*classes[:num_kept], f"other ({len(classes) - num_kept:,} classes)"]
-        colours = (*MANY[:num_kept], OTHER_COLOUR)
+        colors = (*MANY[:num_kept], OTHER_COLOR)
     codes = np.full(len(texts), MISSING, dtype=np.int16)
     codes[is_there] = position[inverse].astype(np.int16)
     return ClassColumn(
         name=name,
         classes=tuple(classes),
-        colours=colours[: len(classes)],
+        colors=colors[: len(classes)],
         codes=codes,
         values=tuple(texts.tolist()),
     )
@@ -167,3 +169,34 @@ def point_style(num_points: int) -> tuple[float, float]:
     steps = math.log10(max(num_points, 300) / 300)  # 0 for 300 points, 2.5 for 100,000
     size = max(1.8, 9.0 * 0.59**steps)
     return round(size, 1), round(max(0.3, 0.9 - 0.2 * steps), 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapContent:
+    """Points with all that is said about them."""
+
+    plane: PlaneMap
+    ids: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    lengths: NDArray[np.int64]
+    """Bases, ``(N,)``."""
+    columns: tuple[ClassColumn | NumberColumn, ...]
+    """What points can be colored by, the one that is shown first in front."""
+    title: str
+    notes: tuple[str, ...]
+    """How the map was made, and what was left out."""
+    keeps_scale: bool
+    """Whether a step along either axis is as long in the picture: distances mean something."""
+    seed: int
+
+    def drawing_order(self) -> NDArray[np.int64]:
+        """Mix the points, so that no class hides another because it comes later in the file."""
+        order = np.random.default_rng(self.seed).permutation(len(self.ids)).astype(np.int64)
+        column = self.columns[0]
+        if isinstance(column, ClassColumn):
+            is_grey = np.array([color == OTHER_COLOR for color in column.colors] + [True])
+            layer = np.where(column.codes == MISSING, 0, 2 - is_grey[column.codes])
+        else:
+            layer = np.where(np.isnan(column.values), 0, 1)
+        sorted_order: NDArray[np.int64] = order[np.argsort(layer[order], kind="stable")]
+        return sorted_order

@@ -2,6 +2,9 @@
 
 In: a :class:`MapContent`. Out: the page: plotly.js, the points, and the script of ``page/map.js``. A content
 security policy in the page forbids the browser to fetch anything.
+
+Our script draws the page on plotly.js. A figure made by plotly.py would have one trace per class, so that one
+class hides another, and could neither search, nor switch between columns of both kinds, nor save a selection.
 """
 
 from __future__ import annotations
@@ -15,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import MissingExtraError
-from genoembed.plotting.colors import MISSING_COLOUR, ClassColumn, NumberColumn, point_style
+from genoembed.plotting.colors import MISSING_COLOR, ClassColumn, MapContent, NumberColumn, point_style
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from genoembed.plotting.run import MapContent
 
 
 _PAGE = files("genoembed.plotting") / "page"
@@ -55,7 +56,7 @@ def _facts(content: MapContent) -> dict[str, Any]:
         "keepsScale": content.keeps_scale,
         "size": size,
         "opacity": opacity,
-        "missing": MISSING_COLOUR,
+        "missing": MISSING_COLOR,
         "ids": list(content.ids),
         "descriptions": list(content.descriptions),
         "lengths": _encoded(content.lengths, "<f8"),
@@ -73,7 +74,7 @@ def _column(column: ClassColumn | NumberColumn) -> dict[str, Any]:
             "kind": "class",
             "name": column.name,
             "classes": list(column.classes),
-            "colours": list(column.colours),
+            "colors": list(column.colors),
             "counts": list(column.counts),
             "codes": _encoded(column.codes, "<i2"),
             "texts": texts.tolist(),

@@ -31,12 +31,12 @@ class MapOptions:
     method: MapMethod = "pca"
     components: int = 50
     """``umap`` and ``tsne``: principal components that they start from."""
-    neighbours: int = 15
-    """``umap``: neighbours of a point; more show the large shape, fewer the small one."""
+    neighbors: int = 15
+    """``umap``: neighbors of a point; more show the large shape, fewer the small one."""
     min_dist: float = 0.1
     """``umap``: how close points may lie, 0 to 1."""
     perplexity: float = 30.0
-    """``tsne``: about how many neighbours a point has."""
+    """``tsne``: about how many neighbors a point has."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class MapOptions:
             problems.append(
                 f"method is {self.method!r}; set method to one of {', '.join(get_args(MapMethod))}"
             )
-        for name, least in (("components", 2), ("neighbours", 2)):
+        for name, least in (("components", 2), ("neighbors", 2)):
             if getattr(self, name) < least:
                 problems.append(f"{name} is {getattr(self, name)}; set {name} to {least} or more")
         if not 0 <= self.min_dist <= 1:
@@ -83,9 +83,9 @@ def lay_out(vectors: NDArray[np.float32], options: MapOptions) -> PlaneMap:
         return PlaneMap(points=scores[:, :2], axis_labels=labels, settings="PCA")
     start = f"of {scores.shape[1]} principal components, seed {options.seed}"
     if options.method == "umap":
-        neighbours = min(options.neighbours, len(vectors) - 1)
-        points = _umap(scores, neighbours, options)
-        settings = f"UMAP {start}, {neighbours} neighbours, min_dist {options.min_dist:g}"
+        neighbors = min(options.neighbors, len(vectors) - 1)
+        points = _umap(scores, neighbors, options)
+        settings = f"UMAP {start}, {neighbors} neighbors, min_dist {options.min_dist:g}"
     else:
         perplexity = min(options.perplexity, (len(vectors) - 1) / 3)
         points = _tsne(scores, perplexity, options)
@@ -102,11 +102,11 @@ def _principal_components(
     except ImportError as error:
         raise MissingExtraError(package="scikit-learn", extra="analysis", purpose="plot") from error
     num_components = min(wanted, *vectors.shape)
-    centred = vectors - vectors.mean(axis=0)
-    if not centred.any():  # all rows are equal, and no direction has a share
+    centered = vectors - vectors.mean(axis=0)
+    if not centered.any():  # all rows are equal, and no direction has a share
         return np.zeros((len(vectors), 2), np.float32), np.zeros(2)
     pca = PCA(n_components=num_components, random_state=seed)
-    scores = np.asarray(pca.fit_transform(centred), dtype=np.float32)
+    scores = np.asarray(pca.fit_transform(centered), dtype=np.float32)
     shares = np.asarray(pca.explained_variance_ratio_, dtype=np.float64)
     if num_components < 2:
         scores = np.column_stack([scores, np.zeros_like(scores)])
@@ -114,7 +114,7 @@ def _principal_components(
     return scores, shares
 
 
-def _umap(scores: NDArray[np.float32], neighbours: int, options: MapOptions) -> NDArray[np.float32]:
+def _umap(scores: NDArray[np.float32], neighbors: int, options: MapOptions) -> NDArray[np.float32]:
     with warnings.catch_warnings():
         # of its parts that we do not use, and of running on one thread, which the fixed seed asks for
         warnings.simplefilter("ignore")
@@ -125,7 +125,7 @@ def _umap(scores: NDArray[np.float32], neighbours: int, options: MapOptions) -> 
                 package="umap-learn", extra="analysis", purpose="method 'umap'"
             ) from error
         model = umap.UMAP(
-            n_neighbors=neighbours,
+            n_neighbors=neighbors,
             min_dist=options.min_dist,
             init="pca",
             random_state=options.seed,

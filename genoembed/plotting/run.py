@@ -1,10 +1,7 @@
 """``plot``: a map of an embedding file, as pictures, as an interactive page and as a table.
 
-``file -> rows with a vector -> (transform) -> plane -> colours -> outputs``. What was left out is counted,
+``file -> rows with a vector -> (transform) -> plane -> colors -> outputs``. What was left out is counted,
 and said on the map.
-
-Which rows of an embedding file a map shows, with their vectors.
-What a map shows, before it is a picture or a page; and the map as a table.
 """
 
 from __future__ import annotations
@@ -18,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.errors import ConfigError, StoreError
-from genoembed.pipeline.file_recipe import check_comparable, recipe_of
-from genoembed.pipeline.file_vectors import VectorSource, usable_rows
+from genoembed.errors import ConfigError
+from genoembed.pipeline.embedding_file import VectorSource, load_transform_for
 from genoembed.plotting.colors import (
     MISSING,
-    OTHER_COLOUR,
     ClassColumn,
+    MapContent,
     NumberColumn,
     class_column,
     number_column,
@@ -34,19 +30,18 @@ from genoembed.plotting.html_map import build_page
 from genoembed.plotting.reduction import MapOptions, lay_out
 from genoembed.plotting.static_map import draw_map
 from genoembed.plotting.value_table import read_value_table
+from genoembed.pooling.transform import usable_rows
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.atomic import AtomicFile
+from genoembed.store.atomic import replacing, reporting_writes
 from genoembed.store.schema import has_failed
-from genoembed.transforms import load_transform
+from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from genoembed.config.choices import MapMethod
-    from genoembed.plotting.reduction import PlaneMap
-    from genoembed.pooling.transform import FittedTransform
     from genoembed.store import EmbeddingFile
 
 
@@ -70,7 +65,7 @@ class PlotReport:
     """How the map was laid out, in words."""
     layer: str
     colors: tuple[str, ...]
-    """What points can be coloured by; pictures show the first."""
+    """What points can be colored by; pictures show the first."""
     num_points: int
     num_in_file: int
     """Rows of the file."""
@@ -81,7 +76,7 @@ class PlotReport:
     num_not_sampled: int
     """Rows left out by chance, since there were more than ``max_points``."""
     num_without_value: int
-    """Points that the first colour says nothing about."""
+    """Points that the first color says nothing about."""
     num_unknown_ids: int
     """Ids of the table that the file does not have."""
     seconds: float
@@ -109,7 +104,7 @@ def plot(
         path: A pooled file that genoembed wrote.
         output: Files to write: ``.png``, ``.svg``, ``.html`` (interactive, needs nothing else) or ``.tsv``
             (the points); None is ``.png`` and ``.html`` beside the file.
-        color: Columns of the file or of ``values``; the first one colours the pictures, the page switches
+        color: Columns of the file or of ``values``; the first one colors the pictures, the page switches
             between all of them and the file's other columns. Empty takes the first one of ``values``, or
             the ``source`` where there are several, or the ``length``.
         values: A table of values: ids in the first column, tab-separated.
@@ -120,7 +115,7 @@ def plot(
         title: None is the name of the file.
         overwrite: Replace existing files.
         **options: Fields of :class:`~genoembed.plotting.reduction.MapOptions`: ``method`` (``pca``, ``umap``
-            or ``tsne``), ``components``, ``neighbours``, ``min_dist``, ``perplexity`` and ``seed``. None
+            or ``tsne``), ``components``, ``neighbors``, ``min_dist``, ``perplexity`` and ``seed``. None
             stands for the default.
 
     Returns:
@@ -155,9 +150,9 @@ def plot(
         keeps_scale=wanted.method != "pca",
         seed=wanted.seed,
     )
-    made = [(target, _made(content, Path(target).suffix.lower())) for target in targets]
-    for target, body in made:
-        _write(target, body, overwrite=overwrite)
+    bodies = [_body(content, Path(target).suffix.lower()) for target in targets]
+    for target, body in zip(targets, bodies, strict=True):  # once nothing but the disk can fail
+        _write(content, target, body, overwrite=overwrite)
     return PlotReport(
         outputs=tuple(map(Path, targets)),
         method=wanted.method,
@@ -214,7 +209,7 @@ def _columns(
     values: str | PathLike[str] | None,
     classes: Sequence[str],
 ) -> tuple[tuple[ClassColumn | NumberColumn, ...], int]:
-    """Collect what points can be coloured by, what was asked for first."""
+    """Collect what points can be colored by, what was asked for first."""
     table = None if values is None else read_value_table(values, file.ids)
     tabled = {} if table is None else dict(table.columns)
     names = [*tabled, *(name for name in file.obs if name not in tabled)]
@@ -263,27 +258,39 @@ def _notes(points: PointRows, settings: str, transform: str | PathLike[str] | No
     return notes
 
 
-def _made(content: MapContent, suffix: str) -> bytes:
-    if suffix == ".html":
-        return build_page(content).encode()
+def _body(content: MapContent, suffix: str) -> bytes | None:
     if suffix == ".tsv":
-        return "".join(f"{line}\n" for line in table_lines(content)).encode()
-    return draw_map(content, "png" if suffix == ".png" else "svg")
+        return None
+    return (
+        build_page(content).encode()
+        if suffix == ".html"
+        else draw_map(content, "png" if suffix == ".png" else "svg")
+    )
 
 
-def _write(name: str, body: bytes, *, overwrite: bool) -> None:
-    try:
-        file = AtomicFile(check_output(name, overwrite=overwrite))
-        try:
-            file.write(memoryview(body))
-            file.commit()
-        finally:
-            file.discard()
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=name) from error
+def _write(content: MapContent, name: str, body: bytes | None, *, overwrite: bool) -> None:
+    """Write a picture or page, or without a body the map as a table."""
+    if body is not None:
+        with replacing(name, overwrite=overwrite) as part, reporting_writes(name):
+            part.write_bytes(body)
+        return
+    columns = [column for column in content.columns if column.name != _ALWAYS]
+    texts = [_cells(column) for column in columns]
+    header = ("id", "x", "y", "description", _ALWAYS, *(column.name for column in columns))
+    with open_table(name, header, overwrite=overwrite) as table:
+        for record_id, point, description, length, *cells in zip(
+            content.ids, content.plane.points, content.descriptions, content.lengths, *texts, strict=True
+        ):
+            table.write((record_id, *point, description, length, *cells))
+
+
+def _cells(column: ClassColumn | NumberColumn) -> list[object]:
+    if isinstance(column, ClassColumn):
+        return [
+            value if code != MISSING else None
+            for value, code in zip(column.values, column.codes, strict=True)
+        ]
+    return list(column.values)
 
 
 _FEWEST = 3
@@ -320,7 +327,8 @@ def read_points(
     """Read the vectors that a map shows."""
     _ = file.X  # a per-token file says here that it has no row a record
     name = layer or file.layers[0]
-    source = VectorSource(file[name], _load(file, name, transform))
+    fitted = None if transform is None else load_transform_for(file, name, transform).transform
+    source = VectorSource(file[name], fitted)
     is_spoiled = np.array([has_failed(str(flags)) for flags in file.obs["flags"]], dtype=bool)
     candidates = np.flatnonzero(~is_spoiled)
     num_failed, num_left = len(file) - len(candidates), len(candidates)
@@ -344,14 +352,6 @@ def read_points(
     )
 
 
-def _load(file: EmbeddingFile, layer: str, path: str | PathLike[str] | None) -> FittedTransform | None:
-    if path is None:
-        return None
-    loaded = load_transform(path)
-    check_comparable(loaded.recipe, recipe_of(file.provenance, layer), names=(str(path), str(file.path)))
-    return loaded.transform
-
-
 def _finite(
     source: VectorSource, candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -368,58 +368,3 @@ def _finite(
         vectors[filled:end], rows[filled:end] = taken[is_finite], mine[is_finite]
         filled = end
     return rows[:filled], vectors[:filled]
-
-
-_BLANKS = str.maketrans({"\t": " ", "\n": " ", "\r": " "})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MapContent:
-    """Points with all that is said about them."""
-
-    plane: PlaneMap
-    ids: tuple[str, ...]
-    descriptions: tuple[str, ...]
-    lengths: NDArray[np.int64]
-    """Bases, ``(N,)``."""
-    columns: tuple[ClassColumn | NumberColumn, ...]
-    """What points can be coloured by, the one that is shown first in front."""
-    title: str
-    notes: tuple[str, ...]
-    """How the map was made, and what was left out."""
-    keeps_scale: bool
-    """Whether a step along either axis is as long in the picture: distances mean something."""
-    seed: int
-
-    def drawing_order(self) -> NDArray[np.int64]:
-        """Mix the points, so that no class hides another because it comes later in the file."""
-        order = np.random.default_rng(self.seed).permutation(len(self.ids)).astype(np.int64)
-        column = self.columns[0]
-        if isinstance(column, ClassColumn):
-            is_grey = np.array([colour == OTHER_COLOUR for colour in column.colours] + [True])
-            layer = np.where(column.codes == MISSING, 0, 2 - is_grey[column.codes])
-        else:
-            layer = np.where(np.isnan(column.values), 0, 1)
-        sorted_order: NDArray[np.int64] = order[np.argsort(layer[order], kind="stable")]
-        return sorted_order
-
-
-def table_lines(content: MapContent) -> Iterator[str]:
-    """Write the map as tab-separated text."""
-    names = [column.name for column in content.columns if column.name != "length"]
-    yield _line(["id", "x", "y", "description", "length", *names])
-    shown = [_texts(column) for column in content.columns if column.name != "length"]
-    for index, record_id in enumerate(content.ids):
-        x, y = content.plane.points[index]
-        cells = [record_id, f"{x:.6g}", f"{y:.6g}", content.descriptions[index], str(content.lengths[index])]
-        yield _line([*cells, *(texts[index] for texts in shown)])
-
-
-def _texts(column: ClassColumn | NumberColumn) -> tuple[str, ...]:
-    if isinstance(column, ClassColumn):
-        return column.values
-    return tuple("" if np.isnan(value) else f"{value:.10g}" for value in column.values)
-
-
-def _line(cells: list[str]) -> str:
-    return "\t".join(cell.translate(_BLANKS) for cell in cells)

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from genoembed.errors import MissingExtraError
-from genoembed.plotting.colors import MISSING_COLOUR, ClassColumn, NumberColumn, point_style
+from genoembed.plotting.colors import MISSING_COLOR, ClassColumn, MapContent, NumberColumn, point_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-
-    from genoembed.plotting.run import MapContent
 
 
 _SIZE_INCHES = (9.0, 6.4)
@@ -35,7 +33,7 @@ _BAR_BOX = (0.755, 0.3, 0.02, 0.45)
 
 
 def draw_map(content: MapContent, kind: Literal["png", "svg"]) -> bytes:
-    """Draw a map, coloured by its first column."""
+    """Draw a map, colored by its first column."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -58,17 +56,17 @@ def draw_map(content: MapContent, kind: Literal["png", "svg"]) -> bytes:
 
 
 def _draw_classes(axes: Axes, content: MapContent, column: ClassColumn) -> None:
-    palette = np.array([*column.colours, MISSING_COLOUR], dtype=object)  # MISSING is -1: the last one
+    palette = np.array([*column.colors, MISSING_COLOR], dtype=object)  # MISSING is -1: the last one
     order = content.drawing_order()
     _scatter(axes, content, order, c=palette[column.codes[order]].tolist())
     entries = [
-        (f"{name} ({number:,})", colour)
-        for name, number, colour in zip(column.classes, column.counts, column.colours, strict=True)
+        (f"{name} ({number:,})", color)
+        for name, number, color in zip(column.classes, column.counts, column.colors, strict=True)
     ]
     if column.num_missing:
-        entries.append((f"no value ({column.num_missing:,})", MISSING_COLOUR))
+        entries.append((f"no value ({column.num_missing:,})", MISSING_COLOR))
     axes.legend(
-        handles=[_handle(text, colour) for text, colour in entries],
+        handles=[_handle(text, color) for text, color in entries],
         title=textwrap.shorten(column.name, _LABEL_WIDTH, placeholder=" ..."),
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
@@ -81,13 +79,13 @@ def _draw_classes(axes: Axes, content: MapContent, column: ClassColumn) -> None:
     )
 
 
-def _handle(text: str, colour: str) -> Any:
+def _handle(text: str, color: str) -> Any:
     from matplotlib.lines import Line2D
 
     label = "\n".join(textwrap.wrap(text, _LABEL_WIDTH, max_lines=2, placeholder=" ...")) or " "
     # a leading underscore would hide the entry
     label = "\u200b" + label if label.startswith("_") else label
-    return Line2D([], [], linestyle="", marker="o", markersize=6, color=colour, label=label)
+    return Line2D([], [], linestyle="", marker="o", markersize=6, color=color, label=label)
 
 
 def _draw_numbers(figure: Figure, axes: Axes, content: MapContent, column: NumberColumn) -> None:
@@ -95,7 +93,7 @@ def _draw_numbers(figure: Figure, axes: Axes, content: MapContent, column: Numbe
 
     order = content.drawing_order()
     is_there = ~np.isnan(column.values[order])
-    _scatter(axes, content, order[~is_there], c=MISSING_COLOUR)
+    _scatter(axes, content, order[~is_there], c=MISSING_COLOR)
     norm = (LogNorm if column.is_log else Normalize)(column.low, column.high)
     drawn = _scatter(
         axes, content, order[is_there], c=column.values[order[is_there]], cmap="viridis", norm=norm
@@ -116,7 +114,7 @@ def _extend(column: NumberColumn) -> Literal["neither", "both", "min", "max"]:
     return "min" if below else "max" if above else "neither"
 
 
-def _scatter(axes: Axes, content: MapContent, rows: NDArray[np.int64], **colours: Any) -> Any:
+def _scatter(axes: Axes, content: MapContent, rows: NDArray[np.int64], **colors: Any) -> Any:
     size, opacity = point_style(len(content.ids))
     diameter = size * _POINTS_AN_INCH / _PIXELS_AN_INCH
     points = content.plane.points[rows]
@@ -127,7 +125,7 @@ def _scatter(axes: Axes, content: MapContent, rows: NDArray[np.int64], **colours
         alpha=opacity,
         linewidths=0,
         rasterized=len(content.ids) > _MANY_POINTS,
-        **colours,
+        **colors,
     )
 
 

@@ -1,4 +1,4 @@
-"""Take out what all vectors share: centre, whiten, or remove the strongest directions.
+"""Take out what all vectors share: center, whiten, or remove the strongest directions.
 
 Vectors of language models lie in a narrow cone, so that every cosine is near 1. A transform is fitted on a
 background and then applied to queries and database alike.
@@ -14,19 +14,18 @@ N rows, D features, C components.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.pipeline.file_vectors import usable_rows
-from genoembed.searching.neighbors import unit_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from genoembed.config.choices import TransformAxes, TransformMethod
-    from genoembed.pipeline.file_vectors import VectorSource
 
 
 METHODS: tuple[TransformMethod, ...] = ("center", "whiten", "remove-top")
@@ -45,7 +44,7 @@ class FittedTransform:
     mean: NDArray[np.float64]
     """``(D,)``."""
     matrix: NDArray[np.float64]
-    """``whiten``: what centred rows are multiplied by, ``(D, C)`` or, for ``zca``, ``(D, D)``.
+    """``whiten``: what centered rows are multiplied by, ``(D, C)`` or, for ``zca``, ``(D, D)``.
     ``remove-top``: the directions, ``(D, C)``. ``center``: ``(D, 0)``."""
     variances: NDArray[np.float64]
     """All variances along principal components, the largest first; ``(D,)``, empty for ``center``."""
@@ -78,12 +77,49 @@ class FittedTransform:
         if vectors.ndim != 2 or vectors.shape[1] != self.input_width:
             message = f"vectors: shape {vectors.shape}, expected (N, {self.input_width}), as the fit had"
             raise ShapeError(message)
-        centred: NDArray[np.float64] = np.asarray(vectors, dtype=np.float64) - self.mean
+        centered: NDArray[np.float64] = np.asarray(vectors, dtype=np.float64) - self.mean
         if self.method == "whiten":
-            return centred @ self.matrix
+            return centered @ self.matrix
         if self.method == "remove-top":
-            centred -= (centred @ self.matrix) @ self.matrix.T
-        return centred
+            centered -= (centered @ self.matrix) @ self.matrix.T
+        return centered
+
+
+class RowBlocks(Protocol):
+    """Rows of vectors that are read a block at a time, as often as needed."""
+
+    width: int
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Read all rows: the number of the first, and the block."""
+
+
+def usable_rows(block: NDArray[np.float64], *, allow_zero: bool) -> NDArray[np.bool_]:
+    """Tell which rows can be compared.
+
+    Example:
+        >>> usable_rows(np.array([[1.0], [np.nan], [0.0]]), allow_zero=False).tolist()
+        [True, False, False]
+    """
+    usable: NDArray[np.bool_] = np.asarray(np.isfinite(block).all(axis=1))
+    if not allow_zero:
+        usable &= (block != 0).any(axis=1)
+    return usable
+
+
+def unit_rows(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale each row to length 1.
+
+    Example:
+        >>> unit_rows(np.array([[3e-200, 4e-200]])).tolist()
+        [[0.6, 0.8]]
+    """
+    # squares of very small or very large values would leave the range of float64
+    scaled = vectors / np.abs(vectors).max(axis=1, keepdims=True)
+    unit: NDArray[np.float64] = scaled / np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
+    return unit
 
 
 class Moments(NamedTuple):
@@ -97,7 +133,7 @@ class Moments(NamedTuple):
     """Rows with NaN or infinity, which were left out."""
 
 
-def measure_moments(source: VectorSource, *, with_covariance: bool = True) -> Moments:
+def measure_moments(source: RowBlocks, *, with_covariance: bool = True) -> Moments:
     """Measure mean and covariance in two passes, in float64."""
     total, num_rows = np.zeros(source.width), 0
     for _, block in source.blocks():
@@ -111,8 +147,8 @@ def measure_moments(source: VectorSource, *, with_covariance: bool = True) -> Mo
     covariance = np.zeros((source.width, source.width) if with_covariance else (0, 0))
     if with_covariance:
         for _, block in source.blocks():
-            centred = block[usable_rows(block, allow_zero=True)] - mean
-            covariance += centred.T @ centred
+            centered = block[usable_rows(block, allow_zero=True)] - mean
+            covariance += centered.T @ centered
         covariance /= num_rows
     return Moments(num_rows, mean, covariance, len(source) - num_rows)
 

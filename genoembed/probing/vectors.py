@@ -18,8 +18,7 @@ from genoembed.errors import ConfigError
 from genoembed.extraction import extract
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.load import load_model
-from genoembed.pipeline.file_recipe import check_comparable, recipe_of
-from genoembed.transforms import load_transform
+from genoembed.pipeline.embedding_file import check_comparable, comparable_settings, load_transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ def load_transforms(
     found: dict[str, FittedTransform] = {}
     for path in paths:
         loaded = load_transform(path)
-        layer = str(loaded.recipe.get("layer"))
+        layer = str(loaded.settings.get("layer"))
         if layer not in layers:
             message = (
                 f"transform {path}: fitted on layer {layer!r}, which is not among those probed; leave it out"
@@ -102,7 +101,9 @@ def load_transforms(
         if layer in found:
             message = f"transform {path}: a second one for layer {layer!r}; give one a layer"
             raise ConfigError(message)
-        check_comparable(loaded.recipe, recipe_of(file.provenance, layer), names=(path, str(file.path)))
+        check_comparable(
+            loaded.settings, comparable_settings(file.provenance, layer), names=(path, str(file.path))
+        )
         found[layer] = loaded.transform
     return found
 

@@ -1,9 +1,9 @@
 """What a search found, as a table in the spirit of BLAST's tabular output.
 
-In: neighbours by row, and the tables of records of both files. Out: one hit at a time, columns, or lines of
-TSV. Coordinates are 0-based and half-open, in the file's own tables of records.
+In: neighbors by row, and the tables of records of both files. Out: one hit at a time, columns, or rows of a
+table. Coordinates are 0-based and half-open, in the file's own tables of records.
 
-Q queries, k neighbours, H hits.
+Q queries, k neighbors, H hits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from genoembed.searching.neighbors import NO_ROW, Neighbours
+from genoembed.searching.neighbors import NO_ROW, Neighbors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,31 +74,30 @@ class Hit(NamedTuple):
 
 COLUMNS = Hit._fields[:-1]
 HYBRID_COLUMNS = HybridScores._fields
-_FORBIDDEN = str.maketrans("\t\n\r", "   ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hits:
     """All hits of a search: iterate, index by query, or take columns."""
 
-    neighbours: Neighbours
+    neighbors: Neighbors
     queries: Places
     subjects: Places
     hybrid: Mapping[tuple[int, int], HybridScores] = field(default_factory=dict)
     """By row of the query and row of the subject; empty without."""
 
     def __len__(self) -> int:
-        return int((self.neighbours.rows != NO_ROW).sum())
+        return int((self.neighbors.rows != NO_ROW).sum())
 
     def __iter__(self) -> Iterator[Hit]:
-        for query in range(len(self.neighbours.rows)):
+        for query in range(len(self.neighbors.rows)):
             yield from self.of_row(query)
 
     def of_row(self, query: int) -> Iterator[Hit]:
         """Give the hits of one query, the nearest first."""
         asked, found = self.queries, self.subjects
         for rank, (row, score) in enumerate(
-            zip(self.neighbours.rows[query].tolist(), self.neighbours.scores[query].tolist(), strict=True), 1
+            zip(self.neighbors.rows[query].tolist(), self.neighbors.scores[query].tolist(), strict=True), 1
         ):
             if row == NO_ROW:
                 return
@@ -125,15 +124,11 @@ class Hits:
                 named[name] = [getattr(hit.hybrid, name) for hit in hits]
         return named
 
-    def lines(self) -> Iterator[str]:
-        """Write all hits as tab-separated values."""
-        yield "#" + "\t".join(COLUMNS + (HYBRID_COLUMNS if self.hybrid else ()))
+    def header(self) -> list[str]:
+        """Name the columns of the table."""
+        return ["#query", *COLUMNS[1:], *(HYBRID_COLUMNS if self.hybrid else ())]
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """List the rows of the table."""
         for hit in self:
-            values: tuple[object, ...] = hit[:-1]
-            if self.hybrid and hit.hybrid is not None:
-                values += hit.hybrid
-            yield "\t".join(map(_cell, values))
-
-
-def _cell(value: object) -> str:
-    return f"{value:.7g}" if isinstance(value, float) else str(value).translate(_FORBIDDEN)
+            yield hit[:-1] + (hit.hybrid or ())

@@ -10,21 +10,19 @@ Score what a dense search found once more, with the sparse and multi-vector head
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from genoembed.errors import ConfigError
+from genoembed.pipeline.embedding_file import read_file_records, read_file_settings
 from genoembed.retrieval.retriever import HeadVectors, Retriever, load_retriever
 from genoembed.searching.hits import HybridScores
-from genoembed.searching.neighbors import NO_ROW, Neighbours
-from genoembed.sequences import read_sequences
+from genoembed.searching.neighbors import NO_ROW, Neighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
@@ -117,13 +115,10 @@ def best_matches(query: NDArray[np.floating], subject: NDArray[np.floating]) -> 
     return BestMatches(float(similarities.mean()), best, similarities)
 
 
-logger = logging.getLogger(__name__)
-
 SHOWN = 5
 """Matching places and terms that are named."""
 _ENCODED_TOGETHER = 64
 _KEPT_BYTES = 1 << 28
-_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,45 +138,46 @@ class HybridOptions:
 
 
 def rescore(
-    queries: EmbeddingFile,
+    queries: Sequence[bytes],
     database: EmbeddingFile,
-    found: Neighbours,
+    found: Neighbors,
     options: HybridOptions,
     *,
     k: int,
     folder: str | PathLike[str] | None = None,
     device: str | None = None,
     trust_remote_code: bool | None = None,
-) -> tuple[Neighbours, dict[tuple[int, int], HybridScores]]:
-    """Score neighbours again and rank them by the weighted sum."""
-    for file in (queries, database):
-        _check_whole_records(file)
-    made = database.provenance
-    folder = folder if folder is not None else made["config"]["model"]["model"]
+) -> tuple[Neighbors, dict[tuple[int, int], HybridScores]]:
+    """Score neighbors again and rank them by the weighted sum."""
+    check_whole_records(database)
+    made = read_file_settings(database, remedy="search without hybrid")
+    folder = made.model if folder is None else folder
     retriever = load_retriever(folder, device=device, trust_remote_code=bool(trust_remote_code))
     digest = retriever.genomic.provenance.get("weights_sha256")
-    if digest != made["model"].get("weights_sha256"):
+    if digest != made.weights_sha256:
         message = (
-            f"{folder}: weights {digest}, but {database.path} was embedded with "
-            f"{made['model'].get('weights_sha256')}; name the model that it was embedded with"
+            f"{folder}: weights {digest}, but {database.path} was embedded with {made.weights_sha256}; name "
+            "the model that it was embedded with"
         )
         raise ConfigError(message)
-    asked = sequences_of(queries, range(len(queries)), ())
     rows = np.unique(found.rows[found.rows != NO_ROW]).tolist()
-    subjects = _Encoded(retriever, sequences_of(database, rows, options.subject_sequences))
-    ranked = Neighbours(
+    sequences = read_file_records(database, rows, paths=options.subject_sequences, option="subject_sequences")
+    subjects = _Encoded(
+        retriever, {row: record.sequence for row, record in zip(rows, sequences, strict=True)}
+    )
+    ranked = Neighbors(
         np.full((len(found.rows), min(k, found.rows.shape[1])), NO_ROW, np.int64),
         np.full((len(found.rows), min(k, found.rows.shape[1])), np.nan),
     )
     parts: dict[tuple[int, int], HybridScores] = {}
     for query in range(len(queries)):
         near = [int(row) for row in found.rows[query] if row != NO_ROW]
-        (mine,) = retriever.encode([asked[query]]) if near else (None,)
+        (mine,) = retriever.encode([queries[query]]) if near else (None,)
         scored: list[tuple[float, int, HybridScores]] = []
         for row, theirs in subjects.take(near):
-            assert mine is not None, "a query with neighbours was encoded"
+            assert mine is not None, "a query with neighbors was encoded"
             dense = float(found.scores[query][near.index(row)])
-            scored.append((*_score(mine, theirs, dense, options.weights, asked[query], retriever, row),))
+            scored.append((*_score(mine, theirs, dense, options.weights, queries[query], retriever, row),))
         scored.sort(key=lambda item: (-item[0], item[1]))
         for place, (score, row, part) in enumerate(scored[:k]):
             ranked.rows[query, place], ranked.scores[query, place] = row, score
@@ -253,37 +249,12 @@ def _size(vectors: HeadVectors) -> int:
     return sum(array.nbytes for array in vectors)
 
 
-def _check_whole_records(file: EmbeddingFile) -> None:
-    config = file.provenance.get("config")
-    if not isinstance(config, dict) or config["windows"]["per_window"]:
-        what = "does not say how it was made" if not isinstance(config, dict) else "has a row a window"
-        message = f"{file.path}: it {what}, expected a row a record for hybrid; embed without per_window"
-        raise ConfigError(message)
-
-
-def sequences_of(file: EmbeddingFile, rows: Iterable[int], paths: tuple[str, ...]) -> dict[int, bytes]:
-    """Read the sequences of rows again, as the model saw them."""
-    recorded: dict[str, Any] = file.provenance["config"]["input"]
-    sources = list(paths or recorded["inputs"])
-    if lost := [name for name in sources if not Path(name).is_file()]:
+def check_whole_records(file: EmbeddingFile) -> None:
+    """Raise unless the file has one row per record, and says so."""
+    settings = read_file_settings(file, remedy="search without hybrid")
+    if settings.per_window:
         message = (
-            f"{file.path}: hybrid needs the sequences of its records, and {', '.join(map(repr, lost))} is no "
-            "file; set subject_sequences to where they are now"
+            f"{file.path}: it has one row per window, expected one per record for hybrid; embed without "
+            "per_window"
         )
         raise ConfigError(message)
-    options = {name: recorded[name] for name in _READING if name in recorded}
-    wanted = {file.ids[row]: row for row in rows}
-    digests = file.obs["sha256"]
-    found: dict[int, bytes] = {}
-    for record in read_sequences(sources, regions=recorded.get("regions") or None, **options):
-        row = wanted.get(record.id)
-        if row is not None and record.sha256 == digests[row]:
-            found[row] = record.sequence
-    if len(found) < len(wanted):
-        absent = [name for name, row in wanted.items() if row not in found]
-        message = (
-            f"{file.path}: {len(absent)} of its sequences ({', '.join(map(repr, absent[:3]))} ...) are not "
-            f"in {', '.join(sources)} as they were embedded; set subject_sequences to their files"
-        )
-        raise ConfigError(message)
-    return found

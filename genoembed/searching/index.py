@@ -1,13 +1,13 @@
-"""Approximate nearest neighbours with a graph index (HNSW) that lies beside the embedding file.
+"""Approximate nearest neighbors with a graph index (HNSW) that lies beside the embedding file.
 
 The index file says what it was built from: digest of the embedding file, matrix, metric, transform, settings.
 One that differs is built again; one that fits is mapped into memory, not read. It holds the vectors in
 float32, so scores come from it alone, to about 1e-6.
 
-Dot products have no neighbourhood of their own; each row gets one more feature that makes all rows equally
+Dot products have no neighborhood of their own; each row gets one more feature that makes all rows equally
 long (Bachrach et al. 2014), after which the largest dot product is the largest cosine.
 
-Q queries, N rows, D features, k neighbours.
+Q queries, N rows, D features, k neighbors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import MissingExtraError, StoreError
-from genoembed.pipeline.file_vectors import usable_rows
-from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, check_widths, keys_to_scores, unit_rows
+from genoembed.pooling.transform import unit_rows, usable_rows
+from genoembed.searching.neighbors import (
+    NO_ROW,
+    Neighbors,
+    Owners,
+    check_widths,
+    keys_to_scores,
+)
 from genoembed.store.atomic import AtomicFile, check_output
 
 if TYPE_CHECKING:
@@ -34,13 +40,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.config.choices import Metric
-    from genoembed.pipeline.file_vectors import VectorSource
+    from genoembed.pipeline.embedding_file import VectorSource
 
 
 logger = logging.getLogger(__name__)
 
 CONNECTIVITY, BUILD_EFFORT, SEARCH_EFFORT = 16, 128, 128
-"""Neighbours of a node; candidates that are looked at while a row is added, and while a query is answered."""
+"""Neighbors of a node; candidates that are looked at while a row is added, and while a query is answered."""
 _MAGIC = b"genoembed-index\n"
 _FORMAT = 1
 _ALIGNED = 4096
@@ -77,7 +83,7 @@ class NearestIndex:
         """Length that all rows have, for ``dot``."""
         self._memory = memory
 
-    def neighbours(
+    def neighbors(
         self,
         queries: NDArray[np.floating],
         source: VectorSource,
@@ -86,7 +92,7 @@ class NearestIndex:
         owners: Owners | None = None,
         effort: int = SEARCH_EFFORT,
         threads: int = 1,
-    ) -> Neighbours:
+    ) -> Neighbors:
         """Find near rows of each query, most of the nearest ones among them."""
         check_widths(queries, source)
         wide = np.asarray(queries, dtype=np.float64)
@@ -108,7 +114,7 @@ class NearestIndex:
             left = left[is_short] if asked < len(self._index) else left[:0]
             asked *= 4
         scores = np.where(rows == NO_ROW, np.nan, keys_to_scores(keys, self._metric))
-        return Neighbours(rows, scores)
+        return Neighbors(rows, scores)
 
     def _ask(
         self, queries: NDArray[np.float64], count: int, threads: int

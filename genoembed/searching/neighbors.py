@@ -1,10 +1,10 @@
-"""Exact nearest neighbours: every row is looked at, in blocks, and what is near is scored in float64.
+"""Exact nearest neighbors: every row is looked at, in blocks, and what is near is scored in float64.
 
 A product in float32 says which rows of a block can be among the best, by a bound on its own error; those
 alone are scored again, pair by pair, in float64. So the result is that of comparing everything in float64,
 whatever the sizes of the blocks, and rows that score alike come in the order of the file.
 
-Q queries, N rows, B rows of a block, D features, P pairs, k neighbours.
+Q queries, N rows, B rows of a block, D features, P pairs, k neighbors.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from genoembed.errors import ShapeError
-from genoembed.pipeline.file_vectors import block_rows, usable_rows
+from genoembed.pipeline.embedding_file import block_rows
+from genoembed.pooling.transform import unit_rows, usable_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.config.choices import Metric
-    from genoembed.pipeline.file_vectors import VectorSource
+    from genoembed.pipeline.embedding_file import VectorSource
 
 
 NO_ROW = -1
-"""Where there are fewer neighbours than asked for."""
+"""Where there are fewer neighbors than asked for."""
 _QUERY_ROWS = 2048
 _PAIR_VALUES = 1 << 22
 _UNIT_ROUNDOFF = 2.0**-24
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """The nearest rows of each query, the nearest first."""
 
     rows: NDArray[np.int64]
@@ -43,15 +44,19 @@ class Neighbours(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owners:
-    """Who owns which row: a query and a row of one owner are never neighbours."""
+    """Who owns which row: a query and a row of one owner are never neighbors."""
 
     queries: NDArray[np.int64]
     """``(Q,)``."""
     rows: NDArray[np.int64]
     """``(N,)``."""
 
+    def of(self, queries: NDArray[np.int64]) -> Owners:
+        """Take some of the queries."""
+        return Owners(queries=self.queries[queries], rows=self.rows)
 
-def exact_neighbours(
+
+def exact_neighbors(
     queries: NDArray[np.floating],
     source: VectorSource,
     *,
@@ -59,16 +64,16 @@ def exact_neighbours(
     metric: Metric = "cosine",
     owners: Owners | None = None,
     rows_per_block: int | None = None,
-) -> Neighbours:
+) -> Neighbors:
     """Find the nearest rows of each query.
 
-    Rows that hold NaN or infinity (and, for cosines, rows of zeros) are nobody's neighbours, and queries of
+    Rows that hold NaN or infinity (and, for cosines, rows of zeros) are nobody's neighbors, and queries of
     that kind have none.
 
     Example:
-        >>> from genoembed.pipeline.file_vectors import VectorSource
+        >>> from genoembed.pipeline.embedding_file import VectorSource
         >>> rows = VectorSource(np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
-        >>> found = exact_neighbours(np.array([[1.0, 0.0]]), rows, k=2)
+        >>> found = exact_neighbors(np.array([[1.0, 0.0]]), rows, k=2)
         >>> found.rows.tolist(), found.scores.tolist()
         ([[0, 2]], [[1.0, 1.0]])
     """
@@ -85,12 +90,12 @@ def exact_neighbours(
             k=k,
             metric=metric,
             num_rows=len(source),
-            owners=None if owners is None else Owners(queries=owners.queries[mine], rows=owners.rows),
+            owners=None if owners is None else owners.of(mine),
         )
         for first, block in source.blocks(rows_per_block or block_rows(source.width)):
             ranking.take(first, block)
-        rows[mine], scores[mine] = ranking.neighbours()
-    return Neighbours(rows, scores)
+        rows[mine], scores[mine] = ranking.neighbors()
+    return Neighbors(rows, scores)
 
 
 def check_widths(queries: NDArray[np.floating], source: VectorSource) -> None:
@@ -106,18 +111,6 @@ def _prepared(vectors: NDArray[np.float64], metric: Metric) -> NDArray[np.float6
     return unit_rows(vectors)
 
 
-def unit_rows(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give each row length 1.
-
-    Example:
-        >>> unit_rows(np.array([[3e-200, 4e-200]])).tolist()
-        [[0.6, 0.8]]
-    """
-    scaled = vectors / np.abs(vectors).max(axis=1, keepdims=True)
-    unit: NDArray[np.float64] = scaled / np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
-    return unit
-
-
 class _Ranking:
     """The best rows so far of some queries."""
 
@@ -128,7 +121,7 @@ class _Ranking:
         self._keys = np.full((len(queries), k), -np.inf)
         self._rows = np.full((len(queries), k), num_rows, dtype=np.int64)
         self._num_rows = num_rows
-        self._centre: NDArray[np.float64] | None = None
+        self._center: NDArray[np.float64] | None = None
 
     def take(self, first: int, block: NDArray[np.float64]) -> None:
         """Look at the rows of a block."""
@@ -149,10 +142,10 @@ class _Ranking:
         Vectors of a language model share a large part; it is taken out before rounding to float32, where it
         would hide what tells rows apart. What is taken out is the same for all rows, so it changes no order.
         """
-        if self._centre is None:
-            self._centre = block.mean(axis=0)
-        moved = block - self._centre
-        queries = self._queries - self._centre if self._metric == "euclidean" else self._queries
+        if self._center is None:
+            self._center = block.mean(axis=0)
+        moved = block - self._center
+        queries = self._queries - self._center if self._metric == "euclidean" else self._queries
         lengths, query_lengths = (np.sqrt((v * v).sum(axis=1)) for v in (moved, queries))
         approximate = queries.astype(np.float32) @ moved.astype(np.float32).T
         slack = (block.shape[1] + 8) * _UNIT_ROUNDOFF * query_lengths * lengths.max()
@@ -162,9 +155,9 @@ class _Ranking:
             offset = -(query_lengths * query_lengths)
             slack = 2 * slack + 8 * _UNIT_ROUNDOFF * (lengths.max() ** 2)
         else:
-            offset = queries @ self._centre
+            offset = queries @ self._center
         # of sums in float64, which the pairs' own scores are compared with
-        slack += 1e-13 * (np.abs(offset) + query_lengths * (lengths.max() + np.abs(self._centre).max()))
+        slack += 1e-13 * (np.abs(offset) + query_lengths * (lengths.max() + np.abs(self._center).max()))
         if self._owners is not None:
             approximate[self._owners.queries[:, None] == self._owners.rows[rows][None, :]] = -np.inf
         least = self._keys[:, -1] - offset - slack
@@ -195,11 +188,11 @@ class _Ranking:
         best = order[starts[:, None] + np.arange(self._k)]
         self._keys[touched], self._rows[touched] = all_keys[best], all_rows[best]
 
-    def neighbours(self) -> Neighbours:
+    def neighbors(self) -> Neighbors:
         """Give what was found."""
         is_there = self._rows < self._num_rows
         scores = np.where(is_there, keys_to_scores(self._keys, self._metric), np.nan)
-        return Neighbours(np.where(is_there, self._rows, NO_ROW), scores)
+        return Neighbors(np.where(is_there, self._rows, NO_ROW), scores)
 
 
 def keys_to_scores(keys: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:

@@ -1,18 +1,17 @@
 """``search``: from sequences or vectors to what is near them in an embedding file.
 
-``embed the queries as the database was embedded -> neighbours -> (heads) -> hits``. Sequences are embedded by
-the recipe that the database's file holds; vectors that were made in another way are refused.
+``queries (embedded as the database was) -> neighbors -> (scores of the heads) -> hits``. Sequences are read
+once and embedded in memory with the settings that the database records; vectors that were made in another way
+are an error.
 
-Nearest neighbours between two embedding files: which rows of one are near those of the other.
+Q queries, N rows of the database, D features, k neighbors.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,35 +20,50 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from genoembed.config.choices import Metric
-from genoembed.errors import ConfigError, StoreError
-from genoembed.extraction import extract
-from genoembed.pipeline.file_recipe import check_comparable, recipe_of
-from genoembed.pipeline.file_vectors import VectorSource, usable_rows
+from genoembed.embedding import RecordEmbedder
+from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.pipeline.embedding_file import (
+    VectorSource,
+    check_comparable,
+    comparable_settings,
+    find_embedding_file,
+    load_transform_for,
+    read_file_records,
+    read_file_settings,
+    record_names,
+)
+from genoembed.pipeline.request import use_threads
+from genoembed.pooling.transform import usable_rows
 from genoembed.searching.hits import Hits, Places
-from genoembed.searching.hybrid import HybridOptions, HybridWeights, rescore
+from genoembed.searching.hybrid import HybridOptions, HybridWeights, check_whole_records, rescore
 from genoembed.searching.index import SEARCH_EFFORT, Origin, open_index
-from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, exact_neighbours
-from genoembed.store import EmbeddingFile, check_output, open_embeddings
-from genoembed.store.atomic import AtomicFile
-from genoembed.transforms import load_transform
+from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
+from genoembed.sequences import read_sequences
+from genoembed.store import check_output, open_embeddings
+from genoembed.store.tables import STDOUT, open_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.searching.hits import HybridScores
+    from genoembed.store import EmbeddingFile
+    from genoembed.store.layout import LazyMatrix
 
 
 logger = logging.getLogger(__name__)
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_QUERY_OPTIONS = (
-    *("invalid", "duplicates", "empty", "gaps", "threads", "batch_tokens", "dtype"),
-    *("device", "trust_remote_code"),
-)
+_READING_OPTIONS = ("invalid", "duplicates", "empty", "gaps")
+_MODEL_OPTIONS = ("batch_tokens", "dtype", "device", "trust_remote_code")
+_QUERY_OPTIONS = (*_READING_OPTIONS, *_MODEL_OPTIONS, "threads")
 _HEAD_OPTIONS = ("device", "trust_remote_code")
+_QUERY_BLOCK = 2048
+"""Queries that are compared at a time, in float64."""
+_TIE = 1e-6
+"""Scores that are this close, relative to the largest, count as equal when recall is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +85,7 @@ class SearchReport:
     index_built: bool
     """Whether it was built for this search."""
     recall: float | None
-    """Share of the true neighbours that the index found, where ``measure_recall`` asked for it."""
+    """Share of the true neighbors that the index found, where ``measure_recall`` asked for it."""
     seconds: float
     """Wall time of the search, without embedding the queries."""
 
@@ -98,13 +112,12 @@ def search(
         against: The database, a pooled file that genoembed wrote.
         output: A table to write; ``-`` is standard output, None writes none.
         overwrite: Replace an existing table.
-        model: To embed sequences with, if it is not where the database's recipe says. Its weights must be the
-            same.
+        model: To embed sequences with, if it is not where the database says. Its weights must be the same.
         hybrid: Score the nearest rows again with the sparse and multi-vector heads of a retrieval model.
         hybrid_weights: Of dense, sparse and multi-vector scores.
         depth: Rows a query that ``hybrid`` scores again.
-        subject_sequences: Where ``hybrid`` finds the database's sequences; empty takes the files that its
-            recipe names.
+        subject_sequences: Where ``hybrid`` finds the database's sequences; empty takes the files that it
+            names.
         progress: Called while an index is built, with the number of rows.
         **options: Fields of :class:`~genoembed.searching.run.SearchOptions`: ``k``, ``metric``, ``layer``,
             ``exclude_self``, ``transform``, ``approximate``, ``index``, ``effort``, ``measure_recall``,
@@ -131,35 +144,49 @@ def search(
         depth=depth,
         subject_sequences=tuple(fspath(path) for path in subject_sequences),
     )
-    if output is not None and fspath(output) != "-":
+    if hybrid and wanted.metric == "euclidean":
+        message = (
+            "metric is 'euclidean', but hybrid adds scores that grow with likeness; set metric to 'cosine'"
+        )
+        raise ConfigError(message)
+    if output is not None and fspath(output) != STDOUT:
         check_output(output, overwrite=overwrite)
     names = [queries] if isinstance(queries, str | PathLike) else list(queries)
-    if hybrid:
-        _check_hybrid(names, wanted)
-    with (
-        open_embeddings(against) as database,
-        _open_queries(names, database, wanted.layer, model, embedding, hybrid=hybrid) as asked,
-    ):
+    with ExitStack() as stack:
+        database = stack.enter_context(open_embeddings(against))
+        _ = database.X  # a per-token file says here that it has no row per record
+        layer = wanted.layer or database.layers[0]
+        path = find_embedding_file(names, what="queries")
+        if path is None:
+            asked = embed_queries(names, database, layer, model=model, options=embedding, hybrid=hybrid)
+        else:
+            useless = [name for name in embedding if not (hybrid and name in _HEAD_OPTIONS)]
+            if useless:
+                message = f"{', '.join(useless)}: the queries are embedded already; leave it out"
+                raise ConfigError(message)
+            asked = queries_of(stack.enter_context(open_embeddings(path)), layer, hybrid=hybrid)
         started = time.perf_counter()
         first = replace(wanted, k=max(wanted.k, depth)) if hybrid else wanted
-        found = find_neighbours(asked, database, first, progress=progress)
-        neighbours = found.neighbours
+        found = find_neighbors(asked, database, first, progress=progress)
+        neighbors = found.neighbors
         scores: Mapping[tuple[int, int], HybridScores] = {}
         if hybrid:
-            loading = {name: embedding.get(name) for name in _HEAD_OPTIONS}
-            folder = model if isinstance(model, str | PathLike) else None
-            neighbours, scores = rescore(
-                asked, database, neighbours, heads, k=wanted.k, folder=folder, **loading
+            neighbors, scores = rescore(
+                asked.sequences,
+                database,
+                neighbors,
+                heads,
+                k=wanted.k,
+                folder=model if isinstance(model, str | PathLike) else None,
+                **{name: embedding.get(name) for name in _HEAD_OPTIONS},
             )
-        hits = Hits(
-            neighbours=neighbours, queries=Places.of(asked), subjects=Places.of(database), hybrid=scores
-        )
+        hits = Hits(neighbors=neighbors, queries=asked.places, subjects=Places.of(database), hybrid=scores)
         report = SearchReport(
             hits=hits,
             output=None if output is None else fspath(output),
-            num_queries=len(asked),
+            num_queries=len(asked.places.ids),
             num_subjects=len(database),
-            layer=found.layer,
+            layer=layer,
             metric=wanted.metric,
             index=found.index,
             index_built=found.index_built,
@@ -167,7 +194,9 @@ def search(
             seconds=time.perf_counter() - started,
         )
     if output is not None:
-        _write(hits.lines(), fspath(output), overwrite=overwrite)
+        with open_table(output, hits.header(), overwrite=overwrite) as table:
+            for row in hits.rows():
+                table.write(row)
     return report
 
 
@@ -179,124 +208,14 @@ def _weights(given: Sequence[float]) -> HybridWeights:
     return HybridWeights(dense=dense, sparse=sparse, multi_vector=multi_vector)
 
 
-def _check_hybrid(names: Sequence[str | PathLike[str]], options: SearchOptions) -> None:
-    if options.metric == "euclidean":
-        message = (
-            "metric is 'euclidean', but hybrid adds scores that grow with likeness; set metric to 'cosine'"
-        )
-        raise ConfigError(message)
-    if any(fspath(name) == "-" for name in names):
-        message = "queries is '-', but hybrid reads the sequences twice; write them to a file, and name that"
-        raise ConfigError(message)
-
-
-@contextmanager
-def _open_queries(
-    names: Sequence[str | PathLike[str]],
-    database: EmbeddingFile,
-    layer: str | None,
-    model: str | PathLike[str] | GenomicModel | None,
-    options: dict[str, Any],
-    *,
-    hybrid: bool,
-) -> Iterator[EmbeddingFile]:
-    """Open the queries; embed them first if they are sequences."""
-    are_files = [_is_hdf5(name) for name in names]
-    if not names or (any(are_files) and len(names) > 1):
-        message = f"queries: {len(names)} files, expected one embedding file, or sequence files; name those"
-        raise ConfigError(message)
-    if are_files[0]:
-        useless = [name for name in options if not (hybrid and name in _HEAD_OPTIONS)]
-        if useless:
-            message = f"{', '.join(useless)}: the queries are embedded already; leave it out"
-            raise ConfigError(message)
-        with open_embeddings(names[0]) as file:
-            yield file
-        return
-    with tempfile.TemporaryDirectory(prefix="genoembed-") as folder:
-        report = extract(
-            names,
-            output=Path(folder, "queries.h5"),
-            **{**recorded_options(database, layer, model), **options},
-        )
-        with open_embeddings(report.output) as file:
-            yield file
-
-
-def recorded_options(
-    database: EmbeddingFile,
-    layer: str | None = None,
-    model: str | PathLike[str] | GenomicModel | None = None,
-) -> dict[str, Any]:
-    """Give the options of ``extract`` that make vectors like those of a file."""
-    provenance = database.provenance
-    config, made = provenance.get("config"), provenance.get("model")
-    if not isinstance(config, dict) or not isinstance(made, dict):
-        message = (
-            f"{database.path}: it does not say how its vectors were made, so sequences cannot be embedded "
-            "alike; give queries as an embedding file"
-        )
-        raise ConfigError(message)
-    embedding, windows = dict(config["embedding"]), config["windows"]
-    name = layer or database.layers[0]
-    takes_all = embedding["fusion"] != "none" or "finetuned" in provenance
-    options = {
-        "layers": tuple(provenance["layers"]) if takes_all else (name,),
-        "pooling": embedding["pooling"],
-        "fusion": embedding["fusion"] if takes_all else "none",
-        "fusion_weights": tuple(embedding["fusion_weights"]) or None,
-        "skip_first": embedding["skip_first"],
-        "rc": embedding["rc"],
-        "window": windows["window"],
-        "stride": windows["stride"],
-        "keep_case": config["input"]["keep_case"],
-        "model": config["model"]["model"] if model is None else model,
-    }
-    if model is None or isinstance(model, str | PathLike):
-        options |= {"dtype": made["dtype"]}
-    if model is None:
-        options |= {"revision": config["model"]["revision"]}
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _is_hdf5(name: str | PathLike[str]) -> bool:
-    path = Path(name)
-    if fspath(name) == "-" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_HDF5)) == _HDF5
-
-
-def _write(lines: Iterable[str], output: str, *, overwrite: bool) -> None:
-    """Write lines; a file appears when it is complete."""
-    if output == "-":
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        return
-    try:
-        file = AtomicFile(check_output(output, overwrite=overwrite))
-        try:
-            for line in lines:
-                file.write(memoryview(f"{line}\n".encode()))
-            file.commit()
-        finally:
-            file.discard()
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=output) from error
-
-
-_TIE = 1e-6
-"""Scores that are this close, relative to the largest, count as equal when recall is measured."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchOptions:
     """What is near, and how it is looked for."""
 
     k: int = 10
-    """Neighbours of a query."""
+    """Neighbors of a query."""
     metric: Metric = "cosine"
-    """``cosine`` and ``dot``: larger is nearer; ``euclidean``: smaller is nearer."""
+    """``cosine`` and ``dot``: higher is closer; ``euclidean``: lower is closer."""
     layer: str | None = None
     """Which matrix of the files; None is the database's first."""
     exclude_self: bool = False
@@ -334,101 +253,192 @@ class SearchOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FoundNeighbours:
+class Queries:
+    """What is searched for."""
+
+    name: str
+    """For messages."""
+    places: Places
+    matrix: LazyMatrix | NDArray[np.floating]
+    """Their vectors, ``(Q, D)``."""
+    settings: Mapping[str, Any]
+    """How the vectors were made, as ``comparable_settings`` collects it."""
+    records: Sequence[str]
+    """The record that each query is, or is a window of."""
+    sequences: Sequence[bytes] = ()
+    """As the model saw them; there for hybrid scores only."""
+
+
+def queries_of(file: EmbeddingFile, layer: str, *, hybrid: bool = False) -> Queries:
+    """Take the rows of an embedding file as queries."""
+    _ = file.X  # as for the database
+    settings = comparable_settings(file.provenance, layer)
+    sequences: list[bytes] = []
+    if hybrid:
+        check_whole_records(file)
+        sequences = [record.sequence for record in read_file_records(file, range(len(file)))]
+    return Queries(
+        name=str(file.path),
+        places=Places.of(file),
+        matrix=file[layer],
+        settings=settings,
+        records=record_names(file),
+        sequences=sequences,
+    )
+
+
+def embed_queries(
+    names: Sequence[str | PathLike[str]],
+    database: EmbeddingFile,
+    layer: str,
+    *,
+    model: str | PathLike[str] | GenomicModel | None = None,
+    options: Mapping[str, Any],
+    hybrid: bool = False,
+) -> Queries:
+    """Embed sequences as the database was.
+
+    The input is read once, so that it may be a pipe, and embedded one work unit at a time; what stays is one
+    float32 vector per record, and for hybrid scores the sequence.
+    """
+    settings = read_file_settings(database, remedy="give queries as an embedding file")
+    loading: dict[str, Any] = {}
+    if model is None or isinstance(model, str | PathLike):
+        loading["dtype"] = settings.dtype
+    if model is None:
+        loading["revision"] = settings.revision
+    loading |= {name: options[name] for name in _MODEL_OPTIONS if name in options}
+    keep_case = bool(settings.reading.get("keep_case"))
+    reading = {name: options[name] for name in _READING_OPTIONS if name in options}
+    with use_threads(options.get("threads")):
+        embedder = RecordEmbedder(
+            settings.model if model is None else model, **settings.embedding_options(layer), **loading
+        )
+        made = comparable_settings(embedder.provenance, layer) | {"keep_case": keep_case}
+        check_comparable(
+            made, comparable_settings(database.provenance, layer), names=("queries", database.path)
+        )
+        sequences: list[bytes] = []
+        records = _noting(
+            read_sequences(names, keep_case=keep_case, **reading), sequences if hybrid else None
+        )
+        rows, vectors = [], []
+        for row, found in embedder.rows(records):
+            rows.append(row)
+            vectors.append(np.asarray(found[layer], np.float32))
+    if not rows:
+        problem = "no record is left to search for; check the input, or set invalid='mask'"
+        raise EmptyRecordError(problem, path=", ".join(fspath(name) for name in names))
+    places = Places(
+        ids=[row.id for row in rows],
+        starts=np.array([row.start for row in rows], np.int64),
+        ends=np.array([row.end for row in rows], np.int64),
+        strands=[row.strand for row in rows],
+        descriptions=[row.description for row in rows],
+    )
+    return Queries(
+        name="queries",
+        places=places,
+        matrix=np.stack(vectors),
+        settings=made,
+        records=places.ids,
+        sequences=sequences,
+    )
+
+
+def _noting(records: Iterable[SequenceRecord], sequences: list[bytes] | None) -> Iterator[SequenceRecord]:
+    for record in records:
+        if sequences is not None:
+            sequences.append(record.sequence)
+        yield record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundNeighbors:
     """What was found, and how."""
 
-    neighbours: Neighbours
-    layer: str
-    """Which matrix was searched."""
+    neighbors: Neighbors
     index: Path | None = None
     """The index file that was used."""
     index_built: bool = False
     """Whether it was built for this search."""
     recall: float | None = None
-    """Share of the true neighbours that the index found, where it was measured."""
+    """Share of the true neighbors that the index found, where it was measured."""
     unusable_queries: int = 0
     """Queries without a vector to compare (NaN, or zeros for cosines)."""
 
 
-def find_neighbours(
-    queries: EmbeddingFile,
+def find_neighbors(
+    queries: Queries,
     database: EmbeddingFile,
-    options: SearchOptions | None = None,
+    options: SearchOptions,
     *,
     progress: Callable[[int], None] | None = None,
-) -> FoundNeighbours:
-    """Find, for each row of one file, the nearest rows of another."""
-    options = options or SearchOptions()
-    for file in (queries, database):
-        _ = file.X  # a per-token file says here that it has no row a record
+) -> FoundNeighbors:
+    """Find the nearest rows of a file for each query."""
     layer = options.layer or database.layers[0]
-    recipe = recipe_of(database.provenance, layer)
-    check_comparable(
-        recipe_of(queries.provenance, layer), recipe, names=(str(queries.path), str(database.path))
-    )
-    loaded = None if options.transform is None else load_transform(options.transform)
-    if loaded is not None:
-        check_comparable(loaded.recipe, recipe, names=(str(options.transform), str(database.path)))
+    settings = comparable_settings(database.provenance, layer)
+    check_comparable(queries.settings, settings, names=(queries.name, database.path))
+    loaded = None if options.transform is None else load_transform_for(database, layer, options.transform)
     transform = None if loaded is None else loaded.transform
-    source = VectorSource(database[layer], transform)
-    asked = VectorSource(queries[layer], transform).read(0, len(queries))
-    owners = _owners(queries, database) if options.exclude_self else None
-    unusable = len(asked) - int(usable_rows(asked, allow_zero=options.metric != "cosine").sum())
+    source, asked = VectorSource(database[layer], transform), VectorSource(queries.matrix, transform)
+    owners = _owners(queries.records, record_names(database)) if options.exclude_self else None
+    index, path, is_new = None, None, False
+    if options.approximate:
+        index, path, is_new = open_index(
+            source,
+            Origin(
+                path=Path(database.path),
+                layer=layer,
+                metric=options.metric,
+                transform=None if loaded is None else loaded.digest,
+            ),
+            path=None if options.index is None else Path(options.index),
+            threads=options.search_threads,
+            progress=progress,
+        )
+    k = min(options.k, len(source))
+    found = Neighbors(np.full((len(asked), k), NO_ROW, np.int64), np.full((len(asked), k), np.nan))
+    unusable = 0
+    for start, block in asked.blocks(_QUERY_BLOCK):
+        rows = np.arange(start, start + len(block))
+        unusable += len(block) - int(usable_rows(block, allow_zero=options.metric != "cosine").sum())
+        own = None if owners is None else owners.of(rows)
+        if index is None:
+            near = exact_neighbors(block, source, k=k, metric=options.metric, owners=own)
+        else:
+            near = index.neighbors(
+                block, source, k=k, owners=own, effort=options.effort, threads=options.search_threads
+            )
+        found.rows[rows], found.scores[rows] = near
     if unusable:
-        logger.warning("%s: %d rows have no vector to compare, so nothing is near", queries.path, unusable)
-    if not options.approximate:
-        found = exact_neighbours(asked, source, k=options.k, metric=options.metric, owners=owners)
-        return FoundNeighbours(neighbours=found, layer=layer, unusable_queries=unusable)
-    index, path, is_new = open_index(
-        source,
-        Origin(
-            path=Path(database.path),
-            layer=layer,
-            metric=options.metric,
-            transform=None if loaded is None else loaded.digest,
-        ),
-        path=None if options.index is None else Path(options.index),
-        threads=options.search_threads,
-        progress=progress,
-    )
-    found = index.neighbours(
-        asked, source, k=options.k, owners=owners, effort=options.effort, threads=options.search_threads
-    )
+        logger.warning("%s: %d rows have no vector to compare, so nothing is near", queries.name, unusable)
     recall = _recall(found, asked, source, options, owners) if options.measure_recall else None
-    return FoundNeighbours(
-        neighbours=found,
-        layer=layer,
-        index=path,
-        index_built=is_new,
-        recall=recall,
-        unusable_queries=unusable,
+    return FoundNeighbors(
+        neighbors=found, index=path, index_built=is_new, recall=recall, unusable_queries=unusable
     )
 
 
 def _recall(
-    found: Neighbours,
-    asked: NDArray[np.float64],
-    source: VectorSource,
-    options: SearchOptions,
-    owners: Owners | None,
+    found: Neighbors, asked: VectorSource, source: VectorSource, options: SearchOptions, owners: Owners | None
 ) -> float:
+    """Measure the recall of the index on some queries, chosen by chance."""
     number = min(options.measure_recall, len(asked))
     chosen = np.sort(np.random.default_rng(options.seed).choice(len(asked), number, replace=False))
-    mine = None if owners is None else Owners(queries=owners.queries[chosen], rows=owners.rows)
-    exact = exact_neighbours(asked[chosen], source, k=options.k, metric=options.metric, owners=mine)
-    part = Neighbours(found.rows[chosen], found.scores[chosen])
-    return recall_of(part, exact, metric=options.metric)
+    own = None if owners is None else owners.of(chosen)
+    exact = exact_neighbors(asked.take(chosen), source, k=options.k, metric=options.metric, owners=own)
+    return recall_of(Neighbors(found.rows[chosen], found.scores[chosen]), exact, metric=options.metric)
 
 
-def recall_of(found: Neighbours, exact: Neighbours, *, metric: Metric) -> float:
-    """Measure which share of the true neighbours was found.
+def recall_of(found: Neighbors, exact: Neighbors, *, metric: Metric) -> float:
+    """Measure which share of the true neighbors was found.
 
-    A row that is as near as the last true neighbour counts, too: of several that are equally near, none is
+    A row that is as near as the last true neighbor counts, too: of several that are equally near, none is
     truer.
 
     Example:
-        >>> exact = Neighbours(np.array([[4, 7]]), np.array([[0.9, 0.8]]))
-        >>> recall_of(Neighbours(np.array([[4, 9]]), np.array([[0.9, 0.7]])), exact, metric="cosine")
+        >>> exact = Neighbors(np.array([[4, 7]]), np.array([[0.9, 0.8]]))
+        >>> recall_of(Neighbors(np.array([[4, 9]]), np.array([[0.9, 0.7]])), exact, metric="cosine")
         0.5
     """
     is_true = exact.rows != NO_ROW
@@ -442,21 +452,9 @@ def recall_of(found: Neighbours, exact: Neighbours, *, metric: Metric) -> float:
     return float(np.minimum(near.sum(axis=1), total).sum() / total.sum()) if total.sum() else float("nan")
 
 
-def _owners(queries: EmbeddingFile, database: EmbeddingFile) -> Owners:
+def _owners(queries: Sequence[str], rows: Sequence[str]) -> Owners:
     """Number the records that rows belong to; queries of records that the database has not get -1."""
     numbers: dict[str, int] = {}
-    rows = [numbers.setdefault(name, len(numbers)) for name in record_names(database)]
-    asked = [numbers.get(name, -1) for name in record_names(queries)]
-    return Owners(queries=np.array(asked, np.int64), rows=np.array(rows, np.int64))
-
-
-def record_names(file: EmbeddingFile) -> list[str]:
-    """Name the record that each row belongs to."""
-    config = file.provenance.get("config")
-    windows = config.get("windows", {}) if isinstance(config, dict) else {}
-    if not windows.get("per_window"):
-        return file.ids
-    return [
-        name.removesuffix(f":{start + 1}-{end}")
-        for name, start, end in zip(file.ids, file.obs["start"], file.obs["end"], strict=True)
-    ]
+    of_rows = [numbers.setdefault(name, len(numbers)) for name in rows]
+    of_queries = [numbers.get(name, -1) for name in queries]
+    return Owners(queries=np.array(of_queries, np.int64), rows=np.array(of_rows, np.int64))

@@ -15,13 +15,14 @@ import logging
 import os
 import secrets
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genoembed.errors import StoreError
+from genoembed.errors import GenoembedError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
@@ -57,6 +58,38 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         file.discard()
         raise
+
+
+@contextmanager
+def reporting_writes(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a failed write, such as to a full disk, into an error of one line that names the output.
+
+    Standard output is left out: that its reader went away is no failure.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, GenoembedError) or os.fspath(output) == "-":
+            raise
+        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
+        raise StoreError(problem, path=os.fspath(output)) from error
+
+
+@contextmanager
+def replacing(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside an output, whose file becomes the output unless there is an error."""
+    target = check_output(output, overwrite=overwrite)
+    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield part
+        check_output(output, overwrite=overwrite)  # work takes time, and another process may have written it
+        with reporting_writes(output):
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+            _sync_folder(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class AtomicFile:

@@ -11,7 +11,7 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script_imports_its_neighbours_by_bare_name(path):
+def test_script_imports_its_neighbors_by_bare_name(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]

@@ -88,7 +88,7 @@ OPTIONS = {
         *MESSAGES,
     },
     "search": {
-        *("--against", "-k", "--neighbours", "--metric", "--layer", "--exclude-self", "--transform"),
+        *("--against", "-k", "--neighbors", "--metric", "--layer", "--exclude-self", "--transform"),
         *("--approximate", "--index", "--effort", "--measure-recall", "--search-threads"),
         *("--hybrid", "--hybrid-weights", "--depth", "--subject-sequences", "--model"),
         *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--dtype", "--device"),
@@ -116,7 +116,7 @@ OPTIONS = {
     },
     "plot": {
         *("-o", "--output", "--overwrite", "--title", "--color", "--values", "--classes", "--method"),
-        *("--layer", "--transform", "--components", "--neighbours", "--min-dist", "--perplexity"),
+        *("--layer", "--transform", "--components", "--neighbors", "--min-dist", "--perplexity"),
         *("--max-points", "--seed", "--json", *MESSAGES),
     },
     "compare": {"--layer", "--tolerance", "-o", "--output", "--overwrite", "--json", *MESSAGES},

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from genoembed import fit_transform, search
+from genoembed.store.tables import cell
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def test_search_prints_what_python_finds(cli, fasta, database):
     shown = cli("search", fasta, "--against", database, "-k", 2, "--metric", "euclidean")
     assert shown.exit_code == 0, shown.stderr
     report = search(fasta, database, k=2, metric="euclidean")
-    assert shown.stdout.splitlines() == list(report.hits.lines())
+    assert shown.stdout.splitlines() == [
+        "\t".join(map(cell, row)) for row in (report.hits.header(), *report.hits.rows())
+    ]
     assert "6 hits for 3 queries among 3 rows of blocks.1.mlp.l3 by euclidean" in shown.stderr
 
 

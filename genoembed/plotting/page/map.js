@@ -59,11 +59,11 @@
     };
   }
 
-  function coloured(column, points) {
+  function colored(column, points) {
     const marker = { size: state.size, opacity: content.opacity, line: { width: 0 } };
     if (column.kind === "class") {
-      const last = column.colours.length;
-      const steps = column.colours.flatMap((colour, code) => [[code / last, colour], [(code + 1) / last, colour]]);
+      const last = column.colors.length;
+      const steps = column.colors.flatMap((color, code) => [[code / last, color], [(code + 1) / last, color]]);
       return { ...marker, color: picked(column.codes, points), cmin: -0.5, cmax: last - 0.5, colorscale: steps };
     }
     const scaled = column.ticks ? Math.log10 : (value) => value;
@@ -100,7 +100,7 @@
     };
     const traces = [
       trace(missing, { size: state.size, opacity: content.opacity, color: content.missing }, selection(missing)),
-      trace(valued, coloured(column, valued), selection(valued)),
+      trace(valued, colored(column, valued), selection(valued)),
       trace(shown, ring, { type: "scatter", hoverinfo: "skip" }),
     ];
     const axis = { zeroline: false, gridcolor: "#eee", linecolor: "#999", showline: true, tickfont: { size: 10 } };
@@ -129,10 +129,10 @@
     return made;
   }
 
-  function legendEntry(code, name, number, colour) {
+  function legendEntry(code, name, number, color) {
     const entry = element("button", undefined, { type: "button", title: "Hide or show" });
     const dot = element("i");
-    dot.style.background = colour;
+    dot.style.background = color;
     entry.append(dot, element("span", name), element("em", count(number)));
     entry.setAttribute("aria-pressed", String(!state.hidden.has(code)));
     entry.addEventListener("click", () => {
@@ -150,7 +150,7 @@
     let missing = column.missing;
     if (column.kind === "class") {
       column.classes.forEach((name, code) =>
-        legend.append(legendEntry(code, name, column.counts[code], column.colours[code])));
+        legend.append(legendEntry(code, name, column.counts[code], column.colors[code])));
       missing = ids.length - column.counts.reduce((sum, number) => sum + number, 0);
     } else if (column.ticks) {
       legend.append(element("p", "Logarithmic scale"));
@@ -264,9 +264,9 @@
 
   // --- start
 
-  columns.forEach((column, index) => at("colour").append(element("option", column.name, { value: index })));
-  at("colour").addEventListener("change", () => {
-    state.column = columns[Number(at("colour").value)];
+  columns.forEach((column, index) => at("color").append(element("option", column.name, { value: index })));
+  at("color").addEventListener("change", () => {
+    state.column = columns[Number(at("color").value)];
     state.hidden = new Set();
     showLegend();
     draw();

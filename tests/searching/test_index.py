@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import MissingExtraError, ShapeError
-from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.pipeline.embedding_file import VectorSource
 from genoembed.searching.index import Origin, build_index, open_index
-from genoembed.searching.neighbors import NO_ROW, Neighbours, Owners, exact_neighbours
+from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
 from genoembed.searching.run import recall_of
 
 METRICS = ("cosine", "dot", "euclidean")
@@ -21,8 +21,8 @@ METRICS = ("cosine", "dot", "euclidean")
 
 def clustered(count, *, seed=0, width=12):
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(20, width))
-    return (centres[rng.integers(0, 20, count)] + 0.4 * rng.normal(size=(count, width))).astype(np.float32)
+    centers = np.random.default_rng(99).normal(size=(20, width))
+    return (centers[rng.integers(0, 20, count)] + 0.4 * rng.normal(size=(count, width))).astype(np.float32)
 
 
 def origin_of(path, *, metric="cosine", layer="a", transform=None):
@@ -39,12 +39,12 @@ def stored(tmp_path):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_index_finds_nearly_all_true_neighbours_and_scores_them_right(metric):
+def test_index_finds_nearly_all_true_neighbors_and_scores_them_right(metric):
     rows, queries = clustered(1500), clustered(60, seed=1)
     source = VectorSource(rows)
     index, _ = build_index(source, metric=metric)
-    found = index.neighbours(queries, source, k=10)
-    exact = exact_neighbours(queries, source, k=10, metric=metric)
+    found = index.neighbors(queries, source, k=10)
+    exact = exact_neighbors(queries, source, k=10, metric=metric)
     assert recall_of(found, exact, metric=metric) > 0.97
     same = found.rows == exact.rows
     assert same.mean() > 0.9
@@ -56,9 +56,9 @@ def test_more_effort_finds_no_less():
     source = VectorSource(rng.normal(size=(3000, 24)).astype(np.float32))
     queries = rng.normal(size=(50, 24))
     index, _ = build_index(source, metric="cosine")
-    exact = exact_neighbours(queries, source, k=10)
+    exact = exact_neighbors(queries, source, k=10)
     recalls = [
-        recall_of(index.neighbours(queries, source, k=10, effort=effort), exact, metric="cosine")
+        recall_of(index.neighbors(queries, source, k=10, effort=effort), exact, metric="cosine")
         for effort in (10, 400)
     ]
     assert recalls[0] < recalls[1]
@@ -71,10 +71,10 @@ def test_index_keeps_own_rows_out_however_many_they_are():
     owners = Owners(queries=numbers[::50], rows=numbers)
     source = VectorSource(rows)
     index, _ = build_index(source, metric="cosine")
-    found = index.neighbours(rows[::50], source, k=5, owners=owners)
+    found = index.neighbors(rows[::50], source, k=5, owners=owners)
     assert (found.rows != NO_ROW).all()
     assert (numbers[found.rows] != numbers[::50][:, None]).all()
-    exact = exact_neighbours(rows[::50], source, k=5, owners=owners)
+    exact = exact_neighbors(rows[::50], source, k=5, owners=owners)
     assert recall_of(found, exact, metric="cosine") > 0.9
 
 
@@ -83,7 +83,7 @@ def test_index_leaves_out_rows_that_cannot_be_compared():
     rows[3], rows[5] = np.nan, 0
     source = VectorSource(rows)
     index, _ = build_index(source, metric="cosine")
-    found = index.neighbours(rows[:6], source, k=40)
+    found = index.neighbors(rows[:6], source, k=40)
     assert {3, 5}.isdisjoint(found.rows.ravel().tolist())
     assert (found.rows[[3, 5]] == NO_ROW).all()
     assert (found.rows[0] != NO_ROW).sum() == 38
@@ -94,7 +94,7 @@ def test_index_answers_a_single_query_as_one_of_many():
     rows[7] = np.nan
     source = VectorSource(rows)
     index, _ = build_index(source, metric="cosine")
-    many, one = (index.neighbours(rows[:count], source, k=50) for count in (3, 1))
+    many, one = (index.neighbors(rows[:count], source, k=50) for count in (3, 1))
     np.testing.assert_array_equal(one.rows, many.rows[:1])
     np.testing.assert_array_equal(one.scores, many.scores[:1])
     assert one.rows[0, -1] == NO_ROW
@@ -104,7 +104,7 @@ def test_index_refuses_another_width():
     source = VectorSource(clustered(20))
     index, _ = build_index(source, metric="cosine")
     with pytest.raises(ShapeError, match="expected \\(Q, 12\\)"):
-        index.neighbours(np.ones((1, 3)), source, k=1)
+        index.neighbors(np.ones((1, 3)), source, k=1)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -116,7 +116,7 @@ def test_open_index_takes_what_it_wrote(stored, metric):
     assert where == again
     assert where.parent == path.parent
     queries = clustered(7, seed=5)
-    first, second = (index.neighbours(queries, source, k=6) for index in (built, opened))
+    first, second = (index.neighbors(queries, source, k=6) for index in (built, opened))
     np.testing.assert_array_equal(first.rows, second.rows)
     np.testing.assert_array_equal(first.scores, second.scores)
 
@@ -131,7 +131,7 @@ def test_open_index_builds_again_when_the_file_has_changed(stored):
     index, _, is_new = open_index(other, origin_of(path))
     assert is_new
     assert where.read_bytes() != before
-    found = index.neighbours(clustered(80, seed=4)[:5], other, k=1)
+    found = index.neighbors(clustered(80, seed=4)[:5], other, k=1)
     assert found.rows.ravel().tolist() == [0, 1, 2, 3, 4]
     assert [entry.name for entry in path.parent.iterdir() if entry.name.endswith(".tmp")] == []
 
@@ -168,7 +168,7 @@ def test_open_index_builds_again_when_the_index_is_damaged(stored, damage):
     where.write_bytes(where.read_bytes()[:-100] if damage is None else damage)
     index, _, is_new = open_index(source, origin_of(path))
     assert is_new
-    assert index.neighbours(clustered(80)[:3], source, k=1).rows.ravel().tolist() == [0, 1, 2]
+    assert index.neighbors(clustered(80)[:3], source, k=1).rows.ravel().tolist() == [0, 1, 2]
 
 
 def test_open_index_works_where_it_cannot_be_kept(stored, caplog):
@@ -176,7 +176,7 @@ def test_open_index_works_where_it_cannot_be_kept(stored, caplog):
     index, where, is_new = open_index(source, origin_of(path), path=path.parent / "absent" / "x.index")
     assert (where, is_new) == (None, True)
     assert "the index is not kept" in caplog.text
-    assert index.neighbours(clustered(80)[:2], source, k=1).rows.ravel().tolist() == [0, 1]
+    assert index.neighbors(clustered(80)[:2], source, k=1).rows.ravel().tolist() == [0, 1]
 
 
 def test_approximate_search_names_its_extra(monkeypatch):
@@ -190,7 +190,7 @@ def test_approximate_search_names_its_extra(monkeypatch):
 def test_recall_of_exact_is_one_and_of_nothing_is_zero(seed, k, metric):
     rng = np.random.default_rng(seed)
     rows = rng.integers(-2, 3, size=(20, 3)).astype(float) + 0.5
-    exact = exact_neighbours(rows[:4], VectorSource(rows), k=k, metric=metric)
+    exact = exact_neighbors(rows[:4], VectorSource(rows), k=k, metric=metric)
     assert recall_of(exact, exact, metric=metric) == 1
-    nothing = Neighbours(np.full((4, k), NO_ROW), np.full((4, k), np.nan))
+    nothing = Neighbors(np.full((4, k), NO_ROW), np.full((4, k), np.nan))
     assert recall_of(nothing, exact, metric=metric) == 0

@@ -11,10 +11,10 @@ import pytest
 
 from genoembed import fit_transform, plot
 from genoembed.errors import ConfigError, LabelError, StoreError
-from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOUR, ClassColumn, class_column, number_column
+from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOR, ClassColumn, class_column, number_column
 from genoembed.plotting.reduction import MapOptions, lay_out
 from genoembed.plotting.value_table import read_value_table
-from tests.analysis.map_file import NASTY, write_map_file, write_values
+from tests.plotting.map_file import NASTY, write_map_file, write_values
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ def test_plot_writes_all_kinds_and_leaves_out_what_has_no_vector(file, tmp_path)
     assert len(rows) == 58
     assert {"r7", "r11"}.isdisjoint(row["id"] for row in rows)
     assert rows[1]["id"] == "r1/x"
-    assert (rows[4]["id"], rows[4]["kind"], rows[4]["length"]) == ("r4", "", "140")
+    assert (rows[4]["id"], rows[4]["kind"], rows[4]["length"]) == ("r4", "NA", "140")
 
 
 def test_pca_of_the_map_is_that_of_the_singular_values(file, tmp_path):
     vectors = write_map_file(tmp_path / "b.h5")
     plot(tmp_path / "b.h5", tmp_path / "b.tsv")
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = vectors.astype(np.float64) - vectors.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
     expected = np.abs(left[:, :2] * sizes[:2])
     found = np.array([[float(row["x"]), float(row["y"])] for row in read_table(tmp_path / "b.tsv")])
     np.testing.assert_allclose(np.abs(found), expected, rtol=1e-3, atol=1e-3)
@@ -106,11 +106,11 @@ def test_map_keeps_groups_apart(method):
     if method == "umap":
         pytest.importorskip("umap")
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(3, 20)) * 10
+    centers = generator.normal(size=(3, 20)) * 10
     group = np.arange(60) % 3
-    vectors = (centres[group] + generator.normal(size=(60, 20))).astype(np.float32)
+    vectors = (centers[group] + generator.normal(size=(60, 20))).astype(np.float32)
     before = vectors.copy()
-    plane = lay_out(vectors, MapOptions(method=method, neighbours=8, perplexity=8))
+    plane = lay_out(vectors, MapOptions(method=method, neighbors=8, perplexity=8))
     np.testing.assert_array_equal(vectors, before)
     assert plane.points.shape == (60, 2)
     gaps = np.linalg.norm(plane.points[:, None] - plane.points[None], axis=2)
@@ -177,8 +177,8 @@ def test_many_classes_keep_the_frequent_ones_and_join_the_rest():
     column = class_column("c", values)
     assert column.classes[0] == "c000"
     assert column.classes[-1] == "other (21 classes)"
-    assert column.colours[-1] == OTHER_COLOUR
-    assert len(column.classes) == len(set(column.colours)) == len(MANY)
+    assert column.colors[-1] == OTHER_COLOR
+    assert len(column.classes) == len(set(column.colors)) == len(MANY)
     assert sum(column.counts) == len(values)
     assert column.values == tuple(values)
 

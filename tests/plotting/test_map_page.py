@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genoembed import plot
-from tests.analysis.map_file import NASTY, write_map_file, write_values
+from tests.plotting.map_file import NASTY, write_map_file, write_values
 
 playwright = pytest.importorskip("playwright.sync_api")
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -50,7 +50,7 @@ def drawn(page, trace):
     return page.evaluate(f"document.getElementById('map').data[{trace}].x.length")
 
 
-def test_page_searches_switches_colours_and_downloads_a_lasso(page, tmp_path):
+def test_page_searches_switches_colors_and_downloads_a_lasso(page, tmp_path):
     assert drawn(page, 0) + drawn(page, 1) == 59
     assert page.inner_text("#title") == "a.h5"
     assert "1 without a vector left out" in page.inner_text("#notes")
@@ -62,7 +62,7 @@ def test_page_searches_switches_colours_and_downloads_a_lasso(page, tmp_path):
 
     page.locator("#legend button", has_text="b").first.click()
     page.wait_for_function("document.getElementById('map').data[1].x.length === 40")
-    page.select_option("#colour", label="gc")
+    page.select_option("#color", label="gc")
     page.wait_for_function("document.getElementById('map').data[1].marker.showscale === true")
     assert drawn(page, 1) == 59
 

@@ -22,8 +22,8 @@ def write_map_file(
 ):
     """Write rows in three groups, ``group = row % 3``; gives the vectors."""
     generator = np.random.default_rng(3)
-    centres = generator.normal(size=(3, WIDTH)) * 8
-    vectors = (centres[np.arange(num_rows) % 3] + generator.normal(size=(num_rows, WIDTH))).astype(np.float32)
+    centers = generator.normal(size=(3, WIDTH)) * 8
+    vectors = (centers[np.arange(num_rows) % 3] + generator.normal(size=(num_rows, WIDTH))).astype(np.float32)
     vectors[list(failed)] = np.nan
     rows = tuple(
         ObsRow(

@@ -9,9 +9,8 @@ import pytest
 from genoembed import fit_transform
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, SchemaVersionError, ShapeError, StoreError, StoreFormatError
-from genoembed.pipeline.file_vectors import VectorSource
+from genoembed.pipeline.embedding_file import VectorSource, load_transform
 from genoembed.pooling.transform import fit, measure_isotropy, measure_moments
-from genoembed.transforms import load_transform
 from tests.store.blocks import obs_row, write_file
 
 
@@ -83,20 +82,20 @@ def test_whiten_leaves_out_directions_without_variance():
         assert np.abs(transform.apply_float64(rows)).max() < 20
 
 
-def test_full_shrinkage_only_centres_and_scales():
+def test_full_shrinkage_only_centers_and_scales():
     rows = background()
     moved = fitted(rows, method="whiten", axes="zca", shrinkage=1.0).apply_float64(rows)
-    centred = rows.astype(np.float64) - rows.astype(np.float64).mean(axis=0)
-    factor = np.sqrt(np.trace(np.cov(centred.T, bias=True)) / 6)
-    np.testing.assert_allclose(moved * factor, centred, atol=1e-9)
+    centered = rows.astype(np.float64) - rows.astype(np.float64).mean(axis=0)
+    factor = np.sqrt(np.trace(np.cov(centered.T, bias=True)) / 6)
+    np.testing.assert_allclose(moved * factor, centered, atol=1e-9)
 
 
 def test_remove_top_takes_out_the_first_directions_once():
     rows = background()
     transform = fitted(rows, method="remove-top", components=2)
-    centred = rows.astype(np.float64) - transform.mean
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    wanted = centred - centred @ directions[:2].T @ directions[:2]
+    centered = rows.astype(np.float64) - transform.mean
+    _, _, directions = np.linalg.svd(centered, full_matrices=False)
+    wanted = centered - centered @ directions[:2].T @ directions[:2]
     moved = transform.apply_float64(rows)
     np.testing.assert_allclose(moved, wanted, atol=1e-9)
     np.testing.assert_allclose(moved @ transform.matrix, 0, atol=1e-9)
@@ -165,7 +164,7 @@ def test_fit_transform_writes_what_it_fitted(tmp_path, options):
     report = fit_transform(source, output=tmp_path / "t.h5", **options)
     loaded = load_transform(report.output)
     np.testing.assert_array_equal(loaded.transform.apply(rows), fitted(rows, **options).apply(rows))
-    assert loaded.recipe == {"layer": "blocks.1"}
+    assert loaded.settings == {"layer": "blocks.1"}
     assert (report.num_rows, report.width, report.layer) == (400, 6, "blocks.1")
     assert report.before.mean_cosine > 0.8
     assert abs(report.after.mean_cosine) < 0.05

@@ -10,10 +10,9 @@ import pytest
 from genoembed import fit_transform, open_embeddings, search
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, LayerError, StoreError
-from genoembed.pipeline.file_recipe import differences, recipe_of
-from genoembed.pipeline.file_vectors import VectorSource
-from genoembed.searching.neighbors import exact_neighbours
-from genoembed.searching.run import SearchOptions, find_neighbours
+from genoembed.pipeline.embedding_file import VectorSource, comparable_settings, setting_differences
+from genoembed.searching.neighbors import exact_neighbors
+from genoembed.searching.run import SearchOptions, find_neighbors, queries_of
 from tests.store.blocks import obs_row, token_block, write_file
 
 MADE = {
@@ -64,10 +63,10 @@ def files(tmp_path):
     return write(tmp_path / "q.h5", queries, prefix="q"), write(tmp_path / "d.h5", rows), queries, rows
 
 
-def test_search_gives_the_neighbours_with_their_places(files):
+def test_search_gives_the_neighbors_with_their_places(files):
     queries, database, asked, rows = files
     report = search(queries, database, k=3)
-    exact = exact_neighbours(asked, VectorSource(rows), k=3)
+    exact = exact_neighbors(asked, VectorSource(rows), k=3)
     hits = list(report.hits)
     assert len(hits) == len(report.hits) == 12
     assert [hit.subject for hit in hits] == [f"r{row}" for row in exact.rows.ravel()]
@@ -122,8 +121,8 @@ def test_search_takes_the_layer_that_is_asked_for(tmp_path):
     layers = ("blocks.1", "blocks.2")
     pair = [write(tmp_path / f"{n}.h5", m, layers=layers) for n, m in enumerate((queries, rows))]
     found = search(*pair, layer="blocks.2", k=4, metric="dot")
-    exact = exact_neighbours(queries + 1, VectorSource(rows + 1), k=4, metric="dot")
-    np.testing.assert_array_equal(found.hits.neighbours.rows, exact.rows)
+    exact = exact_neighbors(queries + 1, VectorSource(rows + 1), k=4, metric="dot")
+    np.testing.assert_array_equal(found.hits.neighbors.rows, exact.rows)
     with pytest.raises(LayerError, match=r"did you mean 'blocks\.2'"):
         search(*pair, layer="blocks.22")
 
@@ -158,11 +157,11 @@ def test_search_compares_what_differs_in_windows_and_number_types_only(files, tm
     assert len(search(other, database, k=1).hits) == 3
 
 
-def test_recipes_of_files_that_record_nothing_are_alike():
-    assert recipe_of({}, "a") == {"layer": "a"}
-    assert differences(recipe_of({}, "a"), recipe_of({"model": {"id": "m"}}, "a")) == [
-        "model: nothing recorded against 'm'"
-    ]
+def test_settings_of_files_that_record_nothing_are_alike():
+    assert comparable_settings({}, "a") == {"layer": "a"}
+    assert setting_differences(
+        comparable_settings({}, "a"), comparable_settings({"model": {"id": "m"}}, "a")
+    ) == ["model: nothing recorded against 'm'"]
 
 
 @pytest.mark.parametrize("approximate", [False, True])
@@ -171,12 +170,12 @@ def test_search_applies_a_transform_to_both_sides(files, tmp_path, approximate):
     fitted = fit_transform(database, output=tmp_path / "t.h5", method="remove-top", components=2)
     found = search(queries, database, k=3, transform=fitted.output, approximate=approximate)
     wide = rows.astype(np.float64)
-    centred = wide - wide.mean(axis=0)
-    top = np.linalg.svd(centred, full_matrices=False)[2][:2]
-    clean = [values - values @ top.T @ top for values in (asked - wide.mean(axis=0), centred)]
-    wanted = exact_neighbours(clean[0], VectorSource(clean[1]), k=3)
-    np.testing.assert_array_equal(found.hits.neighbours.rows, wanted.rows)
-    np.testing.assert_allclose(found.hits.neighbours.scores, wanted.scores, atol=1e-5)
+    centered = wide - wide.mean(axis=0)
+    top = np.linalg.svd(centered, full_matrices=False)[2][:2]
+    clean = [values - values @ top.T @ top for values in (asked - wide.mean(axis=0), centered)]
+    wanted = exact_neighbors(clean[0], VectorSource(clean[1]), k=3)
+    np.testing.assert_array_equal(found.hits.neighbors.rows, wanted.rows)
+    np.testing.assert_allclose(found.hits.neighbors.scores, wanted.scores, atol=1e-5)
 
 
 def test_search_refuses_a_transform_of_another_layer_or_model(files, tmp_path):
@@ -202,7 +201,7 @@ def test_approximate_search_measures_its_recall(files):
     again = search(queries, database, k=3, approximate=True)
     assert (again.index_built, again.recall, again.index) == (False, None, report.index)
     exact = search(queries, database, k=3)
-    np.testing.assert_array_equal(again.hits.neighbours.rows, exact.hits.neighbours.rows)
+    np.testing.assert_array_equal(again.hits.neighbors.rows, exact.hits.neighbors.rows)
 
 
 def test_search_of_queries_without_a_vector_finds_nothing_and_says_so(files, tmp_path, caplog):
@@ -211,9 +210,9 @@ def test_search_of_queries_without_a_vector_finds_nothing_and_says_so(files, tmp
     matrix[0] = 0
     queries = write(tmp_path / "z.h5", matrix)
     with open_embeddings(queries) as asked, open_embeddings(database) as rows:
-        found = find_neighbours(asked, rows, SearchOptions(k=2))
+        found = find_neighbors(queries_of(asked, "blocks.1"), rows, SearchOptions(k=2))
     assert found.unusable_queries == 1
-    assert (found.neighbours.rows[0] == -1).all()
+    assert (found.neighbors.rows[0] == -1).all()
     assert "1 rows have no vector to compare" in caplog.text
 
 

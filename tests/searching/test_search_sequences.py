@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from genoembed import extract, finetune, open_embeddings, search
 from genoembed.errors import ConfigError, GenoembedError
+from genoembed.pipeline.embedding_file import read_file_settings
 from genoembed.retrieval.retriever import load_retriever
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.searching.hybrid import best_matches, shared_terms
-from genoembed.searching.run import recorded_options
 from tests.finetuning.cases import FAST, build_model, sequences, write_examples, write_fasta
 
 pytestmark = pytest.mark.filterwarnings("ignore::genoembed.errors.GenoembedWarning")
@@ -62,12 +66,13 @@ def test_search_embeds_sequences_as_the_database_was(model, tmp_path, recipe):
     assert max(hit.score for hit in report.hits) < 1e-4
 
 
-def test_recorded_options_take_one_layer_where_layers_are_not_fused(model, tmp_path):
+def test_settings_of_a_file_take_one_layer_where_layers_are_not_fused(model, tmp_path):
     fasta = written(tmp_path / "d.fa", DATABASE)
     database = extract(fasta, model=model, layers=(0, 1), output=tmp_path / "d.h5").output
     with open_embeddings(database) as file:
-        assert recorded_options(file)["layers"] == (file.layers[0],)
-        assert recorded_options(file, file.layers[1])["layers"] == (file.layers[1],)
+        settings = read_file_settings(file, remedy="")
+        assert settings.embedding_options()["layers"] == tuple(file.layers)
+        assert settings.embedding_options(file.layers[1])["layers"] == (file.layers[1],)
 
 
 def test_search_reads_what_extract_reads_under_the_same_policies(model, tmp_path):
@@ -171,10 +176,28 @@ def test_hybrid_search_refuses_sequences_that_are_not_those_that_were_embedded(r
     assert [hit.subject for hit in found.hits if hit.rank == 1] == ["s0", "s1"]
 
 
-def test_hybrid_search_refuses_models_without_the_heads_and_standard_input(model, tmp_path):
+def test_hybrid_search_refuses_models_without_the_heads(model, tmp_path):
     fasta = written(tmp_path / "d.fa", DATABASE)
     database = extract(fasta, model=model, layers=1, output=tmp_path / "d.h5").output
     with pytest.raises(ConfigError, match="no sparse and multi-vector heads"):
         search(database, database, hybrid=True)
-    with pytest.raises(ConfigError, match="hybrid reads the sequences twice"):
-        search("-", database, hybrid=True)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_search_takes_queries_from_a_pipe_and_writes_nothing_on_the_way(
+    retrieval, tmp_path, monkeypatch, hybrid
+):
+    fasta = written(tmp_path / "d.fa", DATABASE)
+    database = extract(fasta, model=retrieval, dtype="float32", output=tmp_path / "d.h5").output
+    queries = written(tmp_path / "q.fa", [DATABASE[3][:-2] + "AC", DATABASE[8]])
+    asked = extract(queries, model=retrieval, dtype="float32", output=tmp_path / "q.h5").output
+    wanted = search(asked, database, k=3, hybrid=hybrid).hits.columns()
+
+    def refused(*_, **__):
+        pytest.fail("a search needs no temporary file")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(queries).read_bytes())))
+    piped = search("-", database, k=3, hybrid=hybrid).hits.columns()
+    assert len(piped["score"]) == 6
+    assert piped == wanted

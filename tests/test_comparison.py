@@ -101,7 +101,7 @@ def test_tolerance_follows_the_types_of_numbers(vectors, tmp_path):
     assert not compare(one, write(tmp_path / "b.h5", "abcd", {"x": noisy})).is_within
     half = compare(one, write(tmp_path / "c.h5", "abcd", {"x": noisy}, dtype="bfloat16"))
     assert (half.tolerance, half.is_within) == (1e-2, True)
-    assert half.recipe_differences == ("dtype: 'float32' against 'bfloat16'",)
+    assert half.setting_differences == ("dtype: 'float32' against 'bfloat16'",)
     stored = compare(one, write(tmp_path / "d.h5", "abcd", {"x": vectors}, out_dtype="float16"))
     assert (stored.tolerance, stored.is_within) == (1e-3, True)
     assert tolerance_of(["something"]) == 1e-2

@@ -1,0 +1,338 @@
+"""An embedding file as input of a command: how it was made, its vectors in blocks, its sequences again.
+
+In: an open embedding file. Out: :class:`FileSettings` (here alone provenance is read back), a
+:class:`VectorSource` (rows as float64, transformed where a transform is given), and the records again.
+
+N rows, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genoembed.errors import ConfigError, StoreFormatError
+from genoembed.pooling.transform import FittedTransform
+from genoembed.sequences import read_sequences
+from genoembed.store.transform_file import read_transform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from os import PathLike
+
+    from numpy.typing import NDArray
+
+    from genoembed.contracts import SequenceRecord
+    from genoembed.store import EmbeddingFile
+    from genoembed.store.layout import LazyMatrix
+
+
+# ------------------------------------------------------------------------------------- how a file was made
+
+_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
+_COMPARED = ("pooling", "skip_first", "fusion", "fusion_weights", "rc")
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileSettings:
+    """How the vectors of a file were made, in the words of ``extract``."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    """Number type that the model computed in."""
+    weights_sha256: str | None
+    requested_layers: tuple[str, ...]
+    """As the user wrote them."""
+    layers: tuple[str, ...]
+    """Module paths."""
+    pooling: str
+    skip_first: int
+    fusion: str
+    fusion_weights: tuple[float, ...]
+    rc: str
+    window: int | None
+    stride: int | None
+    per_window: bool
+    is_finetuned: bool
+    """Whether the model had been fine-tuned for such vectors: they may have been projected or normalized."""
+    inputs: tuple[str, ...]
+    regions: tuple[str, ...]
+    reading: Mapping[str, Any]
+    """Policies for the input."""
+
+    def embedding_options(self, layer: str | None = None) -> dict[str, Any]:
+        """List the options of ``embed`` and ``extract`` that give such vectors: of one layer if not fused."""
+        takes_all = layer is None or self.fusion != "none" or self.is_finetuned
+        options = {
+            "layers": self.layers if takes_all else (layer,),
+            "pooling": self.pooling,
+            "fusion": self.fusion if takes_all else "none",
+            "fusion_weights": self.fusion_weights or None,
+            "skip_first": self.skip_first,
+            "rc": self.rc,
+            "window": self.window,
+            "stride": self.stride,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
+    """Read how a file was made; None where it does not say, as after a conversion by other software."""
+    provenance = file.provenance
+    config, made = _section(provenance, "config"), _section(provenance, "model")
+    model, embedding, windows, read = (
+        _section(config, name) for name in ("model", "embedding", "windows", "input")
+    )
+    if not (made and model and embedding and windows and read):
+        return None
+    return FileSettings(
+        model=model["model"],
+        revision=model.get("revision"),
+        dtype=str(made["dtype"]),
+        weights_sha256=made.get("weights_sha256"),
+        requested_layers=tuple(embedding["layers"]),
+        layers=tuple(provenance.get("layers", file.layers)),
+        **{name: embedding[name] for name in ("pooling", "skip_first", "fusion", "rc")},
+        fusion_weights=tuple(embedding["fusion_weights"]),
+        **{name: windows[name] for name in ("window", "stride", "per_window")},
+        is_finetuned="finetuned" in provenance,
+        inputs=tuple(read["inputs"]),
+        regions=tuple(read.get("regions") or ()),
+        reading={name: read[name] for name in _READING if name in read},
+    )
+
+
+def read_file_settings(file: EmbeddingFile, *, remedy: str) -> FileSettings:
+    """Read how a file was made; one that does not say is an error that ends with the remedy."""
+    settings = find_file_settings(file)
+    if settings is None:
+        message = (
+            f"{file.path}: it does not say how its vectors were made, so none can be made like them; {remedy}"
+        )
+        raise ConfigError(message)
+    return settings
+
+
+def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """Collect what two sets of vectors must have in common to be compared.
+
+    Windows, batch sizes, inputs and number types are not among it: a short query may be compared with windows
+    of a genome. What was not recorded is left out, so that every file has some.
+
+    Example:
+        >>> made = {"model": {"weights_sha256": "ab"}, "config": {"embedding": {"rc": "none"}}}
+        >>> comparable_settings(made, "blocks.1")
+        {'layer': 'blocks.1', 'model': 'ab', 'rc': 'none'}
+    """
+    model, config = _section(provenance, "model"), _section(provenance, "config")
+    embedding, trained = _section(config, "embedding"), _section(provenance, "finetuned")
+    settings: dict[str, Any] = {"layer": layer}
+    if digest := model.get("weights_sha256") or model.get("id"):
+        settings["model"] = digest
+    settings |= {name: embedding[name] for name in _COMPARED if name in embedding}
+    if embedding.get("fusion", "none") != "none" and "layers" in provenance:
+        settings["layers"] = list(provenance["layers"])
+    if "keep_case" in (read := _section(config, "input")):
+        settings["keep_case"] = read["keep_case"]
+    return settings | {name: trained[name] for name in ("normalise", "pooler") if name in trained}
+
+
+def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ.
+
+    Example:
+        >>> setting_differences({"pooling": "mean", "rc": "none"}, {"pooling": "max", "rc": "none"})
+        ["pooling: 'mean' against 'max'"]
+    """
+    # tuples come back from JSON as lists
+    one, other = (
+        {name: repr(list(value) if isinstance(value, tuple) else value) for name, value in settings.items()}
+        for settings in (first, second)
+    )
+    return [
+        f"{name}: {one.get(name, 'nothing recorded')} against {other.get(name, 'nothing recorded')}"
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    ]
+
+
+def check_comparable(
+    first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[object, object]
+) -> None:
+    """Raise if vectors were not made in the same way."""
+    if found := setting_differences(first, second):
+        message = (
+            f"{names[0]} and {names[1]} hold vectors of another kind ({'; '.join(found)}), expected the same "
+            "model, layer, pooling, fusion and rc; embed one of them again with the other's options"
+        )
+        raise ConfigError(message)
+
+
+def computed_dtype(file: EmbeddingFile) -> str | None:
+    """Name the number type that the model computed in, where the file says it."""
+    dtype = _section(file.provenance, "model").get("dtype")
+    return None if dtype is None else str(dtype)
+
+
+def record_names(file: EmbeddingFile) -> list[str]:
+    """Name the record of each row: its id, of which a row per window has the place cut off."""
+    if not _section(_section(file.provenance, "config"), "windows").get("per_window"):
+        return file.ids
+    return [
+        name.removesuffix(f":{start + 1}-{end}")
+        for name, start, end in zip(file.ids, file.obs["start"], file.obs["end"], strict=True)
+    ]
+
+
+def find_embedding_file(inputs: Sequence[str | PathLike[str]], *, what: str) -> Path | None:
+    """Tell one embedding file from sequence files, by content; None for sequence files."""
+    are_files = [_is_hdf5(name) for name in inputs]
+    if not inputs or (any(are_files) and len(inputs) > 1):
+        message = f"{what}: {len(inputs)} files, expected one embedding file, or sequence files; name those"
+        raise ConfigError(message)
+    return Path(inputs[0]) if are_files[0] else None
+
+
+def _is_hdf5(name: str | PathLike[str]) -> bool:
+    path = Path(name)
+    if fspath(name) == "-" or not path.is_file():  # a pipe must not lose its first bytes
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE
+
+
+def _section(mapping: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = mapping.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+# ---------------------------------------------------------------------------------- the sequences of a file
+
+
+def read_file_records(
+    file: EmbeddingFile, rows: Iterable[int], *, paths: Sequence[str] = (), option: str = "sequences"
+) -> list[SequenceRecord]:
+    """Read the records of some rows again, as the model saw them: each must have its SHA-256."""
+    settings = read_file_settings(file, remedy="embed the sequences again")
+    sources = [*(paths or settings.inputs)]
+    if lost := [name for name in sources if not Path(name).is_file()]:
+        message = (
+            f"{file.path}: the sequences of its records are needed, and {', '.join(map(repr, lost))} is no "
+            f"file; set {option} to where they are now"
+        )
+        raise ConfigError(message)
+    wanted = {file.ids[row]: row for row in rows}
+    digests = file.obs["sha256"]
+    found: dict[int, SequenceRecord] = {}
+    for record in read_sequences(sources, regions=settings.regions or None, **settings.reading):
+        row = wanted.get(record.id)
+        if row is not None and record.sha256 == digests[row]:
+            found[row] = record
+    if absent := [name for name, row in wanted.items() if row not in found]:
+        message = (
+            f"{file.path}: {len(absent)} of its sequences ({', '.join(map(repr, absent[:3]))} ...) are not "
+            f"in {', '.join(sources)} as they were embedded; set {option} to their files"
+        )
+        raise ConfigError(message)
+    return [found[row] for row in wanted.values()]
+
+
+# ------------------------------------------------------------------------------------ the vectors of a file
+
+_BLOCK_VALUES = 1 << 21
+_MIN_ROWS, _MAX_ROWS = 256, 16384
+
+
+class VectorSource:
+    """Rows of a matrix as float64, a block at a time.
+
+    What is stored as float32 or float16 comes out exactly; transformed vectors are rounded to float32 first,
+    so that rows that are equal stay equal wherever a block begins.
+
+    Example:
+        >>> VectorSource(np.eye(3, dtype=np.float32)).read(1, 3).tolist()
+        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+
+    def __init__(
+        self, matrix: LazyMatrix | NDArray[np.floating], transform: FittedTransform | None = None
+    ) -> None:
+        self._matrix = matrix
+        self._transform = transform
+        self.width: int = matrix.shape[1] if transform is None else transform.output_width
+        """Features of a row."""
+
+    def __len__(self) -> int:
+        return len(self._matrix)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Read consecutive rows."""
+        return self._finished(self._matrix[start:stop])
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Read some rows."""
+        return self._finished(self._matrix[rows])
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Read everything, a block at a time."""
+        step = rows or block_rows(max(self.width, self._matrix.shape[1]))
+        for start in range(0, len(self), step):
+            yield start, self.read(start, min(start + step, len(self)))
+
+    def _finished(self, block: NDArray[np.floating]) -> NDArray[np.float64]:
+        if self._transform is not None:
+            block = self._transform.apply(block)
+        return np.ascontiguousarray(block, dtype=np.float64)
+
+
+def block_rows(width: int) -> int:
+    """Choose how many rows are read at a time.
+
+    Example:
+        >>> block_rows(128), block_rows(1 << 20)
+        (16384, 256)
+    """
+    return min(_MAX_ROWS, max(_MIN_ROWS, _BLOCK_VALUES // width))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedTransform:
+    """A transform from a file."""
+
+    transform: FittedTransform
+    settings: Mapping[str, Any]
+    """How the vectors that it was fitted on were made, as :func:`comparable_settings` says it."""
+    digest: str
+    """Of its values."""
+
+
+def load_transform(path: str | PathLike[str]) -> LoadedTransform:
+    """Load what ``fit_transform`` wrote."""
+    stored = read_transform(path)
+    facts = stored.facts
+    try:
+        transform = FittedTransform(
+            method=facts["method"],
+            axes=facts["axes"],
+            **{name: stored.arrays[name] for name in ("mean", "matrix", "variances")},
+            num_rows=int(facts["num_rows"]),
+        )
+        settings = dict(facts["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"a part of the transform is missing ({error}); fit it again"
+        raise StoreFormatError(problem, path=fspath(path)) from error
+    return LoadedTransform(transform=transform, settings=settings, digest=stored.digest)
+
+
+def load_transform_for(file: EmbeddingFile, layer: str, path: str | PathLike[str]) -> LoadedTransform:
+    """Load a transform, and raise if it was fitted on vectors of another kind than those of the file."""
+    loaded = load_transform(path)
+    check_comparable(loaded.settings, comparable_settings(file.provenance, layer), names=(path, file.path))
+    return loaded

@@ -1,4 +1,4 @@
-"""From what is asked for to numbers: epochs by the size of the data, rates by tuning and width.
+"""What settings leave open, by model and data: epochs by the number of rows, rates by tuning and width.
 
 Sources of the defaults: epochs, Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for
 large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), above it in inverse
@@ -43,7 +43,7 @@ _SCHEDULES = {
 
 
 def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
-    """Fill in what goes by model and data.
+    """Fill in the settings that depend on model and data.
 
     Example:
         >>> from genoembed.config.finetune import finetune_config
@@ -73,7 +73,7 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
 
 
 def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
-    """Give the peak rate of an encoder for which none is asked.
+    """Compute the peak rate of an encoder for which none is set.
 
     Example:
         >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
@@ -90,7 +90,7 @@ def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
 def finetune_arguments(
     recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
 ) -> TrainingArguments:
-    """Say a resolved recipe in the words of transformers."""
+    """Translate resolved settings into arguments of transformers."""
     metric = str(recipe.metric)
     is_greater_better = metric not in SMALLER_IS_BETTER
     every = "epoch" if recipe.eval_steps is None else "steps"
@@ -120,7 +120,7 @@ def finetune_arguments(
 
 
 def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:
-    """Count the optimizer steps of a resolved recipe."""
+    """Count the optimizer steps of resolved settings."""
     if recipe.max_steps is not None:
         return recipe.max_steps
     batches = math.ceil(num_rows / (recipe.rows_per_device * world_size))

@@ -1,6 +1,6 @@
 """Fine-tune a model: labelled sequences or pairs in, a folder that embeds and predicts out.
 
-``read -> clean -> part -> load and cut the model -> train -> choose the best step -> test -> save``.
+``read -> clean -> split -> load the model -> train -> choose the best step -> test -> save``.
 Promised: the same config, data and seed give the same model on CPUs; a run that was killed goes on from its
 newest checkpoint with the losses of a run that was never killed; ``finetune.json`` runs the same again.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from os import PathLike
 
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     from genoembed.config.choices import Task
     from genoembed.config.finetune import FinetuneConfig
@@ -144,7 +144,7 @@ class _Run:
 
     def __init__(self, config: FinetuneConfig, folder: Path) -> None:
         set_seed(config.recipe.seed)
-        self.asked, self.folder = config, folder
+        self.requested, self.folder = config, folder
         self.setup = set_up_task(config)
         parameters = list(self.setup.model.parameters())
         logger.info(
@@ -153,64 +153,55 @@ class _Run:
             sum(p.numel() for p in parameters if p.requires_grad),
             sum(p.numel() for p in parameters),
         )
-        self.config = resolve_recipe(config, num_rows=len(self.setup.dataset), width=self.setup.width)
-        self.arguments = self._arguments()
-        leave_process_group_at_exit()
+        num_rows = len(self.setup.dataset)
+        self.config = resolve_recipe(config, num_rows=num_rows, width=self.setup.width)
         recipe = self.config.recipe
+        self.arguments = finetune_arguments(
+            recipe, folder, num_rows=num_rows, has_validation="eval" in self.setup.measures
+        )
+        leave_process_group_at_exit()
+        world_size = self.arguments.world_size
+        self.compares_across = config.objective.across_devices and world_size > 1
         if self.setup.group_sampler is not None:
-            ranks = self.arguments.world_size if config.objective.across_devices else 1
+            ranks = world_size if self.compares_across else 1
             self.setup.group_sampler.check_batch(
-                min(recipe.rows_per_device * ranks, len(self.setup.dataset)),
+                min(recipe.rows_per_device * ranks, num_rows),
                 in_batch_negatives=not config.objective.own_negatives_only,
             )
-
-    def _arguments(self) -> TrainingArguments:
-        return finetune_arguments(
-            self.config.recipe,
-            self.folder,
-            num_rows=len(self.setup.dataset),
-            has_validation="eval" in self.setup.measures,
-        )
+        # what a run that goes on must share with the one that began: files may move, rows may not change
+        shared: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
+        for name in (*_FILE_KEYS, "labels"):
+            shared["data"].pop(name)
+        self.compared = {**shared, "rows": self.setup.digest, "processes": world_size}
 
     def train(self, *, resume: bool) -> FinetuneReport:
         """Train to the end, or to a signal."""
-        checkpoint = self._claim(resume=resume)
-        trainer = self._trainer()
-        self._write_files()
-        total = total_steps(
-            self.config.recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size
+        is_first = self.arguments.process_index == 0
+        other_rows = (
+            f"train: the rows are not those of the run in {self.folder}; give the same files, or "
+            "overwrite to start again"
         )
+        checkpoint = claim_run(
+            self.folder,
+            self.compared,
+            resume=resume,
+            digests={"rows": other_rows},
+            is_first=is_first,
+            others=(CONFIG_FILE, REPORT_FILE),
+        )
+        trainer = self._trainer()
+        if is_first:
+            write_run(self.folder, self.compared)
+            write_json(self.folder / CONFIG_FILE, self.requested.to_flat())
         recipe = self.config.recipe
         logger.info(
             "training for %d steps at most, rate %.2g, of heads %.2g",
-            total,
+            total_steps(recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size),
             recipe.learning_rate,
             recipe.head_learning_rate,
         )
         trainer.train_from(checkpoint)
         return self._finish(trainer)
-
-    def _claim(self, *, resume: bool) -> Path | None:
-        """Compare with the run that is there and find its checkpoint, or clear it away."""
-        message = (
-            f"train: the rows are not those of the run in {self.folder}; give the same files, or "
-            "overwrite to start again"
-        )
-        return claim_run(
-            self.folder,
-            self._compared(),
-            resume=resume,
-            digests={"rows": message},
-            is_first=self.arguments.process_index == 0,
-            others=(CONFIG_FILE, REPORT_FILE),
-        )
-
-    def _compared(self) -> dict[str, Any]:
-        """What a run that goes on must share with the one that began; files may move, rows may not change."""
-        values: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
-        for name in (*_FILE_KEYS, "labels"):
-            values["data"].pop(name)
-        return {**values, "rows": self.setup.digest, "processes": self.arguments.world_size}
 
     def _trainer(self) -> FinetuneTrainer:
         recipe, setup = self.config.recipe, self.setup
@@ -237,28 +228,19 @@ class _Run:
                 seed=recipe.seed,
                 mixed_lengths=recipe.mixed_lengths,
             ),
-            least_rows=self._least_rows(),
+            # a query that is alone in its batch, and sees no other device, has nothing to be compared with
+            least_rows=1 if setup.contrast is None or self.compares_across else 2,
             recipe=recipe,
             measures=setup.measures,
             callbacks=callbacks,
         )
 
-    def _least_rows(self) -> int:
-        """Say how many rows each process needs: a batch of one has nothing to compare with."""
-        compares_elsewhere = self.config.objective.across_devices and self.arguments.world_size > 1
-        return 1 if self.setup.contrast is None or compares_elsewhere else 2
-
-    def _write_files(self) -> None:
-        if self.arguments.process_index:
-            return
-        write_run(self.folder, self._compared())
-        write_json(self.folder / CONFIG_FILE, self.asked.to_flat())
-
     def _finish(self, trainer: FinetuneTrainer) -> FinetuneReport:
         state, metric = trainer.state, str(self.config.recipe.metric)
         test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
         best = int(state.best_global_step or state.global_step)
-        validation = _line_of(state.log_history, best, f"eval_{metric}")
+        lines = (line for line in reversed(state.log_history) if line.get("step") == best)
+        validation = next((line for line in lines if f"eval_{metric}" in line), {})
         final = self.folder / FINAL_FOLDER
         report = FinetuneReport(
             output=str(final),
@@ -271,26 +253,18 @@ class _Run:
             config=str(self.folder / CONFIG_FILE),
         )
         if self.arguments.process_index == 0:
-            self._save(final, trainer)
+            model: Any = trainer.accelerator.unwrap_model(trainer.model)
+            save_finetuned(
+                model.cpu(),
+                final,
+                config=self.config,
+                tokenizer=self.setup.tokenizer,
+                space=self.setup.space,
+                source=self.setup.source,
+            )
             write_json(self.folder / REPORT_FILE, asdict(report))
         wait_for_all()
         return report
-
-    def _save(self, final: Path, trainer: FinetuneTrainer) -> None:
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        model.cpu()
-        save_finetuned(
-            model,
-            final,
-            config=self.config,
-            tokenizer=self.setup.tokenizer,
-            space=self.setup.space,
-            source=self.setup.source,
-        )
-
-
-def _line_of(history: list[dict[str, float]], step: int, metric: str) -> dict[str, float]:
-    return next((line for line in reversed(history) if line.get("step") == step and metric in line), {})
 
 
 def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:

@@ -1,10 +1,8 @@
-"""Notice, while an encoder trains, that it learns nothing, and say so in plain words, each thing once.
+"""The loop of fine-tuning: transformers' Trainer with our models, batches and measures, and what watches it.
 
-In: what each step says about itself. Out: warnings. A loss of 0, a loss that stays where guessing would be,
-and vectors that have become one vector look like progress in a log; none of them is.
-
-What watches a fine-tuning run: epochs, early stopping, and the lines that people read.
-The loop of fine-tuning: transformers' Trainer with our models, batches, measures and statistics.
+In: models, rows and settings. Out: weights, and lines for the log. What a training step says about itself is
+read for signs that nothing is learned: a loss of 0, a loss that stays where guessing would be, and vectors
+that have become one vector look like progress in a log; none of them is.
 """
 
 from __future__ import annotations
@@ -43,6 +41,8 @@ if TYPE_CHECKING:
     from genoembed.finetuning.rows import EpochDataset
     from genoembed.training.log import StepStatistics
 
+
+logger = logging.getLogger(__name__)
 
 Trouble: TypeAlias = Literal["zero", "no_negatives", "chance", "collapsed", "not_finite"]
 
@@ -138,11 +138,8 @@ _MESSAGES: dict[Trouble, str] = {
 }
 
 
-logger = logging.getLogger(__name__)
-
-
 class SetEpoch(TrainerCallback):
-    """Tell rows and their order which epoch begins, whatever the data loader is wrapped in."""
+    """Set the epoch of rows and of their order, whatever the data loader is wrapped in."""
 
     def __init__(self, dataset: EpochDataset, sampler: Sampler[int]) -> None:
         self._listeners: list[Any] = [dataset, sampler]
@@ -156,7 +153,8 @@ class SetEpoch(TrainerCallback):
 class StopEarly(TrainerCallback):
     """End training when the metric has not become better for some evaluations.
 
-    Of equal metrics, the one with the smaller loss is better. It looks at the whole log each time and keeps
+    Of equal metrics, the one with the smaller loss is better, which transformers' callback does not know:
+    a head that predicts one class at first would be stopped. It looks at the whole log each time and keeps
     nothing, so a run that goes on stops where it would have.
     """
 
@@ -212,7 +210,7 @@ _SAID = (
 
 
 class FinetuneTrainer(ResumableTrainer):
-    """A Trainer for the models of :mod:`genoembed.finetuning.tasks`."""
+    """A Trainer for models of :mod:`genoembed.finetuning.models` and :mod:`genoembed.retrieval.models`."""
 
     def __init__(
         self,

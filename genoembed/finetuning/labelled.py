@@ -1,6 +1,8 @@
-"""What a reading of labelled sequences is asked to do, and the counts of what it did.
+"""Labelled sequences: tables of sequences and labels, or sequence files with a table of their labels.
 
-Labelled sequences: tables of sequences and labels, or sequence files with a table of their labels.
+In: files of any format and compression. Out: :class:`LabelledSequence`, one at a time in file order, letters
+cleaned by the policies of ``extract``. Promised: each label fits its sequence; what policies leave out is
+counted.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ from genoembed.sequences.alphabet import GAPS
 from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
 from genoembed.sequences.formats import iter_records
 from genoembed.sequences.reading import clean_record
-from genoembed.sequences.records import IdRegistry, RawRecord
+from genoembed.sequences.records import Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import TableRow, iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(kw_only=True, slots=True)
-class LabelledCounts:
+class LabelledCounts(Counts):
     """How much was read, and how often each policy acted. The reader adds to it."""
 
     read: InputCounts = field(default_factory=InputCounts)
@@ -38,8 +43,6 @@ class LabelledCounts:
     unused_labels: int = 0
     """Labels of the table that no record asked for."""
 
-
-logger = logging.getLogger(__name__)
 
 PathInput: TypeAlias = "str | PathLike[str]"
 _RECORD_STARTS = (b">", b";", b"@", b"LOCUS ", b"ID   ")
@@ -63,8 +66,6 @@ class LabelledSequence:
     """What the column of the split says."""
     group: str | None = None
     """What the column of groups says."""
-    flags: tuple[str, ...] = ()
-    """What policies did: ``masked:12``, ``gaps:3`` ..."""
 
 
 class _Cells(NamedTuple):
@@ -259,7 +260,6 @@ class _Reader:
             line=raw.line,
             split=cells.split,
             group=cells.group,
-            flags=record.flags,
         )
 
 

@@ -74,8 +74,6 @@ def _name(column: str, value: object) -> str:
     """Spell a class as text: 1 and 1.0 from typed files are one class."""
     if isinstance(value, float) and math.isnan(value):
         raise _missing(column)
-    if isinstance(value, bool):
-        return str(int(value))
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, str) and value.strip():
@@ -169,7 +167,7 @@ class LabelSpace:
             return cls(kind=kind, names=tuple(columns) if kind == "regression" else ())
         found = set(columns) if kind == "multilabel" and len(columns) > 1 else set()
         for label in labels:
-            found.update(_classes(label))
+            found.update(set(label_names(label)))
         least = 1 if kind == "multilabel" else 2
         if len(found) < least:
             shown = f"only {min(found)!r}" if found else "none"
@@ -202,9 +200,9 @@ class LabelSpace:
             return np.array(self._index(label), dtype=np.int64)
         if self.kind == "multilabel":
             row = np.zeros(len(self.names), dtype=np.float32)
-            row[[self._index(name) for name in _classes(label)]] = 1
+            row[[self._index(name) for name in set(label_names(label))]] = 1
             return row
-        index = {name: self._index(name) for name in _classes(label)}
+        index = {name: self._index(name) for name in set(label_names(label))}
         return np.array(
             [ignore_index if name is None else index[str(name)] for name in label], dtype=np.int64
         )
@@ -213,7 +211,7 @@ class LabelSpace:
         """Count how often each class occurs, for class weights."""
         totals = np.zeros(len(self.names), dtype=np.int64)
         for label in labels:
-            for name, times in Counter(_each_class(label)).items():
+            for name, times in Counter(label_names(label)).items():
                 totals[self._index(name)] += times
         return totals
 
@@ -228,14 +226,11 @@ class LabelSpace:
             raise LabelError(problem) from None
 
 
-def _each_class(label: Label) -> list[str]:
+def label_names(label: Label) -> list[str]:
+    """List the classes that a label names, of bases one for each; none for numbers."""
     if isinstance(label, str):
         return [label]
     return [name for name in label or () if isinstance(name, str)]
-
-
-def _classes(label: Label) -> set[str]:
-    return set(_each_class(label))
 
 
 def _natural(name: str) -> tuple[int, float, str]:

@@ -13,24 +13,24 @@ import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from genoembed.config.choices import FalseNegativePolicy
 from genoembed.errors import ConfigError, LabelError, SequenceFormatError
 from genoembed.sequences import InputCounts, Policies, reverse_complement
 from genoembed.sequences.reading import clean_record
-from genoembed.sequences.records import IdRegistry, RawRecord
+from genoembed.sequences.records import Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import iter_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from genoembed.finetuning.labelled import PathInput
     from genoembed.sequences.tables import TableRow
 
 
 logger = logging.getLogger(__name__)
 
-PathInput: TypeAlias = "str | PathLike[str]"
 
 _KEYS = ("query", "pos", "neg", "teacher_scores", "id", "group")
 _FOREIGN_KEYS = {
@@ -61,7 +61,7 @@ class RetrievalExample:
 
 
 @dataclass(kw_only=True, slots=True)
-class PairCounts:
+class PairCounts(Counts):
     """How much was read, what policies did, and how many negatives there are. The reader adds to it."""
 
     read: InputCounts = field(default_factory=InputCounts)
@@ -82,16 +82,8 @@ class PairCounts:
     """Negatives of the row that has most; what is over group size - 1 takes turns."""
 
 
-class _Texts(NamedTuple):
-    """The sequences of one row as its line has them."""
-
-    query: str
-    pos: list[str]
-    neg: list[str]
-
-
 class _Cleaned(NamedTuple):
-    """The same after the policies."""
+    """The sequences of one row, after the policies."""
 
     query: bytes
     pos: list[bytes]
@@ -161,7 +153,7 @@ def _iter(
         for row in iter_rows(name):
             number += 1
             row_id = _row_id(row, number)
-            cleaned = _clean(row, row_id, _texts(row, row_id), policies, counts.read)
+            cleaned = _clean(row, row_id, policies, counts.read)
             if cleaned is None:
                 counts.skipped_rows += 1
                 continue
@@ -173,9 +165,9 @@ def _iter(
 
 
 def _example(
-    row: TableRow, row_id: str, texts: _Cleaned, policy: FalseNegativePolicy, counts: PairCounts
+    row: TableRow, row_id: str, cleaned: _Cleaned, policy: FalseNegativePolicy, counts: PairCounts
 ) -> RetrievalExample:
-    query, pos, neg = texts
+    query, pos, neg = cleaned
     scores = _scores(row, row_id, len(pos) + len(neg))
     kept = _true_negatives(query, pos, neg)
     num_false = len(neg) - len(kept)
@@ -218,17 +210,6 @@ def _row_id(row: TableRow, number: int) -> str:
         problem = f"id is {value!r}, expected a text or a whole number; name the row or leave id out"
         raise SequenceFormatError(problem, path=row.path, line=row.line)
     return str(value).strip()
-
-
-def _texts(row: TableRow, row_id: str) -> _Texts:
-    problem = next(_row_problems(row), None)
-    if problem is not None:
-        raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=row_id)
-    query, pos, neg = row.values["query"], row.values["pos"], row.values.get("neg") or []
-    assert isinstance(query, str), "checked above"
-    assert isinstance(pos, list), "checked above"
-    assert isinstance(neg, list), "checked above"
-    return _Texts(query, pos, neg)
 
 
 def _row_problems(row: TableRow) -> Iterator[str]:
@@ -293,13 +274,15 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
     return tuple(float(score) for score in scores)
 
 
-def _clean(
-    row: TableRow, row_id: str, texts: _Texts, policies: Policies, counts: InputCounts
-) -> _Cleaned | None:
-    """Clean all sequences of a row, or give None if a policy leaves one out."""
-    named = [("query", texts.query)]
-    named += [(f"pos {place}", text) for place, text in enumerate(texts.pos, start=1)]
-    named += [(f"neg {place}", text) for place, text in enumerate(texts.neg, start=1)]
+def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) -> _Cleaned | None:
+    """Clean all sequences of a row; None if a policy leaves one out."""
+    problem = next(_row_problems(row), None)
+    if problem is not None:
+        raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=row_id)
+    values: Mapping[str, Any] = row.values
+    named = [("query", values["query"])]
+    named += [(f"pos {place}", text) for place, text in enumerate(values["pos"], start=1)]
+    named += [(f"neg {place}", text) for place, text in enumerate(values.get("neg") or [], start=1)]
     ids = IdRegistry("error")
     cleaned = []
     for part, text in named:
@@ -315,7 +298,7 @@ def _clean(
         if record is None:
             return None
         cleaned.append(record.sequence)
-    first_neg = 1 + len(texts.pos)
+    first_neg = 1 + len(values["pos"])
     return _Cleaned(cleaned[0], cleaned[1:first_neg], cleaned[first_neg:])
 
 

@@ -240,7 +240,7 @@ class _Run:
         test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
         best = int(state.best_global_step or state.global_step)
         lines = (line for line in reversed(state.log_history) if line.get("step") == best)
-        validation = next((line for line in lines if f"eval_{metric}" in line), {})
+        validation: dict[str, float] = next((line for line in lines if f"eval_{metric}" in line), {})
         final = self.folder / FINAL_FOLDER
         report = FinetuneReport(
             output=str(final),

@@ -18,6 +18,7 @@ import numpy as np
 from genoembed.config.labelled import SplitConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.cleaning import place
+from genoembed.finetuning.labels import label_names
 from genoembed.sequences.homology import HomologyConfig, build_sketches, pair_identities
 from genoembed.sequences.tables import SplitSide, parse_split
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from genoembed.config.choices import FindingPolicy, LabelKind
     from genoembed.finetuning.labelled import LabelledSequence
-    from genoembed.finetuning.labels import Label
     from genoembed.sequences.homology import Clusters
 
 
@@ -106,12 +106,6 @@ def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
     return np.array([numbers[row.group or ""] for row in rows], dtype=np.int64)
 
 
-def _names(label: Label) -> set[str]:
-    if isinstance(label, str):
-        return {label}
-    return {name for name in label or () if isinstance(name, str)}
-
-
 def _by_column(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
     sides = np.zeros(len(rows), dtype=np.int64)
     for index, row in enumerate(rows):
@@ -171,7 +165,7 @@ def _label_counts(rows: Sequence[LabelledSequence], kind: LabelKind) -> NDArray[
     if kind in ("class", "regression"):
         columns = [{str(stratum)} for stratum in _strata(rows, kind)]
     else:
-        columns = [_names(row.label) for row in rows]
+        columns = [set(label_names(row.label)) for row in rows]
     index = {name: place for place, name in enumerate(sorted(set().union(*columns)))}
     counts = np.zeros((len(rows), len(index) + 1))
     counts[:, -1] = 1

@@ -22,6 +22,7 @@ from genoembed.config.pretrain import CorpusConfig
 from genoembed.errors import ConfigError
 from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
+from genoembed.sequences.records import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class CorpusCounts:
+class CorpusCounts(Counts):
     """What a stream did since its epoch began; a resumed stream counts what it skips, too."""
 
     documents: int = 0

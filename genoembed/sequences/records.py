@@ -6,7 +6,7 @@ Ids that are unique within a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.errors import ConfigError, DuplicateIdError
@@ -58,8 +58,25 @@ _CHOICES = {
 }
 
 
+class Counts:
+    """Numbers that print as words, without those that are 0: ``12 records, 3 skipped empty``."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return ", ".join(self._words()) or "nothing"
+
+    def _words(self) -> Iterator[str]:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Counts):
+                yield from value._words()
+            elif value:
+                yield f"{value} {field.name.replace('_', ' ')}"
+
+
 @dataclass(kw_only=True, slots=True)
-class InputCounts:
+class InputCounts(Counts):
     """How much was read, and how often each policy acted. The reader adds to it record by record."""
 
     files: int = 0

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, iter_lines, iter_text
+from genoembed.sequences.records import Counts
 from genoembed.sequences.regions import ReferenceFasta
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _FIRST_OF_CODE = dict(zip(b"RYSWKMBDHV", b"ACCAGACAAA", strict=True))
 
 
 @dataclass(kw_only=True, slots=True)
-class VariantCounts:
+class VariantCounts(Counts):
     """What was read of a VCF, and what became of it. The reader adds to it row by row."""
 
     rows: int = 0

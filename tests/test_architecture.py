@@ -290,6 +290,159 @@ def test_module_has_a_docstring_a_telling_name_and_less_than_600_lines(module):
     assert source.count("\n") < MAX_LINES
 
 
+def _imported_modules(source: str) -> set[str]:
+    """Our modules that a module imports anywhere, for annotations included."""
+    visitor = _Imports()
+    tree = ast.parse(source)
+    visitor.visit(tree)
+    found = {imported.target for imported in visitor.found}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(MODULES)
+
+
+IMPORTED = {module: _imported_modules(path.read_text()) - {module} for module, path in MODULES.items()}
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Find the groups of modules that import each other, directly or through others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for target in imported[waiting.pop()] - seen:
+                seen.add(target)
+                waiting.append(target)
+        return seen
+
+    reached = {module: reachable(module) for module in imported}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in imported
+        if module in reached[module]
+    }
+    return sorted(map(list, groups))
+
+
+CIRCLES_YET: list[list[str]] = [
+    ["genoembed.finetuning.collate", "genoembed.finetuning.rows"],
+    ["genoembed.pipeline.batches", "genoembed.pipeline.units"],
+    ["genoembed.pipeline.file_vectors", "genoembed.pooling.transform", "genoembed.searching.neighbors"],
+    ["genoembed.pipeline.local", "genoembed.pipeline.provenance"],
+    ["genoembed.plotting.html_map", "genoembed.plotting.run", "genoembed.plotting.static_map"],
+]
+"""Circles on their way out; the list only shrinks."""
+
+
+def test_no_modules_import_each_other_not_even_for_annotations():
+    found = circles(IMPORTED)
+    assert [circle for circle in found if circle not in CIRCLES_YET] == []
+    assert [circle for circle in CIRCLES_YET if circle not in found] == [], "take these out of CIRCLES_YET"
+
+
+def test_circle_is_found():
+    imported = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert circles(imported) == [["a", "b", "c"]]
+
+
+def _public_names(source: str) -> set[str]:
+    """Names that a module defines at its top level, without those that start with an underscore."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+EVERYWHERE = {"logger", "main"}
+"""Names that are no words of ours."""
+TWICE_YET: set[str] = {
+    "BATCH_TOKENS",
+    "CARRIED",
+    "Difference",
+    "Engine",
+    "FAILED",
+    "INCOMPARABLE",
+    "Kind",
+    "METRICS",
+    "MODEL",
+    "Measured",
+    "NUMBER",
+    "PathInput",
+    "Piece",
+    "RUN",
+    "Recipe",
+    "RowT",
+    "SAME",
+    "STDOUT",
+    "STORED_TOLERANCES",
+    "SUFFIXES",
+    "TableWriter",
+    "compare",
+    "difference",
+    "differences",
+    "lay_out",
+    "measure",
+    "open_table",
+    "predict",
+    "probe",
+    "run_options",
+    "summarize",
+    "tolerance_of",
+    "use_threads",
+}
+"""Names on their way out; the set only shrinks."""
+
+
+def test_no_public_name_stands_in_two_modules():
+    homes: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in _public_names(path.read_text()):
+            homes.setdefault(name, []).append(module)
+    twice = {name: modules for name, modules in homes.items() if len(modules) > 1 and name not in EVERYWHERE}
+    assert len(homes) > 300
+    assert {name: twice[name] for name in twice if name not in TWICE_YET} == {}
+    assert TWICE_YET - set(twice) == set(), "take these out of TWICE_YET"
+
+
+SMALL = 120
+REASONS = {
+    "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
+    "genoembed.registration": "runs at import of the package, before anything that needs transformers",
+}
+"""Modules under 120 lines with one importer, and why each is a module of its own."""
+SMALL_YET: set[str] = {
+    "genoembed.pipeline.agreement",
+    "genoembed.plotting.html_map",
+    "genoembed.plotting.value_table",
+    "genoembed.probing.layer_plot",
+    "genoembed.sequences.composition",
+    "genoembed.store.transform_file",
+}
+"""Modules that will be joined with their only importer; the set only shrinks."""
+
+
+def test_small_module_with_one_importer_has_a_reason():
+    importers = {module: [other for other in IMPORTED if module in IMPORTED[other]] for module in MODULES}
+    small = {
+        module
+        for module, path in MODULES.items()
+        if not module.startswith("genoembed.cli.")  # commands are imported by name
+        and path.name not in ("__init__.py", "__main__.py")
+        and path.read_text().count("\n") < SMALL
+        and len(importers[module]) <= 1
+    }
+    assert len(importers["genoembed.errors"]) > 50
+    assert small - set(REASONS) - SMALL_YET == set(), "join it with its importer, or give a reason"
+    assert SMALL_YET - small == set(), "take these out of SMALL_YET"
+    assert set(REASONS) - small == set(), "these need no reason any more"
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("genoembed.cli")])
 def test_library_does_not_print(module):
     calls = [

@@ -81,7 +81,7 @@ class HyenaFilter(Float32Keeper):
         return multiply_into(post_gate, filtered), HyenaState(short=(first, second, third), inner=inner)
 
     def _short_taps(self) -> tuple[Tensor, Tensor, Tensor]:
-        return split_rows(self.short_filter_weight[:, 0], is_interleaved=self.interleave)
+        return split_projection(self.short_filter_weight[:, 0], is_interleaved=self.interleave)
 
     def _inner(self, u_BLD: Tensor, starts_BM: Tensor | None) -> Tensor:
         if self.kind == "hcs":
@@ -108,7 +108,7 @@ class HyenaFilter(Float32Keeper):
         return self._cache if u_BLD.device.type == "cpu" and not torch.is_grad_enabled() else None
 
 
-def split_rows(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+def split_projection(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Give the three parts of what is stored for a projection of three times the width, as views."""
     parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
     return parts[0], parts[1], parts[2]
@@ -123,11 +123,11 @@ class Projections(nn.Linear):
 
     def project_parts(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to each part."""
-        weights = split_rows(self.weight, is_interleaved=self.is_interleaved)
+        weights = split_projection(self.weight, is_interleaved=self.is_interleaved)
         biases = (
             (None, None, None)
             if self.bias is None
-            else split_rows(self.bias, is_interleaved=self.is_interleaved)
+            else split_projection(self.bias, is_interleaved=self.is_interleaved)
         )
         first, second, third = (F.linear(x_BLD, w, b) for w, b in zip(weights, biases, strict=True))
         return first, second, third

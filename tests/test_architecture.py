@@ -369,6 +369,8 @@ EVERYWHERE = {"logger", "main"}
 TWICE_YET: set[str] = {
     "BATCH_TOKENS",
     "CARRIED",
+    "COLUMNS",
+    "find_embedding_file",
     "Difference",
     "Engine",
     "FAILED",

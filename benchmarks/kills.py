@@ -628,7 +628,7 @@ def measure_overhead(scratch: Path, options: object) -> tuple[list[dict[str, obj
     config = embed_config({"inputs": (str(fasta),)})
     layout = UnitEmbedder(model, config)
     units = iter_units(read_sequences([str(fasta)]))
-    batches = [work.batch for slab in layout.lay_out(units) for work in slab.batches]
+    batches = [work.batch for slab in layout.runner.lay_out(units) for work in slab.batches]
     output = scratch / "overhead.h5"
 
     def bare() -> None:

@@ -44,26 +44,27 @@ class SequenceRecord:
     """1-based line of the record's header (or of the BED/GFF3 row), where the format has lines."""
     start: int = 0
     """First base of the embedded part, in the coordinates of the parent sequence."""
-    end: int | None = None
-    """One past the last base of the embedded part; None means ``start`` plus the core's length."""
+    end: int = -1
+    """One past the last base of the embedded part; -1 stands for ``start`` plus the core's length."""
     strand: Strand = "+"
     """``-`` where a region was taken from the reverse strand."""
     core_start: int = 0
     """First base of ``sequence`` that pooling counts (what is before it is flank)."""
-    core_end: int | None = None
-    """One past the last base of ``sequence`` that pooling counts; None means all of it."""
+    core_end: int = -1
+    """One past the last base of ``sequence`` that pooling counts; -1 stands for the end of ``sequence``."""
     flags: tuple[str, ...] = ()
     """What policies did to this record: ``masked:12``, ``renamed``, ``gaps:3`` ..."""
 
     def __post_init__(self) -> None:
-        core_end = len(self.sequence) if self.core_end is None else self.core_end
+        # the fields hold places, whatever was given: no reader has to ask
+        core_end = len(self.sequence) if self.core_end == -1 else self.core_end
         if not 0 <= self.core_start <= core_end <= len(self.sequence):
             message = (
                 f"core {self.core_start}-{core_end} lies outside a sequence of {len(self.sequence)} bases"
             )
             raise ShapeError(message)
         object.__setattr__(self, "core_end", core_end)
-        if self.end is None:
+        if self.end == -1:
             object.__setattr__(self, "end", self.start + core_end - self.core_start)
 
     @property

@@ -300,7 +300,7 @@ def count_work(
     """Lay units out as a run would, and count."""
     work, sample = Workload(), Sample()
     unit_tokens = 0
-    for slab in embedder.lay_out(units):
+    for slab in embedder.runner.lay_out(units):
         unit_tokens += _count_pieces(slab, work)
         for batch in slab.batches:
             shortened = replace(batch, batch=_shortened(batch.batch, embedder))
@@ -319,11 +319,11 @@ def measure(sample: Sample, embedder: UnitEmbedder) -> Measured | None:
     device = embedder.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    embedder.try_batch(sample.largest.work, sample.largest.records)
+    embedder.runner.try_batch(sample.largest.work, sample.largest.records)
     costs = []
     for sampled in sample.drawn:
         started = time.perf_counter()
-        embedder.try_batch(sampled.work, sampled.records)
+        embedder.runner.try_batch(sampled.work, sampled.records)
         costs.append((time.perf_counter() - started) / sampled.work.batch.num_tokens)
     return Measured(
         num_batches=len(costs),
@@ -374,7 +374,7 @@ def _row_bytes(record: SequenceRecord) -> int:
 
 def _shortened(batch: Batch, embedder: UnitEmbedder) -> Batch:
     """Cut a sequence that will run in blocks, so that a few of them are measured."""
-    most = _BLOCKS * embedder.block_tokens
+    most = _BLOCKS * embedder.runner.block_tokens
     if not embedder.model.carries_state or batch.input_ids.shape[1] <= most:
         return batch
     pool_mask = batch.pool_mask[:, :most].clone()

@@ -427,7 +427,7 @@ def test_record_that_memory_does_not_hold_is_a_failure(fasta, tmp_path, monkeypa
 
 
 def test_blocks_get_smaller_when_memory_is_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.pipeline.embedder.LEAST_BLOCK_TOKENS", 8)
+    monkeypatch.setattr("genoembed.pipeline.forward.LEAST_BLOCK_TOKENS", 8)
     monkeypatch.setattr("genoembed.pipeline.forward._LEAST_BLOCK", 8)
     fasta = write_fasta(tmp_path / "in.fa", {"long": random_dna(60, 1)})
     options = {"model": model_of(STRIPED), "layers": ["final"], "batch_tokens": 48}

@@ -109,7 +109,7 @@ def test_output_that_must_stay_is_refused(fasta, tmp_path):
 
 
 def test_long_sequence_is_measured_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.pipeline.embedder.LEAST_BLOCK_TOKENS", 4)
+    monkeypatch.setattr("genoembed.pipeline.forward.LEAST_BLOCK_TOKENS", 4)
     fasta = write_fasta(tmp_path / "in.fa", {"long": random_dna(64, 1)})
     lengths = []
     original = type(model_of(STRIPED)).forward_in_blocks

@@ -60,20 +60,12 @@ class LanguageModel:
         """Run one batch."""
         found_BL = torch.full(batch.input_ids.shape, torch.nan)
         ids_BL = batch.input_ids.to(self.model.device)
-        try:
-            with torch.inference_mode(), evaluating(self._whole or self._base):
-                for span, logits_BCV in self._logits(ids_BL, batch, layers, take, block_tokens):
-                    targets_BC = ids_BL[:, span.start + 1 : span.stop + 1]
-                    found_BL[:, span.start + 1 : span.stop + 1] = _target_log_probs(
-                        logits_BCV[:, : targets_BC.shape[1]], targets_BC
-                    )
-        except torch.OutOfMemoryError as error:
-            num_rows, length = batch.input_ids.shape
-            message = (
-                f"device {str(self.model.device)!r} has no memory left for {num_rows} x {length} tokens; "
-                "set batch_tokens lower, or window where a single sequence is too long"
-            )
-            raise ModelError(message) from error
+        with torch.inference_mode(), evaluating(self._whole or self._base):
+            for span, logits_BCV in self._logits(ids_BL, batch, layers, take, block_tokens):
+                targets_BC = ids_BL[:, span.start + 1 : span.stop + 1]
+                found_BL[:, span.start + 1 : span.stop + 1] = _target_log_probs(
+                    logits_BCV[:, : targets_BC.shape[1]], targets_BC
+                )
         return found_BL.masked_fill(batch.attention_mask == 0, torch.nan)
 
     def _logits(

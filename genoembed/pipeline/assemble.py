@@ -26,6 +26,7 @@ from genoembed.pooling.reduce import merge_windows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from genoembed.config.choices import TokenPooling as PooledBy
@@ -88,10 +89,31 @@ class Taken:
     """Of its vectors, among those of the unit."""
     weight: int
     """Bases that count in it, at least 1."""
+    spans: NDArray[np.int64] | None
+    """Bases of each token that counts, on its strand, ``(T, 2)``; None where no one needs them."""
 
 
 TakenPieces: TypeAlias = "Mapping[tuple[int, bool], Mapping[int, Taken]]"
 """Pieces with at least one token that counts, by record and strand (True is reverse), then by window."""
+
+
+def strand_pieces(taken: TakenPieces, key: tuple[int, bool]) -> list[Taken]:
+    """Collect what the pieces of one strand of a record gave, in its reading order."""
+    return [piece for _, piece in sorted(taken.get(key, {}).items())]
+
+
+def merge_pieces(
+    parts: Sequence[Sequence[Taken]], name: str, vectors: PieceVectors, *, method: PooledBy
+) -> Tensor:
+    """Merge the pooled vectors of the windows of each row; one vector per row."""
+    matrix_ND = vectors.pooled(name, [mine[0].number for mine in parts])
+    for row, mine in enumerate(parts):
+        if len(mine) > 1:
+            # by bases, not by tokens: windows of the same bases may have unequal numbers of tokens
+            weights = torch.tensor([part.weight for part in mine], dtype=torch.float64)
+            windows_KD = vectors.pooled(name, [part.number for part in mine])
+            matrix_ND[row] = merge_windows(windows_KD, weights, method=method)
+    return matrix_ND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,9 +188,10 @@ class RowBuilder:
 
     def _parts(self, taken: TakenPieces, key: tuple[int, bool], number: int | None) -> list[Taken]:
         """Give the pieces of a row, in the reading order of their strand."""
+        if number is None:
+            return strand_pieces(taken, key)
         pieces = taken.get(key, {})
-        numbers = sorted(pieces) if number is None else [number]
-        return [pieces[wanted] for wanted in numbers if wanted in pieces]
+        return [pieces[number]] if number in pieces else []
 
     def _check(
         self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow, vectors: PieceVectors
@@ -217,19 +240,8 @@ class RowBuilder:
         )
 
     def _merged(self, parts: Sequence[Sequence[Taken]], layer: str, vectors: PieceVectors) -> Tensor:
-        """Pooled vectors of all rows at one layer and strand; those of several windows are merged."""
-        matrix_ND = vectors.pooled(layer, [mine[0].number for mine in parts])
-        for row, mine in enumerate(parts):
-            if len(mine) > 1:
-                weights = torch.tensor([part.weight for part in mine], dtype=torch.float64)
-                windows_KD = vectors.pooled(layer, [part.number for part in mine])
-                matrix_ND[row] = merge_windows(windows_KD, weights, method=self._pooling)
-        return matrix_ND
-
-    @property
-    def _pooling(self) -> PooledBy:
         assert self.embedding.pooling != "none", "token vectors are not merged"
-        return self.embedding.pooling
+        return merge_pieces(parts, layer, vectors, method=self.embedding.pooling)
 
     def _token_block(
         self,
@@ -298,13 +310,12 @@ def _with_rows(
 
 
 def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
-    end, core_end = _ends(record)
     return ObsRow(
         id=record.id,
         description=record.description,
-        length=core_end - record.core_start,
+        length=record.core_end - record.core_start,
         start=record.start,
-        end=end,
+        end=record.end,
         strand=record.strand,
         source=record.source,
         n_windows=num_windows,
@@ -315,11 +326,10 @@ def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
 
 def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
     """Describe one window by the bases it answers for, in the parent's coordinates, and what it sees."""
-    end, core_end = _ends(record)
-    before, after = window.core_start - record.core_start, core_end - window.core_end
+    before, after = window.core_start - record.core_start, record.core_end - window.core_end
     if record.strand == "-":
         before, after = after, before
-    start, end = record.start + before, end - after
+    start, end = record.start + before, record.end - after
     return ObsRow(
         id=f"{record.id}:{start + 1}-{end}",  # as places are written: from 1, both ends included
         description=record.description,
@@ -332,9 +342,3 @@ def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
         sha256=hashlib.sha256(record.sequence[window.start : window.end]).hexdigest(),
         flags=",".join(record.flags),
     )
-
-
-def _ends(record: SequenceRecord) -> tuple[int, int]:
-    assert record.end is not None, "a record sets it when it is made"
-    assert record.core_end is not None, "a record sets it when it is made"
-    return record.end, record.core_end

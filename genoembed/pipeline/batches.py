@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from genoembed.batching.order import plan_batches
 from genoembed.batching.pad import pad_batch
@@ -18,13 +18,20 @@ from genoembed.errors import SequenceLengthError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from genoembed.contracts import Batch, Window
-    from genoembed.pipeline.cutting import Cutter, Piece
+    import torch
+
+    from genoembed.contracts import Batch, SequenceRecord, Window
+    from genoembed.pipeline.cutting import Piece
     from genoembed.pipeline.units import WorkUnit
+    from genoembed.tokenization.hf import SequenceEncoder
 
 
 logger = logging.getLogger(__name__)
 
+BATCH_TOKENS = {"cpu": 2048}
+"""Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster, as what one
+layer hands to the next stays in the cache; docs/CONCEPTS.md has the figures."""
+_BATCH_TOKENS_ELSEWHERE = 16384
 SLAB_BATCHES = 32
 """Batches' worth of tokens in a slab: enough to find pieces of like length."""
 _SHORT, _SHORT_STEP, _STEP = 256, 16, 64
@@ -33,6 +40,29 @@ new shape and keep it: with each length its own, half-precision passes took a th
 a megabyte a shape."""
 _PADDING_PART = 16
 """Of a batch, what may be padding: one 16th, about what a pass costs that runs fewer pieces instead."""
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Slots of a forward pass where the user names none, padding included."""
+    return BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE)
+
+
+class PieceCutter(Protocol):
+    """Cuts records: :class:`~genoembed.pipeline.cutting.Cutter`, or what changes the pieces that it gives."""
+
+    @property
+    def encoder(self) -> SequenceEncoder:
+        """Makes tokens of bases."""
+
+    @property
+    def both_strands(self) -> bool:
+        """Whether the reverse complement is cut, too."""
+
+    def windows(self, record: SequenceRecord) -> list[Window]:
+        """Cut one record."""
+
+    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
+        """Encode the windows of one record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +110,13 @@ class _Draft:
 class SlabBuilder:
     """Knows how pieces are cut, and what a forward pass may hold."""
 
-    cutter: Cutter
+    cutter: PieceCutter
     batch_tokens: int
     """Slots of a batch, padding included."""
+    max_rows: int | None = None
+    """Pieces of a batch at most."""
+    max_tokens: int | None = None
+    """Context of the model, special tokens included; None is no limit."""
     equal_lengths: bool
     """Whether padding would change the model's output, so that a batch must hold pieces of one length."""
     rounds_lengths: bool = False
@@ -137,6 +171,7 @@ class SlabBuilder:
         plan = plan_batches(
             [self._padded(len(piece.encoded.input_ids)) for piece in draft.fresh],
             max_tokens=self.batch_tokens,
+            max_rows=self.max_rows,
             max_padding=self.batch_tokens // _PADDING_PART,
             equal_lengths=self.equal_lengths,
         )
@@ -169,4 +204,4 @@ class SlabBuilder:
             return length
         step = _STEP if length > _SHORT else _SHORT_STEP
         rounded = -(-length // step) * step
-        return rounded if self.cutter.max_tokens is None else min(rounded, self.cutter.max_tokens)
+        return rounded if self.max_tokens is None else max(length, min(rounded, self.max_tokens))

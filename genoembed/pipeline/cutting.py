@@ -10,7 +10,7 @@ the same pieces, strands swapped. Where each window has its own row, it is cut a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from genoembed.tokenization.hf import SequenceEncoder
 
 
+_PROBE = b"ACGT" * 6
 _BASES_PER_TOKEN = 16
 """No tokenizer in use joins more bases on average: longer records are cut without being tried whole."""
 _SHARES = (1.0, 0.95, 0.85, 0.7, 0.5)
@@ -46,12 +47,32 @@ class Piece:
     """Which window of this strand, in its reading order; with ``mirror``, of the forward strand."""
     is_reverse: bool
     """Whether this is the reverse complement."""
+    start: int
+    """First base that the model sees, on this strand."""
+    end: int
+    """One past the last one."""
     num_bases: int
     """Bases that count: those of the core that this piece answers for, less those skipped."""
     encoded: EncodedSequence
     pool_mask: NDArray[np.bool_]
-    content: bytes
+    content: bytes = field(init=False)
     """SHA-256 of the tokens that the model sees and of which of them count; equal for equal vectors."""
+
+    def __post_init__(self) -> None:
+        # the ids of one encoder have one dtype, so equal bytes are equal ids
+        digest = hashlib.sha256(np.ascontiguousarray(self.encoded.input_ids).data)
+        digest.update(self.pool_mask.data)
+        object.__setattr__(self, "content", digest.digest())
+
+    def spans(self) -> NDArray[np.int64]:
+        """Find the bases of each token that counts on this strand, half-open; int64, ``(T, 2)``."""
+        first = self.encoded.base_start
+        if first is None:
+            first = np.arange(len(self.encoded.input_ids), dtype=np.int64)
+        has_bases = first >= 0
+        ends = np.zeros_like(first)
+        ends[has_bases] = np.append(first[has_bases][1:], self.end - self.start)
+        return np.stack([first, ends], axis=1)[self.pool_mask] + self.start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +119,17 @@ class Cutter:
         """Bases that surely fit the model's context; None is no limit."""
         return None if self.max_tokens is None else self.encoder.max_bases(self.max_tokens)
 
+    @property
+    def has_token_per_base(self) -> bool:
+        """Whether each base is a token of its own."""
+        if self.encoder.aligned:
+            return True
+        starts = self.encoder.encode(_PROBE).base_start
+        return starts is None or starts[starts >= 0].tolist() == list(range(len(_PROBE)))
+
     def windows(self, record: SequenceRecord) -> list[Window]:
         """Cut one record."""
-        return self._cut(record.sequence, record.core_start, _core_end(record))
+        return self._cut(record.sequence, record.core_start, record.core_end)
 
     def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
         """Encode the windows of one record, on one strand or both."""
@@ -113,7 +142,7 @@ class Cutter:
         if self.mirror:
             reverse_windows = [self._mirror(window, length) for window in windows]
         else:
-            reverse_windows = self._cut(backward, length - _core_end(record), length - record.core_start)
+            reverse_windows = self._cut(backward, length - record.core_end, length - record.core_start)
         for number, window in enumerate(reverse_windows):
             yield self._piece(record, backward, window, record_index, number, is_reverse=True)
 
@@ -208,10 +237,11 @@ class Cutter:
             record_index=record_index,
             window_index=window_index,
             is_reverse=is_reverse,
+            start=window.start,
+            end=window.end,
             num_bases=max(0, window.core_end - first),
             encoded=encoded,
             pool_mask=counted,
-            content=_digest(encoded.input_ids, counted),
         )
 
     def _mirror(self, window: Window, length: int) -> Window:
@@ -223,15 +253,3 @@ class Cutter:
         else:
             start, end = length - window.end, length - window.start
         return Window(start=start, end=end, core_start=core_start, core_end=core_end)
-
-
-def _core_end(record: SequenceRecord) -> int:
-    assert record.core_end is not None, "a record sets it when it is made"
-    return record.core_end
-
-
-def _digest(input_ids: NDArray[np.integer], counted: NDArray[np.bool_]) -> bytes:
-    """Tell pieces apart; the ids of one encoder have one dtype, so equal bytes are equal ids."""
-    digest = hashlib.sha256(np.ascontiguousarray(input_ids).data)
-    digest.update(counted.data)
-    return digest.digest()

@@ -1,73 +1,44 @@
-"""Embed work units: lay them out, run their batches, build rows from what those gave.
+"""Embed work units: from the settings of a run to its cutter, batches, reducer and rows.
 
 Holds the model once and is called with unit after unit, here or in a worker. The three steps of a unit can be
-had one by one, so that the first and the last may run in threads beside the forward passes: ``lay_out`` (cut,
-encode, pad), ``run`` (forward, pool) and ``rows`` (merge windows, strands and layers).
+had one by one, so that the first and the last may run in threads beside the forward passes:
+``runner.lay_out`` (cut, encode, pad), ``runner.run`` (forward, pool) and ``rows`` (merge windows, strands and
+layers).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, ModelError
-from genoembed.pipeline.assemble import PieceVectors, RowBuilder, Taken
-from genoembed.pipeline.batches import SlabBuilder
+from genoembed.pipeline.assemble import RowBuilder
+from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
 from genoembed.pipeline.cutting import Cutter
-from genoembed.pipeline.forward import BatchRunner
+from genoembed.pipeline.forward import LayerReducer, UnitRunner
 from genoembed.pipeline.request import finisher
-from genoembed.pipeline.threads import Interruption
-from genoembed.pipeline.units import UNIT_RECORDS, RunStats, UnitTally
+from genoembed.pipeline.units import UNIT_RECORDS
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import check_pooling
 from genoembed.store import UnitRecord, UnitRows
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable
 
     from genoembed.config.embed import EmbedConfig
-    from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
-    from genoembed.pipeline.assemble import TakenPieces
-    from genoembed.pipeline.batches import PieceBatch, Slab
-    from genoembed.pipeline.cutting import Piece
-    from genoembed.pipeline.forward import RunPieces
-    from genoembed.pipeline.units import WorkUnit
-    from genoembed.tokenization.hf import SequenceEncoder
+    from genoembed.pipeline.forward import UnitResults
+    from genoembed.pipeline.threads import Interruption
+    from genoembed.pipeline.units import RunStats, WorkUnit
 
 
-BATCH_TOKENS = {"cpu": 2048}
-"""Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster, as what one
-layer hands to the next stays in the cache; docs/CONCEPTS.md has the figures."""
-_BATCH_TOKENS_ELSEWHERE = 16384
-LEAST_BLOCK_TOKENS = 512
-"""A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _WIDE = 16384
-_PROBE = b"ACGT" * 6
 _UNIT_VALUES = 1 << 25
 UNIT_BYTES = _UNIT_VALUES * 4
 """Of the vectors of a unit, at most, unless a single record has more: 128 MiB. Two units are held, and a copy
 of one while it is written."""
-_COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddedUnit:
-    """A unit of which all pieces have run."""
-
-    unit: WorkUnit
-    cuts: Sequence[Sequence[Window]]
-    """Windows of each record, on the forward strand."""
-    taken: TakenPieces
-    vectors: PieceVectors
-    failed: Mapping[int, str]
-    """Records that have no vector, by index: why."""
-    stats: Mapping[str, float]
-    """What its forward passes cost."""
 
 
 class UnitEmbedder:
@@ -92,28 +63,9 @@ class UnitEmbedder:
         self.width_bound = sum(info.width or _WIDE for info in infos) * self.num_strands
         """Features of all layers and strands together; where a layer's are not known before it has run, a
         large guess."""
-        self.batch_tokens = config.model.batch_tokens or BATCH_TOKENS.get(
-            model.device.type, _BATCH_TOKENS_ELSEWHERE
-        )
-        """Slots of a forward pass, padding included."""
-        self.stats = RunStats()
         self._skips_failed = config.run.on_error == "skip"
-        self.block_tokens = max(self.batch_tokens, LEAST_BLOCK_TOKENS)
-        """Positions of a block, where a long sequence runs in blocks."""
-        self._runner = BatchRunner(
-            model,
-            self.layers,
-            config.embedding,
-            self.stats,
-            block_tokens=self.block_tokens,
-            skips_failed=self._skips_failed,
-        )
-        self._on_batch = on_batch
-        self._interruption = interruption or Interruption()
-        encoder = build_encoder(model.tokenizer)
-        self._check(encoder)
         self._cutter = Cutter(
-            encoder=encoder,
+            encoder=build_encoder(model.tokenizer),
             max_tokens=model.max_length,
             is_causal=model.is_causal,
             window=config.windows.window,
@@ -122,13 +74,22 @@ class UnitEmbedder:
             both_strands=config.embedding.rc != "none",
             mirror=config.windows.per_window,
         )
-        self._slabs = SlabBuilder(
+        self._check()
+        slabs = SlabBuilder(
             cutter=self._cutter,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=config.model.batch_tokens or default_batch_tokens(model.device),
+            max_tokens=model.max_length,
             equal_lengths=model.padding == "equal",
             rounds_lengths=model.carries_state,
             skips_failed=self._skips_failed,
         )
+        self.batch_tokens = slabs.batch_tokens
+        """Slots of a forward pass, padding included."""
+        self._reducer = LayerReducer(
+            model, self.layers, config.embedding.pooling, fusion=config.embedding.fusion
+        )
+        self.runner = UnitRunner(self._reducer, slabs, on_batch=on_batch, interruption=interruption)
+        self.stats = self.runner.stats
         self._rows = RowBuilder(
             layers=self.layers,
             embedding=config.embedding,
@@ -138,13 +99,7 @@ class UnitEmbedder:
 
     def __call__(self, unit: WorkUnit) -> UnitRows:
         """Embed the records of a unit."""
-        (embedded,) = self.run(self.lay_out([unit]))
-        return self.rows(embedded)
-
-    @property
-    def layer_widths(self) -> Mapping[str, int]:
-        """Features of each layer on one strand; empty before the first batch."""
-        return self._runner.layer_widths
+        return self.rows(self.runner(unit))
 
     @property
     def unit_bases(self) -> int:
@@ -170,44 +125,7 @@ class UnitEmbedder:
         window = self.config.windows.window or self._cutter.context_bases
         return None if window is None else self.config.windows.stride or max(1, window - window // 4)
 
-    def lay_out(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
-        """Cut, encode and pad units; no torch arithmetic, so that a thread may do it."""
-        yield from self._slabs.slabs(units)
-
-    def run(self, slabs: Iterable[Slab]) -> Generator[EmbeddedUnit, None, None]:
-        """Run the model."""
-        progress: _UnitProgress | None = None
-        for slab in slabs:
-            if progress is None:
-                progress = _UnitProgress(slab, self.stats, num_strands=self.num_strands)
-            progress.open(slab)
-            for work in slab.batches:
-                with self._interruption.held():
-                    for done in self._runner.run(work, slab.unit.records):
-                        progress.take(done)
-                self._report()
-            if slab.is_last:
-                self.stats.units += 1
-                embedded = EmbeddedUnit(
-                    unit=slab.unit,
-                    cuts=slab.cuts,
-                    taken=progress.taken,
-                    vectors=progress.vectors,
-                    failed=progress.failed,
-                    stats=progress.cost(),
-                )
-                progress = None
-                self._report()
-                del slab
-                yield embedded
-                del embedded
-
-    def try_batch(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> None:
-        """Run one batch and keep nothing, to see what it costs."""
-        for _ in self._runner.run(work, records):
-            pass
-
-    def rows(self, embedded: EmbeddedUnit) -> UnitRows:
+    def rows(self, embedded: UnitResults) -> UnitRows:
         """Build the rows of a unit; a thread may do it."""
         unit, failed = embedded.unit, dict(embedded.failed)
         if self._skips_failed:
@@ -247,14 +165,10 @@ class UnitEmbedder:
         """Names of the columns of each matrix; empty where no width is known before the first batch."""
         method, strands = self.config.embedding.fusion, self.config.embedding.rc
         are_stated = len(self._stated_widths) == len(self.layers)
-        widths = self.layer_widths or (self._stated_widths if are_stated else {})
+        widths = self._reducer.widths or (self._stated_widths if are_stated else {})
         return feature_names(widths, method=method, strands=strands) if widths else {}
 
-    def _report(self) -> None:
-        if self._on_batch is not None:
-            self._on_batch(self.stats)
-
-    def _check(self, encoder: SequenceEncoder) -> None:
+    def _check(self) -> None:
         """Refuse what does not go with this model, before anything is read."""
         embedding = self.config.embedding
         problems: list[str] = []
@@ -267,73 +181,9 @@ class UnitEmbedder:
             problems.append(
                 f"fusion_weights has {num_weights} numbers for {num_layers} layers; give one a layer"
             )
-        if embedding.pooling == "none" and embedding.rc != "none" and not _has_token_per_base(encoder):
+        if embedding.pooling == "none" and embedding.rc != "none" and not self._cutter.has_token_per_base:
             problems.append(
                 "pooling='none' with rc needs a token a base, and this tokenizer joins bases; set rc='none'"
             )
         if problems:
             raise ConfigError(*problems)
-
-
-class _UnitProgress:
-    """What the pieces of a unit gave so far; those that repeat another get what that one gave."""
-
-    def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int) -> None:
-        self.taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
-        self.vectors = PieceVectors(sum(map(len, slab.cuts)) * num_strands)
-        self._stats = stats
-        self._tally = UnitTally(slab, stats, num_strands=num_strands)
-        self._numbers: dict[bytes, int] = {}
-        self._followers: dict[bytes, list[Piece]] = defaultdict(list)
-        self._spoiled: dict[bytes, str] = {}
-        self._before = asdict(stats)
-        self.failed: dict[int, str] = {}
-
-    def open(self, slab: Slab) -> None:
-        """Take a slab in: what need not run is done, or waits for the piece that it repeats."""
-        self._tally.open(slab)
-        self.failed.update(slab.failed)
-        for piece in slab.empty:
-            self._tally.settle(piece)
-        self._stats.repeats += len(slab.repeats)
-        for piece in slab.repeats:
-            if piece.content in self._numbers:
-                self._keep(piece)
-            elif piece.content in self._spoiled:
-                self._fail(piece, self._spoiled[piece.content])
-            else:
-                self._followers[piece.content].append(piece)
-
-    def take(self, done: RunPieces) -> None:
-        """Keep what some pieces of a batch gave."""
-        for piece, reason in done.failed:
-            self._spoiled[piece.content] = reason
-            for same in (piece, *self._followers.pop(piece.content, ())):
-                self._fail(same, reason)
-        if not done.pieces:
-            return
-        for piece, number in zip(done.pieces, self.vectors.add(done.vectors), strict=True):
-            self._numbers[piece.content] = number
-            for same in (piece, *self._followers.pop(piece.content, ())):
-                self._keep(same)
-
-    def cost(self) -> dict[str, float]:
-        """Say what the unit's forward passes cost, when it is done."""
-        now = asdict(self._stats)
-        return {name: now[name] - self._before[name] for name in _COSTS}
-
-    def _fail(self, piece: Piece, reason: str) -> None:
-        self.failed[piece.record_index] = reason
-        self._tally.settle(piece)
-
-    def _keep(self, piece: Piece) -> None:
-        taken = Taken(number=self._numbers[piece.content], weight=piece.num_bases)
-        self.taken[piece.record_index, piece.is_reverse][piece.window_index] = taken
-        self._tally.settle(piece)
-
-
-def _has_token_per_base(encoder: SequenceEncoder) -> bool:
-    if encoder.aligned:
-        return True
-    starts = encoder.encode(_PROBE).base_start
-    return starts is not None and starts[starts >= 0].tolist() == list(range(len(_PROBE)))

@@ -1,7 +1,10 @@
-"""One forward pass: run a batch as far as the deepest layer, pool each layer the moment it is there.
+"""Run pieces through a model: what they give is reduced at once, and batches shrink where memory is short.
 
-In: a padded batch and the pieces in its rows. Out: finite vectors of each piece. Promised: of pooled layers
-no activation is kept, so memory does not grow with the number of layers.
+In: work units. Out: for each unit, what its pieces gave. What is kept of a forward pass is the business of a
+*reducer*: :class:`LayerReducer` keeps pooled vectors or token states, :class:`NextTokenReducer`
+log-probabilities; training adds one for its own modules. Promised: equal pieces run once; of pooled layers no
+activation is kept, so memory does not grow with their number; after an out-of-memory error the result is the
+same.
 
 B rows, L padded length, D hidden size, T tokens.
 """
@@ -11,35 +14,128 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
 from genoembed.contracts import Batch
 from genoembed.errors import ModelError, NonFiniteError
+from genoembed.pipeline.assemble import PieceVectors, Taken
 from genoembed.pipeline.batches import PieceBatch
+from genoembed.pipeline.threads import Interruption
+from genoembed.pipeline.units import RunStats
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import RunningPool, pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from genoembed.config.choices import Pooling
-    from genoembed.config.embed import EmbeddingConfig
-    from genoembed.contracts import SequenceRecord
+    from genoembed.config.choices import Fusion, Pooling
+    from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.language_model import LanguageModel
+    from genoembed.pipeline.assemble import TakenPieces
+    from genoembed.pipeline.batches import Slab, SlabBuilder
     from genoembed.pipeline.cutting import Piece
-    from genoembed.pipeline.units import RunStats
+    from genoembed.pipeline.units import WorkUnit
 
 
 logger = logging.getLogger(__name__)
 
+LEAST_BLOCK_TOKENS = 512
+"""A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _LEAST_BLOCK = 64
 """Positions of a block, when memory is short."""
 _CPU_ALLOCATOR = "DefaultCPUAllocator: "
+_COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
+LOG_PROBS = "log_probs"
+"""Under which name :class:`NextTokenReducer` gives log-probabilities."""
+
+RowValues: TypeAlias = "Mapping[str, Tensor | Sequence[Tensor]]"
+"""What the rows of a batch give, by name (most often of a layer), on the CPU: one vector per row, ``(B, D)``,
+or for each row a tensor of its own, ``(T, D)`` or ``(T,)``."""
+
+
+class Reducer(Protocol):
+    """A model, and what is kept of its forward passes."""
+
+    pooling_s: float
+    """Seconds spent on reducing so far."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether a long row may run in blocks."""
+
+    def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
+        """Run a batch; rows longer than ``block_tokens`` in blocks, if the model can."""
+
+
+class LayerReducer:
+    """Keeps activations of layers: pooled, or with pooling ``none`` those of each token that counts."""
+
+    def __init__(
+        self, model: GenomicModel, layers: Sequence[str], pooling: Pooling, *, fusion: Fusion = "none"
+    ) -> None:
+        self.pooling_s = 0.0
+        self.widths: dict[str, int] = {}
+        """Features of each layer; empty before the first batch."""
+        self.device = model.device
+        self.carries_state = model.carries_state
+        self._model = model
+        self._layers = layers
+        self._pooling = pooling
+        self._fusion = fusion
+
+    def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
+        """Run a batch as far as the deepest layer."""
+        pooling = _BatchPooling(self._pooling, batch)
+        if self.carries_state and batch.input_ids.shape[1] > block_tokens:
+            self._model.forward_in_blocks(batch, self._layers, pooling.take_block, block_tokens=block_tokens)
+            captured = pooling.joined()
+        else:
+            captured = self._model.forward(batch, self._layers, pooling)
+        taken = {layer: vectors.cpu() for layer, vectors in captured.items()}
+        self.pooling_s += pooling.seconds
+        if not self.widths:
+            self.widths = {layer: vectors.shape[-1] for layer, vectors in taken.items()}
+            feature_names(self.widths, method=self._fusion)  # refuses unequal widths before more is run
+        return {layer: pooling.split(vectors) for layer, vectors in taken.items()}
+
+
+class NextTokenReducer:
+    """Keeps natural logarithms of next-token probabilities, and pooled layers if there are any.
+
+    Log-probabilities are of the tokens that count and that another precedes: a row's first token has none.
+    """
+
+    def __init__(self, model: LanguageModel, layers: Sequence[str], pooling: Pooling) -> None:
+        self.pooling_s = 0.0
+        self.device = model.model.device
+        self.carries_state = model.model.carries_state
+        self._model = model
+        self._layers = layers
+        self._pooling = pooling
+
+    def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
+        """Run a batch to the model's head."""
+        pooling = _BatchPooling(self._pooling, batch)
+        log_probs_BL = self._model.log_probs(
+            batch, layers=self._layers, take=pooling.take_block, block_tokens=block_tokens
+        )
+        predicted_BL = batch.pool_mask.clone()
+        predicted_BL[:, 0] = False
+        rows = tuple(row[mask] for row, mask in zip(log_probs_BL, predicted_BL, strict=True))
+        pooled = {layer: vectors.cpu() for layer, vectors in pooling.joined().items()}
+        self.pooling_s += pooling.seconds
+        return {LOG_PROBS: rows, **pooled}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,41 +143,37 @@ class RunPieces:
     """What some pieces of a batch gave."""
 
     pieces: tuple[Piece, ...]
-    vectors: Mapping[str, Tensor | Sequence[Tensor]]
-    """By layer, float32 on the CPU: ``(P, D)`` where they are pooled, else ``(T, D)`` for each piece."""
+    values: RowValues
     failed: tuple[tuple[Piece, str], ...] = ()
-    """Pieces without vectors, and why."""
+    """Pieces without values, and why."""
 
 
 class BatchRunner:
-    """Runs batches of one model."""
+    """Runs batches with one reducer."""
 
     def __init__(
         self,
-        model: GenomicModel,
-        layers: Sequence[str],
-        embedding: EmbeddingConfig,
+        reducer: Reducer,
         stats: RunStats,
         *,
         block_tokens: int,
         skips_failed: bool = False,
+        keeps_nan: bool = False,
     ) -> None:
         self.max_slots = sys.maxsize
         """Slots of a pass that memory holds, as far as is known: halved when it did not."""
-        self.layer_widths: dict[str, int] = {}
-        """Features of each layer; empty before the first batch."""
-        self._model = model
-        self._layers = layers
-        self._embedding = embedding
+        self._reducer = reducer
         self._stats = stats
         self._block_tokens = block_tokens
         self._skips_failed = skips_failed
+        self._keeps_nan = keeps_nan
 
     def run(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> Iterator[RunPieces]:
         """Run one batch, in parts where memory does not hold it as a whole.
 
         Memory that is short once is short again: batches that follow are divided from the start.
         """
+        # a stack whose top is the leftmost part: parts come out in the order of the rows
         waiting = [range(len(work.pieces))]
         length = work.batch.input_ids.shape[1]
         while waiting:
@@ -92,27 +184,29 @@ class BatchRunner:
                 continue
             part = _rows_of(work, rows)
             try:
-                taken, pooling = self._forward(part.batch)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                values = self._forward(part.batch)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _is_out_of_memory(error):
                     raise
-                problem = None if self._back_off(part) else self._no_memory(part)
-                if problem is None:
-                    waiting.append(rows)
-                    continue
-                if not self._skips_failed:
-                    raise problem from error
-                yield RunPieces(pieces=(), vectors={}, failed=((part.pieces[0], "no memory"),))
+                # out of the "except", whose traceback keeps the tensors of the failed pass alive
+                lacking = error.with_traceback(None)
+            else:
+                yield self._checked(part, values, records)
                 continue
-            yield self._checked(part, taken, pooling, records)
+            if self._back_off(part):
+                waiting.append(rows)
+            elif self._skips_failed:
+                yield RunPieces(pieces=(), values={}, failed=((part.pieces[0], "no memory"),))
+            else:
+                raise self._no_memory(part) from lacking
 
     def _back_off(self, part: PieceBatch) -> bool:
         """Halve what a pass may hold; False where it holds a single piece that cannot be divided."""
-        _free_cache(self._model.device)
+        _free_cache(self._reducer.device)
         num_rows, length = part.batch.input_ids.shape
         if num_rows > 1:
             self.max_slots = num_rows * length // 2
-        elif self._model.carries_state and min(self._block_tokens, length) > _LEAST_BLOCK:
+        elif self._reducer.carries_state and min(self._block_tokens, length) > _LEAST_BLOCK:
             self._block_tokens = max(_LEAST_BLOCK, min(self._block_tokens, length) // 2)
         else:
             return False
@@ -122,7 +216,7 @@ class BatchRunner:
             "no memory for a pass of %d x %d tokens on %s: at most %d at a time from here on",
             num_rows,
             length,
-            self._model.device,
+            self._reducer.device,
             now,
         )
         return True
@@ -130,58 +224,36 @@ class BatchRunner:
     def _no_memory(self, part: PieceBatch) -> ModelError:
         num_rows, length = part.batch.input_ids.shape
         message = (
-            f"device {str(self._model.device)!r} has no memory left for {num_rows} x {length} tokens; "
+            f"device {str(self._reducer.device)!r} has no memory left for {num_rows} x {length} tokens; "
             "set window to cut long sequences, dtype to bfloat16, or device to one with more memory"
         )
         return ModelError(message)
 
-    def _checked(
-        self,
-        part: PieceBatch,
-        taken: Mapping[str, Tensor],
-        pooling: _BatchPooling,
-        records: Sequence[SequenceRecord],
-    ) -> RunPieces:
-        """Give each piece its own, and set apart those with values that are not finite."""
-        if not self.layer_widths:
-            self.layer_widths = {layer: vectors.shape[-1] for layer, vectors in taken.items()}
-            feature_names(self.layer_widths, method=self._embedding.fusion)  # refuses unequal widths
-        rows = {layer: pooling.split(vectors) for layer, vectors in taken.items()}
-        spoiled = [layer for layer, vectors in taken.items() if not bool(torch.isfinite(vectors).all())]
-        if not spoiled:
-            return RunPieces(pieces=part.pieces, vectors=rows)
-        bad = {
-            number
-            for layer in spoiled
-            for number, mine in enumerate(rows[layer])
-            if not bool(torch.isfinite(mine).all())
-        }
+    def _checked(self, part: PieceBatch, values: RowValues, records: Sequence[SequenceRecord]) -> RunPieces:
+        """Set apart the pieces with values that are not finite."""
+        bad = {} if self._keeps_nan else _not_finite(values)
+        if not bad:
+            return RunPieces(pieces=part.pieces, values=values)
         if not self._skips_failed:
-            record = records[part.pieces[min(bad)].record_index]
-            raise _not_finite(spoiled[0], record)
+            first = min(bad)
+            raise _spoiled(bad[first], records[part.pieces[first].record_index])
         good = [number for number in range(len(part.pieces)) if number not in bad]
         return RunPieces(
             pieces=tuple(part.pieces[number] for number in good),
-            vectors={layer: _chosen(mine, good) for layer, mine in rows.items()} if good else {},
+            values={name: _chosen(mine, good) for name, mine in values.items()} if good else {},
             failed=tuple((part.pieces[number], "not finite") for number in sorted(bad)),
         )
 
-    def _forward(self, batch: Batch) -> tuple[dict[str, Tensor], _BatchPooling]:
-        pooling = _BatchPooling(self._embedding.pooling, batch)
-        started = time.perf_counter()
-        if self._model.carries_state and batch.input_ids.shape[1] > self._block_tokens:
-            take = pooling.take_block
-            self._model.forward_in_blocks(batch, self._layers, take, block_tokens=self._block_tokens)
-            captured = pooling.joined()
-        else:
-            captured = self._model.forward(batch, self._layers, pooling)
-        taken = {layer: vectors.cpu() for layer, vectors in captured.items()}
-        self._stats.forward_s += time.perf_counter() - started - pooling.seconds
-        self._stats.pooling_s += pooling.seconds
+    def _forward(self, batch: Batch) -> RowValues:
+        started, pooled_before = time.perf_counter(), self._reducer.pooling_s
+        values = self._reducer(batch, block_tokens=self._block_tokens)
+        pooling_s = self._reducer.pooling_s - pooled_before
+        self._stats.forward_s += time.perf_counter() - started - pooling_s
+        self._stats.pooling_s += pooling_s
         self._stats.batches += 1
         self._stats.slots += batch.num_tokens
         self._stats.real_tokens += int(batch.attention_mask.sum())
-        return taken, pooling
+        return values
 
 
 class _BatchPooling:
@@ -271,9 +343,202 @@ def _free_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _not_finite(layer: str, record: SequenceRecord) -> NonFiniteError:
+def _not_finite(values: RowValues) -> dict[int, str]:
+    """Find rows with a value that is not finite, and the name it has."""
+    bad: dict[int, str] = {}
+    for name, rows in values.items():
+        # one look at all of a matrix; its rows are looked at only if there is something to find
+        if isinstance(rows, torch.Tensor) and bool(torch.isfinite(rows).all()):
+            continue
+        for number, row in enumerate(rows):
+            if not bool(torch.isfinite(row).all()):
+                bad.setdefault(number, name)
+    return bad
+
+
+def _spoiled(name: str, record: SequenceRecord) -> NonFiniteError:
+    what = "the next-token head" if name == LOG_PROBS else f"layer {name!r}"
     problem = (
-        f"layer {layer!r} gives values that are not finite; set dtype='float32', leave the record out, or "
+        f"{what} gives values that are not finite; set dtype='float32', leave the record out, or "
         "set on_error to skip"
     )
     return NonFiniteError(problem, record_id=record.id)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitResults:
+    """A unit of which all pieces have run."""
+
+    unit: WorkUnit
+    cuts: Sequence[Sequence[Window]]
+    """Windows of each record, on the forward strand."""
+    taken: TakenPieces
+    vectors: PieceVectors
+    failed: Mapping[int, str]
+    """Records that have no vector, by index: why."""
+    stats: Mapping[str, float]
+    """What its forward passes cost."""
+
+
+class UnitRunner:
+    """Runs the pieces of work units: the one way from records to what a model gives."""
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        slabs: SlabBuilder,
+        *,
+        on_batch: Callable[[RunStats], None] | None = None,
+        interruption: Interruption | None = None,
+        keeps_spans: bool = False,
+        keeps_nan: bool = False,
+    ) -> None:
+        self.stats = RunStats()
+        self.block_tokens = max(slabs.batch_tokens, LEAST_BLOCK_TOKENS)
+        """Positions of a block, where a long sequence runs in blocks."""
+        self._runner = BatchRunner(
+            reducer,
+            self.stats,
+            block_tokens=self.block_tokens,
+            skips_failed=slabs.skips_failed,
+            keeps_nan=keeps_nan,
+        )
+        self._slabs = slabs
+        self._keeps_spans = keeps_spans
+        self._on_batch = on_batch
+        self._interruption = interruption or Interruption()
+
+    def __call__(self, unit: WorkUnit) -> UnitResults:
+        """Run one unit."""
+        (results,) = self.run(self.lay_out([unit]))
+        return results
+
+    def lay_out(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
+        """Cut, encode and pad units; no torch arithmetic, so that a thread may do it."""
+        yield from self._slabs.slabs(units)
+
+    def run(self, slabs: Iterable[Slab]) -> Generator[UnitResults, None, None]:
+        """Run the model."""
+        progress: _UnitProgress | None = None
+        for slab in slabs:
+            if progress is None:
+                num_strands = 2 if self._slabs.cutter.both_strands else 1
+                progress = _UnitProgress(
+                    slab, self.stats, num_strands=num_strands, keeps_spans=self._keeps_spans
+                )
+            progress.open(slab)
+            for work in slab.batches:
+                with self._interruption.held():
+                    for done in self._runner.run(work, slab.unit.records):
+                        progress.take(done)
+                self._report()
+            if slab.is_last:
+                self.stats.units += 1
+                results = progress.results(slab)
+                progress = None
+                self._report()
+                del slab
+                yield results
+                del results
+
+    def try_batch(self, work: PieceBatch, records: Sequence[SequenceRecord]) -> None:
+        """Run one batch and keep nothing, to see what it costs."""
+        for _ in self._runner.run(work, records):
+            pass
+
+    def _report(self) -> None:
+        if self._on_batch is not None:
+            self._on_batch(self.stats)
+
+
+class _UnitProgress:
+    """What the pieces of a unit gave so far; those that repeat another get what that one gave.
+
+    A record counts as done in the running totals when its last piece is.
+    """
+
+    def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int, keeps_spans: bool) -> None:
+        self._taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
+        self._vectors = PieceVectors(sum(map(len, slab.cuts)) * num_strands)
+        self._failed: dict[int, str] = {}
+        self._records, self._cuts = slab.unit.records, slab.cuts
+        self._stats = stats
+        self._before = asdict(stats)
+        self._num_strands = num_strands
+        self._keeps_spans = keeps_spans
+        self._numbers: dict[bytes, int] = {}
+        self._followers: dict[bytes, list[Piece]] = defaultdict(list)
+        self._spoiled: dict[bytes, str] = {}
+        # what a record still waits for: being cut to its end, and each of its pieces
+        self._waiting = [1] * len(self._records)
+        self._under_way = [0] * len(self._records)
+
+    def open(self, slab: Slab) -> None:
+        """Take a slab in: what need not run is done, or waits for the piece that it repeats."""
+        self._failed.update(slab.failed)
+        batched = (piece for work in slab.batches for piece in work.pieces)
+        for piece in (*batched, *slab.repeats, *slab.empty):
+            self._waiting[piece.record_index] += 1
+        for index in slab.cut_records:
+            self._settle(index, 0)
+        for piece in slab.empty:
+            self._done(piece)
+        self._stats.repeats += len(slab.repeats)
+        for piece in slab.repeats:
+            if piece.content in self._numbers:
+                self._keep(piece)
+            elif piece.content in self._spoiled:
+                self._fail(piece, self._spoiled[piece.content])
+            else:
+                self._followers[piece.content].append(piece)
+
+    def take(self, done: RunPieces) -> None:
+        """Keep what some pieces of a batch gave."""
+        for piece, reason in done.failed:
+            self._spoiled[piece.content] = reason
+            for same in (piece, *self._followers.pop(piece.content, ())):
+                self._fail(same, reason)
+        if not done.pieces:
+            return
+        for piece, number in zip(done.pieces, self._vectors.add(done.values), strict=True):
+            self._numbers[piece.content] = number
+            for same in (piece, *self._followers.pop(piece.content, ())):
+                self._keep(same)
+
+    def results(self, slab: Slab) -> UnitResults:
+        """Collect what the unit gave, when its last slab has run."""
+        now = asdict(self._stats)
+        return UnitResults(
+            unit=slab.unit,
+            cuts=slab.cuts,
+            taken=self._taken,
+            vectors=self._vectors,
+            failed=self._failed,
+            stats={name: now[name] - self._before[name] for name in _COSTS},
+        )
+
+    def _fail(self, piece: Piece, reason: str) -> None:
+        self._failed[piece.record_index] = reason
+        self._done(piece)
+
+    def _keep(self, piece: Piece) -> None:
+        self._taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
+            number=self._numbers[piece.content],
+            weight=piece.num_bases,
+            spans=piece.spans() if self._keeps_spans else None,
+        )
+        self._done(piece)
+
+    def _done(self, piece: Piece) -> None:
+        self._settle(piece.record_index, piece.num_bases // self._num_strands)
+
+    def _settle(self, index: int, num_bases: int) -> None:
+        stats = self._stats
+        self._waiting[index] -= 1
+        self._under_way[index] += num_bases
+        stats.bases_under_way += num_bases
+        if not self._waiting[index]:
+            stats.bases_under_way -= self._under_way[index]
+            stats.records += 1
+            stats.bases += len(self._records[index].sequence)
+            stats.windows += len(self._cuts[index])

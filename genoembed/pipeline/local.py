@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from genoembed.config.embed import EmbedConfig
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
-    from genoembed.pipeline.embedder import EmbeddedUnit
+    from genoembed.pipeline.forward import UnitResults
     from genoembed.pipeline.provenance import RunFacts
     from genoembed.pipeline.threads import Interruption
     from genoembed.pipeline.units import RunStats, WorkUnit
@@ -77,12 +77,12 @@ def local_engine(
 def run_units(units: Iterable[WorkUnit], embedder: UnitEmbedder, save: Callable[[UnitRows], None]) -> None:
     """Embed each unit and save it; the next batches are read, cut and tokenized in a thread meanwhile."""
 
-    def build_and_save(embedded: EmbeddedUnit) -> None:
+    def build_and_save(embedded: UnitResults) -> None:
         save(embedder.rows(embedded))
 
     with (
-        read_ahead(embedder.lay_out(units), depth=_SLABS_AHEAD) as slabs,
-        closing(embedder.run(slabs)) as done,
+        read_ahead(embedder.runner.lay_out(units), depth=_SLABS_AHEAD) as slabs,
+        closing(embedder.runner.run(slabs)) as done,
         write_behind(build_and_save, depth=1) as put,
     ):
         for embedded in done:

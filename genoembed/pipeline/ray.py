@@ -163,8 +163,8 @@ class UnitWorker:
     def embed(self, unit: WorkUnit) -> Finished:
         """Embed a unit; the next batches are laid out in a thread meanwhile."""
         assert self._embedder is not None, "it was started"
-        with read_ahead(self._embedder.lay_out([unit]), depth=1) as slabs:
-            (embedded,) = self._embedder.run(slabs)
+        with read_ahead(self._embedder.runner.lay_out([unit]), depth=1) as slabs:
+            (embedded,) = self._embedder.runner.run(slabs)
         rows = self._embedder.rows(embedded)
         return Finished(rows=rows, stats=replace(self._embedder.stats), logged=self._heard.take())
 

@@ -3,8 +3,8 @@
 Memory does not grow with the input, and a run that is cut off loses one unit's work at most. Promised: the
 same input gives the same units, with the same contents, in every process that reads it.
 
-What a run has done so far, and which records of a unit are done.
-Which units of the input a process has still to embed: those of its share that are not finished.
+Also the running totals of a run, and which units of the input a process has still to embed: those of its
+share that are not finished.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from genoembed.contracts import SequenceRecord
-    from genoembed.pipeline.batches import Slab
-    from genoembed.pipeline.cutting import Piece
     from genoembed.store import Parts
 
 
@@ -125,42 +123,6 @@ class RunStats:
     def padding_share(self) -> float:
         """Share of the slots that hold padding."""
         return 1 - self.real_tokens / self.slots if self.slots else 0.0
-
-
-class UnitTally:
-    """Counts the records of a unit when their last piece is done."""
-
-    def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int) -> None:
-        self._records = slab.unit.records
-        self._cuts = slab.cuts
-        self._stats = stats
-        self._num_strands = num_strands
-        # what a record still waits for: being cut to its end, and each of its pieces
-        self._waiting = [1] * len(self._records)
-        self._under_way = [0] * len(self._records)
-
-    def open(self, slab: Slab) -> None:
-        """Take note of the pieces of a slab, before any of them is done."""
-        batched = (piece for work in slab.batches for piece in work.pieces)
-        for piece in (*batched, *slab.repeats, *slab.empty):
-            self._waiting[piece.record_index] += 1
-        for index in slab.cut_records:
-            self._settle(index, 0)
-
-    def settle(self, piece: Piece) -> None:
-        """Count a piece as done."""
-        self._settle(piece.record_index, piece.num_bases // self._num_strands)
-
-    def _settle(self, index: int, num_bases: int) -> None:
-        stats = self._stats
-        self._waiting[index] -= 1
-        self._under_way[index] += num_bases
-        stats.bases_under_way += num_bases
-        if not self._waiting[index]:
-            stats.bases_under_way -= self._under_way[index]
-            stats.records += 1
-            stats.bases += len(self._records[index].sequence)
-            stats.windows += len(self._cuts[index])
 
 
 class PendingUnits:

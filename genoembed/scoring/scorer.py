@@ -1,27 +1,23 @@
-"""Which token a sequence starts with, so that its first base has a prediction, too.
+"""Run sequences through a causal model: the log-probability of each token, given those before it.
 
-In: a tokenizer. Out: the token's id, and encoded sequences that begin with it, or with none.
-
-Run sequences through a causal model: strands, windows, start token, batches by length.
+In: records. Out: for each strand of a record its tokens and their log-probabilities, windows joined. Also
+here: which token a sequence starts with, so that its first base has a prediction, too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
-from genoembed.batching.order import plan_batches
-from genoembed.batching.pad import pad_batch
-from genoembed.contracts import EncodedSequence, SequenceRecord
-from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.contracts import EncodedSequence
+from genoembed.errors import ConfigError, EmptyPoolError
+from genoembed.pipeline.assemble import strand_pieces
+from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
 from genoembed.pipeline.cutting import Cutter
-from genoembed.pipeline.units import RunStats
-from genoembed.pooling.reduce import RunningPool
+from genoembed.pipeline.forward import LOG_PROBS, NextTokenReducer, UnitRunner
+from genoembed.pipeline.units import WorkUnit
 from genoembed.sequences.alphabet import reverse_complement
 from genoembed.tokenization.hf import build_encoder
 
@@ -33,8 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genoembed.config.choices import ScorePooling, ScoreStrands, StartChoice
-    from genoembed.contracts import Batch
+    from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.language_model import LanguageModel
+    from genoembed.pipeline.assemble import PieceVectors, Taken
+    from genoembed.pipeline.cutting import Piece
+    from genoembed.pipeline.forward import UnitResults
+    from genoembed.pipeline.units import RunStats
+    from genoembed.tokenization.hf import SequenceEncoder
 
 
 _PROBE = b"ACGT" * 6
@@ -73,47 +74,51 @@ def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) ->
     return StartToken(token, is_added=token is not None)
 
 
-class StartedSequence(NamedTuple):
-    """Tokens as the model sees them, and which bases each of them has."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartingCutter:
+    """A cutter whose pieces begin with the start token, or with their first base."""
 
-    encoded: EncodedSequence
-    first_base: NDArray[np.int64]
-    """-1 for special tokens. Shape ``(L,)``."""
-    num_bases: NDArray[np.int64]
-    """0 for special tokens. Shape ``(L,)``."""
+    cutter: Cutter
+    start: StartToken
+
+    @property
+    def encoder(self) -> SequenceEncoder:
+        """Makes tokens of bases."""
+        return self.cutter.encoder
+
+    @property
+    def both_strands(self) -> bool:
+        """Whether the reverse complement is cut, too."""
+        return self.cutter.both_strands
+
+    def windows(self, record: SequenceRecord) -> list[Window]:
+        """Cut one record."""
+        return self.cutter.windows(record)
+
+    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
+        """Encode the windows of one record, on one strand or both."""
+        for piece in self.cutter.pieces(record, record_index, windows):
+            yield start_piece(piece, self.start)
 
 
-def start_sequence(
-    encoded: EncodedSequence, length: int, start: StartToken, *, is_start: bool
-) -> StartedSequence:
-    """Put the start token before a sequence, or take off what the tokenizer has put there.
+def start_piece(piece: Piece, start: StartToken) -> Piece:
+    """Put the start token before a piece, or take off what the tokenizer has put there.
 
-    Example:
-        >>> encoded = EncodedSequence(input_ids=np.array([65, 67], dtype=np.uint8))
-        >>> started = start_sequence(encoded, 2, StartToken(0, is_added=True), is_start=True)
-        >>> started.encoded.input_ids.tolist(), started.first_base.tolist(), started.num_bases.tolist()
-        ([0, 65, 67], [-1, 0, 1], [0, 1, 1])
+    Only the first window of a strand starts; the others begin in the middle of a sequence.
     """
-    ids = encoded.input_ids.astype(np.int64)
-    first = np.arange(len(ids), dtype=np.int64) if encoded.base_start is None else encoded.base_start
-    if start.id is None or not is_start:
+    ids = piece.encoded.input_ids.astype(np.int64)
+    first, counted = piece.encoded.base_start, piece.pool_mask
+    if first is None:
+        first = np.arange(len(ids), dtype=np.int64)
+    if start.id is None or piece.start > 0:
         leading = int(np.argmax(first >= 0)) if (first >= 0).any() else 0
-        ids, first = ids[leading:], first[leading:]
+        ids, first, counted = ids[leading:], first[leading:], counted[leading:]
     elif start.is_added:
         ids, first = np.append(np.int64(start.id), ids), np.append(np.int64(-1), first)
-    has_bases = first >= 0
-    widths = np.zeros(len(ids), dtype=np.int64)
-    widths[has_bases] = np.diff(np.append(first[has_bases], length))
-    return StartedSequence(EncodedSequence(input_ids=ids, base_start=first), first, widths)
+        counted = np.append(False, counted)
+    return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)
 
 
-BATCH_TOKENS = {"cpu": 2_048}
-_BATCH_TOKENS_ELSEWHERE = 16_384
-_LEAST_BLOCK_TOKENS = 512
-_SLAB_BATCHES = 32
-"""Batches' worth of tokens that wait together: enough to find rows of like length."""
-_SHORT, _SHORT_STEP, _STEP = 256, 16, 64
-_PADDING_PART = 16
 _PLAIN = np.zeros(256, dtype=np.int64)
 _PLAIN[list(b"ACGTacgt")] = 1
 
@@ -144,8 +149,7 @@ class StrandScore(NamedTuple):
     """Natural logarithm of each token's probability; NaN where there is none: no token before it, or a letter
     other than A, C, G and T in it."""
     vectors: dict[str, Tensor]
-    """Pooled activations by layer. float32, shape ``(D,)``."""
-    num_windows: int
+    """Pooled activations of the first window by layer. float32, shape ``(D,)``."""
 
     @property
     def scored_bases(self) -> int:
@@ -156,32 +160,6 @@ class StrandScore(NamedTuple):
     def log_likelihood(self) -> float:
         """Sum over the tokens that have a prediction; NaN if none has."""
         return float(np.nansum(self.log_probs)) if self.scored_bases else float("nan")
-
-
-class _Waiting(NamedTuple):
-    """Tokens of a row, and which of them count."""
-
-    encoded: EncodedSequence
-    counted: NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class _Row:
-    """A window of a strand of a record, as a row of a forward pass."""
-
-    owner: int
-    """Number of the strand: twice the record's, plus 1 for the reverse complement."""
-    starts: NDArray[np.int64]
-    """First base, on the strand, of each token of bases that this window answers for."""
-    widths: NDArray[np.int64]
-    """Bases of these tokens."""
-    waiting: _Waiting | None
-    """What the model is to see; None once it has."""
-    key: bytes
-    """Equal for rows that are equal to the model."""
-    log_probs: NDArray[np.float32] | None = None
-    """Of these tokens."""
-    vectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SequenceScorer:
@@ -197,11 +175,6 @@ class SequenceScorer:
         self.model = model
         self.options = options
         self.start_token: StartToken = find_start_token(model.model.tokenizer, options.start_token)
-        self.batch_tokens = options.batch_tokens or BATCH_TOKENS.get(
-            model.model.device.type, _BATCH_TOKENS_ELSEWHERE
-        )
-        """Slots of a forward pass, padding included."""
-        self.stats = RunStats()
         context = model.model.max_length
         self._cutter = Cutter(
             encoder=build_encoder(model.model.tokenizer),
@@ -209,6 +182,7 @@ class SequenceScorer:
             is_causal=True,
             window=options.window,
             stride=options.stride,
+            both_strands=options.rc == "mean",
         )
         size = options.window or self._cutter.context_bases
         if size is not None and options.stride is not None and options.stride >= size:
@@ -217,7 +191,16 @@ class SequenceScorer:
                 f"base before it; set stride to {size - 1} or less"
             )
             raise ConfigError(message)
-        self._on_batch = on_batch
+        slabs = SlabBuilder(
+            cutter=StartingCutter(cutter=self._cutter, start=self.start_token),
+            batch_tokens=options.batch_tokens or default_batch_tokens(model.model.device),
+            max_tokens=context,
+            equal_lengths=False,  # causal: padding is on the right, where no token sees it
+            rounds_lengths=model.model.carries_state,
+        )
+        reducer = NextTokenReducer(model, options.layers, options.pooling)
+        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_spans=True)
+        self.stats = self._runner.stats
 
     @property
     def context_bases(self) -> int | None:
@@ -227,9 +210,7 @@ class SequenceScorer:
     @property
     def has_token_per_base(self) -> bool:
         """Whether each base is a token of its own."""
-        probe = b"ACGT" * 6
-        starts = self._cutter.encoder.encode(probe).base_start
-        return starts is None or starts[starts >= 0].tolist() == list(range(len(probe)))
+        return self._cutter.has_token_per_base
 
     def num_windows(self, record: SequenceRecord) -> int:
         """Count the windows that a record is cut into."""
@@ -237,153 +218,41 @@ class SequenceScorer:
 
     def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...]]:
         """Score a few records; what is equal to the model runs once."""
-        rows: list[_Row] = []
-        fresh: list[_Row] = []
-        first: dict[bytes, _Row] = {}
-        num_tokens = 0
-        for row in (row for index, record in enumerate(records) for row in self._rows(record, index)):
-            rows.append(row)
-            if first.setdefault(row.key, row) is not row:
-                row.waiting = None
-                self.stats.repeats += 1
-                continue
-            fresh.append(row)
-            num_tokens += _num_tokens(row)
-            if num_tokens >= _SLAB_BATCHES * self.batch_tokens:
-                self._run(fresh, records)
-                fresh, num_tokens = [], 0
-        self._run(fresh, records)
-        self.stats.bases_under_way = 0  # from here on they are counted record by record
-        for row in rows:
-            row.log_probs, row.vectors = first[row.key].log_probs, first[row.key].vectors
-        strands: dict[int, list[_Row]] = {}
-        for row in rows:
-            strands.setdefault(row.owner, []).append(row)
-        sides = (0,) if self.options.rc == "none" else (0, 1)
+        if not records:
+            return []
+        results = self._runner(WorkUnit(number=0, records=tuple(records)))
+        strands = (False, True) if self.options.rc == "mean" else (False,)
         return [
-            tuple(_joined(strands[2 * index + side], records[index], is_reverse=side == 1) for side in sides)
+            tuple(self._strand_score(results, index, is_reverse=is_reverse) for is_reverse in strands)
             for index in range(len(records))
         ]
 
-    def count(self, record: SequenceRecord, strands: Sequence[StrandScore]) -> None:
-        """Add a record that is done to the totals."""
-        self.stats.records += 1
-        self.stats.bases += len(record.sequence)
-        self.stats.windows += strands[0].num_windows
-
-    def _rows(self, record: SequenceRecord, index: int) -> Iterator[_Row]:
-        yield from self._strand_rows(record, 2 * index)
-        if self.options.rc == "mean":
-            yield from self._strand_rows(_turned(record), 2 * index + 1)
-
-    def _strand_rows(self, record: SequenceRecord, owner: int) -> Iterator[_Row]:
-        windows = self._cutter.windows(record)
-        for window, piece in zip(windows, self._cutter.pieces(record, 0, windows), strict=True):
-            tokens = start_sequence(
-                piece.encoded, window.end - window.start, self.start_token, is_start=window.start == 0
-            )
-            bases = tokens.first_base + window.start
-            counted = (tokens.first_base >= 0) & (bases >= window.core_start) & (bases < window.core_end)
-            digest = hashlib.sha256(tokens.encoded.input_ids.data)
-            digest.update(counted.data)
-            yield _Row(
-                owner=owner,
-                starts=bases[counted],
-                widths=tokens.num_bases[counted],
-                waiting=_Waiting(tokens.encoded, counted),
-                key=digest.digest(),
-            )
-
-    def _run(self, rows: Sequence[_Row], records: Sequence[SequenceRecord]) -> None:
-        plan = plan_batches(
-            [self._padded(_num_tokens(row)) for row in rows],
-            max_tokens=self.batch_tokens,
-            max_padding=self.batch_tokens // _PADDING_PART,
-        )
-        for numbers in plan:
-            chosen = [rows[number] for number in numbers]
-            waiting = [row.waiting for row in chosen if row.waiting is not None]
-            batch = pad_batch(
-                [each.encoded for each in waiting],
-                pool_masks=[each.counted for each in waiting],
-                rows=numbers,
-                pad_token_id=self._cutter.encoder.pad_token_id,
-                pad_to_multiple_of=self._padded(max(map(_num_tokens, chosen))),
-            )
-            self._run_batch(batch, chosen, records)
-
-    def _run_batch(self, batch: Batch, rows: Sequence[_Row], records: Sequence[SequenceRecord]) -> None:
-        started = time.perf_counter()
-        pools = {layer: RunningPool(self.options.pooling) for layer in self.options.layers}
-
-        def take(layer: str, hidden_BCD: Tensor, span: slice) -> None:
-            pools[layer].add(hidden_BCD, batch.pool_mask[:, span].to(hidden_BCD.device))
-
-        log_probs_BL = self.model.log_probs(
-            batch,
-            layers=self.options.layers,
-            take=take,
-            block_tokens=max(self.batch_tokens, _LEAST_BLOCK_TOKENS),
-        )
-        pooled = {layer: pool.pooled().cpu() for layer, pool in pools.items()}
-        for number, row in enumerate(rows):
-            row.vectors = {layer: vectors_BD[number] for layer, vectors_BD in pooled.items()}
-            _settle(row, log_probs_BL[number].numpy(), records[row.owner // 2])
-        stats = self.stats
-        stats.batches += 1
-        stats.slots += batch.num_tokens
-        stats.real_tokens += int(batch.attention_mask.sum())
-        stats.forward_s += time.perf_counter() - started
-        bases = sum(int(row.widths.sum()) for row in rows)
-        stats.bases_under_way += bases // (1 if self.options.rc == "none" else 2)
-        if self._on_batch is not None:
-            self._on_batch(stats)
-
-    def _padded(self, length: int) -> int:
-        """Round lengths where each new shape costs a kernel, as in extraction; not beyond the context."""
-        if not self.model.model.carries_state:
-            return length
-        step = _STEP if length > _SHORT else _SHORT_STEP
-        rounded = -(-length // step) * step
-        context = self.model.model.max_length
-        return rounded if context is None else max(length, min(rounded, context))
+    def _strand_score(self, results: UnitResults, index: int, *, is_reverse: bool) -> StrandScore:
+        """Join the windows of a strand; take out what has letters that are no bases."""
+        record = results.unit.records[index]
+        parts = strand_pieces(results.taken, (index, is_reverse))
+        if not parts and self.options.layers:
+            message = f"record {record.id!r}: none of its letters makes a token; leave the record out"
+            raise EmptyPoolError(message)
+        log_probs = np.concatenate([np.zeros(0), *(_log_probs(part, results.vectors) for part in parts)])
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *(_spans(part) for part in parts)])
+        sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
+        plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
+        starts, ends = spans[:, 0], spans[:, 1]
+        log_probs[plain[ends] - plain[starts] != ends - starts] = np.nan
+        vectors = {
+            layer: results.vectors.pooled(layer, [parts[0].number])[0] for layer in self.options.layers
+        }
+        return StrandScore(starts, ends - starts, log_probs, vectors)
 
 
-def _turned(record: SequenceRecord) -> SequenceRecord:
-    sequence = reverse_complement(record.sequence)
-    return SequenceRecord(id=record.id, sequence=sequence, source=record.source, line=record.line)
+def _spans(part: Taken) -> NDArray[np.int64]:
+    assert part.spans is not None, "the runner keeps them"
+    return part.spans
 
 
-def _num_tokens(row: _Row) -> int:
-    assert row.waiting is not None, "it has not run yet"
-    return len(row.waiting.counted)
-
-
-def _settle(row: _Row, log_probs_L: NDArray[np.float32], record: SequenceRecord) -> None:
-    """Keep what counts of a row's log-probabilities, and give its tokens up."""
-    assert row.waiting is not None, "it has not run yet"
-    counted = row.waiting.counted
-    predicted = counted.copy()
-    predicted[0] = False  # no token precedes it
-    finite = np.isfinite(log_probs_L[: len(counted)][predicted]).all()
-    if not finite or not all(bool(torch.isfinite(vector).all()) for vector in row.vectors.values()):
-        problem = "the model gives values that are not finite; set dtype='float32', or leave the record out"
-        raise NonFiniteError(problem, record_id=record.id)
-    row.log_probs = log_probs_L[: len(counted)][counted]
-    row.waiting = None
-
-
-def _joined(rows: Sequence[_Row], record: SequenceRecord, *, is_reverse: bool) -> StrandScore:
-    """Lay the windows of a strand end to end; take out what has letters that are no bases."""
-    sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
-    plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
-    starts = np.concatenate([row.starts for row in rows])
-    widths = np.concatenate([row.widths for row in rows])
-    log_probs = np.concatenate([_values(row) for row in rows]).astype(np.float64)
-    log_probs[plain[starts + widths] - plain[starts] != widths] = np.nan
-    return StrandScore(starts, widths, log_probs, rows[0].vectors, len(rows))
-
-
-def _values(row: _Row) -> NDArray[np.float32]:
-    assert row.log_probs is not None, "every row has run, or one that is equal to it"
-    return row.log_probs
+def _log_probs(part: Taken, values: PieceVectors) -> NDArray[np.float64]:
+    """Log-probabilities of all tokens of a piece that count: NaN for one that no token precedes."""
+    found = values.tokens(LOG_PROBS, [part.number]).numpy()
+    lacking = len(_spans(part)) - len(found)
+    return np.concatenate([np.full(lacking, np.nan), found])

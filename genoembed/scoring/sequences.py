@@ -215,9 +215,7 @@ def _scored(
     records: Iterable[SequenceRecord], scorer: SequenceScorer
 ) -> Iterator[tuple[SequenceRecord, tuple[StrandScore, ...]]]:
     for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
-        for record, strands in zip(unit.records, scorer.score(unit.records), strict=True):
-            scorer.count(record, strands)
-            yield record, strands
+        yield from zip(unit.records, scorer.score(unit.records), strict=True)
 
 
 def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: str) -> SequenceScore:

@@ -14,7 +14,8 @@ import torch
 from genoembed.config.embed import embed_config
 from genoembed.contracts import SequenceRecord
 from genoembed.errors import ModelError
-from genoembed.pipeline.embedder import BATCH_TOKENS, UnitEmbedder
+from genoembed.pipeline.batches import BATCH_TOKENS
+from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.pipeline.units import RunStats, WorkUnit
 from genoembed.pooling import reduce
 from tests.by_hand import ALL_FAMILIES, STRIPED, embed, model_of, random_dna, revcomp
@@ -96,7 +97,7 @@ def test_running_totals_add_up():
 @pytest.mark.parametrize("slab_batches", [1, 32])
 def test_records_are_counted_once_and_as_they_are_done(slab_batches, monkeypatch):
     monkeypatch.setattr("genoembed.pipeline.batches.SLAB_BATCHES", slab_batches)
-    records = (*RECORDS, dataclasses.replace(RECORDS[6], id="flanked", core_start=35, core_end=None))
+    records = (*RECORDS, dataclasses.replace(RECORDS[6], id="flanked", core_start=35, core_end=-1))
     done = []
     embedder = embedder_of(
         "esm", window=20, stride=15, rc="mean", batch_tokens=24, on_batch=lambda s: done.append(s.records)

@@ -150,7 +150,9 @@ def test_repeats_fill_slabs_too():
 )
 def test_lengths_are_rounded_so_that_few_shapes_run(length, context, rounds, padded):
     cutter = Cutter(encoder=ENCODER, max_tokens=context, is_causal=True)
-    made = SlabBuilder(cutter=cutter, batch_tokens=4096, equal_lengths=False, rounds_lengths=rounds)
+    made = SlabBuilder(
+        cutter=cutter, batch_tokens=4096, max_tokens=context, equal_lengths=False, rounds_lengths=rounds
+    )
     (slab,) = made.slabs([unit_of([random_dna(length, 0)])])
     batch = slab.batches[0].batch
     assert batch.input_ids.shape == (1, padded)

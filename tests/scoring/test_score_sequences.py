@@ -167,7 +167,7 @@ def test_stride_of_a_whole_window_is_refused(tmp_path):
 
 
 def test_blocks_with_carried_state_are_one_long_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.scoring.scorer._LEAST_BLOCK_TOKENS", 7)
+    monkeypatch.setattr("genoembed.pipeline.forward.LEAST_BLOCK_TOKENS", 7)
     blocks = rows_of(tmp_path, STRIPED, batch_tokens=7)
     whole = rows_of(tmp_path, STRIPED, batch_tokens=1000)
     assert [row.log_likelihood for row in blocks.values()] == pytest.approx(
@@ -267,12 +267,14 @@ def test_values_that_are_not_finite_name_their_record(tmp_path, monkeypatch):
     monkeypatch.setattr(LanguageModel, "log_probs", spoil)
     scorer = SequenceScorer(LanguageModel(loaded("llama")), ScorerOptions())
     records = list(genoembed.read_sequences(write(tmp_path, {"a": "ACGTA", "b": "GGGTA"})))
-    with pytest.raises(NonFiniteError, match=r"record 'b': the model gives values that are not finite"):
+    with pytest.raises(
+        NonFiniteError, match=r"record 'b': the next-token head gives values that are not finite"
+    ):
         scorer.score(records)
 
 
 def test_rows_that_wait_are_few_and_all_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.scoring.scorer._SLAB_BATCHES", 1)
+    monkeypatch.setattr("genoembed.pipeline.batches.SLAB_BATCHES", 1)
     records = {str(number): random_dna(10 + number, number) for number in range(12)}
     few = rows_of(tmp_path, "llama", records, batch_tokens=30)
     monkeypatch.undo()
@@ -286,3 +288,34 @@ def test_model_that_was_tuned_for_vectors_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("genoembed.scoring.setup.find_facts", lambda model: object())
     with pytest.raises(ModelError, match="was fine-tuned for vectors or labels, so its next-token head"):
         rows_of(tmp_path, "llama")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    ],
+)
+def test_budget_halves_when_memory_is_short_and_scores_are_the_same(error, tmp_path, monkeypatch):
+    records = {str(number): random_dna(30 + number % 3, number) for number in range(8)}
+    whole = rows_of(tmp_path, "llama", records)
+    shapes = []
+    original = LanguageModel.log_probs
+
+    def log_probs(self, batch, **options):
+        shapes.append(tuple(batch.input_ids.shape))
+        if batch.num_tokens > 70:
+            raise error
+        return original(self, batch, **options)
+
+    monkeypatch.setattr(LanguageModel, "log_probs", log_probs)
+    report = genoembed.score(write(tmp_path, records), model=loaded("llama"))
+    assert shapes[0] == (8, 33)
+    assert report.stats.halvings == 2
+    assert max(rows * length for rows, length in shapes[2:]) <= 70
+    for row in report.rows:
+        assert row.log_likelihood == pytest.approx(whole[row.id].log_likelihood, abs=1e-5)
+    monkeypatch.setattr(LanguageModel, "log_probs", lambda *_args, **_options: (_ for _ in ()).throw(error))
+    with pytest.raises(ModelError, match="has no memory left for 1 x 3. tokens; set window"):
+        rows_of(tmp_path, "llama", records)

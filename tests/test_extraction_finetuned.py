@@ -14,10 +14,10 @@ import genoembed
 from genoembed.cli import main
 from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, PoolingMismatchWarning
-from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.retrieval.models import ContrastModel, VectorHead
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.inference import SequenceRunner
 from genoembed.training.saved import load_encoder, load_heads
 from tests.finetuning.cases import (
     CONTEXT,
@@ -71,10 +71,10 @@ def trained_vectors(folder):
     head = VectorHead(encoder.width, add_pooler=True, normalise=True)
     model = ContrastModel(encoder, head, contrast="views", config=ContrastiveConfig())
     load_heads(model, facts)
-    runner = WindowedRunner.of(
+    runner = SequenceRunner(
         encoder, build_encoder(genomic.tokenizer), max_tokens=CONTEXT, skip_first=facts.skip_first
     )
-    vectors = runner.vectors(model.eval(), encoder, [s.encode() for s in SEQUENCES])
+    vectors = runner.vectors(model.eval(), [s.encode() for s in SEQUENCES])
     with torch.no_grad():
         return model(vectors=vectors, want="predict")["dense"].numpy()
 

@@ -7,12 +7,13 @@ Two or three layers, random weights, a vocabulary over DNA letters, and real tok
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
@@ -148,6 +149,23 @@ def build_striped_hyena(*, seed: int = 0) -> StripedHyena2ForCausalLM:
         return StripedHyena2ForCausalLM(config)
 
 
+def build_six_mers(family: str, folder: Path) -> Path:
+    """Write a tiny ``bert`` or ``llama`` whose tokens are words of six bases, then single letters."""
+    config = build_config(family)
+    words = ["".join(letters) for letters in itertools.product("ACGT", repeat=6)]
+    vocabulary = {token: index for index, token in enumerate((*_SPECIAL, *_LETTERS, *words))}
+    config.vocab_size = len(vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config).eval()
+        _randomise(model)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[ACGT]{6}|."), "isolated")
+    _save_tokenizer(tokenizer, family, folder)
+    return folder
+
+
 def build_config(family: str) -> PreTrainedConfig:
     """Build the configuration of a native family.
 
@@ -197,7 +215,10 @@ def _write_tokenizer(family: str, folder: Path) -> None:
         vocabulary.write_text("\n".join(("<cls>", "<pad>", "<eos>", "<unk>", "<mask>", *_LETTERS)))
         EsmTokenizer(str(vocabulary)).save_pretrained(folder)
         return
-    tokenizer = _bpe_tokenizer() if family == "gpt_neox" else _letter_tokenizer()
+    _save_tokenizer(_bpe_tokenizer() if family == "gpt_neox" else _letter_tokenizer(), family, folder)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, family: str, folder: Path) -> None:
     if family in ("bert", "modernbert"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<cls> $A <eos>", special_tokens=[("<cls>", _CLS), ("<eos>", _EOS)]

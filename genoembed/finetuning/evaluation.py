@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.models import CausalModel, PredictionModel
     from genoembed.finetuning.rows import LabelEncoder
-    from genoembed.finetuning.windowed import WindowedRunner
     from genoembed.retrieval.models import ContrastModel, RetrievalModel
+    from genoembed.training.inference import SequenceRunner
     from genoembed.training.start import TokenRules
 
 
@@ -61,7 +61,7 @@ class PredictionMeasure:
 
     rows: Sequence[LabelledSequence]
     space: LabelSpace
-    runner: WindowedRunner
+    runner: SequenceRunner
 
     def __call__(self, model: PredictionModel) -> dict[str, float]:
         """Measure."""
@@ -70,7 +70,7 @@ class PredictionMeasure:
         else:
             labels = torch.from_numpy(np.stack([self.space.encode(row.label) for row in self.rows]))
             found = [
-                model(vectors=self.runner.vectors(model, model.encoder, part), want="predict")
+                model(vectors=self.runner.vectors(model, part), want="predict")
                 for part in _parts([row.sequence for row in self.rows])
             ]
             logits, predictions = (
@@ -91,12 +91,12 @@ class PredictionMeasure:
     def _tokens(self, model: PredictionModel) -> tuple[Tensor, Tensor, Tensor]:
         logits, predictions, labels = [], [], []
         for part in _parts(self.rows):
-            outputs = self.runner.tokens(model, model.encoder, [row.sequence for row in part])
+            outputs = self.runner.tokens(model, [row.sequence for row in part])
             for row, output in zip(part, outputs, strict=True):
                 of_bases = self.space.encode(row.label)[output.starts]
                 kept = torch.from_numpy(np.flatnonzero(of_bases != IGNORE_INDEX))
-                logits.append(output.logits[kept])
-                predictions.append(output.predictions[kept])
+                logits.append(output.values["logits"][kept])
+                predictions.append(output.values["predictions"][kept])
                 labels.append(torch.from_numpy(of_bases)[kept])
         return torch.cat(logits), torch.cat(predictions), torch.cat(labels)
 
@@ -137,7 +137,7 @@ class LabelMeasure:
     """Measures whether the closest other sequences have the same label."""
 
     rows: Sequence[LabelledSequence]
-    runner: WindowedRunner
+    runner: SequenceRunner
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
         """Measure."""
@@ -154,7 +154,7 @@ class ViewMeasure:
     """Measures whether the second view of a sequence finds the first."""
 
     rows: Sequence[LabelledSequence]
-    runner: WindowedRunner
+    runner: SequenceRunner
     other: AugmentConfig
     seed: int
 
@@ -183,7 +183,7 @@ class ExampleMeasure:
     def __init__(
         self,
         rows: Sequence[RetrievalExample],
-        runner: WindowedRunner,
+        runner: SequenceRunner,
         *,
         encoder: LabelEncoder | None = None,
         collate: GroupCollator | None = None,
@@ -240,7 +240,7 @@ class ExampleMeasure:
         device = next(model.parameters()).device
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         chunks = []
-        rows = 1 if self._runner.equal_lengths else self._runner.rows
+        rows = self._runner.max_rows or len(order)
         for start in range(0, len(order), rows):
             part = [sequences[index] for index in order[start : start + rows]]
             examples = [
@@ -255,11 +255,11 @@ class ExampleMeasure:
 
 
 def _vectors(
-    model: ContrastModel | RetrievalModel, runner: WindowedRunner, sequences: Sequence[bytes]
+    model: ContrastModel | RetrievalModel, runner: SequenceRunner, sequences: Sequence[bytes]
 ) -> Tensor:
     with torch.no_grad():
         found = [
-            model(vectors=runner.vectors(model, model.encoder, part), want="predict")["dense"].float().cpu()
+            model(vectors=runner.vectors(model, part), want="predict")["dense"].float().cpu()
             for part in _parts(sequences)
         ]
     return torch.cat(found)

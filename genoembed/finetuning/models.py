@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from genoembed.finetuning.labels import LabelSpace
-    from genoembed.finetuning.windowed import WindowedRunner
     from genoembed.training.encoder import Encoder, Want
+    from genoembed.training.inference import SequenceRunner
     from genoembed.training.tuning import Tuned
 
 
@@ -135,16 +135,17 @@ FEWEST_SEQUENCES, MOST_SEQUENCES, MOST_BASES = 16, 256, 1 << 17
 """Sequences that show a new head its inputs: fewer where they are long."""
 
 
-def fit_inputs(model: PredictionModel, runner: WindowedRunner, sequences: Sequence[bytes]) -> None:
+def fit_inputs(model: PredictionModel, runner: SequenceRunner, sequences: Sequence[bytes]) -> None:
     """Fit the head to what the encoder gives for some of the sequences."""
     chosen = choose_sequences(sequences)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         if model.per_token:
-            inputs = runner.states(model.encoder, chosen)
+            states = [tokens.values["states"] for tokens in runner.states(chosen)]
+            inputs = torch.cat(states).to(next(model.parameters()).device)
         else:
-            inputs = runner.vectors(model, model.encoder, chosen)
+            inputs = runner.vectors(model, chosen)
     model.head.fit_inputs(inputs)
     model.train(was_training)
 

@@ -17,10 +17,10 @@ import torch
 
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
-from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.store.tables import open_table
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.inference import SequenceRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import TableFormat
     from genoembed.contracts import SequenceRecord
     from genoembed.finetuning.saved import SavedPredictor
-    from genoembed.finetuning.windowed import TokenOutputs
+    from genoembed.training.inference import TokenValues
 
 
 __all__ = ["PredictionReport", "predict"]
@@ -156,20 +156,19 @@ def predict_part(
     saved: SavedPredictor, records: Sequence[SequenceRecord], *, batch_rows: int = 16
 ) -> dict[str, Sequence[object]]:
     """Predict a few records."""
-    encoder = saved.model.encoder
-    runner = WindowedRunner.of(
-        encoder,
+    runner = SequenceRunner(
+        saved.model.encoder,
         build_encoder(saved.genomic.tokenizer),
         max_tokens=saved.genomic.max_length,
         skip_first=saved.facts.skip_first,
-        rows=batch_rows,
+        max_rows=batch_rows,
     )
     sequences = [record.sequence for record in records]
     ids = [record.id for record in records]
     if saved.space.kind == "token":
-        outputs = runner.tokens(saved.model, encoder, sequences)
+        outputs = runner.tokens(saved.model, records)
         return _token_columns(ids, sequences, outputs, saved.space.names)
-    vectors = runner.vectors(saved.model, encoder, sequences)
+    vectors = runner.vectors(saved.model, records)
     predictions = saved.model(vectors=vectors, want="predict")["predictions"].float().cpu().numpy()
     names = saved.space.names
     if saved.space.kind == "regression":
@@ -185,9 +184,9 @@ def predict_part(
 
 
 def _token_columns(
-    ids: Sequence[str], sequences: Sequence[bytes], outputs: Sequence[TokenOutputs], names: Sequence[str]
+    ids: Sequence[str], sequences: Sequence[bytes], outputs: Sequence[TokenValues], names: Sequence[str]
 ) -> dict[str, Sequence[object]]:
-    probabilities = np.concatenate([output.predictions.numpy() for output in outputs])
+    probabilities = np.concatenate([output.values["predictions"].numpy() for output in outputs])
     starts = [output.starts for output in outputs]
     ends = [np.append(start[1:], len(sequence)) for start, sequence in zip(starts, sequences, strict=True)]
     columns: dict[str, Any] = {

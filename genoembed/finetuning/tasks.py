@@ -39,7 +39,6 @@ from genoembed.finetuning.rows import (
     check_lengths,
 )
 from genoembed.finetuning.sampling import GroupSampler
-from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.behavior import context_length
 from genoembed.models.load import load_model, without_progress_bars
 from genoembed.retrieval.heads import M3Heads
@@ -49,6 +48,7 @@ from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder
 from genoembed.training.heads import RegressionHead
+from genoembed.training.inference import SequenceRunner
 from genoembed.training.start import load_causal
 from genoembed.training.tuning import set_up_tuning
 
@@ -126,7 +126,7 @@ class _Base:
     genomic: GenomicModel
     encoder: Encoder
     tokens: SequenceEncoder
-    runner: WindowedRunner
+    runner: SequenceRunner
 
     def collator(self, target: LabelTarget, config: FinetuneConfig) -> PaddedCollator:
         """Pad as the model can take it."""
@@ -173,13 +173,13 @@ def _load_base(config: FinetuneConfig) -> _Base:
     encoder = Encoder(genomic, wanted, seed=config.recipe.seed)
     logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
     tokens = build_encoder(genomic.tokenizer)
-    runner = WindowedRunner.of(
+    runner = SequenceRunner(
         encoder,
         tokens,
         max_tokens=genomic.max_length,
         skip_first=wanted.skip_first,
-        rows=config.recipe.rows_per_device,
-        pad_to_multiple_of=config.recipe.pad_to_multiple_of,
+        max_rows=config.recipe.rows_per_device,
+        keeps_nan=True,  # a loss that diverges is the trainer's to report
     )
     return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner)
 

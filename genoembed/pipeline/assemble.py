@@ -54,6 +54,11 @@ class PieceVectors:
             self._num_pieces = first + len(batch)
         return range(first, self._num_pieces)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Layers, or what else was added."""
+        return tuple(self._blocks)
+
     def pooled(self, layer: str, numbers: Sequence[int]) -> Tensor:
         """Gather the vectors of pooled pieces."""
         blocks = self._blocks[layer]
@@ -197,7 +202,7 @@ class RowBuilder:
         self, parts: Sequence[Taken], record: SequenceRecord, row: ObsRow, vectors: PieceVectors
     ) -> None:
         if not parts:
-            raise EmptyPoolError(_nothing_left(record, row, self.embedding.skip_first))
+            raise empty_pool_error(record, start=row.start, end=row.end, skip_first=self.embedding.skip_first)
         if self.embedding.pooling == "none" and self.embedding.rc != "none":
             num_tokens = vectors.num_tokens(self.layers[0], [part.number for part in parts])
             if num_tokens != row.length:
@@ -275,11 +280,12 @@ class RowBuilder:
         return fuse(layers, method=self.embedding.fusion, weights=self.embedding.fusion_weights or None)
 
 
-def _nothing_left(record: SequenceRecord, row: ObsRow, skip_first: int) -> str:
-    where = f"record {record.id!r}: no token is left to pool of bases {row.start + 1}-{row.end}"
+def empty_pool_error(record: SequenceRecord, *, start: int, end: int, skip_first: int) -> EmptyPoolError:
+    """Say that no token of some bases of a record counts, and what to do."""
+    where = f"record {record.id!r}: no token is left to pool of bases {start + 1}-{end}"
     if skip_first:
-        return f"{where}; skip_first is {skip_first}, set it lower or leave the record out"
-    return (
+        return EmptyPoolError(f"{where}; skip_first is {skip_first}, set it lower or leave the record out")
+    return EmptyPoolError(
         f"{where}: none of the tokenizer's tokens starts there (letters that it does not know, or a region "
         "shorter than a token); widen the region or leave the record out"
     )

@@ -10,15 +10,14 @@ L bases, T tokens, U terms, M vectors, E width of a vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genoembed.config.retrieval import M3HeadsConfig
 from genoembed.errors import ConfigError
-from genoembed.finetuning.windowed import WindowedRunner
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.retrieval.heads import M3Heads
@@ -26,6 +25,7 @@ from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, collate_terms
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.inference import SequenceRunner
 from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
-    from genoembed.training.encoder import Encoder
 
 
 class HeadVectors(NamedTuple):
@@ -70,17 +69,15 @@ class Retriever:
         """Run the heads."""
         if not sequences:
             return []
-        encoder = self.model.encoder
-        runner = WindowedRunner.of(
-            encoder,
+        runner = SequenceRunner(
+            self.model.encoder,
             build_encoder(self.genomic.tokenizer),
             max_tokens=self.genomic.max_length,
-            rows=self.batch_rows,
+            max_rows=self.batch_rows,
         )
-        found = runner.tokens(_HiddenStates(encoder), encoder, sequences)
         return [
-            self._of_one(sequence, tokens.starts, tokens.logits)
-            for sequence, tokens in zip(sequences, found, strict=True)
+            self._of_one(sequence, tokens.starts, tokens.values["states"])
+            for sequence, tokens in zip(sequences, runner.states(sequences), strict=True)
         ]
 
     def _of_one(self, sequence: bytes, starts: NDArray[np.int64], hidden_TD: Tensor) -> HeadVectors:
@@ -107,18 +104,6 @@ class Retriever:
         ends = self.kmers.of(sequence)
         found, first = np.unique(ends, return_index=True)
         return (first[np.searchsorted(found, ids)] - self.kmers.k + 1).astype(np.int64)
-
-
-class _HiddenStates(nn.Module):
-    """Gives hidden states where a runner expects predictions."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self._encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
-        hidden_BLD = self._encoder.hidden(input_ids, attention_mask)
-        return {"logits": hidden_BLD, "predictions": hidden_BLD[..., :0]}
 
 
 def load_retriever(

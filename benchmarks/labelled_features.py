@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from genoembed import CharTokenizer, GenomicModel, load_model
-from genoembed.batching.order import plan_batches
-from genoembed.batching.pad import pad_batch
+from genoembed.batching.pad import pad_batch, plan_batches
 from genoembed.contracts import EncodedSequence
 from genoembed.pooling.reduce import pool
 

@@ -84,8 +84,7 @@ def stream(path: str, *, reading_only: bool) -> dict[str, float]:
     Returns:
         Counts, seconds, Mb/s, and how far the peak of resident memory rose over what the imports needed.
     """
-    from genoembed.batching.order import plan_batches
-    from genoembed.batching.pad import pad_batch
+    from genoembed.batching.pad import pad_batch, plan_batches
     from genoembed.pipeline.cutting import Cutter
     from genoembed.pipeline.units import iter_units
     from genoembed.sequences import read_sequences

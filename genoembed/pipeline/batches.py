@@ -11,8 +11,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from genoembed.batching.order import plan_batches
-from genoembed.batching.pad import pad_batch
+from genoembed.batching.pad import pad_batch, plan_batches
 from genoembed.errors import SequenceLengthError
 
 if TYPE_CHECKING:

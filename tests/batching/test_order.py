@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.batching.order import plan_batches
+from genoembed.batching.pad import plan_batches
 from genoembed.errors import ConfigError, SequenceLengthError
 from tests.strategies import lengths as lengths_strategy
 

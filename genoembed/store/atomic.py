@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+logger = logging.getLogger(__name__)
+
 _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
 
@@ -51,13 +53,19 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, which appears complete or not at all, and lasts through a power cut."""
-    file = AtomicFile(path)
-    try:
+    with replacing(path) as file:
         file.write(memoryview(text.encode()))
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[AtomicFile]:
+    """Give a file to write to, which gets its name when the ``with`` ends, and is gone if that fails."""
+    file = AtomicFile(target)
+    try:
+        yield file
         file.commit()
-    except BaseException:
+    finally:
         file.discard()
-        raise
 
 
 @contextmanager
@@ -130,6 +138,7 @@ class AtomicFile:
         filled = 0
         while filled < len(view) and (count := self._raw.readinto(view[filled:])):
             filled += count
+        # what the disk refused overlays what it has, so that HDF5 finds its bytes where it put them
         for offset, content in self._unwritten:
             first, last = max(start, offset), min(start + len(view), offset + len(content))
             if first < last:
@@ -176,10 +185,12 @@ class AtomicFile:
         """Bring the file to the disk and give it its name; call it after HDF5 has closed."""
         if self.error is not None:
             raise self.error
+        # bytes before the name: after a power cut the name must not stand for what never reached the disk
         os.fsync(self._raw.fileno())
         self._raw.close()
         self.temporary.chmod(self._final_mode)
         self.temporary.replace(self.target)
+        # the name itself is kept in the folder, which has a cache of its own
         _sync_folder(self.target.parent)
 
     def discard(self) -> None:
@@ -200,9 +211,6 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-logger = logging.getLogger(__name__)
 
 
 def free_bytes(folder: Path) -> int | None:

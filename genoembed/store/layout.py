@@ -1,14 +1,11 @@
-"""Find the parts of an embedding file and check that they belong together, before they are read.
-
-A matrix that stays in its file and is read where it is indexed, as NumPy would index it.
-"""
+"""The parts of an embedding file: checked to belong together, matrices read where they are indexed."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import h5py
 import numpy as np
@@ -36,9 +33,9 @@ if TYPE_CHECKING:
     Index: TypeAlias = "int | slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_]"
 
 
-# deflate, which HDF5 uses, makes at most a thousandth
-_BEST_COMPRESSION = 1100
-_REMEDY = "the file is damaged; make it again or restore it from a copy"
+_BEST_COMPRESSION = 1100  # deflate, which HDF5 uses, makes at most a thousandth
+SLAB_BYTES = 4 * 1024 * 1024
+"""What is read at once where rows or columns are picked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +51,22 @@ class Layout:
     """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
 
 
+def _refuse(problem: str, path: str) -> NoReturn:
+    """Raise for a file that is not what was written."""
+    problem += "; the file is damaged; make it again or restore it from a copy"
+    raise StoreFormatError(problem, path=path)
+
+
+def closed(path: str) -> StoreError:
+    """Build the error for a file that is read after it was closed."""
+    return StoreError("is closed; open it again with open_embeddings and read inside the 'with'", path=path)
+
+
 def check_size(dataset: h5py.Dataset, path: str) -> None:
     """Refuse a dataset that claims more than its file can hold, before memory is taken for it."""
     file_bytes = Path(path).stat().st_size
     if dataset.size and dataset.size * dataset.dtype.itemsize > _BEST_COMPRESSION * file_bytes:
-        problem = f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes; {_REMEDY}"
-        raise StoreFormatError(problem, path=path)
+        _refuse(f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes", path)
 
 
 def read_layout(hdf5: h5py.File, path: str) -> Layout:
@@ -71,8 +78,7 @@ def read_layout(hdf5: h5py.File, path: str) -> Layout:
         _member(hdf5, f"{PROVENANCE}/{PROVENANCE_JSON}", path)
         layers = [str(name) for name in hdf5.attrs[LAYERS_ATTR]]
         if not layers:
-            problem = f"attribute {LAYERS_ATTR} is empty, expected one layer or more; {_REMEDY}"
-            raise StoreFormatError(problem, path=path)
+            _refuse(f"attribute {LAYERS_ATTR} is empty, expected one layer or more", path)
         offsets = _read_offsets(hdf5, num_rows, path) if kind == "tokens" else None
         rows = num_rows if offsets is None else int(offsets[-1])
         matrices = {name: _matrix(hdf5, where, rows, path) for name, where in _places(kind, layers).items()}
@@ -90,8 +96,7 @@ def _read_version(hdf5: h5py.File, path: str) -> int:
             problem += ", or open it with anndata.read_h5ad"
         raise StoreFormatError(problem, path=path)
     if not isinstance(version, (int, np.integer)) or version < 1:
-        problem = f"attribute {SCHEMA_ATTR} is {version!r}, expected 1 to {SCHEMA_VERSION}; {_REMEDY}"
-        raise StoreFormatError(problem, path=path)
+        _refuse(f"attribute {SCHEMA_ATTR} is {version!r}, expected 1 to {SCHEMA_VERSION}", path)
     if version > SCHEMA_VERSION:
         raise SchemaVersionError(path=path, found=int(version), supported=SCHEMA_VERSION)
     return int(version)
@@ -103,8 +108,7 @@ def _read_kind(hdf5: h5py.File, path: str) -> Kind:
         if found == encoding.type:
             return kind
     expected = " or ".join(encoding.type for encoding in ROOT_ENCODINGS.values())
-    problem = f"attribute encoding-type is {found!r}, expected {expected}; {_REMEDY}"
-    raise StoreFormatError(problem, path=path)
+    _refuse(f"attribute encoding-type is {found!r}, expected {expected}", path)
 
 
 def _places(kind: Kind, layers: list[str]) -> dict[str, str]:
@@ -118,18 +122,14 @@ def _member(hdf5: h5py.File, where: str, path: str) -> h5py.Dataset:
     node = hdf5.get(where)
     if not isinstance(node, h5py.Dataset):
         found = "is missing" if node is None else "is a group"
-        problem = f"/{where} {found}, expected a dataset; {_REMEDY}"
-        raise StoreFormatError(problem, path=path)
+        _refuse(f"/{where} {found}, expected a dataset", path)
     check_size(node, path)
     return node
 
 
 def _check_length(dataset: h5py.Dataset, expected: int, of_what: str, path: str) -> None:
     if dataset.shape != (expected,):
-        problem = (
-            f"{dataset.name} has shape {dataset.shape}, expected ({expected},), the {of_what}; {_REMEDY}"
-        )
-        raise StoreFormatError(problem, path=path)
+        _refuse(f"{dataset.name} has shape {dataset.shape}, expected ({expected},), the {of_what}", path)
 
 
 def _matrix(hdf5: h5py.File, where: str, rows: int, path: str) -> LazyMatrix:
@@ -137,9 +137,9 @@ def _matrix(hdf5: h5py.File, where: str, rows: int, path: str) -> LazyMatrix:
     if dataset.ndim != 2 or dataset.shape[0] != rows or not dataset.shape[1] or dataset.dtype.kind != "f":
         problem = (
             f"/{where} has shape {dataset.shape} and dtype {dataset.dtype}, expected ({rows}, D) "
-            f"and floating point; {_REMEDY}"
+            "and floating point"
         )
-        raise StoreFormatError(problem, path=path)
+        _refuse(problem, path)
     return LazyMatrix(dataset, path)
 
 
@@ -160,12 +160,8 @@ def _read_offsets(hdf5: h5py.File, num_rows: int, path: str) -> NDArray[np.int64
     _check_length(dataset, num_rows + 1, "rows of /obs and one more", path)
     offsets: NDArray[np.int64] = dataset[:].astype(np.int64)
     if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        problem = f"/tokens/offsets does not rise from 0; {_REMEDY}"
-        raise StoreFormatError(problem, path=path)
+        _refuse("/tokens/offsets does not rise from 0", path)
     return offsets
-
-
-SLAB_BYTES = 4 * 1024 * 1024
 
 
 @contextmanager
@@ -230,8 +226,7 @@ class LazyMatrix:
 
     def _read(self, start: int, stop: int) -> NDArray[np.floating]:
         if not self._dataset:
-            problem = "is closed; open it again with open_embeddings and read inside the 'with'"
-            raise StoreError(problem, path=self._path)
+            raise closed(self._path)
         with reading(self._path):
             return self._dataset[start:stop]
 

@@ -14,12 +14,11 @@ import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
 from genoembed.store.child_check import open_hdf5
-from genoembed.store.layout import read_layout, reading
+from genoembed.store.layout import closed, read_layout, reading
 from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     import anndata
     import h5py
@@ -93,12 +92,7 @@ class EmbeddingFile:
     def __enter__(self) -> EmbeddingFile:
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -117,8 +111,7 @@ class EmbeddingFile:
 
     def _open_file(self) -> h5py.File:
         if self._hdf5 is None:
-            problem = "is closed; open it again with open_embeddings and read inside the 'with'"
-            raise StoreError(problem, path=str(self.path))
+            raise closed(str(self.path))
         return self._hdf5
 
     @property
@@ -290,8 +283,9 @@ class EmbeddingFile:
             raise MissingExtraError(package="pandas", extra="analysis", purpose="to_pandas") from error
         name = self.layers[0] if layer is None else layer
         values = self[name][:]
-        is_first = name == self.layers[0]
-        columns = self.feature_names if is_first else [f"{name}:{index}" for index in range(values.shape[1])]
+        columns = self.feature_names
+        if name != self.layers[0]:
+            columns = [f"{name}:{index}" for index in range(values.shape[1])]
         if self.kind == "pooled":
             return pd.DataFrame(values, index=pd.Index(self.ids, name="id"), columns=columns)
         lengths = np.diff(self._offsets())
@@ -342,8 +336,7 @@ class ObsTable(Mapping[str, "NDArray[Any]"]):
             raise KeyError(column)
         if column not in self._read:
             if not self._group:
-                problem = "is closed; open it again with open_embeddings and read inside the 'with'"
-                raise StoreError(problem, path=self._path)
+                raise closed(self._path)
             with reading(self._path):
                 self._read[column] = _read_column(self._group[column])
         return self._read[column]

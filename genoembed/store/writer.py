@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -119,13 +118,8 @@ class EmbeddingWriter:
                 self._num_tokens = 0
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exception is None and self._file is not None:
+    def __exit__(self, exception_type: object, *exception: object) -> None:
+        if exception_type is None and self._file is not None:
             logger.warning("%s: left without finish, so nothing is written", self._path)
         self.close()
 
@@ -156,9 +150,10 @@ class EmbeddingWriter:
             problem = "no block was appended, so the width is unknown; append at least one, if without rows"
             raise StoreError(problem, path=self._path)
         text = self._provenance_text(provenance)
-        check_output(self._path, overwrite=self._overwrite)
+        check_output(self._path, overwrite=self._overwrite)  # another process may have been faster
         with self._reporting():
             self._complete(hdf5, text)
+            # HDF5 knows where chunks lie only while the file is open, and the seal covers the closed file
             gaps = number_chunks(hdf5)
             hdf5.close()
             if self._file is not None:

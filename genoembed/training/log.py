@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,11 +136,7 @@ class PaddingMeter:
     """Slots of the longest row."""
 
     def add(self, attention_mask: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            attention_mask: 1 where a token is real. Shape ``(B, L)``.
-        """
+        """Count a batch, (B, L), by its mask: 1 where a token is real."""
         rows, length = attention_mask.shape
         self.batches += 1
         self.rows += rows
@@ -150,14 +146,7 @@ class PaddingMeter:
 
     @classmethod
     def joined(cls, meters: Sequence[PaddingMeter]) -> PaddingMeter:
-        """Add up what several processes have counted.
-
-        Args:
-            meters: At least one.
-
-        Returns:
-            Their sum.
-        """
+        """Add up what several processes have counted."""
         sums = {
             name: sum(getattr(m, name) for m in meters) for name in ("batches", "rows", "slots", "tokens")
         }
@@ -181,15 +170,7 @@ class PaddingMeter:
         return 1 - self.tokens / self.packed_slots if self.packed_slots else 0.0
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """Give the numbers for a log.
-
-        Args:
-            seconds: Time that the counted batches took; above 0.
-
-        Returns:
-            ``padding_percent``, ``packed_padding_percent``, ``padded_cost`` (slots over packed slots),
-            ``tokens_per_second`` (real ones) and ``slots_per_second``.
-        """
+        """Give the numbers for a log; ``padded_cost`` is slots over packed slots."""
         return {
             "padding_percent": 100 * self.padding_share,
             "packed_padding_percent": 100 * self.packed_padding_share,
@@ -268,16 +249,7 @@ class StepStatistics:
 
     def as_metrics(self) -> dict[str, float]:
         """Give all numbers by name, as loggers take them."""
-        return {
-            "queries": float(self.queries),
-            "left_out": float(self.left_out),
-            "negatives_per_query": self.negatives_per_query,
-            "masked_false_negatives": float(self.masked_false_negatives),
-            "positive_score": self.positive_score,
-            "negative_score": self.negative_score,
-            "chance_loss": self.chance_loss,
-            "spread": self.spread,
-        }
+        return {name: float(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

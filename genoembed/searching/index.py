@@ -325,13 +325,9 @@ def _write(path: Path, facts: Mapping[str, Any], content: bytearray) -> None:
     header = json.dumps(facts).encode()
     start = _MAGIC + len(header).to_bytes(8, "little") + header
     try:
-        file = AtomicFile(check_output(path, overwrite=True))
-        try:
+        with AtomicFile(check_output(path, overwrite=True)) as file:
             file.write(memoryview(start.ljust(_offset(len(header)), b"\0")))
             file.write(memoryview(content))
-            file.commit()
-        finally:
-            file.discard()
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error}); free space, or search without it"
         raise StoreError(problem, path=str(path)) from error

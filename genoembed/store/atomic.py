@@ -53,19 +53,8 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, which appears complete or not at all, and lasts through a power cut."""
-    with replacing(path) as file:
+    with AtomicFile(path) as file:
         file.write(memoryview(text.encode()))
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[AtomicFile]:
-    """Give a file to write to, which gets its name when the ``with`` ends, and is gone if that fails."""
-    file = AtomicFile(target)
-    try:
-        yield file
-        file.commit()
-    finally:
-        file.discard()
 
 
 @contextmanager
@@ -104,7 +93,8 @@ class AtomicFile:
     """A binary file for h5py to write to, under a temporary name until it is complete.
 
     The temporary file lies in the target's folder as ``.NAME.RANDOM.tmp`` and only its owner can read it. The
-    finished file has the mode that the user's umask gives to new files.
+    finished file has the mode that the user's umask gives to new files. A ``with`` that ends without an error
+    commits it, any other discards it.
     """
 
     def __init__(self, target: Path, *, staging: Path | None = None) -> None:
@@ -116,6 +106,16 @@ class AtomicFile:
         self._raw = self.temporary.open("x+b", buffering=0)
         self._final_mode = self.temporary.stat().st_mode & 0o777
         self.temporary.chmod(0o600)
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, exception_type: object, *exception: object) -> None:
+        try:
+            if exception_type is None:
+                self.commit()
+        finally:
+            self.discard()
 
     def write(self, buffer: memoryview) -> int:
         """Write all of a buffer, or keep the error."""

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
-from genoembed.store.atomic import check_output, replacing
+from genoembed.store.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.store.layout import reading
 
 if TYPE_CHECKING:
@@ -54,16 +54,12 @@ class StoredTransform:
 def write_transform(stored: StoredTransform, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write a transform."""
     target = check_output(path, overwrite=overwrite)
-    try:
-        with replacing(target) as file, h5py.File(file, "w") as hdf5:
-            hdf5.attrs[TRANSFORM_ATTR] = TRANSFORM_VERSION
-            hdf5.attrs[_DIGEST] = stored.digest
-            hdf5.create_dataset(_FACTS, data=json.dumps(stored.facts), dtype=h5py.string_dtype("utf-8"))
-            for name, array in stored.arrays.items():
-                hdf5.create_dataset(f"arrays/{name}", data=np.asarray(array, dtype="<f8"))
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=str(path)) from error
+    with reporting_writes(path), AtomicFile(target) as file, h5py.File(file, "w") as hdf5:
+        hdf5.attrs[TRANSFORM_ATTR] = TRANSFORM_VERSION
+        hdf5.attrs[_DIGEST] = stored.digest
+        hdf5.create_dataset(_FACTS, data=json.dumps(stored.facts), dtype=h5py.string_dtype("utf-8"))
+        for name, array in stored.arrays.items():
+            hdf5.create_dataset(f"arrays/{name}", data=np.asarray(array, dtype="<f8"))
 
 
 def read_transform(path: str | PathLike[str]) -> StoredTransform:

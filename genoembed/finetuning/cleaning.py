@@ -1,4 +1,4 @@
-"""Duplicates and contradictions among labelled sequences: found, counted, shown, and treated as asked.
+"""Duplicates and contradictions among labelled sequences: found, counted, shown, and treated by a policy.
 
 In: labelled sequences. Out: those that stay, in order, and a :class:`CleaningReport`. Nothing is left out
 unless a policy says so. What merely resembles something else is the business of ``leaks`` and ``splits``.

@@ -97,10 +97,10 @@ def encode_token_example(
     max_tokens: int | None = None,
     record_id: str | None = None,
 ) -> EncodedExample:
-    """Encode a sequence with a label a base: each token takes that of the base it starts at."""
+    """Encode a sequence with one label per base: each token takes that of the base it starts at."""
     name = f"record {record_id!r}: " if record_id is not None else ""
     if base_labels.shape != (len(sequence),):
-        message = f"{name}labels of shape {base_labels.shape}, expected ({len(sequence)},), one a base"
+        message = f"{name}labels of shape {base_labels.shape}, expected ({len(sequence)},), one per base"
         raise ShapeError(message)
     row = encode_example(sequence, encoder, max_tokens=max_tokens, record_id=record_id)
     starts = row.encoded.base_start
@@ -109,8 +109,8 @@ def encode_token_example(
     has_base = starts >= 0
     if int(has_base.sum()) != len(sequence) and several_bases == "error":
         message = (
-            f"{name}{int(has_base.sum())} tokens for {len(sequence)} labelled bases, expected one a base; "
-            "take a model with one token a base, or set several_bases='first' to learn the label of each "
+            f"{name}{int(has_base.sum())} tokens for {len(sequence)} labelled bases, expected one per base; "
+            "take a model with one token per base, or set several_bases='first' to learn the label of each "
             "token's first base"
         )
         raise ShapeError(message)
@@ -201,7 +201,7 @@ class PaddedCollator:
             label = example.label
             if label is None or label.shape != (len(example),):
                 found = "no label" if label is None else f"labels of shape {label.shape}"
-                message = f"row {row}: {found}, expected ({len(example)},), one a token"
+                message = f"row {row}: {found}, expected ({len(example)},), one per token"
                 raise ShapeError(message)
             labels_BL[row, : len(example)] = label
         return torch.from_numpy(labels_BL)
@@ -212,7 +212,7 @@ def _sequence_labels(examples: Sequence[EncodedExample]) -> Tensor:
     shapes = {None if label is None else label.shape for label in labels}
     if None in shapes or len(shapes) > 1:
         message = (
-            f"labels of shapes {sorted(map(str, shapes))} in one batch, expected one label a row, all alike"
+            f"labels of shapes {sorted(map(str, shapes))} in one batch, expected one label per row, all alike"
         )
         raise ShapeError(message)
     return torch.from_numpy(np.stack([label for label in labels if label is not None]))

@@ -41,7 +41,7 @@ class LabelledCounts(Counts):
     skipped_unlabelled: int = 0
     """Records left out because the table of labels does not have them."""
     unused_labels: int = 0
-    """Labels of the table that no record asked for."""
+    """Labels of the table that belong to no record."""
 
 
 PathInput: TypeAlias = "str | PathLike[str]"
@@ -55,9 +55,9 @@ class LabelledSequence:
     id: str
     """Unique within a run."""
     sequence: bytes
-    """ASCII letters, one byte a base, after all policies."""
+    """ASCII letters, one byte per base, after all policies."""
     label: Label
-    """What ``kind`` says; for ``token``, one name a base of ``sequence``."""
+    """What ``kind`` says; for ``token``, one name per base of ``sequence``."""
     source: str
     """File name as the user gave it."""
     line: int | None = None
@@ -86,7 +86,7 @@ def iter_labelled(
 ) -> Iterator[LabelledSequence]:
     """Read labelled sequences, one at a time.
 
-    Compression and format are told by content. Options and file names are checked at once; rows are read as
+    Compression and format are found by content. Options and file names are checked at once; rows are read as
     the iterator is used. A table of labels is held in memory.
 
     Example:
@@ -264,7 +264,7 @@ class _Reader:
 
 
 def _has_records(path: str) -> bool:
-    """Tell a sequence file from a table, by how its text begins."""
+    """Return whether a file holds sequence records rather than a table, by how its text begins."""
     if path == STDIN:
         return True
     blocks = (block.lstrip(WHITESPACE) for block in iter_text(path))
@@ -276,7 +276,7 @@ def _fit_token_label(label: Label, pieces: list[tuple[bytes, int | None]], raw: 
     assert isinstance(label, tuple), "token labels are a row of names"
     letters = b"".join(piece.translate(None, WHITESPACE) for piece, _ in pieces)
     if len(label) != len(letters):
-        problem = f"{len(label)} labels for {len(letters)} letters, expected one a letter; fix the row"
+        problem = f"{len(label)} labels for {len(letters)} letters, expected one per letter; fix the row"
         raise LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
     names = (name for letter, name in zip(letters, label, strict=True) if letter not in GAPS)
     return tuple(name for name in names if name is None or isinstance(name, str))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 Label: TypeAlias = "str | tuple[float, ...] | tuple[str | None, ...] | None"
-"""``class``: a name. ``multilabel``: names, sorted. ``regression``: floats, one a column. ``token``: names,
-one a base, None where a base has no label. ``none``: None."""
+"""``class``: a name. ``multilabel``: names, sorted. ``regression``: floats, one per column. ``token``: names,
+one per base, None where a base has no label. ``none``: None."""
 
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -133,7 +133,7 @@ def _token_names(column: str, value: object, delimiter: str | None) -> list[str 
         if value is None or isinstance(value, str):
             raise _missing(column)
         problem = (
-            f"column {column!r} has {value!r}, expected a text or a list with one label a base; fix the row"
+            f"column {column!r} has {value!r}, expected a text or a list with one label per base; fix the row"
         )
         raise LabelError(problem)
     if delimiter is None:
@@ -239,7 +239,7 @@ def _natural(name: str) -> tuple[int, float, str]:
 
 
 def reverse_label(label: Label, *, kind: LabelKind) -> Label:
-    """Give the label of the other strand: that of the last base first for ``token``, unchanged otherwise.
+    """Return the label of the other strand: that of the last base first for ``token``, unchanged otherwise.
 
     Example:
         >>> reverse_label(("a", None, "b"), kind="token")

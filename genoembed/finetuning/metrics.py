@@ -63,7 +63,7 @@ METRICS = {
     "triplet": ("mrr", "recall_at_1", "recall_at_10"),
     "retrieval": ("mrr", "recall_at_1", "recall_at_10"),
 }
-"""Metrics of each task; the first one stops training unless another is asked for."""
+"""Metrics of each task; the first one stops training unless another is set."""
 SMALLER_IS_BETTER = ("loss", "bits_per_token")
 
 

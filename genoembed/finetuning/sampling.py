@@ -136,14 +136,14 @@ class GroupSampler:
         if places > max(self._negatives):
             short = places - max(self._negatives)
             _warn_once(
-                f"train_group_size is {self._wanted}, which takes {places} negatives a row, {short} more "
+                f"train_group_size is {self._wanted}, which takes {places} negatives per row, {short} more "
                 f"than the row with the most has; groups of {self.group_size} are used; give more negatives, "
                 f"or set train_group_size to {self.group_size}"
             )
         elif fewer:
             missing = sum(places - count for count in self._negatives if 0 < count < places)
             _warn_once(
-                f"train_group_size is {self._wanted}, which takes {places} negatives a row, but {fewer} of "
+                f"train_group_size is {self._wanted}, which takes {places} negatives per row, but {fewer} of "
                 f"{rows} rows have fewer, {missing} negatives short altogether; those places stay empty and "
                 "count for nothing"
             )
@@ -276,7 +276,7 @@ def new_sampler(
 
 
 class RankBatches(BatchSampler):
-    """Give one process its rows of each batch.
+    """Select the rows of each batch that one process has.
 
     A last batch that is short is shared out evenly; it is left out where a process would get too few rows,
     unless it is the only one.

@@ -347,6 +347,6 @@ def _leak(
     identities = pair_identities(sketches, np.zeros_like(number), number)
     closest = int(identities.argmax())
     train = candidates[closest]
-    # a sketch holds a sample of the k-mers: equal sequences are told by their letters
+    # a sketch holds a sample of the k-mers: equal sequences are recognized by their letters
     is_equal = train.sequence == row.sequence
     return Leak(heldout=row, train=train, identity=1.0 if is_equal else float(identities[closest]))

@@ -121,7 +121,7 @@ _MESSAGES: dict[Trouble, str] = {
         "group the sequences"
     ),
     "zero": (
-        "the loss has been exactly 0 for {patience} steps with {negatives:.1f} negatives a query: every "
+        "the loss has been exactly 0 for {patience} steps with {negatives:.1f} negatives per query: every "
         "positive wins by far (mean lead {margin:.3g}), so nothing more is learned; use harder negatives, a "
         "larger batch or a higher temperature, and check that positives are no copies of their queries"
     ),
@@ -189,7 +189,7 @@ class FinetuneLog(MetricsFile):
         self._shown = tuple(shown)
 
     def describe(self, line: Mapping[str, float]) -> str:
-        """Say the loss, what it compared, and the task's metrics."""
+        """Describe the loss, what it compared, and the task's metrics."""
         said = [f"{name} {line[name]:.4g}" for name in line if self._is_said(name)]
         return f"step {line['step']}: {', '.join(said)}" if said else ""
 
@@ -243,7 +243,7 @@ class FinetuneTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
 
     def rate_of(self, name: str) -> float:
-        """Give the peak rate of a parameter: new heads learn faster than what was pretrained."""
+        """Return the peak rate of a parameter: new heads learn faster than what was pretrained."""
         return float(self.args.learning_rate) if _is_pretrained(name) else self._head_rate
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -50,7 +50,7 @@ def test_group_sampler_draws_what_the_row_has(negatives, size):
 
 
 def test_group_sampler_says_by_how_much_a_group_is_too_large():
-    sampler = make([1, 1], [3, 3], 8, match="takes 7 negatives a row, 4 more than the row with the most")
+    sampler = make([1, 1], [3, 3], 8, match="takes 7 negatives per row, 4 more than the row with the most")
     assert sampler.group_size == 4
 
 
@@ -66,7 +66,7 @@ def test_group_sampler_without_negatives_uses_those_of_the_batch():
     with pytest.warns(TrainingWarning) as caught:
         sampler = GroupSampler([1, 1], [0, 0], train_group_size=4, seed=0)
     assert "2 of 2 rows have no negatives; in-batch negatives" in str(caught[0].message)
-    assert "takes 3 negatives a row, 3 more than the row with the most has" in str(caught[1].message)
+    assert "takes 3 negatives per row, 3 more than the row with the most has" in str(caught[1].message)
     assert len(caught) == 2
     assert sampler.draw(0, epoch=0).negatives == ()
     sampler.check_batch(2)

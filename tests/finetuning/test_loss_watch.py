@@ -79,7 +79,7 @@ def test_loss_watch_says_that_a_loss_of_zero_teaches_nothing():
     query = torch.eye(4) * 100
     watch = LossWatch(patience=2)
     watch.observe(info_nce(query, query, config=CONFIG))
-    with pytest.warns(TrainingWarning, match=r"exactly 0 for 2 steps with 3\.0 negatives a query"):
+    with pytest.warns(TrainingWarning, match=r"exactly 0 for 2 steps with 3\.0 negatives per query"):
         watch.observe(info_nce(query, query, config=CONFIG))
     assert watch.seen == {"zero"}
 

@@ -321,8 +321,6 @@ def circles(imported: dict[str, set[str]]) -> list[list[str]]:
 
 
 IN_CIRCLES_YET = {
-    "genoembed.finetuning.collate",
-    "genoembed.finetuning.rows",
     "genoembed.pipeline.batches",
     "genoembed.pipeline.file_vectors",
     "genoembed.pipeline.local",
@@ -370,11 +368,9 @@ TWICE_YET: set[str] = {
     "FAILED",
     "INCOMPARABLE",
     "Kind",
-    "METRICS",
     "MODEL",
     "Measured",
     "NUMBER",
-    "PathInput",
     "Piece",
     "RUN",
     "Recipe",

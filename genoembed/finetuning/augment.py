@@ -77,6 +77,7 @@ def random_crop(
     _check(view)
     length = len(view.sequence)
     longest = length if max_bp is None else min(length, max_bp)
+    # less a little, so that 0.7 of 10 bases is 7 and not, by rounding up 7.000000000000001, 8
     shortest = min(longest, max(1, int(np.ceil(length * min_fraction - 1e-9))))
     size = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, length - size + 1))
@@ -101,6 +102,7 @@ def point_mutations(view: Augmented, rng: np.random.Generator, *, rate: float) -
     if not is_hit.any():
         return view
     mutated = letters.copy()
+    # 1 to 3 places on in ACGT is always another base; bit 32 is the case of ASCII letters
     shift = rng.integers(1, 4, size=int(is_hit.sum()), dtype=np.uint8)
     case = letters[is_hit] & 32
     mutated[is_hit] = _BASES[(index[is_hit] + shift) % 4] | case

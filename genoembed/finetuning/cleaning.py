@@ -99,6 +99,7 @@ def clean_labelled(
         labels = _labels_on_one_strand(rows, group, kind)
         equal = _describe(rows, group, labels)
         duplicates.append(equal)
+        # a group may hold both: equal labels are duplicates even where a third one contradicts
         if len(set(labels)) > 1:
             conflicts.append(equal)
             _refuse(chosen.conflicts, "conflicts", "labels differ for one sequence", rows[group[0]], equal)

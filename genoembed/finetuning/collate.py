@@ -1,10 +1,7 @@
-"""One labelled sequence as token ids, for the padded collator.
+"""Examples as token ids, and batches of them: padded rows, pairs of views, and queries with their passages.
 
-In: a sequence, its label, and the model's encoder. Out: :class:`EncodedExample`. Nothing is cut: a sequence
-that does not fit is an error that names the way out.
-
-Rows of unequal length as one padded batch, with labels that know padding by its place.
-Views and groups padded to batches, and batches cut into the pieces that are encoded one at a time.
+In: sequences with labels, and the model's encoder. Out: examples, never cut (one that does not fit is an
+error that names the way out), and batches in which padding is known by its place, never by its token id.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config.choices import BaseLabels
-    from genoembed.finetuning.rows import Group, ViewPair
     from genoembed.tokenization.hf import SequenceEncoder
 
 
@@ -135,7 +131,7 @@ _TARGETS = ("none", "sequence", "token", "causal")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaddedCollator:
-    """Pads rows on the right to the longest of their batch.
+    """Pad rows on the right to the longest of their batch.
 
     Example:
         >>> from genoembed.tokenization.char import CharTokenizer
@@ -188,6 +184,7 @@ class PaddedCollator:
         }
         if self.target == "causal":
             is_padding = batch.attention_mask == 0
+            # by position: where padding has the id of EOS, a genuine EOS must still be learned
             collated["labels"] = batch.input_ids.masked_fill(is_padding, self.ignore_index)
         elif self.target == "token":
             collated["labels"] = self._token_labels(examples, batch.input_ids.shape[1])
@@ -216,6 +213,32 @@ def _sequence_labels(examples: Sequence[EncodedExample]) -> Tensor:
         )
         raise ShapeError(message)
     return torch.from_numpy(np.stack([label for label in labels if label is not None]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPair:
+    """Two views of one sequence."""
+
+    first: EncodedExample
+    second: EncodedExample
+    identity: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """A query and the passages that one epoch gives it, the positive first."""
+
+    query: EncodedExample
+    passages: tuple[EncodedExample, ...]
+    sequences: tuple[bytes, ...]
+    """Of the query and of the passages, as the model sees them."""
+    ids: tuple[int, ...]
+    """Identities of the query and of the passages."""
+    label: int
+    """Number of the query's group of rows, or -1."""
+    is_real: tuple[bool, ...]
+    """False for a passage that only fills up."""
+    teacher_scores: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,6 +272,7 @@ class GroupCollator:
             "passage_",
         )
         labels = torch.tensor([group.label for group in groups])
+        # negatives of a row were given as such, so only positives carry the label of their group
         passage_labels = torch.full((len(groups), size), UNKNOWN)
         passage_labels[:, 0] = labels
         batch |= {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import count
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.config.labelled import LabelledConfig
 from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormatError
@@ -27,6 +27,8 @@ from genoembed.sequences.tables import TableRow, iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from genoembed.sequences.reading import PathInput
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,6 @@ class LabelledCounts(Counts):
     """Labels of the table that belong to no record."""
 
 
-PathInput: TypeAlias = "str | PathLike[str]"
 _RECORD_STARTS = (b">", b";", b"@", b"LOCUS ", b"ID   ")
 
 

@@ -53,7 +53,7 @@ def ranking_metrics(
     return metrics | {"ranked_queries": float(len(rank_Q))}
 
 
-METRICS = {
+TASK_METRICS = {
     "classification": ("mcc", "accuracy", "macro_f1", "auroc", "auprc", "loss"),
     "token": ("macro_f1", "mcc", "accuracy", "auroc", "auprc", "loss"),
     "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),

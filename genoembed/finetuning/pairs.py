@@ -25,7 +25,7 @@ from genoembed.sequences.tables import iter_rows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from genoembed.finetuning.labelled import PathInput
+    from genoembed.sequences.reading import PathInput
     from genoembed.sequences.tables import TableRow
 
 
@@ -303,6 +303,7 @@ def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) 
 
 
 def _true_negatives(query: bytes, pos: Sequence[bytes], neg: Sequence[bytes]) -> list[int]:
+    # both strands: a negative that is the other strand of a positive is the same molecule
     alike = {sequence for one in (query, *pos) for sequence in (one, reverse_complement(one))}
     return [index for index, sequence in enumerate(neg) if sequence not in alike]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genoembed.errors import ConfigError
-from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER
+from genoembed.finetuning.metrics import SMALLER_IS_BETTER, TASK_METRICS
 from genoembed.training.trainer import resolved_dtype, training_arguments
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
         (20, '2e-05', 'spearman')
     """
     recipe, task = config.recipe, config.objective.task
-    metric = recipe.metric or METRICS[task][0]
-    if metric not in METRICS[task]:
-        message = f"metric is {metric!r}; set metric to one of {', '.join(METRICS[task])}"
+    metric = recipe.metric or TASK_METRICS[task][0]
+    if metric not in TASK_METRICS[task]:
+        message = f"metric is {metric!r}; set metric to one of {', '.join(TASK_METRICS[task])}"
         raise ConfigError(message)
     epochs = 20 if num_rows < _SMALL else 10 if num_rows < _LARGE else 3
     rate = recipe.learning_rate or default_rate(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from genoembed.errors import SequenceLengthError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
-from genoembed.finetuning.collate import EncodedExample, encode_example, encode_token_example
+from genoembed.finetuning.collate import EncodedExample, Group, ViewPair, encode_example, encode_token_example
 from genoembed.finetuning.sampling import FILLER
 from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 
@@ -151,15 +151,6 @@ class RowDataset(EpochDataset):
         return self._encode(augment(view, rng, config=self._augment), row)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViewPair:
-    """Two views of one sequence."""
-
-    first: EncodedExample
-    second: EncodedExample
-    identity: int
-
-
 class ViewDataset(EpochDataset):
     """Two views of each sequence: the first as ``augment`` says, the second as ``other`` says."""
 
@@ -186,23 +177,6 @@ class ViewDataset(EpochDataset):
             rng = augmentation_rng(seed=self._seed, epoch=epoch, row=index)
             views.append(self._encode(augment(Augmented(row.sequence), rng, config=config), row))
         return ViewPair(first=views[0], second=views[1], identity=sequence_identity(row.sequence))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """A query and the passages that one epoch gives it, the positive first."""
-
-    query: EncodedExample
-    passages: tuple[EncodedExample, ...]
-    sequences: tuple[bytes, ...]
-    """Of the query and of the passages, as the model sees them."""
-    ids: tuple[int, ...]
-    """Identities of the query and of the passages."""
-    label: int
-    """Number of the query's group of rows, or -1."""
-    is_real: tuple[bool, ...]
-    """False for a passage that only fills up."""
-    teacher_scores: tuple[float, ...] | None
 
 
 class GroupDataset(EpochDataset):
@@ -233,6 +207,7 @@ class GroupDataset(EpochDataset):
         chosen = [FILLER if n == FILLER else len(row.pos) + n for n in draw.negatives]
         places = [draw.positive, *chosen]
         listed = (*row.pos, *row.neg)
+        # a filler repeats the positive, so that all groups have one size; is_real masks it
         passages = [listed[draw.positive if place == FILLER else place] for place in places]
         rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
         views = [

@@ -18,7 +18,7 @@ import torch
 from transformers.trainer_utils import set_seed
 
 from genoembed.config.finetune import PREDICTION_TASKS, finetune_config
-from genoembed.finetuning.metrics import METRICS, SMALLER_IS_BETTER, check_metrics_installed
+from genoembed.finetuning.metrics import SMALLER_IS_BETTER, TASK_METRICS, check_metrics_installed
 from genoembed.finetuning.rates import finetune_arguments, resolve_recipe, total_steps
 from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
@@ -205,7 +205,7 @@ class _Run:
 
     def _trainer(self) -> FinetuneTrainer:
         recipe, setup = self.config.recipe, self.setup
-        shown = (str(recipe.metric), *METRICS[self.config.objective.task][:2], "loss")
+        shown = (str(recipe.metric), *TASK_METRICS[self.config.objective.task][:2], "loss")
         callbacks: list[TrainerCallback] = [FinetuneLog(self.folder / METRICS_FILE, shown=shown)]
         if "eval" in setup.measures:
             callbacks.append(

@@ -135,6 +135,7 @@ def _strata(rows: Sequence[LabelledSequence], kind: LabelKind) -> NDArray[np.int
     values = np.array(
         [row.label[0] if isinstance(row.label, tuple) else 0.0 for row in rows], dtype=np.float64
     )
+    # twice argsort gives ranks: strata have equal numbers of rows however values are spread
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return ranks * min(_NUM_BINS, max(1, len(rows) // len(SIDES))) // max(1, len(rows))
 
@@ -212,6 +213,7 @@ def _balanced(
     order = order[np.argsort(-totals[order, -1], kind="stable")]
     side_of = np.zeros(len(totals), dtype=np.int64)
     for cluster in order.tolist():
+        # change of chi-squared if the cluster joins each side: ((h + t - w)^2 - (h - w)^2) / w
         gain_K = (totals[cluster] * (2 * (has_KC - wanted_KC) + totals[cluster]) * weight_KC).sum(axis=1)
         side = int(open_sides[np.argmin(gain_K[open_sides])])
         side_of[cluster] = side

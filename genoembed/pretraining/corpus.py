@@ -12,9 +12,9 @@ import hashlib
 import logging
 import re
 from dataclasses import asdict, dataclass, field, fields
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from genoembed.contracts import SequenceRecord
+    from genoembed.sequences.reading import PathInput
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,7 +105,6 @@ def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]
 
 __all__ = ["CorpusConfig", "CorpusCounts", "CorpusState", "DocumentStream"]
 
-PathInput: TypeAlias = "str | PathLike[str]"
 
 logger = logging.getLogger(__name__)
 

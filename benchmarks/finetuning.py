@@ -28,7 +28,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,11 +38,9 @@ from labelled_features import LabelledSet, capture_features, load_which, read_la
 from threadpoolctl import threadpool_limits
 
 import genoembed
-from genoembed.probing.folds import split_folds
-from genoembed.probing.linear import score_fold
-from genoembed.probing.nested import probe
-from genoembed.probing.preparation import encode_target
-from genoembed.sequences.composition import baseline_features
+from genoembed.probing.cross_validation import encode_target, score_fold, split_folds
+from genoembed.probing.sweep import choose_inside, sweep
+from genoembed.sequences.composition import BASELINES, usable_baselines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,23 +80,20 @@ TRIES: dict[str, dict[str, Any]] = {
 """Variants that were tried, by name, before the recipe was fixed."""
 METRICS = {"classification": ("mcc", "accuracy", "macro_f1"), "regression": ("spearman", "pearson", "r2")}
 TITLES = {
-    "gc_length": "GC, length",
-    "kmer_4": "4-mer",
-    "kmer_6": "6-mer",
-    "one_hot": "one-hot",
+    **{name: name for name in BASELINES},
     "pooled": "frozen, pooled",
     "places": "frozen, places",
     "lora": "LoRA",
     "full": "full",
     "base": "full, one base",
 }
-PLAIN = ("gc_length", "kmer_4", "kmer_6", "one_hot")
+PLAIN = tuple(BASELINES)
 TUNED = ("lora", "full", "base")
 NUM_FOLDS = 5
 VALIDATION_PARTS = 8
 BLOCKS_EVERY = 4
 DELIMITER, IGNORED = ",", "."
-_VERSION = 1
+_VERSION = 2
 
 
 class Parts(NamedTuple):
@@ -289,17 +283,14 @@ def probe_frozen(labelled: LabelledSet, options: argparse.Namespace, *, places: 
     model, weights = load_which(options.model, "trained", dtype="float32", seed=0)
     features = capture_features(model, weights, labelled, options.cache, max_tokens=3000)
     started = time.process_time()
-    found = probe(
-        Candidates(features, candidate_names(list(features), places=places)),
-        labelled.target,
-        task=labelled.task,
-        groups=labelled.groups,
-        num_folds=NUM_FOLDS,
-        seed=0,
-    )
+    task = labelled.task
+    candidates = Candidates(features, candidate_names(list(features), places=places))
+    codes = encode_target(labelled.target, task=task)
+    found = sweep(candidates, codes, folds_of(labelled), task=task, average=False)
+    inside = choose_inside((*found.layers, *found.fusions), task=task)
     return {
-        "folds": {metric: list(summary.folds) for metric, summary in found.metrics.items()},
-        "choices": [asdict(choice) for choice in found.choices],
+        "folds": {metric: list(summary.values) for metric, summary in inside.metrics.items()},
+        "choices": list(inside.chosen),
         "forward_cpu_seconds": features.cpu_seconds,
         "cpu_seconds": time.process_time() - started,
     }
@@ -317,8 +308,9 @@ def score_plain(labelled: LabelledSet, seeds: Sequence[int]) -> dict[str, dict[s
     """
     folds, codes = folds_of(labelled), encode_target(labelled.target, task=labelled.task)
     scores: dict[str, dict[str, list[float]]] = {}
-    for name, matrix in baseline_features(labelled.sequences).items():
-        found = [score_fold([[matrix]], codes, folds, seed, task=labelled.task).metrics for seed in seeds]
+    for name in usable_baselines(labelled.sequences):
+        matrix = BASELINES[name](labelled.sequences)
+        found = [score_fold([matrix], codes, folds, seed, task=labelled.task).metrics for seed in seeds]
         scores[name] = {metric: [one[metric] for one in found] for metric in found[0]}
     return scores
 

@@ -2,10 +2,10 @@
 
 For every ``NAME.tsv`` of a folder (``sequence<TAB>label``; where ``NAME.groups`` stands beside it, rows of
 one group share a fold, else folds are stratified): features of all layers of the model, and of a copy with
-fresh weights, in one pass each; then the nested probe of ``genoembed.probing``, which chooses layer, pooling
-and combination inside the training folds; and the baselines on the same folds. Finished sets and features are
-kept in the cache folder, so that a run that was stopped goes on where it was; give another folder to measure
-anew.
+fresh weights, in one pass each; then the sweep of ``genoembed probe`` over all of them, with layer, pooling
+and combination chosen inside the training folds; and the baselines on the same folds. Finished sets and
+features are kept in the cache folder, so that a run that was stopped goes on where it was; give another
+folder to measure anew.
 
 Example::
 
@@ -32,26 +32,24 @@ from describe_machine import PACKAGES, describe_machine
 from labelled_features import BothStrands, Features, LabelledSet, capture_features, load_which, read_labelled
 from threadpoolctl import threadpool_limits
 
-from genoembed.probing.folds import split_folds
-from genoembed.probing.linear import METRICS, cross_validate
-from genoembed.probing.nested import probe
-from genoembed.sequences.composition import baseline_features
+from genoembed.probing.cross_validation import METRICS, encode_target, split_folds
+from genoembed.probing.sweep import choose_inside, score_block, shown, sweep
+from genoembed.sequences.composition import BASELINES, usable_baselines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from genoembed import GenomicModel
-    from genoembed.probing.linear import MetricSummary
-    from genoembed.probing.nested import ProbeResult
 
 logger = logging.getLogger("labelled_probe")
 
 WHICH = ("untrained", "trained")
-BASELINE_TITLES = {"gc_length": "GC, length", "kmer_4": "4-mer", "kmer_6": "6-mer", "one_hot": "one-hot"}
 NUM_FOLDS = 5
 SEED = 0
 SPREAD_EVERY = 8
-_VERSION = 1
+_VERSION = 2
 
 
 def fusions_of(names: Sequence[str], paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -126,21 +124,27 @@ def measure_baselines(labelled: LabelledSet) -> dict[str, Any]:
     Returns:
         Metrics by name of the baseline.
     """
+    folds, codes = _folds_and_codes(labelled)
+    baselines = {}
+    for name in usable_baselines(labelled.sequences):
+        matrix = BASELINES[name](labelled.sequences)
+        found = score_block(name, matrix, codes, folds, task=labelled.task, kind="baseline")
+        baselines[name] = {metric: asdict(summary) for metric, summary in found.metrics.items()}
+        logger.info("%s: %s %s", labelled.name, name, shown(found, labelled.task))
+    return baselines
+
+
+def _folds_and_codes(labelled: LabelledSet) -> tuple[NDArray[np.int64], NDArray[np.generic]]:
     folds = split_folds(
         labelled.target, task=labelled.task, groups=labelled.groups, num_folds=NUM_FOLDS, seed=SEED
     )
-    baselines = {}
-    for name, matrix in baseline_features(labelled.sequences).items():
-        scores = cross_validate(matrix, labelled.target, folds, task=labelled.task)
-        baselines[name] = {metric: asdict(summary) for metric, summary in scores.items()}
-        logger.info("%s: %s %s", labelled.name, name, _shown(scores))
-    return baselines
+    return folds, encode_target(labelled.target, task=labelled.task)
 
 
 def measure_model(
     model: GenomicModel, weights: str, labelled: LabelledSet, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Score what the nested probe makes of a model's states.
+    """Score what the probe makes of a model's states.
 
     Args:
         model: The model.
@@ -154,11 +158,10 @@ def measure_model(
     features = features_of(model, weights, labelled, options)
     started = time.process_time()
     found = probe_features(features, labelled)
-    logger.info("%s: %s", labelled.name, _shown(found.metrics))
     if options.drop_features:
         for folder in features.folders:
             shutil.rmtree(folder)
-    return _as_plain(found) | {
+    return found | {
         "forward_cpu_seconds": features.cpu_seconds,
         "probe_cpu_seconds": time.process_time() - started,
     }
@@ -205,33 +208,32 @@ def features_of(
     return BothStrands(*found) if len(found) > 1 else found[0]
 
 
-def probe_features(features: Features | BothStrands, labelled: LabelledSet) -> ProbeResult:
-    """Choose and score among all features of a model, and their fusions.
+def probe_features(features: Features | BothStrands, labelled: LabelledSet) -> dict[str, Any]:
+    """Choose among all features of a model and their fusions inside the training folds, and score the choice.
 
     Args:
         features: Of one model.
         labelled: Their set.
 
     Returns:
-        The nested result.
+        Metrics of the choice, what was chosen for each fold, and the first metric of every candidate.
     """
-    return probe(
-        features,
-        labelled.target,
-        task=labelled.task,
-        groups=labelled.groups,
-        fusions=fusions_of(list(features), features.paths),
-        num_folds=NUM_FOLDS,
-        seed=SEED,
-    )
-
-
-def _as_plain(found: ProbeResult) -> dict[str, Any]:
+    folds, codes = _folds_and_codes(labelled)
+    joined = fusions_of(list(features), features.paths)
+    found = sweep(features, codes, folds, task=labelled.task, joined=joined, average=False)
+    candidates = (*found.layers, *found.fusions)
+    inside = choose_inside(candidates, task=labelled.task)
+    logger.info("%s: %s", labelled.name, shown(inside, labelled.task))
+    members = {candidate.name: candidate.members for candidate in candidates}
+    means = {one.name: one.metrics[METRICS[labelled.task][0]].mean for one in candidates}
     return {
-        "metrics": {metric: asdict(summary) for metric, summary in found.metrics.items()},
-        "choices": [asdict(choice) for choice in found.choices],
-        "recommended": found.recommended.name,
-        "screen": {candidate.name: round(candidate.score.mean, 4) for candidate in found.candidates},
+        "metrics": {metric: asdict(summary) for metric, summary in inside.metrics.items()},
+        "choices": [
+            {"fold": fold, "candidate": name, "members": members[name][fold]}
+            for fold, name in enumerate(inside.chosen)
+        ],
+        "recommended": max(means, key=means.__getitem__),
+        "candidates": {name: round(mean, 4) for name, mean in means.items()},
     }
 
 
@@ -239,10 +241,6 @@ def _class_counts(labelled: LabelledSet) -> dict[str, int]:
     if labelled.task == "regression":
         return {}
     return dict(sorted(Counter(str(label) for label in labelled.target).items()))
-
-
-def _shown(metrics: Mapping[str, MetricSummary]) -> str:
-    return ", ".join(f"{name} {summary.mean:.3f} +- {summary.sd:.3f}" for name, summary in metrics.items())
 
 
 def to_markdown(sets: Sequence[Mapping[str, Any]]) -> str:
@@ -263,18 +261,18 @@ def to_markdown(sets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(sets: Sequence[Mapping[str, Any]], metric: str) -> str:
-    titles = ["set", "rows", "folds", *BASELINE_TITLES.values(), "untrained", "trained", "chosen most often"]
+    titles = ["set", "rows", "folds", *BASELINES, "untrained", "trained", "chosen most often"]
     titles += ["- untrained", "- 6-mer", "- best baseline"]
     lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
     for result in sets:
         trained, untrained = result["models"]["trained"], result["models"]["untrained"]
         cells = [result["set"], str(result["rows"]), result["folds"]]
-        cells += [_cell(result["baselines"].get(name, {}).get(metric)) for name in BASELINE_TITLES]
+        cells += [_cell(result["baselines"].get(name, {}).get(metric)) for name in BASELINES]
         cells += [_cell(untrained["metrics"][metric]), f"**{_cell(trained['metrics'][metric])}**"]
         cells += [_most_chosen(trained["choices"])]
         cells += [
             _difference(trained["metrics"][metric], untrained["metrics"][metric]),
-            _difference(trained["metrics"][metric], result["baselines"]["kmer_6"][metric]),
+            _difference(trained["metrics"][metric], result["baselines"]["6-mer counts"][metric]),
             _difference(trained["metrics"][metric], _best_baseline(result, metric)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -297,7 +295,7 @@ def _best_baseline(result: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Give the mean of the differences by fold and their standard deviation; bold where it is a loss."""
-    by_fold = np.subtract(first["folds"], second["folds"])
+    by_fold = np.subtract(first["values"], second["values"])
     text = f"{by_fold.mean():+.3f} ± {by_fold.std(ddof=1):.3f}"
     return f"**{text}**" if by_fold.mean() < 0 else text
 
@@ -310,7 +308,7 @@ def _summary(sets: Sequence[Mapping[str, Any]]) -> str:
             metric = METRICS[result["task"]][0]
             others = {
                 "untrained copy": result["models"]["untrained"]["metrics"][metric],
-                "6-mer": result["baselines"]["kmer_6"][metric],
+                "6-mer": result["baselines"]["6-mer counts"][metric],
                 "best baseline": _best_baseline(result, metric),
             }
             wins += result["models"]["trained"]["metrics"][metric]["mean"] > others[name]["mean"]

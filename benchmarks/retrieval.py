@@ -47,7 +47,7 @@ from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, encode_example
 from genoembed.finetuning.metrics import ranking_metrics
 from genoembed.models.trained_folder import read_finetuned
-from genoembed.probing.folds import split_folds
+from genoembed.probing.cross_validation import split_folds
 from genoembed.retrieval.heads import M3Heads
 from genoembed.retrieval.m3 import M3Loss, M3Vectors, head_scores, hybrid_scores, join_vectors
 from genoembed.retrieval.models import RetrievalModel

@@ -99,7 +99,7 @@ RULES = {
     "probing": Rule(
         internal=("extraction", "embedding", *BELOW_VERBS),
         third_party=("numpy", "torch"),
-        in_functions=("sklearn", "matplotlib"),
+        in_functions=("sklearn", "scipy", "matplotlib"),
     ),
     "plotting": Rule(
         internal=BELOW_VERBS, third_party=("numpy",), in_functions=("sklearn", "matplotlib", "plotly", "umap")

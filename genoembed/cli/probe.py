@@ -56,7 +56,7 @@ _FROM_FILE = (
     group=LABELS,
     required=True,
     metavar="TSV",
-    help="Table with a row a record: TSV, CSV, JSON lines or Parquet.",
+    help="Table with one row per record: TSV, CSV, JSON lines or Parquet.",
 )
 @file_option(
     "--task",
@@ -88,8 +88,8 @@ _FROM_FILE = (
 @file_option(
     "--cv",
     group=FOLDS,
-    help="Which rows share a fold: any, spread by class; those of a group; kin by shared k-mers; those of a "
-    "chromosome (the id before ':', or the file).  [stratified]",
+    help="Which rows share a fold: any, spread by class; those of a group; homologs by shared k-mers; those "
+    "of a chromosome (the id before ':', or the file).  [stratified]",
     **choice("stratified", "grouped", "homology", "chromosome"),
 )
 @file_option("--num-folds", group=FOLDS, help="Test folds, at least 3.  [5]", **COUNT)
@@ -102,7 +102,7 @@ _FROM_FILE = (
     help="For --cv homology: kin from here.  [0.8]",
 )
 @file_option("--seed", group=FOLDS, help="Of the folds and of the untrained copy.  [0]", **COUNT)
-@file_option("--no-baselines", group=BESIDE, help="Leave out 4-mers, 6-mers and GC content.", **FLAG)
+@file_option("--no-baselines", group=BESIDE, help="Leave out k-mers, GC content and one-hot letters.", **FLAG)
 @file_option(
     "--no-untrained", group=BESIDE, help="Leave out the copy with fresh weights, half of the cost.", **FLAG
 )
@@ -113,7 +113,7 @@ _FROM_FILE = (
     multiple=True,
     default=(),
     metavar="K",
-    help="Lay the best K layers side by side; repeatable.  [2 and 4]",
+    help="Concatenate the best K layers; repeatable.  [2 and 4]",
 )
 @file_option(
     "--transform",

@@ -45,9 +45,9 @@ class ProbeConfig:
     kin_identity: float = 0.8
     """Identity from which sequences are kin, for ``cv='homology'``."""
     top: tuple[int, ...] = TOP
-    """How many of the best layers are laid side by side; each number is a candidate."""
+    """How many of the best layers are concatenated; each number is a candidate."""
     baselines: bool = True
-    """Score 4-mers, 6-mers, and GC content with length on the same folds."""
+    """Score 4-mers, 6-mers, GC content with length, and one-hot letters on the same folds."""
     untrained: bool = True
     """Score a copy of the model with fresh weights; this doubles the cost."""
     preset: Preset = "none"

@@ -1,7 +1,4 @@
-"""What a probe found: tables, words, and the options that put it to use.
-
-What a sweep says, in words: which layer, how far the good ones reach, and whether it was worth a model.
-"""
+"""What a probe found: a table, a plot, and in words which layer to use and whether it was worth a model."""
 
 from __future__ import annotations
 
@@ -12,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.probing.linear import METRICS
-from genoembed.probing.sweep import METRIC_WORDS, shown
+from genoembed.errors import MissingExtraError, StoreError
+from genoembed.probing.cross_validation import METRIC_WORDS, METRICS
+from genoembed.probing.sweep import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from genoembed.config.choices import ProbeTask
-    from genoembed.probing.few_shot import ShotSummary
-    from genoembed.probing.linear import MetricSummary
+    from genoembed.probing.cross_validation import MetricSummary
     from genoembed.probing.sweep import InsideChoice, Scored
 
 
 CHOSEN = "layer chosen in training folds"
+CHOSEN_FUSION = "layer or fusion chosen in training folds"
 UNTRAINED = "untrained copy, layer chosen likewise"
 
 
@@ -60,6 +60,8 @@ class ProbeReport:
     """The same layers of an untrained copy."""
     inside: InsideChoice
     """The score when the layer is chosen inside the training folds: the figure to quote."""
+    inside_fusion: InsideChoice | None
+    """The same with fusions among the candidates; None without fusions."""
     inside_untrained: InsideChoice | None
     choice: LayerChoice
     comparisons: tuple[Comparison, ...]
@@ -67,10 +69,10 @@ class ProbeReport:
     verdict: str
     """Whether the embeddings were worth it, in plain words."""
     fusion_weights: Mapping[str, float]
-    """Weight of each layer in the learnt mean; empty where there is none."""
+    """Weight of each layer in the learned mean; empty where there is none."""
     fusion_options: str
     """What ``genoembed extract`` takes to make that mean; empty where there is none."""
-    shots: Mapping[str, Mapping[str, Mapping[str, ShotSummary]]]
+    shots: Mapping[str, Mapping[str, Mapping[str, MetricSummary]]]
     """With the preset: candidate -> regime -> metric; empty without."""
     num_test: int
     """Rows of the test split; 0 without one."""
@@ -86,14 +88,16 @@ class ProbeReport:
         return self.choice.sentence
 
     def table(self) -> list[dict[str, str | float]]:
-        """Lay the scores out.
+        """Collect the scores as rows.
 
         Returns:
-            A row a candidate: name, kind, and mean and deviation of each metric.
+            One row per candidate: name, kind, and mean and deviation of each metric.
         """
         rows = [_row(one.name, one.kind, one.metrics) for one in (*self.layers, *self.fusions)]
         if len(self.layers) > 1:
             rows.append(_row(CHOSEN, "choice", self.inside.metrics))
+        if self.inside_fusion is not None:
+            rows.append(_row(CHOSEN_FUSION, "choice", self.inside_fusion.metrics))
         rows += [_row(one.name, one.kind, one.metrics) for one in self.baselines]
         if self.inside_untrained is not None:
             rows.append(_row(UNTRAINED, "untrained", self.inside_untrained.metrics))
@@ -105,17 +109,8 @@ class ProbeReport:
         Returns:
             The fields, with the recommendation and the table.
         """
-        plain = {
-            name: getattr(self, name)
-            for name in (
-                *("was_extracted", "task", "metrics", "cv", "num_folds", "num_groups", "num_rows", "counts"),
-                *("classes", "verdict", "fusion_weights", "fusion_options", "num_test", "notes", "seconds"),
-            )
-        }
-        scored = {
-            name: [asdict(one) for one in getattr(self, name)]
-            for name in ("layers", "fusions", "baselines", "untrained", "comparisons")
-        }
+        plain = asdict(self)
+        del plain["choice"]
         return {
             "recommendation": self.recommendation,
             "layer": self.choice.layer,
@@ -125,16 +120,6 @@ class ProbeReport:
             "embeddings": str(self.embeddings),
             "plots": [str(path) for path in self.plots],
             "table": self.table(),
-            **scored,
-            "inside": asdict(self.inside),
-            "inside_untrained": None if self.inside_untrained is None else asdict(self.inside_untrained),
-            "shots": {
-                name: {
-                    regime: {metric: asdict(summary) for metric, summary in scores.items()}
-                    for regime, scores in regimes.items()
-                }
-                for name, regimes in self.shots.items()
-            },
         }
 
 
@@ -283,10 +268,10 @@ def compare(
     Returns:
         A comparison a baseline, the strongest baseline first.
     """
-    mine = np.array(model.metrics[METRICS[task][0]].folds)
+    mine = np.array(model.metrics[METRICS[task][0]].values)
     found = []
     for name, score in sorted(baselines, key=lambda pair: -pair[1].mean):
-        by_fold = mine - np.array(score.folds)
+        by_fold = mine - np.array(score.values)
         mean, sd = float(by_fold.mean()), float(by_fold.std(ddof=1))
         found.append(
             Comparison(
@@ -323,3 +308,104 @@ def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: Pro
 
 def _by(one: Comparison) -> str:
     return f"{one.difference:+.3f} +- {one.difference_sd:.3f}"
+
+
+# ------------------------------------------------------------------------------------------------- the plot
+
+
+_BLUE, _GREY, _RED = "#1f5fa8", "#808080", "#b2182b"
+_COLORS = {
+    "fusion": ("#1b7837", "#7fbc41", "#e08214", "#c51b7d"),
+    "baseline": ("#000000", "#7f3b08", "#542788"),
+}
+_DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)))
+_MOST_TICKS = 17
+
+
+def plot_layers(
+    path: Path,
+    layers: Sequence[Scored],
+    *,
+    lines: Sequence[Scored],
+    untrained: Sequence[Scored] = (),
+    best: str,
+    task: ProbeTask,
+    title: str,
+) -> None:
+    """Draw score by layer, with one standard deviation over folds as a band."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a plot by layer") from error
+    figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    metric = METRICS[task][0]
+    place = [layer.name for layer in layers].index(best)
+    top = layers[place].metrics[metric].mean
+    _draw_curve(axes, layers, metric, color=_BLUE, label="model, by layer", marker="o")
+    axes.plot(
+        [place], [top], "o", color=_RED, markersize=9, zorder=5, label=f"best: {_tick(best)} ({top:.3f})"
+    )
+    _draw_lines(axes, lines, metric)
+    if untrained:
+        _draw_curve(axes, untrained, metric, color=_GREY, label="untrained copy, by layer", marker="x")
+    _dress(axes, [layer.name for layer in layers])
+    axes.set_ylabel(f"{METRIC_WORDS[metric]} (mean, band: 1 s.d. over folds)")
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        problem = (
+            f"cannot be written ({error.strerror or error}); free space, or set output to another folder"
+        )
+        raise StoreError(problem, path=str(path)) from error
+
+
+def _draw_curve(
+    axes: Axes, layers: Sequence[Scored], metric: str, *, color: str, label: str, marker: str
+) -> None:
+    places = np.arange(len(layers))
+    means = np.array([layer.metrics[metric].mean for layer in layers])
+    sds = np.array([layer.metrics[metric].sd for layer in layers])
+    axes.fill_between(places, means - sds, means + sds, color=color, alpha=0.15, linewidth=0)
+    axes.plot(places, means, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Scored], metric: str) -> None:
+    """Draw fusions solid and thin, baselines dashed, each in a color of its own."""
+    counts = {"fusion": 0, "baseline": 0}
+    for line in lines:
+        kind = "fusion" if line.kind == "fusion" else "baseline"
+        number = counts[kind]
+        counts[kind] += 1
+        mean = line.metrics[metric].mean
+        axes.axhline(
+            mean,
+            color=_COLORS[kind][number % len(_COLORS[kind])],
+            linestyle="-" if kind == "fusion" else _DASHES[number % len(_DASHES)],
+            linewidth=0.9 if kind == "fusion" else 1.5,
+            label=f"{line.name} ({mean:.3f})",
+        )
+
+
+def _dress(axes: Axes, names: Sequence[str]) -> None:
+    """Name the layers along the axis, as many as there is room for."""
+    step = -(-len(names) // _MOST_TICKS)
+    places = range(0, len(names), step)
+    are_numbers = all(layer_number(name) is not None for name in names)
+    axes.set_xticks(list(places), [_tick(names[place]) for place in places], fontsize=8)
+    if not are_numbers:
+        axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlabel("layer" if are_numbers else "layer (module path)")
+    axes.margins(x=0.02)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _tick(path: str) -> str:
+    number = layer_number(path)
+    return path if number is None else str(number)

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 from genoembed.config.embed import OPTION_STAGE, default_output
 from genoembed.config.probe import ProbeConfig
 from genoembed.errors import ConfigError, MissingExtraError, StoreError
-from genoembed.probing.folds import missing_scikit_learn
-from genoembed.probing.layer_plot import plot_layers
-from genoembed.probing.linear import METRICS
+from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
 from genoembed.probing.report import (
     ProbeReport,
     choose_layer,
@@ -27,13 +25,19 @@ from genoembed.probing.report import (
     describe_classes,
     fusion_options,
     metric_names,
+    plot_layers,
     verdict,
 )
 from genoembed.probing.rows import read_labels
 from genoembed.probing.scoring import Measured, ProbeRun
 from genoembed.probing.sweep import choose_inside
-from genoembed.probing.vectors import EMBEDDINGS, embed_layers, embed_untrained, find_embedding_file
-from genoembed.probing.vectors import UNTRAINED as UNTRAINED_FILE
+from genoembed.probing.vectors import (
+    EMBEDDINGS,
+    UNTRAINED,
+    embed_layers,
+    embed_untrained,
+    find_embedding_file,
+)
 from genoembed.store import open_embeddings
 from genoembed.store.atomic import write_text
 
@@ -151,7 +155,7 @@ def probe(
         measured = run.measure(
             lambda: embed_untrained(
                 file,
-                folder / UNTRAINED_FILE,
+                folder / UNTRAINED,
                 model=model,
                 seed=wanted.seed,
                 overwrite=overwrite,
@@ -195,6 +199,7 @@ def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeRepor
         baselines=measured.baselines,
         untrained=measured.untrained,
         inside=inside,
+        inside_fusion=choose_inside((*sweep.layers, *sweep.fusions), task=task) if sweep.fusions else None,
         inside_untrained=again,
         choice=choose_layer(sweep.layers, inside, fusions=sweep.fusions, pooling=pooling, task=task),
         comparisons=tuple(comparisons),

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genoembed.errors import ConfigError
-from genoembed.probing.linear import ridge_weights
-from genoembed.probing.preparation import deviations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,19 +129,23 @@ def _scores(
 
     Gives ``(L, N, K)``, and the target without the means that the models were given, ``(N, K)``.
     """
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
     mixed: NDArray[np.float64] = np.zeros(1)
     for name, weight in zip(features, share / scales, strict=True):
         mixed = mixed + np.asarray(features[name])[is_used].astype(np.float64) * weight
-    mean = mixed.mean(axis=0)
-    scale = deviations(np.abs(mean), mean**2 + ((mixed - mean) ** 2).mean(axis=0))
-    mixed = (mixed - mean) / scale
+    scaler = StandardScaler()
+    mixed = scaler.fit_transform(mixed)
     target = wanted.copy()
     models = {}
     for part in np.unique(parts):
         is_fitted = parts != part
         centre = wanted[is_fitted].mean(axis=0)
         target[~is_fitted] -= centre
-        models[part] = ridge_weights(mixed[is_fitted], wanted[is_fitted] - centre, PENALTY) / scale[:, None]
+        ridge = Ridge(alpha=PENALTY * int(is_fitted.sum()), fit_intercept=False)
+        weights = ridge.fit(mixed[is_fitted], wanted[is_fitted] - centre).coef_
+        models[part] = np.atleast_2d(weights).T / scaler.scale_[:, None]
     scores = np.zeros((len(share), *wanted.shape))
     for row, name in enumerate(features):
         layer = np.asarray(features[name])[is_used].astype(np.float64)

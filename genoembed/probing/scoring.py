@@ -1,24 +1,35 @@
-"""The scores of a probe: layers, fusions, baselines and an untrained copy, all on the same rows and folds."""
+"""The scores of a probe: layers, fusions, baselines and an untrained copy, all on the same rows and folds.
+
+With the preset ``geneb`` also the protocol of that benchmark (arXiv 2606.04525): features as they are, not
+standardized; scikit-learn's logistic regression with its default penalty (C = 1), fitted to all training
+rows, to ten of each class and to one of each class, drawn with five seeds; scores on held-out rows.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from genoembed.errors import NonFiniteError
-from genoembed.probing.few_shot import ShotSummary, score_shots
-from genoembed.probing.folds import split_folds
-from genoembed.probing.preparation import encode_target, standardize
+from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.probing.cross_validation import (
+    MetricSummary,
+    encode_target,
+    measure,
+    prepare,
+    split_folds,
+    summarize,
+)
 from genoembed.probing.report import UNTRAINED, layer_number
 from genoembed.probing.rows import group_rows, join_labels, read_row_sequences
 from genoembed.probing.scalar_mix import mix_layers
-from genoembed.probing.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep_layers
+from genoembed.probing.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep
 from genoembed.probing.vectors import RowsOfLayers, load_transforms
-from genoembed.sequences.composition import composition, kmer_frequencies
+from genoembed.sequences.composition import BASELINES, usable_baselines
 from genoembed.store import open_embeddings
 
 if TYPE_CHECKING:
@@ -28,30 +39,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.config.probe import ProbeConfig
-    from genoembed.pooling.transform import FittedTransform
     from genoembed.probing.rows import LabelTable
-    from genoembed.probing.sweep import Kind
     from genoembed.store import EmbeddingFile
 
 logger = logging.getLogger(__name__)
 
-Shots: TypeAlias = dict[str, dict[str, dict[str, ShotSummary]]]
+Shots: TypeAlias = "dict[str, dict[str, dict[str, MetricSummary]]]"
+"""candidate -> regime -> metric"""
 
-_BASELINES: Mapping[str, Callable[[Sequence[bytes]], NDArray[np.float32]]] = {
-    "4-mer counts": lambda sequences: kmer_frequencies(sequences, k=4),
-    "6-mer counts": lambda sequences: kmer_frequencies(sequences, k=6),
-    "GC content and length": composition,
-}
+SEEDS = (13, 17, 42, 123, 997)
+SHOTS: Mapping[str, int | None] = {"full": None, "10-shot": 10, "1-shot": 1}
+"""Training rows of each class by name of the regime; None takes all."""
+_MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What is learnt, and on which folds; with a split, all but the test rows."""
+    """What is learned, and on which folds; with a split, all but the test rows."""
 
     codes: NDArray[np.generic]
     folds: NDArray[np.int64]
     is_train: NDArray[np.bool_]
-    """Rows that folds were dealt to, of all labelled rows."""
+    """Rows that have a fold, of all labelled rows."""
     num_groups: int | None
 
 
@@ -87,35 +96,25 @@ class ProbeRun:
         self.notes: list[str] = []
         """What was left out, and why."""
         self._sequences = self._read_sequences()
-        self.target = self._deal(table)
+        self.target = self._assign_folds(table)
 
     def measure(self, embed_again: Callable[[], Path | str]) -> Measured:
         """Score everything."""
         started = time.perf_counter()
-        features = self._features(self.file, self._transforms)
-        sweep = self._sweep(features, fusions=True, kind="layer")
-        shots = self._shots_of_layers(features, sweep)
+        features = RowsOfLayers(self.file, self.layers, self.rows.rows, transforms=self._transforms)
+        target, task = self.target, self.options.task
+        train = features.of(target.is_train)
+        found = sweep(train, target.codes, target.folds, task=task, top=self.options.top)
+        shots = self._shots_of_layers(features, found)
         baselines = self._baselines(shots)
         probed = time.perf_counter()
         untrained = self._untrained(embed_again, shots) if self.options.untrained else ()
         return Measured(
-            sweep=sweep,
+            sweep=found,
             baselines=baselines,
             untrained=untrained,
             shots=shots,
             seconds={"probe": probed - started, "untrained copy": time.perf_counter() - probed},
-        )
-
-    def _sweep(self, features: RowsOfLayers, *, fusions: bool, kind: Kind) -> Sweep:
-        target = self.target
-        return sweep_layers(
-            features.of(target.is_train),
-            target.codes,
-            target.folds,
-            task=self.options.task,
-            fusions=fusions,
-            kind=kind,
-            top=self.options.top,
         )
 
     def _read_sequences(self) -> list[bytes] | None:
@@ -126,10 +125,10 @@ class ProbeRun:
         if isinstance(found, list):
             return found
         if self.options.baselines:
-            self._note(f"k-mer baselines were left out: {found}")
+            self._note(f"baselines were left out: {found}")
         return None
 
-    def _deal(self, table: LabelTable) -> Target:
+    def _assign_folds(self, table: LabelTable) -> Target:
         rows, options = self.rows, self.options
         groups = group_rows(self.file, rows, table, options, self._sequences)
         is_train = np.ones(len(rows.rows), np.bool_) if rows.is_test is None else ~rows.is_test
@@ -147,66 +146,59 @@ class ProbeRun:
             num_groups=None if groups is None else len(np.unique(groups[is_train])),
         )
 
-    def _features(
-        self, file: EmbeddingFile, transforms: Mapping[str, FittedTransform] | None = None
-    ) -> RowsOfLayers:
-        return RowsOfLayers(file, self.layers, self.rows.rows, transforms=transforms)
-
     def _baselines(self, shots: Shots) -> tuple[Scored, ...]:
         """Score what needs no model, one matrix in memory at a time."""
         if self._sequences is None or not self.options.baselines:
             return ()
-        scored = []
-        for name, build in _BASELINES.items():
-            block = build(self._sequences)
-            scored.append(self._score(name, block, "baseline"))
-            shots |= self._shots(name, self._standardized(block))
-            logger.info("%s: %s", name, shown(scored[-1], self.options.task))
+        target, scored = self.target, []
+        everywhere = np.ones(len(target.is_train), np.bool_)
+        for name in usable_baselines(self._sequences):
+            block, train = BASELINES[name](self._sequences), target.is_train
+            found = score_block(
+                name, block[train], target.codes, target.folds, task=self.options.task, kind="baseline"
+            )
+            # shares of k-mers need a scale that the preset's fixed penalty can work with
+            shots |= self._shots(name, prepare([block], train, everywhere)[1])
+            logger.info("%s: %s", name, shown(found, self.options.task))
+            scored.append(found)
         return tuple(scored)
 
-    def _standardized(self, block: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Give shares of k-mers a scale that the preset's fixed penalty can work with."""
-        everywhere = np.ones(len(block), np.bool_)
-        return standardize(block.astype(np.float64), self.target.is_train, everywhere)[1]
-
     def _untrained(self, embed_again: Callable[[], Path | str], shots: Shots) -> tuple[Scored, ...]:
-        """Score the same layers of a copy that has learnt nothing."""
+        """Score the same layers of a copy that has learned nothing."""
         made = embed_again()
         if isinstance(made, str):
             self._note(f"the untrained copy was left out: {made}")
             return ()
+        target, task = self.target, self.options.task
         with open_embeddings(made) as file:
             if file.ids != self.file.ids:
                 self._note(f"the untrained copy was left out: {file.path} holds other records")
                 return ()
-            features = self._features(file)
+            features = RowsOfLayers(file, self.layers, self.rows.rows)
+            train = features.of(target.is_train)
             try:
-                found = self._sweep(features, fusions=False, kind="untrained")
+                found = sweep(
+                    train, target.codes, target.folds, task=task, kind="untrained", top=(), average=False
+                )
             except NonFiniteError as error:
                 self._note(f"the untrained copy was left out: {error}")
                 return ()
             if self.options.preset != "none":
-                means = [layer.metrics["mcc"].mean for layer in found.layers]
-                shots |= self._shots(UNTRAINED, features[found.layers[int(np.argmax(means))].name])
+                best = max(found.layers, key=lambda layer: layer.metrics["mcc"].mean)
+                shots |= self._shots(UNTRAINED, features[best.name])
         return found.layers
 
-    def _score(self, name: str, block: NDArray[np.floating], kind: Kind) -> Scored:
-        target = self.target
-        return score_block(
-            name, block[target.is_train], target.codes, target.folds, task=self.options.task, kind=kind
-        )
-
-    def _shots_of_layers(self, features: Mapping[str, NDArray[np.floating]], sweep: Sweep) -> Shots:
-        """Score the test split for each layer and for the fusions of all layers."""
-        if self.options.preset == "none":
-            return {}
+    def _shots_of_layers(self, features: Mapping[str, NDArray[np.floating]], found: Sweep) -> Shots:
+        """Score the test split for each layer and for the means of all layers."""
         shots: Shots = {}
+        if self.options.preset == "none":
+            return shots
         for name in features:
             shots |= self._shots(name, features[name])
-        if sweep.mix:
+        if found.mix:
             equal = dict.fromkeys(features, 1 / len(features))
             shots |= self._shots(MEAN, mix_layers(features, equal))
-            shots |= self._shots(MIX, mix_layers(features, sweep.mix))
+            shots |= self._shots(MIX, mix_layers(features, found.mix))
         return shots
 
     def _shots(self, name: str, block: NDArray[np.floating]) -> Shots:
@@ -217,6 +209,68 @@ class ProbeRun:
     def _note(self, text: str) -> None:
         logger.warning("%s", text)
         self.notes.append(text)
+
+
+def score_shots(
+    features: NDArray[np.floating],
+    codes: NDArray[np.int64],
+    is_test: NDArray[np.bool_],
+    *,
+    seeds: Sequence[int] = SEEDS,
+    shots: Mapping[str, int | None] = SHOTS,
+) -> dict[str, dict[str, MetricSummary]]:
+    """Fit on few and on all training rows, and score the test rows.
+
+    Where all rows are used, seeds change nothing: there is one fit, and the deviation is 0.
+
+    Example:
+        >>> codes = np.arange(40) % 2
+        >>> scores = score_shots(np.eye(2)[codes] * 9, codes, np.arange(40) >= 20)
+        >>> list(scores), scores["1-shot"]["mcc"].mean
+        (['full', '10-shot', '1-shot'], 1.0)
+    """
+    rows = np.flatnonzero(~is_test)
+    if not is_test.any() or len(np.unique(codes[rows])) < 2:
+        message = (
+            f"split: {int(is_test.sum())} test rows and {len(np.unique(codes[rows]))} classes to train on, "
+            "expected test rows and two classes or more; check the split"
+        )
+        raise ConfigError(message)
+    results = {}
+    for regime, shot in shots.items():
+        # without drawing, every seed gives the same fit
+        drawn = [rows] if shot is None else [_draw(codes, rows, shot, seed) for seed in seeds]
+        scores = [_fit_and_score(features, codes, chosen, is_test) for chosen in drawn]
+        results[regime] = summarize(scores * (len(seeds) if shot is None else 1), ddof=0)
+    return results
+
+
+def _draw(codes: NDArray[np.int64], rows: NDArray[np.int64], shot: int, seed: int) -> NDArray[np.int64]:
+    """Draw that many rows of each class, fewer where it has fewer, class by class."""
+    # the legacy generator, because the benchmark's rows are those that it draws
+    random = np.random.RandomState(seed)
+    parts = []
+    for code in np.unique(codes[rows]):
+        members = np.flatnonzero(codes[rows] == code)
+        parts.append(rows[random.choice(members, size=min(shot, len(members)), replace=False)])
+    return np.concatenate(parts)
+
+
+def _fit_and_score(
+    features: NDArray[np.floating],
+    codes: NDArray[np.int64],
+    train: NDArray[np.int64],
+    is_test: NDArray[np.bool_],
+) -> dict[str, float]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = LogisticRegression(max_iter=_MAX_STEPS)
+    with warnings.catch_warnings():
+        # features as they are can be badly scaled; what 1,000 steps reach is what the protocol scores
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier.fit(features[train], codes[train])
+    return measure(codes[is_test], classifier.predict(features[is_test]), task="classification")
 
 
 def _sorted_codes(target: NDArray[np.generic]) -> NDArray[np.int64]:

@@ -4,7 +4,9 @@ Every candidate gets a score in each test fold, by a model whose penalty was cho
 folds alone. What a candidate is made of may depend on the data too (which layers are the best, how they are
 weighted): that is then found anew for each test fold, on the other folds alone. The best of many such scores
 is flattered all the same; :func:`choose_inside` says what remains if the choice, too, is made without the
-test fold.
+test fold (nested cross-validation).
+
+The command and the benchmarks call these functions; they take any features, given as arrays.
 
 N rows, D features, L layers.
 """
@@ -19,12 +21,19 @@ import numpy as np
 
 from genoembed.config.probe import TOP
 from genoembed.errors import ConfigError
-from genoembed.probing.linear import METRICS, FoldScore, MetricSummary, score_fold, summarize
-from genoembed.probing.preparation import COMPONENTS, check_block
+from genoembed.probing.cross_validation import (
+    METRIC_WORDS,
+    METRICS,
+    FoldScore,
+    MetricSummary,
+    check_block,
+    score_fold,
+    summarize,
+)
 from genoembed.probing.scalar_mix import learn_mix, mix_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["layer", "fusion", "baseline", "untrained"]
 
-"""How many of the best layers are laid side by side."""
 MEAN = "mean of all layers"
 MIX = "weighted mean of all layers"
 
@@ -47,7 +55,7 @@ class Scored:
     name: str
     kind: Kind
     metrics: Mapping[str, MetricSummary]
-    """Mean, deviation and values by fold, a metric each."""
+    """Mean, deviation and values by fold, for each metric."""
     inner: tuple[float, ...]
     """For each test fold, the first metric on the inner folds: what a choice may look at."""
     members: tuple[tuple[str, ...], ...] = ()
@@ -72,64 +80,82 @@ class Sweep:
     layers: tuple[Scored, ...]
     """In the order given."""
     fusions: tuple[Scored, ...]
-    """None where there is one layer only, or where widths differ those that need one width are missing."""
     mix: Mapping[str, float]
-    """Weight of each layer in the weighted mean, learnt on all rows; they sum to 1. Empty without one."""
+    """Weight of each layer in the weighted mean, learned on all rows; they sum to 1. Empty without one."""
 
 
-def sweep_layers(
+def sweep(
     features: Mapping[str, NDArray[np.floating]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     *,
     task: ProbeTask,
-    fusions: bool = True,
     kind: Kind = "layer",
     top: Sequence[int] = TOP,
+    joined: Mapping[str, Sequence[str]] | None = None,
+    average: bool = True,
 ) -> Sweep:
     """Score each layer by itself, then fusions of them.
+
+    Args:
+        features: Layers by name. Floating, ``(N, D)``, or ``(N, P, D)`` for vectors at P positions. May read
+            from a file where it is indexed: one layer is held at a time, but for those that are concatenated.
+        codes: From ``encode_target``, ``(N,)``.
+        folds: From ``split_folds``, ``(N,)``.
+        task: What the target is.
+        kind: What the layers are called in the result.
+        top: For each number, that many of the best layers are concatenated, chosen anew for each test fold.
+        joined: Further fusions by name: layers to concatenate.
+        average: Also score the mean of all layers and the learned weighted mean, if there are two layers or
+            more and all have one width.
+
+    Returns:
+        Scores by candidate.
+
+    Raises:
+        ConfigError: If a fusion names a layer that is not there.
+        NonFiniteError: If a feature is NaN or infinite.
+        ShapeError: If features and target do not belong together.
 
     Example:
         >>> codes = np.arange(30) % 2
         >>> told = np.random.default_rng(0).normal(size=(30, 2)) + 8 * codes[:, None]
-        >>> found = sweep_layers({"a": told, "b": told * 0 + 1}, codes, np.arange(30) // 10,
-        ...                      task="classification")
+        >>> found = sweep({"a": told, "b": told * 0 + 1}, codes, np.arange(30) // 10, task="classification")
         >>> [round(layer.metrics["mcc"].mean, 3) for layer in found.layers]
         [1.0, 0.0]
     """
+    for name, members in (joined or {}).items():
+        if not members or not set(members) <= set(features):
+            message = f"fusion {name!r}: {', '.join(members) or 'no layers'}, expected names of given layers"
+            raise ConfigError(message)
     layers: list[Scored] = []
-    widths: set[int] = set()
+    shapes: set[tuple[int, ...]] = set()
     for name in features:
         block = check_block(features[name], num_rows=len(codes), name=name)
-        widths.add(block.shape[1])
+        shapes.add(block.shape[1:])
         layers.append(score_block(name, block, codes, folds, task=task, kind=kind, members=(name,)))
         logger.info("%s: %s", name, shown(layers[-1], task))
-    if not fusions or len(layers) < 2:
-        return Sweep(layers=tuple(layers), fusions=(), mix={})
-    fused = [
-        _score_top(number, layers, features, codes, folds, task)
-        for number in sorted(set(top))
-        if number <= len(layers)
-    ]
-    mix: dict[str, float] = {}
-    if len(widths) == 1:
-        equal = dict.fromkeys(features, 1 / len(layers))
-        fused.append(
-            score_block(
-                MEAN,
-                mix_layers(features, equal),
-                codes,
-                folds,
-                task=task,
-                kind="fusion",
-                members=tuple(features),
-            )
-        )
-        fused.append(_score_mix(features, codes, folds, task))
-        mix = learn_mix(features, codes, folds, task=task)
-    for candidate in fused:
-        logger.info("%s: %s", candidate.name, shown(candidate, task))
-    return Sweep(layers=tuple(layers), fusions=tuple(fused), mix=mix)
+    fusions, mix = [], {}
+    if len(layers) > 1:
+        num_folds = int(folds.max()) + 1
+        best = [sorted(layers, key=lambda layer: -layer.inner[fold]) for fold in range(num_folds)]
+        groups = {
+            f"best {number} layers concatenated": [
+                tuple(one.name for one in best[fold][:number]) for fold in range(num_folds)
+            ]
+            for number in sorted(set(top))
+            if number <= len(layers)
+        }
+        groups |= {name: [tuple(members)] * num_folds for name, members in (joined or {}).items()}
+        fusions = [
+            _concatenate(name, members, features, codes, folds, task) for name, members in groups.items()
+        ]
+        if average and len(shapes) == 1:
+            fusions += _average(features, codes, folds, task)
+            mix = learn_mix(features, codes, folds, task=task)
+    for fusion in fusions:
+        logger.info("%s: %s", fusion.name, shown(fusion, task))
+    return Sweep(layers=tuple(layers), fusions=tuple(fusions), mix=mix)
 
 
 def score_block(
@@ -143,7 +169,8 @@ def score_block(
     members: tuple[str, ...] = (),
 ) -> Scored:
     """Score one matrix on all folds."""
-    return _score(name, kind, lambda _: ([block], members), codes, folds, task)
+    found = [score_fold([block], codes, folds, fold, task=task) for fold in range(int(folds.max()) + 1)]
+    return _scored(name, kind, found, [members] * len(found) if members else [])
 
 
 def choose_inside(candidates: Sequence[Scored], *, task: ProbeTask) -> InsideChoice:
@@ -155,7 +182,7 @@ def choose_inside(candidates: Sequence[Scored], *, task: ProbeTask) -> InsideCho
     return InsideChoice(
         metrics=summarize(
             [
-                {name: candidates[index].metrics[name].folds[fold] for name in METRICS[task]}
+                {name: candidates[index].metrics[name].values[fold] for name in METRICS[task]}
                 for fold, index in enumerate(best)
             ]
         ),
@@ -164,77 +191,50 @@ def choose_inside(candidates: Sequence[Scored], *, task: ProbeTask) -> InsideCho
 
 
 def shown(scored: Scored | InsideChoice, task: ProbeTask) -> str:
-    """Say the first metric in words."""
+    """Write the first metric as text."""
     summary = scored.metrics[METRICS[task][0]]
     return f"{METRIC_WORDS[METRICS[task][0]]} {summary.mean:.3f} +- {summary.sd:.3f}"
 
 
-METRIC_WORDS: Mapping[str, str] = {
-    "mcc": "MCC",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "r2": "R2",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-}
-"""Metrics as people write them."""
-
-
-def _score(
-    name: str,
-    kind: Kind,
-    blocks_of: Callable[[int], tuple[list[NDArray[np.floating]], tuple[str, ...]]],
-    codes: NDArray[np.generic],
-    folds: NDArray[np.int64],
-    task: ProbeTask,
-) -> Scored:
-    """Score what may be made of other features for each test fold."""
-    found: list[FoldScore] = []
-    members: list[tuple[str, ...]] = []
-    num_features = 0
-    for fold in range(int(folds.max()) + 1):
-        blocks, names = blocks_of(fold)
-        found.append(score_fold([blocks], codes, folds, fold, task=task, components=COMPONENTS))
-        members.append(names)
-        num_features = sum(block.shape[1] for block in blocks)
+def _scored(name: str, kind: Kind, found: Sequence[FoldScore], members: Sequence[tuple[str, ...]]) -> Scored:
     return Scored(
         name=name,
         kind=kind,
         metrics=summarize([score.metrics for score in found]),
         inner=tuple(score.inner for score in found),
-        members=tuple(members) if members[0] else (),
-        num_features=num_features,
+        members=tuple(members),
+        num_features=found[-1].num_features,
     )
 
 
-def _score_top(
-    number: int,
-    layers: Sequence[Scored],
+def _concatenate(
+    name: str,
+    members: Sequence[tuple[str, ...]],
     features: Mapping[str, NDArray[np.floating]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     task: ProbeTask,
 ) -> Scored:
-    """Lay the best layers of each test fold's training rows side by side."""
-
-    def blocks_of(fold: int) -> tuple[list[NDArray[np.floating]], tuple[str, ...]]:
-        ranked = sorted(layers, key=lambda layer: -layer.inner[fold])[:number]
-        names = tuple(layer.name for layer in ranked)
-        return [np.asarray(features[name]) for name in names], names
-
-    return _score(f"best {number} layers side by side", "fusion", blocks_of, codes, folds, task)
+    """Score layers that are concatenated; which ones may differ from test fold to test fold."""
+    found = [
+        score_fold([np.asarray(features[layer]) for layer in layers], codes, folds, fold, task=task)
+        for fold, layers in enumerate(members)
+    ]
+    return _scored(name, "fusion", found, members)
 
 
-def _score_mix(
+def _average(
     features: Mapping[str, NDArray[np.floating]],
     codes: NDArray[np.generic],
     folds: NDArray[np.int64],
     task: ProbeTask,
-) -> Scored:
-    """Learn the weights of each test fold on the others."""
-
-    def blocks_of(fold: int) -> tuple[list[NDArray[np.floating]], tuple[str, ...]]:
+) -> list[Scored]:
+    """Score the mean of all layers, and the mean whose weights are learned outside each test fold."""
+    names = tuple(features)
+    equal = mix_layers(features, dict.fromkeys(names, 1 / len(names)))
+    plain = score_block(MEAN, equal, codes, folds, task=task, kind="fusion", members=names)
+    found = []
+    for fold in range(int(folds.max()) + 1):
         weights = learn_mix(features, codes, folds, task=task, without=fold)
-        return [mix_layers(features, weights)], tuple(features)
-
-    return _score(MIX, "fusion", blocks_of, codes, folds, task)
+        found.append(score_fold([mix_layers(features, weights)], codes, folds, fold, task=task))
+    return [plain, _scored(MIX, "fusion", found, [names] * len(found))]

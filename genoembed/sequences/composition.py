@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from genoembed.errors import ConfigError, EmptyRecordError, SequenceLengthError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-
-Baseline: TypeAlias = Literal["gc_length", "kmer_4", "kmer_6", "one_hot"]
-BASELINES: tuple[Baseline, ...] = ("gc_length", "kmer_4", "kmer_6", "one_hot")
 
 _UNKNOWN = 4
 _CODES = np.full(256, _UNKNOWN, dtype=np.uint8)
 for _letters in (b"ACGT", b"acgt", b"ACGU", b"acgu"):
     _CODES[np.frombuffer(_letters, dtype=np.uint8)] = np.arange(4)
 _MAX_K = 8
-
-
-def baseline_features(
-    sequences: Sequence[bytes], names: Sequence[Baseline] | None = None
-) -> dict[str, NDArray[np.float32]]:
-    """Compute several baselines.
-
-    Example:
-        >>> {name: matrix.shape for name, matrix in baseline_features([b"ACGT", b"GGGG"]).items()}
-        {'gc_length': (2, 2), 'kmer_4': (2, 256), 'kmer_6': (2, 4096), 'one_hot': (2, 16)}
-    """
-    if names is None:
-        has_one_length = len({len(sequence) for sequence in sequences}) == 1
-        names = BASELINES if has_one_length else BASELINES[:-1]
-    if unknown := [name for name in names if name not in BASELINES]:
-        message = f"baseline {unknown[0]!r}: expected one of {', '.join(BASELINES)}; use one of them"
-        raise ConfigError(message)
-    features: dict[str, NDArray[np.float32]] = {}
-    for name in names:
-        if name == "gc_length":
-            features[name] = composition(sequences)
-        elif name == "one_hot":
-            features[name] = one_hot(sequences)
-        else:
-            features[name] = kmer_frequencies(sequences, k=int(name.removeprefix("kmer_")))
-    return features
+_LONGEST_ONE_HOT = 4**6 // 4
+"""Letters up to which one-hot features are no wider than counts of 6-mers."""
 
 
 def composition(sequences: Sequence[bytes]) -> NDArray[np.float32]:
@@ -102,6 +75,26 @@ def one_hot(sequences: Sequence[bytes]) -> NDArray[np.float32]:
         raise SequenceLengthError(problem)
     letters = np.eye(5, 4, dtype=np.float32)
     return letters[np.stack(codes)].reshape(len(codes), -1) if codes else np.zeros((0, 0), dtype=np.float32)
+
+
+BASELINES: Mapping[str, Callable[[Sequence[bytes]], NDArray[np.float32]]] = {
+    "GC content and length": composition,
+    "4-mer counts": lambda sequences: kmer_frequencies(sequences, k=4),
+    "6-mer counts": lambda sequences: kmer_frequencies(sequences, k=6),
+    "one-hot letters": one_hot,
+}
+
+
+def usable_baselines(sequences: Sequence[bytes]) -> tuple[str, ...]:
+    """List the baselines that fit some sequences: one-hot letters need one length, and not a long one.
+
+    Example:
+        >>> usable_baselines([b"ACGT", b"GGGG"])[-1], usable_baselines([b"ACGT", b"GGG"])[-1]
+        ('one-hot letters', '6-mer counts')
+    """
+    lengths = {len(sequence) for sequence in sequences}
+    has_one_hot = len(lengths) == 1 and max(lengths) <= _LONGEST_ONE_HOT
+    return tuple(BASELINES)[: None if has_one_hot else -1]
 
 
 def _encode(sequences: Sequence[bytes]) -> list[NDArray[np.uint8]]:

@@ -84,7 +84,7 @@ def test_probe_candidates_are_every_fourth_block_and_places_where_asked():
 
 def test_difference_is_of_the_best_on_each_side_and_a_loss_is_bold():
     scores = {
-        "kmer_4": {"mcc": [0.1, 0.3]}, "one_hot": {"mcc": [0.5, 0.5]},
+        "4-mer counts": {"mcc": [0.1, 0.3]}, "one-hot letters": {"mcc": [0.5, 0.5]},
         "lora": {"mcc": [0.2, 0.2]}, "full": {"mcc": [0.4, 0.5]}, "places": {"mcc": [0.9, 0.9]},
     }  # fmt: skip
     assert finetuning.difference(scores, "mcc") == "**-0.050 ± 0.071**"

@@ -12,6 +12,7 @@ import torch
 
 from genoembed import CharTokenizer, StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.pooling.reduce import pool
+from genoembed.sequences.composition import BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +124,13 @@ def test_benchmark_measures_once_and_goes_on_where_it_was(
     first = json.loads(out.read_text())["sets"]
     assert [result["set"] for result in first] == ["at"]
     assert first[0]["folds"] == "grouped"
-    assert set(first[0]["baselines"]) == {"gc_length", "kmer_4", "kmer_6", "one_hot"}
+    assert set(first[0]["baselines"]) == set(BASELINES)
     assert set(first[0]["models"]) == {"trained", "untrained"}
     assert first[0]["models"]["trained"]["metrics"]["accuracy"]["mean"] > 0.6
-    assert "blocks.3 weighted_mean rc" in first[0]["models"]["untrained"]["screen"]
+    assert "blocks.3 weighted_mean rc" in first[0]["models"]["untrained"]["candidates"]
     assert not any(path.is_dir() for path in (tmp_path / "kept").iterdir())
 
-    monkeypatch.setattr(labelled_probe, "baseline_features", None)  # what is measured is not measured again
+    monkeypatch.setattr(labelled_probe, "score_block", None)  # what is measured is not measured again
     labelled_probe.main([*arguments, "--sets", "at"])
     assert json.loads(out.read_text())["sets"] == first
     assert "| at | 60 | grouped |" in table.read_text()
@@ -142,7 +143,7 @@ def test_benchmark_measures_values_of_sequences_of_many_lengths(model_folder, la
     labelled_probe.main([*places, "--dtype", "float32", "--sets", "length", "--json", str(out)])
     (result,) = json.loads(out.read_text())["sets"]
     assert (result["task"], result["folds"]) == ("regression", "stratified")
-    assert set(result["baselines"]) == {"gc_length", "kmer_4", "kmer_6"}
+    assert set(result["baselines"]) == set(list(BASELINES)[:3])
     assert set(result["models"]["trained"]["metrics"]) == {"r2", "pearson", "spearman"}
 
 

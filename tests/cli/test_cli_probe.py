@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.probing.test_probe_rows import NUM, store, write_labels
+from tests.probing.test_rows import NUM, store, write_labels
 
 LEAN = ("--num-folds", "3", "--no-untrained", "--no-baselines", "--no-plot")
 

@@ -1,18 +1,19 @@
-"""What a sweep says, in words."""
+"""What a probe says in words, and what is in its plot."""
 
 from __future__ import annotations
 
 import pytest
 
-from genoembed.probing.linear import MetricSummary
-from genoembed.probing.report import choose_layer, compare, layer_number, verdict
+from genoembed.errors import StoreError
+from genoembed.probing.cross_validation import MetricSummary
+from genoembed.probing.report import choose_layer, compare, layer_number, plot_layers, verdict
 from genoembed.probing.sweep import InsideChoice, Scored
 
 METRICS = ("mcc", "accuracy", "macro_f1")
 
 
 def summary(mean, spread=0.02):
-    return MetricSummary(mean=mean, sd=spread, folds=(mean - spread, mean, mean + spread))
+    return MetricSummary(mean=mean, sd=spread, values=(mean - spread, mean, mean + spread))
 
 
 def scored(name, mean, kind="layer"):
@@ -22,7 +23,7 @@ def scored(name, mean, kind="layer"):
 
 
 def inside(mean, folds=None):
-    found = summary(mean) if folds is None else MetricSummary(mean=mean, sd=0.1, folds=folds)
+    found = summary(mean) if folds is None else MetricSummary(mean=mean, sd=0.1, values=folds)
     return InsideChoice(metrics=dict.fromkeys(METRICS, found), chosen=("a",) * 3)
 
 
@@ -110,3 +111,45 @@ def test_verdict_says_it_in_plain_words(folds, words):
 
 def test_verdict_without_baselines_claims_nothing():
     assert "no baselines were measured" in verdict(inside(0.9), [], task="classification")
+
+
+def draw(path, paths):
+    plot_layers(
+        path,
+        [scored(name, 0.1 * place, "layer") for place, name in enumerate(paths)],
+        lines=[scored("best 2 concatenated", 0.6, "fusion"), scored("6-mer counts", 0.3, "baseline")],
+        untrained=[scored(name, 0.2, "untrained") for name in paths],
+        best=paths[-1],
+        task="classification",
+        title="60 rows",
+    )
+
+
+def test_svg_names_layers_lines_and_the_best(tmp_path):
+    draw(tmp_path / "a.svg", [f"blocks.{number}.mlp.l3" for number in range(4)])
+    text = (tmp_path / "a.svg").read_text()
+    for words in (
+        "6-mer counts (0.300)",
+        "best 2 concatenated (0.600)",
+        "untrained copy, by layer",
+        "best: 3 (0.300)",
+    ):
+        assert words in text
+    assert "layer (module path)" not in text
+
+
+def test_paths_are_spelt_out_where_numbers_do_not_mean_them(tmp_path):
+    draw(tmp_path / "a.svg", ["blocks.0", "norm"])
+    text = (tmp_path / "a.svg").read_text()
+    assert "layer (module path)" in text
+    assert "best: norm" in text
+
+
+def test_png_is_a_picture(tmp_path):
+    draw(tmp_path / "a.png", ["blocks.0.mlp.l3"])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(StoreError, match="cannot be written"):
+        draw(tmp_path / "nowhere" / "a.png", ["blocks.0.mlp.l3"])

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from genoembed.errors import ConfigError
-from genoembed.probing.few_shot import SEEDS, score_shots
+from genoembed.probing.scoring import SEEDS, score_shots
 
 RNG = np.random.default_rng(0)
 CODES = RNG.integers(0, 3, size=120)
@@ -40,7 +40,7 @@ def test_shots_are_drawn_by_class_and_seed(regime, shot):
         expected.append(by_hand(np.array(rows)))
     for name in BY_HAND:
         values = [score[name] for score in expected]
-        assert found[name].seeds == pytest.approx(values)
+        assert found[name].values == pytest.approx(values)
         assert (found[name].mean, found[name].sd) == pytest.approx((np.mean(values), np.std(values)))
         assert found[name].sd > 0
 
@@ -50,7 +50,7 @@ def test_full_is_one_fit_on_all_training_rows():
     expected = by_hand(np.arange(80))
     assert {name: found[name].mean for name in BY_HAND} == pytest.approx(expected)
     assert {summary.sd for summary in found.values()} == {0}
-    assert {len(summary.seeds) for summary in found.values()} == {5}
+    assert {len(summary.values) for summary in found.values()} == {5}
 
 
 def test_class_with_fewer_rows_gives_what_it_has():

@@ -14,6 +14,7 @@ from genoembed.cli import main
 from genoembed.errors import ConfigError, StoreError
 from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.vectors import untrained_copy
+from genoembed.sequences.composition import BASELINES
 from tests.by_hand import STRIPED, model_of
 
 LAYERS = [f"blocks.{number}.mlp.l3" for number in range(4)]
@@ -59,11 +60,12 @@ def again(data, tmp_path, **options):
 def test_probe_scores_layers_fusions_and_baselines(report):
     assert [layer.name for layer in report.layers] == LAYERS
     assert len(report.fusions) == 4
-    assert [one.name for one in report.baselines] == ["4-mer counts", "6-mer counts", "GC content and length"]
+    assert [one.name for one in report.baselines] == list(BASELINES)
     assert [layer.kind for layer in report.untrained] == ["untrained"] * 4
     assert [layer.metrics for layer in report.untrained] != [layer.metrics for layer in report.layers]
     names = [row["name"] for row in report.table()]
-    assert names[-2:] == ["GC content and length", "untrained copy, layer chosen likewise"]
+    assert names[-2:] == ["one-hot letters", "untrained copy, layer chosen likewise"]
+    assert names[8:10] == ["layer chosen in training folds", "layer or fusion chosen in training folds"]
     assert report.was_extracted
     assert report.num_rows == NUM
     assert report.classes == {"even": 24, "rich": 24}
@@ -111,7 +113,7 @@ def test_rerun_takes_the_vectors_that_are_there(data, report):
 def test_embedding_file_gives_the_same_scores(data, report, tmp_path):
     found = again(data, tmp_path)
     assert not found.was_extracted
-    assert found.table()[:-3] == report.table()[:-4]
+    assert found.table() == report.table()[:-1]
     assert found.baselines == report.baselines
     assert found.untrained == ()
 
@@ -150,11 +152,10 @@ def test_preset_scores_the_test_split_in_three_regimes(data, report, tmp_path):
     found = again(data, tmp_path, preset="geneb", untrained=True, model=model_of(STRIPED))
     assert (found.num_rows, found.num_test) == (36, 12)
     assert list(found.shots["blocks.0.mlp.l3"]) == ["full", "10-shot", "1-shot"]
-    names = ["mean of all layers", "weighted mean of all layers", "4-mer counts", "6-mer counts"]
-    last = ["GC content and length", "untrained copy, layer chosen likewise"]
-    assert list(found.shots) == [*LAYERS, *names, *last]
+    means = ["mean of all layers", "weighted mean of all layers"]
+    assert list(found.shots) == [*LAYERS, *means, *BASELINES, "untrained copy, layer chosen likewise"]
     summary = found.shots["4-mer counts"]["10-shot"]["mcc"]
-    assert len(summary.seeds) == 5
+    assert len(summary.values) == 5
     table = (data / "a.tsv").read_text().splitlines()
     ids = [line.split("\t") for line in table[1:]]
     (tmp_path / "s.tsv").write_text("id\tsplit\n" + "".join(f"{row[0]}\t{row[3]}\n" for row in ids))

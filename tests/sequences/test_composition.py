@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, EmptyRecordError, SequenceLengthError
-from genoembed.sequences.composition import baseline_features, composition, kmer_frequencies, one_hot
+from genoembed.sequences.composition import (
+    BASELINES,
+    composition,
+    kmer_frequencies,
+    one_hot,
+    usable_baselines,
+)
 
 letters = st.text(alphabet="ACGTNacgu", min_size=1, max_size=60)
 
@@ -42,16 +48,15 @@ def test_one_hot_marks_one_letter_a_position():
     assert matrix[1].reshape(4, 4).sum(1).tolist() == [1, 0, 1, 1]
 
 
-def test_baseline_features_leave_one_hot_out_where_lengths_differ():
-    assert list(baseline_features([b"ACG", b"AC"])) == ["gc_length", "kmer_4", "kmer_6"]
-    assert list(baseline_features([b"ACG", b"ACT"])) == ["gc_length", "kmer_4", "kmer_6", "one_hot"]
+def test_one_hot_is_a_baseline_of_short_sequences_of_one_length():
+    assert "one-hot letters" not in usable_baselines([b"ACG", b"AC"])
+    assert usable_baselines([b"ACG", b"ACT"]) == usable_baselines([b"A" * 1024]) == tuple(BASELINES)
+    assert "one-hot letters" not in usable_baselines([b"A" * 1025])
 
 
 def test_baselines_say_what_does_not_fit():
     with pytest.raises(SequenceLengthError, match="lengths from 2 to 3"):
-        baseline_features([b"ACG", b"AC"], ["one_hot"])
-    with pytest.raises(ConfigError, match="'kmer_5': expected one of gc_length"):
-        baseline_features([b"ACG"], ["kmer_5"])
+        one_hot([b"ACG", b"AC"])
     with pytest.raises(ConfigError, match="k: 9, expected 1 to 8"):
         kmer_frequencies([b"ACG"], k=9)
     with pytest.raises(EmptyRecordError, match="sequence 1: no letters"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import ComputeDtype
     from genoembed.contracts import SequenceRecord
     from genoembed.store import EmbeddingFile
     from genoembed.store.layout import LazyMatrix
@@ -45,7 +46,7 @@ class FileSettings:
 
     model: str
     revision: str | None
-    dtype: str
+    dtype: ComputeDtype
     """Number type that the model computed in."""
     weights_sha256: str | None
     requested_layers: tuple[str, ...]
@@ -95,7 +96,7 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
     return FileSettings(
         model=model["model"],
         revision=model.get("revision"),
-        dtype=str(made["dtype"]),
+        dtype=made["dtype"],
         weights_sha256=made.get("weights_sha256"),
         requested_layers=tuple(embedding["layers"]),
         layers=tuple(provenance.get("layers", file.layers)),

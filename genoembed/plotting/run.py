@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.errors import ConfigError
+from genoembed.errors import ConfigError, LabelError
 from genoembed.pipeline.embedding_file import VectorSource, load_transform_for
 from genoembed.plotting.colors import (
     MISSING,
@@ -29,8 +29,8 @@ from genoembed.plotting.colors import (
 from genoembed.plotting.html_map import build_page
 from genoembed.plotting.reduction import MapOptions, lay_out
 from genoembed.plotting.static_map import draw_map
-from genoembed.plotting.value_table import read_value_table
 from genoembed.pooling.transform import usable_rows
+from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.atomic import replacing, reporting_writes
 from genoembed.store.schema import has_failed
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".svg", ".html", ".tsv")
 MAX_POINTS = 100_000
 _ALWAYS = "length"
+_NO_VALUE = ("", "na", "n/a", "nan", "none")
 _NOT_OFFERED = ("sha256", "description")
 """Columns of the file that differ from row to row: on the map only if they are asked for."""
 
@@ -107,7 +108,7 @@ def plot(
         color: Columns of the file or of ``values``; the first one colors the pictures, the page switches
             between all of them and the file's other columns. Empty takes the first one of ``values``, or
             the ``source`` where there are several, or the ``length``.
-        values: A table of values: ids in the first column, tab-separated.
+        values: A table of values with ids in the first column: TSV, CSV, JSON lines or Parquet.
         classes: Columns whose numbers are classes, such as numbers of clusters.
         layer: Which matrix of the file; None is the first.
         transform: A file of ``fit_transform``, applied before the map is made.
@@ -123,7 +124,7 @@ def plot(
 
     Raises:
         ConfigError: If options are wrong, a column is not there, or fewer than three rows have a vector.
-        LabelError: If the table of values is malformed or belongs to other records.
+        LabelError: If the table of values belongs to other records.
         LayerError: If the file has no such matrix.
         MissingExtraError: If a package that is needed is not installed.
         StoreError: If a file cannot be read or written; no output is there then, or all is as it was.
@@ -210,8 +211,7 @@ def _columns(
     classes: Sequence[str],
 ) -> tuple[tuple[ClassColumn | NumberColumn, ...], int]:
     """Collect what points can be colored by, what was asked for first."""
-    table = None if values is None else read_value_table(values, file.ids)
-    tabled = {} if table is None else dict(table.columns)
+    tabled, num_unknown = ({}, 0) if values is None else read_values(values, file.ids)
     names = [*tabled, *(name for name in file.obs if name not in tabled)]
     unknown = [name for name in (*wanted, *classes) if name not in names]
     if unknown:
@@ -232,7 +232,47 @@ def _columns(
     varied = [name for name in made if name == _ALWAYS or name in tabled or _varies(made[name])]
     first = list(wanted) or list(tabled) or [name for name in ("source", _ALWAYS) if name in varied]
     shown = list(dict.fromkeys([*first, *tabled, *varied]))
-    return tuple(made[name] for name in shown), 0 if table is None else table.num_unknown
+    return tuple(made[name] for name in shown), num_unknown
+
+
+def read_values(
+    path: str | PathLike[str], ids: Sequence[str]
+) -> tuple[dict[str, tuple[str | None, ...]], int]:
+    """Read values by column, a text per id; also count the ids of the table that are not among these."""
+    name, known = fspath(path), set(ids)
+    rows: dict[str, list[str]] = {}
+    columns: list[str] = []
+    for row in iter_rows(name, ids=known):
+        record_id, *cells = map(as_text, row.values.values())
+        columns = columns or list(row.values)
+        if record_id in rows:
+            problem = "has a row already; leave one"
+            raise LabelError(problem, path=name, line=row.line, record_id=record_id)
+        rows[record_id] = cells
+    if len(columns) < 2:
+        problem = (
+            "has no column of values, expected ids in the first column and values in others; check the file"
+        )
+        raise LabelError(problem, path=name)
+    if not known & rows.keys():
+        shown = ", ".join(map(repr, [*rows][:3]))
+        problem = f"none of its ids ({shown} ...) is in the embedding file ({ids[0]!r} ...); use the same ids"
+        raise LabelError(problem, path=name)
+    names = _value_names(columns, Path(path).stem)
+    absent = [""] * len(names)
+    values = zip(*(rows.get(record_id, absent) for record_id in ids), strict=True)
+    found = {
+        column: tuple(None if text.lower() in _NO_VALUE else text for text in texts)
+        for column, texts in zip(names, values, strict=True)
+    }
+    return found, len(rows.keys() - known)
+
+
+def _value_names(columns: Sequence[str], stem: str) -> list[str]:
+    """Name columns without a name after the file."""
+    if columns[0] != "column_1":  # as a table without header names it
+        return [name or f"{stem}_{place}" for place, name in enumerate(columns[1:], start=1)]
+    return [stem] if len(columns) == 2 else [f"{stem}_{place}" for place in range(1, len(columns))]
 
 
 def _file_column(name: str, values: NDArray[Any], *, is_class: bool) -> ClassColumn | NumberColumn:

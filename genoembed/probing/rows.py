@@ -9,13 +9,12 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError
-from genoembed.sequences import read_sequences
+from genoembed.pipeline.embedding_file import read_file_records
 from genoembed.sequences.homology import HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows, parse_split
 
@@ -213,26 +212,11 @@ def read_row_sequences(
     file: EmbeddingFile, labelled: LabelledRows, paths: Sequence[str]
 ) -> list[bytes] | str:
     """Read the sequences of rows again: what was pooled of each, without flanks."""
-    config = file.provenance.get("config")
-    recorded: dict[str, Any] = config["input"] if isinstance(config, dict) else {}
-    sources = list(paths or recorded.get("inputs", ()))
-    lost = [name for name in sources if not Path(name).is_file()]
-    if lost or not sources:
-        return f"{', '.join(lost) or 'its input'} is no file here (set sequences to where they are)"
-    options = {name: recorded[name] for name in _READING if name in recorded}
-    wanted = {name: place for place, name in enumerate(labelled.ids)}
-    digests = file.obs["sha256"][labelled.rows]
-    found: dict[int, bytes] = {}
-    for record in read_sequences(sources, regions=recorded.get("regions") or None, **options):
-        place = wanted.get(record.id)
-        if place is not None and record.sha256 == digests[place]:
-            found[place] = record.sequence[record.core_start : record.core_end]
-    if len(found) < len(wanted):
-        absent = [name for name, place in wanted.items() if place not in found]
-        return (
-            f"{len(absent)} of the sequences ({_shown(absent)}) are not in {', '.join(sources)} as embedded"
-        )
-    return [found[place] for place in range(len(wanted))]
+    try:
+        records = read_file_records(file, labelled.rows.tolist(), paths=paths)
+    except ConfigError as error:
+        return str(error)
+    return [record.sequence[record.core_start : record.core_end] for record in records]
 
 
 def _failed_rows(file: EmbeddingFile) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from genoembed.config.embed import OPTION_STAGE, default_output
 from genoembed.config.probe import ProbeConfig
 from genoembed.errors import ConfigError, MissingExtraError, StoreError
+from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
 from genoembed.probing.report import (
     ProbeReport,
@@ -31,13 +32,7 @@ from genoembed.probing.report import (
 from genoembed.probing.rows import read_labels
 from genoembed.probing.scoring import Measured, ProbeRun
 from genoembed.probing.sweep import choose_inside
-from genoembed.probing.vectors import (
-    EMBEDDINGS,
-    UNTRAINED,
-    embed_layers,
-    embed_untrained,
-    find_embedding_file,
-)
+from genoembed.probing.vectors import EMBEDDINGS, UNTRAINED, embed_layers, embed_untrained
 from genoembed.store import open_embeddings
 from genoembed.store.atomic import write_text
 
@@ -129,7 +124,7 @@ def probe(
     """
     names = [fspath(inputs)] if isinstance(inputs, str | PathLike) else [fspath(name) for name in inputs]
     wanted, extraction = divide_options(options)
-    given = find_embedding_file(names)
+    given = find_embedding_file(names, what="inputs")
     folder = Path(default_output(names[0])).with_suffix(".probe") if output is None else Path(output)
     _check_packages(wanted)
     _check_folder(folder, wanted, overwrite=overwrite)
@@ -216,14 +211,15 @@ def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeRepor
 
 def _are_all(run: ProbeRun) -> bool:
     """Tell whether the layers that are probed are what ``all`` means to the model."""
-    config = run.file.provenance.get("config")
-    asked = config["embedding"]["layers"] if isinstance(config, dict) else ()
-    return list(asked) == ["all"] and list(run.layers) == run.file.layers
+    settings = find_file_settings(run.file)
+    return (
+        settings is not None and settings.requested_layers == ("all",) and list(run.layers) == run.file.layers
+    )
 
 
 def _pooling(file: EmbeddingFile) -> str | None:
-    config = file.provenance.get("config")
-    return str(config["embedding"]["pooling"]) if isinstance(config, dict) else None
+    settings = find_file_settings(file)
+    return None if settings is None else settings.pooling
 
 
 def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:

@@ -18,7 +18,12 @@ from genoembed.errors import ConfigError
 from genoembed.extraction import extract
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.load import load_model
-from genoembed.pipeline.embedding_file import check_comparable, comparable_settings, load_transform
+from genoembed.pipeline.embedding_file import (
+    check_comparable,
+    comparable_settings,
+    find_file_settings,
+    load_transform,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,20 +116,8 @@ def load_transforms(
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS, UNTRAINED = "embeddings.h5", "untrained.h5"
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 _RUNNING = ("batch_tokens", "device", "threads", "trust_remote_code", "unit_bases")
 """Options that change no vector: the user's for the untrained copy too."""
-
-
-def find_embedding_file(inputs: Sequence[str]) -> Path | None:
-    """Tell an embedding file from sequence files, by content."""
-    are_files = [_is_hdf5(name) for name in inputs]
-    if not inputs or (any(are_files) and len(inputs) > 1):
-        message = (
-            f"inputs: {len(inputs)} files, expected one embedding file, or sequence files; name one of these"
-        )
-        raise ConfigError(message)
-    return Path(inputs[0]) if are_files[0] else None
 
 
 def embed_layers(
@@ -141,11 +134,10 @@ def embed_layers(
         inputs,
         model=model,
         output=output,
-        fusion="none",
         resume=True,
         overwrite=overwrite,
         progress=progress,
-        **{"on_error": "skip", **options},
+        **{"fusion": "none", "on_error": "skip", **options},
     )
 
 
@@ -161,24 +153,23 @@ def embed_untrained(
     options: dict[str, Any],
 ) -> Path | str:
     """Embed the records of a file again, with a model of the same configuration and fresh weights."""
-    config, made = file.provenance.get("config"), file.provenance.get("model")
-    if not isinstance(config, dict) or not isinstance(made, dict):
+    settings = find_file_settings(file)
+    if settings is None:
         return "the file does not say how it was made"
-    embedding, read = config["embedding"], config["input"]
-    if embedding["fusion"] != "none" or "finetuned" in file.provenance:
+    if settings.fusion != "none" or settings.is_finetuned:
         return "the layers were fused, or the model fine-tuned"
-    inputs = list(sequences or read["inputs"])
+    inputs = list(sequences or settings.inputs)
     if lost := [name for name in inputs if not Path(name).is_file()]:
         return f"{', '.join(lost)} is no file here (set sequences to where they are)"
     running = {name: options[name] for name in _RUNNING if name in options}
     device = running.pop("device", None)
     trust = running.pop("trust_remote_code", False)
     fresh = untrained_copy(
-        config["model"]["model"] if model is None else model,
+        settings.model if model is None else model,
         seed=seed,
         device=device,
-        dtype=made["dtype"],
-        revision=config["model"]["revision"],
+        dtype=settings.dtype,
+        revision=settings.revision,
         trust_remote_code=trust,
     )
     embed_layers(
@@ -187,11 +178,9 @@ def embed_untrained(
         model=fresh,
         overwrite=overwrite,
         progress=progress,
-        layers=file.layers,
-        pooling=embedding["pooling"],
-        **{name: embedding[name] for name in ("skip_first", "rc")},
-        **{name: config["windows"][name] for name in ("window", "stride")},
-        **{name: value for name, value in read.items() if name != "inputs"},
+        **{**settings.embedding_options(), "layers": file.layers},
+        **settings.reading,
+        regions=settings.regions or None,
         **running,
     )
     return output
@@ -230,11 +219,3 @@ def untrained_copy(
 
 def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _is_hdf5(name: str) -> bool:
-    path = Path(name)
-    if name == "-" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_HDF5)) == _HDF5

@@ -1,8 +1,9 @@
 """Approximate nearest neighbors with a graph index (HNSW) that lies beside the embedding file.
 
-The index file says what it was built from: digest of the embedding file, matrix, metric, transform, settings.
-One that differs is built again; one that fits is mapped into memory, not read. It holds the vectors in
-float32, so scores come from it alone, to about 1e-6.
+The index is usearch's own file. A small JSON file beside it says what it was built from (digests of the
+embedding file and of the index, matrix, metric, transform, settings): one that differs is built again, one that
+fits is mapped into memory, not read. It holds the vectors in float32, so scores come from it alone, to about
+1e-6.
 
 Dot products have no neighborhood of their own; each row gets one more feature that makes all rows equally
 long (Bachrach et al. 2014), after which the largest dot product is the largest cosine.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from genoembed.searching.neighbors import (
     check_widths,
     keys_to_scores,
 )
-from genoembed.store.atomic import AtomicFile, check_output
+from genoembed.store.atomic import check_output, replacing, reporting_writes, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,9 +47,7 @@ logger = logging.getLogger(__name__)
 
 CONNECTIVITY, BUILD_EFFORT, SEARCH_EFFORT = 16, 128, 128
 """Neighbors of a node; candidates that are looked at while a row is added, and while a query is answered."""
-_MAGIC = b"genoembed-index\n"
-_FORMAT = 1
-_ALIGNED = 4096
+_FORMAT = 2
 _SHORT = 12
 _USEARCH_METRICS: dict[Metric, str] = {"cosine": "ip", "dot": "ip", "euclidean": "l2sq"}
 
@@ -76,12 +74,24 @@ class Origin:
 class NearestIndex:
     """An index that answers queries."""
 
-    def __init__(self, index: Any, *, metric: Metric, scale: float, memory: mmap.mmap | None = None) -> None:
+    def __init__(self, index: Any, *, metric: Metric, scale: float) -> None:
         self._index = index
         self._metric = metric
         self.scale = scale
         """Length that all rows have, for ``dot``."""
-        self._memory = memory
+
+    def save(self, path: Path) -> None:
+        """Write the index as usearch does; it appears whole or not at all."""
+        with replacing(path, overwrite=True) as part:
+            try:
+                self._index.save(str(part))
+            except RuntimeError as error:
+                problem = f"cannot be written ({error}); free space, or search without it"
+                raise StoreError(problem, path=str(path)) from error
+            # usearch does not look at what closing the file says, and on a full disk leaves part of it
+            if part.stat().st_size != self._index.serialized_length:
+                problem = "cannot be written completely; free space, or search without it"
+                raise StoreError(problem, path=str(path))
 
     def neighbors(
         self,
@@ -177,7 +187,7 @@ def build_index(
     metric: Metric,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
-) -> tuple[NearestIndex, bytearray]:
+) -> NearestIndex:
     """Build an index."""
     scale = _longest(source) if metric == "dot" else 1.0
     index = _new_index(source.width + (metric == "dot"), metric)
@@ -188,7 +198,7 @@ def build_index(
             index.add(start + np.flatnonzero(usable), rows, threads=threads)
         if progress is not None:
             progress(start + len(block))
-    return NearestIndex(index, metric=metric, scale=scale), index.save()
+    return NearestIndex(index, metric=metric, scale=scale)
 
 
 def _longest(source: VectorSource) -> float:
@@ -237,29 +247,34 @@ def open_index(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NearestIndex, Path | None, bool]:
-    """Take the index that lies beside a file, or build it and put it there."""
+    """Load the index that lies beside a file, or build it and put it there."""
     path = path or origin.index_path()
-    wanted = _identity(source, origin)
-    header = _read_header(path)
-    if header is not None and _fits(header, wanted, origin.path):
-        return _map_index(path, header, source, origin.metric), path, False
-    why = "there is none yet" if header is None else "it was built from something else"
+    identity = _identity(source, origin)
+    stored = _read_facts(path)
+    why = _mismatch(stored, identity, path, origin.path)
+    if not why:
+        index = _new_index(source.width + (origin.metric == "dot"), origin.metric)
+        index.view(str(path))
+        return NearestIndex(index, metric=origin.metric, scale=float(stored["scale"])), path, False
     logger.info("%s: building an index of %d rows (%s)", path, len(source), why)
-    index, content = build_index(source, metric=origin.metric, threads=threads, progress=progress)
-    facts = {**wanted, "source": _file_facts(origin.path), "scale": index.scale, "bytes": len(content)}
+    built = build_index(source, metric=origin.metric, threads=threads, progress=progress)
     try:
         check_output(path, overwrite=True)
     except StoreError as error:
         logger.warning("%s; the index is not kept", error)
-        return index, None, True
-    _write(path, facts, content)
-    return index, path, True
+        return built, None, True
+    built.save(path)
+    facts = {**identity, "scale": built.scale, "source": _file_facts(origin.path), "index": _file_facts(path)}
+    with reporting_writes(path):
+        write_text(_facts_path(path), json.dumps(facts))
+    return built, path, True
 
 
 def _identity(source: VectorSource, origin: Origin) -> dict[str, Any]:
+    _usearch()  # says which extra brings it
     return {
         "format": _FORMAT,
-        "usearch": _usearch_version(),
+        "usearch": version("usearch").split(".")[0],  # its files are read by all of a major version
         "layer": origin.layer,
         "metric": origin.metric,
         "transform": origin.transform,
@@ -269,9 +284,41 @@ def _identity(source: VectorSource, origin: Origin) -> dict[str, Any]:
     }
 
 
-def _usearch_version() -> str:
-    _usearch()
-    return version("usearch").split(".")[0]  # its files are read by all of a major version
+def _facts_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Read what is recorded about an index; nothing where there is none."""
+    try:
+        facts = json.loads(_facts_path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _mismatch(facts: Mapping[str, Any], identity: Mapping[str, Any], path: Path, embeddings: Path) -> str:
+    """Say why an index must be built again; empty where it fits."""
+    if not facts or not path.is_file():
+        return "there is none yet"
+    if changed := [name for name, value in identity.items() if facts.get(name) != value]:
+        return f"it was built with another {', '.join(changed)}"
+    for name, file in (("source", embeddings), ("index", path)):
+        if not _is_same_file(facts.get(name), file):
+            return f"{file.name} has changed since it was built"
+    return ""
+
+
+def _is_same_file(facts: object, path: Path) -> bool:
+    """Tell a file by its size, time and inode, as that takes no reading, or else by its digest."""
+    if not isinstance(facts, dict):
+        return False
+    found = path.stat()
+    if (found.st_size, found.st_mtime_ns, found.st_ino) == tuple(
+        map(facts.get, ("bytes", "mtime_ns", "inode"))
+    ):
+        return True
+    return bool(found.st_size == facts.get("bytes") and _file_facts(path)["sha256"] == facts.get("sha256"))
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
@@ -279,55 +326,3 @@ def _file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
-
-
-def _fits(header: Mapping[str, Any], wanted: Mapping[str, Any], embeddings: Path) -> bool:
-    """Tell whether an index is of this file: the same file by its times, or one of the same content."""
-    if any(header.get(name) != value for name, value in wanted.items()):
-        return False
-    source, found = header["source"], embeddings.stat()
-    times = (found.st_size, found.st_mtime_ns, found.st_ino)
-    if times == tuple(source[name] for name in ("bytes", "mtime_ns", "inode")):
-        return True
-    return bool(found.st_size == source["bytes"] and _file_facts(embeddings)["sha256"] == source["sha256"])
-
-
-def _read_header(path: Path) -> dict[str, Any] | None:
-    """Read what an index says about itself; None where there is no index, or a damaged one."""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                return None
-            size = int.from_bytes(file.read(8), "little")
-            if size > _ALIGNED * 16:
-                return None
-            header = json.loads(file.read(size))
-        if not isinstance(header, dict) or path.stat().st_size != _offset(size) + header["bytes"]:
-            return None
-    except (OSError, ValueError, KeyError):
-        return None
-    return {**header, "offset": _offset(size)}
-
-
-def _offset(header_size: int) -> int:
-    return -(-(len(_MAGIC) + 8 + header_size) // _ALIGNED) * _ALIGNED
-
-
-def _map_index(path: Path, header: Mapping[str, Any], source: VectorSource, metric: Metric) -> NearestIndex:
-    index = _new_index(source.width + (metric == "dot"), metric)
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    index.view(memoryview(content)[header["offset"] :])
-    return NearestIndex(index, metric=metric, scale=float(header["scale"]), memory=content)
-
-
-def _write(path: Path, facts: Mapping[str, Any], content: bytearray) -> None:
-    header = json.dumps(facts).encode()
-    start = _MAGIC + len(header).to_bytes(8, "little") + header
-    try:
-        with AtomicFile(check_output(path, overwrite=True)) as file:
-            file.write(memoryview(start.ljust(_offset(len(header)), b"\0")))
-            file.write(memoryview(content))
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); free space, or search without it"
-        raise StoreError(problem, path=str(path)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform, plot
-from genoembed.errors import ConfigError, LabelError, StoreError
+from genoembed.errors import ConfigError, GenoembedError, StoreError
 from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOR, ClassColumn, class_column, number_column
 from genoembed.plotting.reduction import MapOptions, lay_out
-from genoembed.plotting.value_table import read_value_table
+from genoembed.plotting.run import read_values
 from tests.plotting.map_file import NASTY, write_map_file, write_values
 
 
@@ -141,30 +142,39 @@ def test_transform_is_applied_first(tmp_path):
 
 def test_values_without_header_are_named_after_their_file(tmp_path):
     (tmp_path / "classes.tsv").write_text("b\tx\na\ty\n")
-    table = read_value_table(tmp_path / "classes.tsv", ["a", "b", "c"])
-    assert table.columns == {"classes": ("y", "x", None)}
+    assert read_values(tmp_path / "classes.tsv", ["a", "b", "c"]) == ({"classes": ("y", "x", None)}, 0)
     (tmp_path / "classes.csv").write_text('a,"x, y",1\n')
-    assert read_value_table(tmp_path / "classes.csv", ["a"]).columns == {
-        "classes_1": ("x, y",),
-        "classes_2": ("1",),
-    }
+    found, _ = read_values(tmp_path / "classes.csv", ["a"])
+    assert found == {"classes_1": ("x, y",), "classes_2": ("1",)}
+
+
+def test_values_are_read_from_any_table(tmp_path):
+    """Compressed, with semicolons, or with the mark that spreadsheets begin a file with."""
+    for name, raw in (
+        ("v.tsv.gz", gzip.compress(b"id\tx\na\t1\n")),
+        ("v.csv", b"id;x\na;1\n"),
+        ("v.tsv", "\ufeffid\tx\na\t1\n".encode()),
+        ("v.jsonl", b'{"id": "a", "x": 1}\n'),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        assert read_values(tmp_path / name, ["a"]) == ({"x": ("1",)}, 0)
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("a\n", "has no column of values"),
-        ("", "has no column of values"),
-        ("id\tx\na\t1\t2\n", r"v.tsv:2: 3 cells, expected 2 as in the first line"),
-        ("id\tx\na\t1\na\t2\n", r"v.tsv:3: record 'a': has a line already"),
+        ("", "the file is empty"),
+        ("id\tx\na\t1\t2\n", r"v.tsv:2: the row has 3 column\(s\), expected the 2 of the header"),
+        ("id\tx\na\t1\na\t2\n", r"v.tsv:3: record 'a': has a row already"),
         ("id\tx\nz\t1\n", r"none of its ids \('z' ...\) is in the embedding file \('a' ...\)"),
-        ("id\tx\tx\na\t1\t2\n", "names a column twice"),
+        ("id\tx\tx\na\t1\t2\n", "appears twice in the header"),
     ],
 )
 def test_malformed_values_are_refused_by_line(text, problem, tmp_path):
     (tmp_path / "v.tsv").write_text(text)
-    with pytest.raises(LabelError, match=problem):
-        read_value_table(tmp_path / "v.tsv", ["a", "b"])
+    with pytest.raises(GenoembedError, match=problem):
+        read_values(tmp_path / "v.tsv", ["a", "b"])
 
 
 def test_numbers_are_classes_where_that_is_said(file, tmp_path):

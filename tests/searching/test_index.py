@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.errors import MissingExtraError, ShapeError
+from genoembed.errors import MissingExtraError, ShapeError, StoreError
 from genoembed.pipeline.embedding_file import VectorSource
 from genoembed.searching.index import Origin, build_index, open_index
 from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
@@ -42,7 +45,7 @@ def stored(tmp_path):
 def test_index_finds_nearly_all_true_neighbors_and_scores_them_right(metric):
     rows, queries = clustered(1500), clustered(60, seed=1)
     source = VectorSource(rows)
-    index, _ = build_index(source, metric=metric)
+    index = build_index(source, metric=metric)
     found = index.neighbors(queries, source, k=10)
     exact = exact_neighbors(queries, source, k=10, metric=metric)
     assert recall_of(found, exact, metric=metric) > 0.97
@@ -55,7 +58,7 @@ def test_more_effort_finds_no_less():
     rng = np.random.default_rng(0)
     source = VectorSource(rng.normal(size=(3000, 24)).astype(np.float32))
     queries = rng.normal(size=(50, 24))
-    index, _ = build_index(source, metric="cosine")
+    index = build_index(source, metric="cosine")
     exact = exact_neighbors(queries, source, k=10)
     recalls = [
         recall_of(index.neighbors(queries, source, k=10, effort=effort), exact, metric="cosine")
@@ -70,7 +73,7 @@ def test_index_keeps_own_rows_out_however_many_they_are():
     numbers = np.arange(300) // 100
     owners = Owners(queries=numbers[::50], rows=numbers)
     source = VectorSource(rows)
-    index, _ = build_index(source, metric="cosine")
+    index = build_index(source, metric="cosine")
     found = index.neighbors(rows[::50], source, k=5, owners=owners)
     assert (found.rows != NO_ROW).all()
     assert (numbers[found.rows] != numbers[::50][:, None]).all()
@@ -82,7 +85,7 @@ def test_index_leaves_out_rows_that_cannot_be_compared():
     rows = clustered(40).astype(np.float64)
     rows[3], rows[5] = np.nan, 0
     source = VectorSource(rows)
-    index, _ = build_index(source, metric="cosine")
+    index = build_index(source, metric="cosine")
     found = index.neighbors(rows[:6], source, k=40)
     assert {3, 5}.isdisjoint(found.rows.ravel().tolist())
     assert (found.rows[[3, 5]] == NO_ROW).all()
@@ -93,7 +96,7 @@ def test_index_answers_a_single_query_as_one_of_many():
     rows = clustered(50).astype(np.float64)
     rows[7] = np.nan
     source = VectorSource(rows)
-    index, _ = build_index(source, metric="cosine")
+    index = build_index(source, metric="cosine")
     many, one = (index.neighbors(rows[:count], source, k=50) for count in (3, 1))
     np.testing.assert_array_equal(one.rows, many.rows[:1])
     np.testing.assert_array_equal(one.scores, many.scores[:1])
@@ -102,7 +105,7 @@ def test_index_answers_a_single_query_as_one_of_many():
 
 def test_index_refuses_another_width():
     source = VectorSource(clustered(20))
-    index, _ = build_index(source, metric="cosine")
+    index = build_index(source, metric="cosine")
     with pytest.raises(ShapeError, match="expected \\(Q, 12\\)"):
         index.neighbors(np.ones((1, 3)), source, k=1)
 
@@ -159,6 +162,48 @@ def test_open_index_keeps_one_for_each_layer_metric_and_transform(stored):
     wanted = origins[0].index_path()
     assert open_index(source, origins[1], path=wanted)[2]  # it is of another layer
     assert open_index(source, origins[0])[2]
+
+
+def test_index_is_a_file_that_usearch_reads(stored):
+    path, source = stored
+    _, where, _ = open_index(source, origin_of(path))
+    opened = pytest.importorskip("usearch.index").Index.restore(str(where))
+    assert (len(opened), opened.ndim) == (80, 12)
+    facts = json.loads(where.with_name(f"{where.name}.json").read_text())
+    assert facts["source"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert facts["index"]["sha256"] == hashlib.sha256(where.read_bytes()).hexdigest()
+
+
+def test_index_whose_bytes_have_changed_is_built_again_and_the_log_says_why(stored, caplog):
+    path, source = stored
+    _, where, _ = open_index(source, origin_of(path))
+    content = bytearray(where.read_bytes())
+    content[-5] ^= 1
+    where.write_bytes(content)
+    os.utime(where, ns=(1, 1))
+    with caplog.at_level("INFO"):
+        assert open_index(source, origin_of(path))[2]
+    assert f"{where.name} has changed since it was built" in caplog.text
+
+
+def test_full_disk_keeps_half_an_index_from_being_taken(stored, monkeypatch):
+    path, source = stored
+    index = build_index(source, metric="cosine")
+    monkeypatch.setattr(index, "_index", Truncating(index._index))
+    with pytest.raises(StoreError, match="cannot be written completely; free space"):
+        index.save(path.with_name("x.index"))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+class Truncating:
+    """What usearch does on a full disk: it writes a part, and says nothing."""
+
+    def __init__(self, index):
+        self.serialized_length = index.serialized_length
+        self._content = index.save()
+
+    def save(self, path):
+        Path(path).write_bytes(self._content[:100])
 
 
 @pytest.mark.parametrize("damage", [b"", b"something else", None])

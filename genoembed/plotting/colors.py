@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MISSING = -1
 MISSING_COLOR = "#c8c8c8"
 OTHER_COLOR = "#8c8c8c"
+# Okabe and Ito's colors, yellow darker and black lighter, then matplotlib's tab10, tab20b and tab20c
+# in part: whole lists have greys, which mean "no value" or "other" here, and a yellow that is lost on white.
 FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#333333")
 MANY = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf"),

@@ -1,9 +1,9 @@
 """Approximate nearest neighbors with a graph index (HNSW) that lies beside the embedding file.
 
 The index is usearch's own file. A small JSON file beside it says what it was built from (digests of the
-embedding file and of the index, matrix, metric, transform, settings): one that differs is built again, one that
-fits is mapped into memory, not read. It holds the vectors in float32, so scores come from it alone, to about
-1e-6.
+embedding file and of the index, matrix, metric, transform, settings): one that differs is built again, and
+one that fits is mapped into memory, not read. It holds the vectors in float32, so scores come from it alone,
+to about 1e-6.
 
 Dot products have no neighborhood of their own; each row gets one more feature that makes all rows equally
 long (Bachrach et al. 2014), after which the largest dot product is the largest cosine.

@@ -45,7 +45,7 @@ from genoembed.config.finetune import EncoderConfig
 from genoembed.config.retrieval import M3HeadsConfig
 from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, encode_example
-from genoembed.finetuning.metrics import ranking_metrics
+from genoembed.finetuning.evaluation import ranking_metrics
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.probing.cross_validation import split_folds
 from genoembed.retrieval.heads import M3Heads

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from genoembed.errors import ConfigError
-from genoembed.finetuning.metrics import class_metrics, multilabel_metrics, number_metrics, ranking_metrics
+from genoembed.finetuning.evaluation import class_metrics, multilabel_metrics, number_metrics, ranking_metrics
 
 
 @given(st.integers(2, 4), st.integers(4, 30), st.integers(0, 99))

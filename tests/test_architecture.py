@@ -373,7 +373,6 @@ TWICE_YET: set[str] = {
     "NUMBER",
     "Piece",
     "RUN",
-    "Recipe",
     "RowT",
     "SAME",
     "STDOUT",
@@ -391,7 +390,6 @@ TWICE_YET: set[str] = {
     "run_options",
     "summarize",
     "tolerance_of",
-    "use_threads",
 }
 """Names on their way out; the set only shrinks."""
 

@@ -25,7 +25,8 @@ from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
-from genoembed.training.distributed import leave_process_group_at_exit, use_threads, wait_for_all
+from genoembed.pipeline.request import use_threads
+from genoembed.training.distributed import leave_process_group_at_exit, wait_for_all
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
     METRICS_FILE,
@@ -125,7 +126,6 @@ def finetune(
     if isinstance(keys.get("model"), os.PathLike):
         keys["model"] = os.fspath(keys["model"])
     settings = finetune_config(keys, file=config)
-    use_threads(threads)
     folder = Path(output_dir)
     if resume and (folder / REPORT_FILE).is_file():
         logger.info("resume: the run in %s is complete", folder)
@@ -136,7 +136,8 @@ def finetune(
         refuse_other_run(folder)
     state = torch.get_rng_state()
     try:
-        return _Run(settings, folder).train(resume=resume)
+        with use_threads(threads):
+            return _Run(settings, folder).train(resume=resume)
     finally:
         torch.set_rng_state(state)
 

@@ -219,6 +219,9 @@ def load_configured(config: ModelConfig) -> GenomicModel:
 @contextmanager
 def use_threads(wanted: int | None) -> Iterator[None]:
     """Set torch's number of threads, and set it back."""
+    if wanted is not None and wanted < 1:
+        message = f"threads is {wanted}; set threads to 1 or more"
+        raise ConfigError(message)
     before = torch.get_num_threads()
     if wanted is not None:
         torch.set_num_threads(wanted)

@@ -1,9 +1,7 @@
-"""How a streaming corpus is made into documents, what was counted, and where a stream stands.
+"""Streaming corpora: many sequence files as one shuffled stream of documents, in bounded memory.
 
-In: option values, or the plain values of a stored state. Out: frozen, checked dataclasses, and the counts
-that :class:`~genoembed.training.corpus.DocumentStream` adds to.
-
-Streaming corpora: many sequence files as one shuffled stream of documents, in bounded memory.
+In: files and a :class:`~genoembed.config.pretrain.CorpusConfig`, or a stored state. Out: documents, counts of
+what was done to them, and where the stream stands.
 """
 
 from __future__ import annotations
@@ -29,6 +27,9 @@ if TYPE_CHECKING:
 
     from genoembed.contracts import SequenceRecord
     from genoembed.sequences.reading import PathInput
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,11 +103,6 @@ def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]
         if getattr(found, name) != getattr(expected, name)
     ]
 
-
-__all__ = ["CorpusConfig", "CorpusCounts", "CorpusState", "DocumentStream"]
-
-
-logger = logging.getLogger(__name__)
 
 # What the generators of an epoch decide about; each has one of its own, so that no choice moves another.
 _FILE_ORDER, _STRANDS, _SHUFFLE = range(3)

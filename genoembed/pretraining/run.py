@@ -22,11 +22,12 @@ from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, train_conf
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
+from genoembed.pipeline.request import use_threads
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
 from genoembed.pretraining.trainer import ADAM_BETA2, PackedTrainer
-from genoembed.training.distributed import leave_process_group_at_exit, use_threads, wait_for_all
+from genoembed.training.distributed import leave_process_group_at_exit, wait_for_all
 from genoembed.training.log import MetricsFile
 from genoembed.training.run_folder import (
     FINAL_FOLDER,
@@ -110,13 +111,13 @@ def pretrain(
     """
     keys = options | {"corpus": path_strings(corpus), "heldout": path_strings(options.get("heldout"))}
     settings = train_config(keys, file=config)
-    use_threads(threads)
     folder = Path(output_dir)
-    if not (resume or overwrite):
-        refuse_other_run(folder)
-    run = _Run(settings, folder)
-    run.claim_folder(resume=resume)
-    return run.train()
+    with use_threads(threads):
+        if not (resume or overwrite):
+            refuse_other_run(folder)
+        run = _Run(settings, folder)
+        run.claim_folder(resume=resume)
+        return run.train()
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""The processes of a run: the threads of each, and the group that several form under ``torchrun``.
+"""The processes of a run: the group that several form under ``torchrun``.
 
 Rows that lie on several processes, seen as one batch, with the gradient that one process would give.
 """
@@ -12,23 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from genoembed.errors import ConfigError, ShapeError
+from genoembed.errors import ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 ValueT = TypeVar("ValueT")
-
-
-def use_threads(threads: int | None) -> None:
-    """Set how many CPU threads torch uses."""
-    if threads is None:
-        return
-    if threads < 1:
-        message = f"threads is {threads}; set threads to 1 or more"
-        raise ConfigError(message)
-    torch.set_num_threads(threads)
 
 
 def leave_process_group() -> None:

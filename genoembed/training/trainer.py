@@ -38,7 +38,7 @@ MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
 
 
-class Recipe(Protocol):
+class SharedRecipe(Protocol):
     """What every recipe says, in the words of our configurations."""
 
     @property
@@ -59,7 +59,7 @@ class Recipe(Protocol):
     def dtype(self) -> TrainDtype: ...
 
 
-def training_arguments(recipe: Recipe, folder: Path, **others: Any) -> TrainingArguments:
+def training_arguments(recipe: SharedRecipe, folder: Path, **others: Any) -> TrainingArguments:
     """Say a resolved recipe in the words of transformers."""
     return TrainingArguments(
         output_dir=str(folder),

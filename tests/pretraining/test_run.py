@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import genoembed
 from genoembed.config.pretrain import CorpusConfig, RecipeConfig, StartConfig
-from genoembed.errors import ConfigError, ModelError
+from genoembed.errors import ConfigError, GenoembedError, ModelError
 from genoembed.pretraining import run
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
@@ -254,6 +254,13 @@ def test_heldout_files_are_measured_whole(corpus, tmp_path):
 def test_wrong_threads_are_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match="threads is 0"):
         genoembed.pretrain(corpus, tmp_path, threads=0, **SMALL)
+
+
+def test_number_of_threads_is_put_back(tmp_path):
+    before = torch.get_num_threads()
+    with pytest.raises(GenoembedError, match="nothere"):
+        genoembed.pretrain(tmp_path / "nothere.fa", tmp_path / "run", threads=before + 1, **SMALL)
+    assert torch.get_num_threads() == before
 
 
 def test_signal_handlers_are_put_back():

@@ -84,7 +84,7 @@ def compare(
         tolerance: Largest relative difference that counts as equal: of a value, against the largest value of
             the record's vector. None follows from the types of numbers: 1e-5 for float32, 1e-2 where the
             model ran in bfloat16 or float16, at least 1e-3 where a file stores float16.
-        output: A table to write, a line a record and layer; None writes none.
+        output: A table to write, one line per record and layer; None writes none.
         overwrite: Replace an existing table.
 
     Returns:
@@ -93,7 +93,7 @@ def compare(
     Raises:
         ConfigError: If the tolerance is negative, the files are of different kinds or have no layer in
             common, or a layer has another width.
-        LayerError: If a file lacks the layer asked for.
+        LayerError: If a file lacks the requested layer.
         StoreError: If a file cannot be read or written.
     """
     if tolerance is not None and not tolerance >= 0:

@@ -82,7 +82,7 @@ class VerifyReport:
     same_weights: bool | None
     """Whether the model has the weights that the file names; None where one of the two names none."""
     certificate: Certificate | None
-    """Of the same sample, if it was asked for."""
+    """Of the same sample, if it was requested."""
 
     @property
     def is_within(self) -> bool:
@@ -288,7 +288,7 @@ def _compare(
     records: Mapping[str, SequenceRecord],
     embedder: RecordEmbedder,
 ) -> tuple[dict[str, list[tuple[str, Difference]]], list[str], set[str]]:
-    """Give the differences by layer, the ids of other sequences, and the types of numbers stored."""
+    """Return the differences by layer, the ids of other sequences, and the types of numbers stored."""
     compared: dict[str, list[tuple[str, Difference]]] = {name: [] for name in file.layers}
     others: list[str] = []
     places = {name: index for index, name in enumerate(file.ids)}

@@ -326,9 +326,8 @@ IN_CIRCLES_YET = {
     "genoembed.pipeline.local",
     "genoembed.pipeline.provenance",
     "genoembed.pipeline.units",
-    "genoembed.plotting.html_map",
+    "genoembed.plotting.drawing",
     "genoembed.plotting.run",
-    "genoembed.plotting.static_map",
     "genoembed.pooling.transform",
     "genoembed.searching.neighbors",
 }
@@ -411,12 +410,9 @@ REASONS = {
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""
 SMALL_YET: set[str] = {
-    "genoembed.pipeline.agreement",
-    "genoembed.plotting.html_map",
-    "genoembed.plotting.value_table",
+    "genoembed.plotting.drawing",
     "genoembed.probing.layer_plot",
     "genoembed.sequences.composition",
-    "genoembed.store.transform_file",
 }
 """Modules that will be joined with their only importer; the set only shrinks."""
 

@@ -50,7 +50,7 @@ _SHOWN = 3
     help="Largest difference, relative to a vector's largest value.  [1e-5; 1e-2 where a model ran in half "
     "precision, 1e-3 where a file stores float16]",
 )
-@file_option("-o", "--output", group=OUTPUT, metavar="TSV", help="Write a line a record and layer.")
+@file_option("-o", "--output", group=OUTPUT, metavar="TSV", help="Write one line per record and layer.")
 @file_option("--overwrite", group=OUTPUT, is_flag=True, default=False, help="Replace TSV.")
 @json_option
 @reporting_options
@@ -106,7 +106,7 @@ def named(ids: Sequence[str]) -> str:
 
 
 def as_facts(report: Any) -> dict[str, Any]:
-    """Give a report as what JSON holds; numbers that are not finite become null."""
+    """Turn a report into what JSON holds; numbers that are not finite become null."""
     found = _plain(dataclasses.asdict(report))
     assert isinstance(found, dict)
     return {**found, "is_within": report.is_within}

@@ -60,7 +60,7 @@ def _weights(ctx: click.Context, option: click.Parameter, text: str) -> tuple[fl
     "--metric",
     group=NEAR,
     type=click.Choice(("cosine", "dot", "euclidean")),
-    help="Larger is nearer, but for euclidean.  [cosine]",
+    help="Higher is closer, except for euclidean.  [cosine]",
 )
 @_option("--layer", group=NEAR, metavar="NAME", help="Which matrix; without it, the file's first.")
 @_option("--exclude-self", group=NEAR, is_flag=True, help="Leave out rows of the query's own record.")
@@ -123,7 +123,7 @@ def search_command(queries: tuple[str, ...], **options: Any) -> None:
     """Find the rows of an embedding file that are near each QUERY: sequence files, which are embedded as the
     file was ('-' is standard input), or one embedding file.
 
-    Writes a line a hit, the nearest first: query, subject, score, rank, and where both lie.
+    Writes one line per hit, the nearest first: query, subject, score, rank, and where both lie.
     """
     if options["output"] != "-":
         promise_output(options["output"])
@@ -170,7 +170,7 @@ FIT, OUTPUT = "What is fitted", "Output"
     group=FIT,
     default="center",
     type=click.Choice(("center", "whiten", "remove-top")),
-    help="Take out the mean; give all directions variance 1; or take out mean and strongest directions.  "
+    help="Remove the mean; scale all directions to variance 1; or remove mean and strongest directions.  "
     "[center]",
 )
 @_option(

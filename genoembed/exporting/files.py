@@ -166,7 +166,7 @@ def write_csv(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
 
 
 def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
-    """Write a row a record: id, the columns about it, and a list of numbers a layer, named as the layer is.
+    """Write one row per record: id, the columns about it, and a list of numbers per layer.
 
     In a per-token file the column of a layer holds a list of lists. The provenance is the key ``genoembed``
     of the file's metadata.
@@ -221,8 +221,8 @@ _WRITERS = {
 }
 _ONE_MATRIX = ("csv", "uniprot-h5")
 _POOLED_ONLY = {
-    "h5ad": "AnnData has one row a record; export to npz or parquet, or extract with a pooling",
-    "csv": "a line a token would be vast; export to npz, parquet or uniprot-h5, or extract with a pooling",
+    "h5ad": "AnnData has one row per record; export to npz or parquet, or extract with a pooling",
+    "csv": "one line per token is too much; export to npz, parquet or uniprot-h5, or extract with a pooling",
 }
 _MANY_DATASETS = 100_000
 

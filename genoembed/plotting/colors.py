@@ -83,7 +83,7 @@ class NumberColumn:
 
 
 def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
-    """Give classes their colors.
+    """Choose colors for classes.
 
     Example:
         >>> column = class_column("kind", ["a", "b", "b", None])

@@ -96,7 +96,7 @@ def lay_out(vectors: NDArray[np.float32], options: MapOptions) -> PlaneMap:
 def _principal_components(
     vectors: NDArray[np.float32], wanted: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Give scores ``(N, C)``, C at least 2, and the share of the variance of each component."""
+    """Compute scores ``(N, C)``, C at least 2, and the share of the variance of each component."""
     try:
         from sklearn.decomposition import PCA
     except ImportError as error:

@@ -26,9 +26,8 @@ from genoembed.plotting.colors import (
     number_column,
     text_column,
 )
-from genoembed.plotting.html_map import build_page
+from genoembed.plotting.drawing import build_page, draw_map
 from genoembed.plotting.reduction import MapOptions, lay_out
-from genoembed.plotting.static_map import draw_map
 from genoembed.pooling.transform import usable_rows
 from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
@@ -52,7 +51,7 @@ MAX_POINTS = 100_000
 _ALWAYS = "length"
 _NO_VALUE = ("", "na", "n/a", "nan", "none")
 _NOT_OFFERED = ("sha256", "description")
-"""Columns of the file that differ from row to row: on the map only if they are asked for."""
+"""Columns of the file that differ from row to row: on the map only on request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +209,7 @@ def _columns(
     values: str | PathLike[str] | None,
     classes: Sequence[str],
 ) -> tuple[tuple[ClassColumn | NumberColumn, ...], int]:
-    """Collect what points can be colored by, what was asked for first."""
+    """Collect what points can be colored by, what was requested first."""
     tabled, num_unknown = ({}, 0) if values is None else read_values(values, file.ids)
     names = [*tabled, *(name for name in file.obs if name not in tabled)]
     unknown = [name for name in (*wanted, *classes) if name not in names]

@@ -205,7 +205,7 @@ def _check_options(
 def _principal_directions(
     covariance: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give variances, the largest first, and directions as columns, their largest entry above 0."""
+    """Return variances, the largest first, and directions as columns, their largest entry above 0."""
     variances, directions = np.linalg.eigh(covariance)
     variances, directions = np.maximum(variances[::-1], 0), directions[:, ::-1]
     largest = directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])]

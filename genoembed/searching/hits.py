@@ -58,7 +58,7 @@ class Hit(NamedTuple):
     query: str
     subject: str
     score: float
-    """Cosine, dot product or hybrid score (larger is nearer), or distance (smaller is nearer)."""
+    """Cosine, dot product or hybrid score (higher is closer), or distance (lower is closer)."""
     rank: int
     """1 is the nearest."""
     query_start: int
@@ -94,7 +94,7 @@ class Hits:
             yield from self.of_row(query)
 
     def of_row(self, query: int) -> Iterator[Hit]:
-        """Give the hits of one query, the nearest first."""
+        """List the hits of one query, the nearest first."""
         asked, found = self.queries, self.subjects
         for rank, (row, score) in enumerate(
             zip(self.neighbors.rows[query].tolist(), self.neighbors.scores[query].tolist(), strict=True), 1

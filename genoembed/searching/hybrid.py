@@ -232,7 +232,7 @@ class _Encoded:
         self._bytes = 0
 
     def take(self, rows: list[int]) -> Iterable[tuple[int, HeadVectors]]:
-        """Give the vectors of rows."""
+        """Return the vectors of rows."""
         for start in range(0, len(rows), _ENCODED_TOGETHER):
             part = rows[start : start + _ENCODED_TOGETHER]
             missing = [row for row in part if row not in self._kept]

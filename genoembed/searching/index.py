@@ -129,7 +129,7 @@ class NearestIndex:
     def _ask(
         self, queries: NDArray[np.float64], count: int, threads: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Give rows and keys (larger is nearer), ``(Q, count)``, equal keys in the order of the rows."""
+        """Return rows and keys (higher is closer), ``(Q, count)``, equal keys in the order of the rows."""
         if not count:
             return np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0))
         lengths = np.linalg.norm(queries, axis=1)
@@ -153,7 +153,7 @@ class NearestIndex:
 
 
 def _widened(values: NDArray[np.generic], count: int) -> NDArray[Any]:
-    """Give rows of ``count`` values."""
+    """Pad to rows of ``count`` values."""
     values = np.atleast_2d(values)
     return np.pad(values, ((0, 0), (0, count - values.shape[1])))
 
@@ -168,7 +168,7 @@ def _without(
 
 
 def unit_rows_or_zero(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give each row length 1; rows of zeros stay.
+    """Scale each row to length 1; rows of zeros stay.
 
     Example:
         >>> unit_rows_or_zero(np.array([[0.0, 2.0], [0.0, 0.0]])).tolist()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 NO_ROW = -1
-"""Where there are fewer neighbors than asked for."""
+"""Where there are fewer neighbors than requested."""
 _QUERY_ROWS = 2048
 _PAIR_VALUES = 1 << 22
 _UNIT_ROUNDOFF = 2.0**-24
@@ -38,7 +38,7 @@ class Neighbors(NamedTuple):
     rows: NDArray[np.int64]
     """``(Q, k)``; ``NO_ROW`` where there is none."""
     scores: NDArray[np.float64]
-    """Cosines or dot products (larger is nearer), or distances (smaller is nearer); NaN where there is none.
+    """Cosines or dot products (higher is closer), or distances (lower is closer); NaN where there is none.
     ``(Q, k)``."""
 
 
@@ -170,7 +170,7 @@ class _Ranking:
     def _exact_keys(
         self, query_of: NDArray[np.intp], block: NDArray[np.float64], at: NDArray[np.intp]
     ) -> NDArray[np.float64]:
-        """Score pairs in float64, larger is nearer: ``(P,)``."""
+        """Score pairs in float64, higher is closer: ``(P,)``."""
         queries, rows = self._queries[query_of], block[at]
         if self._metric == "euclidean":
             difference = queries - rows
@@ -189,7 +189,7 @@ class _Ranking:
         self._keys[touched], self._rows[touched] = all_keys[best], all_rows[best]
 
     def neighbors(self) -> Neighbors:
-        """Give what was found."""
+        """Return what was found."""
         is_there = self._rows < self._num_rows
         scores = np.where(is_there, keys_to_scores(self._keys, self._metric), np.nan)
         return Neighbors(np.where(is_there, self._rows, NO_ROW), scores)

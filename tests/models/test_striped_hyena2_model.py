@@ -19,8 +19,10 @@ from genoembed.errors import ShapeError
 PAD = 1
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the largest deviation; observed 1.6e-6 and 1.8e-2 (by rms 7.5e-7 and 0.9e-2)."""
-MOVED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.12}
-"""Where padding on the left moves the chunks of the long filters, so that other values are rounded; 0.07."""
+MAX_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+RMS_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.5e-2}
+"""Of the largest deviation and of the root mean square of all, beside batch-mates and padding. Observed over
+1,100 random rows: at most 2.8e-6 and 3.2e-2, and 1.6e-6 and 1.4e-2; the largest one scatters more."""
 EXACT = ("log_poles", "residues", "inv_freq")
 
 
@@ -63,6 +65,11 @@ def letters(*shape: int, seed: int = 0) -> Tensor:
 def relative(ours: Tensor, expected: Tensor) -> float:
     """Largest deviation against the size of the expected values."""
     return ((ours.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def relative_rms(ours: Tensor, expected: Tensor) -> float:
+    """Root mean square of the deviations against that of the expected values."""
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -121,10 +128,15 @@ def test_padding_and_batch_mates_change_nothing(length, padding, before, after, 
     )
     together = model(batch, attention_mask=mask, output_hidden_states=True)
     kept = slice(0, length) if side == "right" else slice(padding, None)
-    tolerance = (TOLERANCE if side == "right" else MOVED_TOLERANCE)[dtype]
-    assert relative(together.logits[before, kept], alone.logits[0]) < tolerance
-    for ours, expected in zip(together.hidden_states, alone.hidden_states, strict=True):
-        assert relative(ours[before, kept], expected[0]) < tolerance
+    pairs = [
+        (ours[before, kept], expected[0])
+        for ours, expected in zip(
+            (together.logits, *together.hidden_states), (alone.logits, *alone.hidden_states), strict=True
+        )
+    ]
+    for ours, expected in pairs:
+        assert relative_rms(ours, expected) < RMS_TOLERANCE[dtype]
+        assert relative(ours, expected) < MAX_TOLERANCE[dtype]
 
 
 @torch.inference_mode()

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genoembed.models.striped_hyena2 import operators
-from genoembed.models.striped_hyena2.filters import depthwise_correlation, toeplitz_matrix
+from genoembed.models.striped_hyena2.filters import modal_matrices, toeplitz_matrix
 from genoembed.models.striped_hyena2.operators import (
     CHUNK,
     causal_convolution,
     causal_fir,
+    depthwise_correlation,
     modal_convolution,
     modal_convolution_from,
 )
@@ -353,3 +354,14 @@ def test_fir_without_a_convolution_library_gives_the_same(monkeypatch) -> None:
     assert torch.allclose(plain, expected, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad((plain * weights).sum(), (x, taps)), gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-11)
+
+
+def test_modal_matrices_are_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    log_poles = -torch.rand(6, 4, generator=generator)
+    residues = torch.randn(6, 4, generator=generator)
+    expected = modal_matrices(log_poles, residues, chunk=8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = modal_matrices(log_poles, residues, chunk=8, dtype=torch.float32)
+    for ours, reference in zip(found, expected, strict=True):
+        assert torch.equal(ours, reference)

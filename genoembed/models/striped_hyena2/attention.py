@@ -13,18 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genoembed.models.striped_hyena2.state import AttentionState, Float32Keeper, StreamLinear
+from genoembed.models.striped_hyena2.modules import Float32Keeper, StreamLinear
+from genoembed.models.striped_hyena2.state import AttentionState
 
 if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.state import BlockContext
 
 
+def rotary_frequencies(head_size: int, base: float) -> Tensor:
+    """Compute the rotary frequencies as released files hold them: rounded to bfloat16, ``(E / 2,)``."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    return (base**-exponents).to(torch.bfloat16).float()
+
+
 class RotaryEmbedding(Float32Keeper):
     """Half-split rotary positions whose frequencies come from the checkpoint.
 
-    Released Evo 2 files hold bfloat16-rounded frequencies in a buffer; recomputing them gives other
-    phases. The fallback, where a checkpoint has none, is rounded the same way.
+    Released Evo 2 files hold bfloat16-rounded frequencies in a buffer; exact ones give other phases, by more
+    than a turn within 10,000 positions. Where a checkpoint has none, they are rounded the same way.
     """
 
     inv_freq: Tensor
@@ -35,16 +42,14 @@ class RotaryEmbedding(Float32Keeper):
         self.factor = config.rotary_emb_scaling_factor
         self.base = config.rotary_emb_base
         head_size = config.hidden_size // config.num_attention_heads
-        self.register_buffer("inv_freq", self.default_frequencies(head_size), persistent=True)
-
-    def default_frequencies(self, head_size: int) -> Tensor:
-        """Frequencies for a model without a checkpoint."""
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-        return (self.base**-exponents).to(torch.bfloat16).float()
+        self.register_buffer("inv_freq", rotary_frequencies(head_size, self.base), persistent=True)
 
     def forward(self, x_BLHE: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Rotate queries or keys to their positions."""
+        # Interpolation divides the positions, not the frequencies, as in the original: these are rounded, so
+        # the two would differ. Integers up to 2**24 are exact in float32; contexts reach 2**20.
         angles_BLF = (position_ids_BL.float() / self.factor)[..., None] * self.inv_freq.float()
+        # cos and sin are rounded to the input's dtype, as the original's tables are; the rotation is float32
         cos = angles_BLF.cos().to(x_BLHE.dtype).float()[:, :, None, :]
         sin = angles_BLF.sin().to(x_BLHE.dtype).float()[:, :, None, :]
         first, second = x_BLHE.float().chunk(2, dim=-1)
@@ -69,16 +74,19 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Attend to this and earlier positions."""
         batch, length, width = x_BLD.shape
+        # (heads, 3, size), not (3, heads, size): the released files hold query, key and value head by head
         qkv = self.Wqkv(x_BLD).view(batch, length, self.num_heads, 3, width // self.num_heads)
         query, key, value = qkv.unbind(dim=3)
         query = self.rotary_emb(query, context.position_ids_BL).transpose(1, 2)
         key = self.rotary_emb(key, context.position_ids_BL).transpose(1, 2)
         value = value.transpose(1, 2)
         if context.segments is not None:
+            # segment by segment: a block-diagonal mask of the long row would need its square
             parts = (each.split(context.segments.lengths, dim=2) for each in (query, key, value))
             mixed = torch.cat([_attend(*part) for part in zip(*parts, strict=True)], dim=2)
         else:
             if context.cache is not None:
+                # keys are kept rotated: positions are absolute, so they never change again
                 state = context.cache.attention.setdefault(self.layer_idx, AttentionState())
                 key, value = state.append(key, value)
             mixed = _attend(query, key, value, context.key_mask_BT)

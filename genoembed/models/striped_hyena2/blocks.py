@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from genoembed.models.striped_hyena2.attention import Attention
 from genoembed.models.striped_hyena2.hyena import HyenaFilter, Projections, project
-from genoembed.models.striped_hyena2.state import StreamLinear, is_watched, multiply_into
+from genoembed.models.striped_hyena2.modules import StreamLinear, is_watched, multiply_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,9 +35,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Normalise the last axis."""
+        # ||x|| / sqrt(D) + eps, not sqrt(mean(x^2) + eps) as in Llama: other values where x is small. In half
+        # precision norm, root mean square, quotient and product are rounded one by one, as in the original.
         norm_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True)
         rms_BL1 = norm_BL1.to(x_BLD.dtype) * x_BLD.shape[-1] ** -0.5
         normed_BLD = multiply_into(x_BLD / (rms_BL1 + self.eps), self.scale.to(x_BLD.dtype))
+        # the float32 residual stream would make the next Linear cast it again, for each of its uses
         if torch.is_autocast_enabled(x_BLD.device.type):
             normed_BLD = normed_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
         return normed_BLD
@@ -61,6 +64,7 @@ class GatedMLP(nn.Module):
         gate_BLI = self.l1(x_BLD)
         if self.act is not None:
             gate_BLI = self.act(gate_BLI)
+        # l1's output is ours to overwrite, unless a hook (a captured layer) holds it
         is_owned = self.act is not None or not is_watched(self.l1)
         return self.l3((multiply_into if is_owned else torch.mul)(gate_BLI, self.l2(x_BLD)))
 
@@ -103,6 +107,7 @@ class HyenaBlock(GradientCheckpointingLayer):
             is_padding = ~context.key_mask_BT[:, -x_BLD.shape[1] :, None]
             first, second, third = (part.masked_fill(is_padding, 0) for part in parts_BLD)
             parts_BLD = first, second, third
+        # two sums, never in place: the stream is what hooks and `hidden_states` hold
         x_BLD = x_BLD + self.out_filter_dense(self._filter(parts_BLD, context))
         return x_BLD + self.mlp(self.post_norm(x_BLD))
 

@@ -34,6 +34,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError
 from genoembed.models.architecture import first_line
 from genoembed.models.registry import KnownModel, known_models
+from genoembed.models.striped_hyena2.attention import rotary_frequencies
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
 
@@ -229,7 +230,9 @@ def _fitted(
     absent = [key for key in expected if key not in tensors]
     if absent and all(key.endswith(_FREQUENCY_SUFFIX) for key in absent):
         _LOG.warning("%s: rotary frequencies are not stored; computed from rotary_emb_base", path)
-        tensors.update(dict.fromkeys(absent, partial(_frequencies, config)))
+        head_size = config.hidden_size // config.num_attention_heads
+        computed = partial(rotary_frequencies, head_size, config.rotary_emb_base)
+        tensors.update(dict.fromkeys(absent, computed))
         absent = []
     problems = []
     if absent:
@@ -250,13 +253,6 @@ def _fitted(
         message = f"{'; '.join(problems)}; check that name or config belongs to this checkpoint"
         raise CheckpointError(message, path=str(path))
     return {key: tensors[key] for key in expected}
-
-
-def _frequencies(config: StripedHyena2Config) -> Tensor:
-    """Frequencies as the released files hold them: rounded to bfloat16."""
-    head_size = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    return (config.rotary_emb_base**-exponents).to(torch.bfloat16).float()
 
 
 def _join_parts(files: tuple[Path, ...], folder: Path) -> Path:

@@ -14,19 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genoembed.models.striped_hyena2.filters import FilterCache
+from genoembed.models.striped_hyena2.modules import Float32Keeper, is_watched, multiply_into
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
     modal_convolution,
     modal_convolution_from,
 )
-from genoembed.models.striped_hyena2.state import (
-    Float32Keeper,
-    HyenaState,
-    is_watched,
-    last_positions,
-    multiply_into,
-)
+from genoembed.models.striped_hyena2.state import HyenaState, last_positions
 
 if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -51,6 +46,7 @@ class HyenaFilter(Float32Keeper):
         if kind == "hcm":
             self.h = nn.Parameter(torch.empty(config.hcm_filter_groups, 1, config.hcm_filter_length))
         else:
+            # float32 in every model dtype, as released: an error of the logarithm grows with the steps t
             self.log_poles = nn.Parameter(torch.empty(width, config.state_size, 1, dtype=torch.float32))
             self.residues = nn.Parameter(torch.empty(width, config.state_size, dtype=torch.float32))
 
@@ -60,6 +56,7 @@ class HyenaFilter(Float32Keeper):
             causal_fir(part, taps, starts_BM=starts_BM)
             for part, taps in zip(parts_BLD, self._short_taps(), strict=True)
         )
+        # both gates come fresh from their short filters, so the products may overwrite them
         return multiply_into(post_gate, self._inner(multiply_into(pre_gate, value), starts_BM))
 
     def go_on(
@@ -86,6 +83,7 @@ class HyenaFilter(Float32Keeper):
     def _inner(self, u_BLD: Tensor, starts_BM: Tensor | None) -> Tensor:
         if self.kind == "hcs":
             return causal_fir(u_BLD, self.h[:, 0], starts_BM=starts_BM)
+        # chunks of packed rows have the segments' length: a matrix of its own, not worth keeping
         kept = self._kept(u_BLD) if starts_BM is None else None
         if self.kind == "hcm":
             return causal_convolution(u_BLD, self.h[:, 0], self.D, starts_BM=starts_BM, kept=kept)
@@ -110,6 +108,7 @@ class HyenaFilter(Float32Keeper):
 
 def split_projection(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Give the three parts of what is stored for a projection of three times the width, as views."""
+    # Evo 2 stores channel c of the three parts in rows 3c, 3c + 1, 3c + 2
     parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
     return parts[0], parts[1], parts[2]
 
@@ -135,6 +134,7 @@ class Projections(nn.Linear):
 
 def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Give the parts of a projection."""
+    # an adapter (another type) or a hook must see the one product it expects
     if type(projections) is Projections and not is_watched(projections):
         return projections.project_parts(x_BLD)
     z_BLP = projections(x_BLD)

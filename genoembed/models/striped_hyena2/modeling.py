@@ -22,16 +22,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ShapeError
-from genoembed.models.striped_hyena2.attention import RotaryEmbedding
+from genoembed.models.striped_hyena2.attention import RotaryEmbedding, rotary_frequencies
 from genoembed.models.striped_hyena2.blocks import AttentionBlock, HyenaBlock, RMSNorm
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.hyena import HyenaFilter
-from genoembed.models.striped_hyena2.state import (
-    BlockContext,
-    StreamLinear,
-    StripedHyena2Cache,
-    lay_out_segments,
-)
+from genoembed.models.striped_hyena2.modules import StreamLinear
+from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
 
 
 class Unembedding(nn.Module):
@@ -196,6 +192,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             if keep_hidden_states:
                 streams.append(x_BLD)
         x_BLD = self.norm(x_BLD)
+        # as transformers does: the last of the hidden states is the normed one
         streams = [*streams[:-1], x_BLD] if keep_hidden_states else []
         if context.segments is not None:
             x_BLD = context.segments.collect(x_BLD)
@@ -250,6 +247,8 @@ def _hidden_keys(
         )
         raise ShapeError(message)
     mask = attention_mask.to(x_BLD.device).bool()
+    # Padding on the right is behind every real token, where causality hides it. With a cache, real tokens
+    # of a later block may come behind it, so any padding counts.
     is_felt = ~mask if goes_on else ~mask[:, :-1] & mask[:, 1:]
     return mask if bool(is_felt.any()) else None
 
@@ -363,6 +362,7 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
 
 
 def _next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | int | None) -> Tensor:
+    # by position: the last position has no next token, whatever its label
     targets = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
     total = F.cross_entropy(
         logits_BLV.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
@@ -389,7 +389,7 @@ def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
     elif isinstance(module, HyenaFilter):
         _initialize_filter(module)
     elif isinstance(module, RotaryEmbedding):
-        init.copy_(module.inv_freq, module.default_frequencies(2 * module.inv_freq.shape[0]))
+        init.copy_(module.inv_freq, rotary_frequencies(2 * module.inv_freq.shape[0], module.base))
 
 
 def _initialize_filter(module: HyenaFilter) -> None:

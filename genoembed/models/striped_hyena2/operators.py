@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from genoembed.models.precision import automatic_dtype, without_autocast
-from genoembed.models.striped_hyena2.filters import convolution_matrix, depthwise_correlation, modal_matrices
+from genoembed.models.striped_hyena2.filters import convolution_matrix, modal_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ def causal_fir(
     """
     if not x.numel():
         return x
+    # groups serve neighbouring channels: channel d has filter d * G // D
     dtype, reach = product_dtype(x), taps.shape[1] - 1
     taps_DK = taps.to(dtype).repeat_interleave(x.shape[2] // taps.shape[0], dim=0)
     if starts_BM is not None:
@@ -99,6 +101,7 @@ def causal_convolution(
         frames_BMFD = _chunks_with_history(x, starts_BM, reach)
     else:
         frames_BMFD = _overlapping_chunks(x, history, chunk=chunk, num_chunks=num_chunks, reach=reach)
+    # one product per group: its channels, rows and chunks are all columns of one matrix
     frames = frames_BMFD.reshape(batch * num_chunks, reach + chunk, num_groups, width // num_groups)
     columns = frames.permute(2, 1, 0, 3).reshape(num_groups, reach + chunk, -1)
     with _in_chosen_dtype(x):
@@ -179,7 +182,9 @@ def modal_convolution_from(
         filtered = _leave(rows_DBMC, before_DBMS, matrices, like=x)
         # the last chunk may be a short one: only its own positions enter, and the state fades by as many
         last = length - (rows_DBMC.shape[2] - 1) * chunk
+        # they stand first in the chunk; counted back from their end, they have the matrix's last powers
         entered_DBS = torch.bmm(rows_DBMC[:, :, -1, :last], matrices.entering_DCS[:, chunk - last :])
+        # not a power of `decay_DS`, which is rounded already
         faded_DS = torch.exp(log_poles.to(matrices.decay_DS.dtype) * last)
         state_DBS = before_DBMS[:, :, -1] * faded_DS[:, None] + entered_DBS
         return ModalOutput(_add_skip(filtered, x, skip), state_DBS.transpose(0, 1))
@@ -312,6 +317,8 @@ def _states_before(
     starts_BM: Tensor | None = None,
 ) -> Tensor:
     """State before each chunk, from what each chunk adds: a recurrence over chunks, by doubling."""
+    # s[m] = decay * s[m - 1] + entering[m - 1]: after doubling k, each state holds the last 2**k chunks. In
+    # float32 or float64: rounded to half precision, a state would drift from chunk to chunk.
     state = F.pad(entering_DBMS, (0, 0, 1, 0))[:, :, :-1]
     if first_BDS is not None:
         first = first_BDS.to(state.dtype).transpose(0, 1)[:, :, None]
@@ -319,6 +326,7 @@ def _states_before(
     factor = decay_DS[:, None, None]
     if starts_BM is not None:
         is_start = starts_BM[..., None]
+        # a start takes nothing over, and its factor 0 keeps doubling from reaching past it
         state = state.masked_fill(is_start, 0)
         factor = factor.expand_as(state).masked_fill(is_start, 0)
     shift = 1
@@ -328,3 +336,78 @@ def _states_before(
         factor = factor * earlier
         shift *= 2
     return state
+
+
+def depthwise_correlation(x_BFD: Tensor, taps_DK: Tensor, *, left_zeros: int) -> Tensor:
+    """Correlate each channel with its taps, after ``left_zeros`` zeros before each row.
+
+    ``y[n] = sum_k taps[k] x[n + k - left_zeros]``, summed in float32 (float64 for float64), rounded once.
+    The caller chooses the dtype; autocast has no say, neither here nor in the backward pass.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [10.0], [100.0]]])
+        >>> depthwise_correlation(x, torch.tensor([[0.5, 1.0]]), left_zeros=1).flatten()
+        tensor([  1.0000,  10.5000, 105.0000])
+    """
+    output: Tensor = _DepthwiseCorrelation.apply(x_BFD, taps_DK, left_zeros)
+    return output
+
+
+class _DepthwiseCorrelation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BFD: Tensor, taps_DK: Tensor, left_zeros: int) -> Tensor:
+        ctx.save_for_backward(x_BFD, taps_DK)
+        ctx.left_zeros = left_zeros
+        num_outputs = x_BFD.shape[1] + left_zeros - taps_DK.shape[1] + 1
+        with without_autocast(x_BFD.device):
+            return _correlate(x_BFD, taps_DK, zeros=left_zeros)[:, :num_outputs]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_BFD, taps_DK = ctx.saved_tensors
+        num_taps, zeros = taps_DK.shape[1], ctx.left_zeros
+        grad_x = grad_taps = None
+        with without_autocast(x_BFD.device):
+            if ctx.needs_input_grad[0]:
+                every = _correlate(grad_BND, taps_DK.flip(1), zeros=num_taps - 1)
+                grad_x = every[:, zeros : zeros + x_BFD.shape[1]]
+            if ctx.needs_input_grad[1]:
+                taps = [_tap_gradient(x_BFD, grad_BND, shift=k - zeros) for k in range(num_taps)]
+                grad_taps = torch.stack(taps, dim=1).to(taps_DK.dtype)
+        return grad_x, grad_taps, None
+
+
+def _correlate(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
+    """Correlate with ``zeros`` zeros before and after each row."""
+    if x_BFD.device.type == "cpu" and not torch.backends.mkldnn.is_available():
+        return _shift_and_add(x_BFD, taps_DK, zeros=zeros)
+    line = x_BFD.contiguous().transpose(1, 2).unsqueeze(2)  # (B, D, 1, F), channels last in memory
+    taps = taps_DK[:, None, None, :]
+    return F.conv2d(line, taps, padding=(0, zeros), groups=taps_DK.shape[0]).squeeze(2).transpose(1, 2)
+
+
+def _shift_and_add(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
+    """The same where torch has no such library, and would run channel after channel."""
+    wide = torch.float64 if x_BFD.dtype == torch.float64 else torch.float32
+    padded = F.pad(x_BFD, (0, 0, zeros, zeros)).to(wide)
+    num_taps = taps_DK.shape[1]
+    length = padded.shape[1] - num_taps + 1
+    total = padded[:, :length] * taps_DK[:, 0]
+    for k in range(1, num_taps):
+        total = torch.addcmul(total, padded[:, k : k + length], taps_DK[:, k].to(wide))
+    return total.to(x_BFD.dtype)
+
+
+def _tap_gradient(x_BFD: Tensor, grad_BND: Tensor, *, shift: int) -> Tensor:
+    """``sum_n grad[n] x[n + shift]`` of each channel; half-precision products are summed in float32."""
+    first = max(0, -shift)
+    last = min(grad_BND.shape[1], x_BFD.shape[1] - shift)
+    if last <= first:
+        return grad_BND.new_zeros(grad_BND.shape[2])
+    products = grad_BND[:, first:last] * x_BFD[:, first + shift : last + shift]
+    if products.dtype in (torch.float32, torch.float64):
+        return products.sum(dim=(0, 1))
+    # a sum over rows is a product with a row of ones, which matrix units do
+    flat = products.reshape(-1, products.shape[2])
+    return torch.mm(flat.new_ones(1, flat.shape[0]), flat)[0]

@@ -1,21 +1,20 @@
-"""What the mixers of StripedHyena 2 share: the state of a pass, and kinds of modules.
+"""What a forward pass knows about its rows: positions, padding, packed segments, state of earlier blocks.
 
-What a StripedHyena 2 model carries from one block of a sequence to the next.
-Packed neighbours kept apart: the segments of packed rows, each moved to the start of a chunk.
+A sequence may come in blocks: a :class:`StripedHyena2Cache` holds what later blocks need of earlier ones.
+Packed rows are moved to one long row in which every segment starts a chunk (:func:`lay_out_segments`): the
+filters' products go chunk by chunk, so that a chunk belongs to one segment, and isolation is exact.
+
+B sequences, L positions, T positions with those of earlier blocks, D hidden size, H heads, E head size,
+K taps, S modes, N slots of the long row, M its chunks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Self
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,47 +30,6 @@ class BlockContext:
     """Where packed neighbours begin, if they are to be kept apart; the rows are one long row then."""
     cache: StripedHyena2Cache | None = None
     """What earlier blocks of the sequence left; brought up to date by every block."""
-
-
-class StreamLinear(nn.Linear):
-    """Linear that writes to the residual stream; told apart because it starts small, by depth."""
-
-
-class Float32Keeper(nn.Module):
-    """Module of which some tensors stay float32 when the model is cast to half precision."""
-
-    float32_names: ClassVar[tuple[str, ...]] = ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = set()
-        for name in self.float32_names:
-            tensor = getattr(self, name, None)
-            if tensor is not None:
-                kept |= {id(tensor), id(tensor.grad)}
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            is_rounded = id(tensor) in kept and moved.dtype in (torch.bfloat16, torch.float16)
-            return tensor.to(moved.device) if is_rounded else moved
-
-        return super()._apply(keep, recurse)
-
-
-def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
-    """Multiply into memory that nobody else holds; into new memory while gradients are recorded.
-
-    Example:
-        >>> x = torch.tensor([2.0])
-        >>> with torch.no_grad():
-        ...     multiply_into(x, torch.tensor([3.0])) is x
-        True
-    """
-    return owned * other if torch.is_grad_enabled() else owned.mul_(other)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Say whether what a module returns may be held by someone else than its caller."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,10 +112,12 @@ def last_positions(history_BTD: Tensor | None, x_BLD: Tensor, *, count: int) -> 
         >>> last_positions(None, torch.tensor([[[1.0], [2.0]]]), count=3).flatten()
         tensor([0., 1., 2.])
     """
+    # a block shorter than the filter still needs what came before it
     joined = x_BLD[:, max(0, x_BLD.shape[1] - count) :]
     if history_BTD is not None:
         joined = torch.cat((history_BTD.to(joined.dtype), joined), dim=1)
     missing = max(0, count - joined.shape[1])
+    # cloned: a view would keep the whole block in memory until the next one
     return F.pad(joined[:, joined.shape[1] - count + missing :], (0, 0, missing, 0)).clone()
 
 
@@ -182,6 +142,7 @@ class SegmentLayout:
 
     def spread(self, x_BLD: Tensor) -> Tensor:
         """Move rows to the long row; padding is left out, empty slots are 0."""
+        # one row of zeros behind the last, to which empty slots point; `collect` gives it to padding
         return F.pad(x_BLD.flatten(0, 1), (0, 0, 0, 1))[self.source_N][None]
 
     def collect(self, x_1ND: Tensor) -> Tensor:
@@ -200,6 +161,7 @@ def lay_out_segments(segment_ids_BL: Tensor, *, chunk: int = SEGMENT_CHUNK) -> S
         ([0, 1, 2, 5, 3, 5], [[True, False, True]], (4, 2))
     """
     device = segment_ids_BL.device
+    # each row starts a segment, even with the id that the row before ended with
     changes_BL = F.pad(segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1], (1, 0), value=True)
     flat, starts = segment_ids_BL.flatten(), changes_BL.flatten().nonzero()[:, 0]
     sizes = torch.diff(starts, append=starts.new_tensor([flat.numel()]))
@@ -208,6 +170,7 @@ def lay_out_segments(segment_ids_BL: Tensor, *, chunk: int = SEGMENT_CHUNK) -> S
     rounded = (sizes + chunk - 1) // chunk * chunk
     offsets = rounded.cumsum(0) - rounded
     segment_of_real = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    # place within its segment: a count over all real slots, minus the real slots of the segments before
     within = torch.arange(int(sizes.sum()), device=device) - (sizes.cumsum(0) - sizes)[segment_of_real]
     places = starts[segment_of_real] + within
     slots = offsets[segment_of_real] + within

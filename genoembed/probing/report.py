@@ -104,7 +104,7 @@ class ProbeReport:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as values that JSON holds.
+        """Return everything as values that JSON holds.
 
         Returns:
             The fields, with the recommendation and the table.
@@ -174,8 +174,6 @@ class LayerChoice:
     """Module path of the best one."""
     near_best: tuple[str, ...]
     """Layers that reach 95 % of its score, in the order of the model; none where that is 0 or less."""
-    is_one_range: bool
-    """Whether these are neighbours, without a gap."""
     sentence: str
     """Such as ``use layer 21 (blocks.21.mlp.l3), mean pooling: MCC 0.71 +- 0.02; ...``."""
 
@@ -225,7 +223,7 @@ def choose_layer(
     means = [layer.metrics[metric].mean for layer in layers]
     best = int(np.argmax(means))
     near = [place for place, mean in enumerate(means) if means[best] > 0 and mean >= NEAR_BEST * means[best]]
-    is_one_range = not near or near[-1] - near[0] + 1 == len(near)
+    is_one_range = bool(near) and near[-1] - near[0] + 1 == len(near)
     pooled = "" if pooling is None else f", {pooling} pooling"
     parts = [f"use {name_layer(layers[best].name)}{pooled}: {shown(layers[best], task)}"]
     if len(layers) > 1:
@@ -237,7 +235,6 @@ def choose_layer(
     return LayerChoice(
         layer=layers[best].name,
         near_best=tuple(layers[place].name for place in near),
-        is_one_range=is_one_range,
         sentence="; ".join(filter(None, parts)),
     )
 
@@ -286,7 +283,7 @@ def compare(
 
 
 def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: ProbeTask) -> str:
-    """Say in plain words whether the embeddings were worth it."""
+    """Write in plain words whether the embeddings were worth it."""
     metric = METRIC_WORDS[METRICS[task][0]]
     mine = f"{metric} {model.metrics[METRICS[task][0]].mean:.3f}"
     if not comparisons:

@@ -174,7 +174,7 @@ def group_rows(
     options: ProbeConfig,
     sequences: Sequence[bytes] | None,
 ) -> NDArray[np.int64] | None:
-    """Say which rows must share a fold."""
+    """Number the groups of rows that must share a fold; None if any rows may be apart."""
     if options.cv == "stratified":
         return None
     if options.cv == "grouped":

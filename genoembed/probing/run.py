@@ -49,7 +49,7 @@ FIXED = ("fusion", "fusion_weights", "per_window", "shard", "output", "overwrite
 
 
 def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, Any]]:
-    """Tell options of the probe from those of the extraction.
+    """Split options into those of the probe and those of the extraction.
 
     Example:
         >>> mine, rest = divide_options({"cv": "homology", "window": 500, "device": None})
@@ -102,7 +102,7 @@ def probe(
 
     Args:
         inputs: Sequence files, or one pooled embedding file, whose layers are probed as they are.
-        labels: Table with a row a record: TSV, CSV, JSON lines or Parquet.
+        labels: Table with one row per record: TSV, CSV, JSON lines or Parquet.
         model: As for ``extract``; for an embedding file, where the untrained copy's configuration is, if not
             where the file says.
         layers: As for ``extract``; None is ``all``. For an embedding file, names of its layers.
@@ -210,7 +210,7 @@ def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeRepor
 
 
 def _are_all(run: ProbeRun) -> bool:
-    """Tell whether the layers that are probed are what ``all`` means to the model."""
+    """Return whether the layers that are probed are what ``all`` means to the model."""
     settings = find_file_settings(run.file)
     return (
         settings is not None and settings.requested_layers == ("all",) and list(run.layers) == run.file.layers
@@ -239,7 +239,7 @@ def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:
 
 
 def _check_packages(options: ProbeConfig) -> None:
-    """Refuse to begin a pass whose vectors could not be probed or drawn."""
+    """Raise if vectors could not be probed or drawn, before a pass makes them."""
     if importlib.util.find_spec("sklearn") is None:
         raise missing_scikit_learn()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -247,7 +247,7 @@ def _check_packages(options: ProbeConfig) -> None:
 
 
 def _check_folder(folder: Path, options: ProbeConfig, *, overwrite: bool) -> None:
-    """Refuse a folder whose results must stay, before any work is done; make one that is not there."""
+    """Raise if a folder has results that must stay, before any work is done; make one that is not there."""
     written = [SUMMARY, *(PLOTS if options.plot else ())]
     if there := [name for name in written if (folder / name).exists() and not overwrite]:
         problem = f"{there[0]} exists already; set overwrite to true, or output to another folder"

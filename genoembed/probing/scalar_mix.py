@@ -1,4 +1,4 @@
-"""Weights of layers in a weighted mean, learnt for a label with a linear model on top (a scalar mix).
+"""Weights of layers in a weighted mean, learned for a label with a linear model on top (a scalar mix).
 
 The mean is ``sum_l a_l z_l`` with ``z_l`` a layer divided by its mean deviation and ``a`` a softmax. The
 linear model and ``a`` take turns. With ``a`` fixed, ridge models are fitted on all but one part of the rows,
@@ -29,7 +29,7 @@ TURNS = 8
 """Turns at most; a turn that gains less than ``LEAST_GAIN`` is the last."""
 LEAST_GAIN = 1e-4
 PENALTY = 1e-1
-"""Of the ridge models, on the mean of the squared errors of standardised features."""
+"""Of the ridge models, on the mean of the squared errors of standardized features."""
 _STEPS = 200
 _LEAST_LOGIT = -25.0
 
@@ -108,7 +108,7 @@ def _columns(codes: NDArray[np.generic], task: ProbeTask) -> NDArray[np.float64]
 
 
 def _spreads(features: Mapping[str, NDArray[np.floating]], is_used: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Give the root mean variance of each layer's features; infinity for one that never varies."""
+    """Compute the root mean variance of each layer's features; infinity for one that never varies."""
     sizes = []
     for name in features:
         layer = np.asarray(features[name])[is_used].astype(np.float64)
@@ -158,7 +158,7 @@ def _scores(
 def _explained(
     share: NDArray[np.float64], products: NDArray[np.float64], towards: NDArray[np.float64], total: float
 ) -> float:
-    """Give the share of the target that the mean of the scores explains, at its best scale."""
+    """Compute the share of the target that the mean of the scores explains, at its best scale."""
     along, square = float(towards @ share), float(share @ products @ share)
     return max(along, 0.0) ** 2 / (square * total) if square > 0 and total > 0 else 0.0
 

@@ -195,7 +195,7 @@ def untrained_copy(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> GenomicModel:
-    """Make a model of the same configuration that has learnt nothing: its own random initialization."""
+    """Make a model of the same configuration that has learned nothing: its own random initialization."""
     loaded = (
         model
         if isinstance(model, GenomicModel)

@@ -99,7 +99,7 @@ def iter_decompressed(path: str) -> Iterator[bytes]:
 
 
 def find_codec(head: bytes) -> _Codec | None:
-    """Tell the compression by the first bytes of a file."""
+    """Find the compression by the first bytes of a file."""
     return next((codec for codec in _CODECS if codec.magic.match(head)), None)
 
 
@@ -184,7 +184,7 @@ VARIABLE = "GENOEMBED_MAX_RECORD_BYTES"
 
 
 def max_record_bytes() -> int:
-    """Give the most bytes that one record may take, as plain text."""
+    """Return the most bytes that one record may take, as plain text."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return DEFAULT_MAX_RECORD_BYTES
@@ -199,7 +199,7 @@ def max_record_bytes() -> int:
 def check_record_size(
     num_bytes: int, limit: int, *, path: str, line: int | None = None, record_id: str | None = None
 ) -> None:
-    """Refuse a record that has grown beyond the limit."""
+    """Raise if a record has grown beyond the limit."""
     if num_bytes > limit:
         problem = (
             f"one record or line of over {limit} bytes, decompressed; the file is damaged or made to "
@@ -219,7 +219,7 @@ def iter_text(path: str) -> Iterator[bytes]:
 
 
 def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Give text one kind of line end, and take a byte order mark off.
+    """Convert text to one kind of line end, and remove a byte order mark.
 
     Example:
         >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"]))

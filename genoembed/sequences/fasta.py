@@ -63,7 +63,7 @@ def _fasta_record(
 
 
 def _drain(pieces: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, int | None]]:
-    """Give pieces up one by one: a long record is not held both raw and clean."""
+    """Yield pieces and drop them one by one: a long record is not held both raw and clean."""
     pieces.reverse()
     while pieces:
         yield pieces.pop()

@@ -91,7 +91,7 @@ class Sketches:
         return len(self.offsets) - 1
 
     def of(self, index: int) -> NDArray[np.uint64]:
-        """Give the sketch of one sequence: ascending, distinct hashes."""
+        """Return the sketch of one sequence: ascending, distinct hashes."""
         return self.hashes[self.offsets[index] : self.offsets[index + 1]]
 
 

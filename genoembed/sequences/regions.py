@@ -222,7 +222,7 @@ class ReferenceFasta:
         return list(self._contigs.index)
 
     def length(self, contig: str) -> int | None:
-        """Give the length of a contig."""
+        """Return the length of a contig."""
         entry = self._contigs.index.get(contig)
         return None if entry is None else int(entry.rlen)
 
@@ -272,7 +272,7 @@ class Interval(NamedTuple):
 
 
 def is_place(text: str) -> bool:
-    """Tell a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)`` from a file name."""
+    """Return whether a text is a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)``, no file."""
     return _PLACE.fullmatch(text) is not None and not _exists(text)
 
 

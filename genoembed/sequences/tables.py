@@ -163,7 +163,7 @@ def iter_rows(path: str, *, ids: Container[str] = ()) -> Iterator[TableRow]:
 
 
 def _check_kind(path: str, head: bytes) -> None:
-    """Refuse by name what people hand in by mistake."""
+    """Raise, and name it, if this is something that people hand in by mistake."""
     if find_codec(head) is not None:
         problem = f"the file is compressed twice, {EXPECTED}; decompress it once"
     elif found := _CONTROL.search(head, 0, 1024):
@@ -266,7 +266,7 @@ def _iter_delimited(path: str, lines: Iterator[tuple[int, bytes]], ids: Containe
 
 
 def _delimiter(text: str, ids: Container[str]) -> tuple[str, bool]:
-    """Tell the delimiter by the first line, and whether that line is a header."""
+    """Find the delimiter by the first line, and whether that line is a header."""
     for delimiter in _DELIMITERS:
         if text.split(delimiter, 1)[0].strip().strip('"') in ids:
             return delimiter, False

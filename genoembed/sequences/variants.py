@@ -272,7 +272,7 @@ def _show(variant: Variant, contigs: ReferenceFasta, length: int, flank: int) ->
     if wrong := _NO_BASE.search(stretch):
         problem = (
             f"the reference has {wrong.group().decode(errors='replace')!r} at base "
-            f"{start + wrong.start() + 1} of {variant.contig!r}, expected IUPAC letters; mend the reference"
+            f"{start + wrong.start() + 1} of {variant.contig!r}, expected IUPAC letters; fix the reference"
         )
         raise _error(variant, problem)
     first, past = change.start - start, change.end - start
@@ -371,7 +371,7 @@ def _steps_to_the_left(start: int, bases: bytes, fetch: Callable[[int, int], byt
 
 
 def anchor(change: Change, fetch: Callable[[int, int], bytes]) -> Change:
-    """Give an insertion or deletion the neighbouring base that VCF asks for: the one before, if there is one.
+    """Add to an insertion or deletion the neighboring base that VCF requires: the one before, if any.
 
     Example:
         >>> anchor(Change(2, b"CA", b""), lambda start, end: b"GGCACACATT"[start:end])

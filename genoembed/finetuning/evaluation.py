@@ -22,6 +22,7 @@ from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.rows import check_lengths, group_numbers
+from genoembed.pipeline.forward import run_in_parts
 from genoembed.retrieval.candidates import sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
 
@@ -119,12 +120,16 @@ class CausalMeasure:
         pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
         pieces.sort(key=len, reverse=True)
         collate = PaddedCollator(pad_token_id=self.rules.pad_token_id, target="causal")
-        for start in range(0, len(pieces), self.rows_at_once):
-            batch = pieces[start : start + self.rows_at_once]
+
+        @torch.no_grad()
+        def measured(batch: Sequence[EncodedExample]) -> dict[str, Tensor]:
             inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
-            with torch.no_grad():
-                output = model(**inputs, want="predict")
-            nats, tokens = nats + float(output["nats"]), tokens + int(output["tokens"])
+            output: dict[str, Tensor] = model(**inputs, want="predict")
+            return output
+
+        for start in range(0, len(pieces), self.rows_at_once):
+            for output in run_in_parts(pieces[start : start + self.rows_at_once], measured):
+                nats, tokens = nats + float(output["nats"]), tokens + int(output["tokens"])
         loss = nats / max(tokens, 1)
         return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
@@ -237,20 +242,23 @@ class ExampleMeasure:
 
     @torch.no_grad()
     def _represent(self, model: ContrastModel | RetrievalModel, sequences: Sequence[bytes]) -> M3Vectors:
-        assert self._collate is not None, "only retrieval heads come here"
-        assert self._encoder is not None, "only retrieval heads come here"
+        collate, encoder = self._collate, self._encoder
+        assert collate is not None, "only retrieval heads come here"
+        assert encoder is not None, "only retrieval heads come here"
         device = next(model.parameters()).device
+
+        def represented(part: Sequence[bytes]) -> dict[str, Tensor]:
+            examples = [encode_example(s, encoder.encoder, skip_first=encoder.skip_first) for s in part]
+            batch = collate.side(examples, part, "")
+            output = model(**{name: value.to(device) for name, value in batch.items()}, want="hidden")
+            return {name: value.cpu() for name, value in output.items()}
+
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         chunks = []
         rows = self._runner.max_rows or len(order)
         for start in range(0, len(order), rows):
             part = [sequences[index] for index in order[start : start + rows]]
-            examples = [
-                encode_example(s, self._encoder.encoder, skip_first=self._encoder.skip_first) for s in part
-            ]
-            batch = self._collate.side(examples, part, "")
-            output = model(**{name: value.to(device) for name, value in batch.items()}, want="hidden")
-            chunks.append({name: value.cpu() for name, value in output.items()})
+            chunks += run_in_parts(part, represented)
         back = torch.tensor(order).argsort()
         joined = join_vectors(chunks).tensors()
         return M3Vectors(**{name: value[back] for name, value in joined.items()})

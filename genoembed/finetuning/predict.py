@@ -17,13 +17,15 @@ import torch
 
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
+from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.units import iter_units
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.store.tables import open_table
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.inference import SequenceRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from os import PathLike
 
     from genoembed.config.choices import TableFormat
@@ -111,11 +113,16 @@ def predict(
     problems += [f"{name!r} is no option of predict" for name in policies if name not in _POLICIES]
     if problems:
         raise ConfigError(*problems)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with use_threads(threads):
         saved = load_predictor(model, device=device, trust_remote_code=trust_remote_code)
+        # one for all parts: what it learns of short memory holds for those that follow
+        runner = SequenceRunner(
+            saved.model.encoder,
+            build_encoder(saved.genomic.tokenizer),
+            max_tokens=saved.genomic.max_length,
+            skip_first=saved.facts.skip_first,
+            max_rows=batch_rows,
+        )
         counts = InputCounts()
         records = read_sequences(
             inputs,
@@ -129,18 +136,16 @@ def predict(
         table = open_table(os.fspath(output), format=format, overwrite=overwrite)
         num_records = num_rows = 0
         with table as writer, torch.inference_mode():
-            for part in _parts(records):
-                columns = predict_part(saved, part, batch_rows=batch_rows)
+            for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
+                columns = _columns(saved, runner, unit.records)
                 writer.write_columns(columns)
-                num_records += len(part)
+                num_records += len(unit.records)
                 num_rows += len(next(iter(columns.values())))
                 if progress is not None:
                     progress(counts)
             if not num_records:
                 problem = f"no record is left to predict ({counts}); check the input, or set invalid='mask'"
                 raise EmptyRecordError(problem, path=str(inputs))
-    finally:
-        torch.set_num_threads(before)
     return PredictionReport(
         output=os.fspath(output),
         num_records=num_records,
@@ -152,17 +157,10 @@ def predict(
     )
 
 
-def predict_part(
-    saved: SavedPredictor, records: Sequence[SequenceRecord], *, batch_rows: int = 16
+def _columns(
+    saved: SavedPredictor, runner: SequenceRunner, records: Sequence[SequenceRecord]
 ) -> dict[str, Sequence[object]]:
     """Predict a few records."""
-    runner = SequenceRunner(
-        saved.model.encoder,
-        build_encoder(saved.genomic.tokenizer),
-        max_tokens=saved.genomic.max_length,
-        skip_first=saved.facts.skip_first,
-        max_rows=batch_rows,
-    )
     sequences = [record.sequence for record in records]
     ids = [record.id for record in records]
     if saved.space.kind == "token":
@@ -196,16 +194,3 @@ def _token_columns(
         "label": [names[index] for index in probabilities.argmax(axis=1)],
     }
     return columns | {f"p_{name}": probabilities[:, index] for index, name in enumerate(names)}
-
-
-def _parts(records: Iterable[SequenceRecord]) -> Iterator[list[SequenceRecord]]:
-    part: list[SequenceRecord] = []
-    bases = 0
-    for record in records:
-        part.append(record)
-        bases += len(record.sequence)
-        if len(part) >= PART_RECORDS or bases >= PART_BASES:
-            yield part
-            part, bases = [], 0
-    if part:
-        yield part

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
@@ -310,6 +312,28 @@ class _BatchPooling:
         if device not in self._masks:
             self._masks[device] = self._batch.pool_mask.to(device), self._batch.attention_mask.to(device)
         return self._masks[device]
+
+
+def run_in_parts(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+    """Run a batch of a caller's own making at once, or in halves where memory does not hold it.
+
+    Example:
+        >>> list(run_in_parts([1, 2, 3], sum))
+        [6]
+    """
+    waiting = [items]
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = run(part)
+        except RuntimeError as error:
+            if len(part) == 1 or not _is_out_of_memory(error):
+                raise
+        else:
+            yield result
+            continue
+        half = len(part) // 2
+        waiting += [part[half:], part[:half]]
 
 
 def _rows_of(work: PieceBatch, rows: range) -> PieceBatch:

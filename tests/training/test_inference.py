@@ -9,6 +9,7 @@ import torch
 import genoembed
 from genoembed.config.finetune import EncoderConfig
 from genoembed.errors import ModelError, NonFiniteError
+from genoembed.finetuning.models import CausalModel
 from genoembed.finetuning.saved import load_predictor
 from genoembed.retrieval.retriever import load_retriever
 from genoembed.tokenization.hf import build_encoder
@@ -147,6 +148,41 @@ def test_validation_divides_its_batches_when_memory_is_short(error, folders, tmp
     short = genoembed.finetune(train, tmp_path / "short", **options, **FAST)
     assert max(rows * length for rows, length in memory.shapes) > 150
     assert short.test["loss"] == pytest.approx(whole.test["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_validation_of_a_causal_model_divides_its_batches(error, folders, tmp_path, monkeypatch):
+    fasta = write_fasta(tmp_path / "s.fa", [random_dna(40, seed) for seed in range(16)])
+    test = write_fasta(tmp_path / "test.fa", [random_dna(40, seed) for seed in range(20, 28)])
+    options = {"task": "lm", "model": folders["letters"], "test": test}
+    whole = genoembed.finetune(fasta, tmp_path / "whole", **options, **FAST)
+    rows, original = [], CausalModel.forward
+
+    def forward(model, input_ids, *args, want="loss", **inputs):
+        if want == "predict":
+            rows.append(len(input_ids))
+            if len(input_ids) > 3:
+                raise error
+        return original(model, input_ids, *args, want=want, **inputs)
+
+    monkeypatch.setattr(CausalModel, "forward", forward)
+    short = genoembed.finetune(fasta, tmp_path / "short", **options, **FAST)
+    assert max(rows) > 3
+    assert short.test["loss"] == pytest.approx(whole.test["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_validation_of_retrieval_heads_divides_its_batches(error, folders, tmp_path, monkeypatch):
+    options = {
+        "task": "retrieval", "mode": "all", "model": folders["letters"], "train_group_size": 2,
+        "test": write_examples(tmp_path / "test.jsonl", 8),
+    }  # fmt: skip
+    examples = write_examples(tmp_path / "e.jsonl", 12)
+    whole = genoembed.finetune(examples, tmp_path / "whole", **options, **FAST)
+    memory = Allocator(monkeypatch, 100, error)
+    short = genoembed.finetune(examples, tmp_path / "short", **options, **FAST)
+    assert max(rows * length for rows, length in memory.shapes) > 100
+    assert short.test == pytest.approx(whole.test, rel=1e-4)
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -1,12 +1,10 @@
-"""What the pieces of a unit gave, held until the unit's rows are built.
+"""From what pieces gave to rows of the file: windows merged, strands combined, layers fused.
 
-Pooled vectors are copied side by side into one matrix a layer. To keep the small tensors that come from the
-forward passes would cost many times their size: each is carved out of the hole that a large activation left,
-so that the next activation takes new memory.
+What the pieces of a unit gave is held until its rows are built. Pooled vectors are copied into one matrix per
+layer: each small tensor that comes from a forward pass is carved out of the hole that a large activation
+left, so that the next activation takes new memory, and keeping them would cost many times their size.
 
-P pieces, D hidden size, T tokens.
-
-Rows of the file from what pieces gave: windows merged, strands combined, layers fused.
+N rows, P pieces, K windows of a row, D hidden size, T tokens.
 """
 
 from __future__ import annotations
@@ -192,7 +190,7 @@ class RowBuilder:
             yield number, _window_row(record, window)
 
     def _parts(self, taken: TakenPieces, key: tuple[int, bool], number: int | None) -> list[Taken]:
-        """Give the pieces of a row, in the reading order of their strand."""
+        """Collect the pieces of a row, in the reading order of their strand."""
         if number is None:
             return strand_pieces(taken, key)
         pieces = taken.get(key, {})
@@ -334,6 +332,7 @@ def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
     """Describe one window by the bases it answers for, in the parent's coordinates, and what it sees."""
     before, after = window.core_start - record.core_start, record.core_end - window.core_end
     if record.strand == "-":
+        # windows go from left to right over the sequence, which is the parent's reverse complement
         before, after = after, before
     start, end = record.start + before, record.end - after
     return ObsRow(

@@ -248,6 +248,7 @@ class Cutter:
         """The same core on the reverse complement; a causal model sees what is to the left of it there."""
         core_start, core_end = length - window.core_end, length - window.core_start
         if self.is_causal:
+            # context is before the core in reading order, so on the reverse strand it is at the other side
             end = core_end
             start = max(0, end - (window.end - window.start))
         else:

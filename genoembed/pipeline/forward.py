@@ -296,7 +296,7 @@ class _BatchPooling:
         self.seconds += time.perf_counter() - started
 
     def joined(self) -> dict[str, Tensor]:
-        """Give what the blocks gave together, as if all positions had come at once."""
+        """Join what the blocks gave, as if all positions had come at once."""
         if self._method == "none":
             return {
                 layer: torch.cat([block[row] for row in range(len(self._counts)) for block in blocks])
@@ -305,7 +305,7 @@ class _BatchPooling:
         return {layer: running.pooled() for layer, running in self._running.items()}
 
     def split(self, vectors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Give each row its own vectors: that is what rows of a matrix are, unless tokens are kept."""
+        """Split token vectors into rows; the rows of a matrix are split already."""
         return torch.split(vectors, self._counts) if self._method == "none" else vectors
 
     def _masks_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -337,7 +337,7 @@ def run_in_parts(items: Sequence[Item], run: Callable[[Sequence[Item]], Result])
 
 
 def _rows_of(work: PieceBatch, rows: range) -> PieceBatch:
-    """Give some rows of a batch as a batch, as long as the whole."""
+    """Take some rows of a batch, padded as the whole."""
     if len(rows) == len(work.pieces):
         return work
     span = slice(rows.start, rows.stop)
@@ -362,7 +362,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _free_cache(device: torch.device) -> None:
-    """Give memory back that torch keeps for later: it may be in pieces of the wrong size."""
+    """Return memory that torch keeps for later: it may be in pieces of the wrong size."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,6 +1,6 @@
-"""What every engine is: it knows the run's facts, and embeds the units that it is given.
+"""Engines: what each of them promises, and the one that embeds work units in this process.
 
-Run work units in this process, with reading and writing in threads beside the forward passes.
+Reading and writing run in threads beside the forward passes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a file says about the run that made it: model, settings, counts, digests of its input, versions.
 
-What a file may say about batches: how far the vectors of some records are from those of each record alone.
+Also what it may say about batches: how far the vectors of some records are from those of each record alone.
 """
 
 from __future__ import annotations

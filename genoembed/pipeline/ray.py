@@ -1,9 +1,7 @@
-"""Connect to a Ray cluster, or start one on this machine that ends with the run.
+"""Run work units in the workers of a Ray cluster: each holds the model once, and is given unit after unit.
 
-The package comes as an argument: only this module imports it.
-
-What runs in a worker process: the model, loaded once, and unit after unit; what it says goes back.
-Run work units in the workers of a Ray cluster: each holds the model once, and is given unit after unit.
+Three parts: the cluster (connect to one, or start one on this machine that ends with the run), what runs in a
+worker process, and the engine that hands out units. Only this module imports the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""From what a caller says to a configuration that is checked, and from that to the records of the input.
+"""From what a caller says to a checked configuration, a loaded model, and the records of the input.
 
-What a fine-tuned model brings along: layers, pooling, fusion and length of the vectors it was trained for.
-Load the model that a configuration names, under the number of threads that it asks for.
+Also what a fine-tuned model brings along: layers, pooling, fusion and length of the vectors of its training.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 In: an iterable, or a function to feed. Promised: items keep their order; no more than ``depth`` of them wait;
 what ends the thread is raised where its items are used; leaving the ``with`` ends the thread, whatever it is
-left by. Torch does its work in the caller's thread only, so interruptions find it there.
-
-Let a run finish the forward pass in hand when it is told to stop.
+left by. Torch does its work in the caller's thread only, so interruptions find it there; they are held back
+until the forward pass in hand is done.
 """
 
 from __future__ import annotations

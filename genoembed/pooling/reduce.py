@@ -1,8 +1,6 @@
-"""Pooling: from hidden states per token to one vector per sequence.
+"""Pooling: from hidden states per token to one vector per sequence, at once or block by block.
 
 B rows, L padded length, D hidden size, K windows of one sequence.
-
-TokenPooling of rows that come block by block: what :func:`~genoembed.pooling.reduce.pool` gives at once.
 """
 
 from __future__ import annotations
@@ -296,7 +294,8 @@ class RunningPool:
         count_B1 = mask_BL.sum(dim=1, keepdim=True)
         if self._chosen_BD is None or self._kept_B1 is None:
             self._chosen_BD, self._kept_B1 = block_BD, count_B1
-        elif self._method != "cls":
+        elif self._method != "cls":  # which is the first token of the first block
+            # a block without kept tokens has NaN for a vector: neither side may take it over
             joined_BD = torch.where(self._kept_B1 == 0, block_BD, self._joined(self._chosen_BD, block_BD))
             self._chosen_BD = torch.where(count_B1 == 0, self._chosen_BD, joined_BD)
             self._kept_B1 = self._kept_B1 + count_B1
@@ -313,6 +312,7 @@ class RunningPool:
         if self._method == "mean":
             weights_BL = torch.ones_like(count_BL)
         else:
+            # positions go on counting where the block before ended
             weights_BL = count_BL if self._kept_B1 is None else count_BL + self._kept_B1
         sum_BD, weight_B1 = weighted_sum(hidden_BLD, mask_BL, weights_BL)
         self._sum_BD = sum_BD if self._sum_BD is None else self._sum_BD + sum_BD

@@ -84,7 +84,7 @@ def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
     if taken:
         message = f"layer {taken[0]!r} is named like another array of the file; set layer to export it alone"
         raise ConfigError(message)
-    with zipfile.ZipFile(target, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _put(archive, "ids", np.array(file.ids, dtype=np.str_))
         for name in NUMBERS:
             _put(archive, name, file.obs[name])
@@ -126,7 +126,14 @@ def write_h5ad(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None
     names = [f"{layer}:{index}" for index in range(file[layer].shape[1])]
     made = anndata.AnnData(X=file[layer][:], obs=whole.obs, uns=dict(whole.uns))
     made.var_names = names
-    made.write_h5ad(target)
+    output = AtomicFile(target)
+    try:
+        # not ``write_h5ad``: HDF5 would lock the file that is locked for this process already
+        with h5py.File(output, "w") as written:
+            anndata.io.write_elem(written, "/", made)
+        output.commit()
+    finally:
+        output.discard()
 
 
 def write_one_dataset_a_record(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
@@ -158,7 +165,7 @@ def write_csv(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
     (layer,) = layers
     width = file[layer].shape[1]
     names = file.feature_names if layer == file.layers[0] else [f"{layer}:{index}" for index in range(width)]
-    with open_table(target, ["id", *names], format="csv") as table:
+    with open_table(target, ["id", *names], format="csv", overwrite=True) as table:
         for block in row_blocks(file, [layer]):
             ids = file.ids[block.start : block.stop]
             for record_id, vector in zip(ids, block.matrices[layer].tolist(), strict=True):

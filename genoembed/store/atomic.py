@@ -1,21 +1,25 @@
-"""A file that appears complete or not at all, and that survives a full disk.
+"""Files and folders that appear complete or not at all, that one process writes at a time, and that survive a full disk.
+
+What is under way lies beside its target as ``.NAME.partial`` and is locked: a second process on the same
+output is refused, and what a killed process left is taken over and written anew by the next one.
 
 HDF5 must never see a failed write: when a chunk cannot be written while a file is closed, the library keeps
 the broken file open and the process crashes (segmentation fault) as it exits. h5py therefore writes through
 this object, which keeps the first error, holds what could not be written in memory, so that HDF5 reads back
 what it wrote, and lets HDF5 close in peace. The file is then thrown away.
-
-Room on the disk: asked for before something large is written, so that a full disk is no surprise.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import hashlib
+import json
 import logging
 import os
-import secrets
 import shutil
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +28,17 @@ from genoembed.errors import GenoembedError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+try:
+    import fcntl
+except ImportError:  # not on Windows; there, two processes on one output are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
+MARKER = "genoembed_folder.json"
+"""In a folder that genoembed wrote as a whole: the files it wrote. Only such a folder is ever replaced."""
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
 
@@ -76,36 +88,176 @@ def reporting_writes(output: str | os.PathLike[str]) -> Iterator[None]:
 def replacing(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary path beside an output, whose file becomes the output unless there is an error."""
     target = check_output(output, overwrite=overwrite)
-    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    part = partial_of(target)
+    with reporting_writes(output):
+        descriptor = claim(part, output=output)
     try:
         yield part
         check_output(output, overwrite=overwrite)  # work takes time, and another process may have written it
         with reporting_writes(output):
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
+            os.fsync(descriptor)
             part.replace(target)
             _sync_folder(target.parent)
     finally:
         part.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def partial_of(target: Path) -> Path:
+    """Name what an output is called until it is complete.
+
+    Example:
+        >>> partial_of(Path("run/out.h5")).as_posix()
+        'run/.out.h5.partial'
+    """
+    name = target.name
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:100]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return target.with_name(f".{name}.partial")
+
+
+def claim(partial: Path, *, output: str | os.PathLike[str]) -> int:
+    """Open an empty partial file, or an empty partial folder, that no other process writes, and lock it.
+
+    The lock ends with the process, whatever ends that, so that what a killed one left is taken over here.
+    """
+    flags = os.O_RDONLY if partial.is_dir() else os.O_RDWR | os.O_CREAT
+    while True:
+        descriptor = os.open(partial, flags, 0o600)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            problem = "is being written by another process; wait for it, or set output to another name"
+            raise StoreError(problem, path=os.fspath(output)) from error
+        except OSError as error:  # a file system without locks
+            logger.debug("%s: no locks here (%s)", partial, error)
+        # between opening and locking, its owner may have finished: then this is the complete file by now
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                break
+        os.close(descriptor)
+    if flags & os.O_CREAT:
+        os.ftruncate(descriptor, 0)
+    else:
+        _empty(partial)
+    return descriptor
+
+
+def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse a folder that cannot or must not be written as a whole, before any work is done."""
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.old")
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)  # a process was killed between the two renames of a replacement
+    problem = None
+    if target.exists() and not target.is_dir():
+        problem = "is a file, expected a folder; set output to another name"
+    elif target.is_dir() and any(target.iterdir()):
+        problem = _folder_problem(target) if overwrite else _EXISTS
+    elif not target.parent.is_dir():
+        problem = f"folder {str(target.parent)!r} does not exist; make it, or set output to another folder"
+    elif not os.access(target.parent, os.W_OK | os.X_OK):
+        problem = f"folder {str(target.parent)!r} cannot be written to; set output to another folder"
+    if problem is not None:
+        raise StoreError(problem, path=os.fspath(path))
+    return target
+
+
+_EXISTS = "exists already; set overwrite to true, or output to another name"
+
+
+def _folder_problem(target: Path) -> str | None:
+    """Say why a folder is not replaced: genoembed did not write it, or others have put something into it."""
+    try:
+        listed = set(json.loads((target / MARKER).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"holds no {MARKER}, so genoembed did not write it; set output to another name, or remove it"
+    foreign = sorted(set(_files_of(target)) - listed - {MARKER})
+    if foreign:
+        return f"holds {foreign[0]!r}, which genoembed did not write; move it, or set output to another name"
+    return None
+
+
+@contextmanager
+def replacing_folder(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside an output, which becomes the output unless there is an error.
+
+    The old folder stays until the new one is on the disk; then the two are exchanged, and the old one goes.
+    """
+    target = check_folder(output, overwrite=overwrite)
+    part = partial_of(target)
+    with reporting_writes(output):
+        part.mkdir(exist_ok=True)
+        descriptor = claim(part, output=output)
+    try:
+        with reporting_writes(output):
+            yield part
+            (part / MARKER).write_text(json.dumps({"files": sorted(_files_of(part))}, indent=1))
+            for name in _files_of(part):
+                _sync_file(part / name)
+            check_folder(output, overwrite=overwrite)
+            _put_in_place(part, target)
+            _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _files_of(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    """Rename a complete folder to its target; what was there has the partial name afterwards, or is gone."""
+    if not target.exists():
+        part.rename(target)
+    elif not _exchange(part, target):
+        aside = target.with_name(f".{target.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        part.rename(target)  # killed before this line: ``check_folder`` takes the old one back
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step, so that a kill leaves the old folder or the new one (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library from before 2018
+        return False
+    names = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+    return renameat2(*names, _RENAME_EXCHANGE) == 0
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 class AtomicFile:
     """A binary file for h5py to write to, under a temporary name until it is complete.
 
-    The temporary file lies in the target's folder as ``.NAME.RANDOM.tmp`` and only its owner can read it. The
-    finished file has the mode that the user's umask gives to new files. A ``with`` that ends without an error
-    commits it, any other discards it.
+    The temporary file lies in the target's folder as ``.NAME.partial``, locked, and only its owner can read
+    it. The finished file has the mode that the user's umask gives to new files. A ``with`` that
+    ends without an error commits it, any other discards it.
     """
 
     def __init__(self, target: Path, *, staging: Path | None = None) -> None:
         self.target = target
-        self.temporary = (staging or target.parent) / f".{target.name[:100]}.{secrets.token_hex(8)}.tmp"
+        self.temporary = partial_of((staging or target.parent) / target.name)
         self.error: BaseException | None = None
         """What ended the first write that failed (Ctrl-C included); nothing is written after it."""
         self._unwritten: list[tuple[int, bytes]] = []
-        self._raw = self.temporary.open("x+b", buffering=0)
-        self._final_mode = self.temporary.stat().st_mode & 0o777
-        self.temporary.chmod(0o600)
+        self._raw = os.fdopen(claim(self.temporary, output=target), "r+b", buffering=0)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -187,16 +339,24 @@ class AtomicFile:
             raise self.error
         # bytes before the name: after a power cut the name must not stand for what never reached the disk
         os.fsync(self._raw.fileno())
-        self._raw.close()
-        self.temporary.chmod(self._final_mode)
+        self.temporary.chmod(0o666 & ~_umask())
         self.temporary.replace(self.target)
+        self._raw.close()  # and with it the lock, once the name is taken
         # the name itself is kept in the folder, which has a cache of its own
         _sync_folder(self.target.parent)
 
     def discard(self) -> None:
         """Remove the temporary file, if it is there."""
-        self._raw.close()
-        self.temporary.unlink(missing_ok=True)
+        if not self._raw.closed:
+            self.temporary.unlink(missing_ok=True)
+            self._raw.close()
+
+
+def _umask() -> int:
+    """Read the mode bits that new files of this process do not get; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
 _FORMAT = "genoembed-parts"
 _VERSION = 1
-_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.tmp")
+_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.(tmp|partial)")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
@@ -307,7 +307,7 @@ class Parts:
 
     def remove_temporary(self) -> None:
         """Remove what processes left that were cut off while they wrote; no process may be at work."""
-        for path in self.folder.glob(".*.tmp"):
+        for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(".*.partial")):
             path.unlink(missing_ok=True)
 
     def _refuse_busy(self) -> None:

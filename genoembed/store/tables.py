@@ -135,7 +135,7 @@ class _TextWriter:
 class _TextFile(_TextWriter):
     def __init__(self, part: Path, path: str, format: TableFormat, columns: Sequence[str] | None) -> None:
         with reporting_writes(path):
-            stream = part.open("x", encoding="utf-8", newline="")
+            stream = part.open("w", encoding="utf-8", newline="")
         super().__init__(stream, path, format, columns)
 
     def close(self) -> None:

@@ -90,7 +90,9 @@ def test_full_disk_is_one_line_and_leaves_the_old_table(tmp_path, monkeypatch, n
         Path,
         "open",
         lambda path, *words, **more: (
-            Full(opened(path, *words, **more)) if path.name.endswith(".partial") else opened(path, *words, **more)
+            Full(opened(path, *words, **more))
+            if path.name.endswith(".partial")
+            else opened(path, *words, **more)
         ),
     )
     rows = [(f"record {number}",) for number in range(num_rows)]

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, that one process writes at a time, and that survive a full disk.
+"""Files and folders that appear complete or not at all, written by one process at a time.
 
 What is under way lies beside its target as ``.NAME.partial`` and is locked: a second process on the same
 output is refused, and what a killed process left is taken over and written anew by the next one.

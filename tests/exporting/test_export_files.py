@@ -133,7 +133,7 @@ def test_uniprot_h5_has_a_dataset_a_record(pooled, tokens):
 @pytest.mark.parametrize(
     ("kind", "to", "problem"),
     [
-        ("tokens", "h5ad", "holds a vector for every token, but AnnData has one row a record; export to npz"),
+        ("tokens", "h5ad", "holds a vector for every token, but AnnData has one row per record"),
         ("tokens", "csv", "one line per token is too much; .*; .* holds 2 layers"),
         ("pooled", "csv", r"holds 2 layers \(x, y/z\), but csv one; set layer to one"),
         ("pooled", "uniprot-h5", "holds 2 layers"),

@@ -23,7 +23,7 @@ from genoembed.errors import GenoembedError, ModelError, ModelNotFoundError
 from genoembed.models.registry import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from genoembed.models.registry import ModelSource
 
@@ -33,6 +33,7 @@ _AUTO_CLASSES = {
     "AutoModelForMaskedLM": AutoModelForMaskedLM,
     "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
 }
+NAMES_SHOWN = 5
 # what constructors and configurations raise on values that do not belong together
 NONSENSE = (
     ValueError,
@@ -40,7 +41,7 @@ NONSENSE = (
     IndexError,
     TypeError,
     AttributeError,
-    ZeroDivisionError,
+    ArithmeticError,
     RuntimeError,
     StrictDataclassError,
 )
@@ -126,6 +127,12 @@ def unbuildable(source: ModelSource, error: Exception) -> ModelError:
     else:
         problem, remedy = "its config.json describes no model that transformers builds", "check config.json"
     return ModelError(f"model {source.name!r}: {problem} ({first_line(error)}); {remedy}")
+
+
+def listing(names: Sequence[str]) -> str:
+    """Join names, the first few of many."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from genoembed.models.architecture import (
     auto_class,
     base_of,
     first_line,
+    listing,
     needs_trust,
     read_config,
     unbuildable,
@@ -50,7 +51,6 @@ __all__ = ["GenomicModel", "load_model"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
 _COMPUTED_BUFFERS = ("inv_freq", "position_ids", "masked_bias")
-_NAMES_SHOWN = 5
 
 
 def load_model(
@@ -245,7 +245,7 @@ def _check_keys(
         if stripped.partition(".")[0] in set(children) - tail and not stripped.endswith(_COMPUTED_BUFFERS)
     }
     problems = [
-        f"{len(keys)} weights {what} ({_listing(keys)})"
+        f"{len(keys)} weights {what} ({listing(sorted(keys))})"
         for what, keys in (
             ("are missing and would be random", missing - unused),
             ("have no place in the model", unexpected),
@@ -346,9 +346,3 @@ def _shapes(mismatch: str | tuple[str, Iterable[int], Iterable[int]]) -> str:
         return mismatch
     name, found, expected = mismatch
     return f"{name} is {tuple(found)}, expected {tuple(expected)}"
-
-
-def _listing(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -32,7 +32,6 @@ from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_ch
 
 _LOG = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 22
 _CONVERTIBLE = (".pt", ".safetensors")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -123,8 +122,7 @@ def _converted_file(path: Path) -> Path:
     digest = hashlib.sha256()
     for part in checkpoint_files(path):
         with part.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)  # goes on with the digest of the parts before
     folder = cache_folder() / f"{path.name.partition('.')[0]}-{digest.hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
         _LOG.info("converting %s once, into %s", path, folder)

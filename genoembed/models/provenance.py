@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
-_CHUNK_BYTES = 1 << 22
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,12 +34,9 @@ def file_digest(path: Path) -> str:
     """Compute a file's SHA-256."""
     resolved = path.resolve()
     if path.is_symlink() and _HUB_BLOB.fullmatch(resolved.name):
-        return resolved.name
-    digest = hashlib.sha256()
+        return resolved.name  # the hub names a blob of its cache by its SHA-256
     with resolved.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parameters_digest(module: nn.Module) -> str:

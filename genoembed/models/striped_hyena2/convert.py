@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError
-from genoembed.models.architecture import first_line
+from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.attention import rotary_frequencies
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -50,7 +49,6 @@ _FREQUENCY_SUFFIX = "rotary_emb.inv_freq"
 _EMBEDDING = "embedding_layer.weight"
 _UNEMBEDDING = "unembed.weight"
 _PART = re.compile(r"(?P<base>.+\.pt)\.part(?P<number>\d+)")
-_NAMES_SHOWN = 5
 # what torch's reader raises on damaged bytes, besides UnpicklingError
 _DAMAGE_ERRORS = (
     RuntimeError, SafetensorError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -185,13 +183,9 @@ def _open_pickle(whole: Path, path: Path) -> dict[str, Callable[[], Tensor]]:
     }
     foreign = [key for key, value in kept.items() if not isinstance(value, Tensor)]
     if foreign:
-        message = f"{_listing(foreign)} hold no tensors, expected tensors only; check the file"
+        message = f"{listing(foreign)} hold no tensors, expected tensors only; check the file"
         raise CheckpointError(message, path=str(path))
-    return {key: partial(_same, value) for key, value in kept.items()}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return {key: partial(torch.Tensor.detach, value) for key, value in kept.items()}
 
 
 def _is_zip(whole: Path) -> bool:
@@ -236,9 +230,9 @@ def _fitted(
         absent = []
     problems = []
     if absent:
-        problems.append(f"{len(absent)} tensors are missing ({_listing(absent)})")
+        problems.append(f"{len(absent)} tensors are missing ({listing(absent)})")
     if extra := [key for key in tensors if key not in expected]:
-        problems.append(f"{len(extra)} tensors have no place in the model ({_listing(extra)})")
+        problems.append(f"{len(extra)} tensors have no place in the model ({listing(extra)})")
     shapes = {key: tuple(tensors[key]().shape) for key in expected if key in tensors}
     wrong = [
         f"{key} is {shape}, expected {tuple(expected[key].shape)}"
@@ -246,7 +240,7 @@ def _fitted(
         if shape != tuple(expected[key].shape)
     ]
     if wrong:
-        problems.append(f"{len(wrong)} tensors have another shape ({'; '.join(wrong[:_NAMES_SHOWN])})")
+        problems.append(f"{len(wrong)} tensors have another shape ({'; '.join(wrong[:NAMES_SHOWN])})")
     if not problems and unembedding is not None and not torch.equal(unembedding(), tensors[_EMBEDDING]()):
         problems.append(f"{_UNEMBEDDING} differs from {_EMBEDDING}, expected one tied matrix")
     if problems:
@@ -346,47 +340,21 @@ def _move_into_place(folder: Path, output_dir: Path) -> None:
         raise
 
 
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
-
-
 _RENAMED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
     "inner_mlp_size": "intermediate_size",
-    "attn_layer_idxs": "attn_layer_idxs",
-    "hcl_layer_idxs": "hcl_layer_idxs",
-    "hcm_layer_idxs": "hcm_layer_idxs",
-    "hcs_layer_idxs": "hcs_layer_idxs",
-    "short_filter_length": "short_filter_length",
-    "hcs_filter_length": "hcs_filter_length",
-    "hcm_filter_length": "hcm_filter_length",
-    "hcs_filter_groups": "hcs_filter_groups",
-    "hcm_filter_groups": "hcm_filter_groups",
-    "state_size": "state_size",
     "eps": "rms_norm_eps",
-    "rotary_emb_base": "rotary_emb_base",
     "max_seqlen": "max_position_embeddings",
-    "interleave": "interleave",
-    "evo2_style_activations": "evo2_style_activations",
-    "mlp_activation": "mlp_activation",
-    "qkv_proj_bias": "qkv_proj_bias",
-    "mha_out_proj_bias": "mha_out_proj_bias",
-    "hyena_out_proj_bias": "hyena_out_proj_bias",
+} | {
+    key: key
+    for key in (
+        "vocab_size hidden_size num_attention_heads attn_layer_idxs hcl_layer_idxs hcm_layer_idxs "
+        "hcs_layer_idxs short_filter_length hcs_filter_length hcm_filter_length hcs_filter_groups "
+        "hcm_filter_groups state_size rotary_emb_base interleave evo2_style_activations "
+        "mlp_activation qkv_proj_bias mha_out_proj_bias hyena_out_proj_bias"
+    ).split()
 }
-# what a text or a list in the place of a number leads to
-_NONSENSE = (
-    ValueError,
-    TypeError,
-    ArithmeticError,
-    AttributeError,
-    KeyError,
-    IndexError,
-    StrictDataclassError,
-)
+"""Key of the description -> argument of ``StripedHyena2Config``."""
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -419,30 +387,14 @@ _DERIVED = (
 )
 _WITHOUT_EFFECT = frozenset(
     (
-        "model_name",
-        "num_filters",
-        "hcl_filter_groups",
-        "hyena_filter_groups",
-        "mlp_init_method",
-        "mlp_output_init_method",
-        "make_vocab_size_divisible_by",
-        "log_intermediate_values",
-        "pipe_parallel_size",
-        "max_batch_size",
-        "use_flash_attn",
-        "use_flash_rmsnorm",
-        "use_flash_depthwise",
-        "use_flashfft",
-        "use_laughing_hyena",
-        "use_fp8_input_projections",
-        "use_hcs_kernel",
-        "use_hcm_kernel",
-        "use_hcl_kernel",
-        "inference_mode",
-        "prefill_style",
-        "print_activations",
-    )
+        "model_name num_filters hcl_filter_groups hyena_filter_groups mlp_init_method "
+        "mlp_output_init_method make_vocab_size_divisible_by log_intermediate_values "
+        "pipe_parallel_size max_batch_size use_flash_attn use_flash_rmsnorm use_flash_depthwise "
+        "use_flashfft use_laughing_hyena use_fp8_input_projections use_hcs_kernel use_hcm_kernel "
+        "use_hcl_kernel inference_mode prefill_style print_activations"
+    ).split()
 )
+"""How the original trains, prints and runs; nothing here changes a value of the model."""
 
 
 def read_vortex_config(path: Path) -> StripedHyena2Config:
@@ -465,7 +417,7 @@ def read_vortex_config(path: Path) -> StripedHyena2Config:
         return StripedHyena2Config(**vortex_arguments(content))
     except ConfigError:
         raise
-    except _NONSENSE as error:
+    except NONSENSE as error:  # a text or a list in the place of a number
         reason = " ".join(str(error).split()) or type(error).__name__
         message = f"{path}: a value is of another kind than its key needs ({reason}); check config"
         raise ConfigError(message) from error

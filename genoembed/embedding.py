@@ -17,8 +17,9 @@ import numpy as np
 from genoembed.config.embed import DEFAULT_MODEL, embed_config
 from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
 from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.models.trained_folder import CARRIED, carried_options, find_facts
 from genoembed.pipeline.embedder import UnitEmbedder
-from genoembed.pipeline.request import CARRIED, carried_options, find_facts, load_configured
+from genoembed.pipeline.request import load_configured
 from genoembed.pipeline.units import iter_units
 from genoembed.sequences.reading import clean_record
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies, RawRecord

@@ -151,5 +151,5 @@ def test_layers_and_strands_side_by_side_are_refused(folders, fasta, tmp_path):
         model=build_model(tmp_path / "model"), layers=(0, 1), fusion="concat", **{**FAST, "max_epochs": 1},
     )  # fmt: skip
     assert rows_of(fasta, report.output)[0].shape[1] == 32
-    with pytest.raises(ConfigError, match="lays layers side by side; set rc to 'mean' or 'none'"):
+    with pytest.raises(ConfigError, match="concatenates layers; set rc to 'mean' or 'none'"):
         rows_of(fasta, report.output, rc="concat")

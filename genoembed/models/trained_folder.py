@@ -1,12 +1,14 @@
-"""What a fine-tuned folder says about itself: which layers, pooling and fusion its vectors were trained for.
+"""What a model folder was trained as: layers, pooling and fusion of its vectors, and how they are finished.
 
-In: a model folder. Out: :class:`FinetunedFacts`, or None for a folder that was not fine-tuned here. Promised:
-a folder of a newer format is refused, never half understood.
+In: a model folder. Out: :class:`FinetunedFacts`, or None for a folder that was not fine-tuned here. What it
+says fills in the options that a caller leaves out, and another choice warns. Promised: a folder of a newer
+format is rejected, never half understood.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from genoembed.errors import CheckpointError
+from genoembed.errors import CheckpointError, ConfigError, PoolingMismatchWarning
+from genoembed.models.registry import known_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from genoembed.config.embed import EmbeddingConfig
+    from genoembed.models.genomic_model import GenomicModel
 
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"
@@ -94,6 +99,75 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
         message = f"format {found} is newer than this genoembed reads (1-{FACTS_FORMAT}); upgrade genoembed"
         raise CheckpointError(message, path=str(path))
     return facts
+
+
+CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
+"""Keys that a fine-tuned model has values for."""
+
+
+def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
+    """Read what a model was trained as; None where it was trained for no vector."""
+    if isinstance(model, str):
+        is_known = any(entry.name == model for entry in known_models())
+        folder = None if is_known else Path(model)
+    else:
+        folder = model.location
+    facts = None if folder is None else read_finetuned(folder)
+    return facts if facts is not None and facts.layers else None
+
+
+def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -> dict[str, object]:
+    """Fill in the options that are not given with those of training."""
+    if facts is None:
+        return dict(given)
+    values: dict[str, object] = {
+        "layers": facts.layers,
+        "pooling": facts.pooling,
+        "skip_first": facts.skip_first,
+        "fusion": facts.fusion,
+        "fusion_weights": facts.fusion_weights,
+    }
+    if "fusion" in given or "layers" in given:
+        # weights belong to their layers, and so does the way to fuse them
+        values = {key: value for key, value in values.items() if not key.startswith("fusion")}
+    if given.get("pooling") == "none":
+        del values["skip_first"]
+    return values | dict(given)
+
+
+def finisher(
+    facts: FinetunedFacts | None, embedding: EmbeddingConfig, layers: tuple[str, ...]
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what is to be done to fused vectors; warn of what differs from training."""
+    if facts is None:
+        return None
+    pairs = (
+        ("layers", layers, facts.layers),
+        ("pooling", embedding.pooling, facts.pooling),
+        ("skip_first", embedding.skip_first, facts.skip_first),
+        ("fusion", embedding.fusion, facts.fusion),
+    )
+    other = [(key, asked, trained) for key, asked, trained in pairs if asked != trained]
+    if embedding.pooling == "none":
+        other = [item for item in other if item[0] == "layers"]
+    if other:
+        said = "; ".join(
+            f"{key} is {_said(asked)}, it was trained with {_said(old)}" for key, asked, old in other
+        )
+        ending = " (vectors are not projected or normalised either)" if facts.finisher else ""
+        message = f"model {str(facts.folder)!r}: {said}{ending}; leave it out to take what was trained"
+        warnings.warn(PoolingMismatchWarning(message), stacklevel=3)
+        return None
+    if embedding.pooling == "none" or facts.finisher is None:
+        return None
+    if embedding.rc == "concat" and embedding.fusion == "concat":
+        message = f"rc is 'concat', but {facts.folder} concatenates layers; set rc to 'mean' or 'none'"
+        raise ConfigError(message)
+    return facts.finisher
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def read_heads(folder: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, ModelError
+from genoembed.models.trained_folder import finisher
 from genoembed.pipeline.assemble import RowBuilder
 from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
 from genoembed.pipeline.cutting import Cutter
 from genoembed.pipeline.forward import LayerReducer, UnitRunner
-from genoembed.pipeline.request import finisher
 from genoembed.pipeline.units import UNIT_RECORDS
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import check_pooling

@@ -14,7 +14,7 @@ from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel
 from genoembed.models.load import load_model
-from genoembed.pipeline.request import find_facts
+from genoembed.models.trained_folder import find_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

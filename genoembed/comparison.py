@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from genoembed.config.fields import named_options
+from genoembed.config.files import CompareConfig
 from genoembed.errors import ConfigError
 from genoembed.pipeline.agreement import Difference, LayerComparison, difference, summarize, tolerance_of
 from genoembed.pipeline.embedding_file import (
@@ -64,6 +66,7 @@ class CompareReport:
         return not strangers and not any(layer.num_outside for layer in self.layers)
 
 
+@named_options(CompareConfig)
 def compare(
     first: str | PathLike[str],
     second: str | PathLike[str],

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.config.embed import DEFAULT_MODEL, embed_config
+from genoembed.config.embed import DEFAULT_MODEL, EmbedConfig, embed_config
+from genoembed.config.fields import named_options
 from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.models.trained_folder import CARRIED, carried_options, find_facts
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.config.choices import Fusion, Pooling
-    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
 
@@ -117,6 +117,7 @@ class RecordEmbedder:
         return {name: np.stack([vectors[name] for vectors in found]).astype(np.float32) for name in found[0]}
 
 
+@named_options(EmbedConfig)
 def embed(
     sequences: Iterable[str | bytes | SequenceRecord],
     *,

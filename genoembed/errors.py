@@ -36,9 +36,92 @@ so that no caller needs to parse text::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+Spelling: TypeAlias = Callable[[str], str]
+"""How an option is spelled where the reader typed it: its key in Python, its flag on the command line."""
+
+
+def python_spelling(key: str) -> str:
+    """Spell an option as a keyword of a Python call."""
+    return key
+
+
+class Remedy(NamedTuple):
+    """The option that helps, and what to set it to; spelled for the reader only when the message is shown."""
+
+    key: str
+    value: object = None
+    """The value that helps, where it is one."""
+    words: str = ""
+    """What helps, where it is not a single value, such as ``1 or more``."""
+
+    def spelled(self, spelling: Spelling) -> str:
+        """Say what to do.
+
+        Example:
+            >>> Remedy("overwrite", True).spelled(python_spelling)
+            'set overwrite=True'
+            >>> Remedy("overwrite", True).spelled("--{}".format)
+            'add --overwrite'
+        """
+        name = spelling(self.key)
+        if self.words:
+            joint = "" if self.words.startswith(("above ", "from ", "below ")) else "to "
+            return f"set {name} {joint}{self.words}"
+        if not name.startswith("-"):
+            return f"set {name}={self.value!r}"
+        if self.value is False:
+            return f"leave {name} out"
+        return f"add {name}" if self.value is True else f"add {name} {self.value}"
+
+
+class Problem(str):
+    """What is wrong and what helps; as a text, the way out is spelled for Python.
+
+    Args:
+        found: What was found, against what was expected.
+        remedy: What to do about it.
+        after: More to do or to know, after the remedy.
+    """
+
+    found: str
+    remedy: Remedy | None
+    after: str
+
+    def __new__(cls, found: str, remedy: Remedy | None = None, after: str = "") -> Problem:
+        """Make the text."""
+        way_out = "" if remedy is None else f"; {remedy.spelled(python_spelling)}"
+        problem = super().__new__(cls, f"{found}{way_out}{after}")
+        problem.found, problem.remedy, problem.after = found, remedy, after
+        return problem
+
+    def spelled(self, spelling: Spelling) -> str:
+        """Spell the way out for a reader."""
+        way_out = "" if self.remedy is None else f"; {self.remedy.spelled(spelling)}"
+        return f"{self.found}{way_out}{self.after}"
+
 
 class GenoembedError(Exception):
-    """Root of every error raised on purpose; goes through pickle, from one process to another."""
+    """Root of every error raised on purpose; goes through pickle, from one process to another.
+
+    Args:
+        problem: What was found, what was expected, what to do; a :class:`Problem` where an option helps.
+        place: Where it was found.
+    """
+
+    def __init__(self, problem: str = "", *, place: str = "") -> None:
+        self.problem = problem
+        super().__init__(f"{place}: {problem}" if place else problem)
+
+    def spelled(self, spelling: Spelling) -> str:
+        """Give the message and its notes with every way out spelled for a reader."""
+        text = "; ".join([str(self), *getattr(self, "__notes__", ())])
+        for problem in (self.problem, *getattr(self, "problems", ()), *getattr(self, "__notes__", ())):
+            if isinstance(problem, Problem):
+                text = text.replace(str(problem), problem.spelled(spelling))
+        return text
 
     def __reduce__(self) -> tuple[object, ...]:
         """Say how to make the error again: its constructor takes other arguments than it keeps."""
@@ -67,19 +150,18 @@ class InputError(GenoembedError, ValueError):
     def __init__(
         self, problem: str, *, path: str | None = None, line: int | None = None, record_id: str | None = None
     ) -> None:
-        self.problem = problem
         self.path = path
         self.line = line
         self.record_id = record_id
-        super().__init__(_located(problem, path, line, record_id))
+        super().__init__(problem, place=_place(path, line, record_id))
 
 
-def _located(problem: str, path: str | None, line: int | None, record_id: str | None) -> str:
+def _place(path: str | None, line: int | None, record_id: str | None) -> str:
     place = path or ""
     if line is not None:
         place = f"{place}:{line}" if place else f"line {line}"
     record = f"record {record_id!r}" if record_id is not None else ""
-    return ": ".join(part for part in (place, record, problem) if part)
+    return ": ".join(part for part in (place, record) if part)
 
 
 class SequenceFormatError(InputError):
@@ -124,7 +206,7 @@ class InputFileError(GenoembedError, OSError):
 
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
-        super().__init__(f"{path}: {problem}")
+        super().__init__(problem, place=path)
 
 
 class ConfigError(GenoembedError, ValueError):
@@ -178,7 +260,7 @@ class CheckpointError(ModelError):
 
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
-        super().__init__(f"{path}: {problem}")
+        super().__init__(problem, place=path)
 
 
 class NonFiniteError(ModelError):
@@ -191,7 +273,7 @@ class NonFiniteError(ModelError):
 
     def __init__(self, problem: str, *, record_id: str) -> None:
         self.record_id = record_id
-        super().__init__(f"record {record_id!r}: {problem}")
+        super().__init__(problem, place=f"record {record_id!r}")
 
 
 class StoreError(GenoembedError, OSError):
@@ -204,7 +286,7 @@ class StoreError(GenoembedError, OSError):
 
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
-        super().__init__(f"{path}: {problem}")
+        super().__init__(problem, place=path)
 
 
 class StoreFormatError(StoreError):

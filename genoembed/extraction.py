@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
-from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.config.embed import EmbedConfig
+from genoembed.config.fields import named_options
+from genoembed.config.files import MergeConfig
+from genoembed.errors import ConfigError, EmptyRecordError, Problem, Remedy, StoreError
 from genoembed.pipeline.local import local_engine
 from genoembed.pipeline.provenance import certify_rows, describe_run, file_facts
 from genoembed.pipeline.ray import ray_engine
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from genoembed.config.choices import Fusion, Pooling
-    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.local import Engine
@@ -78,6 +80,7 @@ class ExtractionReport:
     """Wall time of the run, without loading the model; 0 where everything was there."""
 
 
+@named_options(EmbedConfig)
 def extract(
     inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
     *,
@@ -144,6 +147,7 @@ def _engine(
     )
 
 
+@named_options(MergeConfig)
 def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
     """Join the work units that several processes embedded (``shard``) to the output.
 
@@ -194,9 +198,10 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
             return found
     if config.output.overwrite:
         return None
-    problem = (
-        "exists already, and other settings, weights or input made it; set overwrite to true, or output to "
-        "another name"
+    problem = Problem(
+        "exists already, and other settings, weights or input made it",
+        Remedy("overwrite", True),
+        ", or choose another name",
     )
     raise StoreError(problem, path=config.output.output)
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from genoembed.config.embed import EmbedConfig
+from genoembed.config.fields import named_options
 from genoembed.extraction import check_files, manifest_of
 from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.pipeline.provenance import peak_memory_mb, run_facts
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from genoembed.config.choices import Fusion, Pooling
-    from genoembed.config.embed import EmbedConfig
     from genoembed.contracts import Batch, SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.batches import PieceBatch, Slab
@@ -90,6 +91,7 @@ class RunPlan:
     """What is left to do will take about so long; None where nothing was measured."""
 
 
+@named_options(EmbedConfig)
 def plan(
     inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
     *,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.config.embed import DEFAULT_MODEL
+from genoembed.config.fields import named_options
 from genoembed.embedding import Embedded, embed, load_for_embedding
 from genoembed.errors import ConfigError, MissingExtraError
 
@@ -72,6 +73,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         (3, 128)
     """
 
+    @named_options()
     def __init__(  # noqa: PLR0913 - a parameter is an argument here, by scikit-learn's rule
         self,
         model: str = DEFAULT_MODEL,

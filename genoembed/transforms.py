@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genoembed.config.fields import named_options
+from genoembed.config.search import TransformConfig
 from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
 from genoembed.pipeline.provenance import file_facts
 from genoembed.pooling.transform import (
@@ -64,6 +66,7 @@ class TransformReport:
     seconds: float
 
 
+@named_options(TransformConfig)
 def fit_transform(
     background: str | PathLike[str],
     *,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from genoembed.config.fields import named_options
+from genoembed.config.files import VerifyConfig
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.pipeline.agreement import (
@@ -92,6 +94,7 @@ class VerifyReport:
         return not strangers and not differs and (self.certificate is None or self.certificate.is_within)
 
 
+@named_options(VerifyConfig)
 def verify(
     path: str | PathLike[str],
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,

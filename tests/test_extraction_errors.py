@@ -51,7 +51,7 @@ def names_in(folder):
 def test_existing_output_is_refused_before_the_model_loads(fasta, tmp_path):
     output = tmp_path / "input.h5"
     output.write_bytes(b"precious")
-    with pytest.raises(StoreError, match=r"input\.h5: exists already; set overwrite to true"):
+    with pytest.raises(StoreError, match=r"input\.h5: exists already; set overwrite=True"):
         extract(fasta)
     assert output.read_bytes() == b"precious"
 

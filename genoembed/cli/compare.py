@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import genoembed
-from genoembed.cli.options import COUNT, GroupedCommand, file_option
-from genoembed.cli.output import count, json_option, reporting_options
+from genoembed.cli.options import command
+from genoembed.cli.output import count
+from genoembed.config.files import CompareConfig, VerifyConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,35 +26,21 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-LIMITS, OUTPUT = "What counts as equal", "Output"
 FAILED = 1
 _SHOWN = 3
 
 
-@click.command(
+@command(
     "compare",
-    cls=GroupedCommand,
+    CompareConfig,
     short_help="Say how far two embedding files agree.",
-    epilog="""\b
-    Examples:
-      genoembed compare before.h5 after.h5
-      genoembed compare cpu.h5 gpu.h5 --tolerance 1e-4 -o differences.tsv""",
+    examples="""
+    genoembed compare before.h5 after.h5
+    genoembed compare cpu.h5 gpu.h5 --tolerance 1e-4 -o differences.tsv""",
+    has_json=True,
 )
 @click.argument("first", metavar="A.h5")
 @click.argument("second", metavar="B.h5")
-@file_option("--layer", group=LIMITS, metavar="NAME", help="Which matrix; without it, all that both have.")
-@file_option(
-    "--tolerance",
-    group=LIMITS,
-    type=float,
-    metavar="X",
-    help="Largest difference, relative to a vector's largest value.  [1e-5; 1e-2 where a model ran in half "
-    "precision, 1e-3 where a file stores float16]",
-)
-@file_option("-o", "--output", group=OUTPUT, metavar="TSV", help="Write one line per record and layer.")
-@file_option("--overwrite", group=OUTPUT, is_flag=True, default=False, help="Replace TSV.")
-@json_option
-@reporting_options
 def compare_command(first: str, second: str, *, as_json: bool, **options: Any) -> None:
     """Compare A.h5 with B.h5, record by record: cosine, and largest difference.
 
@@ -123,58 +110,23 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-CHECKED, RUN = "What is checked", "How it runs"
-
-
-@click.command(
+@command(
     "verify",
-    cls=GroupedCommand,
+    VerifyConfig,
     short_help="Embed a sample of a file again, and compare.",
-    epilog="""\b
-    Examples:
-      genoembed verify genes.h5
-      genoembed verify genes.h5 moved/genes.fa.gz --sample 100 --certify --json""",
+    examples="""
+    genoembed verify genes.h5
+    genoembed verify genes.h5 moved/genes.fa.gz --sample 100 --certify --json""",
+    has_json=True,
 )
 @click.argument("file", metavar="FILE.h5")
 @click.argument("inputs", metavar="[INPUT...]", nargs=-1)
-@file_option("--sample", group=CHECKED, default=32, help="Records to embed again, by chance.  [32]", **COUNT)
-@file_option("--seed", group=CHECKED, default=0, help="Of the choice.  [0]", **COUNT)
-@file_option(
-    "--tolerance",
-    group=CHECKED,
-    type=float,
-    metavar="X",
-    help="Largest difference, relative to a vector's largest value; without it, as for compare.",
-)
-@file_option(
-    "--certify",
-    "certificate",
-    group=CHECKED,
-    is_flag=True,
-    default=False,
-    help="Also embed each record alone: does a vector depend on its batch?",
-)
-@file_option(
-    "--regions", group=CHECKED, multiple=True, metavar="FILE", help="Where the region files are now."
-)
-@file_option(
-    "--model", group=RUN, metavar="NAME", help="Where the model is now; without it, as the file says."
-)
-@file_option("--trust-remote-code", group=RUN, is_flag=True, help="Run Python code that the model brings.")
-@file_option("--dtype", group=RUN, metavar="TYPE", help="Of the model; without it, as the file says.")
-@file_option("--device", group=RUN, metavar="DEVICE", help="cpu, cuda ...; without it, CUDA if present.")
-@file_option("--threads", group=RUN, help="CPU threads of the model.", **COUNT)
-@file_option("--batch-tokens", group=RUN, help="Slots of a forward pass.", **COUNT)
-@json_option
-@reporting_options
-def verify_command(file: str, inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Embed a sample of the records of FILE.h5 again, with the settings that the file records, and compare.
+def verify_command(file: str, *, as_json: bool, inputs: tuple[str, ...] = (), **options: Any) -> None:
+    """Embed a sample of the records of FILE.h5 again, by the recipe in the file, and compare.
 
     Their sequences come from the files that FILE.h5 names, or from INPUT; each must have the SHA-256 that was
     recorded. Exit code 1 if a record is missing, has another sequence, or differs by more than the tolerance.
     """
-    options["regions"] = options["regions"] or None
-    options["trust_remote_code"] = options["trust_remote_code"] or None
     report = genoembed.verify(file, inputs or None, **options)
     click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines_of_verify(report)))
     if not report.is_within:

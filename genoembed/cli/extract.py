@@ -12,10 +12,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 import genoembed
-from genoembed.cli.options import GroupedCommand, GroupedOption, config_option
+from genoembed.cli.options import command
 from genoembed.cli.outcome import INCOMPLETE, promise_output
 from genoembed.cli.output import (
     aligned,
@@ -23,14 +22,13 @@ from genoembed.cli.output import (
     details,
     failure_line,
     headline,
-    json_option,
     magnitude,
     policy_lines,
-    reporting_options,
 )
 from genoembed.cli.output import as_json as report_as_json
 from genoembed.cli.progress import estimate_bases, show_progress
-from genoembed.config.embed import embed_config
+from genoembed.config.embed import ExtractOptions, embed_config
+from genoembed.config.files import MergeConfig
 
 if TYPE_CHECKING:
     from genoembed import RunPlan
@@ -38,213 +36,23 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-MODEL = "Model"
-VECTORS = "What is taken"
-WINDOWS = "Long sequences"
-INPUT = "Input"
-OUTPUT = "Output"
-RUN = "The run"
-CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
-"""What a fine-tuned model knows by itself."""
 
-
-def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[float, ...]:
-    """Read numbers that are given one by one, or with commas between them."""
-    try:
-        return tuple(float(part) for text in texts for part in text.split(","))
-    except ValueError as error:
-        message = f"{', '.join(texts)!r} is no list of numbers such as 0.2,0.8"
-        raise click.BadParameter(message, ctx=ctx, param=option) from error
-
-
-def _is_left_out(key: str) -> bool:
-    """Tell whether an option was not given: a fine-tuned model then has a say in it."""
-    return click.get_current_context().get_parameter_source(key) is ParameterSource.DEFAULT
-
-
-@click.command(
+@command(
     "extract",
-    cls=GroupedCommand,
+    ExtractOptions,
     short_help="Embed sequences: FASTA in, HDF5 out.",
-    epilog="""\b
-    Examples:
-      genoembed extract genome.fa.gz
-      zcat *.fa.gz | genoembed extract - --model evo2_7b --layer 28 --pool mean -o genomes.h5""",
+    examples="""
+    genoembed extract genome.fa.gz
+    zcat *.fa.gz | genoembed extract - --model evo2_7b --layer 28 --pool mean -o genomes.h5""",
+    has_json=True,
 )
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
-@config_option(
-    "-o",
-    key="output",
-    group=OUTPUT,
-    metavar="FILE",
-    help="The HDF5 file to write; without it, the first INPUT's name with .h5 (embeddings.h5 for '-').",
-)
-@config_option(
-    key="overwrite",
-    group=OUTPUT,
-    help="Replace FILE, once the new one is complete; finished units of another run are dropped.",
-)
-@config_option(
-    key="resume",
-    group=OUTPUT,
-    help="If FILE is complete and this very run made it, leave it and be done. A run that was cut off goes "
-    "on where it was in any case.",
-)
-@config_option(
-    key="out_dtype", group=OUTPUT, help="Type of the stored values; float16 loses small differences."
-)
-@config_option(
-    key="model",
-    group=MODEL,
-    metavar="NAME",
-    help="One of 'genoembed models', a local folder, an Evo 2 checkpoint file, or a Hugging Face id.",
-)
-@config_option(key="revision", group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face id.")
-@config_option(
-    key="trust_remote_code", group=MODEL, help="Run the Python code that a model brings. Read it first."
-)
-@config_option(
-    key="dtype",
-    group=MODEL,
-    help="Type of weights and activations; auto is bfloat16 where the device multiplies matrices in it "
-    "(CUDA from Ampere on, CPUs with AMX), float32 elsewhere. The file says which it was.",
-)
-@config_option(
-    key="device",
-    group=MODEL,
-    metavar="DEVICE",
-    help="cpu, cuda, cuda:1 ..., or auto to spread a large model over all GPUs; without it, CUDA if there is "
-    "one.",
-)
-@config_option(
-    key="batch_tokens",
-    group=MODEL,
-    metavar="N",
-    help="Tokens of one forward pass; fewer need less memory. Without it, what is fast on the device.",
-)
-@config_option(
-    key="threads",
-    group=MODEL,
-    metavar="N",
-    help="CPU threads of the model; without it, torch decides. Reading and writing have one more each.",
-)
-@config_option(
-    key="layers",
-    group=VECTORS,
-    metavar="SPEC",
-    help="Which layer; repeat it for several. An integer means blocks.N.mlp.l3 (the MLP's output) in "
-    "StripedHyena 2 models, Evo 2 among them, and the output of block N in all others; blocks count from 0, "
-    "or from the end with -1. Also: a module path, a glob such as 'blocks.*.mlp.l3', final (after the last "
-    "norm) or all. 'genoembed layers MODEL' lists them; the file and the log say what was resolved.",
-)
-@config_option(
-    key="pooling", group=VECTORS, help="How tokens become one vector; none keeps a vector a token."
-)
-@config_option(
-    key="skip_first",
-    group=VECTORS,
-    metavar="BASES",
-    help="Leave the first bases that the model sees out of pooling.",
-)
-@config_option(
-    key="fusion", group=VECTORS, help="How several layers become one matrix; none keeps each its own."
-)
-@config_option(
-    key="fusion_weights",
-    group=VECTORS,
-    metavar="W,W...",
-    type=str,
-    callback=_numbers,
-    help="One weight a layer, for --fuse weighted; with commas, or repeated.",
-)
-@config_option(key="rc", group=VECTORS, help="Embed the reverse complement too, and take the mean or both.")
-@config_option(
-    key="window",
-    group=WINDOWS,
-    metavar="BASES",
-    help="Bases of a window; without it, what the context holds.",
-)
-@config_option(
-    key="stride", group=WINDOWS, metavar="BASES", help="From window to window; without it, 3/4 of a window."
-)
-@config_option(key="per_window", group=WINDOWS, help="A row a window instead of a row a record.")
-@config_option(
-    key="regions",
-    group=INPUT,
-    metavar="PLACE",
-    help="A BED or GFF3 file, or a place such as chr1:1001-2000; repeatable. Needs one FASTA file.",
-)
-@config_option(
-    key="flank",
-    group=INPUT,
-    metavar="BASES",
-    help="Bases beside each region that the model sees, pooling not.",
-)
-@config_option(
-    key="invalid", group=INPUT, help="Letters outside IUPAC DNA: stop, skip the record, or mask to N."
-)
-@config_option(key="duplicates", group=INPUT, help="An id seen before: stop, or append _2, _3 ...")
-@config_option(key="empty", group=INPUT, help="A record without bases: stop, or skip it.")
-@config_option(key="gaps", group=INPUT, help="Gap letters (- . *): stop, or take them out.")
-@config_option(key="keep_case", group=INPUT, help="Leave soft-masked bases in lower case.")
-@config_option(
-    key="on_error",
-    group=RUN,
-    help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or leave its "
-    "vector NaN, flag it, and exit with 3 at the end.",
-)
-@config_option(
-    key="unit_bases",
-    group=RUN,
-    metavar="BASES",
-    help="Bases of a work unit: what is saved at a time, and lost at most when a run is cut off.",
-)
-@config_option(
-    key="certificate",
-    group=RUN,
-    metavar="N",
-    help="Embed N records of the first unit alone, too; the file then says how far vectors depend on their "
-    "batch.",
-)
-@config_option(
-    key="shard",
-    group=RUN,
-    metavar="I/N",
-    help="Do every Nth unit only, beginning with the Ith, as one of N jobs; 'genoembed merge FILE' joins "
-    "them.",
-)
-@config_option(
-    key="engine",
-    group=RUN,
-    help="Who does the work: this process, or workers of a Ray cluster (pip install 'genoembed[ray]').",
-)
-@config_option(
-    key="workers", group=RUN, metavar="N", help="Workers of Ray; without it, one a GPU, or a single one."
-)
-@config_option(
-    key="ray_address",
-    group=RUN,
-    metavar="HOST:PORT",
-    help="Ray cluster to connect to, or auto; without it, RAY_ADDRESS, or one that is started here.",
-)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    cls=GroupedOption,
-    group=RUN,
-    help="Write nothing: read INPUT once, run three batches, and say what the run would do and need: units, "
-    "tokens, memory, disk, hours.",
-)
-@json_option
-@reporting_options
-def extract_command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
+def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> None:
     """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
 
     Writes one HDF5 file that h5py, anndata and genoembed.open_embeddings read. Standard output gets one line:
     the file, its shape and its layers. Everything else goes to standard error.
     """
     config = embed_config(options)
-    options |= dict.fromkeys(filter(_is_left_out, CARRIED))
     if dry_run:
         say_plan(genoembed.plan(**options), as_json=as_json)
         return
@@ -259,28 +67,25 @@ def extract_command(*, dry_run: bool, as_json: bool, **options: Any) -> None:
         raise click.exceptions.Exit(INCOMPLETE)
 
 
-@click.command(
+@command(
     "merge",
-    cls=GroupedCommand,
+    MergeConfig,
     short_help="Join what the jobs of 'extract --shard I/N' embedded.",
-    epilog="""\b
-    Example:
-      genoembed extract genome.fa.gz -o genome.h5 --shard 1/2
-      genoembed extract genome.fa.gz -o genome.h5 --shard 2/2
-      genoembed merge genome.h5""",
+    examples="""
+    genoembed extract genome.fa.gz -o genome.h5 --shard 1/2
+    genoembed extract genome.fa.gz -o genome.h5 --shard 2/2
+    genoembed merge genome.h5""",
+    has_json=True,
 )
 @click.argument("output", metavar="FILE")
-@config_option(key="overwrite", group="Output", help="Replace FILE, once the new one is complete.")
-@json_option
-@reporting_options
-def merge_command(output: str, *, overwrite: bool, as_json: bool) -> None:
+def merge_command(output: str, *, as_json: bool, **options: Any) -> None:
     """Write FILE from the finished units in its .parts folder, rows in the order of the input.
 
     Nothing is computed again. If units are missing, it says which jobs are to be run again. Standard output
     gets one line: the file and its shape.
     """
     promise_output(output)
-    merged = genoembed.merge(output, overwrite=overwrite)
+    merged = genoembed.merge(output, **options)
     if merged.failed:
         _logger.info("%s", failure_line(merged.failed))
     as_line = f"{output}: {count(merged.num_rows, 'row')} x {merged.width:,}, {', '.join(merged.layers)}"

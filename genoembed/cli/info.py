@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 import genoembed
-from genoembed.cli.options import GroupedCommand
-from genoembed.cli.output import aligned, count, json_option, reporting_options
+from genoembed.cli.options import command
+from genoembed.cli.output import aligned, count
 
 if TYPE_CHECKING:
     from genoembed import EmbeddingFile
@@ -72,16 +72,14 @@ def _words(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-@click.command(
+@command(
     "info",
-    cls=GroupedCommand,
     short_help="Say what is in a file and how it was made.",
-    epilog="""\b
-    Example:
-      genoembed info genome.h5""",
+    examples="genoembed info genome.h5",
+    has_json=True,
+    is_quiet=True,
 )
 @click.argument("file")
-@json_option
 def info_command(file: str, *, as_json: bool) -> None:
     """Say what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
     with genoembed.open_embeddings(file) as embeddings:
@@ -115,15 +113,7 @@ def show(check: Check) -> None:
     click.echo(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)")
 
 
-@click.command(
-    "doctor",
-    cls=GroupedCommand,
-    short_help="Test this installation against known answers.",
-    epilog="""\b
-    Example:
-      genoembed doctor""",
-)
-@reporting_options
+@command("doctor", short_help="Test this installation against known answers.", examples="genoembed doctor")
 @click.pass_context
 def doctor_command(ctx: click.Context) -> None:
     """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import genoembed
-from genoembed.cli.options import GroupedCommand, config_option
-from genoembed.cli.output import aligned, json_option, magnitude, reporting_options
+from genoembed.cli.options import command
+from genoembed.cli.output import aligned, magnitude
 from genoembed.config.embed import DEFAULT_MODEL
+from genoembed.config.files import LayersConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -51,15 +52,13 @@ def _notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"FP8 {'yes' if needed else 'no'}: {note}." for needed, note in notes.items()]
 
 
-@click.command(
+@command(
     "models",
-    cls=GroupedCommand,
     short_help="List the models with names of their own.",
-    epilog="""\b
-    Example:
-      genoembed models""",
+    examples="genoembed models",
+    has_json=True,
+    is_quiet=True,
 )
-@json_option
 def models_command(*, as_json: bool) -> None:
     """List the models that have a name here, the bundled one first.
 
@@ -88,9 +87,6 @@ def models_command(*, as_json: bool) -> None:
         return
     click.echo(aligned(map(_line, models), header=HEADER))
     click.echo("\n".join(["", *_notes(models)]))
-
-
-MODEL = "Model"
 
 
 def layer_table(described: ModelLayers) -> list[dict[str, Any]]:
@@ -123,29 +119,15 @@ def _line_of_layers(row: dict[str, Any]) -> tuple[str, ...]:
     return (" or ".join(names) or "-", row["path"], block, width)
 
 
-@click.command(
+@command(
     "layers",
-    cls=GroupedCommand,
+    LayersConfig,
     short_help="List a model's layers, and what a layer number means.",
-    epilog="""\b
-    Example:
-      genoembed layers genoembed-mini""",
+    examples="genoembed layers genoembed-mini",
+    has_json=True,
 )
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--all",
-    "show_all",
-    is_flag=True,
-    help="Every module that can be captured, not only those with short names.",
-)
-@config_option(key="revision", group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face id.")
-@config_option(
-    key="trust_remote_code", group=MODEL, help="Run the Python code that a model brings. Read it first."
-)
-@json_option
-@reporting_options
 def layers_command(
-    model: str, *, show_all: bool, as_json: bool, revision: str | None, trust_remote_code: bool
+    *, as_json: bool, model: str = DEFAULT_MODEL, show_all: bool = False, **options: Any
 ) -> None:
     """List the layers of MODEL (genoembed-mini unless named): what --layer takes, module path, block, width.
 
@@ -153,7 +135,7 @@ def layers_command(
     all others. No weights are read or fetched: a name of `genoembed models` needs no file at all, a Hugging
     Face id its config.json. A width of - is known only when the model runs.
     """
-    described = genoembed.describe_layers(model, revision=revision, trust_remote_code=trust_remote_code)
+    described = genoembed.describe_layers(model, **options)
     table = layer_table(described)
     if as_json:
         facts = {"template": described.template, "num_blocks": described.num_blocks, "final": described.final}

@@ -1,144 +1,277 @@
-"""Options that are configuration keys: names, defaults and choices come from ``genoembed.config.embed``."""
+"""Commands whose options are the fields of a configuration: names, defaults, choices, help and files.
+
+Nothing about an option is typed here: :mod:`genoembed.config` describes it once. An option that was not given
+is not passed on, so that a file, a fine-tuned model or the default can have its say.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import re
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
-from genoembed.config.embed import EmbedConfig
+from genoembed.cli.output import reporting
+from genoembed.config.fields import raise_all, read_options, unknown_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
-BASES: dict[str, Any] = {"type": int, "metavar": "BASES"}
-SHARE: dict[str, Any] = {"type": float, "metavar": "SHARE"}
-NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
-NAME: dict[str, Any] = {"metavar": "NAME"}
-FILES: dict[str, Any] = {"multiple": True, "metavar": "FILE"}
-FLAG: dict[str, Any] = {"is_flag": True}
+    from genoembed.config.fields import Config, Option
+    from genoembed.errors import Spelling
 
-_POLICIES = {
-    "--invalid": (InvalidPolicy, "Letters outside IUPAC DNA: stop, skip the record, or mask to N.  [error]"),
-    "--duplicates": (DuplicatePolicy, "Ids that appear twice: stop, or append _2, _3 ...  [error]"),
-    "--empty": (EmptyPolicy, "A record without bases: stop, or skip it.  [error]"),
-    "--gaps": (GapPolicy, "Gap letters (- . *): stop, or take them out.  [error]"),
-}
-
-_STAGE_TYPES = tuple(get_type_hints(EmbedConfig).values())
-_FIELDS = {field.name: field for stage in _STAGE_TYPES for field in dataclasses.fields(stage)}
-_TYPES = {name: hint for stage in _STAGE_TYPES for name, hint in get_type_hints(stage).items()}
-
-DEFAULT_GROUP = "Options"
-OTHER_NAMES = {"layers": "--layer", "pooling": "--pool", "fusion": "--fuse", "output_dir": "--output"}
-"""Options that are not called as their key is; all others are the key with dashes."""
+DEFAULT_GROUP, MESSAGES = "Options", "Messages"
+SHORT_HELP_OPTIONS = 16
+"""Commands with more options than this show only the basic ones in their short help."""
+CONFIG_FILE_OPTIONS = 10
+"""Commands with more options than this read them from a file, too."""
+SPELLING = "genoembed.cli.options.spelling"
+"""Where the context keeps how the running command spells a key."""
+NOT_GIVEN = (None, ())
 
 
-def option_name(key: str) -> str:
-    """Give the option that sets a configuration key.
+class GroupedOption(click.Option):
+    """An option that knows its heading in the help, and whether the short help shows it."""
 
-    Example:
-        >>> option_name("pooling"), option_name("skip_first")
-        ('--pool', '--skip-first')
+    def __init__(
+        self, *declarations: Any, group: str = DEFAULT_GROUP, basic: bool = True, **attributes: Any
+    ) -> None:
+        self.group, self.basic = group, basic
+        super().__init__(*declarations, **attributes)
+
+
+class ConfigCommand(click.Command):
+    """A command made from configurations, with a short help and a full one."""
+
+    def __init__(
+        self, *arguments: Any, described: Mapping[str, Option], config: type[Config] | None, **settings: Any
+    ) -> None:
+        self.described, self.config = described, config
+        super().__init__(*arguments, **settings)
+
+    def option_of(self, key: str) -> str:
+        """Spell a key as this command's option; keys that are none of its options stay as they are."""
+        for parameter in self.params:
+            if parameter.name == key and isinstance(parameter, click.Option):
+                return max(parameter.opts, key=len)
+        return key
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an unknown option is answered as everywhere else."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            names = {name.lstrip("-").replace("-", "_"): name for item in self.params for name in item.opts}
+            message = unknown_option(
+                error.option_name,
+                {**self.described, **names},
+                spelling=lambda key: names.get(key) or self.option_of(key),
+            )
+            if "did you mean" not in message:
+                raise
+            raise click.UsageError(message, ctx=ctx) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Put together what the command line and the file say, and call the command's function with it."""
+        ctx.meta[SPELLING] = self.option_of
+        given = {key: value for key, value in ctx.params.items() if value not in NOT_GIVEN}
+        if (path := given.pop("config_file", None)) is not None and self.config is not None:
+            problems: list[str] = []
+            given = read_options(path, self.config, problems) | given
+            raise_all(problems)
+        for parameter in self.params:
+            described = self.described.get(parameter.name or "")
+            needed = described is not None and described.required and described.shown_default is None
+            if needed and parameter.name not in given:
+                raise click.MissingParameter(ctx=ctx, param=parameter)
+        ctx.params = given
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the basic options, or all of them, heading by heading."""
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        shows_all = ctx.meta.get("shows_all") or len(options) <= SHORT_HELP_OPTIONS
+        shown = [option for option in options if shows_all or getattr(option, "basic", True)]
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in shown:
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", DEFAULT_GROUP), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+        if len(shown) < len(options):
+            formatter.write_paragraph()
+            formatter.write_text(f"These are the basic options; --help-all shows all {len(options)}.")
+
+
+def command(
+    name: str,
+    config: type[Config] | None = None,
+    *,
+    short_help: str,
+    examples: str,
+    keys: Sequence[str] | None = None,
+    has_json: bool = False,
+    is_quiet: bool = False,
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a command whose options are the fields of a configuration.
+
+    Args:
+        name: Of the command.
+        config: What describes the options; arguments besides are declared with ``click.argument``.
+        short_help: What the list of commands says of it.
+        examples: One or several lines.
+        keys: The options that it has; None is all.
+        has_json: Whether it has ``--json``, passed as ``as_json``.
+        is_quiet: Whether it has nothing to say on standard error.
     """
-    return OTHER_NAMES.get(key, f"--{key.replace('_', '-')}")
+    described = {} if config is None else config.options()
+    if keys is not None:
+        described = {key: described[key] for key in keys}
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        params = [*getattr(function, "__click_params__", ())][::-1]
+        params += [_argument(option) for option in described.values() if option.argument]
+        params += [
+            _option(option) for option in described.values() if not (option.argument or option.in_files_only)
+        ]
+        params += _shared_options(
+            with_file=len(described) > CONFIG_FILE_OPTIONS, with_json=has_json, is_quiet=is_quiet
+        )
+        return ConfigCommand(
+            name,
+            callback=_reported(function, has_json=has_json),
+            params=params,
+            help=function.__doc__,
+            short_help=short_help,
+            epilog=f"\b\nExamples:\n{_indented(examples)}",
+            described=described,
+            config=config,
+        )
+
+    return decorate
 
 
-def in_command_line_words(message: str) -> str:
-    """Append to a message of the library which options its configuration keys are.
+def _indented(examples: str) -> str:
+    return "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
 
-    Only where the option is not the key with two dashes before it, and only where the word is a key for sure:
-    ``layers`` counts in ``set layers`` and ``layers='28'``, not in ``two layers``.
 
-    Example:
-        >>> in_command_line_words("set pooling to one of mean, max")
-        'set pooling to one of mean, max (pooling is --pool)'
-        >>> in_command_line_words("window is 9; set window to 8")
-        'window is 9; set window to 8'
-    """
-    keys = [
-        key for key in (*_FIELDS, "output_dir") if option_name(key) != f"--{key}" and _names(message, key)
-    ]
-    hints = ", ".join(f"{key} is {option_name(key)}" for key in keys)
+def _argument(described: Option) -> click.Argument:
+    metavar = f"{described.metavar}..." if described.several else described.metavar
+    nargs = -1 if described.several else 1
+    return click.Argument([described.key], metavar=metavar, required=False, nargs=nargs)
+
+
+def _option(described: Option) -> click.Option:
+    """Declare an option as its description says; without a default, so that what is not given stays open."""
+    names = [described.name] if described.short is None else [described.short, described.name]
+    settings: dict[str, Any] = {"type": described.kind, "metavar": described.metavar}
+    if described.choices:
+        settings = {"type": click.Choice(described.choices)}
+    elif described.kind is bool:
+        settings = {"is_flag": True}
+        if described.default is True:
+            names[-1] = f"{described.name}/--no-{described.name.removeprefix('--')}"
+    if described.several:
+        settings["multiple"] = True
+    if described.several and described.kind is float:
+        settings |= {"type": str, "callback": _numbers}
+    return GroupedOption(
+        [*names, described.key],
+        group=described.group,
+        basic=described.basic,
+        default=None,
+        help=f"{described.help}{default_note(described)}",
+        **settings,
+    )
+
+
+def default_note(described: Option) -> str:
+    """Say what the default is, where there is one worth saying."""
+    default = described.default
+    shown = described.shown_default or (
+        ", ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in default)
+        if isinstance(default, tuple)
+        else "on"
+        if default is True
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
+    if described.required and described.shown_default is None:
+        return "  [required]"
+    is_off = described.shown_default is None and default in (None, False, ())
+    return "" if is_off and not (default == 0 and default is not False) else f"  [default: {shown}]"
+
+
+def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...] | None) -> tuple[float, ...]:
+    """Read numbers that are given one by one, or with commas between them."""
+    try:
+        return tuple(float(part) for text in texts or () for part in text.split(","))
+    except ValueError as error:
+        message = f"{', '.join(texts or ())!r} is no list of numbers such as 0.2,0.8"
+        raise click.BadParameter(message, ctx=ctx, param=option) from error
+
+
+def _shared_options(*, with_file: bool, with_json: bool, is_quiet: bool) -> Iterator[click.Option]:
+    """Declare what has one meaning at every command."""
+    make = functools.partial(GroupedOption, group=MESSAGES, basic=False, is_flag=True, default=None)
+    if with_file:
+        yield GroupedOption(
+            ["--config", "config_file"],
+            group=MESSAGES,
+            metavar="FILE",
+            help="Read options from a TOML, JSON or YAML file; those of the command line win.",
+        )
+    if with_json:
+        yield make(["--json", "as_json"], help="Print the result as one JSON object.")
+    if not is_quiet:
+        yield make(["-q", "--quiet"], help="Show only warnings and errors on standard error.")
+        yield make(["-v", "--verbose"], help="Show debug lines and the warnings of other libraries.")
+    yield GroupedOption(
+        ["--help-all"],
+        group=MESSAGES,
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_full_help,
+        help="Show all options and exit.",
+    )
+
+
+def _show_full_help(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
+    if is_given and not ctx.resilient_parsing:
+        ctx.meta["shows_all"] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+def _reported(function: Callable[..., Any], *, has_json: bool) -> Callable[..., Any]:
+    """Run a command's function under what ``--quiet`` and ``--verbose`` say."""
+
+    @functools.wraps(function)
+    def reported(*, quiet: bool = False, verbose: bool = False, **options: Any) -> Any:
+        if has_json:
+            options.setdefault("as_json", False)
+        with reporting(quiet=quiet, verbose=verbose):
+            return function(**options)
+
+    return reported
+
+
+def in_command_line_words(message: str, command: click.Command, spelling: Spelling) -> str:
+    """Append which options the keys of a message are, where the message still spells them for Python."""
+    keys = [parameter.name or "" for parameter in command.params if isinstance(parameter, click.Option)]
+    hints = ", ".join(
+        f"{key} is {spelling(key)}"
+        for key in keys
+        if spelling(key) != f"--{key}" and spelling(key) not in message and _names(message, key)
+    )
     return f"{message} ({hints})" if hints else message
 
 
 def _names(message: str, key: str) -> bool:
     pattern = rf"\b{key}\b" if "_" in key else rf"\b(set|with) {key}\b|\b{key}=|\b{key} is '"
     return re.search(pattern, message) is not None
-
-
-class GroupedOption(click.Option):
-    """An option that says under which heading of the help it belongs."""
-
-    def __init__(self, *declarations: Any, group: str = DEFAULT_GROUP, **attributes: Any) -> None:
-        self.group = group
-        super().__init__(*declarations, **attributes)
-
-
-class GroupedCommand(click.Command):
-    """A command whose help lists its options under headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, heading by heading, in the order in which they were declared."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                groups.setdefault(getattr(parameter, "group", DEFAULT_GROUP), []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
-
-
-def file_option(
-    *names: str, group: str, help: str, **attributes: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare an option that is None where it was not given, so that a configuration file can say it."""
-    return click.option(*names, cls=GroupedOption, group=group, help=help, **{"default": None} | attributes)
-
-
-def choice(*names: str) -> dict[str, Any]:
-    """Give what an option with a few values is declared with."""
-    return {"type": click.Choice(names)}
-
-
-def policy_options(*names: str, group: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare what is done with records that are not clean."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(names):
-            policy, help = _POLICIES[name]
-            function = file_option(name, group=group, help=help, **choice(*get_args(policy)))(function)
-        return function
-
-    return decorate
-
-
-def config_option(
-    *declarations: str, key: str, group: str, help: str, **attributes: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare the option of one configuration key, with the key's type, choices and default."""
-    default = _FIELDS[key].default
-    default = None if default is dataclasses.MISSING else default
-    shown = default not in (None, False, (), 0)
-    settings = {"default": default, "show_default": shown, **_kind(key), **attributes}
-    return click.option(
-        *declarations, option_name(key), key, cls=GroupedOption, group=group, help=help, **settings
-    )
-
-
-def _kind(key: str) -> dict[str, Any]:
-    """Read an option's kind off the type of the key."""
-    hint = _TYPES[key]
-    if get_origin(hint) is Literal:
-        return {"type": click.Choice(get_args(hint))}
-    if hint is bool:
-        return {"is_flag": True}
-    if get_origin(hint) is tuple:
-        return {"type": get_args(hint)[0], "multiple": True}
-    return {"type": next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))}

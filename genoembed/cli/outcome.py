@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from genoembed.cli.options import in_command_line_words
-from genoembed.errors import GenoembedError
+from genoembed.cli.options import SPELLING, in_command_line_words
+from genoembed.errors import GenoembedError, python_spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
         try:
             yield
         except GenoembedError as error:
-            raise click.ClickException(_one_line(error)) from error
+            raise click.ClickException(_one_line(error, ctx)) from error
         except KeyboardInterrupt as interruption:
             notes = getattr(interruption, "__notes__", ())
             click.echo(_interruption(ctx.meta.get(_PROMISED), notes), err=True)
@@ -72,9 +72,12 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _one_line(error: GenoembedError) -> str:
-    text = "; ".join([str(error), *getattr(error, "__notes__", ())])
-    return in_command_line_words(" ".join(text.splitlines()))
+def _one_line(error: GenoembedError, ctx: click.Context) -> str:
+    """Say what is wrong and what to do, spelled as the options of the command that ran."""
+    spelling = ctx.meta.get(SPELLING, python_spelling)
+    text = " ".join(error.spelled(spelling).splitlines())
+    command = getattr(spelling, "__self__", None)
+    return text if command is None else in_command_line_words(text, command, spelling)
 
 
 def _interruption(promised: _Promised | None, notes: Sequence[str]) -> str:

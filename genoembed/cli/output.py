@@ -9,7 +9,6 @@ What an extraction did, in plain words or as JSON.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import shlex
@@ -19,18 +18,14 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-import click
-
-from genoembed.cli.options import GroupedOption
 from genoembed.errors import GenoembedWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from genoembed import ExtractionReport, InputCounts
 
 
-MESSAGES = "Messages"
 _LIBRARY_LEVELS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
 _SUMMED_UP = ("genoembed.sequences", "genoembed.store")
 _logger = logging.getLogger("genoembed")
@@ -95,32 +90,6 @@ def _restore(environment: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-def reporting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--quiet`` and ``--verbose``, and run it under what they say."""
-
-    @functools.wraps(function)
-    def reported(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
-        with reporting(quiet=quiet, verbose=verbose):
-            return function(*args, **options)
-
-    declare = functools.partial(click.option, is_flag=True, cls=GroupedOption, group=MESSAGES)
-    say_less = declare("-q", "--quiet", help="On standard error, warnings and errors only.")
-    say_more = declare("-v", "--verbose", help="Debug lines, and the warnings of other libraries.")
-    return say_less(say_more(reported))
-
-
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--json``, passed as ``as_json``."""
-    return click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        cls=GroupedOption,
-        group=MESSAGES,
-        help="Print the result as one JSON object.",
-    )(function)
 
 
 _STEP = 1000

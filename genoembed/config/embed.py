@@ -1,19 +1,11 @@
-"""What an extraction is asked to do: frozen, checked, and the same keys for Python and the command line.
-
-One dataclass a stage, nested in :class:`EmbedConfig`. :func:`embed_config` takes the flat keys, spreads them
-over the stages, and reports everything that is wrong at once.
-"""
+"""What an extraction is asked to do: one configuration for each stage, nested in :class:`EmbedConfig`."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
 from genoembed.config.choices import (
     ComputeDtype,
@@ -28,178 +20,320 @@ from genoembed.config.choices import (
     StorageDtype,
     Strands,
 )
-from genoembed.errors import ConfigError
+from genoembed.config.fields import Config, option
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 
 DEFAULT_MODEL = "genoembed-mini"
+INPUT, MODEL, VECTORS, WINDOWS, OUTPUT, RUN = (
+    *("Input", "Model", "Vectors", "Long sequences", "Output", "The run"),
+)
+ONE_PER_LAYER = "one weight per layer, such as 0.2,0.8"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputConfig:
-    """Which sequences, and what to do with those that are not clean."""
+class PolicyConfig(Config):
+    """What is done with records that are not clean."""
 
-    inputs: tuple[str, ...]
-    """Sequence files; ``-`` is standard input."""
-    regions: tuple[str, ...] = ()
-    """BED or GFF3 files, or places such as ``chr1:1001-2000`` (1-based, inclusive)."""
-    flank: int = 0
-    """Bases beside each region that the model sees and pooling leaves out."""
-    invalid: InvalidPolicy = "error"
-    """Letters outside IUPAC DNA."""
-    duplicates: DuplicatePolicy = "error"
-    """Ids that appear twice."""
-    empty: EmptyPolicy = "error"
-    """Records without bases."""
-    gaps: GapPolicy = "error"
-    """Gap letters."""
-    keep_case: bool = False
-    """Leave soft-masked bases in lower case."""
+    invalid: InvalidPolicy = option(
+        "error",
+        group=INPUT,
+        basic=True,
+        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
+    )
+    duplicates: DuplicatePolicy = option(
+        "error", group=INPUT, help="An id that appears again: stop, or append _2, _3 ..."
+    )
+    empty: EmptyPolicy = option("error", group=INPUT, help="A record without bases: stop, or skip it.")
+    gaps: GapPolicy = option("error", group=INPUT, help="Gap letters (- . *): stop, or remove them.")
+    keep_case: bool = option(
+        False, group=INPUT, help="Leave soft-masked bases in lower case; by default they are upper-cased."
+    )
 
-    def __post_init__(self) -> None:
-        _raise_all(field_problems(self, at_least={"flank": (0, "bases")}))
+
+class InputConfig(PolicyConfig):
+    """Which sequences, and what is done with those that are not clean."""
+
+    inputs: tuple[str, ...] = option(
+        argument=True,
+        metavar="INPUT",
+        help="FASTA, FASTQ, GenBank or EMBL files, compressed or not; - is standard input.",
+    )
+    regions: tuple[str, ...] = option(
+        (),
+        group=INPUT,
+        basic=True,
+        metavar="PLACE",
+        help="Embed only these regions of one FASTA file: a BED or GFF3 file, or a place such as "
+        "chr1:1001-2000 (both ends included). Repeatable.",
+    )
+    flank: int = option(
+        0,
+        ge=0,
+        unit="bases",
+        group=INPUT,
+        metavar="BASES",
+        help="Extra bases on each side of a region: the model reads them, pooling ignores them.",
+    )
+
+    def _problems(self) -> Iterator[str]:
         if not self.inputs:
-            message = "inputs is empty; name at least one sequence file, or '-' for standard input"
-            raise ConfigError(message)
+            yield "inputs is empty; name at least one sequence file, or '-' for standard input"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Which model, and how it runs."""
 
-    model: str = DEFAULT_MODEL
-    """Bundled or registry name, local folder, or Hugging Face id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face repository."""
-    trust_remote_code: bool = False
-    """Run code that the model's repository brings."""
-    dtype: ComputeDtype = "auto"
-    """Type of weights and activations; ``auto`` is bfloat16 where the device multiplies matrices in it
-    (CUDA from Ampere on, CPUs with AMX), float32 elsewhere."""
-    device: str | None = None
-    """Torch device; None is CUDA if present, else the CPU; ``auto`` spreads the model over all GPUs."""
-    threads: int | None = None
-    """Threads of the CPU's matrix products; None leaves torch's choice."""
-    batch_tokens: int | None = None
-    """Slots of one forward pass, padding included; None takes what is fast on the device."""
+    model: str = option(
+        DEFAULT_MODEL,
+        group=MODEL,
+        basic=True,
+        metavar="NAME",
+        help="A name from 'genoembed models', a local folder, an Evo 2 checkpoint file, or a Hugging "
+        "Face id.",
+    )
+    revision: str | None = option(
+        None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    )
+    trust_remote_code: bool = option(
+        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
+    )
+    dtype: ComputeDtype = option(
+        "auto",
+        group=MODEL,
+        basic=True,
+        help="Type of weights and activations. auto is bfloat16 where the device multiplies matrices in it "
+        "(CUDA from Ampere on, CPUs with AMX), and float32 elsewhere. The file says which it was.",
+    )
+    device: str | None = option(
+        None,
+        group=MODEL,
+        basic=True,
+        metavar="DEVICE",
+        shown_default="cuda if present, else cpu",
+        help="cpu, cuda, cuda:1 ..., or auto to spread a large model over all GPUs.",
+    )
+    threads: int | None = option(
+        None,
+        ge=1,
+        group=MODEL,
+        metavar="N",
+        shown_default="PyTorch decides",
+        help="CPU threads of the model.",
+    )
+    batch_tokens: int | None = option(
+        None,
+        ge=1,
+        unit="tokens",
+        group=MODEL,
+        basic=True,
+        metavar="N",
+        shown_default="2048 on a CPU, 16384 elsewhere",
+        help="Tokens of one forward pass, padding included; fewer need less memory.",
+    )
 
-    def __post_init__(self) -> None:
-        _raise_all(field_problems(self, at_least={"threads": (1, ""), "batch_tokens": (1, "slots")}))
 
+class EmbeddingConfig(Config):
+    """Which layers, and how tokens become vectors."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddingConfig:
-    """What is taken from the model."""
+    layers: tuple[str, ...] = option(
+        ("final",),
+        group=VECTORS,
+        basic=True,
+        flag="--layer",
+        metavar="SPEC",
+        help="Which layer; repeat it for several. An integer means blocks.N.mlp.l3 (the MLP's output) in "
+        "StripedHyena 2 models, Evo 2 among them, and the output of block N in all others; blocks count "
+        "from 0, or from the end with -1. Also: a module path, a glob such as 'blocks.*.mlp.l3', final "
+        "(after the last norm) or all. 'genoembed layers MODEL' lists them.",
+    )
+    pooling: Pooling = option(
+        "mean",
+        group=VECTORS,
+        basic=True,
+        flag="--pool",
+        help="How the tokens of a sequence become one vector; none keeps one vector per token.",
+    )
+    skip_first: int = option(
+        0,
+        ge=0,
+        unit="bases",
+        group=VECTORS,
+        metavar="BASES",
+        help="Leave the first bases that the model reads out of pooling.",
+    )
+    fusion: Fusion = option(
+        "none",
+        group=VECTORS,
+        basic=True,
+        flag="--fuse",
+        help="How several layers become one matrix; none keeps one matrix per layer.",
+    )
+    fusion_weights: tuple[float, ...] = option(
+        (),
+        group=VECTORS,
+        metavar="W,W...",
+        help="For --fuse weighted: one weight per layer, with commas between them, or repeated.",
+    )
+    rc: Strands = option(
+        "none",
+        group=VECTORS,
+        basic=True,
+        help="Embed the reverse complement as well, and take the mean of both vectors or concatenate them.",
+    )
 
-    layers: tuple[str, ...] = ("final",)
-    """Block numbers, module paths, globs, ``final`` or ``all``."""
-    pooling: Pooling = "mean"
-    """How tokens become one vector; ``none`` keeps them."""
-    skip_first: int = 0
-    """Bases at the start of what the model sees that pooling leaves out."""
-    fusion: Fusion = "none"
-    """How several layers become one matrix."""
-    fusion_weights: tuple[float, ...] = ()
-    """One weight a layer, for ``weighted``."""
-    rc: Strands = "none"
-    """Whether and how the reverse complement takes part."""
-
-    def __post_init__(self) -> None:
-        _raise_all(field_problems(self, at_least={"skip_first": (0, "bases")}))
-        problems = []
+    def _problems(self) -> Iterator[str]:
         if not self.layers:
-            problems.append("layers is empty; name at least one layer, or leave it out for 'final'")
+            yield "layers is empty; name at least one layer, or leave it out for 'final'"
         if self.skip_first and self.pooling == "none":
-            problems.append(
-                "skip_first leaves bases out of pooling, but pooling is 'none'; set skip_first to 0 and "
-                "leave out the first rows of each record when you read the file"
+            yield Problem(
+                "skip_first leaves bases out of pooling, but pooling is 'none'",
+                Remedy("skip_first", 0),
+                " and leave out the first rows of each record when you read the file",
             )
         if self.fusion == "weighted" and not self.fusion_weights:
-            problems.append("fusion is 'weighted' without fusion_weights; give one weight a layer")
+            yield Problem("fusion is 'weighted'", Remedy("fusion_weights", words=ONE_PER_LAYER))
         if self.fusion != "weighted" and self.fusion_weights:
-            problems.append(f"fusion_weights are given, but fusion is {self.fusion!r}; set fusion='weighted'")
-        weights = self.fusion_weights
-        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            problems.append(
-                f"fusion_weights is {list(weights)}; give finite numbers, none below 0, and not all 0"
+            yield Problem(
+                f"fusion_weights are given, but fusion is {self.fusion!r}", Remedy("fusion", "weighted")
             )
-        _raise_all(problems)
+        if self.fusion_weights and not (min(self.fusion_weights) >= 0 < max(self.fusion_weights)):
+            words = "numbers from 0 on, not all of them 0"
+            yield Problem(
+                f"fusion_weights is {list(self.fusion_weights)}", Remedy("fusion_weights", words=words)
+            )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowConfig:
+class WindowConfig(Config):
     """How sequences longer than the context are cut."""
 
-    window: int | None = None
-    """Bases of a window; None is what the model's context holds."""
-    stride: int | None = None
-    """Bases from window to window; None is three quarters of a window."""
-    per_window: bool = False
-    """A row a window instead of a row a record."""
+    window: int | None = option(
+        None,
+        ge=1,
+        unit="bases",
+        group=WINDOWS,
+        basic=True,
+        metavar="BASES",
+        shown_default="what the model's context holds",
+        help="Length of a window. A longer sequence is cut into overlapping windows.",
+    )
+    stride: int | None = option(
+        None,
+        ge=1,
+        unit="bases",
+        group=WINDOWS,
+        metavar="BASES",
+        shown_default="3/4 of a window",
+        help="Distance from the start of a window to the start of the next.",
+    )
+    per_window: bool = option(
+        False, group=WINDOWS, help="Write one row per window instead of one row per record."
+    )
 
-    def __post_init__(self) -> None:
-        _raise_all(field_problems(self, at_least={"window": (1, "bases"), "stride": (1, "bases")}))
+    def _problems(self) -> Iterator[str]:
         if self.window and self.stride and self.stride > self.window:
-            message = (
-                f"stride is {self.stride}, but window is {self.window}: bases between windows would be lost; "
-                "set stride to the window or less"
+            yield Problem(
+                f"stride is {self.stride}, but window is {self.window}: bases between windows would be lost",
+                Remedy("stride", words="the window or less"),
             )
-            raise ConfigError(message)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OutputConfig:
+class OutputConfig(Config):
     """Where the vectors go."""
 
-    output: str
-    """The HDF5 file."""
-    out_dtype: StorageDtype = "float32"
-    """How values are stored; float16 loses small differences."""
-    overwrite: bool = False
-    """Replace an existing file, once the new one is complete; finished units of another run are dropped."""
-    resume: bool = False
-    """Leave an existing file as it is if it is complete and this very run made it."""
+    output: str = option(
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        metavar="FILE",
+        shown_default="the first INPUT's name with .h5, embeddings.h5 for -",
+        help="The HDF5 file to write.",
+    )
+    out_dtype: StorageDtype = option(
+        "float32", group=OUTPUT, help="Type of the stored values; float16 loses small differences."
+    )
+    overwrite: bool = option(
+        False,
+        group=OUTPUT,
+        basic=True,
+        help="Replace FILE once the new one is complete; finished units of another run are dropped.",
+    )
+    resume: bool = option(
+        False,
+        group=OUTPUT,
+        basic=True,
+        help="If FILE is complete and this very run made it, keep it and stop. A run that was cut off always "
+        "continues where it was.",
+    )
 
-    def __post_init__(self) -> None:
-        _raise_all(field_problems(self))
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Config):
     """How the work is divided, and what happens when a part of it fails."""
 
-    unit_bases: int = 1_000_000
-    """Bases of a work unit, which is embedded and saved as a whole; a longer record is a unit of its own."""
-    on_error: FailurePolicy = "stop"
-    """A record that fails: stop, or leave its vector out (NaN), say so in its flags, and go on."""
-    certificate: int = 0
-    """Records to embed alone, too, so that the file can say how far vectors depend on their batch."""
-    shard: str | None = None
-    """``I/N``: only every Nth unit, beginning with the Ith; ``genoembed merge`` joins them."""
-    engine: Engine = "local"
-    """This process, or workers of a Ray cluster."""
-    workers: int | None = None
-    """Workers of Ray; None is one a GPU, or one where there is none."""
-    ray_address: str | None = None
-    """Ray cluster to connect to; None starts one here, or takes RAY_ADDRESS."""
-
-    def __post_init__(self) -> None:
-        problems = list(
-            field_problems(
-                self, at_least={"unit_bases": (1, "bases"), "certificate": (0, "records"), "workers": (1, "")}
-            )
-        )
-        problems += [] if problems else self._problems()
-        _raise_all(problems)
+    unit_bases: int = option(
+        1_000_000,
+        ge=1,
+        unit="bases",
+        group=RUN,
+        metavar="BASES",
+        help="Bases of a work unit: what is saved at a time, and lost at most when a run is cut off. A "
+        "longer record is a unit of its own.",
+    )
+    on_error: FailurePolicy = option(
+        "stop",
+        group=RUN,
+        basic=True,
+        help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or leave "
+        "its vector NaN, flag it, and exit with 3 at the end.",
+    )
+    certificate: int = option(
+        0,
+        ge=0,
+        unit="records",
+        group=RUN,
+        metavar="N",
+        help="Embed N records of the first unit alone as well; the file then says how far vectors depend on "
+        "their batch.",
+    )
+    shard: str | None = option(
+        None,
+        group=RUN,
+        metavar="I/N",
+        help="Do every Nth unit only, beginning with the Ith, as one of N jobs; 'genoembed merge FILE' joins "
+        "them.",
+    )
+    engine: Engine = option(
+        "local",
+        group=RUN,
+        help="Who does the work: this process, or workers of a Ray cluster (pip install 'genoembed[ray]').",
+    )
+    workers: int | None = option(
+        None,
+        ge=1,
+        group=RUN,
+        metavar="N",
+        shown_default="one per GPU, or one",
+        help="Workers of the Ray cluster.",
+    )
+    ray_address: str | None = option(
+        None,
+        group=RUN,
+        metavar="HOST:PORT",
+        shown_default="RAY_ADDRESS, or a new one",
+        help="Ray cluster to connect to, or auto.",
+    )
 
     def _problems(self) -> Iterator[str]:
         if self.shard is not None and read_shard(self.shard) is None:
-            yield f"shard is {self.shard!r}; set shard to I/N with I from 1 to N, such as 1/8"
+            words = "I/N with I from 1 to N, such as 1/8"
+            yield Problem(f"shard is {self.shard!r}", Remedy("shard", words=words))
         for key in ("workers", "ray_address"):
             if self.engine != "ray" and getattr(self, key) is not None:
-                yield f"{key} is {getattr(self, key)!r}, but engine is {self.engine!r}; set engine to ray"
+                yield Problem(
+                    f"{key} is {getattr(self, key)!r}, but engine is {self.engine!r}", Remedy("engine", "ray")
+                )
 
     @property
     def share(self) -> tuple[int, int]:
@@ -221,8 +355,7 @@ def read_shard(text: str) -> tuple[int, int] | None:
     return (part - 1, parts) if 1 <= part <= parts else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbedConfig:
+class EmbedConfig(Config):
     """One extraction."""
 
     input: InputConfig
@@ -230,32 +363,19 @@ class EmbedConfig:
     embedding: EmbeddingConfig
     windows: WindowConfig
     output: OutputConfig
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = RunConfig()
 
-    def __post_init__(self) -> None:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         if self.windows.per_window and self.embedding.pooling == "none":
-            problems.append(
-                "per_window gives a vector a window, pooling='none' one a token; choose one of the two"
-            )
+            yield "per_window gives one vector per window, pooling='none' one per token; choose one of them"
         if self.input.flank and not self.input.regions:
-            problems.append(f"flank is {self.input.flank}, but there are no regions; set regions")
-        _raise_all(problems)
-
-    def to_dict(self) -> dict[str, object]:
-        """Give the configuration as nested dicts that JSON can hold."""
-        return asdict(self)
+            yield Problem(
+                f"flank is {self.input.flank}, but there are no regions",
+                Remedy("regions", words="what is to be embedded"),
+            )
 
 
-_STAGES = {
-    "input": InputConfig,
-    "model": ModelConfig,
-    "embedding": EmbeddingConfig,
-    "windows": WindowConfig,
-    "output": OutputConfig,
-    "run": RunConfig,
-}
-OPTION_STAGE = {key.name: stage for stage, cls in _STAGES.items() for key in fields(cls)}
+OPTION_STAGE = {key: name for name, section in EmbedConfig.sections().items() for key in section.options()}
 """The stage that each flat key belongs to."""
 
 
@@ -267,26 +387,16 @@ def embed_config(options: Mapping[str, object]) -> EmbedConfig:
         >>> config.output.output, config.embedding.layers
         ('phage.h5', ('28',))
     """
-    problems = [_unknown_key(key) for key in options if key not in OPTION_STAGE]
-    known = {key: value for key, value in options.items() if key in OPTION_STAGE}
-    if known.get("output") is None:
-        known["output"] = _default_output(known.get("inputs"))
-    parts: dict[str, Any] = {}
-    for stage, cls in _STAGES.items():
-        values = {key: value for key, value in known.items() if OPTION_STAGE[key] == stage}
-        try:
-            parts[stage] = cls(**({"inputs": ()} | values if cls is InputConfig else values))
-        except ConfigError as error:
-            problems.extend(error.problems)
-    _raise_all(problems)
-    return EmbedConfig(**parts)
+    given = {"inputs": ()} | dict(options)
+    if given.get("output") is None:
+        given["output"] = _default_output(given["inputs"])
+    return EmbedConfig.build(given)
 
 
 def _default_output(inputs: object) -> str:
     """Name the output where inputs are right; where they are not, that is what will be reported."""
-    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], str):
-        return default_output(inputs[0])
-    return default_output("-")
+    first = inputs[0] if isinstance(inputs, tuple | list) and inputs else inputs
+    return default_output(os.fspath(first)) if isinstance(first, str | os.PathLike) else default_output("-")
 
 
 def default_output(first_input: str) -> str:
@@ -304,49 +414,12 @@ def default_output(first_input: str) -> str:
     return os.fspath(path.with_suffix(".h5"))
 
 
-def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, OPTION_STAGE, n=1)
-    return f"{key!r} is no option" + (f"; did you mean {near[0]!r}?" if near else "")
+class ExtractOptions(EmbedConfig):
+    """An extraction, or what it would need: what the command line and a file may say."""
 
-
-def field_problems(config: object, *, at_least: Mapping[str, tuple[int, str]] | None = None) -> Iterable[str]:
-    """Check each field of a dataclass by itself."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        wanted = _mismatch(value, hint)
-        smallest, unit = (at_least or {}).get(name, (None, ""))
-        if wanted:
-            yield f"{name} is {value!r}; set {name} to {wanted}"
-        elif smallest is not None and value is not None and value < smallest:
-            yield f"{name} is {value}; set {name} to {smallest} or more" + (f" {unit}" if unit else "")
-
-
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _mismatch(value: object, hint: Any) -> str:
-    """Say in words what a field takes, if the value is something else; empty if it fits."""
-    if get_origin(hint) is Literal:
-        return "" if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
-    if isinstance(hint, UnionType):
-        kind, _ = get_args(hint)
-        wanted = "" if value is None else _mismatch(value, kind)
-        return f"{wanted}, or leave it out" if wanted else ""
-    if get_origin(hint) is dict:
-        return "" if isinstance(value, dict) else "a table of names and values"
-    if get_origin(hint) is tuple:
-        kind, _ = get_args(hint)
-        found = [_mismatch(item, kind) for item in value] if isinstance(value, tuple) else [_KINDS[kind]]
-        wanted = next(filter(None, found), "")
-        return wanted and f"a tuple, each item {wanted}"
-    if isinstance(value, bool) and hint is not bool:
-        return _KINDS[hint]
-    if value == "" and hint is str:
-        return "a text that is not empty"
-    return "" if isinstance(value, (int, float) if hint is float else hint) else _KINDS[hint]
-
-
-def _raise_all(problems: Iterable[str]) -> None:
-    found = tuple(problems)
-    if found:
-        raise ConfigError(*found)
+    dry_run: bool = option(
+        False,
+        group=RUN,
+        help="Write nothing: read INPUT once, run three batches, and say what the run would do and need: "
+        "units, tokens, memory, disk, hours.",
+    )

@@ -1,89 +1,478 @@
-"""Configurations of several stages, given as flat keys: by Python, by a file, or by the command line.
+"""How options are described, checked and read: each one once, as a field of a frozen pydantic model.
 
-In: values by key, and a TOML or JSON file for what they leave out. Out: one dataclass a stage. Promised: an
-unknown key is an error that names the nearest one, and all problems come in one message.
+In: fields declared with :func:`option`, and values by key from Python, the command line or a file. Out:
+frozen configurations. Promised: wrong values, unknown keys and options that do not apply come in one
+:class:`ConfigError` with all problems, in the same words wherever they were typed.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import tomllib
-from dataclasses import fields
+from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from genoembed.errors import ConfigError, InputFileError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from genoembed.errors import ConfigError, InputFileError, Problem, Remedy, python_spelling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from os import PathLike
+
+    from pydantic.fields import FieldInfo
+
+    from genoembed.errors import Spelling
+
+T = TypeVar("T", bound="Config")
+Function = TypeVar("Function", bound="Callable[..., Any]")
+
+FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
+    # transformers.TrainingArguments and sentence-transformers
+    "num_train_epochs": ("max_epochs",),
+    "epochs": ("max_epochs",),
+    "per_device_train_batch_size": ("rows_per_device",),
+    "per_device_eval_batch_size": ("rows_per_device",),
+    "per_gpu_train_batch_size": ("rows_per_device",),
+    "train_batch_size": ("rows_per_device",),
+    "batch_size": ("batch_tokens", "rows_per_device", "batch_rows"),
+    "gradient_accumulation_steps": ("accumulation_steps",),
+    "mini_batch_size": ("micro_batch",),
+    "sub_batch_size": ("micro_batch",),
+    "lr": ("learning_rate",),
+    "lr_scheduler_type": ("schedule",),
+    "warmup_ratio": ("warmup_fraction", "warmup_steps"),
+    "label_smoothing_factor": ("label_smoothing",),
+    "metric_for_best_model": ("metric",),
+    "early_stopping_patience": ("patience",),
+    "eval_strategy": ("eval_steps",),
+    "evaluation_strategy": ("eval_steps",),
+    "save_strategy": ("save_steps", "eval_steps"),
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "torch_dtype": ("dtype",),
+    "model_name_or_path": ("model",),
+    "pretrained_model_name_or_path": ("model",),
+    "model_name": ("model",),
+    "config_name": ("like",),
+    "resume_from_checkpoint": ("resume",),
+    "overwrite_output_dir": ("overwrite",),
+    "output_dir": ("output",),
+    "train_file": ("train", "corpus"),
+    "validation_file": ("validation", "heldout"),
+    "max_seq_length": ("window",),
+    "max_length": ("window",),
+    "pooling_mode": ("pooling",),
+    "torch_compile": ("compile_blocks",),
+    "device_map": ("device",),
+    # FlagEmbedding and BCEmbedding
+    "train_data": ("train",),
+    "fix_encoder": ("mode",),
+    "unified_finetuning": ("mode",),
+    "use_self_distill": ("self_distillation_start",),
+    "self_distill_start_step": ("self_distillation_start",),
+    "knowledge_distillation": ("distillation",),
+    "kd_loss_type": ("distillation",),
+    "negatives_cross_device": ("across_devices",),
+    "negatives_x_device": ("across_devices",),
+    "sentence_pooling_method": ("pooling",),
+    "pooling_method": ("pooling",),
+    "pooler": ("pooling",),
+    "use_inbatch_neg": ("in_batch_negatives",),
+    "no_in_batch_neg_flag": ("in_batch_negatives",),
+    "sub_batch": ("micro_batch",),
+    # words of this project's own that have become others
+    "layer": ("layers",),
+    "pool": ("pooling",),
+    "fuse": ("fusion",),
+    "kin_identity": ("homolog_identity",),
+    "own_negatives_only": ("in_batch_negatives",),
+    "one_strand": ("both_strands",),
+    "neighbors": ("neighbours", "k"),
+    "top_k": ("k", "top"),
+}
+"""What other toolkits call an option, and what it is called here; the first name that a command has "
+"counts."""
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_BOUNDS = ("ge", "gt", "le", "lt")
 
 
-class FlatKeys:
-    """The keys of some stages, and how configurations are made of them."""
+def option(
+    default: Any = ...,
+    *,
+    help: str,
+    group: str = "Options",
+    unit: str = "",
+    metavar: str | None = None,
+    flag: str | None = None,
+    short: str | None = None,
+    basic: bool = False,
+    argument: bool = False,
+    in_files_only: bool = False,
+    shown_default: str | None = None,
+    **bounds: float,
+) -> Any:
+    """Describe an option: everything that is known about it, in one place.
 
-    def __init__(
-        self, purpose: str, *, plain: Callable[[str, object], object] | None = None, **stages: type[Any]
-    ) -> None:
-        self._purpose, self._plain, self._stages = purpose, plain, stages
-        self.stage_of = {item.name: stage for stage, cls in stages.items() for item in fields(cls)}
-        """The stage that each flat key belongs to."""
-        hints = {name: hint for cls in stages.values() for name, hint in get_type_hints(cls).items()}
-        self._tuples = {name for name, hint in hints.items() if get_origin(hint) is tuple}
+    Args:
+        default: Value where none is given; none makes the option required.
+        help: One or two plain sentences.
+        group: Heading of the help.
+        unit: Of numbers, as messages say it, such as ``bases``.
+        metavar: What stands for the value in the help; None goes by the type.
+        flag: Option of the command line, where it is not the key with dashes.
+        short: Option of one letter.
+        basic: Show it in the short help.
+        argument: Given by position on the command line.
+        in_files_only: Has no place on the command line.
+        shown_default: What the help says of a default that depends on other things.
+        **bounds: ``ge``, ``gt``, ``le``, ``lt``, as pydantic takes them.
 
-    def read(
-        self, options: Mapping[str, object], *, file: str | PathLike[str] | None
-    ) -> tuple[dict[str, object], list[str]]:
-        """Join options and a file."""
-        in_file = {} if file is None else read_config_file(Path(file))
-        problems = [f"{file}: {self._unknown(key)}" for key in in_file if key not in self.stage_of]
-        problems += [self._unknown(key) for key in options if key not in self.stage_of]
-        given = {key: value for key, value in options.items() if value is not None}
-        joined = (in_file | given).items()
-        return {key: self._fitted(key, value) for key, value in joined if key in self.stage_of}, problems
+    Returns:
+        The field.
+    """
+    facts = {
+        "group": group,
+        "unit": unit,
+        "metavar": metavar,
+        "flag": flag,
+        "short": short,
+        "basic": basic,
+        "argument": argument,
+        "in_files_only": in_files_only,
+        "shown_default": shown_default,
+    }
+    field: Any = Field  # its overloads know no mapping of bounds
+    return field(default, description=help, json_schema_extra={"option": facts}, **bounds)
 
-    def build(
-        self,
-        values: Mapping[str, object],
-        problems: list[str],
-        *,
-        needed: Mapping[str, Mapping[str, object]],
-    ) -> dict[str, Any]:
-        """Build every stage."""
-        parts, found = {}, list(problems)
-        for stage, cls in self._stages.items():
-            of_stage = {key: value for key, value in values.items() if self.stage_of[key] == stage}
-            try:
-                parts[stage] = cls(**{**needed.get(stage, {}), **of_stage})
-            except ConfigError as error:
-                found += error.problems
-        raise_all(found)
-        return parts
 
-    def _fitted(self, key: str, value: object) -> object:
-        value = value if self._plain is None else self._plain(key, value)
-        return tuple(value) if key in self._tuples and isinstance(value, list | tuple) else value
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One option as the help, the command line and messages need it."""
 
-    def _unknown(self, key: str) -> str:
-        near = difflib.get_close_matches(key, self.stage_of, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(self.stage_of))}"
-        return f"{key!r} is no option of {self._purpose}; {remedy}"
+    key: str
+    kind: Any
+    """``str``, ``int``, ``float``, ``bool``, ``dict`` or a ``Literal``; of each item where there are "
+    "several."""
+    several: bool
+    optional: bool
+    """None is a value of its own: the default depends on other things."""
+    default: Any
+    required: bool
+    help: str
+    bounds: Mapping[str, float]
+    group: str
+    unit: str
+    metavar: str | None
+    flag: str | None
+    short: str | None
+    basic: bool
+    argument: bool
+    in_files_only: bool
+    shown_default: str | None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it takes, where they are few."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line.
+
+        Example:
+            >>> from genoembed.config.embed import EmbedConfig
+            >>> [EmbedConfig.options()[key].name for key in ("pooling", "skip_first")]
+            ['--pool', '--skip-first']
+        """
+        return self.flag or f"--{self.key.replace('_', '-')}"
+
+    @property
+    def expected(self) -> str:
+        """What it takes, in words."""
+        words = f"one of {', '.join(self.choices)}" if self.choices else self._range or self._kind
+        if self.several:
+            words = f"one or several, each {words}"
+        return f"{words}, or leave it out" if self.optional else words
+
+    @property
+    def _kind(self) -> str:
+        return "a table of names and values" if get_origin(self.kind) is dict else _KINDS[self.kind]
+
+    @property
+    def _range(self) -> str:
+        least, above, most, below = (self.bounds.get(name) for name in _BOUNDS)
+        unit = f" {self.unit}" if self.unit else ""
+        if least is not None and most is None and below is None:
+            return f"{least} or more{unit}"
+        start = f"from {least}" if least is not None else "" if above is None else f"above {above}"
+        end = f"at most {most}" if above is not None else f"to {most}"
+        end = end if most is not None else ""
+        if below is not None:
+            end = f"below {below}" if above is not None else f"to below {below}"
+        joint = ", " if above is not None and end else " "
+        return f"{start}{joint}{end}".strip() + unit if start or end else ""
+
+    def problem(self, value: object, *, is_bound: bool) -> Problem:
+        """Say that a value is wrong, and which would be right."""
+        if is_bound and not self.several:
+            words = self._range or "a finite number"
+        elif self.choices or self.several:
+            words = self.expected
+        else:
+            words = "a text that is not empty" if value == "" else self._kind
+            words += ", or leave it out" if self.optional else ""
+        return Problem(f"{self.key} is {value!r}", Remedy(self.key, words=words))
+
+
+class Config(BaseModel):
+    """Options of one stage, or several such stages; checked when made, and frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        str_min_length=1,
+        allow_inf_nan=False,
+        defer_build=True,
+        protected_namespaces=(),
+    )
+
+    def __init__(self, **values: Any) -> None:
+        known = type(self).own_options()
+        plain = {key: _plain(known[key], value) if key in known else value for key, value in values.items()}
+        try:
+            super().__init__(**plain)
+        except ValidationError as error:
+            raise ConfigError(*_in_our_words(error, known, plain)) from None
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterable[str]:
+        """Say what is wrong with options together; each of them is right by itself."""
+        return ()
+
+    @classmethod
+    @functools.cache
+    def sections(cls) -> dict[str, type[Config]]:
+        """Name the stages that are configurations of their own."""
+        return {
+            name: field.annotation
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        }
+
+    @classmethod
+    @functools.cache
+    def own_options(cls) -> dict[str, Option]:
+        """Describe the options that are not of a section."""
+        return {
+            name: _described(name, field)
+            for name, field in cls.model_fields.items()
+            if name not in cls.sections()
+        }
+
+    @classmethod
+    @functools.cache
+    def options(cls) -> dict[str, Option]:
+        """Describe all options, those of sections included, by their flat keys."""
+        nested = [section.options() for section in cls.sections().values()]
+        return {key: found for part in (*nested, cls.own_options()) for key, found in part.items()}
+
+    @classmethod
+    def build(cls: type[T], values: Mapping[str, object], *, file: str | PathLike[str] | None = None) -> T:
+        """Make a configuration of flat keys, and of a file for what they leave out; None is the default."""
+        problems: list[str] = []
+        in_file = {} if file is None else read_options(file, cls, problems)
+        given = in_file | {key: value for key, value in values.items() if value is not None}
+        known = cls.options()
+        problems += [unknown_option(key, known) for key in given if key not in known]
+        made = cls._made({key: value for key, value in given.items() if key in known}, problems)
+        raise_all(problems)
+        assert made is not None
+        return made
+
+    @classmethod
+    def _made(cls: type[T], values: Mapping[str, object], problems: list[str]) -> T | None:
+        """Make it, or note what is wrong."""
+        before = len(problems)
+        parts: dict[str, Any] = {
+            name: section._made({k: v for k, v in values.items() if k in section.options()}, problems)
+            for name, section in cls.sections().items()
+        }
+        own = {key: value for key, value in values.items() if key in cls.own_options()}
+        if any(part is None for part in parts.values()):
+            return None
+        try:
+            return cls(**parts, **own)
+        except ConfigError as error:
+            problems += error.problems
+        assert len(problems) > before
+        return None
+
+    def changed(self: T, **values: Any) -> T:
+        """Make a copy with other values, checked like the first."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the configuration as plain values, a dict for each section."""
+        return self.model_dump()
+
+    def to_flat(self) -> dict[str, object]:
+        """Give the configuration as a file holds it: flat keys, without those that are None."""
+        flat: dict[str, object] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            flat |= value.to_flat() if isinstance(value, Config) else {} if value is None else {name: value}
+        return flat
+
+
+def _described(key: str, field: FieldInfo) -> Option:
+    extra: Any = field.json_schema_extra
+    facts: dict[str, Any] = extra["option"]
+    kind: Any = field.annotation
+    optional = several = False
+    if get_origin(kind) in (UnionType, Union):
+        (kind,) = (part for part in get_args(kind) if part is not type(None))
+        optional = True
+    if get_origin(kind) is tuple:
+        kind, several = get_args(kind)[0], True
+    bounds = {
+        name: found
+        for name in _BOUNDS
+        for item in field.metadata
+        if (found := getattr(item, name, None)) is not None
+    }
+    default = None if field.is_required() else field.default
+    return Option(
+        key=key,
+        kind=kind,
+        several=several,
+        optional=optional,
+        default=default,
+        required=field.is_required(),
+        help=field.description or "",
+        bounds=bounds,
+        **facts,
+    )
+
+
+def _plain(described: Option, value: object) -> object:
+    """Take paths, arrays and single items for what they stand for."""
+    if described.several:
+        items = value if isinstance(value, list | tuple) or hasattr(value, "tolist") else (value,)
+        return tuple(_plain_item(described, item) for item in items)  # type: ignore[attr-defined]
+    return _plain_item(described, value)
+
+
+def _plain_item(described: Option, value: object) -> object:
+    if hasattr(value, "dtype") and hasattr(value, "item"):
+        value = value.item()  # a number of NumPy's
+    if described.kind is str and isinstance(value, PathLike):
+        return fspath(value)
+    # block numbers: layers=28 and layers=[2, "final"] are what people type
+    is_number = described.key == "layers" and isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number and described.kind is str else value
+
+
+def _in_our_words(
+    error: ValidationError, known: Mapping[str, Option], given: Mapping[str, object]
+) -> list[str]:
+    """Turn what pydantic found into one sentence for each option, in the order of the fields."""
+    problems: dict[str, str] = {}
+    for found in error.errors(include_url=False):
+        key = str(found["loc"][0])
+        if found["type"] == "extra_forbidden":
+            problems[key] = unknown_option(key, known)
+        elif found["type"] == "missing":
+            problems[key] = missing_option(known[key])
+        else:
+            is_bound = found["type"].startswith(("greater", "less")) or found["type"] == "finite_number"
+            problems.setdefault(key, known[key].problem(given[key], is_bound=is_bound))
+    return list(problems.values())
+
+
+def missing_option(described: Option) -> Problem:
+    """Say that an option without a default is missing."""
+    remedy = Remedy(described.key, words=described.expected)
+    return Problem(f"{described.key} is missing", remedy)
+
+
+def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = python_spelling) -> str:
+    """Say that there is no such option, and what it may be called.
+
+    Example:
+        >>> unknown_option("windw", ["window", "stride"])
+        "'windw' is no option; did you mean 'window'?"
+        >>> unknown_option("num_train_epochs", ["max_epochs", "max_steps"])
+        "'num_train_epochs' is no option; did you mean 'max_epochs'?"
+    """
+    names = tuple(known)
+    plain = key.lstrip("-").replace("-", "_")
+    near = [name for name in FOREIGN_NAMES.get(plain, ()) if name in names][:1]
+    near = near or difflib.get_close_matches(plain, names, n=1)
+    return f"{key!r} is no option" + (f"; did you mean {spelling(near[0])!r}?" if near else "")
+
+
+def named_options(config: type[Config] | None = None) -> Callable[[Function], Function]:
+    """Let a public call answer an unknown keyword as every other entry does, instead of with a TypeError."""
+    import inspect
+
+    def decorate(function: Function) -> Function:
+        taken = inspect.signature(function).parameters
+        known = {*taken} | ({*config.options()} if config else set())
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            raise_all(unknown_option(key, known - {"options"}) for key in options if key not in known)
+            return function(*args, **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def read_options(path: str | PathLike[str], config: type[Config], problems: list[str]) -> dict[str, object]:
+    """Read options from a TOML, JSON or YAML file: flat keys, or sections named like those of the config."""
+    values: dict[str, object] = {}
+    known = config.options()
+    for key, value in read_config_file(Path(path)).items():
+        section = config.sections().get(key)
+        if section is not None and isinstance(value, dict):
+            stray = [inner for inner in value if inner not in section.options()]
+            problems += [f"{fspath(path)}: {unknown_option(inner, section.options())}" for inner in stray]
+            values |= {inner: item for inner, item in value.items() if inner not in stray}
+        elif key not in known:
+            problems.append(f"{fspath(path)}: {unknown_option(key, known)}")
+        else:
+            values[key] = value
+    return values
 
 
 def read_config_file(path: Path) -> dict[str, object]:
-    """Read flat keys and values."""
+    """Read keys and values; the ending says which of the three formats it is."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        message = f"cannot be read ({error.strerror}); name a TOML or JSON file"
+        message = f"cannot be read ({error.strerror}); name a TOML, JSON or YAML file"
         raise InputFileError(message, path=str(path)) from error
+    ending = path.suffix.lower()
+    kind = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}.get(ending, "TOML")
     try:
         text = content.decode()
-        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        message = f"{path}: not {kind} ({error}); mend the file"
+        readers: dict[str, Callable[[str], Any]] = {
+            "JSON": json.loads,
+            "YAML": yaml.safe_load,
+            "TOML": tomllib.loads,
+        }
+        values = readers[kind](text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        message = f"{path}: not {kind} ({' '.join(str(error).split())}); fix the file"
         raise ConfigError(message) from error
     if not isinstance(values, dict):
         message = f"{path}: {type(values).__name__}, expected keys and values; write an object"
@@ -92,7 +481,7 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 
 def differences(found: Mapping[str, object], expected: Mapping[str, object], *, where: str) -> list[str]:
-    """Say where a stored run is not the one that is asked for.
+    """Say where a stored run is not the one that is requested.
 
     Example:
         >>> differences({"data": {"window": 32}}, {"data": {"window": 64}}, where="run")

@@ -1,12 +1,8 @@
-"""The stages of a fine-tuning run: encoder, data, objective and recipe, each frozen and checked by itself.
-
-What a fine-tuning run is asked to do: frozen, checked, the same keys for Python, file and command line.
-"""
+"""What a fine-tuning run is asked to do: one configuration for each stage, nested in "
+":class:`FinetuneConfig`."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import (
@@ -15,14 +11,9 @@ from genoembed.config.choices import (
     ContrastChoice,
     Distance,
     Distillation,
-    DuplicatePolicy,
-    EmptyPolicy,
     FalseNegativePolicy,
-    FindingPolicy,
     Fusion,
-    GapPolicy,
     HomologPolicy,
-    InvalidPolicy,
     LabelKind,
     M3Mode,
     Schedule,
@@ -30,18 +21,21 @@ from genoembed.config.choices import (
     SplitMethod,
     Task,
     TokenPooling,
-    TrainDtype,
     Tuning,
 )
-from genoembed.config.embed import DEFAULT_MODEL, field_problems
-from genoembed.config.fields import FlatKeys, raise_all
-from genoembed.config.labelled import AugmentConfig, TableColumns
+from genoembed.config.embed import DEFAULT_MODEL, PolicyConfig
+from genoembed.config.fields import Config, option
+from genoembed.config.labelled import SPLIT, AugmentConfig, CleaningConfig, TableColumns, split_problems
+from genoembed.config.training import DATA, OPTIMIZATION, RUN, OptimizerConfig, RunFolderConfig
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from os import PathLike
 
-
+TASK, ENCODER, TUNING, PAIRS, RETRIEVAL = (
+    *("Task", "Model and vectors", "What learns", "Pairs and triplets", "Retrieval heads"),
+)
 PREDICTION_TASKS = ("classification", "multilabel", "regression", "token")
 """Tasks whose model predicts something of a sequence or of its bases."""
 LABEL_KINDS: dict[str, LabelKind] = {
@@ -51,327 +45,499 @@ LABEL_KINDS: dict[str, LabelKind] = {
     "token": "token",
     "lm": "none",
 }
+_COMPARING = ("contrastive", "triplet", "retrieval")
+APPLIES_TO: dict[str, tuple[str, ...]] = {
+    "class_weights": ("classification", "token"),
+    "label_smoothing": ("classification", "token"),
+    "contrast": ("contrastive", "triplet"),
+    "temperature": ("contrastive", "retrieval"),
+    "scope": ("contrastive",),
+    "margin": ("triplet",),
+    "distance": ("triplet",),
+    "train_group_size": _COMPARING,
+    "in_batch_negatives": ("contrastive", "retrieval"),
+    "across_devices": ("contrastive", "retrieval"),
+    "view_mutation_rate": ("contrastive",),
+    "view_crop_fraction": ("contrastive",),
+    "view_reverse_complement": ("contrastive",),
+    "mode": ("retrieval",),
+    "self_distillation_start": ("retrieval",),
+    "distillation": ("retrieval",),
+    "term_bases": ("retrieval",),
+    "vector_width": ("retrieval",),
+    "vector_window": ("retrieval",),
+}
+"""Options of the objective that mean something for some tasks only."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderConfig:
+class EncoderConfig(Config):
     """Which model, what is taken from it, and what of it learns."""
 
-    model: str = DEFAULT_MODEL
-    """Bundled or registry name, local folder, or Hugging Face id."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face repository."""
-    trust_remote_code: bool = False
-    """Run code that the model's repository brings."""
-    layers: tuple[str, ...] = ("final",)
-    """Where the model is cut; several are fused. Blocks after the deepest never run."""
-    pooling: TokenPooling = "mean"
-    """How tokens become one vector."""
-    skip_first: int = 0
-    """Bases at the start that pooling leaves out."""
-    fusion: Fusion = "none"
-    """How several layers become one vector; the weights of ``weighted`` are learned."""
-    add_pooler: bool = False
-    """Put a linear projection, which starts as the identity, after the pooling."""
-    tuning: Tuning = "full"
-    """``full``; ``frozen``: heads alone learn; ``last_n`` blocks; ``lora``."""
-    last_n: int = 2
-    """Blocks that learn with ``last_n``, counted back from the cut."""
-    lora_rank: int = 8
-    """Rank of the adapters."""
-    lora_alpha: float = 16.0
-    """Their scale, over the rank."""
-    lora_dropout: float = 0.0
-    """Share of their input that is dropped."""
-    lora_targets: tuple[str, ...] = ()
-    """Ends of the paths of linear layers that get adapters; none named: all in the blocks."""
+    model: str = option(
+        DEFAULT_MODEL,
+        group=ENCODER,
+        basic=True,
+        metavar="NAME",
+        help="A name from 'genoembed models', a local folder, or a Hugging Face id.",
+    )
+    revision: str | None = option(
+        None, group=ENCODER, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    )
+    trust_remote_code: bool = option(
+        False, group=ENCODER, help="Run the Python code that the model's repository contains. Read it first."
+    )
+    layers: tuple[str, ...] = option(
+        ("final",),
+        group=ENCODER,
+        basic=True,
+        flag="--layer",
+        metavar="SPEC",
+        help="Cut the model at this layer; blocks after it never run. Repeat it for several, which are "
+        "fused. "
+        "Specified as for extract.",
+    )
+    pooling: TokenPooling = option(
+        "mean",
+        group=ENCODER,
+        basic=True,
+        flag="--pool",
+        help="How the tokens of a sequence become one vector.",
+    )
+    skip_first: int = option(
+        0,
+        ge=0,
+        unit="bases",
+        group=ENCODER,
+        metavar="BASES",
+        help="Leave the first bases that the model reads out of pooling.",
+    )
+    fusion: Fusion = option(
+        "none",
+        group=ENCODER,
+        flag="--fuse",
+        help="How several layers become one vector; the weights of weighted are learned.",
+    )
+    add_pooler: bool = option(
+        False, group=ENCODER, help="Put a linear projection, which starts as the identity, after the pooling."
+    )
+    tuning: Tuning = option(
+        "full",
+        group=TUNING,
+        basic=True,
+        help="What learns: all weights; the heads alone; the last blocks before the cut; or LoRA adapters.",
+    )
+    last_n: int = option(
+        2,
+        ge=1,
+        group=TUNING,
+        metavar="N",
+        help="For --tuning last_n: blocks that learn, counted back from the cut.",
+    )
+    lora_rank: int = option(
+        8, ge=1, group=TUNING, metavar="N", help="For --tuning lora: rank of the adapter matrices."
+    )
+    lora_alpha: float = option(
+        16.0,
+        gt=0,
+        group=TUNING,
+        metavar="X",
+        help="For --tuning lora: the adapters' output is multiplied by this number divided by the rank.",
+    )
+    lora_dropout: float = option(
+        0.0,
+        ge=0,
+        lt=1,
+        group=TUNING,
+        metavar="SHARE",
+        help="For --tuning lora: share of the adapters' input that is dropped.",
+    )
+    lora_targets: tuple[str, ...] = option(
+        (),
+        group=TUNING,
+        flag="--lora-target",
+        metavar="NAME",
+        shown_default="all in the blocks",
+        help="For --tuning lora: linear layers that get adapters, by the end of their path. Repeatable.",
+    )
 
-    def __post_init__(self) -> None:
-        problems = list(
-            field_problems(
-                self, at_least={"skip_first": (0, "bases"), "last_n": (1, ""), "lora_rank": (1, "")}
-            )
-        )
-        if not problems:
-            problems += self._rule_problems()
-        raise_all(problems)
-
-    def _rule_problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         if not self.layers:
             yield "layers is empty; name at least one layer, or leave it out for 'final'"
-        if not 0 <= self.lora_dropout < 1:
-            yield f"lora_dropout is {self.lora_dropout}; set lora_dropout from 0 to below 1"
-        if not 0 < self.lora_alpha < math.inf:
-            yield f"lora_alpha is {self.lora_alpha}; set lora_alpha above 0"
-        if self.lora_targets and self.tuning != "lora":
-            yield f"lora_targets are given, but tuning is {self.tuning!r}; set tuning to 'lora'"
+        needed = {"last_n": "last_n", **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), "lora")}
+        for key, tuning in (needed | {"lora_targets": "lora"}).items():
+            if self.tuning != tuning and getattr(self, key) != type(self).own_options()[key].default:
+                found = f"{key} is for tuning {tuning!r}, but tuning is {self.tuning!r}"
+                yield Problem(found, Remedy("tuning", tuning), f", or leave {key} out")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneDataConfig(TableColumns):
-    """Which sequences and labels, what is done with rows that are not clean, and how rows are parted."""
+class FinetuneDataConfig(TableColumns, CleaningConfig, PolicyConfig):
+    """Which sequences and labels, what is done with rows that are not clean, and how rows are divided."""
 
-    train: tuple[str, ...]
-    """Files to learn from; without ``validation`` and ``test``, those are parted off."""
-    labels: str | None = None
-    """Table from id to label, for sequence files."""
-    validation: tuple[str, ...] = ()
-    """Files that stop training and choose the best step."""
-    test: tuple[str, ...] = ()
-    """Files that judge, once, at the end."""
-    several_bases: BaseLabels = "error"
-    """For ``token``: labels where a token has several bases."""
-    invalid: InvalidPolicy = "error"
-    """Letters outside IUPAC DNA."""
-    duplicates: DuplicatePolicy = "error"
-    """Ids that appear twice."""
-    empty: EmptyPolicy = "error"
-    """Records without bases."""
-    gaps: GapPolicy = "error"
-    """Gap letters."""
-    keep_case: bool = False
-    """Leave soft-masked bases in lower case."""
-    repeats: FindingPolicy = "keep"
-    """Equal sequences with one label."""
-    conflicts: FindingPolicy = "keep"
-    """Equal sequences with different labels."""
-    one_strand: bool = False
-    """A sequence and its reverse complement are two, not one."""
-    false_negatives: FalseNegativePolicy = "error"
-    """A negative of a retrieval example that is its own query or positive."""
-    split: SplitMethod = "stratified"
-    """How rows are parted where there are no files of their own."""
-    validation_fraction: float = 0.1
-    """Share of the rows that stops training and chooses the best step."""
-    test_fraction: float = 0.1
-    """Share of the rows that judges."""
-    homologs: HomologPolicy = "ignore"
-    """Look for kin across the split, and report (``keep``), ``drop`` them from training, or ``error``."""
-    kin_identity: float = 0.8
-    """Identity from which sequences are kin."""
+    train: tuple[str, ...] = option(
+        argument=True,
+        metavar="TRAIN",
+        help="Files to learn from: tables, sequence files, or JSON lines with query, pos and neg.",
+    )
+    labels: str | None = option(
+        None, group=DATA, basic=True, metavar="FILE", help="Table from id to label, for sequence files."
+    )
+    validation: tuple[str, ...] = option(
+        (),
+        group=SPLIT,
+        basic=True,
+        metavar="FILE",
+        help="Files that stop training and choose the best step. Repeatable.",
+    )
+    test: tuple[str, ...] = option(
+        (),
+        group=SPLIT,
+        metavar="FILE",
+        help="Files that are evaluated once, at the end. Repeatable.",
+    )
+    several_bases: BaseLabels = option(
+        "error",
+        group=DATA,
+        help="For token, where a token has several bases: stop, or take the label of the first.",
+    )
+    false_negatives: FalseNegativePolicy = option(
+        "error",
+        group=DATA,
+        help="A negative of a retrieval example that is its own query or positive: stop, drop it, or "
+        "keep it.",
+    )
+    split: SplitMethod = option(
+        "stratified",
+        group=SPLIT,
+        basic=True,
+        help="How rows are divided where no files are given: at random; keeping the shares of labels; "
+        "keeping "
+        "homologs together; or by a column.",
+    )
+    validation_fraction: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        group=SPLIT,
+        metavar="SHARE",
+        help="Share of the rows that stops training and chooses the best step; 0 for none.",
+    )
+    test_fraction: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        group=SPLIT,
+        metavar="SHARE",
+        help="Share of the rows that is evaluated once, at the end; 0 for none.",
+    )
+    homologs: HomologPolicy = option(
+        "ignore",
+        group=SPLIT,
+        help="Homologs on both sides of a split: do not look, report them, drop them from training, or stop.",
+    )
+    homolog_identity: float = option(
+        0.8,
+        gt=0,
+        le=1,
+        group=SPLIT,
+        metavar="SHARE",
+        help="Sequences count as homologs from this sequence identity on, estimated from shared k-mers.",
+    )
 
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self))
+    def _problems(self) -> Iterator[str]:
         if not self.train:
-            problems.append("train is empty; name at least one file to learn from")
-        if not problems:
-            problems += self._rule_problems()
-        raise_all(problems)
-
-    def _rule_problems(self) -> Iterator[str]:
-        for name in ("validation_fraction", "test_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                yield f"{name} is {value}; set {name} from 0 to below 1, such as 0.1"
-        if self.validation_fraction + self.test_fraction >= 1:
-            yield "validation_fraction and test_fraction leave nothing to train on; lower them"
-        if not 0 < self.kin_identity <= 1:
-            yield f"kin_identity is {self.kin_identity}; set kin_identity above 0, at most 1"
+            yield "train is empty; name at least one file to learn from"
+        yield from split_problems(self.validation_fraction, self.test_fraction)
         if self.split == "column" and self.split_column is None:
-            yield "split is 'column', but split_column names none; set split_column"
+            words = "the column that says train, validation or test"
+            yield Problem(
+                "split is 'column', but split_column is not given", Remedy("split_column", words=words)
+            )
         named = [*self.train, *self.validation, *self.test]
         for name in sorted({name for name in named if named.count(name) > 1}):
             yield f"{name} is named twice among train, validation and test; name each file once"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Config):
     """What is learned."""
 
-    task: Task
-    """What a sequence is trained for."""
-    class_weights: ClassWeights = "none"
-    """``balanced`` weighs classes by their rarity."""
-    dropout: float = 0.1
-    """Share of a prediction head's input that is dropped."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
-    contrast: ContrastChoice = "auto"
-    """Where pairs come from: ``examples`` (query, pos, neg), ``labels`` of one class, or two ``views`` of
-    each sequence. ``auto`` tells by the input."""
-    temperature: float | None = None
-    """Scores are divided by it; None takes the loss's own: 0.05, 0.1 with labels, 0.02 for retrieval."""
-    scope: ScopeChoice = "auto"
-    """What queries are compared with; ``auto``: ``one_way``, and ``symmetric`` for views."""
-    margin: float | None = None
-    """Of triplets; None: 1 for Euclidean distances, 0.3 for cosine ones."""
-    distance: Distance = "euclidean"
-    """Of triplets."""
-    train_group_size: int = 8
-    """Passages of a query: 1 positive and negatives, drawn afresh each epoch."""
-    own_negatives_only: bool = False
-    """Leave the passages of other queries of the batch out."""
-    across_devices: bool = False
-    """Use the passages of other devices as negatives."""
-    view_mutation_rate: float = 0.05
-    """Of the second view: probability that a base is replaced."""
-    view_crop_fraction: float = 0.8
-    """Of the second view: shortest crop, as a share."""
-    view_reverse_complement: float = 0.5
-    """Of the second view: probability of the other strand."""
-    mode: M3Mode = "all"
-    """Retrieval: all heads, ``fix_encoder`` (sparse and multi-vector alone), or ``dense``."""
-    self_distillation_start: int | None = None
-    """Retrieval: forward passes before the ensemble teaches the heads; -1 at once; None never."""
-    distillation: Distillation = "m3"
-    """Retrieval: what teacher scores do."""
-    term_bases: int = 9
-    """Retrieval: bases of a k-mer that is a term of the sparse head."""
-    vector_width: int | None = None
-    """Retrieval: width of multi-vector vectors; None is the hidden size."""
-    vector_window: int = 8
-    """Retrieval: tokens averaged to one of them."""
+    task: Task = option(group=TASK, basic=True, help="What to learn.")
+    class_weights: ClassWeights = option(
+        "none", group=TASK, help="balanced weighs classes by how rare they are."
+    )
+    dropout: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        group=TASK,
+        metavar="SHARE",
+        help="Share of a prediction head's input that is dropped in training.",
+    )
+    label_smoothing: float = option(
+        0.0,
+        ge=0,
+        lt=1,
+        group=TASK,
+        metavar="SHARE",
+        help="Share of the target that is spread over all classes.",
+    )
+    contrast: ContrastChoice = option(
+        "auto",
+        group=PAIRS,
+        help="Where pairs come from: rows with query, pos and neg; sequences of one class; or two views of "
+        "each sequence. auto decides by the input.",
+    )
+    temperature: float | None = option(
+        None,
+        gt=0,
+        group=PAIRS,
+        metavar="X",
+        shown_default="0.05; with labels 0.1; retrieval 0.02",
+        help="Similarity scores are divided by it: lower is stricter.",
+    )
+    scope: ScopeChoice = option(
+        "auto",
+        group=PAIRS,
+        help="What is compared: queries with passages; also passages with queries; or all with all. auto is "
+        "one_way, and symmetric for views.",
+    )
+    margin: float | None = option(
+        None,
+        gt=0,
+        group=PAIRS,
+        metavar="X",
+        shown_default="1 for euclidean, 0.3 for cosine",
+        help="For triplets: how much farther the negative must be than the positive.",
+    )
+    distance: Distance = option(
+        "euclidean", group=PAIRS, help="For triplets: the distance between two vectors that the loss uses."
+    )
+    train_group_size: int = option(
+        8,
+        ge=1,
+        group=PAIRS,
+        metavar="N",
+        help="Passages per query: 1 positive and N - 1 negatives, drawn afresh in each epoch.",
+    )
+    in_batch_negatives: bool = option(
+        True, group=PAIRS, help="Use the passages of other queries in the batch as negatives."
+    )
+    across_devices: bool = option(
+        False, group=PAIRS, help="Use the passages of other devices as negatives as well."
+    )
+    view_mutation_rate: float = option(
+        0.05,
+        ge=0,
+        le=1,
+        group=PAIRS,
+        metavar="SHARE",
+        help="For views: probability that a base of the second view is replaced.",
+    )
+    view_crop_fraction: float = option(
+        0.8,
+        gt=0,
+        le=1,
+        group=PAIRS,
+        metavar="SHARE",
+        help="For views: the second view is a crop of at least this share.",
+    )
+    view_reverse_complement: float = option(
+        0.5,
+        ge=0,
+        le=1,
+        group=PAIRS,
+        metavar="SHARE",
+        help="For views: probability that the second view is the other strand.",
+    )
+    mode: M3Mode = option(
+        "all",
+        group=RETRIEVAL,
+        help="all trains encoder and all heads; fix_encoder the sparse and multi-vector heads alone; "
+        "dense the "
+        "dense vector alone.",
+    )
+    self_distillation_start: int | None = option(
+        None,
+        ge=-1,
+        group=RETRIEVAL,
+        metavar="N",
+        shown_default="never",
+        help="Forward passes before the sum of all heads' scores teaches each head; -1 is from the start.",
+    )
+    distillation: Distillation = option(
+        "m3", group=RETRIEVAL, help="How teacher scores of the rows are used: as in BGE-M3, or KL divergence."
+    )
+    term_bases: int = option(
+        9,
+        ge=1,
+        unit="bases",
+        group=RETRIEVAL,
+        metavar="BASES",
+        help="Length of the k-mers that are the terms of the sparse head.",
+    )
+    vector_width: int | None = option(
+        None,
+        ge=1,
+        group=RETRIEVAL,
+        metavar="N",
+        shown_default="the hidden size",
+        help="Width of the vectors of the multi-vector head.",
+    )
+    vector_window: int = option(
+        8,
+        ge=1,
+        unit="tokens",
+        group=RETRIEVAL,
+        metavar="TOKENS",
+        help="Tokens that are averaged to one vector of the multi-vector head.",
+    )
 
-    def __post_init__(self) -> None:
-        least = {"train_group_size": (1, ""), "vector_width": (1, ""), "vector_window": (1, "tokens")}
-        least |= {"term_bases": (1, "bases"), "self_distillation_start": (-1, "")}
-        problems = list(field_problems(self, at_least=least))
-        if not problems:
-            problems += self._rule_problems()
-        raise_all(problems)
-
-    def _rule_problems(self) -> Iterator[str]:
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}; set {name} from 0 to below 1"
-        for name in ("temperature", "margin"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield f"{name} is {value}; set {name} above 0"
-        if self.contrast != "auto" and self.task not in ("contrastive", "triplet"):
-            yield f"contrast is for contrastive and triplet, but task is {self.task!r}; leave it out"
+    def _problems(self) -> Iterator[str]:
         if self.contrast == "views" and self.task == "triplet":
-            yield "contrast 'views' has no negatives of its own for triplets; set task to 'contrastive'"
-        if self.class_weights == "balanced" and self.task not in ("classification", "token"):
-            yield f"class_weights are for classes, but task is {self.task!r}; leave class_weights out"
-        AugmentConfig(
-            mutation_rate=self.view_mutation_rate,
-            crop_fraction=self.view_crop_fraction,
-            reverse_complement=self.view_reverse_complement,
-        )
+            yield Problem(
+                "contrast 'views' has no negatives of its own for triplets", Remedy("task", "contrastive")
+            )
+        for key, tasks in APPLIES_TO.items():
+            if self.task not in tasks and getattr(self, key) != type(self).own_options()[key].default:
+                yield f"{key} is for {' and '.join(tasks)}, but task is {self.task!r}; leave {key} out"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneRecipe:
+class FinetuneRecipe(OptimizerConfig):
     """How long and how fast to train."""
 
-    max_epochs: int | None = None
-    """Passes over the data; None goes by its size: 20, 10 or 3."""
-    max_steps: int | None = None
-    """Optimizer steps, whatever ``max_epochs`` says."""
-    rows_per_device: int = 16
-    """Rows (queries) of one batch on each device."""
-    accumulation_steps: int = 1
-    """Batches a step."""
-    micro_batch: int | None = None
-    """Contrastive tasks: rows encoded at a time; the gradient is that of the whole batch (GradCache)."""
-    learning_rate: float | None = None
-    """Peak rate of the encoder; None goes by tuning and width."""
-    head_learning_rate: float | None = None
-    """Peak rate of heads; None is 1e-3, or the encoder's if that is higher."""
-    schedule: Schedule = "cosine"
-    """After the warm-up; ``plateau`` halves the rate where the metric stalls."""
-    warmup_fraction: float = 0.1
-    """Share of the steps with a rising rate; ``plateau`` has none."""
-    weight_decay: float = 0.01
-    """On matrices."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    metric: str | None = None
-    """What stops training and chooses the best step; None is the task's first."""
-    patience: int = 3
-    """Evaluations without a better metric after which training stops."""
-    min_epochs: int = 1
-    """Not before so many epochs."""
-    eval_steps: int | None = None
-    """Steps between evaluations and checkpoints; None is an epoch."""
-    logging_steps: int = 10
-    """Steps between lines of ``metrics.jsonl``."""
-    pad_to_multiple_of: int = 1
-    """Padded lengths are multiples of this."""
-    mixed_lengths: bool = False
-    """Batches of random rows instead of rows of like length."""
-    dtype: TrainDtype = "auto"
-    """Type of matrix products; weights are float32."""
-    seed: int = 0
-    """Splits, order, views, negatives, dropout, new weights."""
+    max_epochs: int | None = option(
+        None,
+        ge=1,
+        group=OPTIMIZATION,
+        basic=True,
+        metavar="N",
+        shown_default="20, 10 or 3, by the number of rows",
+        help="Passes over the data.",
+    )
+    max_steps: int | None = option(
+        None, ge=1, group=OPTIMIZATION, metavar="N", help="Optimizer steps; counts instead of epochs."
+    )
+    rows_per_device: int = option(
+        16,
+        ge=1,
+        group=OPTIMIZATION,
+        basic=True,
+        metavar="N",
+        help="Rows (queries) of a batch on each device.",
+    )
+    micro_batch: int | None = option(
+        None,
+        ge=1,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="For pairs: rows encoded at a time, to save memory; the gradient is that of the whole batch.",
+    )
+    learning_rate: float | None = option(
+        None,
+        gt=0,
+        group=OPTIMIZATION,
+        basic=True,
+        metavar="RATE",
+        shown_default="by tuning and width",
+        help="Peak learning rate of the encoder.",
+    )
+    head_learning_rate: float | None = option(
+        None,
+        gt=0,
+        group=OPTIMIZATION,
+        metavar="RATE",
+        shown_default="1e-3, or the encoder's if higher",
+        help="Peak learning rate of the heads.",
+    )
+    schedule: Schedule = option(
+        "cosine",
+        group=OPTIMIZATION,
+        help="Learning rate after the warm-up; plateau halves it when the metric stops improving.",
+    )
+    warmup_fraction: float = option(
+        0.1, ge=0, lt=1, group=OPTIMIZATION, metavar="SHARE", help="Share of the steps with a rising rate."
+    )
+    weight_decay: float = option(
+        0.01, ge=0, group=OPTIMIZATION, metavar="X", help="Weight decay of matrices; vectors have none."
+    )
+    metric: str | None = option(
+        None,
+        group=OPTIMIZATION,
+        metavar="NAME",
+        shown_default="the task's first",
+        help="Validation metric that chooses the best step and stops training, such as mcc or auroc.",
+    )
+    patience: int = option(
+        3,
+        ge=1,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="Stop after this many evaluations without a better metric.",
+    )
+    min_epochs: int = option(
+        1, ge=0, group=OPTIMIZATION, metavar="N", help="Do not stop for lack of progress before this epoch."
+    )
+    eval_steps: int | None = option(
+        None,
+        ge=1,
+        group=RUN,
+        metavar="N",
+        shown_default="one epoch",
+        help="Optimizer steps between evaluations and checkpoints.",
+    )
+    pad_to_multiple_of: int = option(
+        1, ge=1, group=OPTIMIZATION, metavar="N", help="Pad rows to a multiple of this many tokens."
+    )
+    mixed_lengths: bool = option(
+        False, group=OPTIMIZATION, help="Make batches of random rows instead of rows of similar length."
+    )
+    seed: int = option(
+        0,
+        ge=0,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="Random seed of splits, order, views, negatives, dropout and new weights.",
+    )
 
-    def __post_init__(self) -> None:
-        counts = ("max_epochs", "max_steps", "rows_per_device", "accumulation_steps", "micro_batch")
-        others = ("patience", "eval_steps", "logging_steps", "pad_to_multiple_of")
-        least = {name: (1, "") for name in (*counts, *others)} | {"seed": (0, ""), "min_epochs": (0, "")}
-        problems = list(field_problems(self, at_least=least))
-        if not problems:
-            problems += [
-                f"{name} is {value}; set {name} above 0"
-                for name in ("learning_rate", "head_learning_rate", "max_grad_norm")
-                if (value := getattr(self, name)) is not None and not 0 < value < math.inf
-            ]
-            if not self.weight_decay >= 0:
-                problems.append(f"weight_decay is {self.weight_decay}; set weight_decay to 0 or more")
-            if not 0 <= self.warmup_fraction < 1:
-                problems.append(f"warmup_fraction is {self.warmup_fraction}; set it from 0 to below 1")
-        raise_all(problems)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
+class FinetuneConfig(Config):
     """One fine-tuning run."""
 
     objective: ObjectiveConfig
     data: FinetuneDataConfig
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    encoder: EncoderConfig = EncoderConfig()
+    augment: AugmentConfig = AugmentConfig()
+    recipe: FinetuneRecipe = FinetuneRecipe()
 
-    def __post_init__(self) -> None:
-        problems = []
+    def _problems(self) -> Iterator[str]:
         task, tuning = self.objective.task, self.encoder.tuning
-        if self.recipe.micro_batch is not None and task not in ("contrastive", "triplet", "retrieval"):
-            problems.append(f"micro_batch is for contrastive tasks, but task is {task!r}; leave it out")
+        if self.recipe.micro_batch is not None and task not in _COMPARING:
+            yield f"micro_batch is for {', '.join(_COMPARING)}, but task is {task!r}; leave micro_batch out"
         if tuning == "frozen" and task in ("lm", "retrieval"):
-            remedy = "mode to 'fix_encoder'" if task == "retrieval" else "tuning to 'lora'"
-            problems.append(f"tuning is 'frozen', but task is {task!r}; set {remedy}")
+            remedy = Remedy("mode", "fix_encoder") if task == "retrieval" else Remedy("tuning", "lora")
+            yield Problem(f"tuning is 'frozen', but task is {task!r}", remedy)
         if tuning == "frozen" and task in ("contrastive", "triplet") and not self.encoder.add_pooler:
-            problems.append(
-                f"tuning is 'frozen' and task is {task!r}: nothing would learn; set add_pooler to True, or "
-                "tuning to 'full', 'last_n' or 'lora'"
+            yield Problem(
+                f"tuning is 'frozen' and task is {task!r}: nothing would learn",
+                Remedy("add_pooler", True),
+                ", or tuning to 'full', 'last_n' or 'lora'",
             )
         several = len(self.encoder.layers) > 1
         if task == "retrieval" and several and "max" in (self.encoder.fusion, self.encoder.pooling):
-            problems.append(
+            yield (
                 "retrieval fuses layers before it pools them, which 'max' would tell; set fusion and pooling "
                 "to others, or take one layer"
             )
-        raise_all(problems)
-
-    def to_dict(self) -> dict[str, dict[str, object]]:
-        """Give the configuration as nested dicts that JSON can hold."""
-        return asdict(self)
-
-    def to_flat(self) -> dict[str, object]:
-        """Give the configuration as a file holds it: flat keys, without those that are None."""
-        flat = {key: value for stage in self.to_dict().values() for key, value in stage.items()}
-        return {key: value for key, value in flat.items() if value is not None}
 
 
-def _plain(key: str, value: object) -> object:
-    """Let layers be a number, a name or several."""
-    if key != "layers" or not isinstance(value, int | str | list | tuple):
-        return value
-    return tuple(map(str, value if isinstance(value, list | tuple) else (value,)))
+class FinetuneOptions(FinetuneConfig):
+    """A fine-tuning run and its folder: what the command line and a file may say."""
+
+    folder: RunFolderConfig
 
 
-_KEYS = FlatKeys(
-    "fine-tuning",
-    plain=_plain,
-    objective=ObjectiveConfig,
-    data=FinetuneDataConfig,
-    encoder=EncoderConfig,
-    augment=AugmentConfig,
-    recipe=FinetuneRecipe,
-)
-FINETUNE_STAGE = _KEYS.stage_of
+FINETUNE_STAGE = {
+    key: name for name, section in FinetuneConfig.sections().items() for key in section.options()
+}
 """The stage that each flat key belongs to."""
 
 
@@ -385,8 +551,4 @@ def finetune_config(
         >>> config.encoder.layers, config.recipe.patience
         (('final',), 3)
     """
-    values, problems = _KEYS.read(options, file=file)
-    if "task" not in values:
-        problems.append("task is missing; set task to what is to be learned, such as 'classification'")
-    needed: dict[str, dict[str, object]] = {"objective": {"task": "classification"}, "data": {"train": ()}}
-    return FinetuneConfig(**_KEYS.build(values, problems, needed=needed))
+    return FinetuneConfig.build(options, file=file)

@@ -2,105 +2,127 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from genoembed.config.choices import (
-    FindingPolicy,
-    LabelKind,
-    SplitMethod,
-    UnlabelledPolicy,
-)
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError
+from genoembed.config.choices import FindingPolicy, LabelKind, SplitMethod, UnlabelledPolicy
+from genoembed.config.fields import Config, option
+from genoembed.config.training import DATA
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+AUGMENTATION, SPLIT = "Augmentation", "Train, validation and test"
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig:
+
+class AugmentConfig(Config):
     """Which views training sees; by default none but the sequence itself."""
 
-    reverse_complement: float = 0.0
-    """Probability of reading the other strand. Leave at 0 where the strand is part of the question."""
-    crop_fraction: float = 1.0
-    """A crop has at least this share of the sequence, up to all of it; 1 crops nothing."""
-    max_crop_bp: int | None = None
-    """Longer sequences are cropped to this many bases, wherever the crop falls."""
-    mutation_rate: float = 0.0
-    """Probability that a base is replaced by one of the three others."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"max_crop_bp": (1, "bases")}))
-        if not problems:
-            problems += [
-                f"{name} is {value}; set {name} from 0 to 1"
-                for name in ("reverse_complement", "mutation_rate")
-                if not 0 <= (value := getattr(self, name)) <= 1
-            ]
-            if not 0 < self.crop_fraction <= 1:
-                problems.append(
-                    f"crop_fraction is {self.crop_fraction}; set crop_fraction above 0, at most 1 for no crop"
-                )
-        if problems:
-            raise ConfigError(*problems)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CleaningConfig:
-    """What is looked for, and what becomes of it."""
-
-    both_strands: bool = True
-    """A sequence and its reverse complement are one; False where the strand is part of the question."""
-    duplicates: FindingPolicy = "keep"
-    """Equal sequences with one label: ``drop`` keeps the first."""
-    conflicts: FindingPolicy = "keep"
-    """Equal sequences with different labels: ``drop`` leaves all of them out."""
-
-    def __post_init__(self) -> None:
-        problems = tuple(field_problems(self))
-        if problems:
-            raise ConfigError(*problems)
+    reverse_complement: float = option(
+        0.0,
+        ge=0,
+        le=1,
+        group=AUGMENTATION,
+        metavar="SHARE",
+        help="Probability of reading the other strand; leave it at 0 where the strand is part of the "
+        "question.",
+    )
+    crop_fraction: float = option(
+        1.0,
+        gt=0,
+        le=1,
+        group=AUGMENTATION,
+        metavar="SHARE",
+        help="A random crop keeps at least this share of a sequence; 1 crops nothing.",
+    )
+    max_crop_bp: int | None = option(
+        None,
+        ge=1,
+        unit="bases",
+        group=AUGMENTATION,
+        metavar="BASES",
+        help="Crop longer sequences to this many bases, at a random place.",
+    )
+    mutation_rate: float = option(
+        0.0,
+        ge=0,
+        le=1,
+        group=AUGMENTATION,
+        metavar="SHARE",
+        help="Probability that a base is replaced by one of the three others.",
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableColumns:
+class CleaningConfig(Config):
+    """What is looked for among equal sequences, and what becomes of it."""
+
+    both_strands: bool = option(
+        True,
+        group=DATA,
+        help="A sequence and its reverse complement count as equal; switch it off where the strand is part "
+        "of the question.",
+    )
+    duplicate_sequences: FindingPolicy = option(
+        "keep",
+        group=DATA,
+        help="Equal sequences with the same label: report them, drop all but the first, or stop.",
+    )
+    conflicts: FindingPolicy = option(
+        "keep", group=DATA, help="Equal sequences with different labels: report them, drop all, or stop."
+    )
+
+
+class TableColumns(Config):
     """Where sequences and labels stand in a table."""
 
-    sequence_column: str = "sequence"
-    """Column of the sequences."""
-    label_columns: tuple[str, ...] = ("label",)
-    """Column of the labels; several for ``multilabel`` (0 or 1 each) and ``regression``."""
-    label_delimiter: str | None = None
-    """Separates names in one cell, for ``multilabel`` and ``token``."""
-    ignore_label: str | None = None
-    """For ``token``: the name that stands for a base without label, such as ``.``."""
-    id_column: str | None = None
-    """Column of the ids. None: ``row_1``, ``row_2`` ...; for a table of labels, the column ``id``."""
-    split_column: str | None = None
-    """Column that says to which side of the split a row belongs."""
-    group_column: str | None = None
-    """Column of groups that no split may cut, instead of clusters of homologs."""
-    unlabelled: UnlabelledPolicy = "error"
-    """A sequence whose id is not in the table of labels: stop, or leave it out."""
+    sequence_column: str = option("sequence", group=DATA, metavar="NAME", help="Column of the sequences.")
+    label_columns: tuple[str, ...] = option(
+        ("label",),
+        group=DATA,
+        basic=True,
+        flag="--label-column",
+        metavar="NAME",
+        help="Column of the labels. Repeat it for multilabel (0 or 1 in each) and regression.",
+    )
+    label_delimiter: str | None = option(
+        None,
+        group=DATA,
+        metavar="TEXT",
+        help="For multilabel and token: what separates the names in one cell.",
+    )
+    ignore_label: str | None = option(
+        None, group=DATA, metavar="NAME", help="For token: the name that stands for a base without a label."
+    )
+    id_column: str | None = option(
+        None,
+        group=DATA,
+        metavar="NAME",
+        shown_default="row_1, row_2 ...; in a table of labels, id",
+        help="Column of the ids.",
+    )
+    split_column: str | None = option(
+        None,
+        group=SPLIT,
+        metavar="NAME",
+        help="For --split column: the column that says train, validation or test.",
+    )
+    group_column: str | None = option(
+        None,
+        group=SPLIT,
+        metavar="NAME",
+        help="For --split homology: column of groups that stay together, instead of clusters of homologs.",
+    )
+    unlabelled: UnlabelledPolicy = option(
+        "error", group=DATA, help="A sequence whose id is not in the table of labels: stop, or skip it."
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledConfig(TableColumns):
     """Where sequences and labels stand, and what a label is."""
 
-    kind: LabelKind = "class"
-    """``class``, ``multilabel``, ``regression``, ``token`` (one a base) or ``none`` (sequences only)."""
+    kind: LabelKind = option("class", help="What a label is; none reads sequences only.")
 
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self))
-        if not problems:
-            problems += self._rule_problems()
-        if problems:
-            raise ConfigError(*problems)
-
-    def _rule_problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         columns = self.label_columns
         if self.kind != "none" and not columns:
             yield "label_columns is empty; name the column of the labels"
@@ -118,43 +140,43 @@ class LabelledConfig(TableColumns):
             )
         if self.ignore_label is not None and self.kind != "token":
             yield "ignore_label is for kind 'token'; leave it out"
-        named = [*self._wanted(), *filter(None, (self.id_column, self.split_column, self.group_column))]
+        wanted = (self.sequence_column, *(columns if self.kind != "none" else ()))
+        named = [*wanted, *filter(None, (self.id_column, self.split_column, self.group_column))]
         if len(set(named)) < len(named):
             yield f"columns {', '.join(named)}: one is named twice; name each column once"
 
-    def _wanted(self) -> tuple[str, ...]:
-        return (self.sequence_column, *(self.label_columns if self.kind != "none" else ()))
 
+class SplitConfig(Config):
+    """How rows are divided into train, validation and test."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitConfig:
-    """How rows are parted."""
+    split: SplitMethod = option(
+        "stratified",
+        group=SPLIT,
+        basic=True,
+        help="How rows are divided where no files are given: at random; keeping the shares of labels; "
+        "keeping "
+        "homologs together; or by a column.",
+    )
+    validation_fraction: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        group=SPLIT,
+        metavar="SHARE",
+        help="Share of the rows that stops training and chooses the best step; 0 for none.",
+    )
+    test_fraction: float = option(
+        0.1,
+        ge=0,
+        lt=1,
+        group=SPLIT,
+        metavar="SHARE",
+        help="Share of the rows that is evaluated once, at the end; 0 for none.",
+    )
+    seed: int = option(0, ge=0, help="Random seed: which rows.")
 
-    split: SplitMethod = "stratified"
-    """``random``; ``stratified`` keeps the shares of labels; ``homology`` keeps kin together and the shares
-    as well as that allows; ``column`` takes what the file says."""
-    validation_fraction: float = 0.1
-    """Share of the rows that stops training and chooses the best step; 0 for none."""
-    test_fraction: float = 0.1
-    """Share of the rows that judges; 0 for none."""
-    seed: int = 0
-    """Decides which rows."""
-
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"seed": (0, "")}))
-        if not problems:
-            problems += [
-                f"{name} is {value}; set {name} from 0 to below 1, such as 0.1"
-                for name in ("validation_fraction", "test_fraction")
-                if not 0 <= (value := getattr(self, name)) < 1
-            ]
-            if self.validation_fraction + self.test_fraction >= 1:
-                problems.append(
-                    f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} "
-                    "leave nothing to train on; set them to less than 1 together"
-                )
-        if problems:
-            raise ConfigError(*problems)
+    def _problems(self) -> Iterator[str]:
+        return split_problems(self.validation_fraction, self.test_fraction)
 
     @property
     def fractions(self) -> tuple[float, float, float]:
@@ -163,4 +185,14 @@ class SplitConfig:
             1 - self.validation_fraction - self.test_fraction,
             self.validation_fraction,
             self.test_fraction,
+        )
+
+
+def split_problems(validation: float, test: float) -> Iterator[str]:
+    """Say so if no rows are left to train on."""
+    if validation + test >= 1:
+        words = "less than 1 together with test_fraction"
+        yield Problem(
+            f"validation_fraction {validation} and test_fraction {test} leave nothing to train on",
+            Remedy("validation_fraction", words=words),
         )

@@ -1,82 +1,202 @@
-"""What a probe is asked to do: how layers are compared."""
+"""What a probe is asked to do: how layers are compared, and what of an extraction it lets the user choose."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import Folding, Preset, ProbeTask, UnmatchedPolicy
-from genoembed.config.embed import field_problems
-from genoembed.errors import ConfigError
+from genoembed.config.embed import (
+    OUTPUT,
+    VECTORS,
+    EmbedConfig,
+    EmbeddingConfig,
+    InputConfig,
+    ModelConfig,
+    RunConfig,
+    WindowConfig,
+)
+from genoembed.config.fields import Config, option
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
+LABELS, FOLDS, COMPARISONS = "Labels", "Folds", "Comparisons"
 MIN_FOLDS = 3
 TOP = (2, 4)
+FIXED = (
+    *("fusion", "fusion_weights", "per_window", "shard", "output", "overwrite", "resume", "inputs"),
+    *("engine", "workers", "ray_address", "certificate", "on_error", "out_dtype"),
+)
+"""Options of an extraction that a probe decides by itself, or has its own of."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeConfig:
+class ProbeConfig(Config):
     """How layers are compared."""
 
-    task: ProbeTask = "classification"
-    """What the labels are: classes, or numbers."""
-    cv: Folding = "stratified"
-    """Which rows share a fold: any (spread by class), those of a group, kin by shared k-mers, or those of a
-    chromosome."""
-    num_folds: int = 5
-    """Test folds, at least 3."""
-    seed: int = 0
-    """Of the folds, and of the untrained copy's weights."""
-    id_column: str = "id"
-    """Column of the record ids in the table of labels."""
-    label_column: str = "label"
-    """Column of the labels."""
-    group_column: str | None = None
-    """Column of the groups; with ``cv='grouped'`` None is ``group``."""
-    split_column: str | None = None
-    """Column that says ``train`` or ``test``, for the preset; None is ``split``, or the table ``split``."""
-    split: str | None = None
-    """Table with the columns of the ids and of the split, instead of a column of the labels."""
-    unmatched: UnmatchedPolicy = "error"
-    """Labels whose record is not there: stop, or say how many and go on."""
-    kin_identity: float = 0.8
-    """Identity from which sequences are kin, for ``cv='homology'``."""
-    top: tuple[int, ...] = TOP
-    """How many of the best layers are concatenated; each number is a candidate."""
-    baselines: bool = True
-    """Score 4-mers, 6-mers, GC content with length, and one-hot letters on the same folds."""
-    untrained: bool = True
-    """Score a copy of the model with fresh weights; this doubles the cost."""
-    preset: Preset = "none"
-    """``geneb``: also fit on all, ten and one training rows of each class, and score a given test split."""
-    sequences: tuple[str, ...] = ()
-    """Sequence files, where those that an embedding file names are gone."""
-    transform: tuple[str, ...] = ()
-    """Fitted transforms (``fit-transform``), each applied to the layer it was fitted on; the untrained copy's
-    layers stay as they are."""
-    plot: bool = True
-    """Draw score by layer as PNG and SVG."""
+    task: ProbeTask = option(
+        "classification", group=LABELS, basic=True, help="What the labels are: classes, or numbers."
+    )
+    cv: Folding = option(
+        "stratified",
+        group=FOLDS,
+        basic=True,
+        help="Which rows stay in one fold: any, with the classes spread evenly; those of a group; "
+        "homologs, by "
+        "shared k-mers; or those of a chromosome (the id before ':', or the file).",
+    )
+    num_folds: int = option(5, ge=MIN_FOLDS, group=FOLDS, metavar="N", help="Test folds.")
+    seed: int = option(
+        0,
+        group=FOLDS,
+        metavar="N",
+        help="Random seed of the folds and of the untrained copy's weights.",
+    )
+    id_column: str = option("id", group=LABELS, metavar="NAME", help="Column of the record ids.")
+    label_column: str = option(
+        "label", group=LABELS, basic=True, metavar="NAME", help="Column of the labels."
+    )
+    group_column: str | None = option(
+        None,
+        group=FOLDS,
+        metavar="NAME",
+        shown_default="group",
+        help="For --cv grouped: column of the groups.",
+    )
+    split_column: str | None = option(
+        None,
+        group=LABELS,
+        metavar="NAME",
+        shown_default="split",
+        help="For --preset geneb: column of the labels that says train or test.",
+    )
+    split: str | None = option(
+        None,
+        group=LABELS,
+        metavar="FILE",
+        help="For --preset geneb: a table of ids and split, instead of a column.",
+    )
+    unmatched: UnmatchedPolicy = option(
+        "error", group=LABELS, help="Labels whose record is not there: stop, or say how many and go on."
+    )
+    homolog_identity: float = option(
+        0.8,
+        gt=0,
+        le=1,
+        group=FOLDS,
+        metavar="SHARE",
+        help="For --cv homology: sequences count as homologs from this sequence identity on, estimated from "
+        "shared k-mers.",
+    )
+    top: tuple[int, ...] = option(
+        TOP,
+        ge=2,
+        group=COMPARISONS,
+        metavar="K",
+        help="Concatenate the best K layers as one more candidate. Repeatable.",
+    )
+    baselines: bool = option(
+        True, group=COMPARISONS, help="Score k-mers, GC content with length, and one-hot letters as well."
+    )
+    untrained: bool = option(
+        True,
+        group=COMPARISONS,
+        basic=True,
+        help="Score a copy of the model with random weights; this doubles the cost.",
+    )
+    preset: Preset = option(
+        "none",
+        group=LABELS,
+        help="geneb: also train on all, ten and one rows of each class, with five seeds, and score a "
+        "test split.",
+    )
+    sequences: tuple[str, ...] = option(
+        (),
+        group=COMPARISONS,
+        metavar="FILE",
+        help="Where the sequences of an embedding file are, if not where it says. Repeatable.",
+    )
+    transform: tuple[str, ...] = option(
+        (),
+        group=COMPARISONS,
+        metavar="FILE.h5",
+        help="A transform of fit-transform, applied to the layer it was fitted on. Repeatable.",
+    )
+    plot: bool = option(True, group=OUTPUT, help="Draw the score by layer, as PNG and SVG.")
 
-    def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"num_folds": (MIN_FOLDS, "")}))
-        if not problems:
-            problems += self._rule_problems()
-        if problems:
-            raise ConfigError(*problems)
-
-    def _rule_problems(self) -> Iterator[str]:
-        if not 0 < self.kin_identity <= 1:
-            yield f"kin_identity is {self.kin_identity}; set kin_identity above 0, at most 1, such as 0.8"
-        if any(number < 2 for number in self.top):
-            yield f"top is {list(self.top)}; set top to numbers of 2 or more, such as {list(TOP)}"
+    def _problems(self) -> Iterator[str]:
         if self.preset == "none" and (self.split or self.split_column):
-            yield "split and split_column are for a preset; set preset to 'geneb', or leave them out"
+            yield Problem(
+                "split and split_column are for a preset", Remedy("preset", "geneb"), ", or leave them out"
+            )
         if self.split and self.split_column:
             yield "split names a table and split_column a column of the labels; give one of the two"
         if self.preset != "none" and self.task != "classification":
-            yield f"preset 'geneb' is for classes, but task is {self.task!r}; set task to 'classification'"
+            yield Problem(
+                f"preset 'geneb' is for classes, but task is {self.task!r}",
+                Remedy("task", "classification"),
+            )
         if self.group_column and self.cv != "grouped":
-            yield f"group_column is given, but cv is {self.cv!r}; set cv to 'grouped', or leave it out"
+            yield Problem(
+                f"group_column is given, but cv is {self.cv!r}",
+                Remedy("cv", "grouped"),
+                ", or leave group_column out",
+            )
+
+
+class ProbeFiles(Config):
+    """What a probe reads and writes."""
+
+    inputs: tuple[str, ...] = option(
+        argument=True, metavar="INPUT", help="Sequence files, or one embedding file, whose layers are probed."
+    )
+    labels: str = option(
+        group=LABELS,
+        basic=True,
+        metavar="FILE",
+        help="Table with one row per record: TSV, CSV, JSON lines or Parquet.",
+    )
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        metavar="DIR",
+        shown_default="INPUT's name with .probe",
+        help="Folder of the results.",
+    )
+    overwrite: bool = option(
+        False,
+        group=OUTPUT,
+        basic=True,
+        help="Replace earlier results, and vectors that other settings made.",
+    )
+
+
+EXTRACTION_KEYS = tuple(key for key in EmbedConfig.options() if key not in FIXED)
+"""Options of an extraction that a probe of sequences takes."""
+
+
+class ProbeVectors(EmbeddingConfig):
+    """How layers are read; a probe looks at all of them."""
+
+    layers: tuple[str, ...] = option(
+        ("all",),
+        group=VECTORS,
+        flag="--layer",
+        metavar="SPEC",
+        help="Which layers, specified as for extract. Repeatable.",
+    )
+
+
+class ProbeOptions(ProbeFiles, ProbeConfig):
+    """All that the command line and a file may say: the probe, and the extraction of sequences."""
+
+    input: InputConfig
+    model: ModelConfig
+    embedding: ProbeVectors
+    windows: WindowConfig
+    run: RunConfig
+
+
+PROBE_KEYS = (*ProbeFiles.options(), *ProbeConfig.options(), *EXTRACTION_KEYS)

@@ -24,6 +24,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from genoembed.config.choices import ExportFormat
+from genoembed.config.fields import named_options
+from genoembed.config.files import ExportConfig
 from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.atomic import AtomicFile, replacing, reporting_writes
@@ -246,6 +248,7 @@ class ExportReport:
     num_bytes: int
 
 
+@named_options(ExportConfig)
 def export(
     path: str | PathLike[str],
     to: ExportFormat,

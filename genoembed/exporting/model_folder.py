@@ -13,7 +13,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genoembed.errors import ConfigError, MissingExtraError, ModelError, StoreError
+from genoembed.config.fields import named_options
+from genoembed.config.files import ModelExportConfig
+from genoembed.errors import ConfigError, MissingExtraError, ModelError, Problem, Remedy, StoreError
 from genoembed.models.load import GenomicModel, load_model
 from genoembed.models.trained_folder import read_finetuned
 
@@ -44,6 +46,7 @@ class ModelExportReport:
     """Whether ``import genoembed`` must come before the folder is loaded: the architecture is ours."""
 
 
+@named_options(ModelExportConfig)
 def export_model(
     model: str | PathLike[str],
     output: str | PathLike[str],
@@ -79,8 +82,8 @@ def export_model(
     """
     target = Path(output)
     if target.exists() and not overwrite:
-        message = (
-            f"output {fspath(output)!r} exists already; set overwrite to true, or output to another name"
+        message = Problem(
+            f"output {fspath(output)!r} exists already", Remedy("overwrite", True), ", or choose another name"
         )
         raise ConfigError(message)
     loaded = load_model(

@@ -107,8 +107,14 @@ def clean_labelled(
                 dropped_conflicts.update(group)
                 continue
         if len(set(labels)) < len(labels):
-            _refuse(chosen.duplicates, "duplicates", "one sequence several times", rows[group[0]], equal)
-            if chosen.duplicates == "drop":
+            _refuse(
+                chosen.duplicate_sequences,
+                "duplicate_sequences",
+                "one sequence several times",
+                rows[group[0]],
+                equal,
+            )
+            if chosen.duplicate_sequences == "drop":
                 dropped_duplicates.update(_repeats(group, labels))
     report = CleaningReport(
         rows=len(rows),

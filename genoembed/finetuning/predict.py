@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from genoembed.config.fields import named_options
+from genoembed.config.files import PredictConfig
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
 from genoembed.pipeline.request import use_threads
@@ -63,6 +65,7 @@ class PredictionReport:
     """Wall time, without loading the model."""
 
 
+@named_options(PredictConfig)
 def predict(
     model: str | PathLike[str],
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
@@ -110,7 +113,6 @@ def predict(
         for name, value in (("batch_rows", batch_rows), ("threads", threads))
         if value is not None and value < 1
     ]
-    problems += [f"{name!r} is no option of predict" for name in policies if name not in _POLICIES]
     if problems:
         raise ConfigError(*problems)
     with use_threads(threads):

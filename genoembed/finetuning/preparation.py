@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -80,10 +80,8 @@ def find_contrast(config: FinetuneConfig) -> Contrast:
 def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequence]:
     """Read labelled sequences."""
     data = config.data
-    columns = {item.name: getattr(data, item.name) for item in fields(TableColumns)}
-    cleaning = CleaningConfig(
-        both_strands=not data.one_strand, duplicates=data.repeats, conflicts=data.conflicts
-    )
+    columns = {name: getattr(data, name) for name in TableColumns.own_options()}
+    cleaning = CleaningConfig(**{name: getattr(data, name) for name in CleaningConfig.own_options()})
     read = []
     for files in _files(data):
         rows = (
@@ -149,7 +147,7 @@ def _split_sides(
 ) -> Sides[RowT]:
     """Split rows by their files, or by ``split`` where there are files to train on alone."""
     data, rows = config.data, _joined(read)
-    homology = HomologyConfig(identity=data.kin_identity)
+    homology = HomologyConfig(identity=data.homolog_identity)
     clusters = None
     if split == "homology" or data.homologs != "ignore":
         clusters = (

@@ -11,14 +11,15 @@ import json
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer_utils import set_seed
 
-from genoembed.config.finetune import PREDICTION_TASKS, finetune_config
+from genoembed.config.fields import named_options
+from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, finetune_config
 from genoembed.errors import ConfigError
 from genoembed.finetuning.evaluation import SMALLER_IS_BETTER, TASK_METRICS, check_metrics_installed
 from genoembed.finetuning.sampling import new_sampler
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
     from genoembed.config.choices import Task
-    from genoembed.config.finetune import FinetuneConfig, FinetuneRecipe
+    from genoembed.config.finetune import FinetuneRecipe
 
 
 __all__ = ["FinetuneReport", "finetune"]
@@ -79,6 +80,7 @@ class FinetuneReport:
     """JSON file that runs the same training again."""
 
 
+@named_options(FinetuneConfig)
 def finetune(
     train: str | PathLike[str] | Iterable[str | PathLike[str]] | None,
     output_dir: str | PathLike[str],
@@ -169,7 +171,7 @@ class _Run:
             ranks = world_size if self.compares_across else 1
             self.setup.group_sampler.check_batch(
                 min(recipe.rows_per_device * ranks, num_rows),
-                in_batch_negatives=not config.objective.own_negatives_only,
+                in_batch_negatives=config.objective.in_batch_negatives,
             )
         # what a run that goes on must share with the one that began: files may move, rows may not change
         shared: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
@@ -313,15 +315,14 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
     rate = recipe.learning_rate or default_rate(
         width, uses_adapters=config.encoder.tuning == "lora", num_rows=num_rows
     )
-    resolved = replace(
-        recipe,
+    resolved = recipe.changed(
         max_epochs=recipe.max_epochs or epochs,
         learning_rate=rate,
         head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
         metric=metric,
         dtype=resolved_dtype(recipe.dtype),
     )
-    return replace(config, recipe=resolved)
+    return config.changed(recipe=resolved)
 
 
 def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:

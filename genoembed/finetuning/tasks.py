@@ -293,7 +293,7 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
             temperature=objective.temperature
             or (_LABEL_TEMPERATURE if contrast == "labels" else _PAIR_TEMPERATURE),
             scope=scope,
-            in_batch_negatives=not objective.own_negatives_only,
+            in_batch_negatives=objective.in_batch_negatives,
             across_devices=objective.across_devices,
         ),
         margin=margin if is_triplet else None,
@@ -315,7 +315,7 @@ def _examples(config: FinetuneConfig) -> TaskSetup:
         [len(row.neg) for row in sides.train],
         train_group_size=2 if is_triplet else objective.train_group_size,
         seed=recipe.seed,
-        in_batch_negatives=not objective.own_negatives_only,
+        in_batch_negatives=objective.in_batch_negatives,
     )
     base = _load_base(config)
     terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
@@ -364,7 +364,7 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
             temperature=objective.temperature or M3LossConfig().temperature,
             self_distillation_start=objective.self_distillation_start,
             distillation=objective.distillation,
-            in_batch_negatives=not objective.own_negatives_only,
+            in_batch_negatives=objective.in_batch_negatives,
             across_devices=objective.across_devices,
         )
     )

@@ -115,7 +115,7 @@ def _no_reports_sent() -> Iterator[None]:
 def found_from_anywhere(model: ModelConfig) -> ModelConfig:
     """Give a local folder by its whole path: workers have another current folder."""
     path = Path(model.model)
-    return replace(model, model=str(path.resolve())) if path.exists() else model
+    return model.changed(model=str(path.resolve())) if path.exists() else model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,7 +314,7 @@ class RayEngine:
             threads = 1 if self._uses_gpus else max(1, int(resources.get("CPU", 1)) // workers)
         kind = self._ray.remote(concurrency_groups={"look": 1})(UnitWorker)
         options = kind.options(num_cpus=threads, num_gpus=int(self._uses_gpus), max_restarts=0)
-        config = replace(self._config, model=found_from_anywhere(self._config.model))
+        config = self._config.changed(model=found_from_anywhere(self._config.model))
         return lambda: options.remote(config)
 
     def _new_worker(self) -> _Worker:

@@ -10,50 +10,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genoembed.config.choices import MapMethod
-from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.config.plot import MapConfig
+from genoembed.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from genoembed.config.plot import MapConfig
+
 
 _NAMES = {"pca": "PC", "umap": "UMAP ", "tsne": "t-SNE "}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MapOptions:
-    """How vectors are laid out in the plane."""
-
-    method: MapMethod = "pca"
-    components: int = 50
-    """``umap`` and ``tsne``: principal components that they start from."""
-    neighbors: int = 15
-    """``umap``: neighbors of a point; more show the large shape, fewer the small one."""
-    min_dist: float = 0.1
-    """``umap``: how close points may lie, 0 to 1."""
-    perplexity: float = 30.0
-    """``tsne``: about how many neighbors a point has."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.method not in get_args(MapMethod):
-            problems.append(
-                f"method is {self.method!r}; set method to one of {', '.join(get_args(MapMethod))}"
-            )
-        for name, least in (("components", 2), ("neighbors", 2)):
-            if getattr(self, name) < least:
-                problems.append(f"{name} is {getattr(self, name)}; set {name} to {least} or more")
-        if not 0 <= self.min_dist <= 1:
-            problems.append(f"min_dist is {self.min_dist}; set min_dist to 0 to 1")
-        if not self.perplexity >= 1:
-            problems.append(f"perplexity is {self.perplexity}; set perplexity to 1 or more")
-        if problems:
-            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +37,12 @@ class PlaneMap:
     """What was used, in words."""
 
 
-def lay_out(vectors: NDArray[np.float32], options: MapOptions) -> PlaneMap:
+def lay_out(vectors: NDArray[np.float32], options: MapConfig) -> PlaneMap:
     """Lay vectors out in the plane.
 
     Example:
         >>> corners = np.array([[3, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=np.float32)
-        >>> lay_out(corners, MapOptions()).axis_labels
+        >>> lay_out(corners, MapConfig()).axis_labels
         ('PC1 (90.0 %)', 'PC2 (10.0 %)')
     """
     wanted = 2 if options.method == "pca" else options.components
@@ -114,7 +84,7 @@ def _principal_components(
     return scores, shares
 
 
-def _umap(scores: NDArray[np.float32], neighbors: int, options: MapOptions) -> NDArray[np.float32]:
+def _umap(scores: NDArray[np.float32], neighbors: int, options: MapConfig) -> NDArray[np.float32]:
     with warnings.catch_warnings():
         # of its parts that we do not use, and of running on one thread, which the fixed seed asks for
         warnings.simplefilter("ignore")
@@ -134,7 +104,7 @@ def _umap(scores: NDArray[np.float32], neighbors: int, options: MapOptions) -> N
         return np.asarray(model.fit_transform(scores), dtype=np.float32)
 
 
-def _tsne(scores: NDArray[np.float32], perplexity: float, options: MapOptions) -> NDArray[np.float32]:
+def _tsne(scores: NDArray[np.float32], perplexity: float, options: MapConfig) -> NDArray[np.float32]:
     from sklearn.manifold import TSNE
 
     model = TSNE(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genoembed.config.fields import named_options
+from genoembed.config.plot import MapConfig, PlotConfig
 from genoembed.errors import ConfigError, LabelError
 from genoembed.pipeline.embedding_file import VectorSource, load_transform_for
 from genoembed.plotting.colors import (
@@ -27,7 +29,7 @@ from genoembed.plotting.colors import (
     text_column,
 )
 from genoembed.plotting.drawing import build_page, draw_map
-from genoembed.plotting.reduction import MapOptions, lay_out
+from genoembed.plotting.reduction import lay_out
 from genoembed.pooling.transform import usable_rows
 from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
@@ -82,6 +84,7 @@ class PlotReport:
     seconds: float
 
 
+@named_options(PlotConfig)
 def plot(
     path: str | PathLike[str],
     output: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
@@ -114,7 +117,7 @@ def plot(
         max_points: Where there are more rows, a random sample of so many is drawn; None draws all.
         title: None is the name of the file.
         overwrite: Replace existing files.
-        **options: Fields of :class:`~genoembed.plotting.reduction.MapOptions`: ``method`` (``pca``, ``umap``
+        **options: Fields of :class:`~genoembed.config.plot.MapConfig`: ``method`` (``pca``, ``umap``
             or ``tsne``), ``components``, ``neighbors``, ``min_dist``, ``perplexity`` and ``seed``. None
             stands for the default.
 
@@ -170,14 +173,11 @@ def plot(
     )
 
 
-def _map_options(options: Mapping[str, Any], max_points: int | None) -> MapOptions:
-    unknown = [name for name in options if name not in MapOptions.__dataclass_fields__]
-    problems = [f"{name!r} is no option of plot" for name in unknown]
+def _map_options(options: Mapping[str, Any], max_points: int | None) -> MapConfig:
     if max_points is not None and max_points < 3:
-        problems.append(f"max_points is {max_points}; set max_points to 3 or more, or leave it out")
-    if problems:
-        raise ConfigError(*problems)
-    return MapOptions(**{name: value for name, value in options.items() if value is not None})
+        message = f"max_points is {max_points}; set max_points to 3 or more, or leave it out"
+        raise ConfigError(message)
+    return MapConfig.build(options)
 
 
 def _targets(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,7 +69,7 @@ class CorpusState:
 
     def to_dict(self) -> dict[str, object]:
         """Give the state as plain values, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CorpusState:
@@ -77,7 +77,7 @@ class CorpusState:
         try:
             config = CorpusConfig(**values["config"])  # type: ignore[arg-type]
             return cls(**{**values, "config": config})  # type: ignore[arg-type]
-        except (KeyError, TypeError) as error:
+        except (ConfigError, KeyError, TypeError) as error:
             message = f"corpus state: {error}; the state is damaged or from another version: start again"
             raise ConfigError(message) from error
 
@@ -99,7 +99,7 @@ def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]
     return [
         f"{name}: {getattr(expected, name)!r}, but {getattr(found, name)!r} in the state; "
         f"set {name} to the state's value, or start again"
-        for name in (entry.name for entry in fields(CorpusConfig))
+        for name in CorpusConfig.own_options()
         if getattr(found, name) != getattr(expected, name)
     ]
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, train_config
+from genoembed.config.fields import named_options
+from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig, train_config
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from genoembed.config.pretrain import DataConfig, RecipeConfig, TrainConfig
+    from genoembed.config.pretrain import DataConfig, RecipeConfig
     from genoembed.training.start import Start
 
 
@@ -72,6 +73,7 @@ class PretrainReport:
     """JSON-lines file with the whole curve."""
 
 
+@named_options(TrainConfig)
 def pretrain(
     corpus: str | PathLike[str] | Iterable[str | PathLike[str]] | None,
     output_dir: str | PathLike[str],
@@ -140,7 +142,7 @@ class _Run:
             rows_per_batch=config.recipe.rows_per_device,
         )
         self.stream = PackedStream(
-            data.corpus, corpus=replace(self.corpus, **shard), rules=self.start.rules, rows=self.rows
+            data.corpus, corpus=self.corpus.changed(**shard), rules=self.start.rules, rows=self.rows
         )
         self.checkpoint: Path | None = None
 
@@ -172,7 +174,7 @@ class _Run:
         data = self.config.data
         heldout = read_heldout(
             data.heldout or data.corpus,
-            corpus=replace(self.corpus, heldout=not data.heldout),
+            corpus=self.corpus.changed(heldout=not data.heldout),
             rules=self.start.rules,
             rows=self.rows,
             num_rows=data.heldout_rows,
@@ -222,7 +224,7 @@ class _Run:
                 self._compared(),
                 corpus=list(self.config.data.corpus),
                 heldout=list(self.config.data.heldout),
-                corpus_config=asdict(self.corpus),
+                corpus_config=self.corpus.to_dict(),
                 model_config=self.start.model.config.to_dict(),
             )
 
@@ -292,7 +294,7 @@ def _arguments(recipe: RecipeConfig, folder: Path) -> TrainingArguments:
 def _corpus_config(data: DataConfig, *, seed: int) -> CorpusConfig:
     return CorpusConfig(
         seed=seed,
-        both_strands=not data.one_strand,
+        both_strands=data.both_strands,
         n_run_bp=data.n_run_bp,
         max_document_bp=data.max_document_bp or DOCUMENT_WINDOWS * data.window,
         shuffle_documents=data.shuffle_documents,

@@ -149,7 +149,7 @@ def read_heldout(
     paths: Sequence[str], *, corpus: CorpusConfig, rules: TokenRules, rows: RowShape, num_rows: int
 ) -> HeldoutRows:
     """Pack what is held out, and keep rows of it spread evenly."""
-    config = replace(corpus, both_strands=False, shuffle_documents=1, shard=0, num_shards=1, seed=0)
+    config = corpus.changed(both_strands=False, shuffle_documents=1, shard=0, num_shards=1, seed=0)
     stream = DocumentStream(paths, config=config)
     num_tokens = 0
 

@@ -190,7 +190,7 @@ def group_rows(
             "their files"
         )
         raise ConfigError(message)
-    clusters = cluster_homologs(sequences, config=HomologyConfig(identity=options.kin_identity))
+    clusters = cluster_homologs(sequences, config=HomologyConfig(identity=options.homolog_identity))
     return clusters.labels
 
 

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genoembed.config.embed import OPTION_STAGE, default_output
-from genoembed.config.probe import ProbeConfig
-from genoembed.errors import ConfigError, MissingExtraError, StoreError
+from genoembed.config.embed import default_output
+from genoembed.config.fields import raise_all, unknown_option
+from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
+from genoembed.errors import ConfigError, MissingExtraError, Problem, Remedy, StoreError
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
 from genoembed.probing.report import (
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
     from genoembed.store import EmbeddingFile
 
 
-FIXED = ("fusion", "fusion_weights", "per_window", "shard", "output", "overwrite", "resume")
-"""Options of ``extract`` that a probe decides by itself."""
-
-
 def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, Any]]:
     """Split options into those of the probe and those of the extraction.
 
@@ -57,27 +53,15 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, A
         ('homology', {'window': 500})
     """
     given = {name: value for name, value in options.items() if value is not None}
-    own = {field.name for field in fields(ProbeConfig)}
-    others = set(OPTION_STAGE) - {"inputs"} - set(FIXED)
-    problems = []
-    for name in set(given) - own - others:
-        if name in FIXED:
-            problems.append(f"{name} is decided by the probe; leave it out")
-            continue
-        near = difflib.get_close_matches(name, own | others, n=1)
-        problems.append(f"{name!r} is no option" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if problems:
-        raise ConfigError(*sorted(problems))
-    mine: dict[str, Any] = {name: _as_tuple(name, value) for name, value in given.items() if name in own}
-    return ProbeConfig(**mine), {name: value for name, value in given.items() if name not in own}
-
-
-def _as_tuple(name: str, value: object) -> object:
-    if name in ("sequences", "transform"):
-        return (str(value),) if not isinstance(value, list | tuple) else tuple(map(str, value))
-    if name == "split":
-        return str(value)
-    return tuple(value) if isinstance(value, list) else value
+    own = ProbeConfig.options()
+    raise_all(
+        f"{name} is decided by the probe; leave it out"
+        if name in FIXED
+        else unknown_option(name, (*own, *EXTRACTION_KEYS))
+        for name in sorted(set(given) - {*own, *EXTRACTION_KEYS})
+    )
+    mine = ProbeConfig.build({name: value for name, value in given.items() if name in own})
+    return mine, {name: value for name, value in given.items() if name not in own}
 
 
 SUMMARY, PLOTS = "probe.json", ("layers.png", "layers.svg")
@@ -111,7 +95,7 @@ def probe(
         progress: As for ``extract``.
         **options: Fields of :class:`~genoembed.config.probe.ProbeConfig`: ``task``, ``cv``,
             ``num_folds``, ``seed``, ``id_column``, ``label_column``, ``group_column``, ``split_column``,
-            ``split``, ``unmatched``, ``kin_identity``, ``top``, ``baselines``, ``untrained``, ``preset``,
+            ``split``, ``unmatched``, ``homolog_identity``, ``top``, ``baselines``, ``untrained``, ``preset``,
             ``sequences``, ``plot``. For sequences also options of ``extract``: ``pooling``, ``window``,
             ``dtype``, ``device`` and so on. None stands for the default.
 
@@ -250,8 +234,10 @@ def _check_folder(folder: Path, options: ProbeConfig, *, overwrite: bool) -> Non
     """Raise if a folder has results that must stay, before any work is done; make one that is not there."""
     written = [SUMMARY, *(PLOTS if options.plot else ())]
     if there := [name for name in written if (folder / name).exists() and not overwrite]:
-        problem = f"{there[0]} exists already; set overwrite to true, or output to another folder"
-        raise StoreError(problem, path=str(folder))
+        there_already = Problem(
+            f"{there[0]} exists already", Remedy("overwrite", True), ", or choose another folder"
+        )
+        raise StoreError(there_already, path=str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

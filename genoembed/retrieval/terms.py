@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from genoembed.config.embed import field_problems
 from genoembed.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -45,8 +44,12 @@ class KmerTerms:
     """Terms are numbered from 0 to this. With 4^k of them or more no two k-mers share a number."""
 
     def __post_init__(self) -> None:
-        problems = list(field_problems(self, at_least={"k": (1, "bases"), "num_terms": (2, "")}))
-        if isinstance(self.k, int) and self.k > _MAX_K:
+        problems = [
+            f"{name} is {value!r}; set {name} to {least} or more{unit}"
+            for name, value, least, unit in (("k", self.k, 1, " bases"), ("num_terms", self.num_terms, 2, ""))
+            if isinstance(value, bool) or not isinstance(value, int) or value < least
+        ]
+        if not problems and self.k > _MAX_K:
             problems.append(f"k is {self.k}; set k to {_MAX_K} bases or less")
         if problems:
             raise ConfigError(*problems)

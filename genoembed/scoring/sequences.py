@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from genoembed.config.fields import named_options
+from genoembed.config.score import ScoreConfig
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.units import iter_units
@@ -86,6 +88,7 @@ class ScoreReport:
     """Wall time, without loading the model."""
 
 
+@named_options(ScoreConfig)
 def score(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
@@ -129,7 +132,7 @@ def score(
         GenoembedError: If input, model or output fail; outputs are then as they were before.
     """
     policies = {name: options.pop(name) for name in _POLICIES if name in options}
-    run = run_options(model, options, call="score")
+    run = run_options(model, options, call=ScoreConfig)
     run.check(window=window, stride=stride)
     table, bases_table = (None if path is None else fspath(path) for path in (output, per_base))
     if table is not None and table == bases_table:

@@ -11,6 +11,7 @@ import torch
 
 from genoembed.config.choices import ComputeDtype, ScorePooling, ScoreStrands, StartChoice
 from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
+from genoembed.config.fields import Config, raise_all, unknown_option
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel
 from genoembed.models.load import load_model
@@ -97,12 +98,11 @@ class RunOptions:
 
 
 def run_options(
-    model: str | PathLike[str] | GenomicModel, options: Mapping[str, Any], *, call: str
+    model: str | PathLike[str] | GenomicModel, options: Mapping[str, Any], *, call: type[Config]
 ) -> RunOptions:
     """Collect the options of a call; None stands for the default."""
     unknown = [name for name in options if name not in RunOptions.__dataclass_fields__]
-    if unknown:
-        raise ConfigError(*(f"{name!r} is no option of {call}" for name in unknown))
+    raise_all(unknown_option(name, call.options()) for name in unknown)
     return RunOptions(model=model, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 
 from genoembed._version import __version__
+from genoembed.config.fields import named_options
+from genoembed.config.score import DEFAULT_FLANK, VariantConfig
 from genoembed.contracts import EmbeddingBlock, ObsRow, SequenceRecord
 from genoembed.errors import ConfigError, VariantError
 from genoembed.pipeline.request import use_threads
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
 from genoembed.scoring.setup import run_options, warn_of_precision
 from genoembed.sequences.records import IdRegistry
-from genoembed.sequences.variants import DEFAULT_FLANK, VariantCounts, read_variants
+from genoembed.sequences.variants import VariantCounts, read_variants
 from genoembed.store import EmbeddingWriter
 from genoembed.store.tables import open_table
 
@@ -72,6 +74,7 @@ class VariantReport:
     """Wall time, without loading the model."""
 
 
+@named_options(VariantConfig)
 def score_variants(
     vcf: str | PathLike[str],
     reference: str | PathLike[str],
@@ -119,7 +122,7 @@ def score_variants(
         ModelError: If the model is not causal, or has no next-token head.
         GenoembedError: If input, model or output fail; outputs are then as they were before.
     """
-    run = run_options(model, options, call="score_variants")
+    run = run_options(model, options, call=VariantConfig)
     run.check(pooling=pooling)
     table, vector_file = (None if path is None else fspath(path) for path in (output, vectors))
     _check_outputs(table, vector_file, layer)

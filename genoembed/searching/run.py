@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genoembed.config.choices import Metric
+from genoembed.config.fields import named_options
+from genoembed.config.search import NeighborConfig, SearchConfig
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.pipeline.embedding_file import (
@@ -36,7 +37,7 @@ from genoembed.pipeline.request import use_threads
 from genoembed.pooling.transform import usable_rows
 from genoembed.searching.hits import Hits, Places
 from genoembed.searching.hybrid import HybridOptions, HybridWeights, check_whole_records, rescore
-from genoembed.searching.index import SEARCH_EFFORT, Origin, open_index
+from genoembed.searching.index import Origin, open_index
 from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
 from genoembed.sequences import read_sequences
 from genoembed.store import check_output, open_embeddings
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import Metric
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.searching.hits import HybridScores
@@ -90,6 +92,7 @@ class SearchReport:
     """Wall time of the search, without embedding the queries."""
 
 
+@named_options(SearchConfig)
 def search(
     queries: str | PathLike[str] | Sequence[str | PathLike[str]],
     against: str | PathLike[str],
@@ -119,7 +122,7 @@ def search(
         subject_sequences: Where ``hybrid`` finds the database's sequences; empty takes the files that it
             names.
         progress: Called while an index is built, with the number of rows.
-        **options: Fields of :class:`~genoembed.searching.run.SearchOptions`: ``k``, ``metric``, ``layer``,
+        **options: Fields of :class:`~genoembed.config.search.NeighborConfig`: ``k``, ``metric``, ``layer``,
             ``exclude_self``, ``transform``, ``approximate``, ``index``, ``effort``, ``measure_recall``,
             ``search_threads``, ``seed``. For sequences also ``invalid``, ``duplicates``, ``empty``, ``gaps``,
             ``device``, ``threads``, ``batch_tokens``, ``dtype`` and ``trust_remote_code``, as for
@@ -134,11 +137,7 @@ def search(
     """
     given = {name: value for name, value in options.items() if value is not None}
     embedding = {name: given.pop(name) for name in _QUERY_OPTIONS if name in given}
-    unknown = [name for name in given if name not in SearchOptions.__dataclass_fields__]
-    if unknown:
-        message = f"{', '.join(map(repr, unknown))}: no option of search"
-        raise ConfigError(message)
-    wanted = SearchOptions(**given)
+    wanted = NeighborConfig.build(given)
     heads = HybridOptions(
         weights=_weights(hybrid_weights),
         depth=depth,
@@ -206,50 +205,6 @@ def _weights(given: Sequence[float]) -> HybridWeights:
         raise ConfigError(message)
     dense, sparse, multi_vector = given
     return HybridWeights(dense=dense, sparse=sparse, multi_vector=multi_vector)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchOptions:
-    """What is near, and how it is looked for."""
-
-    k: int = 10
-    """Neighbors of a query."""
-    metric: Metric = "cosine"
-    """``cosine`` and ``dot``: higher is closer; ``euclidean``: lower is closer."""
-    layer: str | None = None
-    """Which matrix of the files; None is the database's first."""
-    exclude_self: bool = False
-    """Leave out rows of the record that the query is."""
-    transform: str | PathLike[str] | None = None
-    """A file of ``fit_transform``, applied to both sides."""
-    approximate: bool = False
-    """Use a graph index beside the database instead of looking at every row."""
-    index: str | PathLike[str] | None = None
-    """The index file; None is beside the database."""
-    effort: int = SEARCH_EFFORT
-    """Candidates that the index looks at; more find more, and take longer."""
-    measure_recall: int = 0
-    """Queries to answer exactly, too, to measure the index by."""
-    search_threads: int = 1
-    """Threads of the index."""
-    seed: int = 0
-    """Of the choice of queries that recall is measured on."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}; set {name} to {least} or more"
-            for name, least in (("k", 1), ("effort", 1), ("search_threads", 1), ("measure_recall", 0))
-            if (value := getattr(self, name)) < least
-        ]
-        if self.metric not in get_args(Metric):
-            problems.append(f"metric is {self.metric!r}; set metric to one of {', '.join(get_args(Metric))}")
-        problems += [
-            f"{name} is for the approximate search; set approximate to True, or leave {name} out"
-            for name, given in (("index", self.index is not None), ("measure_recall", self.measure_recall))
-            if given and not self.approximate
-        ]
-        if problems:
-            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,7 +326,7 @@ class FoundNeighbors:
 def find_neighbors(
     queries: Queries,
     database: EmbeddingFile,
-    options: SearchOptions,
+    options: NeighborConfig,
     *,
     progress: Callable[[int], None] | None = None,
 ) -> FoundNeighbors:
@@ -420,7 +375,11 @@ def find_neighbors(
 
 
 def _recall(
-    found: Neighbors, asked: VectorSource, source: VectorSource, options: SearchOptions, owners: Owners | None
+    found: Neighbors,
+    asked: VectorSource,
+    source: VectorSource,
+    options: NeighborConfig,
+    owners: Owners | None,
 ) -> float:
     """Measure the recall of the index on some queries, chosen by chance."""
     number = min(options.measure_recall, len(asked))

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, NamedTuple
 
+from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, iter_lines, iter_text
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-DEFAULT_FLANK = 512
 _COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT")
 _REF = re.compile(r"[ACGTNRYSWKMBDHV]+")
 _ALT = re.compile(r"[ACGTN]+")

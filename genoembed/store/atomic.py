@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genoembed.errors import GenoembedError, StoreError
+from genoembed.errors import GenoembedError, Problem, Remedy, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     elif target.exists() and not target.is_file():
         problem = "is a device or pipe, expected a regular file; set output to a file name"
     elif target.exists() and not overwrite:
-        problem = "exists already; set overwrite to true, or output to another name"
+        problem = Problem("exists already", Remedy("overwrite", True), ", or choose another name")
     elif not target.parent.is_dir():
         problem = f"folder {str(target.parent)!r} does not exist; make it, or set output to another folder"
     elif not os.access(target.parent, os.W_OK | os.X_OK):

@@ -108,4 +108,4 @@ def test_export_writes_what_the_file_holds(cli, made):
 def test_export_model_refuses_a_folder_that_is_there(cli, fasta, tiny):
     result = cli("export-model", tiny, "-o", fasta.parent, "-q")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "exists already; set overwrite to true" in result.stderr
+    assert "exists already; add --overwrite" in result.stderr

@@ -11,7 +11,8 @@ import pytest
 
 from genoembed import __version__
 from genoembed.cli import COMMANDS, main
-from genoembed.cli.options import in_command_line_words, option_name
+from genoembed.cli.options import CONFIG_FILE_OPTIONS, SHORT_HELP_OPTIONS
+from genoembed.cli.reference import with_tables
 from genoembed.config.choices import (
     ComputeDtype,
     DuplicatePolicy,
@@ -25,111 +26,84 @@ from genoembed.config.choices import (
     StorageDtype,
     Strands,
 )
-from genoembed.config.embed import OPTION_STAGE
+from genoembed.config.embed import OPTION_STAGE, EmbedConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
 MESSAGES = {"-q", "--quiet", "-v", "--verbose"}
 OPTIONS = {
-    "extract": {
-        *("-o", "--output", "--overwrite", "--resume", "--out-dtype"),
-        *("--on-error", "--unit-bases", "--certificate", "--shard", "--engine", "--workers", "--ray-address"),
-        *(
-            "--model",
-            "--revision",
-            "--trust-remote-code",
-            "--dtype",
-            "--device",
-            "--batch-tokens",
-            "--threads",
-        ),
-        *("--layer", "--pool", "--skip-first", "--fuse", "--fusion-weights", "--rc"),
-        *("--window", "--stride", "--per-window"),
-        *("--regions", "--flank", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
-        *("--dry-run", "--json", *MESSAGES),
-    },
-    "merge": {"--overwrite", "--json", *MESSAGES},
-    "layers": {"--all", "--revision", "--trust-remote-code", "--json", *MESSAGES},
-    "models": {"--json"},
-    "info": {"--json"},
-    "convert": {"-o", "--output", "--name", "--config", "--overwrite", *MESSAGES},
-    "pretrain": {
-        *("-o", "--output", "--config", "--resume", "--overwrite", "--threads"),
-        *("--model", "--revision", "--trust-remote-code", "--like", "--hidden-size", "--layers"),
-        *("--heldout", "--heldout-fraction", "--heldout-rows", "--packing", "--window", "--isolate"),
-        *("--one-strand", "--n-run-bp", "--max-document-bp", "--shuffle-documents"),
-        *("--invalid", "--empty", "--gaps"),
-        *("--max-steps", "--rows-per-device", "--accumulation-steps", "--learning-rate"),
-        *("--pole-rate-scale", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--dtype"),
-        *("--compile-blocks", "--gradient-checkpointing", "--seed"),
-        *("--save-steps", "--eval-steps", "--logging-steps", *MESSAGES),
-    },
-    "finetune": {
-        *("-o", "--output", "--resume", "--overwrite", "--threads", "--task", "--config", *MESSAGES),
-        *("--class-weights", "--dropout", "--label-smoothing", "--labels", "--sequence-column"),
-        *("--label-column", "--label-delimiter", "--ignore-label", "--id-column", "--unlabelled"),
-        *("--several-bases", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case", "--repeats"),
-        *("--conflicts", "--one-strand", "--false-negatives", "--validation", "--test", "--split"),
-        *("--split-column", "--group-column", "--validation-fraction", "--test-fraction", "--homologs"),
-        *("--kin-identity", "--model", "--revision", "--trust-remote-code", "--layer", "--pool"),
-        *("--skip-first", "--fuse", "--add-pooler", "--tuning", "--last-n", "--lora-rank", "--lora-alpha"),
-        *("--lora-dropout", "--lora-target", "--reverse-complement", "--crop-fraction", "--max-crop-bp"),
-        *("--mutation-rate", "--contrast", "--temperature", "--scope", "--margin", "--distance"),
-        *("--train-group-size", "--own-negatives-only", "--across-devices", "--view-mutation-rate"),
-        *("--view-crop-fraction", "--view-reverse-complement", "--mode", "--self-distillation-start"),
-        *("--distillation", "--term-bases", "--vector-width", "--vector-window", "--max-epochs"),
-        *("--max-steps", "--rows-per-device", "--accumulation-steps", "--micro-batch", "--learning-rate"),
-        *("--head-learning-rate", "--schedule", "--warmup-fraction", "--weight-decay", "--max-grad-norm"),
-        *("--metric", "--patience", "--min-epochs", "--eval-steps", "--logging-steps"),
-        *("--pad-to-multiple-of", "--mixed-lengths", "--dtype", "--seed"),
-    },
-    "predict": {
-        *("-o", "--output", "--format", "--overwrite", "--batch-rows", "--device", "--threads"),
-        *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--keep-case"),
-        *MESSAGES,
-    },
-    "search": {
-        *("--against", "-k", "--neighbors", "--metric", "--layer", "--exclude-self", "--transform"),
-        *("--approximate", "--index", "--effort", "--measure-recall", "--search-threads"),
-        *("--hybrid", "--hybrid-weights", "--depth", "--subject-sequences", "--model"),
-        *("--trust-remote-code", "--invalid", "--duplicates", "--empty", "--gaps", "--dtype", "--device"),
-        *("--threads", "-o", "--output", "--overwrite", *MESSAGES),
-    },
-    "fit-transform": {
-        *("-o", "--output", "--overwrite", "--method", "--components", "--layer", "--axes", "--shrinkage"),
-        *("--seed", "--json", *MESSAGES),
-    },
-    "probe": {
-        *("--labels", "--task", "--id-column", "--label-column", "--unmatched", "--preset", "--split"),
-        *("--split-column", "--cv", "--num-folds", "--group-column", "--kin-identity", "--seed"),
-        *("--no-baselines", "--no-untrained", "--top", "--sequences", "--transform", "--model", "--revision"),
-        *("--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads", "--layer", "--pool"),
-        *("--skip-first", "--rc", "--window", "--stride", "--regions", "--flank", "--invalid"),
-        *("--duplicates", "--empty", "--gaps", "--keep-case", "--unit-bases", "-o", "--output"),
-        *("--overwrite", "--no-plot", "--json", *MESSAGES),
-    },
-    "score": {
-        *("--vcf", "--reference", "--rc", "--start-token", "-o", "--output", "--overwrite"),
-        *("--per-base", "--window", "--stride", "--invalid", "--duplicates", "--empty", "--gaps"),
-        *("--keep-case", "--flank", "--unsupported", "--layer", "--pool", "--vectors", "--model"),
-        *("--revision", "--trust-remote-code", "--dtype", "--device", "--batch-tokens", "--threads"),
-        *MESSAGES,
-    },
-    "plot": {
-        *("-o", "--output", "--overwrite", "--title", "--color", "--values", "--classes", "--method"),
-        *("--layer", "--transform", "--components", "--neighbors", "--min-dist", "--perplexity"),
-        *("--max-points", "--seed", "--json", *MESSAGES),
-    },
-    "compare": {"--layer", "--tolerance", "-o", "--output", "--overwrite", "--json", *MESSAGES},
-    "verify": {
-        *("--sample", "--seed", "--tolerance", "--certify", "--regions", "--model"),
-        *("--trust-remote-code", "--dtype", "--device", "--threads", "--batch-tokens", "--json", *MESSAGES),
-    },
-    "export": {"--to", "-o", "--output", "--overwrite", "--layer", "--json", *MESSAGES},
-    "export-model": {
-        *("-o", "--output", "--overwrite", "--dtype", "--revision", "--trust-remote-code"),
-        *("--json", *MESSAGES),
-    },
-    "doctor": MESSAGES,
+    "extract": """
+        --batch-tokens --certificate --config --device --dry-run --dtype --duplicates --empty --engine
+        --flank --fuse --fusion-weights --gaps --invalid --json --keep-case --layer --model -o --on-error
+        --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions --resume
+        --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases --window
+        --workers""",
+    "merge": """
+        --json --overwrite""",
+    "layers": """
+        --all --json --revision --trust-remote-code""",
+    "models": """
+        --json""",
+    "info": """
+        --json""",
+    "convert": """
+        --name -o --output --overwrite --vortex-config""",
+    "pretrain": """
+        --accumulation-steps --both-strands --compile-blocks --config --dtype --empty --eval-steps --gaps
+        --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --invalid
+        --isolate --layers --learning-rate --like --logging-steps --max-document-bp --max-grad-norm
+        --max-steps --model --n-run-bp --no-both-strands -o --output --overwrite --packing --pole-rate-scale
+        --resume --revision --rows-per-device --save-steps --seed --shuffle-documents --threads
+        --trust-remote-code --warmup-steps --weight-decay --window""",
+    "finetune": """
+        --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config
+        --conflicts --contrast --crop-fraction --distance --distillation --dropout --dtype
+        --duplicate-sequences --duplicates --empty --eval-steps --false-negatives --fuse --gaps
+        --group-column --head-learning-rate --homolog-identity --homologs --id-column --ignore-label
+        --in-batch-negatives --invalid --keep-case --label-column --label-delimiter --label-smoothing
+        --labels --last-n --layer --learning-rate --logging-steps --lora-alpha --lora-dropout --lora-rank
+        --lora-target --margin --max-crop-bp --max-epochs --max-grad-norm --max-steps --metric --micro-batch
+        --min-epochs --mixed-lengths --mode --model --mutation-rate --no-both-strands
+        --no-in-batch-negatives -o --output --overwrite --pad-to-multiple-of --patience --pool --resume
+        --reverse-complement --revision --rows-per-device --schedule --scope --seed
+        --self-distillation-start --sequence-column --several-bases --skip-first --split --split-column
+        --task --temperature --term-bases --test --test-fraction --threads --train-group-size
+        --trust-remote-code --tuning --unlabelled --validation --validation-fraction --vector-width
+        --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
+        --warmup-fraction --weight-decay""",
+    "predict": """
+        --batch-rows --config --device --duplicates --empty --format --gaps --invalid --keep-case -o
+        --output --overwrite --threads --trust-remote-code""",
+    "search": """
+        --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
+        --empty --exclude-self --gaps --hybrid --hybrid-weights --index --invalid -k --layer
+        --measure-recall --metric --model --neighbors -o --output --overwrite --search-threads --seed
+        --subject-sequences --threads --transform --trust-remote-code""",
+    "fit-transform": """
+        --axes --components --json --layer --method -o --output --overwrite --seed --shrinkage""",
+    "probe": """
+        --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --gaps
+        --group-column --homolog-identity --id-column --invalid --json --keep-case --label-column --labels
+        --layer --model --no-baselines --no-plot --no-untrained --num-folds -o --output --overwrite --plot
+        --pool --preset --rc --regions --revision --seed --sequences --skip-first --split --split-column
+        --stride --task --threads --top --transform --trust-remote-code --unit-bases --unmatched --untrained
+        --window""",
+    "plot": """
+        --classes --color --components --config --json --layer --max-points --method --min-dist
+        -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",
+    "compare": """
+        --json --layer -o --output --overwrite --tolerance""",
+    "verify": """
+        --batch-tokens --certify --config --device --dtype --json --model --regions --sample --seed
+        --threads --tolerance --trust-remote-code""",
+    "export": """
+        --json --layer -o --output --overwrite --to""",
+    "export-model": """
+        --dtype --json -o --output --overwrite --revision --trust-remote-code""",
+    "score": """
+        --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
+        --layer --model -o --output --overwrite --per-base --pool --rc --reference --revision --start-token
+        --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
+    "doctor": "",
 }
 CHOICES = {
     "on_error": FailurePolicy,
@@ -157,18 +131,35 @@ def test_commands_are_these():
     assert main.list_commands(click.Context(main)) == list(COMMANDS)
 
 
+def options(name: str) -> list[click.Option]:
+    return [parameter for parameter in command(name).params if isinstance(parameter, click.Option)]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_are_these(name):
-    parameters = [parameter for parameter in command(name).params if isinstance(parameter, click.Option)]
-    assert {word for parameter in parameters for word in parameter.opts} == OPTIONS[name]
-    assert not any(parameter.secondary_opts for parameter in parameters)
+    messages = {"--help-all"} | (set() if name in ("models", "info") else MESSAGES)
+    found = {word for option in options(name) for word in (*option.opts, *option.secondary_opts)}
+    assert found == set(OPTIONS[name].split()) | messages
 
 
 def test_extract_has_an_option_for_every_configuration_key_and_no_other():
     parameters = {parameter.name: parameter for parameter in command("extract").params}
-    assert set(parameters) - {"as_json", "dry_run", "quiet", "verbose"} == set(OPTION_STAGE)
+    extra = {"as_json", "dry_run", "quiet", "verbose", "config_file", "help_all"}
+    assert set(parameters) - extra == set(OPTION_STAGE)
+    described = EmbedConfig.options()
     for key in set(OPTION_STAGE) - {"inputs"}:
-        assert option_name(key) in parameters[key].opts
+        assert described[key].name in parameters[key].opts
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_one_name_mean_one_thing(name):
+    """Of two commands with an option of one name, both take the same letters and the same kind of value."""
+    for option in options(name):
+        for other in (found for found in COMMANDS if found != name):
+            for twin in options(other):
+                if set(option.opts) & set(twin.opts) and option.opts[-1] != "--output":
+                    assert option.opts == twin.opts
+                    assert option.is_flag == twin.is_flag
 
 
 def test_extract_choices_are_those_of_the_configuration():
@@ -176,6 +167,22 @@ def test_extract_choices_are_those_of_the_configuration():
         p.name: tuple(p.type.choices) for p in command("extract").params if isinstance(p.type, click.Choice)
     }
     assert found == {key: get_args(alias) for key, alias in CHOICES.items()}
+
+
+def test_finetune_help_is_short_and_help_all_is_whole(cli):
+    short, whole = cli("finetune", "--help").stdout, cli("finetune", "--help-all").stdout
+    shown = [option for option in options("finetune") if f"{option.opts[-1]} " in short]
+    assert 12 <= len(shown) <= 18
+    assert "--help-all shows all" in " ".join(short.split())
+    assert len(options("finetune")) > 85
+    assert [option.opts for option in options("finetune") if option.opts[-1] not in whole] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_short_help_is_the_whole_help_of_commands_with_few_options(name, cli):
+    short, whole = cli(name, "--help").stdout, cli(name, "--help-all").stdout
+    assert (short == whole) is (len(options(name)) < SHORT_HELP_OPTIONS)
+    assert (CONFIG_FILE_OPTIONS < len(command(name).described)) is ("--config " in short)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -186,15 +193,14 @@ def test_help_explains_itself_with_an_example(name, cli):
     assert len(re.findall(r"^    (genoembed|zcat) ", result.stdout, flags=re.M)) >= (
         2 if name == "extract" else 1
     )
-    for parameter in command(name).params:
-        assert not isinstance(parameter, click.Option) or parameter.help
+    assert all(option.help for option in options(name))
 
 
 def test_extract_help_says_what_an_integer_means_and_groups_its_options(cli):
     text = " ".join(cli("extract", "-h").stdout.split())
     assert "An integer means blocks.N.mlp.l3 (the MLP's output) in StripedHyena 2 models" in text
     assert "the output of block N in all others" in text
-    groups = ("Input:", "Model:", "What is taken:", "Long sequences:", "Output:", "Messages:")
+    groups = ("Input:", "Model:", "Vectors:", "Long sequences:", "Output:", "Messages:")
     assert [group for group in groups if group not in text] == []
 
 
@@ -202,42 +208,35 @@ def test_version_is_one_line(cli):
     assert cli("--version").stdout == f"genoembed {__version__}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_docs_name_every_option(name):
-    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", DOCS.read_text(), flags=re.M | re.S)
-    assert section is not None
-    words = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", section.group(1)))
-    assert OPTIONS[name] <= words
-    assert f"genoembed {name}" in section.group(1)
+def test_reference_page_is_up_to_date():
+    page = DOCS.read_text()
+    assert with_tables(page) == page, "run python -m genoembed.cli.reference docs/CLI.md"
 
 
 def test_docs_name_no_option_that_is_not_there():
     words = set(re.findall(r"`(--[a-z][a-z-]*)", DOCS.read_text()))
-    assert words <= set().union(*OPTIONS.values()) | {"--help", "--version"}
+    known = {word for listed in OPTIONS.values() for word in listed.split()}
+    assert words <= known | MESSAGES | {"--help", "--help-all", "--version"}
     assert len(words) > 30
 
 
 @pytest.mark.parametrize(
-    ("message", "hint"),
+    ("options", "message"),
     [
-        ("pooling is 'men'; set pooling to one of mean", "pooling is --pool"),
-        ("set skip_first to 0", "skip_first is --skip-first"),
-        ("fusion_weights has 2 numbers for 3 layers; give one a layer", "fusion_weights is --fusion-weights"),
-        ("read the code, then set trust_remote_code=True", "trust_remote_code is --trust-remote-code"),
-        ("set overwrite or choose another output_dir", "output_dir is --output"),
+        (("--stride", "9", "--window", "8"), "; set --stride to the window or less"),
+        (("--fusion-weights", "0.2"), "fusion is 'none'; add --fuse weighted"),
+        (("--pool", "none", "--skip-first", "2"), "but pooling is 'none'; add --skip-first 0"),
+        (("--threads", "0"), "threads is 0; set --threads to 1 or more"),
     ],
 )
-def test_hint_names_the_option_of_a_key(message, hint):
-    assert in_command_line_words(message) == f"{message} ({hint})"
+def test_remedy_is_spelled_as_an_option_on_the_command_line(options, message, cli):
+    result = cli("extract", "a.fa", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "window is 9, but the context is 8; set window to 8",
-        "model 'x' has 3 layers",
-        "no fusion of pooling here",
-    ],
-)
-def test_hint_is_left_out_where_the_option_is_the_key_or_the_word_is_just_a_word(message):
-    assert in_command_line_words(message) == message
+def test_existing_output_names_the_option_that_replaces_it(cli, fasta, tmp_path):
+    (tmp_path / "x.h5").write_text("mine")
+    result = cli("extract", str(fasta), "-o", str(tmp_path / "x.h5"))
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr

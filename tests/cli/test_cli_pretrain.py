@@ -13,9 +13,9 @@ import pytest
 
 from genoembed.cli import main
 from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
-from genoembed.config.pretrain import KEY_STAGE, DataConfig, RecipeConfig
+from genoembed.config.pretrain import KEY_STAGE, TrainConfig
 
-RUN_OPTIONS = {"output_dir", "config", "resume", "overwrite", "threads", "quiet", "verbose"}
+RUN_OPTIONS = {"output_dir", "config_file", "help_all", "resume", "overwrite", "threads", "quiet", "verbose"}
 SHAPE = ["--like", "evo2_7b", "--hidden-size", 32, "--layers", 4, "--window", 32, "--dtype", "float32"]
 
 
@@ -53,17 +53,15 @@ def test_pretrain_choices_are_those_of_the_configuration():
 
 def test_pretrain_help_shows_the_defaults_of_the_configuration():
     shown = {
-        name: p.help.rpartition("[")[2].rstrip("]")
+        name: p.help.rpartition("[default: ")[2].rstrip("]")
         for name, p in parameters().items()
-        if isinstance(p, click.Option) and p.help.endswith("]")
+        if isinstance(p, click.Option) and "[default: " in p.help
     }
-    defaults = {}
-    for cls in (DataConfig, RecipeConfig):
-        defaults |= {name: field.default for name, field in cls.__dataclass_fields__.items()}
+    defaults = {key: found.default for key, found in TrainConfig.options().items()}
     plain = {name: text for name, text in shown.items() if defaults.get(name) is not None}
     assert len(plain) > 15
     for name, text in plain.items():
-        assert text == str(defaults[name]).removesuffix(".0"), name
+        assert text == {"True": "on"}.get(str(defaults[name]), str(defaults[name]).removesuffix(".0")), name
 
 
 def test_pretrain_trains_and_names_the_model(cli, corpus):

@@ -50,9 +50,9 @@ def test_rows_without_a_vector_end_in_three(cli, tmp_path):
 
 
 def test_zero_is_not_taken_for_left_out(cli, folder):
-    result = run(cli, folder, "--kin-identity", "0")
+    result = run(cli, folder, "--homolog-identity", "0")
     assert result.exit_code == 1
-    assert "set kin_identity above 0" in result.stderr
+    assert "set --homolog-identity above 0" in result.stderr
 
 
 def test_preset_shows_the_test_split(cli, folder):

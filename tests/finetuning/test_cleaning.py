@@ -47,10 +47,10 @@ def test_cleaning_reports_and_leaves_everything_by_default():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"duplicates": "drop"}, [0, 3, 4, 6]),
+        ({"duplicate_sequences": "drop"}, [0, 3, 4, 6]),
         ({"conflicts": "drop"}, [0, 1, 2, 6]),
-        ({"duplicates": "drop", "conflicts": "drop"}, [0, 6]),
-        ({"duplicates": "drop", "both_strands": False}, [0, 2, 3, 4, 5, 6]),
+        ({"duplicate_sequences": "drop", "conflicts": "drop"}, [0, 6]),
+        ({"duplicate_sequences": "drop", "both_strands": False}, [0, 2, 3, 4, 5, 6]),
         ({"conflicts": "drop", "both_strands": False}, [0, 1, 2, 5, 6]),
     ],
 )
@@ -64,8 +64,8 @@ def test_cleaning_drops_what_policies_name_and_counts_it(config, expected):
     ("config", "match"),
     [
         (
-            {"duplicates": "error"},
-            r"a\.tsv:2: record 'r0': one sequence several times: r0 .* set duplicates=",
+            {"duplicate_sequences": "error"},
+            r"a\.tsv:2: record 'r0': one sequence several times: r0 .* set duplicate_sequences=",
         ),
         ({"conflicts": "error"}, r"a\.tsv:5: record 'r3': labels differ for one sequence: .* set conflicts="),
     ],
@@ -88,6 +88,7 @@ def test_cleaning_ignores_case():
 
 def test_cleaning_config_names_its_keys():
     with pytest.raises(
-        ConfigError, match="duplicates is 'delete'; set duplicates to one of keep, drop, error"
+        ConfigError,
+        match="duplicate_sequences is 'delete'; set duplicate_sequences to one of keep",
     ):
-        CleaningConfig(duplicates="delete")
+        CleaningConfig(duplicate_sequences="delete")

@@ -106,8 +106,8 @@ def test_finetune_learns_what_composition_gives_away(model, tmp_path):
 def test_tuning_moves_what_it_says_and_nothing_else(model, tmp_path, tuning):
     path = write_classes(tmp_path / "c.tsv")
     report = genoembed.finetune(
-        path, tmp_path / "run", task="classification", model=model, tuning=tuning, last_n=1,
-        learning_rate=1e-2, layers=1, **FAST,
+        path, tmp_path / "run", task="classification", model=model, tuning=tuning,
+        last_n=1 if tuning == "last_n" else None, learning_rate=1e-2, layers=1, **FAST,
     )  # fmt: skip
     before = load_file(Path(model) / "model.safetensors")
     after = load_file(Path(report.output) / "model.safetensors")
@@ -408,7 +408,7 @@ def test_kin_across_the_split_are_dropped_where_asked(model, tmp_path, caplog):
 
 def test_options_are_checked_together(model, tmp_path):
     path = write_classes(tmp_path / "c.tsv")
-    with pytest.raises(ConfigError, match="'poling' is no option of fine-tuning; did you mean 'pooling'"):
+    with pytest.raises(ConfigError, match="'poling' is no option; did you mean 'pooling'"):
         genoembed.finetune(path, tmp_path / "run", task="classification", poling="mean")
     with pytest.raises(ConfigError, match="metric is 'f1'; set metric to one of mcc"):
         genoembed.finetune(path, tmp_path / "run", task="classification", model=model, metric="f1", **FAST)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform, plot
+from genoembed.config.plot import MapConfig
 from genoembed.errors import ConfigError, GenoembedError, StoreError
 from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOR, ClassColumn, class_column, number_column
-from genoembed.plotting.reduction import MapOptions, lay_out
+from genoembed.plotting.reduction import lay_out
 from genoembed.plotting.run import read_values
 from tests.plotting.map_file import NASTY, write_map_file, write_values
 
@@ -111,7 +112,7 @@ def test_map_keeps_groups_apart(method):
     group = np.arange(60) % 3
     vectors = (centers[group] + generator.normal(size=(60, 20))).astype(np.float32)
     before = vectors.copy()
-    plane = lay_out(vectors, MapOptions(method=method, neighbors=8, perplexity=8))
+    plane = lay_out(vectors, MapConfig(method=method, neighbors=8, perplexity=8))
     np.testing.assert_array_equal(vectors, before)
     assert plane.points.shape == (60, 2)
     gaps = np.linalg.norm(plane.points[:, None] - plane.points[None], axis=2)

@@ -88,7 +88,7 @@ def canonical(documents):
 def test_stream_splits_n_runs_upper_cases_and_counts(tmp_path):
     path = tmp_path / "a.fa"
     path.write_text(">a\nNNNNacgtNNNNNNttNNNGG\n>b\nNNNN\n>a\nCCN\n")
-    stream = DocumentStream([path], config=replace(PLAIN, n_run_bp=4))
+    stream = DocumentStream([path], config=PLAIN.changed(n_run_bp=4))
     assert list(stream) == [b"ACGT", b"TTNNNGG", b"CCN"]
     counts = stream.counts
     assert (counts.documents, counts.bases, counts.n_runs, counts.n_bases) == (3, 14, 3, 14)
@@ -100,19 +100,19 @@ def test_stream_splits_n_runs_upper_cases_and_counts(tmp_path):
 def test_stream_keeps_n_runs_where_none_are_to_be_split(tmp_path):
     path = tmp_path / "a.fa"
     path.write_text(">a\nANNNNNNNNNNNNNNNNNNNNC\n")
-    assert list(DocumentStream([path], config=replace(PLAIN, n_run_bp=None))) == [b"A" + b"N" * 20 + b"C"]
+    assert list(DocumentStream([path], config=PLAIN.changed(n_run_bp=None))) == [b"A" + b"N" * 20 + b"C"]
 
 
 def test_stream_cuts_documents_and_counts_them(tmp_path):
     path = write_fasta(tmp_path / "a.fa", ["ACGTACG", "ACG"])
-    stream = DocumentStream([path], config=replace(PLAIN, max_document_bp=3))
+    stream = DocumentStream([path], config=PLAIN.changed(max_document_bp=3))
     assert list(stream) == [b"ACG", b"TAC", b"G", b"ACG"]
     assert stream.counts.cut_documents == 1
 
 
 def all_shards(paths, config, epoch=0):
     streams = [
-        DocumentStream(paths, config=replace(config, shard=shard), epoch=epoch)
+        DocumentStream(paths, config=config.changed(shard=shard), epoch=epoch)
         for shard in range(config.num_shards)
     ]
     return [list(stream) for stream in streams], [stream.counts for stream in streams]
@@ -177,7 +177,7 @@ def test_stream_is_the_same_for_the_same_seed_and_epoch_only(corpus):
 def test_strands_do_not_depend_on_shards_or_the_shuffle(corpus):
     base = CorpusConfig(seed=5)
     whole = Counter(DocumentStream(corpus, config=base))
-    for other in (replace(base, num_shards=3), replace(base, shuffle_documents=1)):
+    for other in (base.changed(num_shards=3), base.changed(shuffle_documents=1)):
         documents, _ = all_shards(corpus, other)
         assert Counter(document for shard in documents for document in shard) == whole
 
@@ -238,7 +238,7 @@ def test_stream_of_documents_packs_the_same_after_batches_are_left_out(corpus):
 def test_policies_reach_the_reader(tmp_path):
     path = tmp_path / "a.fa"
     path.write_text(">a\nAC-GXT\n>b\n>c\nTT\n")
-    lenient = replace(PLAIN, invalid="mask", gaps="strip", empty="skip")
+    lenient = PLAIN.changed(invalid="mask", gaps="strip", empty="skip")
     stream = DocumentStream([path], config=lenient)
     assert list(stream) == [b"ACGNT", b"TT"]
     read = stream.counts.read
@@ -246,7 +246,7 @@ def test_policies_reach_the_reader(tmp_path):
     with pytest.raises(AlphabetError, match=r"a\.fa:2: record 'a': gap '-' at position 3"):
         list(DocumentStream([path], config=PLAIN))
     with pytest.raises(EmptyRecordError, match="record 'b': has no bases"):
-        list(DocumentStream([path], config=replace(lenient, empty="error")))
+        list(DocumentStream([path], config=lenient.changed(empty="error")))
 
 
 def test_stream_logs_its_counts(corpus, caplog):
@@ -312,7 +312,7 @@ def test_state_refuses_values_that_are_not_a_state():
     values = state.to_dict()
     assert CorpusState.from_dict(values) == state
     for damaged in (
-        {**values, "config": {**asdict(state.config), "colour": 1}},
+        {**values, "config": {**state.config.to_dict(), "colour": 1}},
         {**values, "place": 1},
         {key: value for key, value in values.items() if key != "config"},
         {key: value for key, value in values.items() if key != "epoch"},

@@ -38,7 +38,7 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"windw": 3}, "'windw' is no option of pretraining; did you mean 'window'"),
+        ({"windw": 3}, "'windw' is no option; did you mean 'window'"),
         ({"window": 1}, "window is 1; set window to 2 or more tokens"),
         ({"window": "32"}, "set window to a whole number"),
         ({"packing": "tight"}, "set packing to one of stream, bins"),
@@ -47,10 +47,10 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
         ({"like": None, "model": "x", "layers": 2}, "shrink like, which is not given"),
         ({"like": None, "shape": 3}, "set shape to a table of names and values"),
         ({"heldout": ("h.fa",)}, "expected exactly one of them"),
-        ({"heldout_fraction": None, "heldout": ("a.fa",)}, "heldout: a.fa is in the corpus, too"),
+        ({"heldout_fraction": None, "heldout": ("a.fa",)}, "heldout: a.fa is in the corpus as well"),
         ({"heldout_fraction": None}, "expected exactly one of them"),
-        ({"heldout_fraction": 1.5}, "heldout_fraction is 1.5; set it between 0 and 1"),
-        ({"corpus": None}, "corpus is empty"),
+        ({"heldout_fraction": 1.5}, "heldout_fraction is 1.5; set heldout_fraction above 0, below 1"),
+        ({"corpus": None}, "corpus is missing"),
         ({"max_steps": None}, "max_steps is missing"),
         ({"max_steps": 0}, "set max_steps to 1 or more"),
         ({"learning_rate": 0.0}, "set learning_rate above 0"),

@@ -35,7 +35,7 @@ def fasta(tmp_path_factory):
 
 
 def stream(fasta, rows=STREAM, skip=0, **corpus):
-    return PackedStream([fasta], corpus=replace(CORPUS, **corpus), rules=RULES, rows=rows, skip_rows=skip)
+    return PackedStream([fasta], corpus=CORPUS.changed(**corpus), rules=RULES, rows=rows, skip_rows=skip)
 
 
 def take(packed, count):
@@ -117,14 +117,14 @@ def test_a_record_and_its_other_strand_are_on_one_side(sequence, fraction):
 
 def test_the_split_is_whole_and_disjoint_and_near_its_share(fasta):
     everything = sorted(DocumentStream([fasta], config=CORPUS))
-    training = list(DocumentStream([fasta], config=replace(CORPUS, heldout_fraction=0.3)))
-    heldout = list(DocumentStream([fasta], config=replace(CORPUS, heldout_fraction=0.3, heldout=True)))
+    training = list(DocumentStream([fasta], config=CORPUS.changed(heldout_fraction=0.3)))
+    heldout = list(DocumentStream([fasta], config=CORPUS.changed(heldout_fraction=0.3, heldout=True)))
     assert sorted(training + heldout) == everything
     assert 6 <= len(heldout) <= 30
 
 
 def test_records_of_the_other_side_are_counted(fasta):
-    one = DocumentStream([fasta], config=replace(CORPUS, heldout_fraction=0.3))
+    one = DocumentStream([fasta], config=CORPUS.changed(heldout_fraction=0.3))
     assert one.counts.other_side_records == 0
     documents = list(one)
     assert one.counts.other_side_records == 60 - len(documents) > 0
@@ -133,7 +133,7 @@ def test_records_of_the_other_side_are_counted(fasta):
 def test_heldout_rows_are_spread_and_the_same_every_time(fasta):
     options = {"corpus": CORPUS, "rules": RULES, "rows": BINS}
     every = read_heldout([fasta], num_rows=10_000, **options)
-    some = read_heldout([fasta], num_rows=5, **{**options, "corpus": replace(CORPUS, seed=9)})
+    some = read_heldout([fasta], num_rows=5, **{**options, "corpus": CORPUS.changed(seed=9)})
     assert len(some) == 5 < len(every)
     assert some.tokens_per_base == 1.0
     ends = every.tensors["input_ids"][[0, -1]]
@@ -143,6 +143,6 @@ def test_heldout_rows_are_spread_and_the_same_every_time(fasta):
 def test_heldout_without_documents_is_refused(tmp_path):
     path = tmp_path / "one.fa"
     path.write_text(">a\nACGT\n")
-    config = replace(CORPUS, heldout_fraction=1e-9, heldout=True)
+    config = CORPUS.changed(heldout_fraction=1e-9, heldout=True)
     with pytest.raises(ConfigError, match="no document in a share of 1e-09 of 1 records; set a larger"):
         read_heldout([str(path)], corpus=config, rules=RULES, rows=STREAM, num_rows=4)

@@ -32,7 +32,7 @@ def main() -> None:
         hidden_size=32,
         layers=4,
         window=16,
-        one_strand=True,
+        both_strands=False,
         shuffle_documents=1,
         rows_per_device=2,
         max_steps=3,

@@ -176,7 +176,7 @@ def test_layers_of_a_file_are_taken_by_name(tmp_path):
         ({"preset": "geneb", "split": "a", "split_column": "s"}, "give one of the two"),
         ({"group_column": "g"}, "set cv to 'grouped'"),
         ({"top": (1,)}, "set top to numbers of 2 or more"),
-        ({"kin_identity": 0.0}, "set kin_identity above 0"),
+        ({"homolog_identity": 0.0}, "set homolog_identity above 0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

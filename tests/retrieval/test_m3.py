@@ -231,5 +231,7 @@ def test_m3_refuses_a_teacher_of_another_shape(vectors):
 
 
 def test_m3_config_reports_all_problems_at_once():
-    with pytest.raises(ConfigError, match=r"temperature is 0; .*across_devices is about in-batch"):
-        M3LossConfig(temperature=0, in_batch_negatives=False, across_devices=True)
+    with pytest.raises(ConfigError, match=r"temperature is 0; .*distillation is .x."):
+        M3LossConfig(temperature=0, distillation="x")
+    with pytest.raises(ConfigError, match="across_devices is about in-batch"):
+        M3LossConfig(in_batch_negatives=False, across_devices=True)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from genoembed import fit_transform, open_embeddings, search
+from genoembed.config.search import NeighborConfig
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, LayerError, StoreError
 from genoembed.pipeline.embedding_file import VectorSource, comparable_settings, setting_differences
 from genoembed.searching.neighbors import exact_neighbors
-from genoembed.searching.run import SearchOptions, find_neighbors, queries_of
+from genoembed.searching.run import find_neighbors, queries_of
 from tests.store.blocks import obs_row, token_block, write_file
 
 MADE = {
@@ -210,7 +211,7 @@ def test_search_of_queries_without_a_vector_finds_nothing_and_says_so(files, tmp
     matrix[0] = 0
     queries = write(tmp_path / "z.h5", matrix)
     with open_embeddings(queries) as asked, open_embeddings(database) as rows:
-        found = find_neighbors(queries_of(asked, "blocks.1"), rows, SearchOptions(k=2))
+        found = find_neighbors(queries_of(asked, "blocks.1"), rows, NeighborConfig(k=2))
     assert found.unusable_queries == 1
     assert (found.neighbors.rows[0] == -1).all()
     assert "1 rows have no vector to compare" in caplog.text

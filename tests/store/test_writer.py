@@ -150,7 +150,7 @@ def test_writer_killed_process_keeps_the_old_file(tmp_path):
 
 def test_writer_existing_output_is_refused_before_work(tmp_path):
     path = write_file(tmp_path / "a.h5", pooled_block(["old"]))
-    with pytest.raises(StoreError, match=r"a\.h5: exists already; set overwrite to true") as caught:
+    with pytest.raises(StoreError, match=r"a\.h5: exists already; set overwrite=True") as caught:
         EmbeddingWriter(path, kind="pooled")
     assert caught.value.path == str(path)
 

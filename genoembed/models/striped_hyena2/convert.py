@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError
+from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError, Problem, Remedy
 from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.attention import rotary_frequencies
@@ -88,8 +88,12 @@ def convert_checkpoint(
     """
     source, output_dir = Path(source), Path(output_dir)
     if output_dir.exists() and not overwrite:
-        message = f"{output_dir}: exists, expected a new folder; set overwrite or choose another output_dir"
-        raise ModelError(message)
+        exists = Problem(
+            f"{output_dir}: exists, expected a new folder",
+            Remedy("overwrite", True),
+            ", or choose another folder",
+        )
+        raise ModelError(exists)
     if output_dir.resolve() in source.resolve().parents and output_dir.exists():
         message = (
             f"{output_dir}: holds the checkpoint itself, expected another folder; choose another output_dir"

@@ -1,0 +1,236 @@
+"""Options of the commands that compare, check, export and convert files."""
+
+from __future__ import annotations
+
+from genoembed.config.choices import (
+    ComputeDtype,
+    DuplicatePolicy,
+    EmptyPolicy,
+    ExportFormat,
+    GapPolicy,
+    InvalidPolicy,
+    TableFormat,
+)
+from genoembed.config.embed import DEFAULT_MODEL
+from genoembed.config.fields import Config, option
+
+LIMITS, CHECKED, MODEL, INPUT, OUTPUT = "What counts as equal", "What is checked", "Model", "Input", "Output"
+
+
+class MergeConfig(Config):
+    """How units are joined."""
+
+    overwrite: bool = option(False, group=OUTPUT, help="Replace FILE once the new one is complete.")
+
+
+class CompareConfig(Config):
+    """How far two embedding files agree."""
+
+    layer: str | None = option(
+        None, group=LIMITS, metavar="NAME", shown_default="all that both files have", help="Which matrix."
+    )
+    tolerance: float | None = option(
+        None,
+        ge=0,
+        group=LIMITS,
+        metavar="X",
+        shown_default="1e-5; 1e-2 after half precision, 1e-3 where a file stores float16",
+        help="Largest difference, relative to the largest value of a vector.",
+    )
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        short="-o",
+        metavar="FILE",
+        help="Write a table with one row per record and layer.",
+    )
+    overwrite: bool = option(False, group=OUTPUT, help="Replace FILE.")
+
+
+class VerifyConfig(Config):
+    """How a sample of a file is embedded again."""
+
+    sample: int = option(
+        32, ge=1, unit="records", group=CHECKED, metavar="N", help="Records to embed again, chosen at random."
+    )
+    seed: int = option(0, ge=0, group=CHECKED, metavar="N", help="Random seed of the choice.")
+    tolerance: float | None = option(
+        None,
+        ge=0,
+        group=CHECKED,
+        metavar="X",
+        shown_default="as for compare",
+        help="Largest difference, relative to the largest value of a vector.",
+    )
+    certificate: bool = option(
+        False,
+        group=CHECKED,
+        flag="--certify",
+        help="Embed each record alone as well: does a vector depend on its batch?",
+    )
+    regions: tuple[str, ...] = option(
+        (), group=CHECKED, metavar="FILE", help="Where the files of regions are now. Repeatable."
+    )
+    model: str | None = option(
+        None, group=MODEL, metavar="NAME", shown_default="as FILE.h5 says", help="Where the model is now."
+    )
+    trust_remote_code: bool = option(
+        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
+    )
+    dtype: ComputeDtype | None = option(
+        None,
+        group=MODEL,
+        shown_default="as FILE.h5 says",
+        help="Type of weights and activations.",
+    )
+    device: str | None = option(
+        None,
+        group=MODEL,
+        metavar="DEVICE",
+        shown_default="cuda if present, else cpu",
+        help="cpu, cuda, cuda:1 ...",
+    )
+    threads: int | None = option(
+        None,
+        ge=1,
+        group=MODEL,
+        metavar="N",
+        shown_default="PyTorch decides",
+        help="CPU threads of the model.",
+    )
+    batch_tokens: int | None = option(
+        None,
+        ge=1,
+        unit="tokens",
+        group=MODEL,
+        metavar="N",
+        help="Tokens of one forward pass, padding included.",
+    )
+
+
+class ExportConfig(Config):
+    """Which matrix of a file, as what kind of file."""
+
+    to: ExportFormat = option(group=OUTPUT, help="Kind of file; uniprot-h5 has one dataset per record.")
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        short="-o",
+        metavar="FILE",
+        shown_default="FILE.h5 with another ending",
+        help="The file to write.",
+    )
+    overwrite: bool = option(False, group=OUTPUT, help="Replace it once the new one is complete.")
+    layer: str | None = option(
+        None,
+        group="Vectors",
+        metavar="NAME",
+        shown_default="all",
+        help="Export this matrix alone; csv and uniprot-h5 hold only one.",
+    )
+
+
+class ModelExportConfig(Config):
+    """How a model becomes a folder for sentence-transformers."""
+
+    output: str = option(group=OUTPUT, short="-o", metavar="DIR", help="The folder to write.")
+    overwrite: bool = option(False, group=OUTPUT, help="Replace DIR once the new one is complete.")
+    dtype: ComputeDtype = option("float32", group=MODEL, help="Type of the weights.")
+    revision: str | None = option(
+        None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    )
+    trust_remote_code: bool = option(
+        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
+    )
+
+
+class ConvertConfig(Config):
+    """How an original Evo 2 checkpoint becomes a model folder."""
+
+    output: str = option(short="-o", metavar="DIR", help="The folder to write.")
+    name: str | None = option(
+        None,
+        metavar="NAME",
+        shown_default="by CKPT's name",
+        help="Which of 'genoembed models' the checkpoint is.",
+    )
+    config: str | None = option(
+        None,
+        flag="--vortex-config",
+        metavar="FILE",
+        help="YAML description, as Vortex has them, of a checkpoint of another kind.",
+    )
+    overwrite: bool = option(False, help="Replace DIR once the new one is complete.")
+
+
+class LayersConfig(Config):
+    """Which model's layers are listed."""
+
+    model: str = option(DEFAULT_MODEL, argument=True, metavar="MODEL", help="As --model of extract takes it.")
+    show_all: bool = option(
+        False,
+        flag="--all",
+        help="List every module that can be captured, not only those with short names.",
+    )
+    revision: str | None = option(
+        None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    )
+    trust_remote_code: bool = option(
+        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
+    )
+
+
+class PredictConfig(Config):
+    """How a fine-tuned model predicts."""
+
+    inputs: tuple[str, ...] = option(
+        argument=True, metavar="INPUT", help="Sequence files in any format of extract; - is standard input."
+    )
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        metavar="FILE",
+        shown_default="standard output",
+        help="The table to write.",
+    )
+    format: TableFormat = option("auto", group=OUTPUT, help="Kind of table; auto decides by the name.")
+    overwrite: bool = option(
+        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
+    )
+    invalid: InvalidPolicy = option(
+        "error",
+        group=INPUT,
+        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
+    )
+    duplicates: DuplicatePolicy = option(
+        "error", group=INPUT, help="An id that appears again: stop, or append _2, _3 ..."
+    )
+    empty: EmptyPolicy = option("error", group=INPUT, help="A record without bases: stop, or skip it.")
+    gaps: GapPolicy = option("error", group=INPUT, help="Gap letters (- . *): stop, or remove them.")
+    keep_case: bool | None = option(
+        None,
+        group=INPUT,
+        shown_default="as in training",
+        help="Leave soft-masked bases in lower case.",
+    )
+    batch_rows: int = option(16, ge=1, group=MODEL, metavar="N", help="Windows of one forward pass.")
+    device: str | None = option(
+        None,
+        group=MODEL,
+        metavar="DEVICE",
+        shown_default="cuda if present, else cpu",
+        help="cpu, cuda, cuda:1 ...",
+    )
+    threads: int | None = option(
+        None,
+        ge=1,
+        group=MODEL,
+        metavar="N",
+        shown_default="PyTorch decides",
+        help="CPU threads of the model.",
+    )
+    trust_remote_code: bool = option(
+        False, group=MODEL, help="Run the Python code that DIR contains. Read it first."
+    )

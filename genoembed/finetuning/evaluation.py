@@ -254,7 +254,7 @@ class ExampleMeasure:
             return {name: value.cpu() for name, value in output.items()}
 
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-        chunks = []
+        chunks: list[dict[str, Tensor]] = []
         rows = self._runner.max_rows or len(order)
         for start in range(0, len(order), rows):
             part = [sequences[index] for index in order[start : start + rows]]

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
@@ -314,7 +315,7 @@ class _BatchPooling:
         return self._masks[device]
 
 
-def run_in_parts(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+def run_in_parts(items: Sequence[_Item], run: Callable[[Sequence[_Item]], _Result]) -> Iterator[_Result]:
     """Run a batch of a caller's own making at once, or in halves where memory does not hold it.
 
     Example:

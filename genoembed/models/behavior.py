@@ -1,8 +1,7 @@
 """Facts about a model that callers must not guess: is a mask honoured, is it causal, how long may input be.
 
-Found by asking the model itself: a few tokens go in, the end of the input is changed, and what moves is
-looked at. No table of architectures. Everything runs in inference mode and eval mode, and leaves the model
-as it was.
+Found by running the model: a few tokens go in, the end of the input is changed, and the outputs are compared.
+No table of architectures. Everything runs without gradients in eval mode, and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _LENGTH_KEYS = (
 
 
 def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingPolicy:
-    """Say how sequences of different lengths may share a batch.
+    """Return how sequences of different lengths may share a batch.
 
     Example:
         >>> padding_policy(accepts_attention_mask=False, is_causal=False)
@@ -53,12 +52,12 @@ def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingP
 
 
 def takes_argument(module: nn.Module, name: str) -> bool:
-    """Tell whether a model's ``forward`` names an argument (``**kwargs`` do not count)."""
+    """Check whether a model's ``forward`` names an argument (``**kwargs`` do not count)."""
     return name in inspect.signature(module.forward).parameters
 
 
 def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[str, Any]:
-    """Collect what to hand to a model besides the ids."""
+    """Build the keyword arguments of a forward pass besides the ids."""
     arguments: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
     if takes_argument(module, "use_cache"):
         arguments["use_cache"] = False
@@ -83,7 +82,7 @@ def _position_offset(module: nn.Module) -> int:
 
 
 class Probe:
-    """Asks one model a few questions with a handful of tokens."""
+    """Runs one model on a handful of tokens, and reads from its outputs how it behaves."""
 
     def __init__(self, module: nn.Module, *, special_ids: Sequence[int], pad_token_id: int | None) -> None:
         self.module = module
@@ -100,7 +99,7 @@ class Probe:
         self.pad_id = int(ordinary[0]) if pad_token_id is None else pad_token_id
 
     def is_causal(self) -> bool:
-        """Tell whether no token sees a later one."""
+        """Check that no token sees a later one."""
         if getattr(self.module, "is_causal_by_construction", False):
             return True
         changed = torch.cat((self.ids[: self.num_real], self.other_ids[self.num_real :]))
@@ -108,7 +107,7 @@ class Probe:
         return self._same(self._run(self.ids), self._run(changed), tolerance=1e-3 if half_precision else 1e-5)
 
     def accepts_attention_mask(self) -> bool:
-        """Tell whether the model takes an attention mask and honours it."""
+        """Check whether the model takes an attention mask and uses it."""
         if not takes_argument(self.module, "attention_mask"):
             return False
         if getattr(self.module, "is_causal_by_construction", False):

@@ -1,7 +1,7 @@
 """A loaded model as the other stages see it.
 
-In: padded batches and module paths. Out: activations by module path, as far as the deepest one. Facts about
-the model are found when first asked for, some by running it on a few tokens.
+In: padded batches and module paths. Out: activations by module path, as far as the deepest one. Properties of
+the model are computed on first access, some by running it on a few tokens.
 
 B rows, L padded length, D hidden size.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class GenomicModel:
     """A base model in eval mode, its tokenizer, and what other stages must know about it.
 
-    The facts are found when first asked for, some by running the model on a few tokens.
+    Properties are computed on first access, some by running the model on a few tokens.
 
     Args:
         module: The base model (no language-model head), weights in place.
@@ -132,7 +132,7 @@ class GenomicModel:
             specs: Block numbers, module paths, globs, ``final`` or ``all``; one or several.
 
         Returns:
-            The layers in the order asked for, each once.
+            The layers in the requested order, each once.
 
         Raises:
             LayerError: If a spec names nothing, or something whose weights the checkpoint does not hold.
@@ -160,7 +160,7 @@ class GenomicModel:
         layers: Sequence[str],
         reduce: Callable[[str, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Run one batch as far as the deepest layer asked for.
+        """Run one batch as far as the deepest requested layer.
 
         Args:
             batch: Padded rows; moved to the model's device.
@@ -169,11 +169,11 @@ class GenomicModel:
                 they are there; what it returns is kept instead.
 
         Returns:
-            One tensor a path, in the order of ``layers``.
+            One tensor per path, in the order of ``layers``.
 
         Raises:
             ShapeError: If rows are padded for a model that takes equal lengths only.
-            LayerError: If a layer does not run, or gives something else than one vector a token.
+            LayerError: If a layer does not run, or gives something else than one vector per token.
         """
         if self.padding == "equal" and not bool(batch.attention_mask.all()):
             message = (
@@ -215,7 +215,7 @@ class GenomicModel:
 
         Raises:
             ModelError: If the model carries no state from block to block.
-            LayerError: If a layer does not run, or gives something else than one vector a token.
+            LayerError: If a layer does not run, or gives something else than one vector per token.
         """
         if not self.carries_state:
             message = f"{self.name} carries no state from block to block; set window to cut long sequences"
@@ -260,7 +260,7 @@ def _execution_device(module: nn.Module) -> torch.device:
 
 
 def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
-    """Lay activations out as ``(B, L, D)``; some models run their blocks on the real tokens only."""
+    """Return activations as ``(B, L, D)``; some models run their blocks on the real tokens only."""
     if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
         return activations
     if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
@@ -269,7 +269,7 @@ def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
         return rows_BLD
     batch, length = mask_BL.shape
     message = (
-        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector a token, "
+        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector per token, "
         f"({batch}, {length}, D); name a block, a norm or an MLP"
     )
     raise LayerError(message, spec=path)

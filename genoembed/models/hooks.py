@@ -1,8 +1,8 @@
 """Capture what named modules return during one forward pass, and stop as soon as all have returned.
 
-In: a module, module paths, optionally a reduction. Out: one tensor a path, in the order asked for. Promised:
-the hooks are removed whatever happens, modules behind the deepest one asked for never run, and the model
-computes the same afterwards as before.
+In: a module, module paths, optionally a reduction. Out: one tensor per path, in the requested order.
+Promised: the hooks are removed whatever happens, modules behind the deepest requested one never run, and the
+model computes the same afterwards as before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _AllCapturedError(BaseException):
-    """Leaves the forward pass; not an `Exception`, so that no model's own error handling keeps it."""
+    """Ends the forward pass; not an `Exception`, so that no model's own error handling keeps it."""
 
     def __init__(self, owner: _Capture) -> None:
         self.owner = owner
@@ -39,7 +39,7 @@ class _Capture:
         self.pending = dict.fromkeys(paths)
 
     def take(self, path: str, _module: nn.Module, _inputs: tuple[Any, ...], output: object) -> None:
-        """Keep one module's output; leave the pass when it was the last one asked for."""
+        """Keep one module's output; leave the pass when it was the last requested one."""
         if path not in self.pending:
             message = (
                 f"layer {path!r} ran more than once in a forward pass, expected once: it is shared between "

@@ -1,6 +1,6 @@
 """Fetch the checkpoints of the registry, and verify them.
 
-In: a registry entry. Out: its files in the Hugging Face cache, or an error that says how to come by them.
+In: a registry entry. Out: its files in the Hugging Face cache, or an error that says where to get them.
 Promised: without a network the answer comes within seconds, and no file that differs from what the registry
 records is handed on.
 """
@@ -51,14 +51,14 @@ def hub_answers() -> bool:
 
 
 def silence_reason() -> str:
-    """Say why the hub does not answer."""
+    """Return why the hub does not answer."""
     if constants.is_offline_mode():
         return "offline mode (HF_HUB_OFFLINE) is set"
     return f"{constants.ENDPOINT} does not answer"
 
 
 def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
-    """Give all files of a registry checkpoint, from the hub's cache or else from the hub, and verify them."""
+    """Return a registry checkpoint's files, from the hub's cache or else the hub, and verify them."""
     assert entry.repo_id is not None
     cached = [cached_file(entry.repo_id, file.name) for file in entry.files]
     if None in cached and not hub_answers():

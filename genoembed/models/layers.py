@@ -106,12 +106,12 @@ def num_blocks(module: nn.Module) -> int:
 
 
 def number_template(module: nn.Module) -> str:
-    """Say what a layer number means."""
+    """Return the module path that a layer number means, with ``{index}`` for the number."""
     return getattr(module, "embedding_layer_template", None) or f"{find_blocks(module)}.{{index}}"
 
 
 def has_numbered_blocks(module: nn.Module) -> bool:
-    """Tell whether layer numbers mean something: not where the blocks share one module."""
+    """Check whether layer numbers mean something: not where the blocks share one module."""
     return (_config_number(module, _DEPTH_KEYS) or num_blocks(module)) == num_blocks(module)
 
 
@@ -228,7 +228,7 @@ def _layer_info(module: nn.Module, path: str, blocks_path: str) -> LayerInfo:
 
 
 def _own_width(module: nn.Module, config_width: int | None) -> int | None:
-    """Tell a module's output width from its parameters, where they settle it."""
+    """Read a module's output width from its parameters, where they determine it."""
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Embedding):
@@ -237,7 +237,7 @@ def _own_width(module: nn.Module, config_width: int | None) -> int | None:
 
 
 def _is_norm(module: nn.Module, width: int | None) -> bool:
-    """Tell a norm: no children, and only vectors of the hidden size as parameters."""
+    """Recognize a norm: no children, and only vectors of the hidden size as parameters."""
     shapes = {tuple(parameter.shape) for parameter in module.parameters()}
     if any(True for _ in module.children()):
         return False

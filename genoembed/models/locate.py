@@ -84,12 +84,12 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
 
 
 def cache_folder() -> Path:
-    """Say where converted checkpoints are kept."""
+    """Return the folder that converted checkpoints are kept in."""
     return Path(constants.HF_HOME) / "genoembed"
 
 
 def converted_folder(entry: KnownModel) -> Path:
-    """Give the converted folder of a registry checkpoint; fetch and convert it the first time."""
+    """Return the converted folder of a registry checkpoint; fetch and convert it the first time."""
     folder = _folder_of(entry)
     if (folder / "config.json").is_file():
         return folder
@@ -112,7 +112,7 @@ def _merged_file(entry: KnownModel) -> Path | None:
 
 
 def _converted_file(path: Path) -> Path:
-    """Give the folder of a converted checkpoint file; its contents name it: none stands for another."""
+    """Return the folder of a converted checkpoint file; its contents name it: none stands for another."""
     if not path.name.endswith(_CONVERTIBLE) and ".part" not in path.suffix:
         message = (
             f"model {str(path)!r}: a file that is no checkpoint, expected one that ends in .pt, .pt.part0 "

@@ -29,7 +29,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_amx() -> bool:
-    """Tell whether this CPU has the matrix unit AMX, and torch and the operating system let it be used.
+    """Check whether this CPU has the matrix unit AMX, and torch and the operating system let it be used.
 
     So must the user, who forbids it with oneDNN's own variable: ``ONEDNN_MAX_CPU_ISA=AVX2``.
     """

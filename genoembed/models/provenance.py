@@ -1,4 +1,4 @@
-"""Say which weights a model really holds: digest of the files, revision, license.
+"""Identify the weights of a model: digest of the files, revision, license.
 
 Everything here reads files that are already on the machine; nothing is fetched.
 """

@@ -54,7 +54,7 @@ class SequenceEncoder(Protocol):
         """Encode one sequence."""
 
     def max_bases(self, max_tokens: int) -> int:
-        """Give the longest sequence that is sure to fit, whatever its bases."""
+        """Return the longest sequence that is sure to fit, whatever its bases."""
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
@@ -145,7 +145,7 @@ class _FastEncoder:
         return np.array(starts, dtype=np.int64)
 
     def _log_gaps(self, num_gaps: int, num_bases: int) -> None:
-        """Say once that some letters have no token: the model's choice, but not a silent one."""
+        """Log once that some letters have no token: the model's choice, but not a silent one."""
         if self._has_logged_gaps:
             return
         self._has_logged_gaps = True

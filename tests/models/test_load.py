@@ -358,7 +358,7 @@ def test_forward_reduces_on_the_fly(tiny_model, padded_batch):
 
 
 def test_forward_refuses_what_is_no_vector_a_token(tiny_model, batch):
-    with pytest.raises(LayerError, match=r"gives shape \(2, 16\), expected one vector a token"):
+    with pytest.raises(LayerError, match=r"gives shape \(2, 16\), expected one vector per token"):
         tiny_model("bert").forward(batch, ["pooler"])
 
 

@@ -166,7 +166,7 @@ class StripedHyena2Config(PreTrainedConfig):
             raise ConfigError(*problems)
 
     def block_kind(self, index: int) -> BlockKind:
-        """Say of which kind a block is.
+        """Return the kind of a block.
 
         Args:
             index: Block number from 0.

@@ -104,7 +104,7 @@ class FilterCache:
     def get(
         self, build: Callable[[], _Built], weights: tuple[Tensor, ...], key: tuple[object, ...]
     ) -> _Built:
-        """Give what ``build`` returns, built anew only for another key or other weights.
+        """Return what ``build`` returns, built anew only for another key or other weights.
 
         Example:
             >>> cache, weight = FilterCache(), torch.ones(2)

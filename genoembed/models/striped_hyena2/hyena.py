@@ -107,7 +107,7 @@ class HyenaFilter(Float32Keeper):
 
 
 def split_projection(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the three parts of what is stored for a projection of three times the width, as views."""
+    """Split what is stored for a projection of three times the width, as views."""
     # Evo 2 stores channel c of the three parts in rows 3c, 3c + 1, 3c + 2
     parts = weight.unflatten(0, (-1, 3)).unbind(1) if is_interleaved else weight.chunk(3)
     return parts[0], parts[1], parts[2]
@@ -133,7 +133,7 @@ class Projections(nn.Linear):
 
 
 def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the parts of a projection."""
+    """Return the parts of a projection."""
     # an adapter (another type) or a hook must see the one product it expects
     if type(projections) is Projections and not is_watched(projections):
         return projections.project_parts(x_BLD)

@@ -102,7 +102,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Give the embedding.
+        """Return the embedding.
 
         Returns:
             The embedding module.
@@ -211,7 +211,7 @@ def _build_context(
     segment_ids: Tensor | None,
     cache: StripedHyena2Cache | None,
 ) -> BlockContext:
-    """Say what the blocks must know about the rows; the positions of segments always count from 0."""
+    """Build what the blocks must know about the rows; the positions of segments always count from 0."""
     if segment_ids is not None:
         if cache is not None:
             message = (
@@ -373,7 +373,7 @@ def _next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | 
 
 @torch.no_grad()
 def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
-    """Give the tensors that a module holds itself their starting values.
+    """Initialize the tensors that a module holds itself.
 
     What writes to the residual stream starts smaller, by the square root of twice the depth.
     """

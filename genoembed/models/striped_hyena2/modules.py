@@ -49,5 +49,5 @@ def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Say whether what a module returns may be held by someone else than its caller."""
+    """Check whether what a module returns may be held by someone else than its caller."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -91,7 +91,7 @@ class StripedHyena2Cache:
     """State of each attention block, by block number."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Say how many tokens were seen; transformers asks by this name."""
+        """Return how many tokens were seen; transformers asks by this name."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -106,7 +106,7 @@ class StripedHyena2Cache:
 
 
 def last_positions(history_BTD: Tensor | None, x_BLD: Tensor, *, count: int) -> Tensor:
-    """Give the last positions of a block and what came before it.
+    """Return the last positions of a block and what came before it.
 
     Example:
         >>> last_positions(None, torch.tensor([[[1.0], [2.0]]]), count=3).flatten()

@@ -24,7 +24,6 @@ PARTS = (
     "genoembed.retrieval.heads",
     "genoembed.sklearn",
     "genoembed.training.heads",
-    "genoembed.training.losses",
 )
 """Modules of which users take parts into their own loops, beside the names of ``genoembed.__all__``."""
 

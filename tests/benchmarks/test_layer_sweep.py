@@ -6,7 +6,8 @@ import layer_sweep
 import numpy as np
 
 from genoembed import read_sequences
-from genoembed.probing.linear import cross_validate
+from genoembed.probing.cross_validation import encode_target
+from genoembed.probing.sweep import sweep
 from genoembed.sequences.composition import kmer_frequencies
 
 
@@ -22,5 +23,6 @@ def test_sequences_are_two_kinds_and_the_same_each_time(tmp_path):
     assert [record.id for record in records] == [name for name, _ in rows]
     assert {len(record.sequence) for record in records} == {200}
     features = kmer_frequencies([record.sequence for record in records], k=2)
-    scores = cross_validate(features, np.array([label for _, label in rows]), np.arange(40) // 2 % 4)
-    assert scores["mcc"].mean > 0.8
+    codes = encode_target(np.array([label for _, label in rows]), task="classification")
+    (layer,) = sweep({"kmers": features}, codes, np.arange(40) // 2 % 4, task="classification").layers
+    assert layer.metrics["mcc"].mean > 0.8

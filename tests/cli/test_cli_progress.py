@@ -9,7 +9,7 @@ import pytest
 
 from genoembed.cli import progress
 from genoembed.cli.progress import Meter, estimate_bases, show_progress
-from genoembed.pipeline.embedder import RunStats
+from genoembed.pipeline.units import RunStats
 
 
 def totals(**fields: float) -> RunStats:

@@ -90,7 +90,6 @@ class ProbeConfig(Config):
     )
     top: tuple[int, ...] = option(
         TOP,
-        ge=2,
         group=COMPARISONS,
         metavar="K",
         help="Concatenate the best K layers as one more candidate. Repeatable.",
@@ -125,6 +124,10 @@ class ProbeConfig(Config):
     plot: bool = option(True, group=OUTPUT, help="Draw the score by layer, as PNG and SVG.")
 
     def _problems(self) -> Iterator[str]:
+        if any(number < 2 for number in self.top):
+            yield Problem(
+                f"top is {list(self.top)}", Remedy("top", words=f"numbers of 2 or more, such as {list(TOP)}")
+            )
         if self.preset == "none" and (self.split or self.split_column):
             yield Problem(
                 "split and split_column are for a preset", Remedy("preset", "geneb"), ", or leave them out"

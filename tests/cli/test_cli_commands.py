@@ -195,19 +195,19 @@ def test_info_of_something_else_is_one_line(cli, fasta):
 
 def test_convert_makes_a_folder_that_extract_takes(cli, fasta):
     checkpoint = GOLDEN / "evo2_golden_7bstyle.pt"
-    result = cli("convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden")
+    result = cli("convert", checkpoint, "--vortex-config", GOLDEN / "config.yml", "-o", "golden")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "golden\n"
     assert "genoembed extract INPUT --model golden" in result.stderr
     assert cli("extract", fasta, "--model", "golden", "--layer", 0).exit_code == 0
-    again = cli("convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden")
+    again = cli("convert", checkpoint, "--vortex-config", GOLDEN / "config.yml", "-o", "golden")
     assert again.exit_code == 1
     assert again.stderr == (
         "Error: golden: exists, expected a new folder; set overwrite or choose another output_dir "
         "(output_dir is --output)\n"
     )
     replaced = cli(
-        "convert", checkpoint, "--config", GOLDEN / "config.yml", "-o", "golden", "--overwrite", "-q"
+        "convert", checkpoint, "--vortex-config", GOLDEN / "config.yml", "-o", "golden", "--overwrite", "-q"
     )
     assert (replaced.exit_code, replaced.stderr) == (0, "")
 

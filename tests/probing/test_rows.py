@@ -174,7 +174,7 @@ def test_layers_of_a_file_are_taken_by_name(tmp_path):
         ({"preset": "geneb", "task": "regression"}, "preset 'geneb' is for classes"),
         ({"split_column": "s"}, "split and split_column are for a preset"),
         ({"preset": "geneb", "split": "a", "split_column": "s"}, "give one of the two"),
-        ({"group_column": "g"}, "set cv to 'grouped'"),
+        ({"group_column": "g"}, "set cv='grouped'"),
         ({"top": (1,)}, "set top to numbers of 2 or more"),
         ({"homolog_identity": 0.0}, "set homolog_identity above 0"),
     ],

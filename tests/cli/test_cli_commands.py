@@ -203,8 +203,7 @@ def test_convert_makes_a_folder_that_extract_takes(cli, fasta):
     again = cli("convert", checkpoint, "--vortex-config", GOLDEN / "config.yml", "-o", "golden")
     assert again.exit_code == 1
     assert again.stderr == (
-        "Error: golden: exists, expected a new folder; set overwrite or choose another output_dir "
-        "(output_dir is --output)\n"
+        "Error: golden: exists, expected a new folder; add --overwrite, or choose another folder\n"
     )
     replaced = cli(
         "convert", checkpoint, "--vortex-config", GOLDEN / "config.yml", "-o", "golden", "--overwrite", "-q"

@@ -215,7 +215,7 @@ def measure(folder: Path, *, model: str, layer: str, num_bases: int, threads: in
 
 
 def as_markdown(figures: dict, note: str) -> str:
-    """Lay the figures out for people."""
+    """Format the figures for people."""
     lines = [f"# Geometry of {figures['model']['shape']} on a small machine", ""]
     lines += [f"- {key}: {value}" for key, value in figures["machine"].items()]
     lines += [f"- model: random weights, {figures['model']['dtype']}"]

@@ -162,7 +162,7 @@ def write_tables(
 
 
 def label_of_base(label: str, bases: int, share: float) -> str:
-    """Say a label of a sequence as labels of its bases, of which one counts.
+    """Convert a label of a sequence to labels of its bases, of which one counts.
 
     Args:
         label: Of the sequence.
@@ -425,7 +425,7 @@ def run_tries(labelled: LabelledSet, options: argparse.Namespace) -> list[dict[s
 def to_markdown(
     results: Sequence[Mapping[str, Any]], tries: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> str:
-    """Lay results out as tables.
+    """Format results as tables.
 
     Args:
         results: As ``measure_set`` gives them.
@@ -452,7 +452,7 @@ def to_markdown(
 
 
 def score_table(results: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Lay one metric out.
+    """Format one metric.
 
     Args:
         results: Sets of one task.
@@ -473,7 +473,7 @@ def score_table(results: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def difference(scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> str:
-    """Give the best tuned less the best plain score, in words.
+    """Return the best tuned less the best plain score, as text.
 
     Args:
         scores: Of one set.
@@ -495,7 +495,7 @@ def difference(scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str)
 
 
 def try_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay variants out as a Markdown table."""
+    """Format variants as a Markdown table."""
     lines = [f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}"]
     for row in rows:
         cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values())

@@ -386,7 +386,7 @@ def measure(names: list[str], *, executions: int, seed: int, folder: Path) -> di
 
 
 def as_markdown(figures: dict) -> str:
-    """Lay the figures out for people.
+    """Format the figures for people.
 
     Args:
         figures: What ``measure`` gave.

@@ -134,7 +134,7 @@ def wait_for(child: int) -> int:
 
 
 def digest(path: Path) -> str:
-    """Give the SHA-256 of a file.
+    """Return the SHA-256 of a file.
 
     Args:
         path: The file.
@@ -147,7 +147,7 @@ def digest(path: Path) -> str:
 
 
 def moment_of(folder: Path, units_before: int) -> str:
-    """Say where in a run a process was that is gone, from what it left.
+    """Return where in a run a killed process was, from what it left.
 
     Args:
         folder: Its current folder.
@@ -204,7 +204,7 @@ def kill_at(moment: str, child: int, folder: Path, units_before: int, generator:
 
 
 def tiny_words(model: str, fasta: Path, *more: str) -> list[str]:
-    """Give a command line.
+    """Return a command line.
 
     Args:
         model: Folder.
@@ -323,7 +323,7 @@ def _series(
 def measure_shards(
     scratch: Path, model: str, options: object
 ) -> tuple[list[dict[str, object]], list[Figure]]:
-    """Let four jobs share the units, kill two of them, start these again, and merge.
+    """Run four jobs that share the units, kill two of them, start these again, and merge.
 
     Args:
         scratch: A folder.
@@ -572,7 +572,7 @@ def measure_size(
 
 
 def _peak_mib() -> int:
-    """Give the peak of this program alone: what ``getrusage`` says begins with the parent's."""
+    """Return the peak of this program alone: what ``getrusage`` says begins with the parent's."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
@@ -716,7 +716,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _filed_before(options: object) -> dict[str, tuple[list[Figure], list[dict[str, object]]]]:
-    """Give figures and rows of the parts that are not run this time, if they are in the results already."""
+    """Return figures and rows of the parts that are not run this time, if they are in the results already."""
     path = (options.results or RESULTS) / "kills.json"
     if options.quick or not path.exists():
         return {}

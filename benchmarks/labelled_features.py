@@ -57,7 +57,7 @@ class LabelledSet:
     """Group of each row where a ``.groups`` file stands beside the table."""
 
     def reverse_complement(self) -> LabelledSet:
-        """Give the same set on the other strand."""
+        """Return the same set on the other strand."""
         turned = tuple(sequence.translate(_COMPLEMENT)[::-1] for sequence in self.sequences)
         return replace(self, sequences=turned)
 
@@ -271,7 +271,7 @@ class _Store:
         blocks: Sequence[str],
         model: GenomicModel,
     ) -> _Store:
-        """Lay out the arrays for a set."""
+        """Allocate the arrays for a set."""
         store = cls()
         store.paths = list(dict.fromkeys(paths))
         lengths = {len(sequence) for sequence in labelled.sequences}
@@ -307,7 +307,7 @@ class _Store:
         model.forward(batch, layers=self.paths, reduce=reduce)
 
     def close(self, folder: Path) -> None:
-        """Put everything on the disk."""
+        """Write everything to the disk."""
         self.pooled.flush()
         self.windows.flush()
         if self.base_paths:

@@ -244,7 +244,7 @@ def _class_counts(labelled: LabelledSet) -> dict[str, int]:
 
 
 def to_markdown(sets: Sequence[Mapping[str, Any]]) -> str:
-    """Lay results out as tables, one a metric.
+    """Format results as tables, one per metric.
 
     Args:
         sets: As ``measure_set`` gives them.
@@ -294,7 +294,7 @@ def _best_baseline(result: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
 
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Give the mean of the differences by fold and their standard deviation; bold where it is a loss."""
+    """Return the mean of the differences by fold and their standard deviation; bold where it is a loss."""
     by_fold = np.subtract(first["values"], second["values"])
     text = f"{by_fold.mean():+.3f} ± {by_fold.std(ddof=1):.3f}"
     return f"**{text}**" if by_fold.mean() < 0 else text

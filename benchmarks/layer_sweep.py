@@ -178,7 +178,7 @@ def measure(
 def _by_cpu(
     name: str, over: Sequence[Sample], under: Sequence[Sample], *, at_most: float | None = None
 ) -> Figure:
-    """Give the ratio of the work: on a machine that others use, wall seconds are mostly waiting."""
+    """Return the ratio of the work: on a machine that others use, wall seconds are mostly waiting."""
     work = [[Sample(one.cpu_seconds, one.cpu_seconds, 0.0) for one in side] for side in (over, under)]
     return ratio(name, *work, at_most=at_most)
 

@@ -85,7 +85,7 @@ class MarkovModel:
 
 
 def encode(sequences: Iterable[bytes]) -> NDArray[np.uint8]:
-    """Lay sequences end to end as codes 0-3, with a break after each.
+    """Concatenate sequences as codes 0-3, with a break after each.
 
     Args:
         sequences: Upper-case letters.

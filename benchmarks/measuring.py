@@ -147,7 +147,7 @@ def ratio(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Figure:
-    """Give the median of the rounds' ratios.
+    """Return the median of the rounds' ratios.
 
     Args:
         name: What the ratio says.
@@ -198,7 +198,7 @@ def spread(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def available_bytes() -> int:
-    """Say how much memory can be had without swapping.
+    """Return how much memory is available without swapping.
 
     Returns:
         Bytes; a very large number where the system does not say.
@@ -327,7 +327,7 @@ def as_markdown(
     tables: Mapping[str, Sequence[Mapping[str, object]]],
     remarks: Sequence[str],
 ) -> str:
-    """Lay everything out for people.
+    """Format everything for people.
 
     Args:
         title: Heading.
@@ -351,7 +351,7 @@ def as_markdown(
 
 
 def figure_table(figures: Iterable[Figure]) -> list[str]:
-    """Lay figures out as lines of a Markdown table.
+    """Format figures as lines of a Markdown table.
 
     Args:
         figures: Ratios and shares.
@@ -372,7 +372,7 @@ def figure_table(figures: Iterable[Figure]) -> list[str]:
 
 
 def row_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Lay rows out as lines of a Markdown table.
+    """Format rows as lines of a Markdown table.
 
     Args:
         rows: Columns are those of all rows, in order of appearance.

@@ -212,7 +212,7 @@ def jaccard_scores(queries: Sequence[bytes], documents: Sequence[bytes], *, k: i
 def measure_ranking(
     scores_QP: torch.Tensor, queries: Sequence[Query], groups: NDArray[np.int64]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Ask both questions of a ranking, of all queries together and by rate.
+    """Measure a ranking by both criteria, over all queries together and by rate.
 
     Args:
         scores_QP: Of queries and documents.
@@ -423,7 +423,7 @@ def measure_all(labelled: LabelledSet, options: argparse.Namespace) -> dict[str,
 
 
 def to_markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Lay results out as tables, one a question, and one by rate.
+    """Format results as tables, one per criterion, and one by rate.
 
     Args:
         found: Of :func:`measure_all`.

@@ -117,7 +117,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def rates(count: int, cost: dict[str, float]) -> dict[str, float]:
-    """Give queries for each second and CPU second."""
+    """Return queries per second and CPU second."""
     return {**cost, "per_s": count / cost["seconds"], "per_cpu_s": count / cost["cpu_s"]}
 
 

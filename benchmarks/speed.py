@@ -93,7 +93,7 @@ def stored_figures(results: Path, part: str) -> list[Figure]:
 
 
 def summary(results: Path, facts: dict[str, object]) -> str:
-    """Lay all figures out for people.
+    """Format all figures for people.
 
     Args:
         results: Folder of the parts' results.

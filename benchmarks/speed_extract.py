@@ -326,7 +326,7 @@ def _keep(found: dict[str, NDArray[np.float32]], way: str, action: Callable[[], 
 
 
 def _time_forward(module: torch.nn.Module) -> list[float]:
-    """Let a model keep the seconds of each call of its forward; captures leave it by an exception."""
+    """Make a model keep the seconds of each call of its forward; captures leave it by an exception."""
     seconds: list[float] = []
     forward = module.forward
 

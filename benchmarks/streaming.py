@@ -203,7 +203,7 @@ def measure(*, num_records: int) -> dict[str, object]:
 
 
 def as_markdown(figures: dict) -> str:
-    """Lay the figures out for people.
+    """Format the figures for people.
 
     Args:
         figures: What ``measure`` gave, and ``note``.

@@ -164,7 +164,7 @@ def embed(
 def clean_sequences(
     sequences: Iterable[str | bytes | SequenceRecord], config: EmbedConfig
 ) -> list[SequenceRecord]:
-    """Put sequences through the input policies."""
+    """Apply the input policies to sequences."""
     policies = Policies(
         invalid=config.input.invalid, gaps=config.input.gaps, keep_case=config.input.keep_case
     )
@@ -222,7 +222,7 @@ def _config(
 
 
 def _plain(name: str, value: object) -> object:
-    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
+    """Convert an option to what a configuration keeps: tuples, and plain values instead of NumPy's."""
     if name == "layers":
         many = [value] if isinstance(value, str | int | np.integer) else list(value)  # type: ignore[call-overload]
         return tuple(map(str, many))

@@ -58,7 +58,7 @@ class Remedy(NamedTuple):
     """What helps, where it is not a single value, such as ``1 or more``."""
 
     def spelled(self, spelling: Spelling) -> str:
-        """Say what to do.
+        """Return the remedy as text.
 
         Example:
             >>> Remedy("overwrite", True).spelled(python_spelling)
@@ -116,7 +116,7 @@ class GenoembedError(Exception):
         super().__init__(f"{place}: {problem}" if place else problem)
 
     def spelled(self, spelling: Spelling) -> str:
-        """Give the message and its notes with every way out spelled for a reader."""
+        """Return the message and its notes with every remedy spelled for a reader."""
         text = "; ".join([str(self), *getattr(self, "__notes__", ())])
         for problem in (self.problem, *getattr(self, "problems", ()), *getattr(self, "__notes__", ())):
             if isinstance(problem, Problem):
@@ -124,7 +124,7 @@ class GenoembedError(Exception):
         return text
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Say how to make the error again: its constructor takes other arguments than it keeps."""
+        """Return how to build the error again: its constructor takes other arguments than it keeps."""
         return _made_again, (type(self), self.args, self.__dict__)
 
 

@@ -173,7 +173,7 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
 
 
 def check_files(config: EmbedConfig) -> bool:
-    """Refuse an output that is one of the files to be read, or that is there and must stay."""
+    """Raise if the output is one of the files to be read, or exists and must stay."""
     output, overwrite = config.output.output, config.output.overwrite
     parts = Parts.find(output)
     may_stay = config.output.resume or (parts is not None and is_output_of(parts))
@@ -186,7 +186,7 @@ def check_files(config: EmbedConfig) -> bool:
 
 
 def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
-    """Tell what is in an output that this very run has made; None where it is to be made again."""
+    """Return what is in an output that this very run has made; None if it is to be made again."""
     parts = Parts.find(config.output.output)
     if parts is not None and parts.manifest.digest == manifest.digest and is_output_of(parts):
         return finish_removal(parts)  # it was cut off in the middle of that
@@ -207,7 +207,7 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
 
 
 def manifest_of(config: EmbedConfig, facts: RunFacts) -> Manifest:
-    """Say what a run is."""
+    """Build the manifest that identifies a run."""
     return Manifest(
         identity={"genoembed": __version__, **facts.identity},
         provenance={"genoembed_version": __version__, **describe_run(config, facts)},
@@ -250,7 +250,7 @@ def _run(
 
 @contextmanager
 def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
-    """Say at a failure which units are kept; where there are none, nothing is left behind."""
+    """Note on a failure which units are kept; if there are none, nothing is left behind."""
     try:
         yield
     except BaseException as error:

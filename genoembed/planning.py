@@ -102,7 +102,7 @@ def plan(
     output: str | PathLike[str] | None = None,
     **options: Any,
 ) -> RunPlan:
-    """Say what :func:`genoembed.extract` would do and need: reads the input once, runs a few batches.
+    """Return what :func:`genoembed.extract` would do and need: reads the input once, runs a few batches.
 
     Args:
         inputs: Sequence files; ``-`` is standard input, of which nothing is left afterwards.
@@ -299,7 +299,7 @@ class Measured:
 def count_work(
     units: Iterable[WorkUnit], embedder: UnitEmbedder, *, per_window: bool, keeps_tokens: bool
 ) -> tuple[Workload, Sample]:
-    """Lay units out as a run would, and count."""
+    """Cut and pad units as a run would, and count."""
     work, sample = Workload(), Sample()
     unit_tokens = 0
     for slab in embedder.runner.lay_out(units):
@@ -361,7 +361,7 @@ def _count_rows(slab: Slab, work: Workload, *, per_window: bool) -> int:
 
 
 def _row_bytes(record: SequenceRecord) -> int:
-    """Say about how many bytes a row takes in the table: texts lie in a heap, and are referred to."""
+    """Estimate how many bytes a row takes in the table: texts are kept in a heap, and referred to."""
     lengths = (
         len(record.id),
         len(record.description),

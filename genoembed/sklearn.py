@@ -150,7 +150,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return self._embed(_sequences(X)).X
 
     def get_feature_names_out(self, input_features: object = None) -> NDArray[np.object_]:
-        """Name the columns.
+        """Return the column names.
 
         Args:
             input_features: Not looked at: the names do not follow from those of the input.
@@ -228,13 +228,13 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def clear_models() -> None:
-    """Let go of the models that were kept for the next estimator."""
+    """Free the models that were kept for the next estimator."""
     with _lock:
         _kept.clear()
 
 
 def _state(model: str) -> tuple[tuple[str, int, int], ...]:
-    """Tell one content of a local folder from another: a model that was trained on is loaded again."""
+    """Return what identifies the content of a local folder: a model trained further is loaded again."""
     folder = Path(model)
     if not folder.is_dir():
         return ()

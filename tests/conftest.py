@@ -28,7 +28,7 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test that tries to leave this machine fail and say so."""
+    """Make a test that tries to connect to another machine fail with a message."""
 
     def guarded(name: str):
         original = getattr(socket.socket, name)

@@ -32,7 +32,7 @@ BINARIES = Path(sys.executable).parent
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
-    """Give language and text of a page's blocks."""
+    """Return language and text of a page's blocks."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
     return [(language, text) for language, text in found if not languages or language in languages]
 

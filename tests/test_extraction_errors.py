@@ -30,7 +30,7 @@ RECORDS = {"a": random_dna(40, 1), "b": random_dna(10, 2)}
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Let any attempt to load a model fail."""
+    """Make any attempt to load a model fail."""
 
     def refuse(*_args, **_options):
         pytest.fail("the model was loaded")

@@ -62,7 +62,7 @@ def units_run(monkeypatch):
 
 
 def cut_off(monkeypatch, method, at):
-    """Let the ``at``-th call of a method of Parts end the run as a power cut would."""
+    """Make the ``at``-th call of a method of Parts end the run as a power cut would."""
     original, calls = getattr(Parts, method), []
 
     def call(self, *args, **options):

@@ -29,7 +29,7 @@ PARTS = (
 
 
 def public_objects() -> dict[str, set[str]]:
-    """Name the public functions and classes of each file."""
+    """Return the public functions and classes of each file."""
     found: dict[str, set[str]] = {}
     objects = [getattr(genoembed, name) for name in genoembed.__all__]
     for part in PARTS:
@@ -50,7 +50,7 @@ def public_objects() -> dict[str, set[str]]:
 
 @cache
 def complaints() -> list[tuple[str, str, str]]:
-    """Ask the linter: file, function or method, complaint."""
+    """Return what the linter reports: file, function or method, complaint."""
     words = [sys.executable, "-m", "pydoclint.main", "--quiet", "genoembed"]
     ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found, file = [], ""

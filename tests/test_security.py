@@ -38,7 +38,7 @@ SUBPROCESS = {
 
 
 def problems_in(source: str) -> list[str]:
-    """Name every call that could run or unpickle what a file holds."""
+    """Return every call that could run or unpickle what a file holds."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):

@@ -20,7 +20,7 @@ PACKAGING = ROOT / "examples" / "packaging"
 
 
 def shell_lines(path: Path) -> list[str]:
-    """Give the genoembed calls of a workflow file, with something in each placeholder."""
+    """Return the genoembed calls of a workflow file, with something in each placeholder."""
     text = re.sub(r'"\s*\n\s*"', "", path.read_text())  # strings that go on in the next line
     lines = re.findall(r"genoembed (?:extract|merge) [^\n]*", text)
     lines = [re.sub(r"\$?\{[^}]*\}", "1", line.partition('"')[0].partition(">")[0]) for line in lines]

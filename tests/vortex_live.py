@@ -55,7 +55,7 @@ CONSTANTS: dict[str, object] = {
 
 
 def stirred_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Give a new model's weights for both implementations; everything that starts at a constant is moved.
+    """Return a new model's weights for both implementations; everything that starts at a constant is moved.
 
     Args:
         model: One of ours, in float32.
@@ -113,7 +113,7 @@ def cast_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _install_stand_ins() -> None:
-    """Put plain PyTorch in place of rotary embedding by Triton, and nothing in place of CUDA's context."""
+    """Replace rotary embedding by Triton with plain PyTorch, and CUDA's context with nothing."""
 
     def apply_rotary(x, cos, sin, *, seqlen_offsets=0, inplace=False, **_):
         length = x.shape[1]

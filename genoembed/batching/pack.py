@@ -54,7 +54,7 @@ class PackCounts:
 
 
 def size_problems(window: int, batch_size: int) -> list[str]:
-    """Say what is wrong with the shape of a batch.
+    """Return what is wrong with the shape of a batch.
 
     Args:
         window: Slots of a row.
@@ -230,7 +230,7 @@ def pack_stream(
 
 
 def packing_efficiency(batch: PackedBatch) -> float:
-    """Give the share of slots that hold a real token (EOD counts, padding does not).
+    """Return the share of slots that hold a real token (EOD counts, padding does not).
 
     Args:
         batch: Packed rows.
@@ -308,7 +308,7 @@ def pack_bins(
     seed: int = 0,
     counts: PackCounts | None = None,
 ) -> Iterator[PackedBatch]:
-    """Lay whole documents, each followed by EOD, into the rows where they fit best.
+    """Pack whole documents, each followed by EOD, into the rows where they fit best.
 
     A buffer of documents is placed longest first, each into the fullest row that still takes it. Rows are
     handed on in random order, documents stand in random order within a row, and the emptiest rows stay open
@@ -428,7 +428,7 @@ class _Shelf:
         """Free slots and number of each open row, sorted."""
 
     def place(self, piece: _Piece) -> None:
-        """Put a piece into the fullest row that takes it, the oldest of equals, or into a new one."""
+        """Add a piece to the fullest row with room for it, the oldest of equals, or to a new one."""
         at = bisect_left(self._room, (piece.size, -1))
         if at < len(self._room):
             room, number = self._room.pop(at)
@@ -443,7 +443,7 @@ class _Shelf:
             self._full.append(self._open.pop(number))
 
     def take_rows(self, *, keep: int) -> list[list[_Piece]]:
-        """Hand out the full rows and all open ones but the ``keep`` emptiest."""
+        """Yield the full rows and all open ones but the ``keep`` emptiest."""
         num_taken = max(0, len(self._room) - keep)
         rows = self._full + [self._open.pop(number) for _, number in self._room[:num_taken]]
         self._room = self._room[num_taken:]
@@ -467,7 +467,7 @@ class _BatchInProgress:
         return self.num_rows == len(self._ids_BL)
 
     def add(self, row: list[_Piece], rng: np.random.Generator) -> None:
-        """Lay the pieces of a row end to end, in random order."""
+        """Concatenate the pieces of a row, in random order."""
         ids_L, start_L = self._ids_BL[self.num_rows], self._start_BL[self.num_rows]
         start_L[:] = False
         filled = 0

@@ -68,7 +68,7 @@ def _lines(report: CompareReport) -> list[str]:
 
 
 def layer_lines(layers: Sequence[Any], tolerance: float) -> list[str]:
-    """Say how far each layer agrees."""
+    """Return lines about how far each layer agrees."""
     lines = []
     for layer in layers:
         outside = f", {layer.num_outside:,} outside {tolerance:g}" if layer.num_outside else ""
@@ -83,7 +83,7 @@ def layer_lines(layers: Sequence[Any], tolerance: float) -> list[str]:
 
 
 def named(ids: Sequence[str]) -> str:
-    """Name some records.
+    """List some records.
 
     Example:
         >>> named(["a", "b", "c", "d"])

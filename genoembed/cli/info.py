@@ -55,7 +55,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _provenance_lines(key: str, value: object) -> list[tuple[str, str]]:
-    """Lay one part of the provenance out; nested parts get a line each."""
+    """Format one part of the provenance; nested parts get one line each."""
     label = key.replace("_", " ")
     if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
         return [(f"{label}: {name}", _words(part)) for name, part in value.items()]
@@ -81,7 +81,7 @@ def _words(value: object) -> str:
 )
 @click.argument("file")
 def info_command(file: str, *, as_json: bool) -> None:
-    """Say what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
+    """Show what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
     with genoembed.open_embeddings(file) as embeddings:
         facts = describe(embeddings)
     click.echo(json.dumps(facts) if as_json else aligned(_lines(facts)))

@@ -41,7 +41,7 @@ def _line(model: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _needs(model: Mapping[str, Any]) -> str:
-    """Say how large the weights are; two bytes a parameter where the size of the file is not known."""
+    """Return how large the weights are; two bytes per parameter if the size of the file is not known."""
     if not model["repo_id"]:
         return "nothing more"
     return f"{magnitude(model['num_bytes'] or 2 * model['num_parameters'], 'B')} of disk and memory"
@@ -105,7 +105,7 @@ def layer_table(described: ModelLayers) -> list[dict[str, Any]]:
 
 
 def _meaning(described: ModelLayers) -> str:
-    """Say what an integer stands for, and how far it goes."""
+    """Return what an integer layer means, and its range."""
     if described.template is None:
         return "Integers mean nothing here, because the blocks share one module: name a module path."
     path, last = described.template.format(index="N"), described.num_blocks - 1

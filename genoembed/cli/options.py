@@ -73,7 +73,7 @@ class ConfigCommand(click.Command):
             raise click.UsageError(message, ctx=ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Put together what the command line and the file say, and call the command's function with it."""
+        """Merge the options of the command line and the file, and call the command's function with them."""
         ctx.meta[SPELLING] = self.option_of
         given = {key: value for key, value in ctx.params.items() if value not in NOT_GIVEN}
         if (path := given.pop("config_file", None)) is not None and self.config is not None:
@@ -189,7 +189,7 @@ def _option(described: Option) -> click.Option:
 
 
 def default_note(described: Option) -> str:
-    """Say what the default is, where there is one worth saying."""
+    """Return the text of the default, if it is worth showing."""
     default = described.default
     shown = described.shown_default or (
         ", ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in default)

@@ -57,7 +57,7 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
 
 @contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does; handlers can be set in the main thread only."""
+    """Make SIGTERM end a command as Ctrl-C does; handlers can be set in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,7 +73,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _one_line(error: GenoembedError, ctx: click.Context) -> str:
-    """Say what is wrong and what to do, spelled as the options of the command that ran."""
+    """Print what is wrong and what to do, spelled as the options of the command that ran."""
     spelling = ctx.meta.get(SPELLING, python_spelling)
     text = " ".join(error.spelled(spelling).splitlines())
     command = getattr(spelling, "__self__", None)

@@ -97,7 +97,7 @@ _PREFIXES = ("", "k", "M", "G", "T")
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """Say how many.
+    """Return a count with its noun.
 
     Example:
         >>> count(1, "record"), count(1200, "gap letter")
@@ -132,7 +132,7 @@ def duration(seconds: float) -> str:
 
 
 def aligned(rows: Iterable[Sequence[object]], *, header: Sequence[str] | None = None) -> str:
-    """Lay rows out in columns, two spaces apart.
+    """Align rows in columns, two spaces apart.
 
     Example:
         >>> print(aligned([("a", 5), ("bc", 10)], header=("name", "size")))
@@ -177,7 +177,7 @@ POLICY_WORDS = {
 
 
 def headline(report: ExtractionReport) -> str:
-    """Say in one line what was written."""
+    """Return one line about what was written."""
     if report.num_rows is None or report.width is None:
         units = count(report.stats.units + report.stats.units_kept, "unit")
         return f"{report.output}: share {report.shard} is done, {units}"
@@ -188,7 +188,7 @@ def headline(report: ExtractionReport) -> str:
 
 
 def details(report: ExtractionReport) -> list[str]:
-    """Say what was read, what the policies did, and what it cost."""
+    """Return lines about what was read, what the policies did, and what it cost."""
     counts, stats = report.counts, report.stats
     took = f"{report.seconds:.1f} s" if report.seconds < 60 else duration(report.seconds)
     repeats = f", {count(stats.repeats, 'repeat')} not run again" if stats.repeats else ""
@@ -204,7 +204,7 @@ def details(report: ExtractionReport) -> list[str]:
 
 
 def kept_lines(report: ExtractionReport) -> list[str]:
-    """Say what an earlier run had finished, and what is left to do."""
+    """Return lines about what an earlier run had finished, and what is left to do."""
     stats = report.stats
     lines = []
     if stats.units_kept:
@@ -216,7 +216,7 @@ def kept_lines(report: ExtractionReport) -> list[str]:
 
 
 def failure_line(failed: Mapping[str, str]) -> str:
-    """Name the records without a vector."""
+    """Return the line that lists records without a vector."""
     named = ", ".join(f"{name} ({why})" for name, why in islice(failed.items(), _FAILED_SHOWN))
     rest = len(failed) - _FAILED_SHOWN
     more = f" and {rest} more" if rest > 0 else ""
@@ -224,7 +224,7 @@ def failure_line(failed: Mapping[str, str]) -> str:
 
 
 def policy_lines(counts: InputCounts) -> list[str]:
-    """Say what the input policies did, in plain words."""
+    """Return one line per input policy that acted."""
     acted = [(name, getattr(counts, name)) for name in POLICY_WORDS]
     return [
         f"{count(number, POLICY_WORDS[name][0])} {POLICY_WORDS[name][1]}" for name, number in acted if number
@@ -232,12 +232,12 @@ def policy_lines(counts: InputCounts) -> list[str]:
 
 
 def tokens_per_s(report: ExtractionReport) -> float:
-    """Give the speed of the whole run."""
+    """Return the speed of the whole run."""
     return report.stats.real_tokens / report.seconds if report.seconds else 0.0
 
 
 def as_json(report: ExtractionReport) -> dict[str, Any]:
-    """Give the report as values that JSON holds."""
+    """Return the report as values that JSON holds."""
     fields = dataclasses.asdict(report)
     fields["output"] = str(report.output)
     fields["stats"]["padding_share"] = report.stats.padding_share

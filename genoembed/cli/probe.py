@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Find out which layer of a model carries a label: INPUT are sequence files, or one embedding file.
+    """Measure which layer of a model predicts a label: INPUT are sequence files, or one embedding file.
 
     One pass takes all layers; each, and fusions of them, get the same cross-validated linear probe. Standard
     output gets the table, the layer to use, and whether k-mers or an untrained copy do as well; DIR gets
@@ -51,7 +51,7 @@ def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> 
 
 
 def _lines(report: ProbeReport) -> list[str]:
-    """Lay out what standard output gets."""
+    """Format what standard output gets."""
     lines = [_table(report), ""]
     if report.shots:
         lines += [_shot_table(report), ""]

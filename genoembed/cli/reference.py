@@ -24,7 +24,7 @@ _TABLE = r"(?m)^\| option \|.*\n(?:\|.*\n)+"
 
 
 def with_tables(page: str) -> str:
-    """Put the table of each command into its section of a page."""
+    """Write the table of each command into its section of a page."""
     for name in COMMANDS:
         command = main.get_command(click.Context(main), name)
         assert command is not None

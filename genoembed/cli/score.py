@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
     genoembed score --vcf calls.vcf.gz --reference genome.fa --layer 28 -o effects.tsv""",
 )
 def score_command(**options: Any) -> None:
-    """Give the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
+    """Compute the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
     --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference.
 
     The table has sums and means of natural logarithms, perplexity and bits per base; for variants both sums,

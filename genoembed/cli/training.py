@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Let an interruption that saved a checkpoint say which option goes on from it."""
+    """Add to an interruption that saved a checkpoint which option resumes from it."""
     try:
         yield
     except KeyboardInterrupt as stop:

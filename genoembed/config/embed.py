@@ -394,13 +394,13 @@ def embed_config(options: Mapping[str, object]) -> EmbedConfig:
 
 
 def _default_output(inputs: object) -> str:
-    """Name the output where inputs are right; where they are not, that is what will be reported."""
+    """Return the output's name if the inputs are valid; if they are not, that is reported elsewhere."""
     first = inputs[0] if isinstance(inputs, tuple | list) and inputs else inputs
     return default_output(os.fspath(first)) if isinstance(first, str | os.PathLike) else default_output("-")
 
 
 def default_output(first_input: str) -> str:
-    """Name the output after the first input.
+    """Return the output's default name, made from the first input.
 
     Example:
         >>> default_output("data/genome.fa.gz"), default_output("-")

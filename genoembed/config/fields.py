@@ -220,7 +220,7 @@ class Option:
         return f"{start}{joint}{end}".strip() + unit if start or end else ""
 
     def problem(self, value: object, *, is_bound: bool) -> Problem:
-        """Say that a value is wrong, and which would be right."""
+        """Describe a wrong value, and which values are allowed."""
         if is_bound and not self.several:
             words = self._range or "a finite number"
         elif self.choices or self.several:
@@ -254,13 +254,13 @@ class Config(BaseModel):
         raise_all(self._problems())
 
     def _problems(self) -> Iterable[str]:
-        """Say what is wrong with options together; each of them is right by itself."""
+        """Return what is wrong with the combination of options; each of them is valid by itself."""
         return ()
 
     @classmethod
     @functools.cache
     def sections(cls) -> dict[str, type[Config]]:
-        """Name the stages that are configurations of their own."""
+        """Return the stages that are configurations of their own."""
         return {
             name: field.annotation
             for name, field in cls.model_fields.items()
@@ -320,11 +320,11 @@ class Config(BaseModel):
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the configuration as plain values, a dict for each section."""
+        """Return the configuration as plain values, one dict per section."""
         return self.model_dump()
 
     def to_flat(self) -> dict[str, object]:
-        """Give the configuration as a file holds it: flat keys, without those that are None."""
+        """Return the configuration as a file holds it: flat keys, without those that are None."""
         flat: dict[str, object] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -398,13 +398,13 @@ def _in_our_words(
 
 
 def missing_option(described: Option) -> Problem:
-    """Say that an option without a default is missing."""
+    """Return the message for a required option that is missing."""
     remedy = Remedy(described.key, words=described.expected)
     return Problem(f"{described.key} is missing", remedy)
 
 
 def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = python_spelling) -> str:
-    """Say that there is no such option, and what it may be called.
+    """Return the message for an unknown option, with the nearest name.
 
     Example:
         >>> unknown_option("windw", ["window", "stride"])
@@ -420,7 +420,7 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
 
 
 def named_options(config: type[Config] | None = None) -> Callable[[Function], Function]:
-    """Let a public call answer an unknown keyword as every other entry does, instead of with a TypeError."""
+    """Make a public call report an unknown keyword as every other entry does, instead of with a TypeError."""
     import inspect
 
     def decorate(function: Function) -> Function:
@@ -481,7 +481,7 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 
 def differences(found: Mapping[str, object], expected: Mapping[str, object], *, where: str) -> list[str]:
-    """Say where a stored run is not the one that is requested.
+    """Return where a stored run differs from the requested one.
 
     Example:
         >>> differences({"data": {"window": 32}}, {"data": {"window": 64}}, where="run")

@@ -189,7 +189,7 @@ class SplitConfig(Config):
 
 
 def split_problems(validation: float, test: float) -> Iterator[str]:
-    """Say so if no rows are left to train on."""
+    """Yield a problem if no rows are left to train on."""
     if validation + test >= 1:
         words = "less than 1 together with test_fraction"
         yield Problem(

@@ -114,7 +114,7 @@ def export_model(
 
 
 def _check(loaded: GenomicModel) -> str:
-    """Refuse models whose vectors ``encode`` would not give; name the last layer."""
+    """Raise if ``encode`` would return other vectors; return the path of the last layer."""
     layer = loaded.resolve("final")[0].path
     if loaded.padding == "equal":
         message = (
@@ -172,7 +172,7 @@ def _save(loaded: GenomicModel, folder: Path, *, trust_remote_code: bool) -> int
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Name the tokens that no base stands for; unknown letters are bases."""
+    """Return the tokens that stand for no base; unknown letters are bases."""
     return [str(token) for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
 
 

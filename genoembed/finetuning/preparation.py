@@ -46,7 +46,7 @@ class Sides(Generic[RowT]):
     test: list[RowT]
 
     def held_out(self) -> list[tuple[str, list[RowT]]]:
-        """Name the sides that are measured on, ``eval`` and ``test``, as far as they have rows."""
+        """Return the sides that are measured on, ``eval`` and ``test``, if they have rows."""
         return [(name, rows) for name, rows in (("eval", self.validation), ("test", self.test)) if rows]
 
     @property
@@ -61,7 +61,7 @@ class Sides(Generic[RowT]):
 
 
 def find_contrast(config: FinetuneConfig) -> Contrast:
-    """Find out where the pairs of a contrastive task come from."""
+    """Determine where the pairs of a contrastive task come from."""
     if config.objective.task == "retrieval":
         return "examples"
     if config.objective.contrast != "auto":

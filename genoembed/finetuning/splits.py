@@ -200,7 +200,7 @@ def _balanced(
     config: SplitConfig,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Give whole clusters to sides, the largest first, each where it lowers chi-squared most.
+    """Assign whole clusters to sides, the largest first, each where it lowers chi-squared most.
 
     Chi-squared is taken over sides and classes, between what a side has and its share; so a cluster that is
     large for a small side goes to a large one.

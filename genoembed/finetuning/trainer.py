@@ -323,7 +323,7 @@ class FinetuneTrainer(ResumableTrainer):
         return self.report_measured(metrics, is_validation=side == "eval")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Let the loss decide between equal metrics, such as the 0 of a head that knows one class yet."""
+        """Break ties between equal metrics by the loss, such as the 0 of a head that knows one class yet."""
         best, name = self.state.best_metric, str(self.args.metric_for_best_model)
         if best is not None and metrics.get(name) == best and "eval_loss" in metrics:
             lines = [line for line in self.state.log_history if "eval_loss" in line]
@@ -342,7 +342,7 @@ class FinetuneTrainer(ResumableTrainer):
         torch.save(self.args, os.fspath(folder / "training_args.bin"))
 
     def _learned(self) -> list[str]:
-        """Name parameters that learn, each once, and buffers outside the backbone."""
+        """Return the names of trainable parameters, each once, and of buffers outside the backbone."""
         learned = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         buffers = [name for name, _ in self.model.named_buffers() if not _is_pretrained(name)]
         return [*learned, *buffers]

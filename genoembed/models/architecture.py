@@ -107,7 +107,7 @@ def base_of(whole: PreTrainedModel) -> PreTrainedModel:
 def build_without_weights(
     source: ModelSource, config: PreTrainedConfig, *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Lay out a base model on the meta device: every module and shape, no memory."""
+    """Build a base model on the meta device: every module and shape, no memory."""
     loader = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):

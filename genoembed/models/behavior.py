@@ -206,7 +206,7 @@ class _AnswerForValues(TorchDispatchMode):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and give each of its modules its own mode back."""
+    """Switch a model to eval mode, and restore the mode of each of its modules afterwards."""
     # usually none: to set the mode of hundreds of modules takes a millisecond, for each batch
     trained = [child for child in module.modules() if child.training]
     if trained:

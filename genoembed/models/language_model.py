@@ -137,7 +137,7 @@ def _load_whole(model: GenomicModel) -> PreTrainedModel:
 
 @contextmanager
 def _tapped(module: nn.Module, layers: Sequence[str], take: Take | None, span: slice) -> Iterator[None]:
-    """Hand on what layers return in the forward pass of the body."""
+    """Pass on what layers return in the forward pass of the body."""
     handles = []
     try:
         for path in layers if take is not None else ():

@@ -142,7 +142,7 @@ def _choose_dtype(dtype: ComputeDtype | torch.dtype | None, device: torch.device
 
 
 def _check_folder(source: ModelSource) -> None:
-    """Refuse a folder whose files send the loader to files elsewhere."""
+    """Raise if the folder's files send the loader to files elsewhere."""
     if not source.is_local:
         return
     folder = Path(source.location)
@@ -232,7 +232,7 @@ def _check_keys(
     source: ModelSource,
     trusted: bool,
 ) -> tuple[str, ...]:
-    """Refuse weights that do not fit; return the top-level modules that no hidden state depends on."""
+    """Raise if weights do not fit; return the top-level modules that no hidden state depends on."""
     prefix = next((f"{name}." for name, child in whole.named_modules() if child is module and name), "")
     families = tuple(dict.fromkeys(filter(None, (prefix, f"{whole.base_model_prefix or ''}.".lstrip(".")))))
     children = [name for name, _ in module.named_children()]
@@ -263,7 +263,7 @@ def _check_keys(
 
 
 def _unused_children(module: PreTrainedModel) -> set[str]:
-    """Name the children behind the blocks that are not the final norm: poolers and the like."""
+    """Return the modules after the blocks that are not the final norm: poolers and the like."""
     children = [name for name, _ in module.named_children()]
     blocks = find_blocks(module).partition(".")[0]
     # whichever of these norms gives the last hidden states, none of them may be random

@@ -1,4 +1,4 @@
-"""Find out what a model's name stands for, and fetch and convert what the registry knows.
+"""Resolve a model's name, and fetch and convert what the registry knows.
 
 Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id.
 """

@@ -279,7 +279,7 @@ class RowBuilder:
 
 
 def empty_pool_error(record: SequenceRecord, *, start: int, end: int, skip_first: int) -> EmptyPoolError:
-    """Say that no token of some bases of a record counts, and what to do."""
+    """Build the error for bases of a record of which no token counts."""
     where = f"record {record.id!r}: no token is left to pool of bases {start + 1}-{end}"
     if skip_first:
         return EmptyPoolError(f"{where}; skip_first is {skip_first}, set it lower or leave the record out")
@@ -297,7 +297,7 @@ def _failed_row(record: SequenceRecord, num_windows: int, reason: str) -> ObsRow
 def _with_rows(
     block: EmbeddingBlock | TokenBlock, spoiled: Mapping[int, ObsRow]
 ) -> EmbeddingBlock | TokenBlock:
-    """Put rows without vectors where they belong: NaN, or no tokens."""
+    """Insert the rows without vectors at their places: NaN, or no tokens."""
     num_rows = len(block.rows) + len(spoiled)
     good = np.array([position not in spoiled for position in range(num_rows)])
     others = iter(block.rows)

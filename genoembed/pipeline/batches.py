@@ -1,4 +1,4 @@
-"""Lay work units out for the model: cut, encoded, alike pieces found, padded to batches.
+"""Prepare work units for the model: cut, encoded, equal pieces found, padded to batches.
 
 In: work units. Out: slabs, which hold as many pieces of one unit as are in memory at a time, in batches by
 length under a budget of tokens. Promised: every piece is in exactly one slab; it runs once if no piece before
@@ -124,7 +124,7 @@ class SlabBuilder:
     """Whether a record that cannot be cut is noted, and the others go on."""
 
     def slabs(self, units: Iterable[WorkUnit]) -> Iterator[Slab]:
-        """Lay out unit after unit."""
+        """Prepare unit after unit."""
         for unit in units:
             yield from self._unit_slabs(unit)
 

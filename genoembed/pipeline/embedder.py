@@ -169,7 +169,7 @@ class UnitEmbedder:
         return feature_names(widths, method=method, strands=strands) if widths else {}
 
     def _check(self) -> None:
-        """Refuse what does not go with this model, before anything is read."""
+        """Raise if options do not fit this model, before anything is read."""
         embedding = self.config.embedding
         problems: list[str] = []
         try:

@@ -146,7 +146,7 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
 
 
 def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Name the settings that differ.
+    """Return the settings that differ.
 
     Example:
         >>> setting_differences({"pooling": "mean", "rc": "none"}, {"pooling": "max", "rc": "none"})
@@ -177,13 +177,13 @@ def check_comparable(
 
 
 def computed_dtype(file: EmbeddingFile) -> str | None:
-    """Name the number type that the model computed in, where the file says it."""
+    """Return the number type that the model computed in, if the file says it."""
     dtype = _section(file.provenance, "model").get("dtype")
     return None if dtype is None else str(dtype)
 
 
 def record_names(file: EmbeddingFile) -> list[str]:
-    """Name the record of each row: its id, of which a row per window has the place cut off."""
+    """Return the record of each row: its id, without the place that a row per window adds."""
     if not _section(_section(file.provenance, "config"), "windows").get("per_window"):
         return file.ids
     return [
@@ -193,7 +193,7 @@ def record_names(file: EmbeddingFile) -> list[str]:
 
 
 def find_embedding_file(inputs: Sequence[str | PathLike[str]], *, what: str) -> Path | None:
-    """Tell one embedding file from sequence files, by content; None for sequence files."""
+    """Return the path if the input is one embedding file, by content; None for sequence files."""
     are_files = [_is_hdf5(name) for name in inputs]
     if not inputs or (any(are_files) and len(inputs) > 1):
         message = f"{what}: {len(inputs)} files, expected one embedding file, or sequence files; name those"

@@ -358,7 +358,7 @@ def _chosen(vectors: Tensor | Sequence[Tensor], rows: Sequence[int]) -> Tensor |
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell a lack of memory from other failures; the allocator of CPUs has no error of its own."""
+    """Return whether memory ran out; the allocator of CPUs has no error class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 

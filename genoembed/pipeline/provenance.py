@@ -124,7 +124,7 @@ def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Give values as they will be read back from JSON."""
+    """Convert values to what will be read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -148,7 +148,7 @@ def _now() -> datetime:
 
 
 def peak_memory_mb() -> int | None:
-    """Give the largest resident memory of this process so far."""
+    """Return the largest resident memory of this process so far."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -156,7 +156,7 @@ def peak_memory_mb() -> int | None:
 
 
 def file_facts(name: str) -> dict[str, str | int | None]:
-    """Say which file an input was."""
+    """Return what identifies an input file."""
     path = Path(name)
     if name == "-" or not path.is_file():
         return {"name": name, "bytes": None, "sha256": None}
@@ -206,7 +206,7 @@ def certify_rows(
 def _vectors(
     block: EmbeddingBlock | TokenBlock,
 ) -> Iterator[tuple[tuple[str, str], NDArray[np.floating]]]:
-    """Give the vectors of each row, by layer and id."""
+    """Return the vectors of each row, by layer and id."""
     if isinstance(block, EmbeddingBlock):
         parts = {name: list(matrix) for name, matrix in block.matrices.items()}
     else:

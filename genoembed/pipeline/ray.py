@@ -69,7 +69,7 @@ def connected(ray: Any, config: EmbedConfig) -> Iterator[None]:
 
 
 def _local_options(config: EmbedConfig) -> dict[str, Any]:
-    """Say what a cluster of this machine is to be: as small as the run needs, and closed to the network."""
+    """Return the settings of a local cluster: as small as the run needs, and closed to the network."""
     workers = config.run.workers or 1
     threads = config.model.threads or max(1, _available_cpus() // workers)
     return {
@@ -90,7 +90,7 @@ def _available_cpus() -> int:
 
 @contextmanager
 def _signals_left_alone() -> Iterator[None]:
-    """Put back the handler of SIGTERM, which Ray takes."""
+    """Restore the handler of SIGTERM, which Ray replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -113,7 +113,7 @@ def _no_reports_sent() -> Iterator[None]:
 
 
 def found_from_anywhere(model: ModelConfig) -> ModelConfig:
-    """Give a local folder by its whole path: workers have another current folder."""
+    """Make the path of a local model absolute: workers have another current folder."""
     path = Path(model.model)
     return model.changed(model=str(path.resolve())) if path.exists() else model
 
@@ -168,7 +168,7 @@ class UnitWorker:
         return Finished(rows=rows, stats=replace(self._embedder.stats), logged=self._heard.take())
 
     def look(self) -> RunStats:
-        """Give the totals so far; may be called while a unit is embedded."""
+        """Return the totals so far; may be called while a unit is embedded."""
         return RunStats() if self._embedder is None else replace(self._embedder.stats)
 
 
@@ -305,7 +305,7 @@ class RayEngine:
         self._workers.clear()
 
     def _maker(self) -> Any:
-        """Say what a worker is and needs: a GPU if the cluster has any, else processors for its threads."""
+        """Return a function that starts a worker, on a GPU if the cluster has any, else on processors."""
         resources = self._ray.cluster_resources()
         self._uses_gpus = resources.get("GPU", 0) >= 1 and self._config.model.device != "cpu"
         threads = self._config.model.threads
@@ -322,7 +322,7 @@ class RayEngine:
         return _Worker(self._num_made, self._make())
 
     def _hand_out(self, ahead: Ahead[WorkUnit]) -> bool:
-        """Give units to workers that have room; tell whether there is anything left to wait for."""
+        """Assign units to workers that have room; return whether there is anything left to wait for."""
         has_more = True
         for room in range(UNITS_A_WORKER):
             for worker in self._workers:
@@ -338,7 +338,7 @@ class RayEngine:
         return sum(len(worker.units) for worker in self._workers)
 
     def _next_unit(self, ahead: Ahead[WorkUnit]) -> WorkUnit | None:
-        """Give a unit; None where there is none, or none yet and results to wait for meanwhile."""
+        """Return a unit; None if there is none, or none yet and results to wait for meanwhile."""
         if self._returned:
             return self._returned.popleft()
         return next(ahead, None) if ahead.is_ready or not self._num_given else None
@@ -379,7 +379,7 @@ class RayEngine:
             raise ModelError(message)
 
     def _told(self, facts: RunFacts) -> dict[str, Any]:
-        """Name the model as the user did, not as workers find it."""
+        """Return the provenance with the model's name as the user gave it, not as workers find it."""
         told = dict(facts.told)
         return told | {"model": dict(told["model"]) | {"id": self._config.model.model}}
 
@@ -408,7 +408,7 @@ class RayEngine:
             return None
 
     def _bury(self, worker: _Worker, error: Exception) -> None:
-        """Put a new worker in the place of one that died, and take its units back."""
+        """Replace a worker that died, and queue its units again."""
         self._workers.remove(worker)
         self._ray.kill(worker.actor)
         self._buried = _sum([self._buried, worker.settled])

@@ -91,7 +91,7 @@ def read_records(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceR
 
 
 def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
-    """Refuse what a model that is loaded already has decided."""
+    """Raise if options are set that a loaded model has already decided."""
     problems = []
     given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
     if given:
@@ -108,7 +108,7 @@ def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
 
 
 def _as_strings(value: object) -> tuple[str, ...]:
-    """Give one item, or several, as texts."""
+    """Return one item, or several, as texts."""
     if isinstance(value, str | int | np.integer | PathLike):
         return (_as_string(value),)
     return tuple(_as_string(item) for item in value)  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def _as_string(value: object) -> str:
 
 
 def _frozen(name: str, value: object) -> object:
-    """Give an option the form that a configuration keeps: tuples, and plain values instead of NumPy's."""
+    """Convert an option to what a configuration keeps: tuples, and plain values instead of NumPy's."""
     if name == "regions":
         return _as_strings(value)
     if isinstance(value, list | np.ndarray):

@@ -211,7 +211,7 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let what runs inside end first."""
+        """Delay the signal until the code inside has ended."""
         self._is_held = True
         try:
             yield

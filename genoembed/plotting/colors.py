@@ -139,7 +139,7 @@ def number_column(name: str, values: NDArray[np.floating]) -> NumberColumn:
 def text_column(
     name: str, values: Sequence[str | None], *, as_classes: bool = False
 ) -> ClassColumn | NumberColumn:
-    """Tell numbers from classes.
+    """Make a column of numbers if all values are numbers, else of classes.
 
     Example:
         >>> type(text_column("x", ["1", "2.5", None])).__name__, type(text_column("x", ["1", "b"])).__name__

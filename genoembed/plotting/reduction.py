@@ -38,7 +38,7 @@ class PlaneMap:
 
 
 def lay_out(vectors: NDArray[np.float32], options: MapConfig) -> PlaneMap:
-    """Lay vectors out in the plane.
+    """Arrange vectors in the plane.
 
     Example:
         >>> corners = np.array([[3, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=np.float32)

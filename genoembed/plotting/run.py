@@ -268,7 +268,7 @@ def read_values(
 
 
 def _value_names(columns: Sequence[str], stem: str) -> list[str]:
-    """Name columns without a name after the file."""
+    """Return the column names; columns without one are named after the file."""
     if columns[0] != "column_1":  # as a table without header names it
         return [name or f"{stem}_{place}" for place, name in enumerate(columns[1:], start=1)]
     return [stem] if len(columns) == 2 else [f"{stem}_{place}" for place in range(1, len(columns))]

@@ -73,7 +73,7 @@ def fuse(
 def feature_names(
     widths: Mapping[str, int], *, method: Fusion, strands: Strands = "none"
 ) -> dict[str, tuple[str, ...]]:
-    """Name the columns of the matrices that ``fuse`` returns.
+    """Return the column names of the matrices that ``fuse`` returns.
 
     ``LAYER:i`` is feature i of a layer, ``LAYER:rc:i`` the same feature on the reverse complement
     (``strands`` is ``concat``), ``METHOD:i`` feature i of layers that were fused element by element.

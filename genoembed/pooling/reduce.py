@@ -138,7 +138,7 @@ def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: TokenPooling
 
 
 def check_pooling(method: str, *, is_causal: bool) -> None:
-    """Refuse a pooling that says nothing about a sequence.
+    """Raise if a pooling says nothing about a sequence.
 
     Args:
         method: A pooling, or ``none`` (a vector a token).
@@ -187,7 +187,7 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _kept_chunks(hidden_BLD: Tensor, mask_BL: Tensor, fill: float) -> Iterator[tuple[slice, Tensor]]:
-    """Give slices of the positions with their values, ``fill`` where a token is not kept."""
+    """Yield slices of the positions with their values, ``fill`` where a token is not kept."""
     length, width = hidden_BLD.shape[1:]
     on_cpu = hidden_BLD.device.type == "cpu"
     values = _CHUNK_VALUES.get(hidden_BLD.device.type, _CHUNK_VALUES_ELSEWHERE)
@@ -301,7 +301,7 @@ class RunningPool:
             self._kept_B1 = self._kept_B1 + count_B1
 
     def pooled(self) -> Tensor:
-        """Give one vector a row."""
+        """Return one vector per row."""
         if self._sum_BD is not None and self._weight_B1 is not None:
             return (self._sum_BD / self._weight_B1).to(self._dtype)
         assert self._chosen_BD is not None, "a batch has a block"

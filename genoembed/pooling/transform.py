@@ -97,7 +97,7 @@ class RowBlocks(Protocol):
 
 
 def usable_rows(block: NDArray[np.float64], *, allow_zero: bool) -> NDArray[np.bool_]:
-    """Tell which rows can be compared.
+    """Return which rows can be compared.
 
     Example:
         >>> usable_rows(np.array([[1.0], [np.nan], [0.0]]), allow_zero=False).tolist()

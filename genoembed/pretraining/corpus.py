@@ -68,7 +68,7 @@ class CorpusState:
     """The config of the stream."""
 
     def to_dict(self) -> dict[str, object]:
-        """Give the state as plain values, for JSON."""
+        """Return the state as plain values, for JSON."""
         return {**asdict(self), "config": self.config.to_dict()}
 
     @classmethod
@@ -95,7 +95,7 @@ def is_heldout(sequence: bytes, fraction: float) -> bool:
 
 
 def config_differences(found: CorpusConfig, expected: CorpusConfig) -> list[str]:
-    """Say where a state's config is not the one that is asked for."""
+    """Return where a state's config differs from the requested one."""
     return [
         f"{name}: {getattr(expected, name)!r}, but {getattr(found, name)!r} in the state; "
         f"set {name} to the state's value, or start again"
@@ -207,7 +207,7 @@ class DocumentStream:
         return drawn
 
     def _documents(self) -> Iterator[_Document]:
-        """Give the shard's documents in file order. Strands are drawn for all, so shards do not matter."""
+        """Yield the shard's documents in file order. Strands are drawn for all, so shards do not matter."""
         config = self.config
         rng = self._generator(_STRANDS)
         number = 0

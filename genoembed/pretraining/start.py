@@ -113,12 +113,12 @@ def _shrunk(config: StartConfig, window: int) -> StripedHyena2Config:
 
 
 def _groups(groups: int, full_width: int, width: int) -> int:
-    """Let a filter serve as many channels as in the full model."""
+    """Return the number of filter groups with which a filter serves as many channels as in the full model."""
     return max(1, math.gcd(width, max(1, width * groups // full_width)))
 
 
 def _fit_context(model: PreTrainedModel, *, window: int, name: str) -> None:
-    """Let a StripedHyena 2 model's context grow with the rows it is trained on; refuse what others lack."""
+    """Extend a StripedHyena 2 model's context to the window; raise if another model's is too short."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None or window <= context:
         return
@@ -134,7 +134,7 @@ _OTHER = b"TTGACCATGCCGTAAC" * 2
 
 
 def isolating_inputs(model: PreTrainedModel, rules: TokenRules) -> tuple[str, ...]:
-    """Name the fields of a packed row that keep its segments apart, after trying them."""
+    """Return the fields of a packed row that keep its segments apart, after trying them."""
     parameters = inspect.signature(model.forward).parameters
     for field in ("segment_ids", "position_ids"):
         if field in parameters and _keeps_apart(model, rules, field):
@@ -147,7 +147,7 @@ def isolating_inputs(model: PreTrainedModel, rules: TokenRules) -> tuple[str, ..
 
 
 def forward_options(field_names: tuple[str, ...]) -> dict[str, Any]:
-    """Give what else a forward pass needs: with a cache, transformers takes positions for a continuation."""
+    """Return further arguments of a forward pass: with a cache, transformers takes positions to continue."""
     return {"use_cache": False} if "position_ids" in field_names else {}
 
 

@@ -57,7 +57,7 @@ class PaddedCounts:
     _sizes: list[int] | None = None
 
     def add(self, num_tokens: int, window: int) -> None:
-        """Put a document into the next free rows; what is longer than a window takes several."""
+        """Write a document into the next free rows; what is longer than a window takes several."""
         waiting = self._sizes or []
         self._sizes = waiting
         for start in range(0, num_tokens, window):

@@ -99,7 +99,7 @@ class PackedTrainer(ResumableTrainer):
         )
 
     def _heldout_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Give this process its batches: as many as each other has, filled up with rows that take no loss."""
+        """Yield this process's batches: as many as each other has, filled up with rows that take no loss."""
         rows, world = self.args.per_device_eval_batch_size, self.args.world_size
         index = torch.arange(-(-len(self._heldout) // (rows * world)) * rows * world)
         for start in range(self.args.process_index * rows, len(index), rows * world):
@@ -112,7 +112,7 @@ class PackedTrainer(ResumableTrainer):
             yield batch
 
     def step_metrics(self) -> dict[str, float]:
-        """Say how full the slots were, since the last line and since the run began."""
+        """Return how full the slots were, since the last line and since the run began."""
         found, stream = super().step_metrics(), self._stream
         counts = stream.packed.tokens, stream.packed.slots, stream.padded.tokens, stream.padded.slots
         tokens, slots, padded_tokens, padded_slots = map(sum, zip(*from_all(counts), strict=True))

@@ -139,7 +139,7 @@ def fusion_options(weights: Mapping[str, float], *, are_all: bool, pooling: str 
 
 
 def metric_names(task: ProbeTask) -> tuple[str, ...]:
-    """Name the metrics of a task as people write them."""
+    """Return the metrics of a task as people write them."""
     return tuple(METRIC_WORDS[name] for name in METRICS[task])
 
 
@@ -255,7 +255,7 @@ def _reach(near: Sequence[str], *, is_one_range: bool) -> str:
 def compare(
     model: InsideChoice, baselines: Sequence[tuple[str, MetricSummary]], *, task: ProbeTask
 ) -> list[Comparison]:
-    """Hold the model against baselines, fold by fold.
+    """Compare the model with baselines, fold by fold.
 
     Args:
         model: Its score with everything chosen inside the training folds.
@@ -389,7 +389,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Scored], metric: str) -> None:
 
 
 def _dress(axes: Axes, names: Sequence[str]) -> None:
-    """Name the layers along the axis, as many as there is room for."""
+    """Label the layers along the axis, as many as there is room for."""
     step = -(-len(names) // _MOST_TICKS)
     places = range(0, len(names), step)
     are_numbers = all(layer_number(name) is not None for name in names)

@@ -113,7 +113,7 @@ class LabelledRows:
 
 
 def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) -> LabelledRows:
-    """Put labels to the rows of a file; leave out rows that failed, and those without a label."""
+    """Match labels with the rows of a file; leave out rows that failed, and those without a label."""
     ids, has_failed = file.ids, _failed_rows(file)
     known = set(ids)
     strays = [name for name in table.labels if name not in known]
@@ -195,7 +195,7 @@ def group_rows(
 
 
 def _chromosomes(file: EmbeddingFile, labelled: LabelledRows) -> list[str]:
-    """Name the chromosome of each row: what its id says before the last colon, or the file it came from."""
+    """Return the chromosome of each row: its id up to the last colon, or the file it came from."""
     if any(":" in name for name in labelled.ids):
         return [name.rpartition(":")[0] or name for name in labelled.ids]
     sources = [str(source) for source in file.obs["source"][labelled.rows]]

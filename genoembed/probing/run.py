@@ -78,7 +78,7 @@ def probe(
     progress: Callable[[RunStats], None] | None = None,
     **options: Any,
 ) -> ProbeReport:
-    """Find out which layer of a model carries a label, and whether plain sequence features do as well.
+    """Measure which layer of a model predicts a label, and whether plain sequence features do as well.
 
     One pass takes the pooled states of all layers into a file, which stays. Each layer, and fusions of them,
     then get the same cross-validated linear probe: logistic regression for classes, ridge regression for
@@ -153,7 +153,7 @@ def probe(
 
 
 def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeReport:
-    """Put scores, words and options together."""
+    """Build the report from scores, text and options."""
     options, sweep = run.options, measured.sweep
     task, metric, pooling = options.task, METRICS[options.task][0], _pooling(run.file)
     inside = choose_inside(sweep.layers, task=task)

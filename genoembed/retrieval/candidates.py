@@ -60,7 +60,7 @@ class CandidateMasks:
 
 
 def sequence_identity(sequence: bytes) -> int:
-    """Give equal sequences, and the two strands of one molecule, equal numbers, for ``PairIds``.
+    """Assign equal numbers to equal sequences and to the two strands of one molecule, for ``PairIds``.
 
     Example:
         >>> sequence_identity(b"AAC") == sequence_identity(b"GTT")

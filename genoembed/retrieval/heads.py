@@ -249,7 +249,7 @@ class M3Heads(nn.Module):
 
 
 def set_trainable(encoder: nn.Module, heads: M3Heads) -> None:
-    """Let those parameters learn that the mode of the heads says.
+    """Make the parameters trainable that the mode of the heads selects.
 
     ``all`` and ``dense``: the encoder and its heads. ``fix_encoder``: the sparse and multi-vector head alone;
     dense vectors stay what they are and still take part in the ensemble.

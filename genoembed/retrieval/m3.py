@@ -68,12 +68,12 @@ class M3Vectors:
         return max((len(value) for value in self.tensors().values()), default=0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give what is there by name, as :func:`~genoembed.retrieval.grad_cache.cached_backward` takes it."""
+        """Return what is set by name, for :func:`~genoembed.retrieval.grad_cache.cached_backward`."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
     def gather(self, rows: RankRows, *, group_size: int = 1) -> M3Vectors:
-        """Lay the rows of all ranks end to end."""
+        """Concatenate the rows of all ranks."""
         gathered = {}
         for name, value in self.tensors().items():
             gathered[name] = rows.gather(value, group_size=group_size, pad=_FILL[name])
@@ -84,7 +84,7 @@ _FILL = {"dense": None, "term_ids": NO_TERM, "term_weights": 0.0, "tokens": 0.0,
 
 
 def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
-    """Lay the rows of several chunks end to end, padded to the longest.
+    """Concatenate the rows of several chunks, padded to the longest.
 
     Example:
         >>> parts = [{"dense": torch.ones(2, 3)}, {"dense": torch.zeros(1, 3)}]

@@ -117,7 +117,7 @@ class ContrastModel(ComparingModel):
         return self.head(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give comparable vectors: ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``."""
+        """Return comparable vectors: ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``."""
         sides = {"rows": ""} if "input_ids" in batch else {"query": "query_", "passage": "passage_"}
         return {name: self.head(self.encoder.pooled(*_rows(batch, prefix))) for name, prefix in sides.items()}
 
@@ -183,7 +183,7 @@ class RetrievalModel(ComparingModel):
         return self.heads.dense.project(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of :class:`M3Vectors` by name, for pairs with ``query.`` or ``passage.`` before."""
+        """Return tensors of :class:`M3Vectors` by name; pairs have the prefix ``query.`` or ``passage.``."""
         sides = {"": ""} if "input_ids" in batch else {"query.": "query_", "passage.": "passage_"}
         found: dict[str, Tensor] = {}
         for name, prefix in sides.items():

@@ -100,7 +100,7 @@ class Retriever:
         )
 
     def _places(self, sequence: bytes, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Say where each term begins for the first time."""
+        """Return where each term first begins."""
         ends = self.kmers.of(sequence)
         found, first = np.unique(ends, return_index=True)
         return (first[np.searchsorted(found, ids)] - self.kmers.k + 1).astype(np.int64)
@@ -144,7 +144,7 @@ def load_retriever(
 
 
 def _spans(starts: NDArray[np.int64], length: int, config: M3HeadsConfig) -> NDArray[np.int64]:
-    """Say which bases the vectors of the multi-vector head stand for."""
+    """Return which bases the vectors of the multi-vector head stand for."""
     kept = starts[config.skip_first :]
     first = kept[:: config.vector_window]
     return np.stack([first, np.append(first[1:], length)], axis=1).astype(np.int64)

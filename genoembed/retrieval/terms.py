@@ -117,7 +117,7 @@ def collate_terms(
     *,
     base_starts: Sequence[NDArray[np.int64] | None] | None = None,
 ) -> TokenTerms:
-    """Lay the terms of several sequences side by side.
+    """Stack the terms of several sequences.
 
     Example:
         >>> terms = collate_terms([b"ACGT", b"NACG"], KmerTerms(k=3))

@@ -102,7 +102,7 @@ class StartingCutter:
 
 
 def start_piece(piece: Piece, start: StartToken) -> Piece:
-    """Put the start token before a piece, or take off what the tokenizer has put there.
+    """Prepend the start token to a piece, or remove what the tokenizer has put there.
 
     Only the first window of a strand starts; the others begin in the middle of a sequence.
     """

@@ -240,7 +240,7 @@ def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: st
 def _base_rows(
     record: SequenceRecord, strands: Sequence[StrandScore]
 ) -> Iterator[tuple[str, int, int, str, float]]:
-    """Give each token its bases and its log-likelihood, the mean of the strands that have one."""
+    """Yield the bases and the log-likelihood of each token, the mean of the strands that have one."""
     forward = strands[0]
     stacked = np.stack([forward.log_probs, *(strand.log_probs[::-1] for strand in strands[1:])])
     known = ~np.isnan(stacked)

@@ -43,7 +43,7 @@ class RunOptions:
     start_token: StartChoice = "auto"
 
     def check(self, *, window: int | None = None, stride: int | None = None, pooling: str = "mean") -> None:
-        """Refuse what is wrong with these options, and with those given here."""
+        """Raise if these options are wrong, or those given here."""
         problems: list[str] = []
         for name, value in (("rc", self.rc), ("start_token", self.start_token), ("pooling", pooling)):
             choices = get_args(_CHOICES[name])
@@ -107,7 +107,7 @@ def run_options(
 
 
 def warn_of_precision(model: GenomicModel) -> None:
-    """Say that differences between alleles get lost in half precision."""
+    """Warn that differences between alleles get lost in half precision."""
     if model.dtype != torch.float32:
         name = str(model.dtype).removeprefix("torch.")
         message = f"{model.name} runs in {name}: differences between alleles are rounded; set dtype='float32'"

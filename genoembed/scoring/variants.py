@@ -261,7 +261,7 @@ def _scored(contexts: Iterable[VariantContext], scorer: SequenceScorer) -> Itera
 
 
 def _check_fit(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> None:
-    """Refuse what would need windows: the alleles of a variant would be cut at different places."""
+    """Raise if windows would be needed: the alleles of a variant would be cut at different places."""
     if all(scorer.num_windows(record) == 1 for record in pair):
         return
     variant, longest = context.variant, max(len(record.sequence) for record in pair)
@@ -332,7 +332,7 @@ class ScoredVariant(NamedTuple):
 
 
 def allele_records(context: VariantContext) -> tuple[SequenceRecord, SequenceRecord]:
-    """Give the stretch with either allele."""
+    """Return the stretch with either allele."""
     variant = context.variant
     name = f"{variant.contig}:{variant.position}:{variant.ref}>{variant.alt}"
     return (

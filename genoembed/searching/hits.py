@@ -116,7 +116,7 @@ class Hits:
             )
 
     def columns(self) -> dict[str, list[object]]:
-        """Lay all hits out as columns, such as ``pandas.DataFrame`` takes."""
+        """Return all hits as columns, as ``pandas.DataFrame`` takes them."""
         hits = list(self)
         named: dict[str, list[object]] = {name: [getattr(hit, name) for hit in hits] for name in COLUMNS}
         if self.hybrid:
@@ -125,7 +125,7 @@ class Hits:
         return named
 
     def header(self) -> list[str]:
-        """Name the columns of the table."""
+        """Return the column names of the table."""
         return ["#query", *COLUMNS[1:], *(HYBRID_COLUMNS if self.hybrid else ())]
 
     def rows(self) -> Iterator[tuple[object, ...]]:

@@ -213,7 +213,7 @@ def _score(
 
 
 def _matches(query: HeadVectors, subject: HeadVectors, best: BestMatches) -> str:
-    """Name the places that match best, in the bases of the sequences that the model saw."""
+    """Return the places that match best, in the bases of the sequences that the model saw."""
     order = np.argsort(-best.similarities, kind="stable")[:SHOWN]
     spans = []
     for place in order:

@@ -64,7 +64,7 @@ class Origin:
     """Digest of the transform."""
 
     def index_path(self) -> Path:
-        """Name the index file: beside the embedding file, one for each matrix, metric and transform."""
+        """Return the index file's path, next to the embedding file: one per matrix, metric and transform."""
         key = json.dumps([self.layer, self.transform]).encode()
         return self.path.with_name(
             f"{self.path.name}.{self.metric}-{hashlib.sha256(key).hexdigest()[:_SHORT]}.index"
@@ -298,7 +298,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _mismatch(facts: Mapping[str, Any], identity: Mapping[str, Any], path: Path, embeddings: Path) -> str:
-    """Say why an index must be built again; empty where it fits."""
+    """Return why an index must be built again; empty if it fits."""
     if not facts or not path.is_file():
         return "there is none yet"
     if changed := [name for name, value in identity.items() if facts.get(name) != value]:
@@ -310,7 +310,7 @@ def _mismatch(facts: Mapping[str, Any], identity: Mapping[str, Any], path: Path,
 
 
 def _is_same_file(facts: object, path: Path) -> bool:
-    """Tell a file by its size, time and inode, as that takes no reading, or else by its digest."""
+    """Return whether a file is unchanged: by size, time and inode, which needs no reading, or by digest."""
     if not isinstance(facts, dict):
         return False
     found = path.stat()

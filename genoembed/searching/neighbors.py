@@ -99,7 +99,7 @@ def exact_neighbors(
 
 
 def check_widths(queries: NDArray[np.floating], source: VectorSource) -> None:
-    """Refuse queries that are no vectors of this source."""
+    """Raise if queries are not vectors of this source."""
     if queries.ndim != 2 or queries.shape[1] != source.width:
         message = f"queries: shape {queries.shape}, expected (Q, {source.width}), the width of the rows"
         raise ShapeError(message)
@@ -137,7 +137,7 @@ class _Ranking:
             self._merge(pairs_of, rows[pairs_at], self._exact_keys(pairs_of, block, pairs_at))
 
     def _can_be_near(self, block: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Say which pairs may be among the best: bool, ``(Q, B)``.
+        """Return which pairs may be among the best: bool, ``(Q, B)``.
 
         Vectors of a language model share a large part; it is taken out before rounding to float32, where it
         would hide what tells rows apart. What is taken out is the same for all rows, so it changes no order.

@@ -123,7 +123,7 @@ class _LineHandle:
         self.line = lines_before
         self.record_line = lines_before + 1
         self.joined_name: str | None = None
-        """Name and length of the current record, where its LOCUS line has run them together."""
+        """Name and length of the current record, if its LOCUS line has run them together."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")

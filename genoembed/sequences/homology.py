@@ -194,7 +194,7 @@ def _overlaps(
 
 
 def _row_keys(rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Put row and hash into one integer; of the hash, 53 bits are enough to tell some hundred apart."""
+    """Pack row and hash into one integer; of the hash, 53 bits are enough to distinguish some hundred."""
     return (rows.astype(np.uint64) << np.uint64(64 - _ROW_BITS)) | (hashes >> np.uint64(_ROW_BITS))
 
 
@@ -249,7 +249,7 @@ def strand_free(sequence: bytes) -> bytes:
 
 
 def cluster_homologs(sequences: Sequence[bytes], *, config: HomologyConfig | None = None) -> Clusters:
-    """Put sequences that resemble one another, directly or through others, into one cluster.
+    """Cluster sequences that are similar to one another, directly or through others.
 
     Example:
         >>> config = HomologyConfig(kmer_size=6)

@@ -149,7 +149,7 @@ def _finish(
 def clean_record(
     raw: RawRecord, *, policies: Policies, ids: IdRegistry, counts: InputCounts
 ) -> SequenceRecord | None:
-    """Put one parsed record through the policies: letters first, then emptiness, then its id."""
+    """Apply the policies to one parsed record: letters first, then emptiness, then its id."""
     cleaned = clean_body(raw, policies)
     if cleaned is None:
         counts.skipped_invalid += 1

@@ -197,7 +197,7 @@ def _parse(path: str, line: int, columns: list[str]) -> _Row:
 
 
 def _unsupported_kind(variant: Variant, alt: str) -> str | None:
-    """Name the count that an allele without a sequence of its own goes to; None for all others."""
+    """Return the counter for an allele without a sequence of its own; None for all others."""
     if alt == "*":
         return "spanning"
     if alt in (".", variant.ref):

@@ -43,7 +43,7 @@ _FOLDER_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPE
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Refuse an output that cannot or must not be written, before any work is done."""
+    """Raise if an output cannot or must not be written, before any work is done."""
     target = Path(os.path.realpath(path))
     problem = None
     if os.fspath(path) == "-":
@@ -86,7 +86,7 @@ def reporting_writes(output: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def replacing(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside an output, whose file becomes the output unless there is an error."""
+    """Yield a temporary path next to an output; its file becomes the output unless there is an error."""
     target = check_output(output, overwrite=overwrite)
     part = partial_of(target)
     with reporting_writes(output):
@@ -104,7 +104,7 @@ def replacing(output: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
 
 def partial_of(target: Path) -> Path:
-    """Name what an output is called until it is complete.
+    """Return the name of an output until it is complete.
 
     Example:
         >>> partial_of(Path("run/out.h5")).as_posix()
@@ -146,7 +146,7 @@ def claim(partial: Path, *, output: str | os.PathLike[str]) -> int:
 
 
 def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Refuse a folder that cannot or must not be written as a whole, before any work is done."""
+    """Raise if a folder cannot or must not be written as a whole, before any work is done."""
     target = Path(os.path.realpath(path))
     aside = target.with_name(f".{target.name}.old")
     if aside.is_dir() and not target.exists():
@@ -169,7 +169,7 @@ _EXISTS = "exists already; set overwrite to true, or output to another name"
 
 
 def _folder_problem(target: Path) -> str | None:
-    """Say why a folder is not replaced: genoembed did not write it, or others have put something into it."""
+    """Return why a folder is not replaced: genoembed did not write it, or it holds files of others."""
     try:
         listed = set(json.loads((target / MARKER).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -182,7 +182,7 @@ def _folder_problem(target: Path) -> str | None:
 
 @contextmanager
 def replacing_folder(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty folder beside an output, which becomes the output unless there is an error.
+    """Yield an empty folder next to an output, which becomes the output unless there is an error.
 
     The old folder stays until the new one is on the disk; then the two are exchanged, and the old one goes.
     """
@@ -334,7 +334,7 @@ class AtomicFile:
         """Do nothing: writes are not buffered here."""
 
     def commit(self) -> None:
-        """Bring the file to the disk and give it its name; call it after HDF5 has closed."""
+        """Flush the file to the disk and rename it to its final name; call this after HDF5 has closed it."""
         if self.error is not None:
             raise self.error
         # bytes before the name: after a power cut the name must not stand for what never reached the disk
@@ -374,7 +374,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Tell how much may still be written."""
+    """Return how much may still be written."""
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
@@ -383,7 +383,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def check_space(folder: Path, needed: int, *, what: str) -> None:
-    """Refuse to write what a disk has no room for."""
+    """Raise if a disk has no room for what is to be written."""
     free = free_bytes(folder)
     if free is not None and free < needed:
         problem = (

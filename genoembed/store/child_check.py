@@ -62,7 +62,7 @@ def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
 
 
 def check_in_child(path: Path) -> None:
-    """Let a child process walk through a file.
+    """Make a child process walk through a file.
 
     Takes about a third of a second for a small file. The child may compute for four seconds, and one more for
     every 50 MB.

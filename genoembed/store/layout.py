@@ -63,7 +63,7 @@ def closed(path: str) -> StoreError:
 
 
 def check_size(dataset: h5py.Dataset, path: str) -> None:
-    """Refuse a dataset that claims more than its file can hold, before memory is taken for it."""
+    """Raise if a dataset claims more than its file can hold, before memory is taken for it."""
     file_bytes = Path(path).stat().st_size
     if dataset.size and dataset.size * dataset.dtype.itemsize > _BEST_COMPRESSION * file_bytes:
         _refuse(f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes", path)

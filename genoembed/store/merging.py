@@ -57,7 +57,7 @@ def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
 
 
 def is_output_of(parts: Parts) -> bool:
-    """Tell whether the output that lies there is the merged one of these parts."""
+    """Return whether the existing output is the merged one of these parts."""
     with suppress(GenoembedError, OSError), open_embeddings(parts.output) as file:
         found, began = file.provenance, parts.manifest.provenance.get("created")
         is_same = found.get("run") == parts.manifest.digest and found.get("created") == began
@@ -110,7 +110,7 @@ def _summary(file: EmbeddingFile) -> Merged:
 
 
 def _complete(parts: Parts) -> tuple[InputFacts, list[UnitRecord]]:
-    """Give the records of all units, or say what is missing and who makes it."""
+    """Return the records of all units; raise if any is missing, with the job that makes it."""
     facts = parts.input_facts()
     if facts is None:
         problem = (

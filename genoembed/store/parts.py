@@ -120,7 +120,7 @@ class InputFacts:
 
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
-    """Name the folder of the parts of an output.
+    """Return the folder of the parts of an output.
 
     Example:
         >>> parts_folder("phage.h5").name, parts_folder("phage.v2").name
@@ -195,7 +195,7 @@ class Parts:
             yield
 
     def finished(self, number: int, content: str | None = None) -> UnitRecord | None:
-        """Tell whether a unit is finished."""
+        """Return whether a unit is finished."""
         record = self._read_record(number)
         if record is None:
             return None
@@ -286,11 +286,11 @@ class Parts:
         return None if found is None or found.pop("run", None) != self._digest else found
 
     def began_ns(self) -> int:
-        """Tell when the run began."""
+        """Return when the run began."""
         return (self.folder / MANIFEST).stat().st_mtime_ns
 
     def saved_numbers(self) -> list[int]:
-        """Name the units that were saved, intact or not."""
+        """Return the units that were saved, intact or not."""
         return sorted(int(path.stem.removeprefix("unit-")) for path in self.folder.glob("unit-*[0-9].json"))
 
     def remove(self) -> None:
@@ -311,14 +311,14 @@ class Parts:
             path.unlink(missing_ok=True)
 
     def _refuse_busy(self) -> None:
-        """Refuse to drop units that another process is making."""
+        """Raise if units to be dropped are being made by another process."""
         for path in self.folder.glob("*.lock"):
             if path.stem != "begin":
                 with self.lock(path.stem):
                     pass
 
     def _refuse_foreign(self) -> None:
-        """Refuse a folder with things in it that no run of ours puts there."""
+        """Raise if the folder holds anything that no run of ours puts there."""
         foreign = [path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)]
         if foreign:
             problem = f"holds {foreign[0]!r}, which no run put there; set output to another file, or move it"
@@ -338,7 +338,7 @@ class Parts:
         )
 
     def shard(self, number: int) -> Path:
-        """Name the file with the rows of a unit."""
+        """Return the path of the file with the rows of a unit."""
         return self.folder / f"unit-{number:06}.h5"
 
     def _read_record(self, number: int) -> UnitRecord | None:

@@ -97,7 +97,7 @@ def storable_text(text: str) -> str:
 
 
 def has_failed(flags: str) -> bool:
-    """Tell whether a row has no vector because its record failed.
+    """Return whether a row has no vector because its record failed.
 
     Example:
         >>> has_failed("masked:3,failed:not finite"), has_failed("renamed")

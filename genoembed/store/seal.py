@@ -73,7 +73,7 @@ def _chunks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
 
 
 def write_seal(file: _SealableFile, gaps: NDArray[np.uint64]) -> None:
-    """Put the seal behind a file that HDF5 has closed."""
+    """Append the seal to a file that HDF5 has closed."""
     end = file.seek(0, os.SEEK_END)
     digest = _digest(file, end, gaps)
     file.seek(0, os.SEEK_END)

@@ -163,7 +163,7 @@ class EmbeddingWriter:
         logger.info("%s: wrote %s rows", self._path, self.num_rows)
 
     def close(self) -> None:
-        """Give up what is not finished: remove the temporary file. Does nothing after ``finish``."""
+        """Remove the temporary file if it is not finished. Does nothing after ``finish``."""
         file, hdf5, self._file, self._hdf5 = self._file, self._hdf5, None, None
         if file is not None:
             # HDF5 need not write what is thrown away, and must not fail on it

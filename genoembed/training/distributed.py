@@ -55,7 +55,7 @@ def from_all(value: ValueT) -> list[ValueT]:
 
 
 def from_first(value: ValueT) -> ValueT:
-    """Give every process what the first one has; a collective call.
+    """Return to every process what the first one has; a collective call.
 
     Example:
         >>> from_first(0.5)
@@ -98,7 +98,7 @@ class RankRows:
         """Rows of all ranks."""
 
     def gather(self, rows: Tensor, *, group_size: int = 1, pad: float | None = None) -> Tensor:
-        """Lay the rows of all ranks end to end; gradients flow back to the rank that a row came from."""
+        """Concatenate the rows of all ranks; gradients flow back to the rank that a row came from."""
         if self.world_size == 1:
             return rows
         if pad is not None:

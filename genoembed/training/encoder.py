@@ -107,11 +107,11 @@ class Encoder(nn.Module):
         return fused.unflatten(0, values[0].shape[:-1])
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
-        """Give one vector a row. As :meth:`pooled_layers`, fused."""
+        """Return one vector per row: the layers of :meth:`pooled_layers`, fused."""
         return self.fuse(self.pooled_layers(input_ids, attention_mask, pool_mask))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Give the fused hidden states."""
+        """Return the fused hidden states."""
         keeps_graph = torch.is_grad_enabled() and not self.is_frozen
 
         def reduce(hidden_BLD: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _probe(model: GenomicModel) -> tuple[Tensor, Tensor]:
 
 
 def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
-    """Lay activations out as ``(B, L, D)``; some models run their blocks on the real tokens only."""
+    """Reshape activations to ``(B, L, D)``; some models run their blocks on the real tokens only."""
     if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
         return activations
     if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):

@@ -124,7 +124,7 @@ class PredictionHead(nn.Module):
         self.input_deviation.copy_(deviation.clamp(min=floor) if floor > 0 else torch.ones_like(deviation))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Give the outputs of each vector.
+        """Return the outputs of each vector.
 
         Args:
             vectors: Floating, shape ``(..., D)``.
@@ -218,7 +218,7 @@ class ClassificationHead(PredictionHead):
         )
 
     def predict(self, vectors: Tensor) -> Tensor:
-        """Give the probabilities of the classes.
+        """Return the probabilities of the classes.
 
         Args:
             vectors: Floating, shape ``(..., D)``.
@@ -255,7 +255,7 @@ class MultilabelHead(PredictionHead):
         return multilabel_loss(logits, targets)
 
     def predict(self, vectors: Tensor) -> Tensor:
-        """Give the probability of each label.
+        """Return the probability of each label.
 
         Args:
             vectors: Floating, shape ``(..., D)``.
@@ -349,7 +349,7 @@ class RegressionHead(PredictionHead):
         return regression_loss(outputs, standard)
 
     def predict(self, vectors: Tensor) -> Tensor:
-        """Give the numbers in their own units.
+        """Return the numbers in their own units.
 
         Args:
             vectors: Floating, shape ``(..., D)``.

@@ -70,7 +70,7 @@ class MetricsFile(TrainerCallback):
         self.write(line)
 
     def describe(self, line: Mapping[str, float]) -> str:
-        """Say a line in words."""
+        """Format a line as text."""
         return describe_line(line)
 
     def write(self, line: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class MetricsFile(TrainerCallback):
 
 
 def describe_line(line: Mapping[str, float]) -> str:
-    """Say a line of ``metrics.jsonl`` in words that fit a terminal.
+    """Format a line of ``metrics.jsonl`` as text for a terminal.
 
     Example:
         >>> describe_line({"step": 20, "loss_bits": 1.923, "learning_rate": 2e-3, "packing_percent": 100})
@@ -170,7 +170,7 @@ class PaddingMeter:
         return 1 - self.tokens / self.packed_slots if self.packed_slots else 0.0
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """Give the numbers for a log; ``padded_cost`` is slots over packed slots."""
+        """Return the numbers for a log; ``padded_cost`` is slots over packed slots."""
         return {
             "padding_percent": 100 * self.padding_share,
             "packed_padding_percent": 100 * self.packed_padding_share,
@@ -205,7 +205,7 @@ class StepBook:
                 self.steps[name] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Give the numbers of all processes; a collective call."""
+        """Return the numbers of all processes; a collective call."""
         plain = StepBook(self.padding, self.seconds, dict(self.sums), dict(self.steps))
         return joined_metrics(from_all(plain))
 
@@ -248,7 +248,7 @@ class StepStatistics:
     """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centred."""
 
     def as_metrics(self) -> dict[str, float]:
-        """Give all numbers by name, as loggers take them."""
+        """Return all numbers by name, as loggers take them."""
         return {name: float(value) for name, value in asdict(self).items()}
 
 
@@ -334,5 +334,5 @@ def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
 
 
 def _widest(values: Tensor) -> torch.dtype:
-    """Give the widest floating dtype of a device."""
+    """Return the widest floating dtype of a device."""
     return torch.float32 if values.device.type == "mps" else torch.float64

@@ -31,7 +31,7 @@ FINAL_FOLDER = "final"
 
 
 def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
-    """Give one path or several as strings.
+    """Return one path or several as strings.
 
     Example:
         >>> path_strings("a.fa"), path_strings(["a.fa", "b.fa"]), path_strings([])
@@ -45,7 +45,7 @@ def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | No
 
 
 def refuse_other_run(folder: Path) -> None:
-    """Refuse a folder in which there is a run."""
+    """Raise if there is a run in the folder."""
     found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
     if found:
         message = (
@@ -63,7 +63,7 @@ def clear_run(folder: Path, *others: str) -> None:
 
 
 def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapping[str, str]) -> None:
-    """Refuse to go on with a run that was asked for something else."""
+    """Raise if the run in the folder was started with other settings."""
     stored = folder / RUN_FILE
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))["compared"]

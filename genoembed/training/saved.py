@@ -34,7 +34,7 @@ def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
 
 
 def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
-    """Put saved weights into everything but the backbone."""
+    """Load saved weights into everything but the backbone."""
     saved = read_heads(facts.folder)
     wanted = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
     saved = {

@@ -107,7 +107,7 @@ def _tokenizer(source: ModelSource, model_type: str, options: Mapping[str, Any])
 
 
 def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
-    """Say how a tokenizer turns a document into ids, without special tokens."""
+    """Return how a tokenizer turns a document into ids, without special tokens."""
     if isinstance(tokenizer, CharTokenizer):
         return TokenRules(tokenizer.encode_bytes, tokenizer.eod_token_id, int(tokenizer.pad_token_id))
     end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
@@ -128,7 +128,7 @@ def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, *, name: str) -> None:
-    """Refuse a model in which a token sees the tokens after it."""
+    """Raise if a token sees the tokens after it."""
     was_training = model.training
     model.eval()
     ids = torch.arange(8)[None] % model.config.vocab_size

@@ -60,7 +60,7 @@ class SharedRecipe(Protocol):
 
 
 def training_arguments(recipe: SharedRecipe, folder: Path, **others: Any) -> TrainingArguments:
-    """Say a resolved recipe in the words of transformers."""
+    """Translate resolved training settings into those of transformers."""
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.rows_per_device,
@@ -83,7 +83,7 @@ def training_arguments(recipe: SharedRecipe, folder: Path, **others: Any) -> Tra
 
 
 def has_bfloat16() -> bool:
-    """Tell whether the hardware multiplies in bfloat16: elsewhere that is slower than float32."""
+    """Return whether the hardware multiplies in bfloat16: elsewhere that is slower than float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return automatic_dtype(device) == torch.bfloat16
 
@@ -101,12 +101,12 @@ def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
 
 
 def is_pole(name: str) -> bool:
-    """Tell whether a parameter holds poles of a long filter."""
+    """Return whether a parameter holds poles of a long filter."""
     return name.endswith("log_poles")
 
 
 def decaying_parameters(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay pulls to zero: matrices.
+    """Return the names of the parameters that weight decay applies to: matrices.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
@@ -155,7 +155,7 @@ class ClampPoles(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Let SIGINT and SIGTERM end training after the step that is being done, with a checkpoint.
+    """Make SIGINT and SIGTERM end training after the current step, with a checkpoint.
 
     A second signal has its usual effect.
     """
@@ -239,7 +239,7 @@ class ResumableTrainer(Trainer):
         self._stop.raise_if_stopped(Path(str(self.args.output_dir)), total=self.state.max_steps)
 
     def rate_of(self, name: str) -> float:
-        """Give the peak rate of a parameter, poles like the rest."""
+        """Return the peak rate of a parameter, poles like the rest."""
         return float(self.args.learning_rate)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -261,7 +261,7 @@ class ResumableTrainer(Trainer):
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Put a model into evaluation mode, and back."""
+        """Switch a model to evaluation mode, and back."""
         was_training = model.training
         model.eval()
         try:
@@ -279,7 +279,7 @@ class ResumableTrainer(Trainer):
         return metrics
 
     def step_metrics(self) -> dict[str, float]:
-        """Say what the steps since the last line were; a collective call."""
+        """Summarize the steps since the last line; a collective call."""
         return self.book.metrics()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

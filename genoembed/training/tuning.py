@@ -38,7 +38,7 @@ class Tuned:
     _is_merged: bool = field(default=False)
 
     def merge(self) -> None:
-        """Let adapters become part of the weights; for the end of training."""
+        """Merge adapters into the weights; for the end of training."""
         if self.adapters is not None and not self._is_merged:
             merge_adapters(self.adapters)
             self._is_merged = True
@@ -80,7 +80,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_mamba(module: nn.Module) -> bool:
-    """Tell a model whose kernels take the weight of ``out_proj``, past any adapter."""
+    """Return whether a module is a Mamba model's: its kernels read ``out_proj.weight`` past adapters."""
     return "mamba" in str(getattr(getattr(module, "config", None), "model_type", ""))
 
 
@@ -102,7 +102,7 @@ def _run_order(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
 
 
 def _keep_last_blocks(module: nn.Module, order: list[str], last_n: int) -> None:
-    """Let the last blocks that run learn, and what starts after the first of them."""
+    """Make trainable the last blocks that run, and what starts after the first of them."""
     base = _base(module)
     prefix = next(f"{name}." if name else "" for name, child in module.named_modules() if child is base)
     stem = f"{prefix}{find_blocks(base)}."
@@ -141,7 +141,7 @@ _NAMES_SHOWN = 6
 
 
 def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderConfig, seed: int) -> Any:
-    """Put an adapter beside each linear layer, in place; everything else stops learning.
+    """Add an adapter to each linear layer, in place; everything else is frozen.
 
     The product of each adapter starts at 0, so the model computes what it did before.
     """

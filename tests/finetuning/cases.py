@@ -46,7 +46,7 @@ def sequences(count: int, *, seed: int = 0, shortest: int = 12, longest: int = 3
 
 
 def rich(sequence: str) -> str:
-    """Name a class that composition gives away."""
+    """Return a class that composition gives away."""
     return "gc" if sum(base in "GC" for base in sequence) * 2 > len(sequence) else "at"
 
 

@@ -104,7 +104,7 @@ class _Patched:
 
 
 def lines_of(report: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Give the lines about training steps."""
+    """Return the lines about training steps."""
     for text in Path(report["metrics"]).read_text().splitlines():
         line = json.loads(text)
         if "loss" in line:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a family; callers must not change it."""
+    """Return the folder of a family; callers must not change it."""
     root = tmp_path_factory.mktemp("tiny")
     return cache(lambda family: build_tiny(family, root / family))
 

@@ -27,7 +27,7 @@ WIDTH = 6
 
 
 def per_channel(taps: Tensor, width: int) -> Tensor:
-    """Give channel c the filter of group ``floor(c * G / D)``."""
+    """Return for channel c the filter of group ``floor(c * G / D)``."""
     groups = taps.shape[0]
     return torch.stack([taps[channel * groups // width] for channel in range(width)])
 

@@ -59,7 +59,7 @@ def encoder_of(case: str) -> Encoder:
 
 
 def batch_of(case: str, rank: int | None) -> dict[str, torch.Tensor]:
-    """Give the rows of a rank, or of both; those of different ranks differ in padded length."""
+    """Return the rows of a rank, or of both; those of different ranks differ in padded length."""
     sizes = ROWS[case.split()[1]]
     generator = torch.Generator().manual_seed(2)
     total = sum(sizes)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
-    """Lay filters out as banded matrices that turn ``history + num_rows`` inputs into ``num_rows`` outputs.
+    """Build banded matrices of filters that turn ``history + num_rows`` inputs into ``num_rows`` outputs.
 
     Entry ``[i, j]`` is ``taps[history + i - j]``, zero outside the filter. Built by shearing one repeated
     row, so that the gradient is a dense sum, not a scatter.
@@ -45,7 +45,7 @@ def toeplitz_matrix(taps: Tensor, *, num_rows: int, history: int) -> Tensor:
 
 
 def convolution_matrix(taps: Tensor, *, chunk: int, dtype: torch.dtype) -> Tensor:
-    """Lay filters out for :func:`causal_convolution`; worth keeping while the taps stay."""
+    """Prepare filters for :func:`causal_convolution`; worth keeping while the taps stay the same."""
     # whole chunks of history, so that the chunks before one are views of the same rows
     history = -(-(taps.shape[1] - 1) // chunk) * chunk
     return toeplitz_matrix(taps.to(_accumulator(dtype)), num_rows=chunk, history=history).to(dtype)
@@ -65,7 +65,7 @@ class ModalMatrices(NamedTuple):
 
 
 def modal_matrices(log_poles: Tensor, residues: Tensor, *, chunk: int, dtype: torch.dtype) -> ModalMatrices:
-    """Lay a modal filter out for :func:`modal_convolution`; worth keeping while poles and residues stay."""
+    """Prepare a modal filter for :func:`modal_convolution`; worth keeping while poles and residues stay."""
     accumulator = _accumulator(dtype)
     log_poles, residues = log_poles.to(accumulator), residues.to(accumulator)
     steps = torch.arange(chunk, device=log_poles.device, dtype=accumulator)

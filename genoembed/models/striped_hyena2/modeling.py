@@ -338,7 +338,7 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         use_cache: bool = True,
         **_: object,
     ) -> dict[str, Any]:
-        """Hand each step of ``generate`` the tokens that the cache has not seen.
+        """Select for each step of ``generate`` the tokens that the cache has not seen.
 
         Args:
             input_ids: The whole sequences so far. int64, shape ``(B, T + L)``.

@@ -240,7 +240,7 @@ def _laid_out(
 def _overlapping_chunks(
     x: Tensor, history: Tensor | None, *, chunk: int, num_chunks: int, reach: int
 ) -> Tensor:
-    """Put each chunk behind the ``reach`` positions before it; ``(B, M, reach + C, D)``."""
+    """Prepend to each chunk the ``reach`` positions before it; ``(B, M, reach + C, D)``."""
     batch, length, width = x.shape
     before = 0 if history is None else history.shape[1]
     padded = F.pad(
@@ -252,7 +252,7 @@ def _overlapping_chunks(
 
 
 def _chunks_with_history(x: Tensor, starts_BM: Tensor, history: int) -> Tensor:
-    """Put each chunk behind the positions before it, 0 where a start lies between; ``(B, M, F, D)``."""
+    """Prepend to each chunk the positions before it, 0 where a start is between; ``(B, M, F, D)``."""
     batch, length, width = x.shape
     num_chunks = starts_BM.shape[1]
     chunks_BMCD = x.view(batch, num_chunks, length // num_chunks, width)

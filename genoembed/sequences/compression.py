@@ -11,6 +11,7 @@ Text with one kind of line end.
 from __future__ import annotations
 
 import bz2
+import hashlib
 import lzma
 import os
 import re
@@ -26,14 +27,19 @@ from genoembed.errors import ConfigError, InputFileError, SequenceFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import BinaryIO
 
 
 STDIN = "-"
 BLOCK_BYTES = 1 << 20
 _SHOWN_PATH = 200
+_HEAD_BYTES = 18
+"""Of a gzip member, to know bgzip by."""
 
 
-class _Codec(NamedTuple):
+class Codec(NamedTuple):
+    """A kind of compression."""
+
     name: str
     magic: re.Pattern[bytes]
     new: Callable[[], Any]
@@ -67,16 +73,16 @@ def _feed_uncounted(decoder: Any, compressed: bytes) -> Iterator[bytes]:
 
 
 _CODECS = (
-    _Codec("gzip", re.compile(rb"\x1f\x8b"), lambda: zlib.decompressobj(wbits=31), _feed_zlib, (zlib.error,)),
-    _Codec("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, _feed_counted, (OSError, ValueError)),
-    _Codec(
+    Codec("gzip", re.compile(rb"\x1f\x8b"), lambda: zlib.decompressobj(wbits=31), _feed_zlib, (zlib.error,)),
+    Codec("bzip2", re.compile(rb"BZh[1-9]"), bz2.BZ2Decompressor, _feed_counted, (OSError, ValueError)),
+    Codec(
         "xz",
         re.compile(rb"\xfd7zXZ\x00"),
         lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ),
         _feed_counted,
         (lzma.LZMAError, MemoryError),
     ),
-    _Codec(
+    Codec(
         "zstd",
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
         _new_zstd,
@@ -87,18 +93,44 @@ _CODECS = (
 )
 
 
-def iter_decompressed(path: str) -> Iterator[bytes]:
+class InputDigests:
+    """SHA-256 of files, taken of the bytes that were read, as they are stored, while they are read.
+
+    A file may have another content when it is opened again.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def watch(self, path: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass the blocks of a file on; at its end, what they were is known."""
+        digest, num_bytes = hashlib.sha256(), 0
+        for block in blocks:
+            digest.update(block)
+            num_bytes += len(block)
+            yield block
+        self._found[path] = (num_bytes, digest.hexdigest())
+
+    def facts(self, path: str) -> dict[str, str | int | None]:
+        """Say what a file was; a size of None means that it was not read to its end."""
+        num_bytes, digest = self._found.get(path, (None, None))
+        return {"name": path, "bytes": num_bytes, "sha256": digest}
+
+
+def iter_decompressed(path: str, *, digests: InputDigests | None = None) -> Iterator[bytes]:
     """Read a file, or standard input, as plain bytes."""
     blocks = _iter_raw(path)
+    if digests is not None:
+        blocks = digests.watch(path, blocks)
     first = next(blocks, b"")
     codec = find_codec(first)
     if codec is None:
         yield from chain((first,) if first else (), blocks)
     else:
-        yield from _joined(_decompress(path, codec, chain((first,), blocks)))
+        yield from joined(decompress(path, codec, chain((first,), blocks)))
 
 
-def find_codec(head: bytes) -> _Codec | None:
+def find_codec(head: bytes) -> Codec | None:
     """Find the compression by the first bytes of a file."""
     return next((codec for codec in _CODECS if codec.magic.match(head)), None)
 
@@ -131,29 +163,65 @@ def _unreadable(path: str, error: OSError) -> InputFileError:
 
 
 def _iter_raw(path: str) -> Iterator[bytes]:
+    if path == STDIN:
+        yield from iter_blocks(sys.stdin.buffer, path)
+        return
     try:
-        if path == STDIN:
-            yield from iter(lambda: sys.stdin.buffer.read(BLOCK_BYTES), b"")
-            return
-        with Path(path).open("rb") as stream:
-            yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
+        stream = Path(path).open("rb")
     except OSError as error:
         raise _unreadable(path, error) from error
+    with stream:
+        yield from iter_blocks(stream, path)
 
 
-def _decompress(path: str, codec: _Codec, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    decoder = codec.new()
+def iter_blocks(stream: BinaryIO, path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Read what is left of a stream."""
+    while True:
+        try:
+            block = stream.read(block_bytes)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if not block:
+            return
+        yield block
+
+
+def is_bgzip(head: bytes) -> bool:
+    """Tell a block of bgzip from other gzip members, as htslib does, by its first 18 bytes."""
+    return head[:4] == b"\x1f\x8b\x08\x04" and head[12:16] == b"BC\x02\x00"
+
+
+def decompress(
+    path: str,
+    codec: Codec,
+    blocks: Iterable[bytes],
+    *,
+    members: list[tuple[int, int]] | None = None,
+) -> Iterator[bytes]:
+    """Decompress blocks of a file; with ``members``, note where each begins, compressed and plain."""
+    decoder, head = codec.new(), b""
+    num_read = num_plain = member_plain = 0
+    if members is not None:
+        members.append((0, 0))
     for block in blocks:
         for offset in range(0, len(block), codec.step_bytes):
             pending = block[offset : offset + codec.step_bytes]
+            num_read += len(pending)
             while pending:
                 if decoder.eof:
                     pending = pending.lstrip(b"\0")  # padding between members is allowed
                     if not pending:
                         break
-                    decoder = codec.new()
+                    decoder, head, member_plain = codec.new(), b"", 0
+                    if members is not None:
+                        members.append((num_read - len(pending), num_plain))
+                if len(head) < _HEAD_BYTES:
+                    head += pending[: _HEAD_BYTES - len(head)]
                 try:
-                    yield from filter(None, codec.feed(decoder, pending))
+                    for plain in filter(None, codec.feed(decoder, pending)):
+                        num_plain += len(plain)
+                        member_plain += len(plain)
+                        yield plain
                 except codec.errors as error:
                     reason = str(error) or "it asks for more memory than there is"
                     problem = f"damaged {codec.name} data ({reason}); copy or download the file again"
@@ -162,9 +230,14 @@ def _decompress(path: str, codec: _Codec, blocks: Iterable[bytes]) -> Iterator[b
     if not decoder.eof:
         problem = f"the {codec.name} data stops before its end; copy or download the file again"
         raise SequenceFormatError(problem, path=path)
+    # a cut between two blocks leaves whole members: only the empty block, which bgzip puts last, tells
+    if is_bgzip(head) and member_plain:
+        problem = "the bgzip file is cut off: its end block is missing; copy or download the file again"
+        raise SequenceFormatError(problem, path=path)
 
 
-def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Join small pieces to blocks of the usual size."""
     held: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -210,12 +283,12 @@ def check_record_size(
 
 
 WHITESPACE = b" \t\n\r\v\f"
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
-def iter_text(path: str) -> Iterator[bytes]:
+def iter_text(path: str, *, digests: InputDigests | None = None) -> Iterator[bytes]:
     """Read a file as blocks of text, cut anywhere."""
-    yield from iter_text_blocks(iter_decompressed(path))
+    yield from iter_text_blocks(iter_decompressed(path, digests=digests))
 
 
 def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -226,7 +299,7 @@ def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
         [b'a', b'\\nb', b'\\n']
     """
     held = b""
-    bom = _BOM
+    bom = BOM
     for raw in raw_blocks:
         block = (held + raw).removeprefix(bom)
         held = bom = b""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.errors import SequenceFormatError
 from genoembed.sequences.compression import WHITESPACE, check_record_size, iter_lines, max_record_bytes
@@ -28,38 +28,71 @@ _QUALITIES = bytes(range(33, 127))
 
 def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
     """Parse FASTA."""
-    line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
-    header: tuple[str, str, int] | None = None
+    header: Header | None = None
     pieces: list[tuple[bytes, int | None]] = []
     limit, held = max_record_bytes(), 0
-    for block in _whole_headers(blocks):
-        tail, *parts = block.split(b"\n>") if b">" in block else (block,)
-        if header is not None:
-            pieces.append((tail, line))
-            held += len(tail)
-            check_record_size(held, limit, path=path, line=header[2], record_id=header[0])
-        elif tail.strip(WHITESPACE):
-            raise _no_header(path, line, tail)
-        line += tail.count(b"\n")
-        for part in parts:
+    for found in iter_fasta_parts(path, blocks, lines_before=lines_before):
+        if isinstance(found, Header):
             if header is not None:
                 yield _fasta_record(path, header, pieces)
-            line += 1
-            end = part.find(b"\n")  # none: the block ends with the header, its "\n" opens the next block
-            title, body = (part, b"") if end < 0 else (part[:end], part[end:])
-            header = (*_parse_header(path, line, title, ">"), line)
-            pieces, held = [(body, line)], len(body)
-            line += body.count(b"\n")
+            header, pieces, held = found, [], 0
+            continue
+        assert header is not None, "a piece follows a header"
+        held += len(found.letters)
+        check_record_size(held, limit, path=path, line=header.line, record_id=header.id)
+        if found.letters and not found.letters.isspace():  # a comment, however long, is not held
+            pieces.append((found.letters, found.line))
     if header is not None:
         yield _fasta_record(path, header, pieces)
 
 
-def _fasta_record(
-    path: str, header: tuple[str, str, int], pieces: list[tuple[bytes, int | None]]
-) -> RawRecord:
-    record_id, description, line = header
+class Header(NamedTuple):
+    """The line that a record begins with."""
+
+    id: str
+    description: str
+    line: int
+
+
+class Piece(NamedTuple):
+    """A part of a record's sequence, white space and all, and where it stands."""
+
+    letters: bytes
+    line: int
+    offset: int
+    """Byte of the text: what is left out (comments, say) is blank, so places do not move."""
+
+
+def iter_fasta_parts(
+    path: str, blocks: Iterable[bytes], *, lines_before: int = 0
+) -> Iterator[Header | Piece]:
+    """Parse FASTA into headers, each followed by the pieces of its sequence: the one parser."""
+    line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
+    is_in_record = False
+    offset = -1  # of the block: an end of line is put in front of the first one
+    for block in _whole_headers(blocks):
+        tail, *parts = block.split(b"\n>") if b">" in block else (block,)
+        if is_in_record:
+            yield Piece(tail, line, offset)
+        elif tail.strip(WHITESPACE):
+            raise _no_header(path, line, tail)
+        line += tail.count(b"\n")
+        place = offset + len(tail)
+        for part in parts:
+            line += 1
+            end = part.find(b"\n")  # none: the block ends with the header, its "\n" opens the next block
+            title, body = (part, b"") if end < 0 else (part[:end], part[end:])
+            yield Header(*_parse_header(path, line, title, ">"), line)
+            is_in_record = True
+            yield Piece(body, line, place + len(b"\n>") + len(title))
+            line += body.count(b"\n")
+            place += len(b"\n>") + len(part)
+        offset += len(block)
+
+
+def _fasta_record(path: str, header: Header, pieces: list[tuple[bytes, int | None]]) -> RawRecord:
     body = iter(pieces) if len(pieces) == 1 else _drain(pieces)
-    return RawRecord(record_id, description, path, path, line, body)
+    return RawRecord(header.id, header.description, path, path, header.line, body)
 
 
 def _drain(pieces: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, int | None]]:
@@ -72,13 +105,15 @@ def _drain(pieces: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, int 
 def _whole_headers(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Re-cut blocks so that each header and comment line is whole and has its ``\\n`` in front.
 
-    Comments become blank lines, so that lines still count right.
+    Comments become blanks, as long as they were, so that lines and places still count right.
     """
     held = b"\n"
     is_in_comment = False
     for raw in blocks:
         if is_in_comment:  # one so long that its beginning is gone
             end = raw.find(b"\n")
+            blank = b" " * (len(raw) if end < 0 else end)
+            yield blank
             if end < 0:
                 continue
             raw, is_in_comment = raw[end:], False
@@ -91,8 +126,8 @@ def _whole_headers(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 cut = len(block)  # given up: _parse_header refuses a header of this length
         block, held = block[:cut], block[cut:]
         if block:
-            yield _tidy(block)
-    yield _tidy(held)
+            yield blank_comments(block)
+    yield blank_comments(held)
 
 
 def _safe_cut(block: bytes) -> int:
@@ -104,12 +139,13 @@ def _safe_cut(block: bytes) -> int:
     return last if not start or start[:1] in (b">", b";") else len(block)
 
 
-def _tidy(block: bytes) -> bytes:
+def blank_comments(block: bytes) -> bytes:
+    """Write blanks over comment lines, and take the blanks before a header to the line above."""
     # A single byte is found ten times faster than two, and long stretches of sequence have none of these.
     if (b" " in block and b" >" in block) or (b"\t" in block and b"\t>" in block):
-        block = _INDENTED_HEADER.sub(b"\n>", block)
+        block = _INDENTED_HEADER.sub(lambda found: b" " * (len(found[0]) - 2) + b"\n>", block)
     if b";" in block:
-        block = _COMMENT.sub(b"\n", block)
+        block = _COMMENT.sub(lambda found: b"\n" + b" " * (len(found[0]) - 1), block)
     return block
 
 

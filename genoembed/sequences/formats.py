@@ -30,6 +30,8 @@ from genoembed.sequences.records import RawRecord
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from genoembed.sequences.compression import InputDigests
+
 _LOG = logging.getLogger(__name__)
 
 # What Biopython's parser lets through when a file is not as it expects.
@@ -58,9 +60,9 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 _TAR = re.compile(rb".{257}ustar", re.DOTALL)
 
 
-def iter_records(path: str) -> Iterator[RawRecord]:
+def iter_records(path: str, *, digests: InputDigests | None = None) -> Iterator[RawRecord]:
     """Parse a file of any format."""
-    blocks = iter_text(path)
+    blocks = iter_text(path, digests=digests)
     lines_before = 0
     for block in blocks:
         head = block.lstrip(WHITESPACE)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
+    from genoembed.sequences.compression import InputDigests
     from genoembed.sequences.records import RawRecord
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def read_sequences(
     regions: PathInput | Sequence[PathInput] | None = None,
     flank: int = 0,
     counts: InputCounts | None = None,
+    digests: InputDigests | None = None,
 ) -> Iterator[SequenceRecord]:
     """Read sequences, whole or by region, in constant memory.
 
@@ -56,9 +58,10 @@ def read_sequences(
         gaps: Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip`` them out.
         keep_case: True leaves lower-case (soft-masked) bases as they are.
         regions: A BED or GFF3 file, a place such as ``chr1:1001-2000`` (1-based, both ends included), or
-            several of these. Needs exactly one FASTA file, plain or bgzip; its index is written beside it.
+            several of these. Needs exactly one FASTA file, plain or bgzip, which is read once to find them.
         flank: Bases on either side of each region that the model sees but pooling does not count.
         counts: Filled in as records are read.
+        digests: Filled in with the SHA-256 of each file that was read to its end, region files too.
 
     Returns:
         Records in input order, or in the order of the regions.
@@ -66,7 +69,6 @@ def read_sequences(
     Raises:
         ConfigError: If options are wrong alone or together.
         InputFileError: If a file is missing or cannot be read.
-        MissingExtraError: If ``regions`` is given and pyfaidx is not installed.
         SequenceFormatError: If a file is in no known format or is damaged.
         AlphabetError: If a letter is invalid under the policies.
         DuplicateIdError: If an id appears twice and ``duplicates`` is ``error``.
@@ -91,9 +93,9 @@ def read_sequences(
     tally = InputCounts() if counts is None else counts
     raw: Iterator[RawRecord]
     if places is None:
-        raw = chain.from_iterable(_counted_file(name, tally) for name in names)
+        raw = chain.from_iterable(_counted_file(name, tally, digests) for name in names)
     else:
-        raw = open_regions(names[0], places, flank=flank)
+        raw = open_regions(names[0], places, flank=flank, digests=digests)
         tally.files += 1
     return _finish(raw, policies, tally)
 
@@ -130,9 +132,9 @@ def _check_options(names: list[str], places: list[str] | None, flank: int) -> No
         raise ConfigError(*problems)
 
 
-def _counted_file(name: str, counts: InputCounts) -> Iterator[RawRecord]:
+def _counted_file(name: str, counts: InputCounts, digests: InputDigests | None) -> Iterator[RawRecord]:
     counts.files += 1
-    return iter_records(name)
+    return iter_records(name, digests=digests)
 
 
 def _finish(

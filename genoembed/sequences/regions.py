@@ -1,8 +1,7 @@
-"""Regions of an indexed FASTA, with flanks; and the indexed FASTA itself, for whoever looks up places.
+"""Regions of a FASTA file, with flanks.
 
 In: one FASTA file, plain or bgzip, and intervals. Out: raw records of three pieces, left flank, region and
-right flank, as on the forward strand; ``reading`` cleans and turns them. The FASTA is never changed;
-pyfaidx writes its index (``.fai``, and ``.gzi`` for bgzip) beside it, and renews one that is older.
+right flank, as on the forward strand; ``reading`` cleans and turns them.
 
 Rows of BED and GFF3 files and places such as ``chr1:1001-2000``, brought to one form.
 """
@@ -10,182 +9,67 @@ Rows of BED and GFF3 files and places such as ``chr1:1001-2000``, brought to one
 from __future__ import annotations
 
 import re
-import struct
-import zlib
-from bisect import bisect_right
-from contextlib import closing
 from difflib import get_close_matches
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from Bio.bgzf import make_virtual_offset
-
-from genoembed.errors import (
-    DuplicateIdError,
-    InputFileError,
-    MissingExtraError,
-    RegionError,
-    SequenceFormatError,
-)
-from genoembed.sequences.compression import (
-    STDIN,
-    WHITESPACE,
-    check_readable,
-    find_codec,
-    iter_lines,
-    iter_text,
-)
+from genoembed.errors import InputFileError, RegionError
+from genoembed.sequences.compression import STDIN, check_readable, iter_lines, iter_text
+from genoembed.sequences.contigs import FastaContigs
 from genoembed.sequences.records import RawRecord, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from genoembed.contracts import Strand
+    from genoembed.sequences.compression import InputDigests
 
 
-_BGZIP_SUFFIXES = (".gz", ".bgz")
-# pyfaidx goes by the file's name, so a name that lies has to be refused here.
-_COMPRESSED_SUFFIXES = (*_BGZIP_SUFFIXES, ".bz2", ".zip")
-_LINE_END_BYTES = 2
-_DAMAGE_ERRORS = (
-    ValueError, AssertionError, EOFError, LookupError, ArithmeticError, RuntimeError, MemoryError, TypeError,
-    zlib.error, struct.error,
-)  # fmt: skip
-
-
-def open_regions(path: str, places: list[str], *, flank: int) -> Iterator[RawRecord]:
+def open_regions(
+    path: str, places: list[str], *, flank: int, digests: InputDigests | None = None
+) -> Iterator[RawRecord]:
     """Fetch regions of a FASTA file."""
-    try:
-        import pyfaidx
-    except ImportError as error:
-        raise MissingExtraError(
-            package="pyfaidx", extra="regions", purpose="reading regions of a FASTA file"
-        ) from error
     for place in places:
         check_regions(place)
-    return _iter_regions(pyfaidx, path, places, flank)
+    return _iter_regions(path, places, flank, digests)
 
 
-def _iter_regions(pyfaidx: Any, path: str, places: list[str], flank: int) -> Iterator[RawRecord]:
-    _check_reference(path)
-    with closing(_open_index(pyfaidx, path)) as contigs:
-        for interval in chain.from_iterable(map(iter_intervals, places)):
-            yield _fetch(contigs, path, interval, flank)
+def _iter_regions(
+    path: str, places: list[str], flank: int, digests: InputDigests | None
+) -> Iterator[RawRecord]:
+    with FastaContigs(path, digests=digests) as contigs:
+        for place in places:
+            for interval in iter_intervals(place, digests=digests):
+                yield _fetch(contigs, interval, flank)
 
 
-def _check_reference(path: str) -> None:
-    with Path(path).open("rb") as stream:
-        head = stream.read(18)
-    codec = find_codec(head)
-    is_bgzip = head.startswith(b"\x1f\x8b\x08\x04") and head[12:14] == b"BC"
-    name = path.lower()
-    if codec is not None and not is_bgzip:
-        problem = (
-            f"{codec.name} data cannot be read by region, expected plain or bgzip FASTA; "
-            "decompress it, then compress it with bgzip if wanted"
-        )
-        raise SequenceFormatError(problem, path=path)
-    if is_bgzip and not name.endswith(_BGZIP_SUFFIXES):
-        problem = "bgzip data under a name that does not say so; rename the file to end in .gz"
-        raise SequenceFormatError(problem, path=path)
-    if not is_bgzip and name.endswith(_COMPRESSED_SUFFIXES):
-        problem = "plain text under the name of a compressed file; rename the file to end in .fa"
-        raise SequenceFormatError(problem, path=path)
-    text = next((block for block in iter_text(path) if block.strip(WHITESPACE)), b"")
-    if not text.lstrip(WHITESPACE).startswith((b">", b";")):
-        problem = "not FASTA, which regions are read from; convert it to FASTA"
-        raise SequenceFormatError(problem, path=path)
-
-
-def _open_index(pyfaidx: Any, path: str) -> Any:
-    try:
-        return pyfaidx.Faidx(path, as_raw=True)
-    except OSError as error:
-        if "EOF marker" in str(error):
-            problem = "the bgzip data stops before its end; copy or download the file again"
-            raise SequenceFormatError(problem, path=path) from error
-        problem = (
-            f"the index {path}.fai cannot be written or read; make the folder writable or copy the FASTA"
-        )
-        raise InputFileError(problem, path=path) from error
-    except (*_DAMAGE_ERRORS, pyfaidx.FastaIndexingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if reason.startswith("Duplicate key"):
-            record_id = reason.split('"')[1]
-            problem = "two contigs have this name, so regions on it are ambiguous; rename one"
-            raise DuplicateIdError(problem, path=path, record_id=record_id) from error
-        problem = (
-            f"the FASTA cannot be indexed ({reason}); wrap all lines of a record to one length, "
-            f"and remove {path}.fai if there is one"
-        )
-        raise SequenceFormatError(problem, path=path) from error
-
-
-def _fetch(contigs: Any, path: str, interval: Interval, flank: int) -> RawRecord:
-    length = _contig_length(contigs, path, interval)
+def _fetch(contigs: FastaContigs, interval: Interval, flank: int) -> RawRecord:
+    length = _contig_length(contigs, interval)
     start, end = max(0, interval.start - flank), min(length, interval.end + flank)
-    try:
-        bases = _read_span(contigs, interval.contig, start, end)
-    except (OSError, *_DAMAGE_ERRORS) as error:
-        raise _stale_index(path, interval) from error
-    if len(bases) != end - start:
-        raise _stale_index(path, interval)
+    bases = contigs.fetch(interval.contig, start, end)
     left, right = interval.start - start, interval.end - start
     return RawRecord(
         id=interval.name or interval.place,
         description=interval.place if interval.name else "",
         path=interval.path,
-        source=path,
+        source=contigs.path,
         line=interval.line,
         body=iter(((bases[:left], None), (bases[left:right], None), (bases[right:], None))),
         span=Span(interval.contig, interval.start, interval.end, interval.strand, start),
     )
 
 
-def _read_span(contigs: Any, contig: str, start: int, end: int) -> bytes:
-    """Read bases from where the index has them.
-
-    pyfaidx has the index; its own ``fetch`` fails for bases at the first byte of a bgzip block of 64 KiB.
-    """
-    entry = contigs.index[contig]
-
-    bases_per_line, bytes_per_line = int(entry.lenc), int(entry.lenb)
-    if not 0 < bases_per_line <= bytes_per_line <= bases_per_line + _LINE_END_BYTES:
-        message = f"lines of {bases_per_line} bases in {bytes_per_line} bytes"
-        raise ValueError(message)
-
-    def offset(base: int) -> int:
-        return int(entry.offset) + base // bases_per_line * bytes_per_line + base % bases_per_line
-
-    first, past = offset(start), offset(end - 1) + 1
-    blocks = getattr(contigs, "gzi_index", None)
-    if blocks:
-        block = blocks[bisect_right(blocks, first, key=attrgetter("ustart")) - 1]
-        contigs.file.seek(make_virtual_offset(block.cstart, first - block.ustart))
-    else:
-        contigs.file.seek(first)
-    raw: bytes = contigs.file.read(past - first)
-    return raw.translate(None, WHITESPACE)
-
-
-def _stale_index(path: str, interval: Interval) -> SequenceFormatError:
-    problem = f"{interval.place} is not where the index has it; remove {path}.fai (and .gzi) and run again"
-    return SequenceFormatError(problem, path=path)
-
-
-def _contig_length(contigs: Any, path: str, interval: Interval) -> int:
+def _contig_length(contigs: FastaContigs, interval: Interval) -> int:
     record_id = interval.name or None
-    if interval.contig not in contigs.index:
-        names = list(contigs.index)
+    length = contigs.length(interval.contig)
+    if length is None:
+        names = contigs.names
         near = get_close_matches(interval.contig, names[:10_000], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else "correct the name"
         shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        problem = f"contig {interval.contig!r} is not in {path} ({shown}); {hint}"
+        problem = f"contig {interval.contig!r} is not in {contigs.path} ({shown}); {hint}"
         raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
-    length = int(contigs.index[interval.contig].rlen)
     if interval.end > length:
         problem = (
             f"end {interval.end} lies beyond contig {interval.contig!r} of {length} bases; "
@@ -193,51 +77,6 @@ def _contig_length(contigs: Any, path: str, interval: Interval) -> int:
         )
         raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
     return length
-
-
-class ReferenceFasta:
-    """An indexed FASTA of which stretches are read; a context manager, which opens and closes it."""
-
-    def __init__(self, path: str, *, purpose: str) -> None:
-        try:
-            import pyfaidx
-        except ImportError as error:
-            raise MissingExtraError(package="pyfaidx", extra="regions", purpose=purpose) from error
-        check_readable(path)
-        _check_reference(path)
-        self.path = path
-        self._pyfaidx = pyfaidx
-        self._contigs: Any = None
-
-    def __enter__(self) -> ReferenceFasta:
-        self._contigs = _open_index(self._pyfaidx, self.path)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._contigs.close()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the contigs, in the order of the file."""
-        return list(self._contigs.index)
-
-    def length(self, contig: str) -> int | None:
-        """Return the length of a contig."""
-        entry = self._contigs.index.get(contig)
-        return None if entry is None else int(entry.rlen)
-
-    def fetch(self, contig: str, start: int, end: int) -> bytes:
-        """Read a stretch."""
-        if end <= start:
-            return b""
-        interval = Interval(contig, start, end, "+", "", self.path, None)
-        try:
-            bases = _read_span(self._contigs, contig, start, end)
-        except (OSError, *_DAMAGE_ERRORS) as error:
-            raise _stale_index(self.path, interval) from error
-        if len(bases) != end - start:
-            raise _stale_index(self.path, interval)
-        return bases
 
 
 _PLACE = re.compile(r"(?P<contig>.+):(?P<first>[0-9,]+)-(?P<last>[0-9,]+)(\((?P<strand>[+-])\))?")
@@ -293,7 +132,7 @@ def check_regions(text: str) -> None:
     check_readable(text)
 
 
-def iter_intervals(text: str) -> Iterator[Interval]:
+def iter_intervals(text: str, *, digests: InputDigests | None = None) -> Iterator[Interval]:
     """Read the intervals of a region file, or the one that a place names."""
     found = _PLACE.fullmatch(text) if is_place(text) else None
     if found is not None:
@@ -302,9 +141,12 @@ def iter_intervals(text: str) -> Iterator[Interval]:
         yield _one_based(text, None, found["contig"], (first, last), strand, "")
         return
     parse: Callable[[str, int, list[str]], Interval] | None = None
-    for line, raw in enumerate(iter_lines(iter_text(text), path=text), start=1):
+    lines = enumerate(iter_lines(iter_text(text, digests=digests), path=text), start=1)
+    for line, raw in lines:
         row = _decoded(text, line, raw)
         if row.startswith("##FASTA"):
+            for _ in lines:  # read to its end all the same: it may be cut off, and is digested
+                pass
             break
         if not row.strip() or row.startswith(_BED_NOT_ROWS):
             continue

@@ -21,8 +21,8 @@ from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, iter_lines, iter_text
+from genoembed.sequences.contigs import FastaContigs
 from genoembed.sequences.records import Counts
-from genoembed.sequences.regions import ReferenceFasta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,16 +108,16 @@ def read_variants(
     if unsupported not in ("skip", "error"):
         problems.append(f"unsupported is {unsupported!r}; set unsupported to one of skip, error")
     if reference == STDIN:
-        problems.append("reference is '-', but it has to be indexed; save it to a file first")
+        problems.append("reference is '-', but places are looked up in it; save it to a file first")
     if problems:
         raise ConfigError(*problems)
     check_readable(vcf)
-    contigs = ReferenceFasta(reference, purpose="comparing variants with a reference")
+    contigs = FastaContigs(reference)
     return _contexts(vcf, contigs, flank, unsupported, VariantCounts() if counts is None else counts)
 
 
 def _contexts(
-    vcf: str, contigs: ReferenceFasta, flank: int, unsupported: UnsupportedPolicy, counts: VariantCounts
+    vcf: str, contigs: FastaContigs, flank: int, unsupported: UnsupportedPolicy, counts: VariantCounts
 ) -> Iterator[VariantContext]:
     with contigs:
         for row in _iter_rows(vcf):
@@ -212,7 +212,7 @@ def _unsupported_kind(variant: Variant, alt: str) -> str | None:
     raise _error(variant, problem)
 
 
-def _check_reference(variant: Variant, contigs: ReferenceFasta) -> int:
+def _check_reference(variant: Variant, contigs: FastaContigs) -> int:
     """Compare REF with the reference; gives the length of the contig."""
     length = contigs.length(variant.contig)
     if length is None:
@@ -235,7 +235,7 @@ def _agree(ref: str, found: bytes) -> bool:
     return all(asked == base or asked == _FIRST_OF_CODE.get(base) for asked, base in pairs)
 
 
-def _wrong_reference(variant: Variant, found: bytes, contigs: ReferenceFasta, length: int) -> VariantError:
+def _wrong_reference(variant: Variant, found: bytes, contigs: FastaContigs, length: int) -> VariantError:
     start, end = variant.position, variant.start + len(variant.ref)
     remedy = "give the reference that the VCF was called against, or correct the row"
     if end < length and _agree(variant.ref, _fetch(contigs, variant.contig, variant.start + 1, end + 1)):
@@ -247,7 +247,7 @@ def _wrong_reference(variant: Variant, found: bytes, contigs: ReferenceFasta, le
     return _error(variant, problem)
 
 
-def _unknown_contig(variant: Variant, contigs: ReferenceFasta) -> VariantError:
+def _unknown_contig(variant: Variant, contigs: FastaContigs) -> VariantError:
     names = contigs.names
     bare = variant.contig.removeprefix("chr")
     same = [name for name in names if name.removeprefix("chr") == bare]
@@ -257,7 +257,7 @@ def _unknown_contig(variant: Variant, contigs: ReferenceFasta) -> VariantError:
     return _error(variant, f"contig {variant.contig!r} is not in {contigs.path} ({shown}); {hint}")
 
 
-def _show(variant: Variant, contigs: ReferenceFasta, length: int, flank: int) -> VariantContext:
+def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext:
     """Normalise a variant and cut the stretch around it."""
 
     def fetch(start: int, end: int) -> bytes:
@@ -288,7 +288,7 @@ def _show(variant: Variant, contigs: ReferenceFasta, length: int, flank: int) ->
     )
 
 
-def _fetch(contigs: ReferenceFasta, contig: str, start: int, end: int) -> bytes:
+def _fetch(contigs: FastaContigs, contig: str, start: int, end: int) -> bytes:
     return contigs.fetch(contig, start, end).upper().translate(_TO_DNA)
 
 

@@ -49,7 +49,6 @@ INSTRUMENTED = (
     "genoembed.models.striped_hyena2.convert",
     "Bio.GenBank",
     "Bio.SeqIO.Insdc",
-    "pyfaidx",
     "tomllib",
     "yaml",
     "json.",

@@ -26,6 +26,7 @@ from genoembed.pipeline.request import read_records, read_request
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import PendingUnits, iter_units
 from genoembed.sequences import InputCounts
+from genoembed.sequences.compression import InputDigests
 from genoembed.store import (
     InputFacts,
     Manifest,
@@ -124,8 +125,8 @@ def extract(
     )
     config = request.config
     output_is_there = check_files(config)
-    counts = InputCounts()
-    records = read_records(config, counts)
+    counts, digests = InputCounts(), InputDigests()
+    records = read_records(config, counts, digests=digests)
     interruption = Interruption()
     with _engine(request, progress, interruption) as engine:
         logger.info("%s: layers %s", config.model.model, ", ".join(engine.facts.layers))
@@ -133,7 +134,7 @@ def extract(
         if output_is_there and (merged := _already_there(config, manifest)) is not None:
             return _report(config, engine, counts, merged, seconds=0.0)
         with interruption.watched():
-            return _run(config, engine, manifest, records, counts)
+            return _run(config, engine, manifest, records, counts, digests)
 
 
 def _engine(
@@ -222,6 +223,7 @@ def _run(
     manifest: Manifest,
     records: Iterator[SequenceRecord],
     counts: InputCounts,
+    digests: InputDigests,
 ) -> ExtractionReport:
     """Embed the units that are not finished yet, and merge them unless others have a share."""
     started = time.perf_counter()
@@ -241,7 +243,7 @@ def _run(
             raise _nothing_to_embed(config, counts)
         if pending.sample:
             parts.save_certificate(_certificate(engine, parts, pending))
-        parts.close_input(_input_facts(config, counts, pending.num_units))
+        parts.close_input(_input_facts(config, counts, digests, pending.num_units))
         merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
     if merged is not None:
         counts.windows = merged.num_windows
@@ -270,12 +272,14 @@ def _certificate(engine: Engine, parts: Parts, pending: PendingUnits) -> dict[st
     return certify_rows(engine, pending.sample, block, dtype=dtype)
 
 
-def _input_facts(config: EmbedConfig, counts: InputCounts, num_units: int) -> InputFacts:
+def _input_facts(
+    config: EmbedConfig, counts: InputCounts, digests: InputDigests, num_units: int
+) -> InputFacts:
     return InputFacts(
         num_units=num_units,
         counts=asdict(counts),
-        inputs=[file_facts(name) for name in config.input.inputs],
-        regions=[file_facts(name) for name in config.input.regions],
+        inputs=[digests.facts(name) for name in config.input.inputs],
+        regions=[digests.facts(name) for name in config.input.regions],
     )
 
 

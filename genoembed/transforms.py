@@ -17,6 +17,7 @@ import numpy as np
 
 from genoembed.config.fields import named_options
 from genoembed.config.search import TransformConfig
+from genoembed.errors import StoreError
 from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
 from genoembed.pipeline.provenance import file_facts
 from genoembed.pooling.transform import (
@@ -106,6 +107,7 @@ def fit_transform(
     """
     started = time.perf_counter()
     check_output(output, overwrite=overwrite)
+    facts_before = file_facts(fspath(background))
     with open_embeddings(background) as file:
         _ = file.X  # a per-token file says here that it has no row a record
         name = layer or file.layers[0]
@@ -117,13 +119,16 @@ def fit_transform(
         before = measure_isotropy(sample, seed=seed)
         after = measure_isotropy(transform.apply_float64(sample), seed=seed)
         settings = comparable_settings(file.provenance, name)
+    if file_facts(fspath(background)) != facts_before:
+        problem = "has changed while it was read; run again when nothing writes to it"
+        raise StoreError(problem, path=fspath(background))
     facts = {
         "method": method,
         "axes": axes,
         "shrinkage": shrinkage,
         "num_rows": transform.num_rows,
         "recipe": settings,
-        "background": {"name": fspath(background), "sha256": file_facts(fspath(background))["sha256"]},
+        "background": {"name": fspath(background), "sha256": facts_before["sha256"]},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "before": before._asdict(),
         "after": after._asdict(),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.sequences import InputCounts
+    from genoembed.sequences.compression import InputDigests
 
 
 _LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
@@ -75,7 +76,9 @@ def read_request(
     return Request(config=config, model=model, trained=trained)
 
 
-def read_records(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceRecord]:
+def read_records(
+    config: EmbedConfig, counts: InputCounts, *, digests: InputDigests | None = None
+) -> Iterator[SequenceRecord]:
     """Read the input."""
     return read_sequences(
         config.input.inputs,
@@ -87,6 +90,7 @@ def read_records(config: EmbedConfig, counts: InputCounts) -> Iterator[SequenceR
         regions=config.input.regions or None,
         flank=config.input.flank,
         counts=counts,
+        digests=digests,
     )
 
 

@@ -174,11 +174,11 @@ def _iter_raw(path: str) -> Iterator[bytes]:
         yield from iter_blocks(stream, path)
 
 
-def iter_blocks(stream: BinaryIO, path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+def iter_blocks(stream: BinaryIO, path: str, block_bytes: int | None = None) -> Iterator[bytes]:
     """Read what is left of a stream."""
     while True:
         try:
-            block = stream.read(block_bytes)
+            block = stream.read(block_bytes or BLOCK_BYTES)
         except OSError as error:
             raise _unreadable(path, error) from error
         if not block:

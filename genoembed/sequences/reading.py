@@ -126,7 +126,7 @@ def _check_options(names: list[str], places: list[str] | None, flank: int) -> No
             )
         if STDIN in names:
             problems.append(
-                "regions needs a FASTA file to index, but the input is '-'; save it to a file first"
+                "regions needs a FASTA file to look them up in, but the input is '-'; save it to a file first"
             )
     if problems:
         raise ConfigError(*problems)

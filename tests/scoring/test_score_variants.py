@@ -156,7 +156,7 @@ def test_wrong_ref_is_refused_by_line_and_leaves_nothing(tmp_path, reference):
         VariantError, match=rf"calls\.vcf:2: record 's30': REF is '{alt}', but .* has '{ref}'"
     ):
         score(tmp_path, reference, rows, output=tmp_path / "out.tsv", layer=0, vectors=tmp_path / "out.h5")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.vcf", "ref.fa", "ref.fa.fai"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.vcf", "ref.fa"]
 
 
 def test_skipped_alleles_are_counted_and_said(tmp_path, reference, caplog):

@@ -1,7 +1,6 @@
 """Regions of an indexed FASTA: coordinates, strands, flanks, policies, index files."""
 
 import gzip
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from Bio import bgzf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genoembed.errors import AlphabetError, DuplicateIdError, MissingExtraError
+from genoembed.errors import AlphabetError, DuplicateIdError
 from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 
 CHR1 = b"ACGTTGCAACGGATCCTTAGACCA" * 100
@@ -163,20 +162,6 @@ def test_duplicate_names_of_regions_follow_the_policy(tmp_path, reference):
         list(read_sequences(reference, regions=["chr1:1-5", "chr1:1-5"]))
 
 
-def test_reference_is_left_as_it_was_and_a_stale_index_is_renewed(reference):
-    before = reference.read_bytes()
-    list(read_sequences(reference, regions="chr2:1-7"))
-    assert reference.read_bytes() == before
-    index = Path(f"{reference}.fai")
-    assert index.read_text().startswith("chr1\t2400\t")
-    text = before.replace(b">chr1 first", b">chr1 a much longer description")
-    reference.write_bytes(text)
-    later = index.stat().st_mtime + 10
-    shutil.os.utime(reference, (later, later))
-    (record,) = read_sequences(reference, regions="chr2:1-7")
-    assert record.sequence == b"GATTACA"
-
-
 def test_contig_names_may_hold_colons_and_a_file_wins_over_a_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hla.fa").write_bytes(b">HLA:A:01\nACGTACGT\n")
@@ -185,10 +170,3 @@ def test_contig_names_may_hold_colons_and_a_file_wins_over_a_place(tmp_path, mon
     Path("HLA:A:01:3-4").write_text("HLA:A:01\t0\t1\n")
     (record,) = read_sequences("hla.fa", regions="HLA:A:01:3-4")
     assert record.sequence == b"A"
-
-
-def test_regions_without_pyfaidx_name_the_extra(monkeypatch, reference):
-    monkeypatch.setitem(__import__("sys").modules, "pyfaidx", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'genoembed\[regions\]'") as caught:
-        read_sequences(reference, regions="chr1:1-5")
-    assert caught.value.extra == "regions"

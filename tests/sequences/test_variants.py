@@ -7,7 +7,7 @@ from Bio import bgzf
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from genoembed.errors import ConfigError, InputFileError, MissingExtraError, SequenceFormatError, VariantError
+from genoembed.errors import ConfigError, InputFileError, SequenceFormatError, VariantError
 from genoembed.sequences.variants import Change, VariantCounts, anchor, left_align, read_variants, trim_change
 
 CHR1 = "GATTACACACAGGGTTTACGTACGTNNACGATTTTTTTTCC"
@@ -268,16 +268,6 @@ def test_options_and_files_are_checked_at_once(tmp_path, reference):
         read_variants(tmp_path / "nothing.vcf", reference)
     with pytest.raises(InputFileError, match=r"nothing\.fa: no such file"):
         read_variants(path, tmp_path / "nothing.fa")
-
-
-def test_missing_pyfaidx_names_the_extra(tmp_path, reference, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyfaidx", None)
-    path = tmp_path / "calls.vcf"
-    path.write_text(HEADER)
-    with pytest.raises(
-        MissingExtraError, match=r"comparing variants with a reference .*genoembed\[regions\]"
-    ):
-        read_variants(path, reference)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -33,10 +33,10 @@ from genoembed.store import (
     Merged,
     Parts,
     check_output,
+    differences_from,
     finish_removal,
     is_output_of,
     merge_parts,
-    merged_by,
     open_embeddings,
     parts_folder,
     read_block,
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from genoembed.pipeline.units import RunStats
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,16 +193,17 @@ def _already_there(config: EmbedConfig, manifest: Manifest) -> Merged | None:
     parts = Parts.find(config.output.output)
     if parts is not None and parts.manifest.digest == manifest.digest and is_output_of(parts):
         return finish_removal(parts)  # it was cut off in the middle of that
+    differences = ["its run was cut off"]
     if parts is None and config.output.resume:
         inputs = [file_facts(name) for name in config.input.inputs]
         regions = [file_facts(name) for name in config.input.regions]
-        found = merged_by(config.output.output, manifest.digest, inputs, regions)
+        found, differences = differences_from(config.output.output, manifest, inputs, regions)
         if found is not None:
             return found
     if config.output.overwrite:
         return None
     problem = Problem(
-        "exists already, and other settings, weights or input made it",
+        f"exists already, and another run made it: {', '.join(differences[:_SHOWN])}",
         Remedy("overwrite", True),
         ", or choose another name",
     )
@@ -211,6 +214,7 @@ def manifest_of(config: EmbedConfig, facts: RunFacts) -> Manifest:
     """Build the manifest that identifies a run."""
     return Manifest(
         identity={"genoembed": __version__, **facts.identity},
+        policies=facts.policies,
         provenance={"genoembed_version": __version__, **describe_run(config, facts)},
         out_dtype=config.output.out_dtype,
         num_shares=config.run.share[1],

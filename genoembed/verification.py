@@ -18,6 +18,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import VerifyConfig
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
+from genoembed.models.provenance import WEIGHTS
 from genoembed.pipeline.agreement import (
     Difference,
     LayerComparison,
@@ -83,13 +84,16 @@ class VerifyReport:
     """Those whose sequence is another than the file says."""
     same_weights: bool | None
     """Whether the model has the weights that the file names; None where one of the two names none."""
+    other_model_files: tuple[str, ...]
+    """Files of the model, other than weights, with other content than those that made the file."""
     certificate: Certificate | None
     """Of the same sample, if it was requested."""
 
     @property
     def is_within(self) -> bool:
         """Whether all of the sample were found, with vectors that are equal within the tolerance."""
-        strangers = self.missing or self.other_sequence or self.same_weights is False
+        is_other_model = self.same_weights is False or self.other_model_files
+        strangers = self.missing or self.other_sequence or is_other_model
         differs = any(layer.num_outside for layer in self.layers)
         return not strangers and not differs and (self.certificate is None or self.certificate.is_within)
 
@@ -160,6 +164,7 @@ def verify(
             num_sampled=len(wanted),
             missing=tuple(name for name in wanted if name not in records),
             other_sequence=tuple(others),
+            other_model_files=_other_files(settings.content, embedder.model.content),
             same_weights=_same(settings.weights_sha256, embedder.model.provenance["weights_sha256"]),
             certificate=proof,
         )
@@ -304,6 +309,12 @@ def _compare(
         for name, found in compared.items():
             found.append((row.id, difference(file.vectors(index, name), vectors[name])))
     return compared, others, {file[name].dtype.name for name in file.layers}
+
+
+def _other_files(recorded: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+    """Name what differs of a model besides its weights; nothing where a file does not say it."""
+    names = sorted({*recorded, *found} - {WEIGHTS}) if recorded else ()
+    return tuple(name for name in names if recorded.get(name) != found.get(name))
 
 
 def _same(recorded: object, found: object) -> bool | None:

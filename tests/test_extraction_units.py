@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from genoembed import extract, merge, open_embeddings
-from genoembed.errors import ConfigError, StoreError
+from genoembed.errors import AlphabetError, ConfigError, StoreError
 from genoembed.models.genomic_model import GenomicModel
+from genoembed.models.load import load_model
 from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.store import EmbeddingWriter, Parts
 from tests.by_hand import STRIPED, folder_of, model_of, random_dna, write_fasta
@@ -135,7 +136,7 @@ def test_file_is_the_same_byte_for_byte_whether_cut_off_or_not(fasta, tmp_path, 
         ({"unit_bases": 99}, r"unit_bases was 80 and is 99"),
         (
             {"invalid": "mask", "rc": "mean"},
-            r"invalid was 'error' and is 'mask', rc was 'none' and is 'mean'",
+            r"rc was 'none' and is 'mean'",
         ),
     ],
 )
@@ -162,8 +163,96 @@ def test_other_weights_are_refused(fasta, tmp_path, monkeypatch):
             run(fasta, tmp_path)
     loaded = model_of("llama")
     other = GenomicModel(loaded.module, loaded.tokenizer, name="other")  # of no folder: its tensors count
-    with pytest.raises(StoreError, match=r"another run: weights was '[0-9a-f]{64}' and is '[0-9a-f]{64}'"):
+    with pytest.raises(StoreError, match="another run: weights has other content"):
         extract(fasta, model=other, output=tmp_path / "out.h5", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.001')),
+        ("tokenizer_config.json", lambda text: text.replace("{", '{"do_lower_case": true, ', 1)),
+    ],
+)
+def test_shards_of_a_changed_model_folder_never_merge(name, change, fasta, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("llama"), folder)
+    settings = {**SETTINGS, "model": folder, "output": tmp_path / "out.h5"}
+    extract(fasta, **settings, shard="1/2")
+    text = (folder / name).read_text()
+    assert change(text) != text
+    (folder / name).write_text(change(text))
+    with pytest.raises(StoreError, match=rf"another run: {name} has other content; set these as they were"):
+        extract(fasta, **settings, shard="2/2")
+    with pytest.raises(StoreError, match="the input was not read to its end yet|of 4 units are missing"):
+        merge(tmp_path / "out.h5")
+
+
+def test_resume_names_the_file_of_the_model_that_changed(fasta, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("llama"), folder)
+    settings = {**SETTINGS, "model": folder, "output": tmp_path / "out.h5"}
+    extract(fasta, **settings)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.001'))
+    with pytest.raises(StoreError, match="another run made it: config.json has other content"):
+        extract(fasta, **settings, resume=True)
+
+
+def test_a_model_that_was_changed_in_memory_is_another_one(fasta, tmp_path):
+    loaded = load_model(str(folder_of("llama")), dtype="float32")
+    settings = {**SETTINGS, "model": loaded, "output": tmp_path / "out.h5"}
+    extract(fasta, **settings)
+    loaded.module.norm.weight.data[0] += 1
+    with pytest.raises(StoreError, match="another run made it: weights has other content"):
+        extract(fasta, **settings, resume=True)
+    loaded.module.config.rms_norm_eps = 0.1
+    with pytest.raises(StoreError, match=r"weights has other content, config\.json has other content"):
+        extract(fasta, **settings, resume=True)
+
+
+@pytest.mark.parametrize("policy", [{"invalid": "mask"}, {"invalid": "skip"}, {"on_error": "skip"}])
+def test_another_policy_keeps_the_units_that_it_leaves_as_they_are(policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fasta = write_fasta(tmp_path / "in.fa", RECORDS | {"r11": "ACGTZACGT"})
+    if "on_error" not in policy:
+        with pytest.raises(AlphabetError, match="'Z' at position 5"):
+            run(fasta, tmp_path)
+    else:
+        with monkeypatch.context() as patched:
+            cut_off(patched, "save", 4)
+            with pytest.raises(PowerCutError):
+                run(fasta, tmp_path, invalid="mask")
+        policy |= {"invalid": "mask"}
+    kept = Parts.find(tmp_path / "out.h5").saved_numbers()
+    assert kept
+    numbers = units_run(monkeypatch)
+    report = run(fasta, tmp_path, **policy)
+    assert not set(numbers) & set(kept)
+    assert report.stats.units_kept == len(kept)
+    with open_embeddings(tmp_path / "out.h5") as file:
+        assert file.provenance["config"]["input"]["invalid"] == policy["invalid"]
+
+
+def test_another_policy_that_changes_a_finished_unit_is_refused_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fasta = write_fasta(tmp_path / "in.fa", {"bad": "ACGTZACGT"} | RECORDS)
+    with monkeypatch.context() as patched:
+        cut_off(patched, "save", 3)
+        with pytest.raises(PowerCutError):
+            run(fasta, tmp_path, invalid="skip")
+    with pytest.raises(StoreError, match="and the same policies .invalid was 'skip' and is 'mask'"):
+        run(fasta, tmp_path, invalid="mask")
+
+
+def test_a_complete_file_is_the_same_under_a_policy_that_had_nothing_to_do(fasta, tmp_path):
+    run(fasta, tmp_path)
+    report = run(fasta, tmp_path, invalid="mask", resume=True)
+    assert report.seconds == 0
+    write_fasta(fasta, RECORDS | {"r11": "ACGTZACGT"})
+    run(fasta, tmp_path, invalid="mask", overwrite=True)
+    with pytest.raises(StoreError, match="another run made it: invalid was 'mask' and is 'skip'"):
+        run(fasta, tmp_path, invalid="skip", resume=True)
 
 
 def test_changed_input_is_refused_and_named(fasta, tmp_path, monkeypatch):
@@ -277,7 +366,7 @@ def test_resume_leaves_a_complete_output_alone(fasta, tmp_path, monkeypatch):
     assert (tmp_path / "out.h5").stat().st_mtime_ns == before
     with pytest.raises(StoreError, match="exists already; set overwrite"):
         run(fasta, tmp_path)
-    with pytest.raises(StoreError, match="exists already, and other settings, weights or input made it"):
+    with pytest.raises(StoreError, match="exists already, and another run made it: pooling was"):
         run(fasta, tmp_path, resume=True, pooling="max")
     write_fasta(fasta, RECORDS | {"r0": "ACGT"})
     with pytest.raises(StoreError, match="other settings, weights or input"):
@@ -544,7 +633,7 @@ def test_resume_looks_at_regions_too(tmp_path):
     options = {"model": model_of("llama"), "output": tmp_path / "out.h5", "layers": 0}
     extract(fasta, regions="r0:1-50", **options)
     assert extract(fasta, regions="r0:1-50", resume=True, **options).num_rows == 1
-    with pytest.raises(StoreError, match="other settings, weights or input made it"):
+    with pytest.raises(StoreError, match="another run made it: the regions have other content"):
         extract(fasta, regions="r0:11-90", resume=True, **options)
 
 

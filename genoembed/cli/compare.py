@@ -139,6 +139,8 @@ def _lines_of_verify(report: VerifyReport) -> list[str]:
     lines += [f"{count(len(ids), 'record')} {what}: {named(ids)}" for what, ids in strangers if ids]
     if report.same_weights is False:
         lines.append("the model has other weights than the file says")
+    if report.other_model_files:
+        lines.append(f"of the model, {', '.join(report.other_model_files)} differ from what made the file")
     if (proof := report.certificate) is not None:
         lines.append(
             f"alone against batches of {proof.batch_tokens:,} tokens: {count(proof.num_records, 'record')}, "

@@ -9,7 +9,7 @@ B rows, L padded length, D hidden size.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,18 @@ from genoembed.models.behavior import (
 )
 from genoembed.models.hooks import capture
 from genoembed.models.layers import FINAL, LayerSpec, list_layers, resolve_layers
-from genoembed.models.provenance import read_license, weights_digest
+from genoembed.models.provenance import (
+    CONFIG,
+    WEIGHTS,
+    code_content,
+    config_digest,
+    content_digest,
+    folder_content,
+    memory_content,
+    parameters_digest,
+    read_license,
+    weights_checksum,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,6 +78,7 @@ class GenomicModel:
         self.location = location
         self.entry = entry
         self.untrained = tuple(untrained)
+        self._as_loaded = None if location is None else self._state()
 
     @property
     def device(self) -> torch.device:
@@ -104,17 +116,47 @@ class GenomicModel:
         """Every module that can be captured, in the model's order."""
         return tuple(info for info in list_layers(self.module) if not self._is_untrained(info.path))
 
+    @property
+    def content(self) -> dict[str, str]:
+        """Digest of each thing that outputs depend on, by name of the file; of what is in memory now.
+
+        A model whose weights or configuration were changed after it was loaded is another one than its
+        folder.
+        """
+        if self.location is None:
+            parts = memory_content(self.module, self.module.config, self.tokenizer)
+        else:
+            parts = dict(self._folder_content)
+            checksum, config = self._state()
+            assert self._as_loaded is not None
+            if checksum != self._as_loaded[0]:
+                parts[WEIGHTS] = parameters_digest(self.module)
+            if config != self._as_loaded[1]:
+                parts[CONFIG] = config
+        return parts | code_content(self.module, self.tokenizer)
+
     @cached_property
-    def provenance(self) -> Mapping[str, str | int | bool | None]:
-        """What an output file says about the model; reads the weight files once, for their digest."""
-        folder = self.location
+    def _folder_content(self) -> dict[str, str]:
+        assert self.location is not None
+        files = getattr(self.tokenizer, "vocab_files_names", {})
+        return folder_content(self.location, more=files.values())
+
+    def _state(self) -> tuple[tuple[float, ...], str]:
+        return weights_checksum(self.module), config_digest(self.module.config.to_dict())
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What an output file says about the model; reads its files once, for their digests."""
+        folder, content = self.location, self.content
         entry_license = self.entry.license if self.entry is not None else None
         return {
             "id": self.name,
             "class": type(self.module).__name__,
             "checkpoint": self.entry.name if self.entry is not None else None,
             "revision": folder.name if folder is not None and folder.parent.name == "snapshots" else None,
-            "weights_sha256": weights_digest(folder) if folder is not None else "",
+            "weights_sha256": content[WEIGHTS],
+            "content_sha256": content_digest(content),
+            "content": content,
             "license": entry_license or (read_license(folder) if folder is not None else "unknown"),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),

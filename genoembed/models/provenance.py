@@ -1,4 +1,4 @@
-"""Identify the weights of a model: digest of the files, revision, license.
+"""Identify a model by its content: digests of all that its outputs depend on, and its license.
 
 Everything here reads files that are already on the machine; nothing is fetched.
 """
@@ -6,19 +6,34 @@ Everything here reads files that are already on the machine; nothing is fetched.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable
 
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+WEIGHTS, CONFIG = "weights", "config.json"
+"""Names of two parts of a model's content; the others have names of files."""
+_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+"""Keys of a configuration that change no output, or that the type of the activations already says."""
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("adapter_config.json", "modules.json", "1_Pooling/config.json", "genoembed_finetuned.json"),
+)
+_REMOTE_CODE = "transformers_modules."
+"""Package that transformers imports the code of model folders into."""
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -58,6 +73,64 @@ def weights_digest(folder: Path) -> str:
         return file_digest(files[0])
     lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def folder_content(folder: Path, *, more: Iterable[str] = ()) -> dict[str, str]:
+    """Compute a digest of each part of a model folder that outputs depend on, by name of the file.
+
+    Weights count as one part. What transformers adds to a configuration as it saves it does not count.
+    """
+    found = {WEIGHTS: weights_digest(folder)}
+    if (folder / CONFIG).is_file():
+        found[CONFIG] = config_digest(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    names = sorted({*_FILES, *more})
+    return found | {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def code_content(*objects: object) -> dict[str, str]:
+    """Compute a digest of each file of remote code that objects are made by, wherever it was fetched from."""
+    packages = {type(thing).__module__.rpartition(".")[0] for thing in objects}
+    packages = {name for name in packages if name.startswith(_REMOTE_CODE)}
+    return {
+        Path(module.__file__).name: file_digest(Path(module.__file__))
+        for name, module in sorted(sys.modules.items())
+        if name.rpartition(".")[0] in packages and getattr(module, "__file__", None)
+    }
+
+
+def config_digest(values: dict[str, Any]) -> str:
+    """Compute one SHA-256 for the settings of a model."""
+    kept = {key: value for key, value in values.items() if key not in _NO_MATTER}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def memory_content(
+    module: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Compute the digests for a model that came from no folder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words: Any = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    told = json.dumps([type(tokenizer).__name__, words, tokenizer.all_special_ids], default=str)
+    return {
+        WEIGHTS: parameters_digest(module),
+        CONFIG: config_digest(config.to_dict()),
+        "tokenizer": hashlib.sha256(told.encode()).hexdigest(),
+    }
+
+
+def content_digest(parts: dict[str, str]) -> str:
+    """Compute one SHA-256 for all parts of a model's content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def weights_checksum(module: nn.Module) -> tuple[float, ...]:
+    """Sum up each tensor, to notice quickly whether weights were changed in memory."""
+    with torch.inference_mode():
+        return tuple(
+            float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32))
+            for _, values in sorted(module.state_dict().items())
+            if isinstance(values, torch.Tensor) and values.device.type != "meta"
+        )
 
 
 def read_license(folder: Path) -> str:

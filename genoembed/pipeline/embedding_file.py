@@ -49,6 +49,8 @@ class FileSettings:
     dtype: ComputeDtype
     """Number type that the model computed in."""
     weights_sha256: str | None
+    content: Mapping[str, str]
+    """Digest of each file of the model; empty for files of vectors from before these were recorded."""
     requested_layers: tuple[str, ...]
     """As the user wrote them."""
     layers: tuple[str, ...]
@@ -98,6 +100,7 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
         revision=model.get("revision"),
         dtype=made["dtype"],
         weights_sha256=made.get("weights_sha256"),
+        content=_section(made, "content"),
         requested_layers=tuple(embedding["layers"]),
         layers=tuple(provenance.get("layers", file.layers)),
         **{name: embedding[name] for name in ("pooling", "skip_first", "fusion", "rc")},
@@ -137,6 +140,9 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     settings: dict[str, Any] = {"layer": layer}
     if digest := model.get("weights_sha256") or model.get("id"):
         settings["model"] = digest
+    if isinstance(content := model.get("content"), Mapping):
+        # weights are compared above; of files that are older than this key, nothing more is known
+        settings["model files"] = {name: value for name, value in content.items() if name != "weights"}
     settings |= {name: embedding[name] for name in _COMPARED if name in embedding}
     if embedding.get("fusion", "none") != "none" and "layers" in provenance:
         settings["layers"] = list(provenance["layers"])
@@ -152,6 +158,17 @@ def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
         >>> setting_differences({"pooling": "mean", "rc": "none"}, {"pooling": "max", "rc": "none"})
         ["pooling: 'mean' against 'max'"]
     """
+    files = [settings.get("model files", {}) for settings in (first, second)]
+    first, second = (
+        {name: value for name, value in settings.items() if name != "model files"}
+        for settings in (first, second)
+    )
+    if all(files):
+        # each file of the model is a setting; vectors from before these were recorded still compare
+        first, second = (
+            settings | {name: digest[:12] for name, digest in digests.items()}
+            for settings, digests in zip((first, second), files, strict=True)
+        )
     # tuples come back from JSON as lists
     one, other = (
         {name: repr(list(value) if isinstance(value, tuple) else value) for name, value in settings.items()}

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from genoembed.contracts import EmbeddingBlock
-from genoembed.models.provenance import parameters_digest
 from genoembed.pipeline.agreement import difference, tolerance_of, worst
 from genoembed.pipeline.units import WorkUnit
 
@@ -58,6 +57,8 @@ _PLACES = (
     "ray_address",
 )
 """Settings that say where things are and who does the work: they change no vector."""
+_POLICIES = ("invalid", "duplicates", "empty", "gaps", "on_error")
+"""What is done about bad records. Units say what was made of theirs, so these are compared there."""
 _MACHINE = ("revision", "trust_remote_code", "device", "threads", "batch_tokens", "model")
 """Settings that a run may go on with on another machine; what they lead to is compared instead."""
 
@@ -69,6 +70,8 @@ class RunFacts:
     identity: Mapping[str, Any]
     """Everything but the input that decides what the vectors are. Two runs of which it is equal may share
     their work units."""
+    policies: Mapping[str, Any]
+    """What is done about bad records; work units that come out the same whatever it is stay."""
     told: Mapping[str, Any]
     """What the file is to say about the model and the machine that it runs on."""
     layers: tuple[str, ...]
@@ -84,6 +87,7 @@ def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
     trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
     return RunFacts(
         identity=_plain(_identity(config, embedder)),
+        policies={name: value for name, value in _flat(config).items() if name in _POLICIES},
         told={
             "model": dict(embedder.model.provenance),
             "tokenizer": type(embedder.model.tokenizer).__name__,
@@ -104,15 +108,12 @@ def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
 
 def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
     model = embedder.model.provenance
-    stages = config.to_dict().items()
-    flat = {
-        key: value for stage, values in stages if isinstance(values, dict) for key, value in values.items()
-    }
-    kept = {key: value for key, value in flat.items() if key not in (*_PLACES, *_MACHINE)}
+    left_out = (*_PLACES, *_MACHINE, *_POLICIES)
+    kept = {key: value for key, value in _flat(config).items() if key not in left_out}
     return {
         **kept,
         "model": model["class"],
-        "weights": model["weights_sha256"] or parameters_digest(embedder.model.module),
+        **model["content"],
         "dtype": model["dtype"],
         "max_length": model["max_length"],
         "tokenizer": type(embedder.model.tokenizer).__name__,
@@ -121,6 +122,11 @@ def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
         "unit_records": embedder.unit_records,
         "trained": None if embedder.facts is None else dict(embedder.facts.values),
     }
+
+
+def _flat(config: EmbedConfig) -> dict[str, Any]:
+    stages = [values for values in config.to_dict().values() if isinstance(values, dict)]
+    return {key: value for values in stages for key, value in values.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

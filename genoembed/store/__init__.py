@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 from genoembed.store.atomic import check_output, free_bytes
-from genoembed.store.merging import Merged, finish_removal, is_output_of, merge_parts, merged_by, read_block
+from genoembed.store.merging import (
+    Merged,
+    differences_from,
+    finish_removal,
+    is_output_of,
+    merge_parts,
+    read_block,
+)
 from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord, UnitRows, parts_folder
 from genoembed.store.reader import EmbeddingDataset, EmbeddingFile, open_embeddings
 from genoembed.store.schema import SCHEMA_VERSION
@@ -24,11 +31,11 @@ __all__ = [
     "UnitRecord",
     "UnitRows",
     "check_output",
+    "differences_from",
     "finish_removal",
     "free_bytes",
     "is_output_of",
     "merge_parts",
-    "merged_by",
     "open_embeddings",
     "parts_folder",
     "read_block",

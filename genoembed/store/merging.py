@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import GenoembedError, StoreError
 from genoembed.store.atomic import check_space
+from genoembed.store.parts import differences
 from genoembed.store.reader import open_embeddings
 from genoembed.store.schema import OBS_COLUMNS
 from genoembed.store.writer import EmbeddingWriter
@@ -20,7 +21,7 @@ from genoembed.store.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genoembed.store.parts import InputFacts, Parts, UnitRecord
+    from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord
     from genoembed.store.reader import EmbeddingFile
     from genoembed.store.schema import JSON
 
@@ -74,24 +75,40 @@ def finish_removal(parts: Parts) -> Merged:
     return merged
 
 
-def merged_by(
+_ACTED = {
+    "invalid": ("masked_bases", "masked_records", "skipped_invalid"),
+    "duplicates": ("renamed",),
+    "empty": ("skipped_empty",),
+    "gaps": ("gaps_stripped",),
+    "on_error": ("failed",),
+}
+"""Counts of each policy: where they are 0 it changed nothing, and another choice makes the same file."""
+
+
+def differences_from(
     output: str,
-    digest: str,
+    manifest: Manifest,
     inputs: Sequence[Mapping[str, JSON]],
     regions: Sequence[Mapping[str, JSON]] = (),
-) -> Merged | None:
-    """Read what a complete output holds, if a run made it that was the same in everything."""
+) -> tuple[Merged | None, list[str]]:
+    """Read what a complete output holds, if such a run made it; else say what is not as it was."""
     with open_embeddings(output) as file:
         made = file.provenance
         files = [_content(item) for item in inputs]
         places = [_content(item) or item.get("name") for item in regions]
-        is_same = (
-            made.get("run") == digest
-            and None not in files  # standard input: nobody knows what it held
-            and [_content(item) for item in made.get("inputs", [])] == files
-            and [_content(item) or item.get("name") for item in made.get("regions", [])] == places
+        found = differences(made.get("identity", {}), manifest.identity)
+        before, counts = made.get("policies", {}), made.get("counts", {})
+        acted = [name for name in before if any(counts.get(count) for count in _ACTED.get(name, ()))]
+        found += differences(
+            {name: before[name] for name in acted}, {name: manifest.policies.get(name) for name in acted}
         )
-        return _summary(file) if is_same else None
+        if None in files:
+            found.append("nobody knows what standard input held")
+        if [_content(item) for item in made.get("inputs", [])] != files:
+            found.append("the input has other content")
+        if [_content(item) or item.get("name") for item in made.get("regions", [])] != places:
+            found.append("the regions have other content")
+        return (None, found) if found else (_summary(file), found)
 
 
 def _content(item: Mapping[str, JSON]) -> object:
@@ -163,6 +180,8 @@ def _provenance(
     return {
         **parts.manifest.provenance,
         "run": parts.manifest.digest,
+        "identity": dict(parts.manifest.identity),
+        "policies": dict(parts.manifest.policies),
         "counts": {**facts.counts, "windows": stats["windows"], "failed": len(failed)},
         "inputs": list(facts.inputs),
         "regions": list(facts.regions),

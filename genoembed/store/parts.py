@@ -88,18 +88,25 @@ class Manifest:
     """What a run is."""
 
     identity: Mapping[str, JSON]
-    """Everything that decides what the vectors are, by name: two runs with the same are the same run."""
+    """Everything that decides what the vectors of a record are, by name."""
     provenance: Mapping[str, JSON]
     """What the output says about the run that made it, as far as that is known at its start."""
     out_dtype: StorageDtype
     num_shares: int
     """Into how many shares the units were divided, by the process that began."""
+    policies: Mapping[str, JSON] = field(default_factory=dict)
+    """What is done about bad records. Units record what became of theirs, so that another choice may go on
+    with those that it leaves as they are."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the identity."""
-        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of identity and policies: two runs with the same are the same run."""
+        return _json_digest([self.identity, self.policies])
+
+    @property
+    def unit_digest(self) -> str:
+        """SHA-256 of the identity: two runs with the same may share units."""
+        return _json_digest(self.identity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +122,14 @@ class InputFacts:
 
     @property
     def content(self) -> list[object]:
-        """What two processes that have read the same agree in."""
-        return [self.num_units, [item.get("sha256") for item in self.inputs]]
+        """What two processes that have read the same in the same way agree in."""
+        read = {name: number for name, number in self.counts.items() if name != "windows"}
+        return [self.num_units, [item.get("sha256") for item in self.inputs], read]
+
+
+def _json_digest(values: object) -> str:
+    text = json.dumps(values, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
@@ -138,10 +151,11 @@ class Parts:
         self.output = str(output)
         self.folder = parts_folder(output)
         self.manifest = manifest
-        self._digest = manifest.digest
+        self._digest = manifest.unit_digest
         self._saved_bytes = 0
         self._has_warned = False
         self._drops_other = False
+        self._changed_policies: list[str] = []
 
     @classmethod
     def begin(cls, output: str | os.PathLike[str], manifest: Manifest, *, drop_other: bool = False) -> Parts:
@@ -151,7 +165,7 @@ class Parts:
             parts.folder.mkdir(exist_ok=True)
         with parts.lock("begin", wait=True):
             found = _read_manifest(parts.folder)
-            if found is not None and found.digest != parts._digest:
+            if found is not None and found.unit_digest != parts._digest:
                 problem = parts._difference(found)
                 if not drop_other:
                     raise StoreError(problem, path=str(parts.folder))
@@ -163,9 +177,24 @@ class Parts:
                 parts._refuse_foreign()
                 parts._write(MANIFEST, {"format": _FORMAT, "version": _VERSION, **asdict(manifest)})
                 return parts
-        parts = cls(output, found)
+            if found.policies != manifest.policies:
+                parts._change_policies(found, drop_other=drop_other)
+            else:
+                parts = cls(output, found)
         parts._drops_other = drop_other
         return parts
+
+    def _change_policies(self, found: Manifest, *, drop_other: bool) -> None:
+        """Go on under other policies for bad records; units that they change are refused one by one."""
+        self._changed_policies = differences(found.policies, self.manifest.policies)
+        if self.manifest.num_shares > 1 and not drop_other and self._read(INPUT) is not None:
+            problem = (
+                f"another share was made with other policies: {'; '.join(self._changed_policies)}; give all "
+                "shares the same, or set overwrite to true to make this one again"
+            )
+            raise StoreError(problem, path=str(self.folder))
+        logger.info("%s: goes on with %s", self.folder, "; ".join(self._changed_policies))
+        self._write(MANIFEST, {"format": _FORMAT, "version": _VERSION, **asdict(self.manifest)})
 
     @classmethod
     def find(cls, output: str | os.PathLike[str]) -> Parts | None:
@@ -199,15 +228,22 @@ class Parts:
         record = self._read_record(number)
         if record is None:
             return None
+        stops_at_errors = self.manifest.policies.get("on_error") == "stop"
+        if content is not None and record.failed and self._changed_policies and stops_at_errors:
+            name, why = next(iter(record.failed.items()))
+            logger.warning("unit %d is made again: record %r failed (%s)", number, name, why)
+            return None
         if content is not None and record.content != content:
             if self._drops_other:
                 logger.warning("%s: of other sequences, unit %d is made again", self.shard(number), number)
                 return None
+            as_it_was = "the input as it was (names of files included)"
+            if self._changed_policies:
+                as_it_was += f" and the same policies ({'; '.join(self._changed_policies)})"
             problem = (
                 f"unit {number} was made from other sequences ({record.num_records} records, "
-                f"{record.first!r} to {record.last!r}) than the input has there now; give the input as it "
-                "was (names of files included), set overwrite to true to start over, or set output to "
-                "another file"
+                f"{record.first!r} to {record.last!r}) than the input has there now; give {as_it_was}, set "
+                "overwrite to true to start over, or set output to another file"
             )
             raise StoreError(problem, path=str(self.folder))
         if _file_digest(self.shard(number)) != record.shard_sha256:
@@ -326,11 +362,8 @@ class Parts:
 
     def _difference(self, found: Manifest) -> str:
         num_units = len(self.saved_numbers())
-        before, now = dict(found.identity), dict(self.manifest.identity)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        shown = ", ".join(
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed[:_SHOWN]
-        )
+        changed = differences(found.identity, self.manifest.identity)
+        shown = ", ".join(changed[:_SHOWN])
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         return (
             f"holds {num_units} finished units of another run: {shown}{more}; set these as they were to go "
@@ -350,6 +383,30 @@ class Parts:
             logger.warning("%s: damaged (%s), unit %d is made again", path, error, number)
             return None
         return record if record is not None and record.number == number else None
+
+
+def differences(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> list[str]:
+    """Say what is not as it was, name by name; of digests, only that they differ.
+
+    Example:
+        >>> differences({"rc": "none", "config.json": "ab" * 32}, {"rc": "mean", "config.json": "cd" * 32})
+        ["rc was 'none' and is 'mean'", 'config.json has other content']
+    """
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [
+        f"{name} has other content"
+        if _is_digest(before.get(name)) and _is_digest(now.get(name))
+        else f"{name} was {_shortened(before.get(name))} and is {_shortened(now.get(name))}"
+        for name in names
+    ]
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _shortened(value: object) -> str:
+    return f"the file {value[:8]}..." if isinstance(value, str) and _is_digest(value) else repr(value)
 
 
 def _file_digest(path: Path) -> str | None:

@@ -184,7 +184,7 @@ def test_shards_of_a_changed_model_folder_never_merge(name, change, fasta, tmp_p
     (folder / name).write_text(change(text))
     with pytest.raises(StoreError, match=rf"another run: {name} has other content; set these as they were"):
         extract(fasta, **settings, shard="2/2")
-    with pytest.raises(StoreError, match="the input was not read to its end yet|of 4 units are missing"):
+    with pytest.raises(StoreError, match="units are missing or damaged"):
         merge(tmp_path / "out.h5")
 
 
@@ -195,7 +195,7 @@ def test_resume_names_the_file_of_the_model_that_changed(fasta, tmp_path):
     extract(fasta, **settings)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.001'))
-    with pytest.raises(StoreError, match="another run made it: config.json has other content"):
+    with pytest.raises(StoreError, match=r"another run made it: config\.json has other content"):
         extract(fasta, **settings, resume=True)
 
 
@@ -241,7 +241,7 @@ def test_another_policy_that_changes_a_finished_unit_is_refused_with_the_differe
         cut_off(patched, "save", 3)
         with pytest.raises(PowerCutError):
             run(fasta, tmp_path, invalid="skip")
-    with pytest.raises(StoreError, match="and the same policies .invalid was 'skip' and is 'mask'"):
+    with pytest.raises(StoreError, match=r"and the same policies .invalid was 'skip' and is 'mask'"):
         run(fasta, tmp_path, invalid="mask")
 
 
@@ -369,7 +369,7 @@ def test_resume_leaves_a_complete_output_alone(fasta, tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="exists already, and another run made it: pooling was"):
         run(fasta, tmp_path, resume=True, pooling="max")
     write_fasta(fasta, RECORDS | {"r0": "ACGT"})
-    with pytest.raises(StoreError, match="other settings, weights or input"):
+    with pytest.raises(StoreError, match="another run made it: the input has other content"):
         run(fasta, tmp_path, resume=True)
     assert run(fasta, tmp_path, resume=True, overwrite=True).stats.units == 5
 

@@ -138,6 +138,44 @@ def test_reference_has_every_public_name():
     assert set(genoembed.__all__) - named - errors == {"__version__"}
 
 
+def test_architecture_names_files_and_names_that_exist():
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    quoted = [text for text in re.findall(r"`([^`\n]+)`", page) if not re.search("NAME|OUTPUT", text)]
+    paths = [text for text in quoted if re.fullmatch(r"[\w/.]+(\.py|/|\.md)", text)]
+    assert len(paths) > 25
+    assert [
+        path for path in paths if not any((top / path).exists() for top in (ROOT, ROOT / "genoembed"))
+    ] == []
+    sources = [
+        path.read_text() for folder in ("genoembed", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    names = [text for text in quoted if re.fullmatch(r"[A-Za-z_]+", text)]
+    assert [name for name in names if not any(re.search(rf"\b{name}\b", text) for text in sources)] == []
+
+
+def test_architecture_names_eight_files_that_extract_runs(tmp_path):
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = page.partition("## The path of one command")[2].partition("\n\nWhat these files call")[0]
+    files = re.findall(r"^\| `([\w/]+)\.py`", table, flags=re.M)
+    assert len(files) == 8
+    (tmp_path / "two.fa").write_text(">a\nACGTACGT\n>b\nGGGT\n")
+    program = (
+        "import sys\nfrom genoembed.cli import main\n"
+        "main(['extract', 'two.fa', '--layer', '2'], standalone_mode=False)\n"
+        "print(*(name for name in sys.modules if name.startswith('genoembed')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert {f"genoembed.{name.replace('/', '.')}" for name in files} <= set(done.stdout.split())
+
+
 def test_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(

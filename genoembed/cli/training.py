@@ -111,7 +111,7 @@ _NOT_SHOWN = ("epoch", "step", "ranked_queries")
 )
 @click.argument("model", metavar="DIR")
 def predict_command(model: str, inputs: tuple[str, ...], **options: Any) -> None:
-    """Predict with the model in DIR, the folder 'final' of a fine-tuning run, for the sequences of INPUT
+    """Predict with the model in DIR, the folder of a fine-tuning run, for the sequences of INPUT
     (any format of extract; '-' is standard input).
 
     The table has id, label and a probability a class; one column a target for numbers; a row a token for

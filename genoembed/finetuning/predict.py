@@ -88,7 +88,7 @@ def predict(
     and ``p_NAME``.
 
     Args:
-        model: Folder ``final`` of a fine-tuning run.
+        model: Folder of a fine-tuning run, or ``final`` in it.
         inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
         output: The table; ``-`` is standard output.
         format: ``tsv``, ``csv``, ``parquet``, or ``auto``: by the name of the output.

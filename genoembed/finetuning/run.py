@@ -26,10 +26,10 @@ from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
+from genoembed.models.trained_folder import FINAL_FOLDER
 from genoembed.pipeline.request import use_threads
 from genoembed.training.distributed import leave_process_group_at_exit, wait_for_all
 from genoembed.training.run_folder import (
-    FINAL_FOLDER,
     METRICS_FILE,
     claim_run,
     path_strings,

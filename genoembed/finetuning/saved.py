@@ -126,7 +126,7 @@ def load_predictor(
     """Load a fine-tuned model that predicts labels or numbers."""
     facts = read_finetuned(folder)
     if facts is None:
-        message = f"{folder}: no {FACTS_FILE}; name the folder 'final' of a fine-tuning run"
+        message = f"{folder}: no {FACTS_FILE}; name the folder of a fine-tuning run"
         raise ConfigError(message)
     labels = facts.values.get("labels")
     if labels is None:

@@ -1,6 +1,7 @@
 """Resolve a model's name, and fetch and convert what the registry knows.
 
-Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id.
+Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id. The folder
+of a training run stands for the model in it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from genoembed.models.registry import (
     suggestion,
 )
 from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint
+from genoembed.models.trained_folder import model_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
             message = f"model {name_or_path!r}: {folder} holds no config.json; install genoembed again"
             raise ModelNotFoundError(message)
         return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
-    path = Path(name_or_path).expanduser()
+    path = model_folder(name_or_path)
     if path.is_file():
         return ModelSource(name=name_or_path, location=str(_converted_file(path)), is_local=True)
     if path.exists():

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.models.genomic_model import GenomicModel
 
+FINAL_FOLDER = "final"
+"""Subfolder of a training run that holds its model."""
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"
 FACTS_FORMAT = 1
@@ -70,9 +72,17 @@ class FinetunedFacts:
         return self.finish if self.normalise or self.pooler is not None else None
 
 
+def model_folder(folder: str | PathLike[str]) -> Path:
+    """Return the folder of a model; the folder of a training run stands for its ``final``."""
+    path = Path(folder).expanduser()
+    final = path / FINAL_FOLDER
+    is_run = not (path / "config.json").exists() and (final / "config.json").is_file()
+    return final if is_run else path
+
+
 def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
     """Read what a folder says about itself."""
-    path = Path(folder).expanduser() / FACTS_FILE
+    path = model_folder(folder) / FACTS_FILE
     if not path.is_file():
         return None
     try:

@@ -23,6 +23,7 @@ from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfi
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
+from genoembed.models.trained_folder import FINAL_FOLDER
 from genoembed.pipeline.request import use_threads
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start, isolating_inputs
@@ -31,7 +32,6 @@ from genoembed.pretraining.trainer import ADAM_BETA2, PackedTrainer
 from genoembed.training.distributed import leave_process_group_at_exit, wait_for_all
 from genoembed.training.log import MetricsFile
 from genoembed.training.run_folder import (
-    FINAL_FOLDER,
     METRICS_FILE,
     claim_run,
     path_strings,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from genoembed._version import __version__
 from genoembed.config.fields import differences
 from genoembed.errors import ConfigError
+from genoembed.models.trained_folder import FINAL_FOLDER
 from genoembed.store.atomic import write_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-FINAL_FOLDER = "final"
 
 
 def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:

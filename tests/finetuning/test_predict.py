@@ -103,6 +103,21 @@ def test_predict_writes_the_columns_of_the_task(runs, tmp_path, task):
         assert (shares.idxmax(axis=1).str.removeprefix("p_") == table["label"]).all()
 
 
+def test_folder_of_a_run_stands_for_its_model(runs, tmp_path):
+    fasta = write_fasta(tmp_path / "s.fa", sequences(5, seed=4))
+    run = Path(runs["classification"].output).parent
+    for name, folder in (("run", run), ("final", run / "final")):
+        genoembed.predict(folder, fasta, output=tmp_path / f"{name}.tsv")
+        genoembed.extract(fasta, model=folder, output=tmp_path / f"{name}.h5")
+    assert (tmp_path / "run.tsv").read_bytes() == (tmp_path / "final.tsv").read_bytes()
+    with (
+        genoembed.open_embeddings(tmp_path / "run.h5") as one,
+        genoembed.open_embeddings(tmp_path / "final.h5") as other,
+    ):
+        assert one.layers == other.layers
+        assert one.X[:].tobytes() == other.X[:].tobytes()
+
+
 def test_predict_agrees_with_what_training_measured(runs, tmp_path):
     report = runs["classification"]
     (path,) = json.loads(Path(report.config).read_text())["test"]
@@ -174,7 +189,7 @@ def test_predict_keeps_the_policies_of_extract(runs, tmp_path):
     assert (report.counts.skipped_invalid, report.counts.skipped_empty) == (1, 1)
     with pytest.raises(StoreError, match="exists already"):
         genoembed.predict(folder, fasta, output=output, invalid="skip")
-    with pytest.raises(ConfigError, match="'regions' is no option of predict"):
+    with pytest.raises(ConfigError, match="'regions' is no option"):
         genoembed.predict(folder, fasta, regions="a:1-2")
     fasta.write_text(">c\n\n")
     with pytest.raises(EmptyRecordError, match="no record is left to predict"):
@@ -183,7 +198,9 @@ def test_predict_keeps_the_policies_of_extract(runs, tmp_path):
 
 def test_folders_that_do_not_predict_are_refused(runs, tmp_path):
     fasta = write_fasta(tmp_path / "s.fa", sequences(2))
-    with pytest.raises(ConfigError, match=r"no genoembed_finetuned.json; name the folder 'final'"):
+    with pytest.raises(
+        ConfigError, match=r"no genoembed_finetuned.json; name the folder of a fine-tuning run"
+    ):
         genoembed.predict("genoembed-mini", fasta)
     folder = tmp_path / "final"
     folder.mkdir()

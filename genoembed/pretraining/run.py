@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +166,7 @@ class _Run:
         values["data"]["corpus"] = self.stream.files_sha256
         files = self.config.data.heldout
         values["data"]["heldout"] = DocumentStream(files).state.files_sha256 if files else None
-        values["recipe"] |= asdict(self.recipe)
+        values["recipe"] |= self.recipe.to_dict()
         return {**values, "processes": self.arguments.world_size}
 
     def train(self) -> PretrainReport:
@@ -265,8 +265,7 @@ def _resolved_recipe(recipe: RecipeConfig, start: Start) -> RecipeConfig:
     width = getattr(start.model.config, "hidden_size", None) or _BASE_WIDTH
     rate = _BASE_RATE * math.sqrt(_BASE_WIDTH / max(width, _BASE_WIDTH)) * (1 if start.is_new else 0.1)
     warmup = min(_MAX_WARMUP, recipe.max_steps // 20)
-    return replace(
-        recipe,
+    return recipe.changed(
         learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
         warmup_steps=warmup if recipe.warmup_steps is None else recipe.warmup_steps,
         dtype=resolved_dtype(recipe.dtype),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ def search(
                 raise ConfigError(message)
             asked = queries_of(stack.enter_context(open_embeddings(path)), layer, hybrid=hybrid)
         started = time.perf_counter()
-        first = replace(wanted, k=max(wanted.k, depth)) if hybrid else wanted
+        first = wanted.changed(k=max(wanted.k, depth)) if hybrid else wanted
         found = find_neighbors(asked, database, first, progress=progress)
         neighbors = found.neighbors
         scores: Mapping[tuple[int, int], HybridScores] = {}

@@ -229,7 +229,7 @@ def test_search_refuses_files_of_token_vectors(files, tmp_path):
     [
         ({"k": 0}, "k is 0; set k to 1 or more"),
         ({"metric": "l1"}, "metric is 'l1'; set metric to one of cosine, dot, euclidean"),
-        ({"measure_recall": 5}, "measure_recall is for the approximate search"),
+        ({"measure_recall": 5}, "measure_recall is for an approximate search"),
         ({"index": "x"}, "index is for the approximate search"),
         ({"nearest": 5}, "'nearest': no option of search"),
         ({"invalid": "mask"}, "invalid: the queries are embedded already"),

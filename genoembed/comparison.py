@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from genoembed.store import EmbeddingFile
 
 
-COLUMNS = ("id", "layer", "cosine", "max_absolute", "max_relative", "within")
+_COLUMNS = ("id", "layer", "cosine", "max_absolute", "max_relative", "within")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +107,7 @@ def compare(
     with ExitStack() as stack:
         one, other = (stack.enter_context(open_embeddings(path)) for path in (first, second))
         table = (
-            None if output is None else stack.enter_context(open_table(output, COLUMNS, overwrite=overwrite))
+            None if output is None else stack.enter_context(open_table(output, _COLUMNS, overwrite=overwrite))
         )
         names = _common_layers(one, other, layer)
         wanted = _tolerance(one, other, names) if tolerance is None else tolerance

@@ -20,8 +20,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import MergeConfig
 from genoembed.errors import ConfigError, EmptyRecordError, Problem, Remedy, StoreError
 from genoembed.pipeline.local import local_engine
-from genoembed.pipeline.provenance import certify_rows, describe_run, file_facts
-from genoembed.pipeline.ray import ray_engine
+from genoembed.pipeline.provenance import describe_run, file_facts
 from genoembed.pipeline.request import read_records, read_request
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import PendingUnits, iter_units
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Fusion, Pooling
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.pipeline.local import Engine
+    from genoembed.pipeline.local import UnitEngine
     from genoembed.pipeline.provenance import RunFacts
     from genoembed.pipeline.request import Request
     from genoembed.pipeline.units import RunStats
@@ -141,9 +140,11 @@ def extract(
 
 def _engine(
     request: Request, progress: Callable[[RunStats], None] | None, interruption: Interruption
-) -> AbstractContextManager[Engine]:
+) -> AbstractContextManager[UnitEngine]:
     """Choose who embeds; the model is loaded when the engine is entered."""
     if request.config.run.engine == "ray":
+        from genoembed.pipeline.ray import ray_engine
+
         return ray_engine(request.config, on_totals=progress)
     return local_engine(
         request.config, request.model, trained=request.trained, on_batch=progress, interruption=interruption
@@ -223,7 +224,7 @@ def manifest_of(config: EmbedConfig, facts: RunFacts) -> Manifest:
 
 def _run(
     config: EmbedConfig,
-    engine: Engine,
+    engine: UnitEngine,
     manifest: Manifest,
     records: Iterator[SequenceRecord],
     counts: InputCounts,
@@ -269,7 +270,11 @@ def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
         raise
 
 
-def _certificate(engine: Engine, parts: Parts, pending: PendingUnits) -> dict[str, float | int | bool | None]:
+def _certificate(
+    engine: UnitEngine, parts: Parts, pending: PendingUnits
+) -> dict[str, float | int | bool | None]:
+    from genoembed.pipeline.agreement import certify_rows
+
     with open_embeddings(parts.shard(0)) as file:
         block = read_block(file)
     dtype = str(engine.facts.identity["dtype"])
@@ -297,7 +302,7 @@ def _nothing_to_embed(config: EmbedConfig, counts: InputCounts) -> EmptyRecordEr
 
 def _report(
     config: EmbedConfig,
-    engine: Engine,
+    engine: UnitEngine,
     counts: InputCounts,
     merged: Merged | None,
     *,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-FAILED = 1
+_DIFFERENT = 1
 _SHOWN = 3
 
 
@@ -51,7 +51,7 @@ def compare_command(first: str, second: str, *, as_json: bool, **options: Any) -
         _logger.info("made differently: %s", line)
     click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines(report)))
     if not report.is_within:
-        raise click.exceptions.Exit(FAILED)
+        raise click.exceptions.Exit(_DIFFERENT)
 
 
 def _lines(report: CompareReport) -> list[str]:
@@ -130,7 +130,7 @@ def verify_command(file: str, *, as_json: bool, inputs: tuple[str, ...] = (), **
     report = genoembed.verify(file, inputs or None, **options)
     click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines_of_verify(report)))
     if not report.is_within:
-        raise click.exceptions.Exit(FAILED)
+        raise click.exceptions.Exit(_DIFFERENT)
 
 
 def _lines_of_verify(report: VerifyReport) -> list[str]:

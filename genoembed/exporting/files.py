@@ -214,7 +214,7 @@ def _vectors(arrow: Any, block: RowBlock, layer: str, kind: Any) -> Any:
 logger = logging.getLogger(__name__)
 
 
-SUFFIXES = {
+_SUFFIXES = {
     "h5ad": ".h5ad",
     "npz": ".npz",
     "parquet": ".parquet",
@@ -279,7 +279,7 @@ def export(
     if to not in get_args(ExportFormat):
         message = f"to is {to!r}; set to to one of {', '.join(get_args(ExportFormat))}"
         raise ConfigError(message)
-    name = Path(path).with_suffix(SUFFIXES[to]) if output is None else output
+    name = Path(path).with_suffix(_SUFFIXES[to]) if output is None else output
     target = check_output(name, overwrite=overwrite)
     with open_embeddings(path) as file:
         if target.exists() and target.samefile(file.path):

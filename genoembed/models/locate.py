@@ -1,7 +1,8 @@
-"""Resolve a model's name, and fetch and convert what the registry knows.
+"""Resolve a model's name; fetch, verify and convert what the registry knows.
 
 Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id. The folder
-of a training run stands for the model in it.
+of a training run stands for the model in it. Promised: without a network the answer comes within seconds, and
+no file that differs from what the registry records is handed on.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from genoembed.errors import ModelError, ModelNotFoundError
-from genoembed.models.hub import (
-    cached_file,
-    fetch_checkpoint,
-    hub_answers,
-    silence_reason,
-    verify_checkpoint,
-)
+from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
 from genoembed.models.registry import (
     BUNDLED_FOLDER,
     BUNDLED_NAME,
@@ -29,13 +28,18 @@ from genoembed.models.registry import (
     known_models,
     suggestion,
 )
-from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint
 from genoembed.models.trained_folder import model_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 _LOG = logging.getLogger(__name__)
 
 _CONVERTIBLE = (".pt", ".safetensors")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_ANSWER_TIMEOUT_S = 5.0
+# what the hub's client raises when a connection breaks; its HTTP library is not ours to name
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:
@@ -95,6 +99,8 @@ def converted_folder(entry: KnownModel) -> Path:
     folder = _folder_of(entry)
     if (folder / "config.json").is_file():
         return folder
+    from genoembed.models.striped_hyena2.convert import convert_checkpoint
+
     source = _merged_file(entry) or fetch_checkpoint(entry, converted=folder)[0]
     _LOG.info("converting %s once, into %s", source, folder)
     return convert_checkpoint(source, folder, name=entry.name)
@@ -121,15 +127,23 @@ def _converted_file(path: Path) -> Path:
             "... or .safetensors, or a folder written by save_pretrained; name one of these"
         )
         raise ModelError(message)
-    digest = hashlib.sha256()
-    for part in checkpoint_files(path):
-        with part.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)  # goes on with the digest of the parts before
-    folder = cache_folder() / f"{path.name.partition('.')[0]}-{digest.hexdigest()[:16]}"
+    from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint
+
+    digest = _joined_digest(checkpoint_files(path))
+    folder = cache_folder() / f"{path.name.partition('.')[0]}-{digest[:16]}"
     if not (folder / "config.json").is_file():
         _LOG.info("converting %s once, into %s", path, folder)
         convert_checkpoint(path, folder)
     return folder
+
+
+def _joined_digest(files: Iterable[Path]) -> str:
+    """Compute the SHA-256 of files laid end to end."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)  # goes on with the digest of the files before
+    return digest.hexdigest()
 
 
 def _check_folder(path: Path) -> None:
@@ -149,3 +163,102 @@ def _looks_like_path(name: str) -> bool:
         or "\\" in name
         or name.endswith(_CHECKPOINT_SUFFIXES)
     )
+
+
+def hub_answers() -> bool:
+    """Check once, briefly, that the hub answers: its own client retries for half a minute."""
+    if constants.is_offline_mode():
+        return False
+    request = Request(constants.ENDPOINT, method="HEAD")
+    try:
+        with urlopen(request, timeout=_ANSWER_TIMEOUT_S):
+            return True
+    except HTTPError:
+        return True
+    except URLError as error:
+        # certificates may be set up for the hub's client only
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+
+
+def silence_reason() -> str:
+    """Return why the hub does not answer."""
+    if constants.is_offline_mode():
+        return "offline mode (HF_HUB_OFFLINE) is set"
+    return f"{constants.ENDPOINT} does not answer"
+
+
+def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
+    """Return a registry checkpoint's files, from the hub's cache or else the hub, and verify them."""
+    assert entry.repo_id is not None
+    cached = [cached_file(entry.repo_id, file.name) for file in entry.files]
+    if None in cached and not hub_answers():
+        raise _out_of_reach(entry, silence_reason(), converted)
+    paths = []
+    for path, file in zip(cached, entry.files, strict=True):
+        if path is None:
+            _LOG.info("fetching %s of %s (%s bytes)", file.name, entry.repo_id, file.num_bytes or "unknown")
+        paths.append(path or _download(entry, file.name, converted))
+    verify_checkpoint(entry, paths)
+    return tuple(paths)
+
+
+def cached_file(repo_id: str, file_name: str, *, revision: str | None = None) -> Path | None:
+    """Find a file in the hub's cache, without asking the hub."""
+    try:
+        found = try_to_load_from_cache(repo_id, file_name, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _download(entry: KnownModel, file_name: str, converted: Path) -> Path:
+    assert entry.repo_id is not None
+    try:
+        return Path(hf_hub_download(entry.repo_id, file_name))
+    except (OSError, _HTTP_ERROR) as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = f"fetching {file_name} failed ({type(error).__name__}: {reason})"
+        raise _out_of_reach(entry, reason, converted) from error
+
+
+def _out_of_reach(entry: KnownModel, reason: str, converted: Path) -> ModelNotFoundError:
+    names = " and ".join(file.name for file in entry.files)
+    size = "" if entry.num_bytes is None else f" ({entry.num_bytes / 1e9:.1f} GB)"
+    page = f"{constants.ENDPOINT}/{entry.repo_id}"
+    message = (
+        f"model {entry.name!r}: there is neither its converted folder {converted} nor {names}{size} in the "
+        f"Hugging Face cache {constants.HF_HUB_CACHE}, and {reason}; download {names} from {page} where "
+        "there is a network, make a folder of it with genoembed convert, and set model to that folder"
+    )
+    return ModelNotFoundError(message)
+
+
+def verify_checkpoint(entry: KnownModel, paths: Sequence[Path]) -> None:
+    """Compare a checkpoint's files with the sizes and SHA-256 digests that the registry records."""
+    is_merged = len(paths) < len(entry.files)
+    sizes = (entry.num_bytes,) if is_merged else tuple(file.num_bytes for file in entry.files)
+    for path, expected in zip(paths, sizes, strict=True):
+        found = path.stat().st_size
+        if expected not in (None, found):
+            raise _mismatch(entry, path, f"{found} bytes, expected {expected}")
+    digests = (None,) if is_merged else tuple(file.sha256 for file in entry.files)
+    if not any((*digests, entry.merged_sha256)):
+        _LOG.info("%s: no SHA-256 is recorded, sizes only are verified", entry.name)
+        return
+    _LOG.info("verifying the SHA-256 of %s", entry.name)
+    for path, digest in zip(paths, digests, strict=True):
+        if digest is not None and (computed := _joined_digest([path])) != digest:
+            raise _mismatch(entry, path, f"SHA-256 {computed}, expected {digest}")
+    if entry.merged_sha256 is not None and (computed := _joined_digest(paths)) != entry.merged_sha256:
+        problem = f"SHA-256 {computed} of all pieces together, expected {entry.merged_sha256}"
+        raise _mismatch(entry, paths[0], problem)
+
+
+def _mismatch(entry: KnownModel, path: Path, difference: str) -> CheckpointError:
+    message = (
+        f"{difference} as recorded for {entry.name}; delete the file so that it is fetched again, or, if you "
+        "know that it is right, turn it into a folder with genoembed convert and set model to that folder"
+    )
+    return CheckpointError(message, path=str(path))

@@ -8,16 +8,26 @@ D features, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from genoembed.contracts import EmbeddingBlock
+from genoembed.pipeline.units import WorkUnit
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from genoembed.contracts import SequenceRecord, TokenBlock
+    from genoembed.pipeline.local import UnitEngine
+    from genoembed.store import UnitRows
+
+logger = logging.getLogger(__name__)
 
 COMPUTED_TOLERANCES = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 """Largest relative difference that counts as none, by the type of numbers that a model computed in. float64
@@ -141,3 +151,52 @@ def summarize(
         max_relative=max((pair[1].relative for pair in pairs), default=0.0),
         worst=tuple(ranked[:num_worst]),
     )
+
+
+def certify_rows(
+    engine: UnitEngine, records: Sequence[SequenceRecord], block: EmbeddingBlock | TokenBlock, *, dtype: str
+) -> dict[str, float | int | bool | None]:
+    """Embed records one at a time, and compare with the rows that they have in a file."""
+    before = replace(engine.stats)
+    alone: dict[int, UnitRows] = {}
+    units = [WorkUnit(number=number, records=(record,)) for number, record in enumerate(records)]
+    engine.run(units, lambda rows: alone.update({rows.record.number: rows}))
+    for name in before.__dataclass_fields__:
+        setattr(engine.stats, name, getattr(before, name))
+    in_file = dict(_vectors(block))
+    found = worst(
+        difference(vectors, in_file[key]) for rows in alone.values() for key, vectors in _vectors(rows.block)
+    )
+    tolerance = tolerance_of([dtype])
+    is_within = found.is_within(tolerance)
+    if not is_within:
+        logger.warning(
+            "vectors depend on what shares their batch: of %d records, the largest difference is %.2g of the "
+            "largest value, over %.0e; set batch_tokens to 1 to embed each alone, and report the model",
+            len(records),
+            found.relative,
+            tolerance,
+        )
+    is_comparable = math.isfinite(found.relative)  # JSON has no word for infinity
+    return {
+        "records": len(records),
+        "max_absolute": found.absolute if is_comparable else None,
+        "max_relative": found.relative if is_comparable else None,
+        "min_cosine": found.cosine if is_comparable else None,
+        "tolerance": tolerance,
+        "is_within": is_within,
+    }
+
+
+def _vectors(
+    block: EmbeddingBlock | TokenBlock,
+) -> Iterator[tuple[tuple[str, str], NDArray[np.floating]]]:
+    """Return the vectors of each row, by layer and id."""
+    if isinstance(block, EmbeddingBlock):
+        parts = {name: list(matrix) for name, matrix in block.matrices.items()}
+    else:
+        cuts = np.cumsum(block.lengths)[:-1]
+        parts = {name: np.split(values, cuts) for name, values in block.values.items()}
+    for name, vectors in parts.items():
+        for row, mine in zip(block.rows, vectors, strict=True):
+            yield (name, row.id), mine

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from genoembed.store import UnitRows
 
 
-class Engine(Protocol):
+class UnitEngine(Protocol):
     """Embeds work units, here or elsewhere; the model is loaded when there is an engine."""
 
     @property

@@ -1,41 +1,26 @@
-"""What a file says about the run that made it: model, settings, counts, digests of its input, versions.
-
-Also what it may say about batches: how far the vectors of some records are from those of each record alone.
-"""
+"""What a file says about the run that made it: model, settings, counts, digests of its input, versions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
 import platform
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from genoembed.contracts import EmbeddingBlock
-from genoembed.pipeline.agreement import difference, tolerance_of, worst
-from genoembed.pipeline.units import WorkUnit
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Mapping
 
     from genoembed.config.embed import EmbedConfig
-    from genoembed.contracts import SequenceRecord, TokenBlock
     from genoembed.pipeline.embedder import UnitEmbedder
-    from genoembed.pipeline.local import Engine
-    from genoembed.store import UnitRows
 
 
 try:
@@ -169,55 +154,3 @@ def file_facts(name: str) -> dict[str, str | int | None]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-logger = logging.getLogger(__name__)
-
-
-def certify_rows(
-    engine: Engine, records: Sequence[SequenceRecord], block: EmbeddingBlock | TokenBlock, *, dtype: str
-) -> dict[str, float | int | bool | None]:
-    """Embed records one at a time, and compare with the rows that they have in a file."""
-    before = replace(engine.stats)
-    alone: dict[int, UnitRows] = {}
-    units = [WorkUnit(number=number, records=(record,)) for number, record in enumerate(records)]
-    engine.run(units, lambda rows: alone.update({rows.record.number: rows}))
-    for name in before.__dataclass_fields__:
-        setattr(engine.stats, name, getattr(before, name))
-    in_file = dict(_vectors(block))
-    found = worst(
-        difference(vectors, in_file[key]) for rows in alone.values() for key, vectors in _vectors(rows.block)
-    )
-    tolerance = tolerance_of([dtype])
-    is_within = found.is_within(tolerance)
-    if not is_within:
-        logger.warning(
-            "vectors depend on what shares their batch: of %d records, the largest difference is %.2g of the "
-            "largest value, over %.0e; set batch_tokens to 1 to embed each alone, and report the model",
-            len(records),
-            found.relative,
-            tolerance,
-        )
-    is_comparable = math.isfinite(found.relative)  # JSON has no word for infinity
-    return {
-        "records": len(records),
-        "max_absolute": found.absolute if is_comparable else None,
-        "max_relative": found.relative if is_comparable else None,
-        "min_cosine": found.cosine if is_comparable else None,
-        "tolerance": tolerance,
-        "is_within": is_within,
-    }
-
-
-def _vectors(
-    block: EmbeddingBlock | TokenBlock,
-) -> Iterator[tuple[tuple[str, str], NDArray[np.floating]]]:
-    """Return the vectors of each row, by layer and id."""
-    if isinstance(block, EmbeddingBlock):
-        parts = {name: list(matrix) for name, matrix in block.matrices.items()}
-    else:
-        cuts = np.cumsum(block.lengths)[:-1]
-        parts = {name: np.split(values, cuts) for name, values in block.values.items()}
-    for name, vectors in parts.items():
-        for row, mine in zip(block.rows, vectors, strict=True):
-            yield (name, row.id), mine

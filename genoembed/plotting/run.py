@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".svg", ".html", ".tsv")
+_SUFFIXES = (".png", ".svg", ".html", ".tsv")
 MAX_POINTS = 100_000
 _ALWAYS = "length"
 _NO_VALUE = ("", "na", "n/a", "nan", "none")
@@ -188,10 +188,10 @@ def _targets(
 ) -> list[str]:
     names = [Path(path).with_suffix(suffix) for suffix in (".png", ".html")] if output is None else output
     targets = [fspath(name) for name in ([names] if isinstance(names, str | PathLike) else names)]
-    wrong = [name for name in targets if Path(name).suffix.lower() not in SUFFIXES]
+    wrong = [name for name in targets if Path(name).suffix.lower() not in _SUFFIXES]
     if wrong or not targets:
         found = ", ".join(map(repr, wrong)) or "empty"
-        message = f"output is {found}; set output to names that end in {', '.join(SUFFIXES)}"
+        message = f"output is {found}; set output to names that end in {', '.join(_SUFFIXES)}"
         raise ConfigError(message)
     for name in targets:
         check_output(name, overwrite=overwrite)

@@ -253,7 +253,7 @@ class MetricSummary:
     """The metric in each fold, or with each seed."""
 
 
-def measure(
+def measure_predictions(
     true: NDArray[np.generic], predicted: NDArray[np.generic], *, task: ProbeTask
 ) -> dict[str, float]:
     """Compare predictions with the truth, by all metrics of the task.
@@ -262,7 +262,8 @@ def measure(
     the mean over the classes that occur on either side.
 
     Example:
-        >>> measure(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), task="classification")["accuracy"]
+        >>> true, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
+        >>> measure_predictions(true, predicted, task="classification")["accuracy"]
         0.75
     """
     return {name: _measure_one(name, true, predicted) for name in METRICS[task]}
@@ -291,11 +292,11 @@ def _measure_one(metric: str, true: NDArray[np.generic], predicted: NDArray[np.g
     return float(found)
 
 
-def summarize(scores: Sequence[Mapping[str, float]], *, ddof: int = 1) -> dict[str, MetricSummary]:
+def summarize_metrics(scores: Sequence[Mapping[str, float]], *, ddof: int = 1) -> dict[str, MetricSummary]:
     """Collect the metrics of the folds.
 
     Example:
-        >>> summarize([{"mcc": 0.5}, {"mcc": 0.7}])["mcc"].mean
+        >>> summarize_metrics([{"mcc": 0.5}, {"mcc": 0.7}])["mcc"].mean
         0.6
     """
     columns = {name: [float(score[name]) for score in scores] for name in scores[0]}
@@ -337,22 +338,22 @@ def score_fold(
     for other in chosen_on:
         train, test = (folds != fold) & (folds != other), folds == other
         fitted, tested = prepare(blocks, train, test)
-        guesses = predict(fitted, codes[train], tested, task=task, penalties=penalties)
+        guesses = predict_by_penalty(fitted, codes[train], tested, task=task, penalties=penalties)
         inner += [_measure_one(metric, codes[test], guess) for guess in guesses]
     best = int(np.argmax(inner))
     train, test = folds != fold, folds == fold
     fitted, tested = prepare(blocks, train, test)
     # the path up to the chosen penalty, so that the last fit starts where it did when it was chosen
-    guesses = predict(fitted, codes[train], tested, task=task, penalties=penalties[: best + 1])
+    guesses = predict_by_penalty(fitted, codes[train], tested, task=task, penalties=penalties[: best + 1])
     return FoldScore(
-        metrics=measure(codes[test], guesses[-1], task=task),
+        metrics=measure_predictions(codes[test], guesses[-1], task=task),
         inner=float(inner[best]) / len(chosen_on),
         penalty=penalties[best],
         num_features=fitted.shape[1],
     )
 
 
-def predict(
+def predict_by_penalty(
     train: NDArray[np.float64],
     target: NDArray[np.generic],
     test: NDArray[np.float64],

@@ -252,7 +252,7 @@ def _reach(near: Sequence[str], *, is_one_range: bool) -> str:
     return f"{share} of the best at {len(near)} layers between {first} and {last}"
 
 
-def compare(
+def compare_baselines(
     model: InsideChoice, baselines: Sequence[tuple[str, MetricSummary]], *, task: ProbeTask
 ) -> list[Comparison]:
     """Compare the model with baselines, fold by fold.

@@ -22,7 +22,7 @@ from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
 from genoembed.probing.report import (
     ProbeReport,
     choose_layer,
-    compare,
+    compare_baselines,
     describe_classes,
     fusion_options,
     metric_names,
@@ -30,7 +30,7 @@ from genoembed.probing.report import (
     verdict,
 )
 from genoembed.probing.rows import read_labels
-from genoembed.probing.scoring import Measured, ProbeRun
+from genoembed.probing.scoring import ProbeRun, ProbeScores
 from genoembed.probing.sweep import choose_inside
 from genoembed.probing.vectors import EMBEDDINGS, UNTRAINED, embed_layers, embed_untrained
 from genoembed.store import open_embeddings
@@ -152,7 +152,7 @@ def probe(
     return report
 
 
-def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeReport:
+def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeReport:
     """Build the report from scores, text and options."""
     options, sweep = run.options, measured.sweep
     task, metric, pooling = options.task, METRICS[options.task][0], _pooling(run.file)
@@ -160,7 +160,7 @@ def _build_report(run: ProbeRun, measured: Measured, folder: Path) -> ProbeRepor
     again = choose_inside(measured.untrained, task=task) if measured.untrained else None
     others = [(one.name, one.metrics[metric]) for one in measured.baselines]
     others += [] if again is None else [("the untrained copy", again.metrics[metric])]
-    comparisons = compare(inside, others, task=task)
+    comparisons = compare_baselines(inside, others, task=task)
     return ProbeReport(
         output=folder,
         embeddings=run.file.path,

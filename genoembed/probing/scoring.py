@@ -19,10 +19,10 @@ from genoembed.errors import ConfigError, NonFiniteError
 from genoembed.probing.cross_validation import (
     MetricSummary,
     encode_target,
-    measure,
+    measure_predictions,
     prepare,
     split_folds,
-    summarize,
+    summarize_metrics,
 )
 from genoembed.probing.report import UNTRAINED, layer_number
 from genoembed.probing.rows import group_rows, join_labels, read_row_sequences
@@ -65,7 +65,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class ProbeScores:
     """All scores."""
 
     sweep: Sweep
@@ -98,7 +98,7 @@ class ProbeRun:
         self._sequences = self._read_sequences()
         self.target = self._assign_folds(table)
 
-    def measure(self, embed_again: Callable[[], Path | str]) -> Measured:
+    def measure(self, embed_again: Callable[[], Path | str]) -> ProbeScores:
         """Score everything."""
         started = time.perf_counter()
         features = RowsOfLayers(self.file, self.layers, self.rows.rows, transforms=self._transforms)
@@ -109,7 +109,7 @@ class ProbeRun:
         baselines = self._baselines(shots)
         probed = time.perf_counter()
         untrained = self._untrained(embed_again, shots) if self.options.untrained else ()
-        return Measured(
+        return ProbeScores(
             sweep=found,
             baselines=baselines,
             untrained=untrained,
@@ -241,7 +241,7 @@ def score_shots(
         # without drawing, every seed gives the same fit
         drawn = [rows] if shot is None else [_draw(codes, rows, shot, seed) for seed in seeds]
         scores = [_fit_and_score(features, codes, chosen, is_test) for chosen in drawn]
-        results[regime] = summarize(scores * (len(seeds) if shot is None else 1), ddof=0)
+        results[regime] = summarize_metrics(scores * (len(seeds) if shot is None else 1), ddof=0)
     return results
 
 
@@ -270,7 +270,7 @@ def _fit_and_score(
         # features as they are can be badly scaled; what 1,000 steps reach is what the protocol scores
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(features[train], codes[train])
-    return measure(codes[is_test], classifier.predict(features[is_test]), task="classification")
+    return measure_predictions(codes[is_test], classifier.predict(features[is_test]), task="classification")
 
 
 def _sorted_codes(target: NDArray[np.generic]) -> NDArray[np.int64]:

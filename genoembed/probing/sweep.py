@@ -28,7 +28,7 @@ from genoembed.probing.cross_validation import (
     MetricSummary,
     check_block,
     score_fold,
-    summarize,
+    summarize_metrics,
 )
 from genoembed.probing.scalar_mix import learn_mix, mix_layers
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Kind: TypeAlias = Literal["layer", "fusion", "baseline", "untrained"]
+CandidateKind: TypeAlias = Literal["layer", "fusion", "baseline", "untrained"]
 
 MEAN = "mean of all layers"
 MIX = "weighted mean of all layers"
@@ -53,7 +53,7 @@ class Scored:
     """One candidate on all test folds."""
 
     name: str
-    kind: Kind
+    kind: CandidateKind
     metrics: Mapping[str, MetricSummary]
     """Mean, deviation and values by fold, for each metric."""
     inner: tuple[float, ...]
@@ -90,7 +90,7 @@ def sweep(
     folds: NDArray[np.int64],
     *,
     task: ProbeTask,
-    kind: Kind = "layer",
+    kind: CandidateKind = "layer",
     top: Sequence[int] = TOP,
     joined: Mapping[str, Sequence[str]] | None = None,
     average: bool = True,
@@ -165,7 +165,7 @@ def score_block(
     folds: NDArray[np.int64],
     *,
     task: ProbeTask,
-    kind: Kind,
+    kind: CandidateKind,
     members: tuple[str, ...] = (),
 ) -> Scored:
     """Score one matrix on all folds."""
@@ -180,7 +180,7 @@ def choose_inside(candidates: Sequence[Scored], *, task: ProbeTask) -> InsideCho
         raise ConfigError(message)
     best = np.argmax([candidate.inner for candidate in candidates], axis=0)
     return InsideChoice(
-        metrics=summarize(
+        metrics=summarize_metrics(
             [
                 {name: candidates[index].metrics[name].values[fold] for name in METRICS[task]}
                 for fold, index in enumerate(best)
@@ -196,11 +196,13 @@ def shown(scored: Scored | InsideChoice, task: ProbeTask) -> str:
     return f"{METRIC_WORDS[METRICS[task][0]]} {summary.mean:.3f} +- {summary.sd:.3f}"
 
 
-def _scored(name: str, kind: Kind, found: Sequence[FoldScore], members: Sequence[tuple[str, ...]]) -> Scored:
+def _scored(
+    name: str, kind: CandidateKind, found: Sequence[FoldScore], members: Sequence[tuple[str, ...]]
+) -> Scored:
     return Scored(
         name=name,
         kind=kind,
-        metrics=summarize([score.metrics for score in found]),
+        metrics=summarize_metrics([score.metrics for score in found]),
         inner=tuple(score.inner for score in found),
         members=tuple(members),
         num_features=found[-1].num_features,

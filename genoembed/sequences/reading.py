@@ -17,7 +17,6 @@ from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_comple
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies
-from genoembed.sequences.regions import open_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -95,6 +94,8 @@ def read_sequences(
     if places is None:
         raw = chain.from_iterable(_counted_file(name, tally, digests) for name in names)
     else:
+        from genoembed.sequences.regions import open_regions
+
         raw = open_regions(names[0], places, flank=flank, digests=digests)
         tally.files += 1
     return _finish(raw, policies, tally)

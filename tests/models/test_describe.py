@@ -25,7 +25,7 @@ from transformers import (
 
 import genoembed
 from genoembed.errors import LayerError, ModelError, ModelNotFoundError
-from genoembed.models import hub
+from genoembed.models import locate
 from genoembed.models.behavior import Probe
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
@@ -37,7 +37,7 @@ OFFICIAL = [model.name for model in known_models() if model.repo_id]
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(locate, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
 def test_family_has_the_layers_of_its_loaded_model(family, tiny_folder, tiny_model):
@@ -70,7 +70,7 @@ def test_striped_hyena_has_the_layers_of_its_loaded_model(tmp_path):
 
 @pytest.mark.parametrize("name", [*OFFICIAL, "genoembed-mini"])
 def test_registry_model_is_described_without_files(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     entry = next(model for model in known_models() if model.name == name)
     described = describe_layers(name)
     assert described.num_blocks == entry.config["num_hidden_layers"]

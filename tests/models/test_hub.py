@@ -13,15 +13,15 @@ from urllib.error import URLError
 import pytest
 
 from genoembed.errors import CheckpointError, ModelNotFoundError
-from genoembed.models import hub, locate
+from genoembed.models import locate
 from genoembed.models.describe import describe_layers
-from genoembed.models.hub import hub_answers, silence_reason
 from genoembed.models.load import load_model
+from genoembed.models.locate import hub_answers, silence_reason
 
 
 @pytest.fixture(autouse=True)
 def _online(monkeypatch):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(locate.constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -58,22 +58,22 @@ def server(answer: bytes | None):
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "401 Unauthorized"])
 def test_any_answer_counts(status, monkeypatch):
     with server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()) as address:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(locate.constants, "ENDPOINT", address)
         assert hub_answers()
 
 
 def test_closed_port_is_no_answer(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(locate.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     assert not hub_answers()
     assert silence_reason() == f"http://127.0.0.1:{port} does not answer"
 
 
 def test_silence_is_waited_for_once_and_briefly(monkeypatch):
-    monkeypatch.setattr(hub, "_ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(locate, "_ANSWER_TIMEOUT_S", 0.3)
     with server(None) as address:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(locate.constants, "ENDPOINT", address)
         begin = time.monotonic()
         assert not hub_answers()
         assert time.monotonic() - begin < 5
@@ -86,13 +86,13 @@ def test_certificates_are_left_to_the_hubs_client(reason, expected, monkeypatch)
     def refuse(*_, **__):
         raise URLError(reason)
 
-    monkeypatch.setattr(hub, "urlopen", refuse)
+    monkeypatch.setattr(locate, "urlopen", refuse)
     assert hub_answers() is expected
 
 
 def test_offline_mode_asks_nobody(monkeypatch):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(locate.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(locate, "urlopen", lambda *_, **__: pytest.fail("asked"))
     assert not hub_answers()
     assert "HF_HUB_OFFLINE" in silence_reason()
 
@@ -114,7 +114,7 @@ def test_cached_hub_id_loads_without_a_network(family, tiny_folder, tmp_path, mo
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     shutil.copytree(tiny_folder(family), repository / "snapshots" / ("a" * 40))
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(locate, "hub_answers", lambda: False)
     trusted = family == "custom_conv"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))

@@ -18,12 +18,12 @@ from genoembed.probing.cross_validation import (
     check_block,
     encode_target,
     inner_folds,
-    measure,
-    predict,
+    measure_predictions,
+    predict_by_penalty,
     prepare,
     score_fold,
     split_folds,
-    summarize,
+    summarize_metrics,
 )
 
 FOLDS = np.arange(120) % 5
@@ -39,7 +39,9 @@ def cross_validate(blocks, target, folds=FOLDS, *, task="classification"):
     """Metrics over all folds."""
     blocks = [blocks] if isinstance(blocks, np.ndarray) else blocks
     codes = encode_target(target, task=task)
-    return summarize([score_fold(blocks, codes, folds, int(n), task=task).metrics for n in np.unique(folds)])
+    return summarize_metrics(
+        [score_fold(blocks, codes, folds, int(n), task=task).metrics for n in np.unique(folds)]
+    )
 
 
 @pytest.mark.parametrize("width", [4, 60])
@@ -47,7 +49,7 @@ def test_predict_values_has_its_penalty_on_the_mean_error(width):
     rng = np.random.default_rng(0)
     train, test, wanted = rng.normal(size=(40, width)), rng.normal(size=(7, width)), rng.normal(size=40)
     train -= train.mean(axis=0)
-    found = predict(train, wanted, test, task="regression", penalties=[0.5, 0.01])
+    found = predict_by_penalty(train, wanted, test, task="regression", penalties=[0.5, 0.01])
     for penalty, guess in zip([0.5, 0.01], found, strict=True):
         damped = train.T @ train / 40 + penalty * np.eye(width)
         weights = np.linalg.solve(damped, train.T @ (wanted - wanted.mean()) / 40)
@@ -57,7 +59,9 @@ def test_predict_values_has_its_penalty_on_the_mean_error(width):
 def test_predict_classes_agrees_with_scikit_learn():
     features, labels = toy()
     scaled = StandardScaler().fit_transform(features)
-    guesses = predict(scaled[:80], labels[:80], scaled[80:], task="classification", penalties=LOGISTIC_C)
+    guesses = predict_by_penalty(
+        scaled[:80], labels[:80], scaled[80:], task="classification", penalties=LOGISTIC_C
+    )
     exact = LogisticRegression(C=LOGISTIC_C[-1], tol=1e-8, max_iter=5000).fit(scaled[:80], labels[:80])
     assert len(guesses) == len(LOGISTIC_C)
     assert (guesses[-1] == exact.predict(scaled[80:])).mean() > 0.97
@@ -217,24 +221,30 @@ def test_inner_folds_leave_the_outer_one_out_and_share_the_work():
 def test_metrics_are_those_of_the_textbook():
     """Confusion [[3, 1], [2, 4]] and values with a tie, by hand."""
     true, guess = np.array([0] * 4 + [1] * 6), np.array([0, 0, 0, 1, 0, 0, 1, 1, 1, 1])
-    found = measure(true, guess, task="classification")
+    found = measure_predictions(true, guess, task="classification")
     assert found["accuracy"] == 0.7
     assert found["mcc"] == pytest.approx((3 * 4 - 1 * 2) / np.sqrt(5 * 4 * 6 * 5))
     assert found["macro_f1"] == pytest.approx((6 / 9 + 8 / 11) / 2)
-    found = measure(np.array([1.0, 2.0, 2.0, 5.0]), np.array([1.0, 3.0, 2.0, 4.0]), task="regression")
+    found = measure_predictions(
+        np.array([1.0, 2.0, 2.0, 5.0]), np.array([1.0, 3.0, 2.0, 4.0]), task="regression"
+    )
     assert found["r2"] == pytest.approx(1 - 2 / 9)
     assert found["pearson"] == pytest.approx(6 / np.sqrt(9 * 5))
     assert found["spearman"] == pytest.approx(4.5 / np.sqrt(4.5 * 5))
 
 
 def test_measure_of_a_constant_guess_is_zero():
-    assert measure(np.arange(4.0), np.ones(4), task="regression")["spearman"] == 0
-    assert measure(np.ones(4), np.arange(4.0), task="regression") == {"r2": 0, "pearson": 0, "spearman": 0}
-    assert measure(np.array([0, 1]), np.array([1, 1]), task="classification")["mcc"] == 0
+    assert measure_predictions(np.arange(4.0), np.ones(4), task="regression")["spearman"] == 0
+    assert measure_predictions(np.ones(4), np.arange(4.0), task="regression") == {
+        "r2": 0,
+        "pearson": 0,
+        "spearman": 0,
+    }
+    assert measure_predictions(np.array([0, 1]), np.array([1, 1]), task="classification")["mcc"] == 0
 
 
 def test_summarize_gives_mean_and_sample_deviation():
-    summary = summarize([{"mcc": 0.2}, {"mcc": 0.4}, {"mcc": 0.9}])["mcc"]
+    summary = summarize_metrics([{"mcc": 0.2}, {"mcc": 0.4}, {"mcc": 0.9}])["mcc"]
     assert summary.mean == pytest.approx(0.5)
     assert summary.sd == pytest.approx(np.std([0.2, 0.4, 0.9], ddof=1))
     assert summary.values == (0.2, 0.4, 0.9)

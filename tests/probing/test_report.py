@@ -6,7 +6,7 @@ import pytest
 
 from genoembed.errors import StoreError
 from genoembed.probing.cross_validation import MetricSummary
-from genoembed.probing.report import choose_layer, compare, layer_number, plot_layers, verdict
+from genoembed.probing.report import choose_layer, compare_baselines, layer_number, plot_layers, verdict
 from genoembed.probing.sweep import InsideChoice, Scored
 
 METRICS = ("mcc", "accuracy", "macro_f1")
@@ -80,7 +80,7 @@ def test_number_stands_only_where_it_means_the_module(path, number):
 
 
 def test_comparison_is_by_fold_and_the_strongest_comes_first():
-    found = compare(
+    found = compare_baselines(
         inside(0.7, (0.6, 0.7, 0.8)),
         [("weak", summary(0.1)), ("strong", summary(0.65, 0.1))],
         task="classification",
@@ -101,7 +101,7 @@ def test_comparison_is_by_fold_and_the_strongest_comes_first():
 )
 def test_verdict_says_it_in_plain_words(folds, words):
     model = inside(sum(folds) / 3, folds)
-    comparisons = compare(
+    comparisons = compare_baselines(
         model, [("6-mer", summary(0.7, 0.0)), ("GC", summary(0.1, 0.0))], task="classification"
     )
     assert words in verdict(model, comparisons, task="classification")

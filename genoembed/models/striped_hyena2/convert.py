@@ -33,7 +33,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError, Problem, Remedy
 from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
-from genoembed.models.striped_hyena2.attention import rotary_frequencies
+from genoembed.models.striped_hyena2.blocks import rotary_frequencies
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
 

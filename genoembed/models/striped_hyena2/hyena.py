@@ -7,14 +7,13 @@ B sequences, L positions, M chunks, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genoembed.models.striped_hyena2.filters import FilterCache
-from genoembed.models.striped_hyena2.modules import Float32Keeper, is_watched, multiply_into
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
@@ -24,7 +23,30 @@ from genoembed.models.striped_hyena2.operators import (
 from genoembed.models.striped_hyena2.state import HyenaState, last_positions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+
+
+class Float32Keeper(nn.Module):
+    """Module of which some tensors stay float32 when the model is cast to half precision."""
+
+    float32_names: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = set()
+        for name in self.float32_names:
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                kept |= {id(tensor), id(tensor.grad)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_rounded = id(tensor) in kept and moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if is_rounded else moved
+
+        return super()._apply(keep, recurse)
 
 
 class HyenaFilter(Float32Keeper):
@@ -140,3 +162,20 @@ def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> t
     z_BLP = projections(x_BLD)
     parts = z_BLP.unflatten(-1, (-1, 3)).unbind(-1) if is_interleaved else z_BLP.chunk(3, dim=-1)
     return parts[0], parts[1], parts[2]
+
+
+def multiply_into(owned: Tensor, other: Tensor) -> Tensor:
+    """Multiply into memory that nobody else holds; into new memory while gradients are recorded.
+
+    Example:
+        >>> x = torch.tensor([2.0])
+        >>> with torch.no_grad():
+        ...     multiply_into(x, torch.tensor([3.0])) is x
+        True
+    """
+    return owned * other if torch.is_grad_enabled() else owned.mul_(other)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Check whether what a module returns may be held by someone else than its caller."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -22,11 +22,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ShapeError
-from genoembed.models.striped_hyena2.attention import RotaryEmbedding, rotary_frequencies
-from genoembed.models.striped_hyena2.blocks import AttentionBlock, HyenaBlock, RMSNorm
+from genoembed.models.striped_hyena2.blocks import (
+    AttentionBlock,
+    HyenaBlock,
+    RMSNorm,
+    RotaryEmbedding,
+    StreamLinear,
+    rotary_frequencies,
+)
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.hyena import HyenaFilter
-from genoembed.models.striped_hyena2.modules import StreamLinear
 from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
 
 

@@ -54,7 +54,7 @@ class Header(NamedTuple):
     line: int
 
 
-class Piece(NamedTuple):
+class Letters(NamedTuple):
     """A part of a record's sequence, white space and all, and where it stands."""
 
     letters: bytes
@@ -65,7 +65,7 @@ class Piece(NamedTuple):
 
 def iter_fasta_parts(
     path: str, blocks: Iterable[bytes], *, lines_before: int = 0
-) -> Iterator[Header | Piece]:
+) -> Iterator[Header | Letters]:
     """Parse FASTA into headers, each followed by the pieces of its sequence: the one parser."""
     line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
     is_in_record = False
@@ -73,7 +73,7 @@ def iter_fasta_parts(
     for block in _whole_headers(blocks):
         tail, *parts = block.split(b"\n>") if b">" in block else (block,)
         if is_in_record:
-            yield Piece(tail, line, offset)
+            yield Letters(tail, line, offset)
         elif tail.strip(WHITESPACE):
             raise _no_header(path, line, tail)
         line += tail.count(b"\n")
@@ -84,7 +84,7 @@ def iter_fasta_parts(
             title, body = (part, b"") if end < 0 else (part[:end], part[end:])
             yield Header(*_parse_header(path, line, title, ">"), line)
             is_in_record = True
-            yield Piece(body, line, place + len(b"\n>") + len(title))
+            yield Letters(body, line, place + len(b"\n>") + len(title))
             line += body.count(b"\n")
             place += len(b"\n>") + len(part)
         offset += len(block)

@@ -441,7 +441,8 @@ except SystemExit as end:
     assert not end.code, end.code
 print(*(name for name in sys.modules if name in {set(MODULES)!r}))
 """
-    loaded = {name for name in _run(code).split() if len(ast.parse(MODULES[name].read_text()).body) > 1}
+    names = _run(code).splitlines()[-1].split()
+    loaded = {name for name in names if len(ast.parse(MODULES[name].read_text()).body) > 1}
     assert output.is_file()
     assert {"genoembed.cli.extract", "genoembed.store.writer"} <= loaded
     assert len(loaded) <= MOST_LOADED, sorted(loaded)

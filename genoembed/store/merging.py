@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import GenoembedError, StoreError
 from genoembed.store.atomic import check_space
-from genoembed.store.parts import differences
+from genoembed.store.parts import identity_differences
 from genoembed.store.reader import open_embeddings
 from genoembed.store.schema import OBS_COLUMNS
 from genoembed.store.writer import EmbeddingWriter
@@ -96,10 +96,10 @@ def differences_from(
         made = file.provenance
         files = [_content(item) for item in inputs]
         places = [_content(item) or item.get("name") for item in regions]
-        found = differences(made.get("identity", {}), manifest.identity)
+        found = identity_differences(made.get("identity", {}), manifest.identity)
         before, counts = made.get("policies", {}), made.get("counts", {})
         acted = [name for name in before if any(counts.get(count) for count in _ACTED.get(name, ()))]
-        found += differences(
+        found += identity_differences(
             {name: before[name] for name in acted}, {name: manifest.policies.get(name) for name in acted}
         )
         if None in files:

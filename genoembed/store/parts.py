@@ -186,7 +186,7 @@ class Parts:
 
     def _change_policies(self, found: Manifest, *, drop_other: bool) -> None:
         """Go on under other policies for bad records; units that they change are refused one by one."""
-        self._changed_policies = differences(found.policies, self.manifest.policies)
+        self._changed_policies = identity_differences(found.policies, self.manifest.policies)
         if self.manifest.num_shares > 1 and not drop_other and self._read(INPUT) is not None:
             problem = (
                 f"another share was made with other policies: {'; '.join(self._changed_policies)}; give all "
@@ -362,7 +362,7 @@ class Parts:
 
     def _difference(self, found: Manifest) -> str:
         num_units = len(self.saved_numbers())
-        changed = differences(found.identity, self.manifest.identity)
+        changed = identity_differences(found.identity, self.manifest.identity)
         shown = ", ".join(changed[:_SHOWN])
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         return (
@@ -385,11 +385,11 @@ class Parts:
         return record if record is not None and record.number == number else None
 
 
-def differences(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> list[str]:
+def identity_differences(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> list[str]:
     """Say what is not as it was, name by name; of digests, only that they differ.
 
     Example:
-        >>> differences({"rc": "none", "config.json": "ab" * 32}, {"rc": "mean", "config.json": "cd" * 32})
+        >>> identity_differences({"rc": "none", "config.json": "ab" * 32}, {"rc": "mean", "config.json": "cd" * 32})
         ["rc was 'none' and is 'mean'", 'config.json has other content']
     """
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]

@@ -389,7 +389,8 @@ def identity_differences(before: Mapping[str, JSON], now: Mapping[str, JSON]) ->
     """Say what is not as it was, name by name; of digests, only that they differ.
 
     Example:
-        >>> identity_differences({"rc": "none", "config.json": "ab" * 32}, {"rc": "mean", "config.json": "cd" * 32})
+        >>> before = {"rc": "none", "config.json": "ab" * 32}
+        >>> identity_differences(before, {"rc": "mean", "config.json": "cd" * 32})
         ["rc was 'none' and is 'mean'", 'config.json has other content']
     """
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]

@@ -563,7 +563,7 @@ def measure_size(
         Figure(name=f"rise of peak RSS in MiB, {between}", value=rise, at_most=LARGEST_RSS_GROWTH_MIB)
         if kind == "records"
         else Figure(
-            name=f"rise of peak RSS in bytes a base, {between}",
+            name=f"rise of peak RSS in bytes per base, {between}",
             value=(rise << 20) / (sizes[-1] - sizes[0]),
             at_most=LARGEST_BYTES_A_BASE,
         )

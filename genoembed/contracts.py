@@ -35,7 +35,7 @@ class SequenceRecord:
     id: str
     """First word of the header; unique within a run."""
     sequence: bytes
-    """ASCII letters, one byte a base, after all policies; reverse-complemented if ``strand`` is ``-``."""
+    """ASCII letters, one byte per base, after all policies; reverse-complemented if ``strand`` is ``-``."""
     description: str = ""
     """The header after the id."""
     source: str = ""
@@ -59,9 +59,7 @@ class SequenceRecord:
         # the fields hold places, whatever was given: no reader has to ask
         core_end = len(self.sequence) if self.core_end == -1 else self.core_end
         if not 0 <= self.core_start <= core_end <= len(self.sequence):
-            message = (
-                f"core {self.core_start}-{core_end} lies outside a sequence of {len(self.sequence)} bases"
-            )
+            message = f"core {self.core_start}-{core_end} is outside a sequence of {len(self.sequence)} bases"
             raise ShapeError(message)
         object.__setattr__(self, "core_end", core_end)
         if self.end == -1:
@@ -165,7 +163,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """Sequences laid end to end in rows of equal length, for causal training."""
+    """Sequences concatenated in rows of equal length, for causal training."""
 
     input_ids: Tensor
     """int64, ``(B, L)``."""
@@ -216,7 +214,7 @@ class EmbeddingBlock:
 
     rows: tuple[ObsRow, ...]
     matrices: Mapping[str, NDArray[np.floating]]
-    """One ``(N, D)`` matrix a kept layer (or one, when layers were fused), in the order asked for."""
+    """One ``(N, D)`` matrix per kept layer (or one, when layers were fused), in the requested order."""
 
     def __post_init__(self) -> None:
         for name, matrix in self.matrices.items():
@@ -227,7 +225,7 @@ class EmbeddingBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBlock:
-    """Consecutive records of a per-token file: ragged rows laid end to end."""
+    """Consecutive records of a per-token file: ragged rows, concatenated."""
 
     rows: tuple[ObsRow, ...]
     lengths: NDArray[np.int64]

@@ -66,7 +66,7 @@ def run_doctor(
     """Test this installation against known answers.
 
     Args:
-        model: The bundled model, or a folder that holds a known answer beside its weights.
+        model: The bundled model, or a folder that holds a known answer next to its weights.
         on_check: Called with each result as soon as it is there.
 
     Returns:

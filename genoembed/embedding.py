@@ -141,7 +141,7 @@ def embed(
             default.
 
     Returns:
-        The vectors, a row a sequence, in the order given.
+        The vectors, one row per sequence, in the given order.
 
     Raises:
         AlphabetError: If a letter is invalid under the policies; says which sequence, from 0.

@@ -10,7 +10,7 @@ so that no caller needs to parse text::
     |   |-- AlphabetError                  letters outside the alphabet
     |   |-- DuplicateIdError               an id that appears twice
     |   |-- EmptyRecordError               a record without bases
-    |   |-- SequenceLengthError            longer than the context, or shorter than what is asked for
+    |   |-- SequenceLengthError            longer than the context, or shorter than what is required
     |   |-- RegionError                    a BED or GFF3 row that does not fit the reference
     |   |-- VariantError                   a VCF row that does not fit the reference, or cannot be used
     |   `-- LabelError                     a label that is missing, or is none of the task's
@@ -181,7 +181,7 @@ class EmptyRecordError(InputError):
 
 
 class SequenceLengthError(InputError):
-    """A sequence that is longer than the context, or shorter than what is asked of it."""
+    """A sequence that is longer than the context, or shorter than required."""
 
 
 class RegionError(InputError):
@@ -230,7 +230,7 @@ class EmptyPoolError(GenoembedError, ValueError):
 
 
 class ModelError(GenoembedError, ValueError):
-    """A model that cannot do what is asked."""
+    """A model that cannot do what is requested."""
 
 
 class ModelNotFoundError(ModelError):
@@ -242,7 +242,7 @@ class LayerError(ModelError):
 
     Args:
         problem: What is missing and what is there.
-        spec: The layer as asked for.
+        spec: The layer as requested.
     """
 
     def __init__(self, problem: str, *, spec: str) -> None:
@@ -331,7 +331,7 @@ class GenoembedWarning(UserWarning):
 
 
 class PoolingMismatchWarning(GenoembedWarning):
-    """Another pooling is asked for than the one the model was trained with."""
+    """Another pooling is requested than the one the model was trained with."""
 
 
 class PrecisionWarning(GenoembedWarning):

@@ -101,8 +101,8 @@ def extract(
         model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
         layers: Block numbers, module paths, globs, ``final`` or ``all``; one or several. None takes what a
             fine-tuned model was trained with, and ``final`` of any other.
-        pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, or ``none`` for a vector
-            a token. None: as trained, else ``mean``.
+        pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, or ``none`` for one
+            vector per token. None: as trained, else ``mean``.
         fusion: ``none``, ``concat``, ``mean``, ``max`` or ``weighted``, over layers. None: as trained, else
             ``none``.
         output: The file to write; None is the first input's stem and ``.h5``.
@@ -156,7 +156,7 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
     """Join the work units that several processes embedded (``shard``) to the output.
 
     Args:
-        output: The file that they were told to write.
+        output: The output file of those processes.
         overwrite: True where an existing file is replaced.
 
     Returns:

@@ -194,7 +194,7 @@ def _plan(
 
 
 def _vector_bytes(config: EmbedConfig, work: Workload, width: int) -> int:
-    """Size of all matrices: a vector a row, or a token and the places where records begin."""
+    """Size of all matrices: one vector per row, or per token and the offsets of the records."""
     itemsize = np.dtype(config.output.out_dtype).itemsize
     if config.embedding.pooling == "none":
         return work.kept_tokens * width * itemsize + (work.rows + 1) * np.dtype(np.int64).itemsize

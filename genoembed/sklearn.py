@@ -1,6 +1,6 @@
 """``SequenceEmbedder``: sequences to vectors as a scikit-learn transformer.
 
-In: a list, array or Series of sequences. Out: one row a sequence. Works in a ``Pipeline`` and in a search
+In: a list, array or Series of sequences. Out: one row per sequence. Works in a ``Pipeline`` and in a search
 over ``layer`` and ``pool``; models that were loaded are kept for the next candidate.
 
 N sequences, D features.
@@ -54,7 +54,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             ``mean``.
         fuse: How several layers become one vector: ``concat``, ``mean``, ``max`` or ``weighted``. None: as
             trained, else ``concat``.
-        fusion_weights: One a layer, for ``weighted``.
+        fusion_weights: One per layer, for ``weighted``.
         rc: Whether and how the reverse complement takes part: ``none``, ``mean`` or ``concat``.
         skip_first: Bases at the start that pooling leaves out. None: as trained, else 0.
         window: Bases of a window; None is what the model's context holds.
@@ -140,7 +140,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             X: Sequences.
 
         Returns:
-            float32, ``(N, D)``, a row a sequence in the order given.
+            float32, ``(N, D)``, one row per sequence, in the given order.
 
         Raises:
             ConfigError: If X is no list of sequences.
@@ -248,7 +248,7 @@ def _sequences(X: object) -> list[str | bytes]:
         raise ConfigError(message)
     if getattr(X, "ndim", 1) != 1:
         message = (
-            f"X has shape {getattr(X, 'shape', '?')}, expected (N,): one sequence a row; give one column"
+            f"X has shape {getattr(X, 'shape', '?')}, expected (N,): one sequence per row; pass one column"
         )
         raise ConfigError(message)
     try:

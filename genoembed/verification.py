@@ -1,7 +1,7 @@
 """``verify``: embed a sample of the records of a file again, as the file says; and ``certify``.
 
-``file -> sample of its records -> their sequences -> vectors -> differences``. The input is told by the file,
-or given; each sequence must have the SHA-256 that the file recorded.
+``file -> sample of its records -> their sequences -> vectors -> differences``. The input is named in the
+file, or given; each sequence must have the SHA-256 that the file recorded.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _records(
 
 
 def _find(wanted: Sequence[str], records: Iterable[SequenceRecord]) -> dict[str, SequenceRecord]:
-    """Take the records that are wanted; reading ends with the last of them."""
+    """Take the requested records; reading ends with the last of them."""
     missing = set(wanted)
     found = {}
     for record in records:

@@ -28,7 +28,7 @@ ALL_FAMILIES = (*FAMILIES, STRIPED)
 CAUSAL = ("llama", "mistral", "gpt_neox", "mamba", STRIPED)
 HAS_SPECIAL_TOKENS = ("bert", "esm", "modernbert")
 LETTER_FAMILIES = tuple(family for family in ALL_FAMILIES if family != "gpt_neox")
-"""Families whose tokenizer has a token a base."""
+"""Families whose tokenizer has one token per base."""
 CONTEXT = 64
 """Tokens that every tiny family of limited context holds."""
 

@@ -118,7 +118,7 @@ def test_tokens_of_both_strands_stand_at_their_base(family, rc, tmp_path):
 
 
 def test_tokens_of_both_strands_need_a_token_a_base(tmp_path):
-    with pytest.raises(ConfigError, match=r"pooling='none' with rc needs a token a base.*set rc='none'"):
+    with pytest.raises(ConfigError, match=r"pooling='none' with rc needs one token per base.*set rc='none'"):
         embed(tmp_path, RECORDS, model_of("gpt_neox"), pooling="none", rc="mean")
 
 

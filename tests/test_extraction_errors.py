@@ -102,7 +102,7 @@ def test_loading_options_for_a_loaded_model_are_refused(option, fasta):
 
 
 def test_weights_must_be_as_many_as_layers(fasta):
-    with pytest.raises(ConfigError, match=r"^fusion_weights has 3 numbers for 2 layers; give one a layer$"):
+    with pytest.raises(ConfigError, match=r"^fusion_weights has 3 numbers for 2 layers; give one per layer$"):
         extract(fasta, model=model_of("llama"), layers=[0, 1], fusion="weighted", fusion_weights=[1, 2, 3])
 
 

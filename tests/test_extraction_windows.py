@@ -27,7 +27,7 @@ from tests.by_hand import (
 TOLERANCE = 1e-5
 LONG = {"long": random_dna(200, 11), "short": random_dna(20, 12), "edge": random_dna(65, 13)}
 LIMITED = tuple(family for family in LETTER_FAMILIES if family not in ("mamba", "custom_conv"))
-"""Families with a token a base whose context is ``CONTEXT`` tokens."""
+"""Families with one token per base whose context is ``CONTEXT`` tokens."""
 
 
 def assert_close(found, expected):

@@ -1,1 +1,1 @@
-"""Which pieces share a forward pass, and how they are laid out: padded or packed."""
+"""Which pieces share a forward pass, and how they are arranged: padded or packed."""

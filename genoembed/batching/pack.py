@@ -3,7 +3,7 @@
 In: token ids of documents, and rows of slots with marks where segments begin. Out: the five fields of
 :class:`~genoembed.contracts.PackedBatch`. B rows, L slots of a row (the window).
 
-Packing as one stream: documents laid end to end and cut into rows of one length, for causal training.
+Packing as one stream: documents are concatenated and cut into rows of one length, for causal training.
 Packing into bins: whole documents, best-fit into rows of one length, the ends of the rows padded.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 Document: TypeAlias = "bytes | bytearray | memoryview | NDArray[np.integer] | Sequence[int]"
-"""Token ids of one document: bytes (one byte a token), an integer array, or integers."""
+"""Token ids of one document: bytes (one byte per token), an integer array, or integers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,13 +39,13 @@ class PackCounts:
     cut_documents: int = 0
     """Of these, documents that do not lie in one row."""
     rows: int = 0
-    """Rows handed on."""
+    """Rows yielded."""
     slots: int = 0
     """Slots of these rows."""
     tokens: int = 0
     """Slots that hold a real token; an EOD counts, padding does not."""
     dropped_tokens: int = 0
-    """Tokens left out because they do not fill the last row (only where that was asked for)."""
+    """Tokens left out because they do not fill the last row (only if that was requested)."""
 
     @property
     def efficiency(self) -> float:
@@ -172,7 +172,7 @@ def pack_stream(
     and ``position_ids`` (so that boundaries cover every slot), is -1 in ``segment_ids``, and takes no loss.
 
     Args:
-        documents: Token ids of one document each: bytes (one byte a token), an integer array, or integers.
+        documents: Token ids of one document each: bytes (one byte per token), an integer array, or integers.
         window: Slots of a row, at least 2.
         eod_token_id: Id that ends each document.
         pad_token_id: Id that fills the end of the last row.
@@ -180,7 +180,7 @@ def pack_stream(
         drop_last: Leave out the tokens that do not fill the last row, instead of padding it. Their number is
             logged and given to ``on_drop``.
         on_drop: Called once, at the end, with the number of tokens left out, when there are any.
-        counts: Filled in as batches are handed on.
+        counts: Updated as batches are yielded.
 
     Yields:
         Batches of up to ``batch_size`` rows of ``window`` slots.
@@ -317,7 +317,7 @@ def pack_bins(
     a piece is no target. Fields are as those of ``pack_stream``; any row may end in padding.
 
     Args:
-        documents: Token ids of one document each: bytes (one byte a token), an integer array, or integers.
+        documents: Token ids of one document each: bytes (one byte per token), an integer array, or integers.
         window: Slots of a row, at least 2.
         eod_token_id: Id that ends each document.
         pad_token_id: Id that fills the ends of rows.
@@ -328,7 +328,7 @@ def pack_bins(
             64 million tokens.
         open_rows: Rows that wait for the next buffer, at most; 0 or more.
         seed: Decides about the order of rows, and of documents within a row.
-        counts: Filled in as batches are handed on.
+        counts: Updated as batches are yielded.
 
     Yields:
         Batches of up to ``batch_size`` rows of ``window`` slots.

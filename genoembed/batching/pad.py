@@ -86,8 +86,8 @@ def pad_batch(
 ) -> Batch:
     """Pad pieces on the right to the longest of them.
 
-    Real tokens are told from padding by position, never by id: a token that equals ``pad_token_id`` stays
-    real. No piece is changed or shared: the batch has its own memory.
+    Real tokens and padding are distinguished by position, never by id: a token that equals ``pad_token_id``
+    stays real. No piece is changed or shared: the batch has its own memory.
 
     Example:
         >>> from genoembed.contracts import EncodedSequence

@@ -1,4 +1,4 @@
-"""The command line: one file a command, loaded when it is asked for.
+"""The command line: one file per command, loaded when it is needed.
 
 A command parses, builds a configuration, makes one public call and prints what came of it. Results go to
 standard output, messages and progress to standard error. Exit codes: 0 done, 1 failed with one line that says
@@ -53,7 +53,7 @@ _MODULES = {
 
 
 class CommandGroup(click.Group):
-    """A group that imports a command's module when the command is asked for."""
+    """A group that imports a command's module when the command is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
@@ -67,7 +67,7 @@ class CommandGroup(click.Group):
         return cast("click.Command", getattr(module, f"{cmd_name.replace('-', '_')}_command"))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run what was asked for; turn how it ends into an exit code."""
+        """Run the requested command; turn how it ends into an exit code."""
         with exit_codes(ctx):
             return super().invoke(ctx)
 

@@ -33,7 +33,7 @@ _SHOWN = 3
 @command(
     "compare",
     CompareConfig,
-    short_help="Say how far two embedding files agree.",
+    short_help="Measure how far two embedding files agree.",
     examples="""
     genoembed compare before.h5 after.h5
     genoembed compare cpu.h5 gpu.h5 --tolerance 1e-4 -o differences.tsv""",
@@ -122,7 +122,7 @@ def _plain(value: object) -> object:
 @click.argument("file", metavar="FILE.h5")
 @click.argument("inputs", metavar="[INPUT...]", nargs=-1)
 def verify_command(file: str, *, as_json: bool, inputs: tuple[str, ...] = (), **options: Any) -> None:
-    """Embed a sample of the records of FILE.h5 again, by the recipe in the file, and compare.
+    """Embed a sample of the records of FILE.h5 again, by the settings stored in the file, and compare.
 
     Their sequences come from the files that FILE.h5 names, or from INPUT; each must have the SHA-256 that was
     recorded. Exit code 1 if a record is missing, has another sequence, or differs by more than the tolerance.

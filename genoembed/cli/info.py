@@ -74,7 +74,7 @@ def _words(value: object) -> str:
 
 @command(
     "info",
-    short_help="Say what is in a file and how it was made.",
+    short_help="Show what is in a file and how it was made.",
     examples="genoembed info genome.h5",
     has_json=True,
     is_quiet=True,

@@ -120,7 +120,7 @@ def command(
 
     Args:
         name: Of the command.
-        config: What describes the options; arguments besides are declared with ``click.argument``.
+        config: Describes the options; other arguments are declared with ``click.argument``.
         short_help: What the list of commands says of it.
         examples: One or several lines.
         keys: The options that it has; None is all.

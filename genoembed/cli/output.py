@@ -35,7 +35,7 @@ class LineHandler(logging.Handler):
     """Writes each record as one line to what is standard error at that moment."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Leave out what the summary says in other words, unless everything is asked for."""
+        """Leave out what the summary says in other words, unless everything is requested."""
         told_later = record.name.startswith(_SUMMED_UP) and record.levelno <= logging.INFO
         return bool(super().filter(record)) and (not told_later or _logger.isEnabledFor(logging.DEBUG))
 
@@ -53,7 +53,7 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def reporting(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
-    """Show log lines and warnings of ours; other libraries' only where asked for."""
+    """Show log lines and warnings of ours; other libraries' only if requested."""
     handler, level = LineHandler(), _logger.level
     environment = {name: os.environ.get(name) for name in _LIBRARY_LEVELS}
     _logger.addHandler(handler)

@@ -20,7 +20,7 @@ _logger = logging.getLogger("genoembed.cli")
 
 
 class RunTotals(Protocol):
-    """What an extraction tells about itself after each forward pass."""
+    """What an extraction reports after each forward pass."""
 
     @property
     def records(self) -> int:

@@ -114,8 +114,8 @@ def predict_command(model: str, inputs: tuple[str, ...], **options: Any) -> None
     """Predict with the model in DIR, the folder of a fine-tuning run, for the sequences of INPUT
     (any format of extract; '-' is standard input).
 
-    The table has id, label and a probability a class; one column a target for numbers; a row a token for
-    labels of bases.
+    The table has id, label and one probability per class; one column per target for numbers; one row per
+    token for labels of bases.
     """
     if options.get("output", "-") != "-":
         promise_output(options["output"])

@@ -11,7 +11,7 @@ BaseLabels: TypeAlias = Literal["error", "first"]
 """Labels of bases where a token has several bases: refuse, or take that of its first base."""
 
 LabelKind: TypeAlias = Literal["class", "multilabel", "regression", "token", "none"]
-"""One class a sequence; any number of them; a number or several; one class a base; no label at all."""
+"""One class per sequence; any number of them; one number or several; one class per base; no label."""
 
 UnlabelledPolicy: TypeAlias = Literal["error", "skip"]
 

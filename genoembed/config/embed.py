@@ -1,4 +1,4 @@
-"""What an extraction is asked to do: one configuration for each stage, nested in :class:`EmbedConfig`."""
+"""Options of an extraction: one configuration for each stage, nested in :class:`EmbedConfig`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a fine-tuning run is asked to do: one configuration for each stage, nested in "
-":class:`FinetuneConfig`."""
+"""Options of a fine-tuning run: one configuration for each stage, nested in :class:`FinetuneConfig`."""
 
 from __future__ import annotations
 

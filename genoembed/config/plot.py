@@ -1,4 +1,4 @@
-"""What a plot is asked to do: how points are arranged, colored and drawn."""
+"""Options of a plot: how points are arranged, colored and drawn."""
 
 from __future__ import annotations
 

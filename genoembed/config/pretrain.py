@@ -1,4 +1,4 @@
-"""What a pretraining run is asked to do: one configuration for each stage, nested in :class:`TrainConfig`."""
+"""Options of a pretraining run: one configuration for each stage, nested in :class:`TrainConfig`."""
 
 from __future__ import annotations
 
@@ -275,8 +275,8 @@ class CorpusConfig(Config):
         None,
         ge=1,
         unit="bases",
-        help="Cut longer documents every so many bases; each piece is a document of its own. None cuts "
-        "nothing; the documents of one chromosome then stay together however large the buffer.",
+        help="Cut longer documents into pieces of this many bases; each piece is a document of its own. "
+        "None cuts nothing; the documents of one chromosome then stay together however large the buffer.",
     )
     shuffle_documents: int = option(
         32768,

@@ -1,4 +1,4 @@
-"""What a probe is asked to do: how layers are compared, and what of an extraction it lets the user choose."""
+"""Options of a probe: how layers are compared, and the options of extraction that the user may set."""
 
 from __future__ import annotations
 

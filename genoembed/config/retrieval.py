@@ -43,10 +43,10 @@ class M3HeadsConfig(Config):
 
     pooling: TokenPooling = option("mean", help="How tokens become the dense vector.")
     add_pooler: bool = option(False, help="Put a linear projection after the pooling.")
-    normalise_dense: bool = option(True, help="Give dense vectors length 1, so that scores are cosines.")
+    normalise_dense: bool = option(True, help="Scale dense vectors to length 1, so that scores are cosines.")
     normalise_sparse: bool = option(
         True,
-        help="Give rows of term weights length 1: else a sequence twice as long scores about twice as high.",
+        help="Scale rows of term weights to length 1: else a sequence twice as long scores twice as high.",
     )
     vector_width: int | None = option(
         None, ge=1, help="Width of the vectors of the multi-vector head; None is the hidden size."

@@ -1,4 +1,4 @@
-"""What scoring is asked to do: sequences by their likelihood, variants by what they change."""
+"""Options of scoring: sequences by their likelihood, variants by what they change."""
 
 from __future__ import annotations
 

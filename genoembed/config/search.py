@@ -1,4 +1,4 @@
-"""What a search, and the transform that may precede it, are asked to do."""
+"""Options of a search, and of the transform that may precede it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 N records, T tokens, D features.
 
 NumPy's ``.npz``, written as a stream: nothing but a block of rows is in memory.
-HDF5 of other kinds: AnnData's ``.h5ad``, and one dataset a record, as UniProt ships embeddings.
-Tables: CSV with a column a feature, Parquet with a column a layer; a block of rows is in memory.
+HDF5 of other kinds: AnnData's ``.h5ad``, and one dataset per record, as UniProt ships embeddings.
+Tables: CSV with one column per feature, Parquet with one column per layer; a block of rows is in memory.
 ``export``: an embedding file in the container that another tool wants.
 """
 
@@ -261,8 +261,8 @@ def export(
 
     Args:
         path: A file that genoembed wrote.
-        to: ``h5ad``, ``npz``, ``parquet``, ``csv``, or ``uniprot-h5``: one dataset a record under its id, in
-            which ``%`` is ``%25`` and ``/`` is ``%2F``.
+        to: ``h5ad``, ``npz``, ``parquet``, ``csv``, or ``uniprot-h5``: one dataset per record under its id,
+            in which ``%`` is ``%25`` and ``/`` is ``%2F``.
         output: The file to write; None is ``path`` with the ending of the format.
         layer: Which matrix alone; None takes all. ``csv`` and ``uniprot-h5`` hold one.
         overwrite: Replace an existing file.

@@ -187,5 +187,5 @@ def _readme(report: ModelExportReport) -> str:
         f"{first}from sentence_transformers import SentenceTransformer\n\n"
         'vectors = SentenceTransformer("THIS FOLDER").encode(["ACGTACGT"])\n'
         "```\n\n"
-        f"Give sequences in upper case, with T for U. {limit}"
+        f"Write sequences in upper case, with T for U. {limit}"
     )

@@ -2,7 +2,7 @@
 
 In: cells of a table (text, or typed values from JSON lines and Parquet). Out: one checked :data:`Label` a
 row, by kind; and :class:`LabelSpace`, the names of the classes in a fixed order, which turns labels into
-indices, multi-hot rows or floats, and is stored beside the model.
+indices, multi-hot rows or floats, and is stored with the model.
 """
 
 from __future__ import annotations

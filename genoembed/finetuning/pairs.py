@@ -67,7 +67,7 @@ class PairCounts(Counts):
     read: InputCounts = field(default_factory=InputCounts)
     """Sequences (queries, positives and negatives), and what the policies for letters did."""
     rows: int = 0
-    """Examples handed on."""
+    """Examples yielded."""
     skipped_rows: int = 0
     """Examples left out because a policy left out one of their sequences."""
     dropped_false_negatives: int = 0

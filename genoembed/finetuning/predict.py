@@ -55,7 +55,7 @@ class PredictionReport:
     num_records: int
     """Records that were predicted."""
     num_rows: int
-    """Rows of the table: a row a record, or a row a token."""
+    """Rows of the table: one row per record, or one row per token."""
     task: str
     names: tuple[str, ...]
     """Classes, labels or targets."""
@@ -84,8 +84,8 @@ def predict(
 
     Columns are ``id`` and, for classes, ``label`` (the likeliest) and ``p_NAME`` for each; for several
     labels, ``labels`` (those of 0.5 or more, joined by commas) and ``p_NAME``; for numbers, one column a
-    target; for labels of bases, a row a token with ``id``, ``start``, ``end`` (0-based, half-open), ``label``
-    and ``p_NAME``.
+    target; for labels of bases, one row per token with ``id``, ``start``, ``end`` (0-based, half-open),
+    ``label`` and ``p_NAME``.
 
     Args:
         model: Folder of a fine-tuning run, or ``final`` in it.

@@ -127,7 +127,7 @@ _MESSAGES: dict[Trouble, str] = {
     ),
     "chance": (
         "the loss has been {chance:.4g} for {patience} steps, the value of guessing among {candidates:.1f} "
-        "candidates: the model tells positives and negatives apart no better than a coin; check that it "
+        "candidates: the model distinguishes positives and negatives no better than chance; check that it "
         "learns at all (learning rate, frozen parameters), and that the pooling is not a constant, as the "
         "first token of a causal model is"
     ),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 PaddingPolicy: TypeAlias = Literal["mask", "right", "equal"]
-"""``mask``: pad on the right and hand over the mask; ``right``: padding on the right cannot be seen, because
+"""``mask``: pad on the right and pass the mask; ``right``: padding on the right cannot be seen, because
 the model is causal; ``equal``: neither, so a batch must hold sequences of one length."""
 
 _NUM_REAL = 12
@@ -57,7 +57,7 @@ def takes_argument(module: nn.Module, name: str) -> bool:
 
 
 def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[str, Any]:
-    """Build the keyword arguments of a forward pass besides the ids."""
+    """Build the keyword arguments of a forward pass, other than the ids."""
     arguments: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
     if takes_argument(module, "use_cache"):
         arguments["use_cache"] = False

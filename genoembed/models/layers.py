@@ -65,10 +65,10 @@ def find_blocks(module: nn.Module) -> str:
 def final_candidates(module: nn.Module) -> tuple[str, ...]:
     """List the modules that may give ``last_hidden_state``, the likeliest first.
 
-    Norms beside the blocks (or beside what holds them) that are registered after them, the last block, norms
-    registered before the blocks, and what holds the blocks. The order of registration is not the order of
-    running (Evo 1 registers its final norm before the blocks, DeBERTa one for other tensors after them), so a
-    forward pass decides: see :meth:`genoembed.models.behavior.Probe.final_path`.
+    Norms next to the blocks (or next to what holds them) that are registered after them, the last block,
+    norms registered before the blocks, and what holds the blocks. The order of registration is not the order
+    of running (Evo 1 registers its final norm before the blocks, DeBERTa one for other tensors after them),
+    so a forward pass decides: see :meth:`genoembed.models.behavior.Probe.final_path`.
     """
     blocks_path = find_blocks(module)
     width = _config_number(module, _WIDTH_KEYS)

@@ -111,7 +111,7 @@ def _folder_of(entry: KnownModel) -> Path:
 
 
 def _merged_file(entry: KnownModel) -> Path | None:
-    """Find the merged file that the original package leaves beside the hub cache, and verify it."""
+    """Find the merged file that the original package leaves next to the hub cache, and verify it."""
     path = Path(constants.HF_HUB_CACHE).parent / f"{entry.name}.pt"
     if not path.is_file():
         return None

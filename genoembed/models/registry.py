@@ -61,7 +61,7 @@ class KnownModel:
     files: tuple[CheckpointFile, ...] = ()
     """What to fetch from the repository, pieces in order."""
     merged_sha256: str | None = None
-    """SHA-256 of the pieces laid end to end, where known."""
+    """SHA-256 of the concatenated pieces, if known."""
     needs_fp8: bool = False
     """Whether the published numbers need 8-bit input projections."""
     precision_note: str = ""

@@ -49,7 +49,7 @@ class FinetunedFacts:
     """Bases at the start that pooling leaves out."""
     fusion: str
     fusion_weights: tuple[float, ...]
-    """One a layer, for ``weighted``."""
+    """One per layer, for ``weighted``."""
     normalise: bool
     """Whether vectors have length 1."""
     pooler: str | None

@@ -206,7 +206,7 @@ class RowBuilder:
             if num_tokens != row.length:
                 message = (
                     f"record {record.id!r}: {num_tokens} tokens for {row.length} bases, but pooling='none' "
-                    "with rc needs a token a base; set rc='none'"
+                    "with rc needs one token per base; set rc='none'"
                 )
                 raise ConfigError(message)
 

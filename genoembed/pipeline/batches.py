@@ -36,7 +36,7 @@ SLAB_BATCHES = 32
 _SHORT, _SHORT_STEP, _STEP = 256, 16, 64
 """Rounded lengths are multiples of a step, a smaller one below a length. Libraries prepare a kernel for every
 new shape and keep it: with each length its own, half-precision passes took a third longer and memory grew by
-a megabyte a shape."""
+a megabyte per shape."""
 _PADDING_PART = 16
 """Of a batch, what may be padding: one 16th, about what a pass costs that runs fewer pieces instead."""
 

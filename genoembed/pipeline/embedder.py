@@ -1,7 +1,7 @@
 """Embed work units: from the settings of a run to its cutter, batches, reducer and rows.
 
 Holds the model once and is called with unit after unit, here or in a worker. The three steps of a unit can be
-had one by one, so that the first and the last may run in threads beside the forward passes:
+had one by one, so that the first and the last may run in threads during the forward passes:
 ``runner.lay_out`` (cut, encode, pad), ``runner.run`` (forward, pool) and ``rows`` (merge windows, strands and
 layers).
 """
@@ -179,11 +179,12 @@ class UnitEmbedder:
         num_weights, num_layers = len(embedding.fusion_weights), len(self.layers)
         if embedding.fusion == "weighted" and num_weights != num_layers:
             problems.append(
-                f"fusion_weights has {num_weights} numbers for {num_layers} layers; give one a layer"
+                f"fusion_weights has {num_weights} numbers for {num_layers} layers; give one per layer"
             )
         if embedding.pooling == "none" and embedding.rc != "none" and not self._cutter.has_token_per_base:
             problems.append(
-                "pooling='none' with rc needs a token a base, and this tokenizer joins bases; set rc='none'"
+                "pooling='none' with rc needs one token per base, but this tokenizer joins bases; "
+                "set rc='none'"
             )
         if problems:
             raise ConfigError(*problems)

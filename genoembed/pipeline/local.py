@@ -1,6 +1,6 @@
 """Engines: what each of them promises, and the one that embeds work units in this process.
 
-Reading and writing run in threads beside the forward passes.
+Reading and writing run in threads during the forward passes.
 """
 
 from __future__ import annotations

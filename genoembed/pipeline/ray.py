@@ -42,7 +42,7 @@ UNITS_A_WORKER = 2
 
 @contextmanager
 def connected(ray: Any, config: EmbedConfig) -> Iterator[None]:
-    """Connect to the cluster that is asked for; one that is connected already is taken, and stays so."""
+    """Connect to the requested cluster; one that is connected already is used, and stays connected."""
     if ray.is_initialized():
         yield
         return
@@ -160,7 +160,7 @@ class UnitWorker:
         return Started(facts=facts, warned=ours)
 
     def embed(self, unit: WorkUnit) -> Finished:
-        """Embed a unit; the next batches are laid out in a thread meanwhile."""
+        """Embed a unit; the next batches are prepared in a thread meanwhile."""
         assert self._embedder is not None, "it was started"
         with read_ahead(self._embedder.runner.lay_out([unit]), depth=1) as slabs:
             (embedded,) = self._embedder.runner.run(slabs)
@@ -384,7 +384,7 @@ class RayEngine:
         return told | {"model": dict(told["model"]) | {"id": self._config.model.model}}
 
     def _finish(self, worker: _Worker, save: Callable[[UnitRows], None] | None) -> None:
-        assert save is not None, "units are handed out when there is something to save them"
+        assert save is not None, "units are assigned only when there is something to save them"
         finished = self._get(worker, worker.units[0][1])
         if finished is None:
             return

@@ -33,7 +33,7 @@ _LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is asked for."""
+    """A checked request."""
 
     config: EmbedConfig
     model: str | GenomicModel

@@ -1,4 +1,4 @@
-"""Threads beside the forward pass: a source that runs ahead of its user, a sink that runs behind.
+"""Threads during the forward pass: a source that runs ahead of its consumer, a sink that runs behind.
 
 In: an iterable, or a function to feed. Promised: items keep their order; no more than ``depth`` of them wait;
 what ends the thread is raised where its items are used; leaving the ``with`` ends the thread, whatever it is
@@ -97,7 +97,7 @@ def read_ahead(source: Iterable[Item], *, depth: int) -> Iterator[Ahead[Item]]:
 def write_behind(consume: Callable[[Item], object], *, depth: int) -> Iterator[Callable[[Item], None]]:
     """Call a function in a thread, item by item.
 
-    Leaving the ``with`` waits for the items that were handed over, whatever it is left by.
+    Leaving the ``with`` waits for the items that were passed in, also after an error.
 
     Example:
         >>> seen = []

@@ -1,7 +1,7 @@
 """Columns that a map can be colored by: classes with a color each, or numbers on a scale.
 
-Up to eight classes have colors that people with any color vision tell apart (close to Okabe and Ito's set).
-Of more than twenty classes the most frequent keep a color, the rest is grey.
+Up to eight classes have colors that people with any color vision can distinguish (close to Okabe and Ito's
+set). Of more than twenty classes the most frequent keep a color, the rest is grey.
 
 N points.
 """
@@ -45,7 +45,7 @@ class ClassColumn:
     classes: tuple[str, ...]
     """Named in the legend: by frequency, and where there are too many ``other (N classes)`` last."""
     colors: tuple[str, ...]
-    """One a class."""
+    """One per class."""
     codes: NDArray[np.int16]
     """Class of each point, ``MISSING`` where it has none, ``(N,)``."""
     values: tuple[str, ...]

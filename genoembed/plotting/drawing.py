@@ -1,7 +1,7 @@
 """A map as a picture (PNG, or SVG of which the points are pixels where there are many) or as a page.
 
 In: a :class:`MapContent`. Out: bytes, or the page's text. Promised: the same content gives the same bytes, no
-global state of matplotlib is touched, and the page needs nothing else: no network, no server, no other file.
+global state of matplotlib is touched, and the page is self-contained: no network, no server, no other file.
 It holds plotly.js, the points, and the script of ``page/map.js``; a content security policy in it forbids the
 browser to fetch anything.
 

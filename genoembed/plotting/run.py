@@ -64,7 +64,7 @@ class PlotReport:
     """The files that were written."""
     method: MapMethod
     settings: str
-    """How the map was laid out, in words."""
+    """How the map was computed, as text."""
     layer: str
     colors: tuple[str, ...]
     """What points can be colored by; pictures show the first."""
@@ -105,8 +105,8 @@ def plot(
 
     Args:
         path: A pooled file that genoembed wrote.
-        output: Files to write: ``.png``, ``.svg``, ``.html`` (interactive, needs nothing else) or ``.tsv``
-            (the points); None is ``.png`` and ``.html`` beside the file.
+        output: Files to write: ``.png``, ``.svg``, ``.html`` (interactive, self-contained) or ``.tsv``
+            (the points); None is ``.png`` and ``.html`` next to the file.
         color: Columns of the file or of ``values``; the first one colors the pictures, the page switches
             between all of them and the file's other columns. Empty takes the first one of ``values``, or
             the ``source`` where there are several, or the ``length``.
@@ -114,7 +114,7 @@ def plot(
         classes: Columns whose numbers are classes, such as numbers of clusters.
         layer: Which matrix of the file; None is the first.
         transform: A file of ``fit_transform``, applied before the map is made.
-        max_points: Where there are more rows, a random sample of so many is drawn; None draws all.
+        max_points: Where there are more rows, a random sample of this many is drawn; None draws all.
         title: None is the name of the file.
         overwrite: Replace existing files.
         **options: Fields of :class:`~genoembed.config.plot.MapConfig`: ``method`` (``pca``, ``umap``

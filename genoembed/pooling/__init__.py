@@ -1,1 +1,1 @@
-"""Hidden states of tokens to one vector a sequence; several layers or strands to one matrix."""
+"""Hidden states of tokens to one vector per sequence; several layers or strands to one matrix."""

@@ -27,12 +27,13 @@ def fuse(
     run in float32 at least. No input is modified.
 
     Args:
-        layers: Matrix of each layer by module path, in the order asked for. Floating, shapes ``(N,
+        layers: Matrix of each layer by module path, in the requested order. Floating, shapes ``(N,
             D_layer)``.
-        method: ``none`` keeps every layer as its own matrix, ``concat`` puts them side by side, ``mean`` and
+        method: ``none`` keeps every layer as its own matrix, ``concat`` concatenates them, ``mean`` and
             ``max`` reduce them element by element, ``weighted`` is their mean weighted by ``weights``.
-        weights: One number a layer, in the same order, none below 0 and not all 0; they are divided by their
-            sum. (For a scalar mix these are the softmax outputs, not the logits.) Only with ``weighted``.
+        weights: One number per layer, in the same order, none below 0 and not all 0; they are divided by
+            their sum. (For a scalar mix these are the softmax outputs, not the logits.) Only with
+            ``weighted``.
 
     Returns:
         Matrices by name; one only, unless ``method`` is ``none``.
@@ -79,7 +80,7 @@ def feature_names(
     (``strands`` is ``concat``), ``METHOD:i`` feature i of layers that were fused element by element.
 
     Args:
-        widths: Features of each layer on one strand, by module path, in the order asked for.
+        widths: Features of each layer on one strand, by module path, in the requested order.
         method: How layers are fused.
         strands: How strands were combined, before the layers were.
 
@@ -203,9 +204,11 @@ def _weight_problems(method: str, weights: Sequence[float] | None, num_layers: i
         return [] if weights is None else [f"weights: given with fusion {method!r}; set fusion to 'weighted'"]
     if weights is None or len(weights) != num_layers:
         found = "none" if weights is None else len(weights)
-        return [f"weights: {found} for {num_layers} layers; give one weight a layer"]
+        return [f"weights: {found} for {num_layers} layers; give one weight per layer"]
     if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
-        return [f"weights: {list(weights)}, expected finite numbers, none below 0 and not all 0; mend them"]
+        return [
+            f"weights: {list(weights)}, expected finite numbers, none below 0 and not all 0; correct them"
+        ]
     return []
 
 

@@ -54,7 +54,7 @@ def pool(
             sequence may be empty, see ``merge_windows``).
 
     Returns:
-        One vector a row. float32 (float64 for float64 input), shape ``(B, D)``, on ``hidden_BLD.device``.
+        One vector per row. float32 (float64 for float64 input), shape ``(B, D)``, on ``hidden_BLD.device``.
 
     Raises:
         ConfigError: If ``method`` is no pooling.
@@ -141,7 +141,7 @@ def check_pooling(method: str, *, is_causal: bool) -> None:
     """Raise if a pooling says nothing about a sequence.
 
     Args:
-        method: A pooling, or ``none`` (a vector a token).
+        method: A pooling, or ``none`` (one vector per token).
         is_causal: Whether each token of the model sees only those before it.
 
     Raises:

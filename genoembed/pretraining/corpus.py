@@ -222,7 +222,7 @@ class DocumentStream:
     def _records(self) -> Iterator[SequenceRecord]:
         config = self.config
         for index in self._generator(_FILE_ORDER).permutation(len(self._names)):
-            # one call a file: only its own ids are remembered
+            # one call per file: only its own ids are remembered
             for record in read_sequences(
                 self._names[index],
                 invalid=config.invalid,

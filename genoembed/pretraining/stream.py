@@ -36,7 +36,7 @@ _ROW_FIELDS = ("input_ids", "labels", "position_ids", "segment_ids")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowShape:
-    """How documents are laid into rows."""
+    """How documents are packed into rows."""
 
     packing: Packing
     window: int

@@ -91,7 +91,8 @@ class PackedTrainer(ResumableTrainer):
     def _nats(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         nats_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="none")
         is_target_T = labels_T != IGNORE_INDEX
-        # a base model is not asked where documents end: EOD counts in the loss, not in bits per base
+        # predicting where documents end is no task of a base model: EOD counts in the loss, not in bits per
+        # base
         is_base_T = is_target_T & (labels_T != self._heldout.eod_token_id)
         nats_T = nats_T.double()
         return torch.stack(

@@ -1,4 +1,4 @@
-"""``probe``: which layer of a model carries a label, measured beside what plain sequence features reach.
+"""``probe``: which layer of a model predicts a label, compared with plain sequence features.
 
 ``extract (all layers, one pass) -> rows with a label -> folds -> sweep -> baselines -> report``. The vectors
 stay in their file, and layers are read from it one at a time.

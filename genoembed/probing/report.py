@@ -194,7 +194,7 @@ class Comparison:
 
 
 def name_layer(path: str) -> str:
-    """Call a layer by what the user would ask for.
+    """Return a layer's name as a user would write it.
 
     Example:
         >>> name_layer("blocks.21.mlp.l3"), name_layer("encoder.layer.5"), name_layer("blocks.21")

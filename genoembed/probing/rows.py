@@ -1,4 +1,4 @@
-"""The table of labels: one row a record, with its class or value, and perhaps its group and split.
+"""The table of labels: one row per record, with its class or value, and perhaps its group and split.
 
 Which rows of an embedding file take part, with what label, and which of them share a fold.
 """

@@ -1,4 +1,4 @@
-"""What a probe is asked to do: frozen, checked, and the same keys for Python and the command line.
+"""Run a probe; its options are frozen, checked, and the same keys for Python and the command line.
 
 ``probe``: the order of the steps, and no maths.
 """

@@ -118,7 +118,7 @@ class ProbeRun:
         )
 
     def _read_sequences(self) -> list[bytes] | None:
-        """Read the sequences, if anything needs them; say so where they are gone."""
+        """Read the sequences, if anything needs them; raise if they are gone."""
         if not self.options.baselines and self.options.cv != "homology":
             return None
         found = read_row_sequences(self.file, self.rows, self.options.sequences)

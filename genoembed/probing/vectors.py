@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 ROOM_BYTES = 1 << 29
-"""Layers are kept in memory if all of them need no more than this; else each is read when it is asked for."""
+"""Layers are kept in memory if all of them need no more than this; else each is read when it is needed."""
 
 
 class RowsOfLayers(Mapping[str, "NDArray[np.floating]"]):

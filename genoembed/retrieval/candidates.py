@@ -30,7 +30,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairIds:
-    """What tells that a passage is no negative of a query. All of it is optional."""
+    """What shows that a passage is no negative of a query. All of it is optional."""
 
     query_ids: Tensor | None = None
     """Identity of each query: a hash of its sequence, or the number of its homology cluster.
@@ -72,7 +72,7 @@ def sequence_identity(sequence: bytes) -> int:
 
 
 def allowed_passages(masks: CandidateMasks, *, in_batch_negatives: bool, group_size: int) -> Tensor:
-    """Narrow candidates down to the query's own group, where in-batch negatives are not wanted: (B, P)."""
+    """Narrow candidates down to the query's own group, if in-batch negatives are off: (B, P)."""
     if in_batch_negatives:
         return masks.passages
     column_P = torch.arange(masks.passages.shape[1], device=masks.passages.device)
@@ -110,8 +110,8 @@ def candidate_masks(ids: PairIds, rows: RankRows, *, group_size: int, device: to
     """Decide who is compared with whom.
 
     A passage is left out if it has the query's label, or is the query, or is the query's positive, under
-    another number. Two queries are kin if they or their positives share an identity, or their labels agree;
-    then each other's positives are left out, too.
+    another number. Two queries are related if they or their positives share an identity, or their labels
+    agree; then each other's positives are left out, too.
     """
     every = _gathered(ids, rows, group_size, device)
     num_queries = rows.sizes[rows.rank]

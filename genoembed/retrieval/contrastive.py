@@ -60,7 +60,7 @@ def info_nce(
         passage_PD: Passages of this rank's queries, the positive first in each group. Floating, shape
             ``(B * G, D)``.
         config: What is compared; None is ``ContrastiveConfig()``.
-        ids: What tells false negatives, of this rank.
+        ids: What identifies false negatives, of this rank.
         teacher_scores_BG: Scores of a teacher for each query's group, larger is better, shape ``(B, G)``.
 
     Returns:

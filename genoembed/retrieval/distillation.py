@@ -1,4 +1,4 @@
-"""Losses that learn from the scores of a teacher, or of the model's own ensemble, as one value a query.
+"""Losses that learn from the scores of a teacher, or of the model's own ensemble, as one value per query.
 
 In: a matrix of student scores (over the temperature, -inf where a candidate is left out), the column of each
 query's positive, and probabilities. Out: rows, ``(B,)``, which the caller averages. A candidate that is left

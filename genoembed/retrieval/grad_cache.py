@@ -42,7 +42,7 @@ def cached_backward(
     Args:
         chunks: The batch in pieces, such as inputs of the encoder for a few rows each.
         encode: Gives the representations of a chunk by name; opens autocast itself if there is any. What is
-            not floating (masks, terms) is handed on as it is.
+            not floating (masks, terms) is passed on unchanged.
         loss: Gives the loss of the representations of all chunks, in their order.
         backward: What to do with the loss; a trainer scales it here. The scale reaches all gradients.
         without_sync: Held around all chunks but the last: ``no_sync`` of a model in data-parallel training.

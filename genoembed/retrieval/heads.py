@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class DenseHead(nn.Module):
-    """One vector a sequence.
+    """One vector per sequence.
 
     Args:
         width: Hidden size.
         pooling: How tokens become one vector.
         add_pooler: Put a linear projection after the pooling; it starts as the identity.
-        normalise: Give vectors length 1.
+        normalise: Scale vectors to length 1.
 
     Example:
         >>> head = DenseHead(2)
@@ -93,7 +93,7 @@ class SparseHead(nn.Module):
 
     Args:
         width: Hidden size.
-        normalise: Give the weights of a row length 1.
+        normalise: Scale the weights of a row to length 1.
 
     Example:
         >>> terms = TokenTerms(ids=torch.tensor([[7, 7, 5]]), positions=torch.tensor([[0, 1, 2]]))

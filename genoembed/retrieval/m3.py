@@ -261,7 +261,7 @@ class M3Loss(nn.Module):
         Args:
             query: Representations of this rank's queries, B rows.
             passage: Of their passages, B * G rows, the positive first in each group.
-            ids: What tells false negatives; they are left out for all heads alike.
+            ids: What identifies false negatives; they are left out for all heads alike.
             teacher_scores_BG: Scores of a teacher for each query's group, larger is better, shape ``(B, G)``.
 
         Returns:

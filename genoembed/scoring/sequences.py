@@ -70,7 +70,7 @@ class ScoreReport:
     """What a run did."""
 
     output: str | None
-    """The table; ``-`` is standard output; None where rows were asked for."""
+    """The table; ``-`` is standard output; None where rows were requested."""
     per_base: str | None
     """The table of bases."""
     rows: tuple[SequenceScore, ...]
@@ -111,7 +111,7 @@ def score(
         inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
         model: Name or folder of a causal model, or one that is loaded already.
         output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
-        per_base: A second table, a row a base (a row a token for models whose tokens have several bases):
+        per_base: A second table, one row per base (per token for models whose tokens have several bases):
             ``id``, ``start``, ``end`` (0-based, half-open), ``bases``, ``log_likelihood``.
         overwrite: Replace existing files, once the new ones are complete.
         window: Bases that the model sees at once; None is what its context holds.
@@ -168,7 +168,7 @@ def score(
 
 
 class _Outputs:
-    """The table, or rows in memory; and the table of bases, where one is asked for."""
+    """The table, or rows in memory; and the table of bases, if one is requested."""
 
     def __init__(self, stack: ExitStack, table: str | None, per_base: str | None, *, overwrite: bool) -> None:
         self.rows: list[SequenceScore] = []
@@ -209,7 +209,7 @@ def _build_scorer(
 def _check_per_base(scorer: SequenceScorer, per_base: str | None) -> None:
     if per_base is not None and scorer.options.rc == "mean" and not scorer.has_token_per_base:
         message = (
-            "per_base with rc='mean' needs a token a base, and this tokenizer joins bases; set rc='none'"
+            "per_base with rc='mean' needs one token per base, and this tokenizer joins bases; set rc='none'"
         )
         raise ConfigError(message)
 

@@ -56,7 +56,7 @@ class VariantReport:
     """What a run did."""
 
     output: str | None
-    """The table; ``-`` is standard output; None where rows were asked for."""
+    """The table; ``-`` is standard output; None where rows were requested."""
     vectors: str | None
     """The HDF5 file of differences of vectors."""
     rows: tuple[VariantScore, ...]
@@ -99,7 +99,7 @@ def score_variants(
 
     Args:
         vcf: Plain or compressed; ``-`` is standard input.
-        reference: FASTA that the VCF was called against, plain or bgzip; its index is written beside it.
+        reference: FASTA that the VCF was called against, plain or bgzip; its index is written next to it.
         model: Name or folder of a causal model, or one that is loaded already.
         output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
         flank: Bases on either side of a change, as far as the contig has them.
@@ -107,7 +107,7 @@ def score_variants(
             ``error``.
         layer: Where vectors are taken: block number, module path or ``final``.
         pooling: ``mean``, ``max`` or ``last``, over the bases of the stretch.
-        vectors: HDF5 file for the differences of vectors, alt - ref, a row an allele; needs ``layer``.
+        vectors: HDF5 file for the differences of vectors, alt - ref, one row per allele; needs ``layer``.
         overwrite: Replace existing files, once the new ones are complete.
         progress: Called with the running totals after each forward pass.
         **options: ``rc``, ``start_token``, ``revision``, ``trust_remote_code``, ``dtype`` (float32),
@@ -156,7 +156,7 @@ def score_variants(
 
 def _check_outputs(table: str | None, vector_file: str | None, layer: int | str | None) -> None:
     if vector_file is not None and layer is None:
-        message = "vectors are asked for, but no layer; set layer, too"
+        message = "vectors are requested, but no layer; set layer, too"
         raise ConfigError(message)
     if vector_file is not None and table == vector_file:
         message = f"output and vectors are both {table!r}; set vectors to another name"
@@ -186,7 +186,7 @@ def _build_scorer(
 
 
 class _Outputs:
-    """The table, or rows in memory; and the file of vectors, where one is asked for."""
+    """The table, or rows in memory; and the file of vectors, if one is requested."""
 
     def __init__(
         self,

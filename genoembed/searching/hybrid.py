@@ -127,7 +127,7 @@ class HybridOptions:
 
     weights: HybridWeights
     depth: int = 100
-    """Rows a query."""
+    """Rows per query."""
     subject_sequences: tuple[str, ...] = ()
     """Files of the database's sequences; empty takes those that it names."""
 

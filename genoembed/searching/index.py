@@ -1,6 +1,6 @@
-"""Approximate nearest neighbors with a graph index (HNSW) that lies beside the embedding file.
+"""Approximate nearest neighbors with a graph index (HNSW) that is stored next to the embedding file.
 
-The index is usearch's own file. A small JSON file beside it says what it was built from (digests of the
+The index is usearch's own file. A small JSON file next to it says what it was built from (digests of the
 embedding file and of the index, matrix, metric, transform, settings): one that differs is built again, and
 one that fits is mapped into memory, not read. It holds the vectors in float32, so scores come from it alone,
 to about 1e-6.
@@ -247,7 +247,7 @@ def open_index(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NearestIndex, Path | None, bool]:
-    """Load the index that lies beside a file, or build it and put it there."""
+    """Load the index that is next to a file, or build and save it there."""
     path = path or origin.index_path()
     identity = _identity(source, origin)
     stored = _read_facts(path)

@@ -140,7 +140,8 @@ class _Ranking:
         """Return which pairs may be among the best: bool, ``(Q, B)``.
 
         Vectors of a language model share a large part; it is taken out before rounding to float32, where it
-        would hide what tells rows apart. What is taken out is the same for all rows, so it changes no order.
+        would hide what distinguishes rows. What is taken out is the same for all rows, so it changes no
+        order.
         """
         if self._center is None:
             self._center = block.mean(axis=0)

@@ -87,7 +87,7 @@ class SearchReport:
     index_built: bool
     """Whether it was built for this search."""
     recall: float | None
-    """Share of the true neighbors that the index found, where ``measure_recall`` asked for it."""
+    """Share of the true neighbors that the index found, where ``measure_recall`` requested it."""
     seconds: float
     """Wall time of the search, without embedding the queries."""
 
@@ -118,7 +118,7 @@ def search(
         model: To embed sequences with, if it is not where the database says. Its weights must be the same.
         hybrid: Score the nearest rows again with the sparse and multi-vector heads of a retrieval model.
         hybrid_weights: Of dense, sparse and multi-vector scores.
-        depth: Rows a query that ``hybrid`` scores again.
+        depth: Rows per query that ``hybrid`` scores again.
         subject_sequences: Where ``hybrid`` finds the database's sequences; empty takes the files that it
             names.
         progress: Called while an index is built, with the number of rows.

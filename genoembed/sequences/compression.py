@@ -1,8 +1,9 @@
 """Bytes of a file or of standard input, decompressed on the way.
 
-In: a file name, or ``-``. Out: blocks of about one MiB of plain bytes. The compression is told by the first
-bytes, never by the file's name; files made of several members (bgzip, ``cat a.gz b.gz``, pzstd) are read to
-their end; a stream that stops early or is damaged is an error, never a short result. Nothing is sought.
+In: a file name, or ``-``. Out: blocks of about one MiB of plain bytes. The compression is recognized by the
+first bytes, never by the file's name; files made of several members (bgzip, ``cat a.gz b.gz``, pzstd) are
+read to their end; a stream that stops early or is damaged is an error, never a short result. Streams are
+never sought.
 
 How large one record may be, so that a decompression bomb ends in an error and not in all memory.
 Text with one kind of line end.
@@ -112,7 +113,7 @@ class InputDigests:
         self._found[path] = (num_bytes, digest.hexdigest())
 
     def facts(self, path: str) -> dict[str, str | int | None]:
-        """Say what a file was; a size of None means that it was not read to its end."""
+        """What is known of a file; a size of None means that it was not read to its end."""
         num_bytes, digest = self._found.get(path, (None, None))
         return {"name": path, "bytes": num_bytes, "sha256": digest}
 

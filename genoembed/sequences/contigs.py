@@ -115,7 +115,7 @@ class FastaContigs:
         if self._codec is not None and not is_bgzip(head):
             problem = (
                 f"{self._codec.name} data cannot be read by region, expected plain or bgzip FASTA; "
-                "decompress it, then compress it with bgzip if wanted"
+                "decompress it, or compress it with bgzip instead"
             )
             raise SequenceFormatError(problem, path=self.path)
         stream.seek(0)

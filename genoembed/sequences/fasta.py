@@ -239,7 +239,7 @@ def _skip_qualities(
             problem = "a quality outside '!' to '~' (33 to 126); the file is damaged or no FASTQ"
             raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
         num_qualities += len(scores)
-        # Bases on one line have their qualities on one line, so a short one is told at once.
+        # Bases on one line have their qualities on one line, so a short one is found at once.
         if num_qualities >= num_bases or len(rows) == 1:
             break
     else:

@@ -1,4 +1,4 @@
-"""Which format a file is in, told by its text, and GenBank and EMBL through Biopython.
+"""Which format a file is in, recognized by its text, and GenBank and EMBL through Biopython.
 
 In: a file name. Out: raw records, whatever the format. The file's name plays no part. Files that people hand
 in by mistake (SAM, BAM, VCF, a zip archive, a web page) are named in the error, with what to do.

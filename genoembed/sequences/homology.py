@@ -223,7 +223,7 @@ class Clusters:
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1:
-            message = f"clusters: labels of shape {self.labels.shape}, expected one number a sequence"
+            message = f"clusters: labels of shape {self.labels.shape}, expected one number per sequence"
             raise ShapeError(message)
 
     @property

@@ -46,8 +46,8 @@ def read_sequences(
     """Read sequences, whole or by region, in constant memory.
 
     FASTA, FASTQ, GenBank and EMBL, plain or compressed with gzip, bgzip, bzip2, xz or zstd; format and
-    compression are told by content. Options, file names and region files are checked at once; the sequences
-    are read as the iterator is used. Letters are upper-cased and ``U`` becomes ``T``.
+    compression are recognized by content. Options, file names and region files are checked at once; the
+    sequences are read as the iterator is used. Letters are upper-cased and ``U`` becomes ``T``.
 
     Args:
         paths: One file or several; ``-`` is standard input.

@@ -44,7 +44,7 @@ class RawRecord(NamedTuple):
     """1-based line of the header."""
     body: Iterator[tuple[bytes, int | None]]
     """Pieces of the sequence, in order, white space and all, each with the line it starts on (None where
-    lines cannot be told apart); can be read once. A record with a ``span`` has exactly three: left flank,
+    lines cannot be distinguished); can be read once. A record with a ``span`` has exactly three: left flank,
     region, right flank, as on the forward strand."""
     span: Span | None = None
     """Where a region came from."""
@@ -82,9 +82,9 @@ class InputCounts(Counts):
     files: int = 0
     """Input files opened."""
     records: int = 0
-    """Records handed on."""
+    """Records yielded."""
     bases: int = 0
-    """Bases handed on, flanks included."""
+    """Bases yielded, flanks included."""
     upper_cased: int = 0
     """Soft-masked bases that were upper-cased."""
     rna_to_dna: int = 0

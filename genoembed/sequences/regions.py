@@ -72,7 +72,7 @@ def _contig_length(contigs: FastaContigs, interval: Interval) -> int:
         raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
     if interval.end > length:
         problem = (
-            f"end {interval.end} lies beyond contig {interval.contig!r} of {length} bases; "
+            f"end {interval.end} is beyond contig {interval.contig!r} of {length} bases; "
             "correct it, or give the FASTA that the regions were made for"
         )
         raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)

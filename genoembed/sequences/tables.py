@@ -1,10 +1,10 @@
 """The one reader of tables: TSV, CSV (commas or semicolons), JSON lines or Parquet, compressed or not.
 
 In: a file name, or ``-``. Out: one :class:`TableRow` after the other, in file order and constant memory.
-Compression and kind are told by content, never by the file's name. Text is UTF-8, with any line ends and with
-or without a byte order mark; a field may be quoted as spreadsheets do, over several lines even; every row has
-the columns of the header. A damaged row is an error with its line. What a column of splits may say is decided
-here too, for all who read one.
+Compression and kind are recognized by content, never by the file's name. Text is UTF-8, with any line ends
+and with or without a byte order mark; a field may be quoted as spreadsheets do, over several lines even;
+every row has the columns of the header. A damaged row is an error with its line. What a column of splits may
+say is decided here too, for all who read one.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _check_kind(path: str, head: bytes) -> None:
     elif found := _CONTROL.search(head, 0, 1024):
         problem = f"this is a binary file (byte 0x{found[0][0]:02x}), {EXPECTED}; check the file name"
     elif head.lstrip(WHITESPACE).startswith(b"["):
-        problem = f"this is one JSON array, {EXPECTED}; write one object a line"
+        problem = f"this is one JSON array, {EXPECTED}; write one object per line"
     elif head.lstrip(WHITESPACE).startswith((b">", b"@")):
         problem = f"this is FASTA or FASTQ, {EXPECTED}; give the table of its labels as labels"
     else:
@@ -203,10 +203,10 @@ def _iter_json(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableR
             if "\\u" in text:  # an escape can spell half a character, which no file and no id can hold
                 json.dumps(values, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            problem = f"not JSON ({error}), expected one object a line; fix the line"
+            problem = f"not JSON ({error}), expected one object per line; fix the line"
             raise SequenceFormatError(problem, path=path, line=line) from error
         if not isinstance(values, dict):
-            problem = f"a JSON {_json_kind(values)}, expected one object a line; fix the line"
+            problem = f"a JSON {_json_kind(values)}, expected one object per line; fix the line"
             raise SequenceFormatError(problem, path=path, line=line)
         yield TableRow(path, line, number, values)
 

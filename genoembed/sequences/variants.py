@@ -50,7 +50,7 @@ class VariantCounts(Counts):
     rows: int = 0
     """Rows read."""
     alleles: int = 0
-    """Alleles handed on."""
+    """Alleles yielded."""
     normalized: int = 0
     """Of these, alleles that were trimmed or moved to the left."""
     symbolic: int = 0
@@ -58,7 +58,7 @@ class VariantCounts(Counts):
     breakends: int = 0
     """Skipped: breakends, such as ``G]17:198982]``."""
     spanning: int = 0
-    """Skipped: ``*``, an allele that lies in another row's deletion."""
+    """Skipped: ``*``, an allele inside another row's deletion."""
     absent: int = 0
     """Skipped: ``.``, a row without alternative, and an ALT that is the REF."""
 
@@ -258,7 +258,7 @@ def _unknown_contig(variant: Variant, contigs: FastaContigs) -> VariantError:
 
 
 def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext:
-    """Normalise a variant and cut the stretch around it."""
+    """Normalize a variant and cut the stretch around it."""
 
     def fetch(start: int, end: int) -> bytes:
         return _fetch(contigs, variant.contig, start, end)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def default_stride(window_bp: int) -> int:
-    """Step between windows when none is asked for: three quarters of a window, so a quarter overlaps.
+    """Step between windows when none is set: three quarters of a window, so a quarter overlaps.
 
     Example:
         >>> default_stride(8192)
@@ -67,7 +67,7 @@ def iter_windows(
         raise ConfigError(*problems)
     end = length if core_end is None else core_end
     if not 0 <= core_start <= end <= length:
-        problem = f"core {core_start}-{end} lies outside a sequence of {length} bases"
+        problem = f"core {core_start}-{end} is outside a sequence of {length} bases"
         raise ShapeError(problem)
     return _windows(length, window_bp, stride, causal, core_start, end)
 

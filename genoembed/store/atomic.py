@@ -1,7 +1,7 @@
 """Files and folders that appear complete or not at all, written by one process at a time.
 
-What is under way lies beside its target as ``.NAME.partial`` and is locked: a second process on the same
-output is refused, and what a killed process left is taken over and written anew by the next one.
+An unfinished output is kept next to its target as ``.NAME.partial`` and is locked: a second process on the
+same output is refused, and what a killed process left is taken over and written anew by the next one.
 
 HDF5 must never see a failed write: when a chunk cannot be written while a file is closed, the library keeps
 the broken file open and the process crashes (segmentation fault) as it exits. h5py therefore writes through
@@ -246,7 +246,7 @@ def _sync_file(path: Path) -> None:
 class AtomicFile:
     """A binary file for h5py to write to, under a temporary name until it is complete.
 
-    The temporary file lies in the target's folder as ``.NAME.partial``, locked, and only its owner can read
+    The temporary file is in the target's folder as ``.NAME.partial``, locked, and only its owner can read
     it. The finished file has the mode that the user's umask gives to new files. A ``with`` that
     ends without an error commits it, any other discards it.
     """

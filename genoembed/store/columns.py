@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from genoembed.store.schema import JSON
 
 CHUNK_BYTES = 256 * 1024
-"""A chunk of this size is read in one go and fits HDF5's cache of 1 MiB a dataset."""
+"""A chunk of this size is read in one go and fits HDF5's cache of 1 MiB per dataset."""
 MAX_CHUNK_ROWS = 4096
 TEXT = h5py.string_dtype("utf-8")
 _CODES = np.dtype("<i4")
@@ -166,7 +166,7 @@ def mark_dataframe(group: h5py.Group, columns: Sequence[str]) -> None:
 
 
 def write_provenance(group: h5py.Group, text: str) -> None:
-    """Write the provenance as JSON, and beside it the same in AnnData's own types, for people.
+    """Write the provenance as JSON, and once more in AnnData's own types, for people.
 
     The JSON is the truth. The mirror leaves out null, and holds mixed or nested lists as JSON text.
     """

@@ -46,7 +46,7 @@ class Layout:
     schema_version: int
     num_rows: int
     matrices: Mapping[str, LazyMatrix]
-    """By layer, in the order asked for: ``(N, D)``, in per-token files ``(T, D)``."""
+    """By layer, in the requested order: ``(N, D)``, in per-token files ``(T, D)``."""
     offsets: NDArray[np.int64] | None
     """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
 
@@ -178,7 +178,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 class LazyMatrix:
-    """Rows of one layer, read from the file where they are asked for.
+    """Rows of one layer, read from the file when they are needed.
 
     ``matrix[5]``, ``matrix[10:20]``, ``matrix[[7, 3, 3]]``, ``matrix[mask]`` and ``matrix[rows, columns]``
     mean what they mean in NumPy, and give NumPy arrays; ``numpy.asarray(matrix)`` reads all of it.

@@ -1,4 +1,4 @@
-"""The finished units of a run that is under way, in a folder beside the output.
+"""The finished units of a run that is under way, in a folder next to the output.
 
 ``OUTPUT.parts/`` holds ``manifest.json`` (what the run is), for each finished unit ``unit-000123.h5`` (its
 rows) and ``unit-000123.json`` (what it was made from, and the digest of its file), and ``input.json`` once
@@ -47,7 +47,7 @@ _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
 _UNIT_OVERHEAD = 1 << 20
-"""Bytes of a unit's file beside its vectors, about."""
+"""Bytes of a unit's file in addition to its vectors, about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class UnitRows:
     record: UnitRecord
     block: EmbeddingBlock | TokenBlock
     feature_names: Sequence[str] | None
-    """Of the primary matrix; None for a vector a token."""
+    """Of the primary matrix; None for one vector per token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Read embedding files lazily: what is asked for comes from the disk, the rest stays there."""
+"""Read embedding files lazily: only what is requested is read from the disk."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class EmbeddingFile:
 
     @property
     def kind(self) -> Kind:
-        """``pooled`` (one vector a record) or ``tokens`` (one vector a token)."""
+        """``pooled`` (one vector per record) or ``tokens`` (one vector per token)."""
         return self._layout.kind
 
     @property
@@ -126,7 +126,7 @@ class EmbeddingFile:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the stored matrices, in the order they were asked for; the first one is ``X``."""
+        """Names of the stored matrices, in the order they were requested; the first one is ``X``."""
         return list(self._layout.matrices)
 
     @cached_property
@@ -137,7 +137,7 @@ class EmbeddingFile:
 
     @cached_property
     def obs(self) -> ObsTable:
-        """Columns of the table of records by name; each is read when it is asked for."""
+        """Columns of the table of records by name; each is read when it is needed."""
         return ObsTable(self._open_file()["obs"], str(self.path))
 
     @cached_property
@@ -207,7 +207,7 @@ class EmbeddingFile:
             layer: Name of a layer; None for the first.
 
         Returns:
-            One vector a token, ``(T, D)``, in the dtype of the file.
+            One vector per token, ``(T, D)``, in the dtype of the file.
 
         Raises:
             StoreError: If the file holds pooled vectors, or no such record.

@@ -1,6 +1,6 @@
 """Names, encodings and columns of schema 1; ``docs/FORMAT.md`` is the same in words.
 
-N rows (one a record), T tokens of all records together, D width of a layer.
+N rows (one per record), T tokens of all records together, D width of a layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A checksum behind the end of a file, so that HDF5 is never asked to make sense of damaged bytes.
+"""A checksum behind the end of a file, so that HDF5 never parses damaged bytes.
 
 The HDF5 library trusts what it reads: a flipped bit in an index or in the heap of the texts can crash the
-process or keep it busy for ever. The seal is a SHA-256 of everything but the chunks of numbers (which are
+process or keep it busy forever. The seal is a SHA-256 of everything but the chunks of numbers (which are
 only copied), and stands behind what HDF5 calls the end of the file, where HDF5 does not look. Programs that
-change the file cut it off. In: a finished file. Out: whether its seal holds. ``docs/FORMAT.md`` tells more.
+change the file cut it off. In: a finished file. Out: whether its seal holds. ``docs/FORMAT.md`` has the
+details.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 class EmbeddingWriter:
     """Writes one file, inside a ``with`` statement that ends with ``finish``.
 
-    Everything goes to a temporary file beside the output. ``finish`` completes it, brings it to the disk and
+    Everything goes to a temporary file next to the output. ``finish`` completes it, brings it to the disk and
     renames it; leaving the ``with`` without it, by an exception or not, removes it.
 
     Example:

@@ -82,7 +82,7 @@ class CharTokenizer(PreTrainedTokenizer):
         """View the bytes of a sequence as token ids, without copying.
 
         Args:
-            sequence: Letters, one byte a base.
+            sequence: Letters, one byte per base.
 
         Returns:
             Token ids. uint8, shape ``(len(sequence),)``; read-only, shares memory with ``sequence``.

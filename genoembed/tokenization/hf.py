@@ -4,7 +4,7 @@ Where a token starts comes, in this order, from
 
 1. the tokenizer: byte view (``CharTokenizer``) or offset mapping (fast tokenizers; letters that get no token
    belong to none, and are logged once);
-2. its tokens laid along the sequence, whatever their marks (``##``, ``@@`` ...) and case; tokens without
+2. its tokens aligned with the sequence, whatever their marks (``##``, ``@@`` ...) and case; tokens without
    letters of their own, such as ``<unk>``, take one base, or one k-mer, or all up to the next known token:
    the first of these that makes the tokens cover the sequence exactly;
 3. the share of the tokens before it, as if all tokens were equally long (logged once, as it is inexact).
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# All bases, so that tokenizers with one token a base, a k-mer, or a long word show what they add around it.
+# All bases, so that tokenizers of single bases, k-mers or long words show what they add around a sequence.
 _PROBE = "ACGT" * 6
 _UNKNOWN_RUN = -1
 

@@ -191,7 +191,7 @@ def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
         rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
         return rows_BLD.masked_scatter(mask_BL.bool()[..., None], activations)
     message = (
-        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector a token; name a "
+        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector per token; name a "
         "block, a norm or an MLP"
     )
     raise LayerError(message, spec=path)

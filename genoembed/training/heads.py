@@ -471,4 +471,4 @@ def _check_classes(labels: Tensor, num_classes: int) -> None:
 
 
 def _shapes(name: str, found: Tensor, beside: Tensor, expected: str) -> str:
-    return f"{name}: shape {tuple(found.shape)} beside {tuple(beside.shape)}, expected {expected}"
+    return f"{name}: shape {tuple(found.shape)} with {tuple(beside.shape)}, expected {expected}"

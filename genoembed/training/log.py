@@ -1,7 +1,7 @@
 """The curve of a run: what a trainer logs, as a file of JSON lines and as lines of text.
 
 What a line of the log says about its steps: means and counts of all processes, and what padding cost.
-What a training step of an encoder says about itself, beside its loss.
+What a training step of an encoder reports, in addition to its loss.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class PaddingMeter:
 
     @property
     def packed_slots(self) -> int:
-        """Slots of the same sequences laid end to end, one end token after each, in rows of the longest."""
+        """Slots of the same sequences, concatenated, one end token after each, in rows of the longest."""
         if not self.longest:
             return 0
         return -(-(self.tokens + self.rows) // self.longest) * self.longest
@@ -243,7 +243,7 @@ class StepStatistics:
     negative_score: float
     """Mean similarity of the negatives that were used, before the temperature; NaN where there is none."""
     chance_loss: float
-    """Loss of an encoder that tells nothing apart: the mean of ln(1 + negatives); NaN for other losses."""
+    """Loss of an encoder that distinguishes nothing: the mean of ln(1 + negatives); NaN for other losses."""
     spread: float
     """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centred."""
 

@@ -1,7 +1,7 @@
 """The folder of a training run: what is in it, who may write into it, and where a run goes on.
 
-In: a folder. Out: checkpoints and what the run was asked to do. Promised: a run is neither overwritten nor
-gone on with unless that is asked for, and it goes on only with the config that it began with; a file that is
+In: a folder. Out: checkpoints and the settings of the run. Promised: a run is neither overwritten nor
+resumed unless that is requested, and it resumes only with the config that it began with; a file that is
 written appears whole.
 """
 
@@ -100,7 +100,7 @@ def claim_run(
 
 
 def write_run(folder: Path, compared: Mapping[str, Any], **facts: object) -> None:
-    """Note what a run was asked to do: what one that goes on must share, and facts for people."""
+    """Write the settings of a run: those that a resumed run must share, and facts for people."""
     write_json(folder / RUN_FILE, {"genoembed": __version__, "compared": compared, **facts})
 
 

@@ -39,7 +39,7 @@ MAX_LOG_POLE = -1e-4
 
 
 class SharedRecipe(Protocol):
-    """What every recipe says, in the words of our configurations."""
+    """Training settings that every run has, under the names of our configurations."""
 
     @property
     def rows_per_device(self) -> int: ...
@@ -89,7 +89,7 @@ def has_bfloat16() -> bool:
 
 
 def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
-    """Choose the type of matrix products where a recipe leaves that to the hardware.
+    """Choose the type of matrix products where the settings leave that to the hardware.
 
     Example:
         >>> resolved_dtype("float32"), resolved_dtype("auto") in ("float32", "bfloat16")
@@ -188,7 +188,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
-        """Stop all processes if one was asked to."""
+        """Stop all processes if one received a signal."""
         asked = self._is_asked
         if args.world_size > 1:
             # a signal may reach one process only, and a checkpoint is written by all together
@@ -271,7 +271,7 @@ class ResumableTrainer(Trainer):
             model.train(was_training)
 
     def report_measured(self, metrics: dict[str, float], *, is_validation: bool = True) -> dict[str, float]:
-        """Log what was measured, and tell those who decide by it."""
+        """Log what was measured, and notify the callbacks that decide by it."""
         self.log(dict(metrics))
         if is_validation:
             trainer: Any = self

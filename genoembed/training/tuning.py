@@ -1,7 +1,7 @@
-"""What of a model learns: all of it, nothing, its last blocks, or adapters beside its linear layers.
+"""What of a model learns: all of it, nothing, its last blocks, or adapters of its linear layers.
 
 In: a model and a call that runs it. Out: the same model with ``requires_grad`` set. Promised: whatever does
-not take part in that call (blocks behind the cut, heads nobody asked for) does not learn.
+not take part in that call (blocks behind the cut, heads that are not requested) does not learn.
 
 Low-rank adapters, through peft: the one place that imports it.
 """

@@ -74,7 +74,7 @@ def test_pairs_teacher_scores_are_one_a_sequence(tmp_path):
         (GOOD | {"pos": ["AC", "AJ"]}, AlphabetError, "record 'row_2, pos 2': 'J' at position 2"),
         (GOOD | {"neg": [""]}, EmptyRecordError, "record 'row_2, neg 1': has no bases"),
         ("{", SequenceFormatError, "not JSON"),
-        ("7", SequenceFormatError, "a JSON number, expected one object a line"),
+        ("7", SequenceFormatError, "a JSON number, expected one object per line"),
     ],
 )
 def test_pairs_name_the_bad_line(tmp_path, row, error, match):

@@ -175,7 +175,7 @@ class Malicious:
 
 def test_pickled_code_is_refused_and_not_run(tmp_path):
     target = tmp_path / "executed"
-    with pytest.raises(CheckpointError, match="could run code; refused, nothing was executed"):
+    with pytest.raises(CheckpointError, match="could run code; rejected, nothing was run"):
         convert_tensors({**original("b_1m"), "x._extra_state": Malicious(target)}, tmp_path)
     assert not target.exists()
     assert not (tmp_path / "out").exists()

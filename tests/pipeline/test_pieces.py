@@ -18,7 +18,7 @@ ENCODER = build_encoder(CharTokenizer())
 
 
 class KmerEncoder:
-    """Tokens of three bases, a special token on either side; N and a short remainder are a token a base."""
+    """Tokens of three bases, a special token on either side; N and a short remainder: one token per base."""
 
     pad_token_id = 0
     num_special_tokens = 2
@@ -174,7 +174,7 @@ def test_kmer_windows_fill_the_context():
 
 def test_kmer_windows_shrink_for_a_record_with_short_tokens_somewhere():
     cutter = Cutter(encoder=KmerEncoder(), max_tokens=12, is_causal=False)
-    # 28 = 0.95 of 30 has a token a base at the end: 9 + 1 tokens; runs of N are a token a base
+    # 28 = 0.95 of 30 has one token per base at the end: 9 + 1 tokens; runs of N are a token a base
     assert widths(cutter, b"ACG" * 50 + b"N" + b"ACG" * 50) < {28, 25}
     assert widths(cutter, b"ACG" * 50 + b"N" * 40 + b"ACG" * 50) == {10}
 

@@ -100,7 +100,7 @@ def test_fuse_refuses_different_row_counts_and_no_layers():
 @pytest.mark.parametrize(
     ("method", "weights", "problem"),
     [
-        ("weighted", None, "weights: none for 2 layers; give one weight a layer"),
+        ("weighted", None, "weights: none for 2 layers; give one weight per layer"),
         ("weighted", [1.0], "weights: 1 for 2 layers"),
         ("weighted", [1.0, -1.0], "none below 0 and not all 0"),
         ("weighted", [0.0, 0.0], "none below 0 and not all 0"),

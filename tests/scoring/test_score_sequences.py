@@ -210,7 +210,7 @@ def test_tokens_of_several_bases_have_their_bases(tmp_path):
         rows = [row for row in csv.DictReader(stream, delimiter="\t") if row["id"] == "long"]
     assert max(len(row["bases"]) for row in rows) > 1
     assert "".join(row["bases"] for row in rows) == RECORDS["long"]
-    with pytest.raises(ConfigError, match="per_base with rc='mean' needs a token a base"):
+    with pytest.raises(ConfigError, match="per_base with rc='mean' needs one token per base"):
         genoembed.score(write(tmp_path), model=loaded("gpt_neox"), per_base=tmp_path / "x.tsv", rc="mean")
 
 

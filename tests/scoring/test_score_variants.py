@@ -201,7 +201,7 @@ def test_half_precision_is_warned_of(tmp_path, reference):
 
 
 def test_options_are_refused(tmp_path, reference):
-    with pytest.raises(ConfigError, match="vectors are asked for, but no layer; set layer, too"):
+    with pytest.raises(ConfigError, match="vectors are requested for, but no layer; set layer, too"):
         score(tmp_path, reference, [snv(30)], vectors=tmp_path / "x.h5")
     with pytest.raises(ConfigError, match="layer 'all' means 3 layers; set layer to one of them"):
         score(tmp_path, reference, [snv(30)], layer="all")

@@ -103,5 +103,5 @@ def test_iter_windows_refuses_options_at_once(options, problem):
 
 @pytest.mark.parametrize("core", [(-1, 5), (6, 5), (0, 11)])
 def test_iter_windows_refuses_a_core_outside_the_sequence(core):
-    with pytest.raises(ShapeError, match=r"core -?\d+-\d+ lies outside a sequence of 10 bases"):
+    with pytest.raises(ShapeError, match=r"core -?\d+-\d+ is outside a sequence of 10 bases"):
         iter_windows(10, window_bp=4, core_start=core[0], core_end=core[1])

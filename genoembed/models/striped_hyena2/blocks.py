@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class StreamLinear(nn.Linear):
-    """Linear that writes to the residual stream; told apart because it starts small, by depth."""
+    """Linear that writes to the residual stream; a class of its own because it starts small, by depth."""
 
 
 class RMSNorm(nn.Module):
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 
 
 _MAX_MASK_ELEMENTS = 1 << 24
-"""Queries that come after kept keys are masked so many elements at a time."""
+"""Queries that come after kept keys are masked at most this many elements at a time."""
 
 
 def _attend(

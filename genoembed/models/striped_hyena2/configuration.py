@@ -172,7 +172,7 @@ class StripedHyena2Config(PreTrainedConfig):
             index: Block number from 0.
 
         Returns:
-            The kind; the lists are asked in the order attention, hcl, hcm, hcs.
+            The kind; the lists are searched in the order attention, hcl, hcm, hcs.
 
         Raises:
             ConfigError: If no list names the block.

@@ -49,7 +49,7 @@ _FREQUENCY_SUFFIX = "rotary_emb.inv_freq"
 _EMBEDDING = "embedding_layer.weight"
 _UNEMBEDDING = "unembed.weight"
 _PART = re.compile(r"(?P<base>.+\.pt)\.part(?P<number>\d+)")
-# what torch's reader raises on damaged bytes, besides UnpicklingError
+# what torch's reader raises on damaged bytes, in addition to UnpicklingError
 _DAMAGE_ERRORS = (
     RuntimeError, SafetensorError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, OverflowError, MemoryError, struct.error,
@@ -83,8 +83,8 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, holds code, or does not fit its configuration.
-        ModelError: If the configuration is not given and cannot be told from the file name or is given twice,
-            the folder exists, or it holds the checkpoint itself.
+        ModelError: If the configuration is not given and cannot be derived from the file name or is given
+            twice, the folder exists, or it holds the checkpoint itself.
     """
     source, output_dir = Path(source), Path(output_dir)
     if output_dir.exists() and not overwrite:
@@ -150,7 +150,7 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
             reason = "not in PyTorch's format"
             raise _unreadable(reason, path) from error
         message = (
-            "it holds Python objects besides tensors, which could run code; refused, nothing was executed. "
+            "it holds Python objects other than tensors, which could run code; rejected, nothing was run. "
             "Expected tensors only; get the checkpoint from its authors"
         )
         raise CheckpointError(message, path=str(path)) from error

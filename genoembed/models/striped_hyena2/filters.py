@@ -1,4 +1,4 @@
-"""Filters laid out as matrices for products over chunks of a sequence: what weights and length decide alone.
+"""Filters as matrices for products over chunks of a sequence: what depends on weights and length alone.
 
 A :class:`FilterCache` keeps them for the next sequence.
 
@@ -52,7 +52,7 @@ def convolution_matrix(taps: Tensor, *, chunk: int, dtype: torch.dtype) -> Tenso
 
 
 class ModalMatrices(NamedTuple):
-    """A modal filter laid out for chunks of C positions."""
+    """A modal filter prepared for chunks of C positions."""
 
     inside_DCC: Tensor
     """What input j of a chunk gives to output i, at ``[:, j, i]``."""

@@ -159,7 +159,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
 
         Returns:
             ``last_hidden_state`` (after the final norm), shape ``(B, L, D)``; ``hidden_states`` and
-            ``past_key_values`` if asked for.
+            ``past_key_values`` if requested.
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
@@ -189,7 +189,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         if context.segments is not None:
             x_BLD = context.segments.spread(x_BLD)
         if context.cache is not None:
-            # before the blocks, for a pass may end early at the deepest block that is asked for
+            # before the blocks, for a pass may end early at the deepest requested block
             context.cache.length += x_BLD.shape[1]
         streams = [x_BLD]
         for block in self.blocks:
@@ -315,7 +315,7 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
 
         Returns:
             ``logits`` of shape ``(B, L, V)``, ``loss`` in nats where labels are given, ``hidden_states`` and
-            ``past_key_values`` if asked for.
+            ``past_key_values`` if requested.
 
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or

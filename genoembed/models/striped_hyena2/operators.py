@@ -221,7 +221,7 @@ def _add_skip(filtered: Tensor, x: Tensor, skip: Tensor) -> Tensor:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-# asked once: a compiled block could not ask
+# checked once: a compiled block could not check
 _HAS_BFLOAT16_UNITS = automatic_dtype(torch.device("cpu")) == torch.bfloat16
 
 

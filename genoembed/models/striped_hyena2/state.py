@@ -71,7 +71,7 @@ def _with_room(buffer: Tensor | None, like_BHLE: Tensor, *, used: int, needed: i
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     batch, heads, _, size = like_BHLE.shape
-    # exactly what is asked for at first: a sequence may come as one block
+    # exactly the requested size at first: a sequence may come as one block
     capacity = needed if buffer is None else max(needed, 2 * buffer.shape[2])
     larger = like_BHLE.new_empty(batch, heads, capacity, size)
     if buffer is not None:
@@ -127,7 +127,7 @@ SEGMENT_CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentLayout:
-    """Where each slot of packed rows lies in one long row in which every segment starts a chunk."""
+    """Where each slot of packed rows is in one long row in which every segment starts a chunk."""
 
     source_N: Tensor
     """For each slot of the long row, its place in the flattened ``(B L)`` rows, or ``B L`` where empty."""

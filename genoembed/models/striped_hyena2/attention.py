@@ -1,0 +1,120 @@
+"""Causal attention of StripedHyena 2 with rotary positions.
+
+Parameter names, shapes and stored layouts are the original's.
+
+B sequences, L positions, T positions with those of earlier blocks, D hidden size, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genoembed.models.striped_hyena2.modules import Float32Keeper, StreamLinear
+from genoembed.models.striped_hyena2.state import AttentionState
+
+if TYPE_CHECKING:
+    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+    from genoembed.models.striped_hyena2.state import BlockContext
+
+
+def rotary_frequencies(head_size: int, base: float) -> Tensor:
+    """Compute the rotary frequencies as released files hold them: rounded to bfloat16, ``(E / 2,)``."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    return (base**-exponents).to(torch.bfloat16).float()
+
+
+class RotaryEmbedding(Float32Keeper):
+    """Half-split rotary positions whose frequencies come from the checkpoint.
+
+    Released Evo 2 files hold bfloat16-rounded frequencies in a buffer; exact ones give other phases, by more
+    than a turn within 10,000 positions. Where a checkpoint has none, they are rounded the same way.
+    """
+
+    inv_freq: Tensor
+    float32_names = ("inv_freq",)
+
+    def __init__(self, config: StripedHyena2Config) -> None:
+        super().__init__()
+        self.factor = config.rotary_emb_scaling_factor
+        self.base = config.rotary_emb_base
+        head_size = config.hidden_size // config.num_attention_heads
+        self.register_buffer("inv_freq", rotary_frequencies(head_size, self.base), persistent=True)
+
+    def forward(self, x_BLHE: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Rotate queries or keys to their positions."""
+        # Interpolation divides the positions, not the frequencies, as in the original: these are rounded, so
+        # the two would differ. Integers up to 2**24 are exact in float32; contexts reach 2**20.
+        angles_BLF = (position_ids_BL.float() / self.factor)[..., None] * self.inv_freq.float()
+        # cos and sin are rounded to the input's dtype, as the original's tables are; the rotation is float32
+        cos = angles_BLF.cos().to(x_BLHE.dtype).float()[:, :, None, :]
+        sin = angles_BLF.sin().to(x_BLHE.dtype).float()[:, :, None, :]
+        first, second = x_BLHE.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+        return rotated.to(x_BLHE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions.
+
+    ``Wqkv`` keeps the stored order of rows: query, key and value head by head.
+    """
+
+    def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
+        self.out_proj = StreamLinear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
+        """Attend to this and earlier positions."""
+        batch, length, width = x_BLD.shape
+        # (heads, 3, size), not (3, heads, size): the released files hold query, key and value head by head
+        qkv = self.Wqkv(x_BLD).view(batch, length, self.num_heads, 3, width // self.num_heads)
+        query, key, value = qkv.unbind(dim=3)
+        query = self.rotary_emb(query, context.position_ids_BL).transpose(1, 2)
+        key = self.rotary_emb(key, context.position_ids_BL).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if context.segments is not None:
+            # segment by segment: a block-diagonal mask of the long row would need its square
+            parts = (each.split(context.segments.lengths, dim=2) for each in (query, key, value))
+            mixed = torch.cat([_attend(*part) for part in zip(*parts, strict=True)], dim=2)
+        else:
+            if context.cache is not None:
+                # keys are kept rotated: positions are absolute, so they never change again
+                state = context.cache.attention.setdefault(self.layer_idx, AttentionState())
+                key, value = state.append(key, value)
+            mixed = _attend(query, key, value, context.key_mask_BT)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+_MAX_MASK_ELEMENTS = 1 << 24
+"""Queries that come after kept keys are masked at most this many elements at a time."""
+
+
+def _attend(
+    query_BHLE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, key_mask_BT: Tensor | None = None
+) -> Tensor:
+    """Causal attention of the last L of T positions; ``key_mask_BT`` is False where a key is padding."""
+    length, total = query_BHLE.shape[2], key_BHTE.shape[2]
+    if key_mask_BT is None and length == total:
+        return F.scaled_dot_product_attention(query_BHLE, key_BHTE, value_BHTE, is_causal=True)
+    if key_mask_BT is None and length == 1:
+        return F.scaled_dot_product_attention(query_BHLE, key_BHTE, value_BHTE)
+    step = max(1, _MAX_MASK_ELEMENTS // total)
+    keys_T = torch.arange(total, device=query_BHLE.device)
+    parts = []
+    for first in range(0, length, step):
+        queries_L1 = keys_T[total - length + first :][:step, None]
+        mask = keys_T <= queries_L1
+        if key_mask_BT is not None:
+            # the diagonal stays, so that a padded query has something to attend to
+            mask = mask & (key_mask_BT[:, None, None, :] | (keys_T == queries_L1))
+        query = query_BHLE[:, :, first : first + step]
+        parts.append(F.scaled_dot_product_attention(query, key_BHTE, value_BHTE, attn_mask=mask))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

@@ -1,4 +1,4 @@
-"""What fine-tuning reaches on labelled sets, beside a frozen probe, k-mers and one-hot letters.
+"""What fine-tuning reaches on labeled sets, beside a frozen probe, k-mers and one-hot letters.
 
 The first rows of each ``NAME.tsv`` of a folder (``sequence<TAB>label``) are dealt into five folds; where
 ``NAME.groups`` stands beside it, rows of one group share a fold. Seed s tests on fold s; of the rest, an
@@ -13,8 +13,8 @@ rates and the base were chosen.
 
 Example::
 
-    python benchmarks/finetuning.py labelled/ --cache kept/ --tries splice_uci --sets
-    python benchmarks/finetuning.py labelled/ --cache kept/ --json benchmarks/results/finetuning.json \
+    python benchmarks/finetuning.py labeled/ --cache kept/ --tries splice_uci --sets
+    python benchmarks/finetuning.py labeled/ --cache kept/ --json benchmarks/results/finetuning.json \
         --markdown benchmarks/results/finetuning.md
 """
 
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from describe_machine import PACKAGES, describe_machine
-from labelled_features import LabelledSet, capture_features, load_which, read_labelled
+from labelled_features import LabeledSet, capture_features, load_which, read_labeled
 from threadpoolctl import threadpool_limits
 
 import genoembed
@@ -104,42 +104,40 @@ class Parts(NamedTuple):
     test: NDArray[np.int64]
 
 
-def part_rows(labelled: LabelledSet, *, seed: int) -> Parts:
+def part_rows(labeled: LabeledSet, *, seed: int) -> Parts:
     """Deal the rows to the sides; rows of a group stay together.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         seed: The fold to test on; also decides which rows validate.
 
     Returns:
         Row numbers, ascending.
     """
-    rest = np.flatnonzero(folds_of(labelled) != seed)
+    rest = np.flatnonzero(folds_of(labeled) != seed)
     inner = split_folds(
-        labelled.target[rest],
-        task=labelled.task,
-        groups=None if labelled.groups is None else labelled.groups[rest],
+        labeled.target[rest],
+        task=labeled.task,
+        groups=None if labeled.groups is None else labeled.groups[rest],
         num_folds=VALIDATION_PARTS,
         seed=seed,
     )
-    test = np.flatnonzero(folds_of(labelled) == seed)
+    test = np.flatnonzero(folds_of(labeled) == seed)
     return Parts(rest[inner != 0], rest[inner == 0], test)
 
 
-def folds_of(labelled: LabelledSet) -> NDArray[np.int64]:
+def folds_of(labeled: LabeledSet) -> NDArray[np.int64]:
     """Deal the rows into the folds that are tested on."""
-    return split_folds(
-        labelled.target, task=labelled.task, groups=labelled.groups, num_folds=NUM_FOLDS, seed=0
-    )
+    return split_folds(labeled.target, task=labeled.task, groups=labeled.groups, num_folds=NUM_FOLDS, seed=0)
 
 
 def write_tables(
-    labelled: LabelledSet, parts: Parts, folder: Path, *, at_base: float | None = None
+    labeled: LabeledSet, parts: Parts, folder: Path, *, at_base: float | None = None
 ) -> dict[str, Path]:
     """Write a table a side, as ``genoembed finetune`` reads it.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         parts: Its rows by side.
         folder: Where.
         at_base: Write labels of bases, of which all are ignored but the one at this share of the sequence.
@@ -153,7 +151,7 @@ def write_tables(
         files[side] = folder / f"{side}.tsv"
         lines = []
         for row in rows:
-            sequence, label = labelled.sequences[row].decode(), str(labelled.target[row])
+            sequence, label = labeled.sequences[row].decode(), str(labeled.target[row])
             if at_base is not None:
                 label = label_of_base(label, len(sequence), at_base)
             lines.append(f"{sequence}\t{label}")
@@ -182,12 +180,12 @@ def label_of_base(label: str, bases: int, share: float) -> str:
 
 
 def fine_tune(
-    labelled: LabelledSet, seed: int, settings: Mapping[str, Any], options: argparse.Namespace, *, test: bool
+    labeled: LabeledSet, seed: int, settings: Mapping[str, Any], options: argparse.Namespace, *, test: bool
 ) -> dict[str, Any]:
     """Fine-tune once.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         seed: Of split and training.
         settings: For ``genoembed.finetune``.
         options: Of the command.
@@ -196,13 +194,13 @@ def fine_tune(
     Returns:
         Metrics by side, steps, and CPU seconds.
     """
-    folder = options.cache / f"run-{labelled.name}"
+    folder = options.cache / f"run-{labeled.name}"
     shutil.rmtree(folder, ignore_errors=True)
     settings = dict(settings)
     at_base = settings.pop("at_base", None)
-    parts = part_rows(labelled, seed=seed)
-    files = write_tables(labelled, parts, folder / "tables", at_base=at_base)
-    task: Task = labelled.task
+    parts = part_rows(labeled, seed=seed)
+    files = write_tables(labeled, parts, folder / "tables", at_base=at_base)
+    task: Task = labeled.task
     if at_base is not None:
         task = "token"
         settings |= {"label_delimiter": DELIMITER, "ignore_label": IGNORED, "metric": "mcc"}
@@ -278,15 +276,15 @@ def candidate_names(names: Sequence[str], *, places: bool) -> list[str]:
     return chosen
 
 
-def probe_frozen(labelled: LabelledSet, options: argparse.Namespace, *, places: bool) -> dict[str, Any]:
+def probe_frozen(labeled: LabeledSet, options: argparse.Namespace, *, places: bool) -> dict[str, Any]:
     """Score the frozen probe on all five folds."""
     model, weights = load_which(options.model, "trained", dtype="float32", seed=0)
-    features = capture_features(model, weights, labelled, options.cache, max_tokens=3000)
+    features = capture_features(model, weights, labeled, options.cache, max_tokens=3000)
     started = time.process_time()
-    task = labelled.task
+    task = labeled.task
     candidates = Candidates(features, candidate_names(list(features), places=places))
-    codes = encode_target(labelled.target, task=task)
-    found = sweep(candidates, codes, folds_of(labelled), task=task, average=False)
+    codes = encode_target(labeled.target, task=task)
+    found = sweep(candidates, codes, folds_of(labeled), task=task, average=False)
     inside = choose_inside((*found.layers, *found.fusions), task=task)
     return {
         "folds": {metric: list(summary.values) for metric, summary in inside.metrics.items()},
@@ -296,21 +294,21 @@ def probe_frozen(labelled: LabelledSet, options: argparse.Namespace, *, places: 
     }
 
 
-def score_plain(labelled: LabelledSet, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+def score_plain(labeled: LabeledSet, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
     """Score composition, k-mers and one-hot letters on the folds that are tested on.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         seeds: The folds.
 
     Returns:
         Metrics by fold, by feature.
     """
-    folds, codes = folds_of(labelled), encode_target(labelled.target, task=labelled.task)
+    folds, codes = folds_of(labeled), encode_target(labeled.target, task=labeled.task)
     scores: dict[str, dict[str, list[float]]] = {}
-    for name in usable_baselines(labelled.sequences):
-        matrix = BASELINES[name](labelled.sequences)
-        found = [score_fold([matrix], codes, folds, seed, task=labelled.task).metrics for seed in seeds]
+    for name in usable_baselines(labeled.sequences):
+        matrix = BASELINES[name](labeled.sequences)
+        found = [score_fold([matrix], codes, folds, seed, task=labeled.task).metrics for seed in seeds]
         scores[name] = {metric: [one[metric] for one in found] for metric in found[0]}
     return scores
 
@@ -338,68 +336,66 @@ def kept_once(
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def measure_set(labelled: LabelledSet, options: argparse.Namespace) -> dict[str, Any]:
+def measure_set(labeled: LabeledSet, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one set with everything.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         options: Of the command.
 
     Returns:
         ``scores``: metrics by method, a value a seed; and what was chosen and spent.
     """
-    rows = [labelled.name, labelled.digest, labelled.target.tolist()]
+    rows = [labeled.name, labeled.digest, labeled.target.tolist()]
     scores: dict[str, dict[str, list[float]]] = {}
     details: dict[str, Any] = {}
     for arm in options.arms:
-        if arm == "base" and labelled.name not in OF_PLACES:
+        if arm == "base" and labeled.name not in OF_PLACES:
             continue
         settings = options.recipe | ARMS[arm]
         runs = []
         for seed in options.seeds:
             run = kept_once(
-                f"{labelled.name}-{arm}-{seed}",
+                f"{labeled.name}-{arm}-{seed}",
                 [*rows, seed, settings],
                 options,
-                lambda s=seed, w=settings: fine_tune(labelled, s, w, options, test=True),
+                lambda s=seed, w=settings: fine_tune(labeled, s, w, options, test=True),
             )
-            logger.info("%s, %s, seed %d: %s", labelled.name, arm, seed, run["test"])
+            logger.info("%s, %s, seed %d: %s", labeled.name, arm, seed, run["test"])
             runs.append(run)
-        scores[arm] = {m: [run["test"][m] for run in runs] for m in METRICS[labelled.task]}
+        scores[arm] = {m: [run["test"][m] for run in runs] for m in METRICS[labeled.task]}
         details[arm] = runs
-    kinds = ("pooled", "places") if labelled.name in OF_PLACES else ("pooled",)
+    kinds = ("pooled", "places") if labeled.name in OF_PLACES else ("pooled",)
     for kind in kinds if options.with_probe else ():
         found = kept_once(
-            f"{labelled.name}-{kind}",
+            f"{labeled.name}-{kind}",
             [*rows, kind],
             options,
-            lambda k=kind: probe_frozen(labelled, options, places=k == "places"),
+            lambda k=kind: probe_frozen(labeled, options, places=k == "places"),
         )
-        scores[kind] = {m: [found["folds"][m][s] for s in options.seeds] for m in METRICS[labelled.task]}
+        scores[kind] = {m: [found["folds"][m][s] for s in options.seeds] for m in METRICS[labeled.task]}
         details[kind] = found
     if options.with_plain:
         told = [*rows, list(options.seeds)]
-        plain = kept_once(
-            f"{labelled.name}-plain", told, options, lambda: score_plain(labelled, options.seeds)
-        )
-        scores |= {name: {m: v[m] for m in METRICS[labelled.task]} for name, v in plain.items()}
-    parts = part_rows(labelled, seed=options.seeds[0])
+        plain = kept_once(f"{labeled.name}-plain", told, options, lambda: score_plain(labeled, options.seeds))
+        scores |= {name: {m: v[m] for m in METRICS[labeled.task]} for name, v in plain.items()}
+    parts = part_rows(labeled, seed=options.seeds[0])
     return {
-        "set": labelled.name,
-        "task": labelled.task,
+        "set": labeled.name,
+        "task": labeled.task,
         "rows": {side: len(value) for side, value in parts._asdict().items()},
-        "bases": len(labelled.sequences[0]),
-        "split": "stratified" if labelled.groups is None else "grouped",
+        "bases": len(labeled.sequences[0]),
+        "split": "stratified" if labeled.groups is None else "grouped",
         "scores": scores,
         "details": details,
     }
 
 
-def run_tries(labelled: LabelledSet, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_tries(labeled: LabeledSet, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the variants of the recipe on validation rows.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         options: Of the command.
 
     Returns:
@@ -408,12 +404,12 @@ def run_tries(labelled: LabelledSet, options: argparse.Namespace) -> list[dict[s
     rows = []
     for name, settings in TRIES.items():
         found = kept_once(
-            f"try-{labelled.name}",
-            [labelled.name, labelled.digest, labelled.target.tolist(), options.recipe | settings],
+            f"try-{labeled.name}",
+            [labeled.name, labeled.digest, labeled.target.tolist(), options.recipe | settings],
             options,
-            lambda s=settings: fine_tune(labelled, 0, options.recipe | s, options, test=False),
+            lambda s=settings: fine_tune(labeled, 0, options.recipe | s, options, test=False),
         )
-        metric = METRICS[labelled.task][0]
+        metric = METRICS[labeled.task][0]
         logger.info("%s: %s %.3f after %s", name, metric, found["validation"][metric], found["curve"])
         epochs = len(found["curve"])
         row = {"variant": name, metric: found["validation"][metric], "loss": found["validation"]["loss"]}
@@ -513,7 +509,7 @@ def _cell(values: Sequence[float] | None) -> str:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="labelled sets: NAME.tsv, perhaps with NAME.groups")
+    parser.add_argument("folder", type=Path, help="labeled sets: NAME.tsv, perhaps with NAME.groups")
     parser.add_argument("--cache", type=Path, required=True, help="folder for what was measured")
     parser.add_argument("--model", default="genoembed-mini")
     parser.add_argument(
@@ -560,9 +556,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(to_markdown(results, tries), end="")
 
 
-def _read(name: str, options: argparse.Namespace) -> LabelledSet:
+def _read(name: str, options: argparse.Namespace) -> LabeledSet:
     rows = options.max_rows or SETS.get(name, next(iter(SETS.values())))
-    return read_labelled(options.folder / f"{name}.tsv", max_rows=rows)
+    return read_labeled(options.folder / f"{name}.tsv", max_rows=rows)
 
 
 def write_results(
@@ -590,7 +586,7 @@ def write_results(
         values = {"machine": machine, **told, "tries": tries, "sets": results}
         options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
-        lines = ["# Fine-tuning on labelled sets", ""]
+        lines = ["# Fine-tuning on labeled sets", ""]
         lines += [f"- {key}: {value}" for key, value in (machine | told).items()]
         text = "\n".join([*lines, "", to_markdown(results, tries)])
         options.markdown.write_text(text, encoding="utf-8")

@@ -182,8 +182,8 @@ def _reference(content: bytes, folder: Path) -> None:
 
 
 def _table(content: bytes, folder: Path) -> None:
-    from genoembed.config.labelled import LabelledConfig
-    from genoembed.finetuning.labelled import iter_labelled
+    from genoembed.config.labeled import LabeledConfig
+    from genoembed.finetuning.labeled import iter_labeled
     from genoembed.sequences.tables import iter_rows
 
     path = _put(folder, "rows", content)
@@ -191,16 +191,16 @@ def _table(content: bytes, folder: Path) -> None:
         assert row.values is not None
     kind = ("class", "multilabel", "regression", "token")[len(content) % 4]
     delimiter = "|" if kind == "multilabel" else None
-    list(iter_labelled(path, config=LabelledConfig(kind=kind, label_delimiter=delimiter)))
+    list(iter_labeled(path, config=LabeledConfig(kind=kind, label_delimiter=delimiter)))
 
 
 def _label_table(content: bytes, folder: Path) -> None:
-    from genoembed.finetuning.labelled import iter_labelled
+    from genoembed.finetuning.labeled import iter_labeled
 
     sequences = folder / "two.fa"
     if not sequences.exists():
         sequences.write_bytes(b">a\nACGT\n>b\nGG\n")
-    list(iter_labelled(str(sequences), labels=_put(folder, "labels", content)))
+    list(iter_labeled(str(sequences), labels=_put(folder, "labels", content)))
 
 
 def _pairs(content: bytes, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What keeping packed neighbours apart costs: a training step with segment ids against one without.
+"""What keeping packed neighbors apart costs: a training step with segment ids against one without.
 
 Rows of pack_bins and of pack_stream over the documents of the files, a model of the bundled shape with random
 weights; steps with and without isolation alternate within one run. Also prints the largest deviation of a

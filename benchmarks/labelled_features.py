@@ -1,4 +1,4 @@
-"""Features of labelled sequences from all layers of a model, in one pass, kept in a folder.
+"""Features of labeled sequences from all layers of a model, in one pass, kept in a folder.
 
 Pooled states (mean, maximum, position-weighted mean, standard deviation) of every numbered layer and of the
 residual stream behind its block; for some blocks also the states at places along the sequence: means over
@@ -46,7 +46,7 @@ _COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledSet:
+class LabeledSet:
     """Sequences with a label each."""
 
     name: str
@@ -56,7 +56,7 @@ class LabelledSet:
     groups: NDArray[np.int64] | None
     """Group of each row where a ``.groups`` file stands beside the table."""
 
-    def reverse_complement(self) -> LabelledSet:
+    def reverse_complement(self) -> LabeledSet:
         """Return the same set on the other strand."""
         turned = tuple(sequence.translate(_COMPLEMENT)[::-1] for sequence in self.sequences)
         return replace(self, sequences=turned)
@@ -67,7 +67,7 @@ class LabelledSet:
         return hashlib.sha256(b"\n".join(self.sequences)).hexdigest()
 
 
-def read_labelled(path: Path, *, max_rows: int | None = None) -> LabelledSet:
+def read_labeled(path: Path, *, max_rows: int | None = None) -> LabeledSet:
     """Read a table of sequences and labels; labels that are all decimal numbers make a regression.
 
     Args:
@@ -92,7 +92,7 @@ def read_labelled(path: Path, *, max_rows: int | None = None) -> LabelledSet:
             raise ValueError(f"{beside}: {len(groups)} groups, expected {len(rows)}; write one a row")
     labels = [label for _, label in rows]
     is_regression = all(_is_decimal(label) for label in labels)
-    return LabelledSet(
+    return LabeledSet(
         name=path.stem,
         sequences=tuple(sequence.upper().replace("U", "T").encode() for sequence, _ in rows[:max_rows]),
         target=np.array(labels[:max_rows], dtype=np.float64 if is_regression else None),
@@ -106,7 +106,7 @@ def _is_decimal(label: str) -> bool:
 
 
 def load_which(name: str, which: Which, *, dtype: str, seed: int) -> tuple[GenomicModel, str]:
-    """Load a model, or make one of the same configuration that has learnt nothing.
+    """Load a model, or make one of the same configuration that has learned nothing.
 
     Args:
         name: As ``load_model`` takes it.
@@ -209,30 +209,30 @@ class BothStrands(Mapping[str, "NDArray[np.floating]"]):
 
 
 def capture_features(
-    model: GenomicModel, weights: str, labelled: LabelledSet, cache: Path, *, max_tokens: int
+    model: GenomicModel, weights: str, labeled: LabeledSet, cache: Path, *, max_tokens: int
 ) -> Features:
     """Run the model over a set once, or find what an earlier run has written.
 
     Args:
         model: The model.
         weights: What tells its weights from all others.
-        labelled: The set.
+        labeled: The set.
         cache: Folder for features.
         max_tokens: Tokens of a batch.
 
     Returns:
         All features.
     """
-    told = json.dumps([_VERSION, weights, str(model.dtype), labelled.digest, POOLS, NUM_WINDOWS])
-    folder = cache / f"{labelled.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    told = json.dumps([_VERSION, weights, str(model.dtype), labeled.digest, POOLS, NUM_WINDOWS])
+    folder = cache / f"{labeled.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if not (folder / _COMPLETE).exists():
         folder.mkdir(parents=True, exist_ok=True)
         started = time.process_time()
         numbered, blocks = layer_paths(model)
-        store = _Store.make(folder, labelled, (*numbered, *blocks), blocks, model)
-        lengths = [len(sequence) for sequence in labelled.sequences]
+        store = _Store.make(folder, labeled, (*numbered, *blocks), blocks, model)
+        lengths = [len(sequence) for sequence in labeled.sequences]
         for rows in plan_batches(lengths, max_tokens=max_tokens):
-            store.take(model, _batch(labelled, rows, model))
+            store.take(model, _batch(labeled, rows, model))
         store.close(folder)
         facts = {
             "paths": store.paths,
@@ -246,14 +246,14 @@ def capture_features(
     return Features(folder)
 
 
-def _batch(labelled: LabelledSet, rows: Sequence[int], model: GenomicModel) -> Batch:
+def _batch(labeled: LabeledSet, rows: Sequence[int], model: GenomicModel) -> Batch:
     if model.max_length is not None:
-        longest = max(len(labelled.sequences[row]) for row in rows)
+        longest = max(len(labeled.sequences[row]) for row in rows)
         if longest > model.max_length:
-            raise ValueError(f"{labelled.name}: {longest} bases, more than the model's {model.max_length}")
+            raise ValueError(f"{labeled.name}: {longest} bases, more than the model's {model.max_length}")
     return pad_batch(
-        [EncodedSequence(input_ids=np.frombuffer(labelled.sequences[row], dtype=np.uint8)) for row in rows],
-        pool_masks=[np.ones(len(labelled.sequences[row]), dtype=np.bool_) for row in rows],
+        [EncodedSequence(input_ids=np.frombuffer(labeled.sequences[row], dtype=np.uint8)) for row in rows],
+        pool_masks=[np.ones(len(labeled.sequences[row]), dtype=np.bool_) for row in rows],
         rows=rows,
         pad_token_id=model.tokenizer.pad_token_id,
     )
@@ -266,7 +266,7 @@ class _Store:
     def make(
         cls,
         folder: Path,
-        labelled: LabelledSet,
+        labeled: LabeledSet,
         paths: Sequence[str],
         blocks: Sequence[str],
         model: GenomicModel,
@@ -274,11 +274,11 @@ class _Store:
         """Allocate the arrays for a set."""
         store = cls()
         store.paths = list(dict.fromkeys(paths))
-        lengths = {len(sequence) for sequence in labelled.sequences}
+        lengths = {len(sequence) for sequence in labeled.sequences}
         by_base = len(lengths) == 1 and max(lengths) <= LONGEST_BY_BASE
         store.window_paths = list(blocks[::WINDOW_EVERY])
         store.base_paths = list(blocks[1::BASE_EVERY]) if by_base else []
-        num_rows = len(labelled.sequences)
+        num_rows = len(labeled.sequences)
         width = next(info.width for info in model.layers if info.path == blocks[0]) or _width(model)
         layers = len(store.paths)
         store.pooled = _array(folder / "pooled.npy", (layers, len(POOLS), num_rows, width))

@@ -1,4 +1,4 @@
-"""What a model's frozen states are worth on labelled sequences, beside an untrained copy and plain features.
+"""What a model's frozen states are worth on labeled sequences, beside an untrained copy and plain features.
 
 For every ``NAME.tsv`` of a folder (``sequence<TAB>label``; where ``NAME.groups`` stands beside it, rows of
 one group share a fold, else folds are stratified): features of all layers of the model, and of a copy with
@@ -9,7 +9,7 @@ folder to measure anew.
 
 Example::
 
-    python benchmarks/labelled_probe.py labelled/ --cache features/ --model genoembed-mini \
+    python benchmarks/labelled_probe.py labeled/ --cache features/ --model genoembed-mini \
         --json benchmarks/results/labelled_probe.json --markdown benchmarks/results/labelled_probe.md
 """
 
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from describe_machine import PACKAGES, describe_machine
-from labelled_features import BothStrands, Features, LabelledSet, capture_features, load_which, read_labelled
+from labelled_features import BothStrands, Features, LabeledSet, capture_features, load_which, read_labeled
 from threadpoolctl import threadpool_limits
 
 from genoembed.probing.cross_validation import METRICS, encode_target, split_folds
@@ -85,79 +85,79 @@ def fusions_of(names: Sequence[str], paths: Sequence[str]) -> dict[str, tuple[st
     return fusions
 
 
-def measure_set(labelled: LabelledSet, options: argparse.Namespace) -> dict[str, Any]:
+def measure_set(labeled: LabeledSet, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one set: baselines, untrained copy and model on the same folds.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         options: Of the command.
 
     Returns:
         Everything that the tables need, as plain values; only the models asked for.
     """
     result: dict[str, Any] = {
-        "set": labelled.name,
-        "rows": len(labelled.target),
-        "task": labelled.task,
-        "classes": _class_counts(labelled),
-        "bases": sum(len(sequence) for sequence in labelled.sequences),
-        "folds": "stratified" if labelled.groups is None else "grouped",
-        "baselines": kept_once(labelled, "baselines", (), options, lambda: measure_baselines(labelled)),
+        "set": labeled.name,
+        "rows": len(labeled.target),
+        "task": labeled.task,
+        "classes": _class_counts(labeled),
+        "bases": sum(len(sequence) for sequence in labeled.sequences),
+        "folds": "stratified" if labeled.groups is None else "grouped",
+        "baselines": kept_once(labeled, "baselines", (), options, lambda: measure_baselines(labeled)),
         "models": {},
     }
     for which in options.which:
         model, weights = load_which(options.model, which, dtype=options.dtype, seed=SEED)
         told = (weights, options.dtype, options.strands)
         result["models"][which] = kept_once(
-            labelled, which, told, options, lambda m=model, w=weights: measure_model(m, w, labelled, options)
+            labeled, which, told, options, lambda m=model, w=weights: measure_model(m, w, labeled, options)
         )
-        logger.info("%s: %s measured", labelled.name, which)
+        logger.info("%s: %s measured", labeled.name, which)
     return result
 
 
-def measure_baselines(labelled: LabelledSet) -> dict[str, Any]:
+def measure_baselines(labeled: LabeledSet) -> dict[str, Any]:
     """Score composition, k-mers and, for equal lengths, one-hot letters.
 
     Args:
-        labelled: The set.
+        labeled: The set.
 
     Returns:
         Metrics by name of the baseline.
     """
-    folds, codes = _folds_and_codes(labelled)
+    folds, codes = _folds_and_codes(labeled)
     baselines = {}
-    for name in usable_baselines(labelled.sequences):
-        matrix = BASELINES[name](labelled.sequences)
-        found = score_block(name, matrix, codes, folds, task=labelled.task, kind="baseline")
+    for name in usable_baselines(labeled.sequences):
+        matrix = BASELINES[name](labeled.sequences)
+        found = score_block(name, matrix, codes, folds, task=labeled.task, kind="baseline")
         baselines[name] = {metric: asdict(summary) for metric, summary in found.metrics.items()}
-        logger.info("%s: %s %s", labelled.name, name, shown(found, labelled.task))
+        logger.info("%s: %s %s", labeled.name, name, shown(found, labeled.task))
     return baselines
 
 
-def _folds_and_codes(labelled: LabelledSet) -> tuple[NDArray[np.int64], NDArray[np.generic]]:
+def _folds_and_codes(labeled: LabeledSet) -> tuple[NDArray[np.int64], NDArray[np.generic]]:
     folds = split_folds(
-        labelled.target, task=labelled.task, groups=labelled.groups, num_folds=NUM_FOLDS, seed=SEED
+        labeled.target, task=labeled.task, groups=labeled.groups, num_folds=NUM_FOLDS, seed=SEED
     )
-    return folds, encode_target(labelled.target, task=labelled.task)
+    return folds, encode_target(labeled.target, task=labeled.task)
 
 
 def measure_model(
-    model: GenomicModel, weights: str, labelled: LabelledSet, options: argparse.Namespace
+    model: GenomicModel, weights: str, labeled: LabeledSet, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Score what the probe makes of a model's states.
 
     Args:
         model: The model.
         weights: Digest of its weights.
-        labelled: The set.
+        labeled: The set.
         options: Of the command.
 
     Returns:
         Metrics, choices and CPU seconds.
     """
-    features = features_of(model, weights, labelled, options)
+    features = features_of(model, weights, labeled, options)
     started = time.process_time()
-    found = probe_features(features, labelled)
+    found = probe_features(features, labeled)
     if options.drop_features:
         for folder in features.folders:
             shutil.rmtree(folder)
@@ -168,7 +168,7 @@ def measure_model(
 
 
 def kept_once(
-    labelled: LabelledSet,
+    labeled: LabeledSet,
     what: str,
     told: tuple[str, ...],
     options: argparse.Namespace,
@@ -177,7 +177,7 @@ def kept_once(
     """Measure, or take what an earlier run has measured on the same rows under the same conditions.
 
     Args:
-        labelled: The set.
+        labeled: The set.
         what: What is measured; part of the file's name.
         told: Further conditions.
         options: Of the command; gives the cache folder.
@@ -186,8 +186,8 @@ def kept_once(
     Returns:
         Plain values.
     """
-    conditions = json.dumps([_VERSION, what, *told, labelled.digest, str(labelled.target.tolist())])
-    name = f"{labelled.name}-{what}-{hashlib.sha256(conditions.encode()).hexdigest()[:16]}.json"
+    conditions = json.dumps([_VERSION, what, *told, labeled.digest, str(labeled.target.tolist())])
+    name = f"{labeled.name}-{what}-{hashlib.sha256(conditions.encode()).hexdigest()[:16]}.json"
     kept = options.cache / name
     if not kept.exists():
         part = kept.with_suffix(".part")
@@ -197,10 +197,10 @@ def kept_once(
 
 
 def features_of(
-    model: GenomicModel, weights: str, labelled: LabelledSet, options: argparse.Namespace
+    model: GenomicModel, weights: str, labeled: LabeledSet, options: argparse.Namespace
 ) -> Features | BothStrands:
     """Run the model over one strand or both, or find what an earlier run has kept."""
-    strands = [labelled, labelled.reverse_complement()][: 1 + (options.strands == "both")]
+    strands = [labeled, labeled.reverse_complement()][: 1 + (options.strands == "both")]
     found = [
         capture_features(model, weights, strand, options.cache, max_tokens=options.batch_tokens)
         for strand in strands
@@ -208,24 +208,24 @@ def features_of(
     return BothStrands(*found) if len(found) > 1 else found[0]
 
 
-def probe_features(features: Features | BothStrands, labelled: LabelledSet) -> dict[str, Any]:
+def probe_features(features: Features | BothStrands, labeled: LabeledSet) -> dict[str, Any]:
     """Choose among all features of a model and their fusions inside the training folds, and score the choice.
 
     Args:
         features: Of one model.
-        labelled: Their set.
+        labeled: Their set.
 
     Returns:
         Metrics of the choice, what was chosen for each fold, and the first metric of every candidate.
     """
-    folds, codes = _folds_and_codes(labelled)
+    folds, codes = _folds_and_codes(labeled)
     joined = fusions_of(list(features), features.paths)
-    found = sweep(features, codes, folds, task=labelled.task, joined=joined, average=False)
+    found = sweep(features, codes, folds, task=labeled.task, joined=joined, average=False)
     candidates = (*found.layers, *found.fusions)
-    inside = choose_inside(candidates, task=labelled.task)
-    logger.info("%s: %s", labelled.name, shown(inside, labelled.task))
+    inside = choose_inside(candidates, task=labeled.task)
+    logger.info("%s: %s", labeled.name, shown(inside, labeled.task))
     members = {candidate.name: candidate.members for candidate in candidates}
-    means = {one.name: one.metrics[METRICS[labelled.task][0]].mean for one in candidates}
+    means = {one.name: one.metrics[METRICS[labeled.task][0]].mean for one in candidates}
     return {
         "metrics": {metric: asdict(summary) for metric, summary in inside.metrics.items()},
         "choices": [
@@ -237,10 +237,10 @@ def probe_features(features: Features | BothStrands, labelled: LabelledSet) -> d
     }
 
 
-def _class_counts(labelled: LabelledSet) -> dict[str, int]:
-    if labelled.task == "regression":
+def _class_counts(labeled: LabeledSet) -> dict[str, int]:
+    if labeled.task == "regression":
         return {}
-    return dict(sorted(Counter(str(label) for label in labelled.target).items()))
+    return dict(sorted(Counter(str(label) for label in labeled.target).items()))
 
 
 def to_markdown(sets: Sequence[Mapping[str, Any]]) -> str:
@@ -324,7 +324,7 @@ def _summary(sets: Sequence[Mapping[str, Any]]) -> str:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="labelled sets: NAME.tsv, perhaps with NAME.groups")
+    parser.add_argument("folder", type=Path, help="labeled sets: NAME.tsv, perhaps with NAME.groups")
     parser.add_argument("--cache", type=Path, required=True, help="folder for features and finished sets")
     parser.add_argument("--model", default="genoembed-mini")
     parser.add_argument(
@@ -384,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     with threadpool_limits(options.threads):
         for path in paths:
-            results.append(measure_set(read_labelled(path, max_rows=options.max_rows), options))
+            results.append(measure_set(read_labeled(path, max_rows=options.max_rows), options))
             if set(options.which) == set(WHICH):
                 _write(results, options)
     if set(options.which) == set(WHICH):

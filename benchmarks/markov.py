@@ -188,7 +188,7 @@ def fit(
 def _fit_weights(
     own: NDArray[np.float64], lower: NDArray[np.float64], bucket: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Maximise the likelihood of ``weight * own + (1 - weight) * lower`` in each bucket by EM."""
+    """Maximize the likelihood of ``weight * own + (1 - weight) * lower`` in each bucket by EM."""
     members = np.bincount(bucket, minlength=BUCKETS)
     weight = np.full(BUCKETS, 0.5)
     for _ in range(EM_ROUNDS):

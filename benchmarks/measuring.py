@@ -178,7 +178,7 @@ def ratio(
 
 
 def spread(samples: Sequence[Sample]) -> dict[str, float]:
-    """Summarise timings.
+    """Summarize timings.
 
     Args:
         samples: Of one thing.

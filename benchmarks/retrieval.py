@@ -16,7 +16,7 @@ cache folder.
 
 Example::
 
-    python benchmarks/retrieval.py labelled/amr_class.tsv --cache kept/ \
+    python benchmarks/retrieval.py labeled/amr_class.tsv --cache kept/ \
         --json benchmarks/results/retrieval.json --markdown benchmarks/results/retrieval.md
 """
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from describe_machine import PACKAGES, describe_machine
 from finetuning import kept_once
-from labelled_features import read_labelled
+from labelled_features import read_labeled
 from measuring import row_table
 from threadpoolctl import threadpool_limits
 
@@ -59,7 +59,7 @@ from genoembed.training.saved import load_encoder, load_heads
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from labelled_features import LabelledSet
+    from labelled_features import LabeledSet
     from numpy.typing import NDArray
 
 logger = logging.getLogger("retrieval")
@@ -327,12 +327,12 @@ def test_queries(
 
 
 def train_and_measure(
-    labelled: LabelledSet, mode: str, seed: int, options: argparse.Namespace
+    labeled: LabeledSet, mode: str, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Fine-tune once and measure on held-out families.
 
     Args:
-        labelled: Sequences and families.
+        labeled: Sequences and families.
         mode: A key of ``MODES``; ``before`` trains nothing.
         seed: Of split, queries and training.
         options: Of the command.
@@ -340,7 +340,7 @@ def train_and_measure(
     Returns:
         As :func:`measure_heads`, and what it took.
     """
-    documents, groups = documents_of(labelled, options.document_bases), labelled.groups
+    documents, groups = documents_of(labeled, options.document_bases), labeled.groups
     assert groups is not None, "main refuses sets without families"
     sides = part_families(groups, seed=seed)
     queries = test_queries(documents, sides.test, bases=options.query_bases, seed=seed)
@@ -387,23 +387,23 @@ def train_and_measure(
     return {"heads": found, "spent": spent}
 
 
-def documents_of(labelled: LabelledSet, bases: int) -> list[bytes]:
+def documents_of(labeled: LabeledSet, bases: int) -> list[bytes]:
     """Take the first bases of each sequence: places of relatives then fit one another."""
-    return [sequence[:bases] for sequence in labelled.sequences]
+    return [sequence[:bases] for sequence in labeled.sequences]
 
 
-def measure_all(labelled: LabelledSet, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def measure_all(labeled: LabeledSet, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Measure everything, a list item a seed.
 
     Args:
-        labelled: Sequences and families.
+        labeled: Sequences and families.
         options: Of the command.
 
     Returns:
         Metrics by head by seed, for k-mers, before, and each mode; ``spent`` for what training took.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    told = [labelled.name, labelled.digest, options.document_bases, options.query_bases]
+    told = [labeled.name, labeled.digest, options.document_bases, options.query_bases]
     for mode in ("k-mers", "before", *options.modes):
         trains = mode in MODES
         settings = RECIPE | options.recipe | (MODES[mode] if trains else {})
@@ -412,7 +412,7 @@ def measure_all(labelled: LabelledSet, options: argparse.Namespace) -> dict[str,
                 f"retrieval-{mode.replace(' ', '_')}-{seed}",
                 [*told, mode, seed, settings, options.copies if trains else 0],
                 options,
-                lambda m=mode, s=seed: train_and_measure(labelled, m, s, options),
+                lambda m=mode, s=seed: train_and_measure(labeled, m, s, options),
             )
             found.setdefault(mode, []).append(run["heads"] if trains else run)
             if trains:
@@ -493,16 +493,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("genoembed").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)
-    labelled = read_labelled(options.table, max_rows=options.max_rows)
-    if labelled.groups is None:
+    labeled = read_labeled(options.table, max_rows=options.max_rows)
+    if labeled.groups is None:
         raise SystemExit(f"{options.table}: no families; put NAME.groups beside it, a number a row")
     with threadpool_limits(options.threads):
-        found = measure_all(labelled, options)
+        found = measure_all(labeled, options)
     machine = describe_machine((*PACKAGES, "scikit-learn"))
     machine |= {"threads": options.threads, "note": options.note or "none"}
-    sides = part_families(labelled.groups, seed=options.seeds[0])
+    sides = part_families(labeled.groups, seed=options.seeds[0])
     told = {
-        "set": labelled.name,
+        "set": labeled.name,
         "documents": {name: len(rows) for name, rows in sides._asdict().items()},
         "bases of a document and a query": [options.document_bases, options.query_bases],
         "queries of a document to train on": options.copies,

@@ -265,7 +265,7 @@ def write_fasta(path: Path, contigs: Iterable[Contig]) -> None:
             file.write(b">" + contig.header.encode() + b"\n" + b"\n".join(lines) + b"\n")
 
 
-def summarise(contigs: Sequence[Contig], chosen: set[str]) -> dict[str, dict[str, int]]:
+def summarize(contigs: Sequence[Contig], chosen: set[str]) -> dict[str, dict[str, int]]:
     """Count bases and contigs on both sides of the split.
 
     Args:
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = split_corpus(contigs, fraction=options.fraction, seed=options.seed)
     write_fasta(options.train, (c for c in contigs if c.header not in chosen))
     write_fasta(options.heldout, (c for c in contigs if c.header in chosen))
-    json.dump(summarise(contigs, chosen), sys.stdout, indent=1)
+    json.dump(summarize(contigs, chosen), sys.stdout, indent=1)
     print()
 
 

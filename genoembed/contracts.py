@@ -1,4 +1,4 @@
-"""What stages hand to each other: frozen dataclasses, no behaviour beyond checks of their own shape.
+"""What stages hand to each other: frozen dataclasses, no behavior beyond checks of their own shape.
 
 Data flows one way: ``SequenceRecord`` (sequences) -> ``Window`` -> ``EncodedSequence`` (tokenization) ->
 ``Batch`` (batching) -> activations by module path (models) -> pooled rows (pooling) -> ``EmbeddingBlock`` or

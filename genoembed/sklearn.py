@@ -43,7 +43,7 @@ _lock = threading.Lock()
 class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Turns sequences into vectors of a layer of a genomic language model.
 
-    Nothing is learnt from the data: ``fit`` checks the parameters, loads the model and finds the width. The
+    Nothing is learned from the data: ``fit`` checks the parameters, loads the model and finds the width. The
     model is kept in this process, not in the estimator, so that estimators are small to copy and to pickle.
 
     Args:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"
 SEQUENCE_FILES = {"phages.fa": 5, "virus.fa": 1, "bacterial_genes.fa.gz": 32, "umaydis.fa": 1}
-LABELLED = {
+LABELED = {
     "umaydis_pieces.tsv": {"cds": 12, "intron": 12, "intergenic": 12},
     "rrna_windows.tsv": dict.fromkeys(
         ("lsu_eukarya", "lsu_prok", "ssu_archaea", "ssu_bacteria", "ssu_eukarya"), 12
@@ -63,12 +63,12 @@ def test_sequence_file_holds_the_stated_records(name):
             assert f"| {name} | {record_id} | {len(sequence):,} |" in sources
 
 
-@pytest.mark.parametrize("name", LABELLED)
-def test_labelled_file_holds_the_stated_rows(name):
+@pytest.mark.parametrize("name", LABELED)
+def test_labeled_file_holds_the_stated_rows(name):
     header, *lines = (DATA / name).read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     assert header == "sequence\tlabel"
-    assert dict(Counter(label for _, label in rows)) == LABELLED[name]
+    assert dict(Counter(label for _, label in rows)) == LABELED[name]
     assert all(re.fullmatch("[ACGT]+", sequence) for sequence, _ in rows)
     assert len({sequence for sequence, _ in rows}) == len(rows)
     total = sum(len(sequence) for sequence, _ in rows)
@@ -98,7 +98,7 @@ def test_exons_of_the_fungus_join_to_open_reading_frames():
 def test_every_file_is_described_and_small():
     files = [path for path in DATA.iterdir() if path.name != "SOURCES.md" and path.suffix != ".fai"]
     tables = {"regions.bed", "regions.gff3", "variants.vcf", "umaydis.gff3"}
-    assert {path.name for path in files} == {*SEQUENCE_FILES, *LABELLED, *tables}
+    assert {path.name for path in files} == {*SEQUENCE_FILES, *LABELED, *tables}
     described = (DATA / "SOURCES.md").read_text()
     assert all(path.name in described for path in files)
     assert sum(path.stat().st_size for path in files) < 400_000

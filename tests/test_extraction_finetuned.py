@@ -68,7 +68,7 @@ def trained_vectors(folder):
     facts = read_finetuned(folder)
     genomic = genoembed.load_model(folder, dtype="float32", device="cpu")
     encoder = load_encoder(facts, genomic)
-    head = VectorHead(encoder.width, add_pooler=True, normalise=True)
+    head = VectorHead(encoder.width, add_pooler=True, normalize=True)
     model = ContrastModel(encoder, head, contrast="views", config=ContrastiveConfig())
     load_heads(model, facts)
     runner = SequenceRunner(
@@ -88,7 +88,7 @@ def test_extract_gives_the_vectors_that_were_trained(folders, fasta):
     assert provenance["layers"] == ["blocks.0.mlp.l3", "blocks.2.mlp.l3"]
     embedding = provenance["config"]["embedding"]
     assert (embedding["pooling"], embedding["fusion"], embedding["skip_first"]) == ("max", "weighted", 2)
-    assert provenance["finetuned"]["normalise"] is True
+    assert provenance["finetuned"]["normalize"] is True
 
 
 def test_extract_of_a_loaded_model_and_of_the_command_line_are_the_same(folders, fasta, monkeypatch):

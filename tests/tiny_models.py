@@ -118,7 +118,7 @@ def build_tiny(family: str, folder: Path) -> Path:
         generator_state = torch.get_rng_state()
         torch.manual_seed(0)
         model = AutoModel.from_config(build_config(family)).eval()
-        _randomise(model)
+        _randomize(model)
         model.save_pretrained(folder)
         torch.set_rng_state(generator_state)
     _write_tokenizer(family, folder)
@@ -158,7 +158,7 @@ def build_six_mers(family: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModel.from_config(config).eval()
-        _randomise(model)
+        _randomize(model)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[ACGT]{6}|."), "isolated")
@@ -198,7 +198,7 @@ def build_config(family: str) -> PreTrainedConfig:
     return configs[family]()
 
 
-def _randomise(model: nn.Module) -> None:
+def _randomize(model: nn.Module) -> None:
     """Make every vector of weights random too: norms at 1 and biases at 0 would hide mistakes."""
     with torch.no_grad():
         for module in model.modules():

@@ -1,6 +1,6 @@
 """Where are the genes? Coding probability along a stretch of a genome, from embeddings and from k-mers.
 
-A linear probe learns coding sequence against introns and intergenic sequence from labelled pieces and is then
+A linear probe learns coding sequence against introns and intergenic sequence from labeled pieces and is then
 run over a stretch of genome that it has not seen. The layer is chosen by cross-validation among the pieces.
 
     python examples/gallery/coding_along_a_genome.py pieces.tsv genome.fa.gz genes.gff3.gz chr05:300001-340000
@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 import genoembed
 
-SHORTEST, WINDOW, BLOCK = 100, 200, 2_000  # bases: of a labelled piece, a window, a block of the bootstrap
+SHORTEST, WINDOW, BLOCK = 100, 200, 2_000  # bases: of a labeled piece, a window, a block of the bootstrap
 
 
 def words_of(sequence: str, k: int) -> list[str]:
@@ -59,7 +59,7 @@ def read_region(genome: Path, genes: Path, region: str) -> tuple[str, int, list[
 
 
 def read_pieces(table: Path, stretch: str, rows: int) -> tuple[list[str], np.ndarray, list]:
-    """Labelled pieces that share no 24-mer with the stretch, on either strand; with groups, where known."""
+    """Labeled pieces that share no 24-mer with the stretch, on either strand; with groups, where known."""
     lines = [line.split("\t") for line in table.read_text().splitlines()[1:]]
     groups_file = table.with_suffix(".groups")
     groups = groups_file.read_text().split() if groups_file.exists() else range(len(lines))
@@ -114,7 +114,7 @@ def draw(curves: dict, places: np.ndarray, spans: list, region: str, file: Path)
 @click.argument("region")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("coding"), help="Folder.")
 @click.option("--layer", "layers", multiple=True, type=int, help="A block, such as 28; all without it.")
-@click.option("--rows", default=600, show_default=True, help="Labelled pieces to learn from.")
+@click.option("--rows", default=600, show_default=True, help="Labeled pieces to learn from.")
 def main(pieces, genome, genes, region, output, layers, rows) -> None:
     """Learn from PIECES, predict along REGION of GENOME, compare with GENES."""
     output.mkdir(parents=True, exist_ok=True)

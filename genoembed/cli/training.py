@@ -1,7 +1,7 @@
 """What ``pretrain`` and ``finetune`` share: options of the run, and how an interrupted one ends.
 
 ``genoembed pretrain``: sequence files become a trained causal model.
-``genoembed finetune``: labelled sequences or pairs become a better encoder and its heads.
+``genoembed finetune``: labeled sequences or pairs become a better encoder and its heads.
 ``genoembed predict``: a fine-tuned model's labels or numbers for sequences, as a table.
 """
 

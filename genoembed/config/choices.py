@@ -13,7 +13,7 @@ BaseLabels: TypeAlias = Literal["error", "first"]
 LabelKind: TypeAlias = Literal["class", "multilabel", "regression", "token", "none"]
 """One class per sequence; any number of them; one number or several; one class per base; no label."""
 
-UnlabelledPolicy: TypeAlias = Literal["error", "skip"]
+UnlabeledPolicy: TypeAlias = Literal["error", "skip"]
 
 FalseNegativePolicy: TypeAlias = Literal["error", "drop", "keep"]
 """A negative that is the query or a positive of its own row, on either strand."""

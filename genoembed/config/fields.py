@@ -93,11 +93,12 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "kin_identity": ("homolog_identity",),
     "own_negatives_only": ("in_batch_negatives",),
     "one_strand": ("both_strands",),
-    "neighbors": ("neighbours", "k"),
+    "neighbors": ("k",),
+    "neighbours": ("neighbors", "k"),
     "top_k": ("k", "top"),
 }
-"""What other toolkits call an option, and what it is called here; the first name that a command has "
-"counts."""
+"""What other toolkits call an option, and what it is called here; the first name that a command has
+counts."""
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 _BOUNDS = ("ge", "gt", "le", "lt")
@@ -158,8 +159,8 @@ class Option:
 
     key: str
     kind: Any
-    """``str``, ``int``, ``float``, ``bool``, ``dict`` or a ``Literal``; of each item where there are "
-    "several."""
+    """``str``, ``int``, ``float``, ``bool``, ``dict`` or a ``Literal``; of each item where there are
+    several."""
     several: bool
     optional: bool
     """None is a value of its own: the default depends on other things."""

@@ -24,7 +24,7 @@ from genoembed.config.choices import (
 )
 from genoembed.config.embed import DEFAULT_MODEL, PolicyConfig
 from genoembed.config.fields import Config, option
-from genoembed.config.labelled import SPLIT, AugmentConfig, CleaningConfig, TableColumns, split_problems
+from genoembed.config.labeled import SPLIT, AugmentConfig, CleaningConfig, TableColumns, split_problems
 from genoembed.config.training import DATA, OPTIMIZATION, RUN, OptimizerConfig, RunFolderConfig
 from genoembed.errors import Problem, Remedy
 

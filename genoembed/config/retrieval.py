@@ -43,8 +43,8 @@ class M3HeadsConfig(Config):
 
     pooling: TokenPooling = option("mean", help="How tokens become the dense vector.")
     add_pooler: bool = option(False, help="Put a linear projection after the pooling.")
-    normalise_dense: bool = option(True, help="Scale dense vectors to length 1, so that scores are cosines.")
-    normalise_sparse: bool = option(
+    normalize_dense: bool = option(True, help="Scale dense vectors to length 1, so that scores are cosines.")
+    normalize_sparse: bool = option(
         True,
         help="Scale rows of term weights to length 1: else a sequence twice as long scores twice as high.",
     )

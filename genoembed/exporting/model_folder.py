@@ -128,7 +128,7 @@ def _check(loaded: GenomicModel) -> str:
         if not is_plain or facts.skip_first:
             message = (
                 f"{loaded.name} was fine-tuned for {facts.pooling} vectors of {', '.join(facts.layers)}"
-                f"{', projected or normalised' if facts.finisher else ''}, expected the mean of {layer}; use "
+                f"{', projected or normalized' if facts.finisher else ''}, expected the mean of {layer}; use "
                 "genoembed.embed"
             )
             raise ModelError(message)

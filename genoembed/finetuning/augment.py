@@ -15,7 +15,7 @@ from genoembed.errors import ShapeError
 from genoembed.sequences import reverse_complement
 
 if TYPE_CHECKING:
-    from genoembed.config.labelled import AugmentConfig
+    from genoembed.config.labeled import AugmentConfig
 
 _BASES = np.frombuffer(b"ACGT", dtype=np.uint8)
 _INDEX = np.full(256, 4, dtype=np.uint8)

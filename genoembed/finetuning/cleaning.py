@@ -1,6 +1,6 @@
-"""Duplicates and contradictions among labelled sequences: found, counted, shown, and treated by a policy.
+"""Duplicates and contradictions among labeled sequences: found, counted, shown, and treated by a policy.
 
-In: labelled sequences. Out: those that stay, in order, and a :class:`CleaningReport`. Nothing is left out
+In: labeled sequences. Out: those that stay, in order, and a :class:`CleaningReport`. Nothing is left out
 unless a policy says so. What merely resembles something else is the business of ``leaks`` and ``splits``.
 """
 
@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from genoembed.config.labelled import CleaningConfig
+from genoembed.config.labeled import CleaningConfig
 from genoembed.errors import LabelError
 from genoembed.finetuning.labels import reverse_label
 from genoembed.sequences.homology import strand_free
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from genoembed.config.choices import FindingPolicy, LabelKind
-    from genoembed.finetuning.labelled import LabelledSequence
+    from genoembed.finetuning.labeled import LabeledSequence
     from genoembed.finetuning.labels import Label
 
 
@@ -71,22 +71,22 @@ class CleaningReport:
 class Cleaned(NamedTuple):
     """Rows that stay, and what was found."""
 
-    rows: list[LabelledSequence]
+    rows: list[LabeledSequence]
     report: CleaningReport
 
 
-def clean_labelled(
-    rows: Sequence[LabelledSequence], *, kind: LabelKind, config: CleaningConfig | None = None
+def clean_labeled(
+    rows: Sequence[LabeledSequence], *, kind: LabelKind, config: CleaningConfig | None = None
 ) -> Cleaned:
     """Look for equal sequences and contradicting labels.
 
     Example:
-        >>> from genoembed.finetuning.labelled import LabelledSequence
+        >>> from genoembed.finetuning.labeled import LabeledSequence
         >>> rows = [
-        ...     LabelledSequence(id=name, sequence=bases, label=label, source="a.tsv")
+        ...     LabeledSequence(id=name, sequence=bases, label=label, source="a.tsv")
         ...     for name, bases, label in (("x", b"AAC", "1"), ("y", b"GTT", "1"), ("z", b"AAC", "0"))
         ... ]
-        >>> report = clean_labelled(rows, kind="class").report
+        >>> report = clean_labeled(rows, kind="class").report
         >>> report.duplicate_rows, report.reverse_duplicate_rows, report.conflict_groups
         (2, 1, 1)
     """
@@ -137,14 +137,14 @@ def clean_labelled(
     return Cleaned([row for index, row in enumerate(rows) if index not in dropped], report)
 
 
-def _equal_groups(rows: Sequence[LabelledSequence], *, both_strands: bool) -> list[list[int]]:
+def _equal_groups(rows: Sequence[LabeledSequence], *, both_strands: bool) -> list[list[int]]:
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         groups[strand_free(row.sequence) if both_strands else row.sequence.upper()].append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _labels_on_one_strand(rows: Sequence[LabelledSequence], group: list[int], kind: LabelKind) -> list[Label]:
+def _labels_on_one_strand(rows: Sequence[LabeledSequence], group: list[int], kind: LabelKind) -> list[Label]:
     first = rows[group[0]].sequence.upper()
     labels = []
     for index in group:
@@ -158,7 +158,7 @@ def _repeats(group: list[int], labels: list[Label]) -> list[int]:
     return [index for place, index in enumerate(group) if labels[place] in labels[:place]]
 
 
-def _describe(rows: Sequence[LabelledSequence], group: list[int], labels: list[Label]) -> EqualRows:
+def _describe(rows: Sequence[LabeledSequence], group: list[int], labels: list[Label]) -> EqualRows:
     return EqualRows(
         ids=tuple(rows[index].id for index in group),
         places=tuple(place(rows[index]) for index in group),
@@ -166,7 +166,7 @@ def _describe(rows: Sequence[LabelledSequence], group: list[int], labels: list[L
     )
 
 
-def place(row: LabelledSequence) -> str:
+def place(row: LabeledSequence) -> str:
     """Return the file and line of a row."""
     return row.source if row.line is None else f"{row.source}:{row.line}"
 
@@ -176,7 +176,7 @@ def _short(label: Label) -> str:
     return text if len(text) <= 30 else f"{text[:27]}..."
 
 
-def _refuse(policy: FindingPolicy, key: str, what: str, row: LabelledSequence, equal: EqualRows) -> None:
+def _refuse(policy: FindingPolicy, key: str, what: str, row: LabeledSequence, equal: EqualRows) -> None:
     if policy == "error":
         problem = f"{what}: {equal}; fix the rows, or set {key}='drop' or 'keep'"
         raise LabelError(problem, path=row.source, line=row.line, record_id=row.id)

@@ -105,7 +105,7 @@ def encode_token_example(
     has_base = starts >= 0
     if int(has_base.sum()) != len(sequence) and several_bases == "error":
         message = (
-            f"{name}{int(has_base.sum())} tokens for {len(sequence)} labelled bases, expected one per base; "
+            f"{name}{int(has_base.sum())} tokens for {len(sequence)} labeled bases, expected one per base; "
             "take a model with one token per base, or set several_bases='first' to learn the label of each "
             "token's first base"
         )

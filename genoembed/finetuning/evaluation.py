@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config.choices import Contrast
-    from genoembed.config.labelled import AugmentConfig
+    from genoembed.config.labeled import AugmentConfig
     from genoembed.finetuning.collate import GroupCollator
-    from genoembed.finetuning.labelled import LabelledSequence
+    from genoembed.finetuning.labeled import LabeledSequence
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.models import CausalModel, PredictionModel
     from genoembed.finetuning.pairs import RetrievalExample
@@ -62,7 +62,7 @@ class Measure(Protocol, Generic[ModelT_contra]):
 class PredictionMeasure:
     """Measures predictions, of sequences or of bases."""
 
-    rows: Sequence[LabelledSequence]
+    rows: Sequence[LabeledSequence]
     space: LabelSpace
     runner: SequenceRunner
 
@@ -108,7 +108,7 @@ class PredictionMeasure:
 class CausalMeasure:
     """Measures a causal model; sequences longer than the context are cut, each piece on its own."""
 
-    rows: Sequence[LabelledSequence]
+    rows: Sequence[LabeledSequence]
     rules: TokenRules
     max_tokens: int | None
     rows_at_once: int
@@ -143,7 +143,7 @@ class CausalMeasure:
 class LabelMeasure:
     """Measures whether the closest other sequences have the same label."""
 
-    rows: Sequence[LabelledSequence]
+    rows: Sequence[LabeledSequence]
     runner: SequenceRunner
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
@@ -160,7 +160,7 @@ class LabelMeasure:
 class ViewMeasure:
     """Measures whether the second view of a sequence finds the first."""
 
-    rows: Sequence[LabelledSequence]
+    rows: Sequence[LabeledSequence]
     runner: SequenceRunner
     other: AugmentConfig
     seed: int
@@ -294,7 +294,7 @@ def _known(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def check_measurable(rows: Sequence[LabelledSequence], contrast: Contrast) -> None:
+def check_measurable(rows: Sequence[LabeledSequence], contrast: Contrast) -> None:
     """Raise if no held-out row has another of its label to find."""
     if contrast != "labels" or not rows:
         return

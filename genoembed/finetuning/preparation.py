@@ -1,6 +1,6 @@
 """The rows of a fine-tuning run: read, cleaned, and split into train, validation and test.
 
-In: a :class:`~genoembed.config.finetune.FinetuneConfig`. Out: :class:`Sides` of labelled sequences or of
+In: a :class:`~genoembed.config.finetune.FinetuneConfig`. Out: :class:`Sides` of labeled sequences or of
 retrieval examples. Promised: the same files and config give the same sides; what was dropped is counted and
 logged; no side is silently empty.
 """
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from genoembed.config.labelled import CleaningConfig, LabelledConfig, SplitConfig, TableColumns
+from genoembed.config.labeled import CleaningConfig, LabeledConfig, SplitConfig, TableColumns
 from genoembed.errors import ConfigError, SequenceFormatError
-from genoembed.finetuning.cleaning import clean_labelled
-from genoembed.finetuning.labelled import LabelledSequence, read_labelled
+from genoembed.finetuning.cleaning import clean_labeled
+from genoembed.finetuning.labeled import LabeledSequence, read_labeled
 from genoembed.finetuning.pairs import RetrievalExample, read_pairs
 from genoembed.finetuning.splits import SIDES, Splits, check_leaks, group_clusters, split_rows
 from genoembed.sequences import Policies
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RowT = TypeVar("RowT", LabelledSequence, RetrievalExample)
+RowT = TypeVar("RowT", LabeledSequence, RetrievalExample)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,24 +77,24 @@ def find_contrast(config: FinetuneConfig) -> Contrast:
     return found
 
 
-def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabelledSequence]:
-    """Read labelled sequences."""
+def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabeledSequence]:
+    """Read labeled sequences."""
     data = config.data
     columns = {name: getattr(data, name) for name in TableColumns.own_options()}
     cleaning = CleaningConfig(**{name: getattr(data, name) for name in CleaningConfig.own_options()})
     read = []
     for files in _files(data):
         rows = (
-            read_labelled(
+            read_labeled(
                 files,
-                config=LabelledConfig(kind=kind, **columns),
+                config=LabeledConfig(kind=kind, **columns),
                 labels=None if kind == "none" else data.labels,
                 policies=_policies(data),
             )
             if files
             else []
         )
-        read.append(clean_labelled(rows, kind=kind, config=cleaning).rows)
+        read.append(clean_labeled(rows, kind=kind, config=cleaning).rows)
     # stratified is the default, which rows without labels cannot follow
     split = "random" if kind == "none" and data.split == "stratified" else data.split
     by_group = data.group_column is not None
@@ -109,7 +109,7 @@ def read_example_sides(config: FinetuneConfig) -> Sides[RetrievalExample]:
         for files in _files(data)
     ]
     queries = [
-        LabelledSequence(
+        LabeledSequence(
             id=row.id, sequence=row.query, label=None, source=row.source, line=row.line, group=row.group
         )
         for row in _joined(read)
@@ -138,7 +138,7 @@ def _joined(read: Sequence[Sequence[RowT]]) -> list[RowT]:
 
 def _split_sides(
     read: Sequence[Sequence[RowT]],
-    sequences: Sequence[LabelledSequence],
+    sequences: Sequence[LabeledSequence],
     config: FinetuneConfig,
     *,
     kind: LabelKind,
@@ -191,7 +191,7 @@ def _columns(path: str) -> set[str]:
     return set() if first is None else set(first.values)
 
 
-def _content(row: LabelledSequence | RetrievalExample) -> tuple[object, ...]:
-    if isinstance(row, LabelledSequence):
+def _content(row: LabeledSequence | RetrievalExample) -> tuple[object, ...]:
+    if isinstance(row, LabeledSequence):
         return (row.id, row.sequence, row.label)
     return (row.id, row.query, row.pos, row.neg, row.teacher_scores, row.group)

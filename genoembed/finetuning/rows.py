@@ -1,6 +1,6 @@
 """Rows as a trainer draws them: by number and epoch, as token ids, masks and labels.
 
-In: labelled sequences or retrieval examples. Out: what collators pad. Promised: labels of bases are encoded
+In: labeled sequences or retrieval examples. Out: what collators pad. Promised: labels of bases are encoded
 after their bases were cropped and reversed; nothing is cut to fit the context; the same seed, epoch and row
 give the same view.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from genoembed.config.choices import BaseLabels
-    from genoembed.config.labelled import AugmentConfig
-    from genoembed.finetuning.labelled import LabelledSequence
+    from genoembed.config.labeled import AugmentConfig
+    from genoembed.finetuning.labeled import LabeledSequence
     from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.pairs import RetrievalExample
     from genoembed.finetuning.sampling import GroupSampler
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from genoembed.training.start import TokenRules
 
 
-RowEncoder: TypeAlias = "Callable[[Augmented, LabelledSequence], EncodedExample]"
+RowEncoder: TypeAlias = "Callable[[Augmented, LabeledSequence], EncodedExample]"
 """Encodes a view of a row."""
 
 
@@ -47,7 +47,7 @@ class LabelEncoder:
     skip_first: int = 0
     several_bases: BaseLabels = "error"
 
-    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
+    def __call__(self, view: Augmented, row: LabeledSequence) -> EncodedExample:
         """Encode a view of a row."""
         if self.space is not None and self.space.kind == "token":
             assert view.token_labels is not None, "rows of this kind have labels of bases"
@@ -77,7 +77,7 @@ class DocumentEncoder:
     rules: TokenRules
     max_tokens: int | None
 
-    def __call__(self, view: Augmented, row: LabelledSequence) -> EncodedExample:
+    def __call__(self, view: Augmented, row: LabeledSequence) -> EncodedExample:
         """Encode a view of a row."""
         ids = self.rules.encode_document(view.sequence)
         if self.max_tokens is not None and len(ids) > self.max_tokens:
@@ -127,11 +127,11 @@ class EpochDataset(Dataset[Any]):
 
 
 class RowDataset(EpochDataset):
-    """Labelled rows, in another view in each epoch."""
+    """Labeled rows, in another view in each epoch."""
 
     def __init__(
         self,
-        rows: Sequence[LabelledSequence],
+        rows: Sequence[LabeledSequence],
         encode: RowEncoder,
         *,
         augment: AugmentConfig,
@@ -156,7 +156,7 @@ class ViewDataset(EpochDataset):
 
     def __init__(
         self,
-        rows: Sequence[LabelledSequence],
+        rows: Sequence[LabeledSequence],
         encode: RowEncoder,
         *,
         augment: AugmentConfig,
@@ -248,7 +248,7 @@ def group_numbers(rows: Sequence[RetrievalExample]) -> list[int]:
     return [UNKNOWN if row.group is None else numbers.setdefault(row.group, len(numbers)) for row in rows]
 
 
-def _view(row: LabelledSequence, *, per_base: bool) -> Augmented:
+def _view(row: LabeledSequence, *, per_base: bool) -> Augmented:
     if not per_base:
         return Augmented(row.sequence)
     assert isinstance(row.label, tuple), "labels of bases are a row of names"

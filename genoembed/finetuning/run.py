@@ -1,4 +1,4 @@
-"""Fine-tune a model: labelled sequences or pairs in, a folder that embeds and predicts out.
+"""Fine-tune a model: labeled sequences or pairs in, a folder that embeds and predicts out.
 
 ``read -> clean -> split -> load the model -> train -> choose the best step -> test -> save``.
 Promised: the same config, data and seed give the same model on CPUs; a run that was killed goes on from its

@@ -84,12 +84,12 @@ def _facts(
 ) -> dict[str, object]:
     objective = config.objective
     encoder = None if isinstance(model, CausalModel) else model.encoder
-    normalise, pooler = False, None
+    normalize, pooler = False, None
     if isinstance(model, ContrastModel):
-        normalise = model.head.normalise
+        normalize = model.head.normalize
         pooler = "head.pooler" if model.head.pooler is not None else None
     elif isinstance(model, RetrievalModel):
-        normalise = model.heads.dense.normalise
+        normalize = model.heads.dense.normalize
         pooler = "heads.dense.pooler" if model.heads.dense.pooler is not None else None
     return {
         "format": FACTS_FORMAT,
@@ -101,7 +101,7 @@ def _facts(
         "skip_first": config.encoder.skip_first,
         "fusion": config.encoder.fusion,
         "fusion_weights": [] if encoder is None else list(encoder.fusion_weights),
-        "normalise": normalise,
+        "normalize": normalize,
         "pooler": pooler,
         "keep_case": config.data.keep_case,
         "labels": None if space is None else {"kind": space.kind, "names": list(space.names)},

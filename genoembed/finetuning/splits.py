@@ -1,6 +1,6 @@
 """Which rows train, which stop the training, and which judge it.
 
-In: labelled sequences, and clusters of homologs. Out: :class:`Splits`, three sets of row numbers that share
+In: labeled sequences, and clusters of homologs. Out: :class:`Splits`, three sets of row numbers that share
 no row and leave none out; and a report of homologs across the split, for held-out sequences that resemble
 what was trained on flatter every metric. Promised: the same rows, config and seed give the same split; under
 ``homology`` no cluster is on two sides. C columns (one for each class, and the rows as a whole), K sides.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from genoembed.config.labelled import SplitConfig
+from genoembed.config.labeled import SplitConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.cleaning import place
 from genoembed.finetuning.labels import label_names
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.config.choices import FindingPolicy, LabelKind
-    from genoembed.finetuning.labelled import LabelledSequence
+    from genoembed.finetuning.labeled import LabeledSequence
     from genoembed.sequences.homology import Clusters
 
 
@@ -54,7 +54,7 @@ class Splits:
 
 
 def split_rows(
-    rows: Sequence[LabelledSequence],
+    rows: Sequence[LabeledSequence],
     *,
     kind: LabelKind,
     config: SplitConfig | None = None,
@@ -63,9 +63,9 @@ def split_rows(
     """Split rows into train, validation and test.
 
     Example:
-        >>> from genoembed.finetuning.labelled import LabelledSequence
+        >>> from genoembed.finetuning.labeled import LabeledSequence
         >>> rows = [
-        ...     LabelledSequence(id=str(i), sequence=b"A", label=str(i % 2), source="a.tsv")
+        ...     LabeledSequence(id=str(i), sequence=b"A", label=str(i % 2), source="a.tsv")
         ...     for i in range(20)
         ... ]
         >>> splits = split_rows(rows, kind="class", config=SplitConfig(validation_fraction=0.2))
@@ -95,7 +95,7 @@ def split_rows(
     return splits
 
 
-def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
+def group_clusters(rows: Sequence[LabeledSequence]) -> NDArray[np.int64]:
     """Number the groups that the file names, for ``Clusters(labels=...)``."""
     numbers: dict[str, int] = {}
     for row in rows:
@@ -106,7 +106,7 @@ def group_clusters(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
     return np.array([numbers[row.group or ""] for row in rows], dtype=np.int64)
 
 
-def _by_column(rows: Sequence[LabelledSequence]) -> NDArray[np.int64]:
+def _by_column(rows: Sequence[LabeledSequence]) -> NDArray[np.int64]:
     sides = np.zeros(len(rows), dtype=np.int64)
     for index, row in enumerate(rows):
         side = parse_split(row.split, path=row.source, line=row.line, record_id=row.id)
@@ -128,7 +128,7 @@ def _shuffled_sides(total: int, config: SplitConfig, rng: np.random.Generator) -
     return rng.permutation(np.repeat(np.arange(len(SIDES)), _sizes(total, config)))
 
 
-def _strata(rows: Sequence[LabelledSequence], kind: LabelKind) -> NDArray[np.int64]:
+def _strata(rows: Sequence[LabeledSequence], kind: LabelKind) -> NDArray[np.int64]:
     if kind == "class":
         _, strata = np.unique([str(row.label) for row in rows], return_inverse=True)
         return strata
@@ -161,7 +161,7 @@ def _by_stratum(
     return sides
 
 
-def _label_counts(rows: Sequence[LabelledSequence], kind: LabelKind) -> NDArray[np.float64]:
+def _label_counts(rows: Sequence[LabeledSequence], kind: LabelKind) -> NDArray[np.float64]:
     """Count, for each row, each class or stratum; the last column is the row itself. Shape ``(N, C + 1)``."""
     if kind in ("class", "regression"):
         columns = [{str(stratum)} for stratum in _strata(rows, kind)]
@@ -176,7 +176,7 @@ def _label_counts(rows: Sequence[LabelledSequence], kind: LabelKind) -> NDArray[
 
 
 def _by_cluster(
-    rows: Sequence[LabelledSequence],
+    rows: Sequence[LabeledSequence],
     kind: LabelKind,
     config: SplitConfig,
     clusters: Clusters | None,
@@ -260,8 +260,8 @@ _MEMBERS_TRIED = 500
 class Leak:
     """A held-out row and its closest homolog among the rows to train on."""
 
-    heldout: LabelledSequence
-    train: LabelledSequence
+    heldout: LabeledSequence
+    train: LabeledSequence
     identity: float
     """Estimated from k-mers; below the threshold if the two are homologs through others only."""
 
@@ -287,7 +287,7 @@ class LeakReport:
 
 
 def check_leaks(
-    rows: Sequence[LabelledSequence],
+    rows: Sequence[LabeledSequence],
     splits: Splits,
     clusters: Clusters,
     *,
@@ -334,7 +334,7 @@ def check_leaks(
 
 
 def _leak(
-    rows: Sequence[LabelledSequence],
+    rows: Sequence[LabeledSequence],
     splits: Splits,
     labels: NDArray[np.int64],
     cluster: int,

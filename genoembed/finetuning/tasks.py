@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
-from genoembed.config.labelled import AugmentConfig
+from genoembed.config.labeled import AugmentConfig
 from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented
@@ -282,9 +282,9 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
     scope = objective.scope
     if scope == "auto":
         scope = "symmetric" if contrast == "views" else "one_way"
-    # normalised vectors cannot be farther apart than 2: a Euclidean margin needs room
-    normalise = not (is_triplet and objective.distance == "euclidean")
-    head = VectorHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalise=normalise)
+    # normalized vectors cannot be farther apart than 2: a Euclidean margin needs room
+    normalize = not (is_triplet and objective.distance == "euclidean")
+    head = VectorHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalize=normalize)
     return ContrastModel(
         base.encoder,
         head,

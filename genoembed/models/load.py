@@ -329,7 +329,7 @@ def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> 
 
 
 def _entry_of(config: PreTrainedConfig) -> KnownModel | None:
-    """Recognise a converted registry checkpoint in a folder of any name."""
+    """Recognize a converted registry checkpoint in a folder of any name."""
     name = getattr(config, "checkpoint_name", None)
     return next((entry for entry in known_models() if entry.name == name), None)
 

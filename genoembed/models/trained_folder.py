@@ -50,7 +50,7 @@ class FinetunedFacts:
     fusion: str
     fusion_weights: tuple[float, ...]
     """One per layer, for ``weighted``."""
-    normalise: bool
+    normalize: bool
     """Whether vectors have length 1."""
     pooler: str | None
     """Name of the projection after the pooling among the heads' weights."""
@@ -58,18 +58,18 @@ class FinetunedFacts:
     """All that the file says."""
 
     def finish(self, pooled_ND: Tensor) -> Tensor:
-        """Project and normalise pooled vectors, as training did."""
+        """Project and normalize pooled vectors, as training did."""
         if self.pooler is not None:
             weight, bias = (
                 values.to(pooled_ND.device) for values in read_heads(self.folder, self.pooler).values()
             )
             pooled_ND = F.linear(pooled_ND.to(weight.dtype), weight, bias)
-        return F.normalize(pooled_ND, dim=-1) if self.normalise else pooled_ND
+        return F.normalize(pooled_ND, dim=-1) if self.normalize else pooled_ND
 
     @property
     def finisher(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to fused vectors; None if nothing is."""
-        return self.finish if self.normalise or self.pooler is not None else None
+        return self.finish if self.normalize or self.pooler is not None else None
 
 
 def model_folder(folder: str | PathLike[str]) -> Path:
@@ -96,7 +96,8 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
             skip_first=int(values["skip_first"]),
             fusion=str(values["fusion"]),
             fusion_weights=tuple(map(float, values["fusion_weights"])),
-            normalise=bool(values["normalise"]),
+            # folders written before the American spelling say "normalise"
+            normalize=bool(values["normalize"] if "normalize" in values else values["normalise"]),
             pooler=values["pooler"],
             values=values,
         )
@@ -164,7 +165,7 @@ def finisher(
         said = "; ".join(
             f"{key} is {_said(asked)}, it was trained with {_said(old)}" for key, asked, old in other
         )
-        ending = " (vectors are not projected or normalised either)" if facts.finisher else ""
+        ending = " (vectors are not projected or normalized either)" if facts.finisher else ""
         message = f"model {str(facts.folder)!r}: {said}{ending}; leave it out to take what was trained"
         warnings.warn(PoolingMismatchWarning(message), stacklevel=3)
         return None

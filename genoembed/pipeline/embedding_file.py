@@ -148,7 +148,7 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
         settings["layers"] = list(provenance["layers"])
     if "keep_case" in (read := _section(config, "input")):
         settings["keep_case"] = read["keep_case"]
-    return settings | {name: trained[name] for name in ("normalise", "pooler") if name in trained}
+    return settings | {name: trained[name] for name in ("normalize", "pooler") if name in trained}
 
 
 def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

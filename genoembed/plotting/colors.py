@@ -1,7 +1,7 @@
 """Columns that a map can be colored by: classes with a color each, or numbers on a scale.
 
 Up to eight classes have colors that people with any color vision can distinguish (close to Okabe and Ito's
-set). Of more than twenty classes the most frequent keep a color, the rest is grey.
+set). Of more than twenty classes the most frequent keep a color, the rest is gray.
 
 N points.
 """

@@ -4,7 +4,7 @@ In: a :class:`~genoembed.training.run_config.StartConfig`. Out: the model in flo
 token ids. Promised: no weight of a model that training goes on from is left random, and what is not causal
 is refused.
 
-Which inputs keep packed neighbours apart in a model, and the proof on the model itself.
+Which inputs keep packed neighbors apart in a model, and the proof on the model itself.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def isolating_inputs(model: PreTrainedModel, rules: TokenRules) -> tuple[str, ..
         if field in parameters and _keeps_apart(model, rules, field):
             return (field,)
     message = (
-        f"isolate: {type(model).__name__} lets packed neighbours see each other, whether it gets "
+        f"isolate: {type(model).__name__} lets packed neighbors see each other, whether it gets "
         "segment_ids, position_ids or neither; set isolate to False"
     )
     raise ModelError(message)

@@ -98,7 +98,7 @@ _READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledRows:
+class LabeledRows:
     """Rows of a file that take part."""
 
     rows: NDArray[np.int64]
@@ -112,7 +112,7 @@ class LabelledRows:
     """Rows and labels that were left out, by why."""
 
 
-def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) -> LabelledRows:
+def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) -> LabeledRows:
     """Match labels with the rows of a file; leave out rows that failed, and those without a label."""
     ids, has_failed = file.ids, _failed_rows(file)
     known = set(ids)
@@ -158,7 +158,7 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) ->
             problem = f"{len(lost)} record(s) are in no split ({_shown(lost)}); say train or test for each"
             raise LabelError(problem, path=options.split or table.path)
         is_test = np.array([table.sides[name] == "test" for name in names])
-    return LabelledRows(
+    return LabeledRows(
         rows=rows,
         ids=names,
         target=np.array([table.labels[name] for name in names]),
@@ -169,7 +169,7 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) ->
 
 def group_rows(
     file: EmbeddingFile,
-    labelled: LabelledRows,
+    labeled: LabeledRows,
     table: LabelTable,
     options: ProbeConfig,
     sequences: Sequence[bytes] | None,
@@ -178,12 +178,12 @@ def group_rows(
     if options.cv == "stratified":
         return None
     if options.cv == "grouped":
-        if lost := [name for name in labelled.ids if name not in table.groups]:
+        if lost := [name for name in labeled.ids if name not in table.groups]:
             problem = f"{len(lost)} record(s) have no group ({_shown(lost)}), expected one each; add them"
             raise LabelError(problem, path=table.path)
-        return _numbered([table.groups[name] for name in labelled.ids])
+        return _numbered([table.groups[name] for name in labeled.ids])
     if options.cv == "chromosome":
-        return _numbered(_chromosomes(file, labelled))
+        return _numbered(_chromosomes(file, labeled))
     if sequences is None:
         message = (
             f"cv is 'homology', but the sequences of {file.path} are not where it says; set sequences to "
@@ -194,26 +194,24 @@ def group_rows(
     return clusters.labels
 
 
-def _chromosomes(file: EmbeddingFile, labelled: LabelledRows) -> list[str]:
+def _chromosomes(file: EmbeddingFile, labeled: LabeledRows) -> list[str]:
     """Return the chromosome of each row: its id up to the last colon, or the file it came from."""
-    if any(":" in name for name in labelled.ids):
-        return [name.rpartition(":")[0] or name for name in labelled.ids]
-    sources = [str(source) for source in file.obs["source"][labelled.rows]]
+    if any(":" in name for name in labeled.ids):
+        return [name.rpartition(":")[0] or name for name in labeled.ids]
+    sources = [str(source) for source in file.obs["source"][labeled.rows]]
     if len(set(sources)) > 1:
         return sources
     message = (
-        f"cv is 'chromosome', but ids such as {labelled.ids[0]!r} name none before a colon and all come from "
+        f"cv is 'chromosome', but ids such as {labeled.ids[0]!r} name none before a colon and all come from "
         f"{sources[0]!r}; name records CHROMOSOME:PLACE, or set cv to 'grouped'"
     )
     raise ConfigError(message)
 
 
-def read_row_sequences(
-    file: EmbeddingFile, labelled: LabelledRows, paths: Sequence[str]
-) -> list[bytes] | str:
+def read_row_sequences(file: EmbeddingFile, labeled: LabeledRows, paths: Sequence[str]) -> list[bytes] | str:
     """Read the sequences of rows again: what was pooled of each, without flanks."""
     try:
-        records = read_file_records(file, labelled.rows.tolist(), paths=paths)
+        records = read_file_records(file, labeled.rows.tolist(), paths=paths)
     except ConfigError as error:
         return str(error)
     return [record.sequence[record.core_start : record.core_end] for record in records]

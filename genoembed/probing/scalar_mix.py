@@ -141,10 +141,10 @@ def _scores(
     models = {}
     for part in np.unique(parts):
         is_fitted = parts != part
-        centre = wanted[is_fitted].mean(axis=0)
-        target[~is_fitted] -= centre
+        center = wanted[is_fitted].mean(axis=0)
+        target[~is_fitted] -= center
         ridge = Ridge(alpha=PENALTY * int(is_fitted.sum()), fit_intercept=False)
-        weights = ridge.fit(mixed[is_fitted], wanted[is_fitted] - centre).coef_
+        weights = ridge.fit(mixed[is_fitted], wanted[is_fitted] - center).coef_
         models[part] = np.atleast_2d(weights).T / scaler.scale_[:, None]
     scores = np.zeros((len(share), *wanted.shape))
     for row, name in enumerate(features):

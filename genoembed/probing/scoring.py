@@ -60,7 +60,7 @@ class Target:
     codes: NDArray[np.generic]
     folds: NDArray[np.int64]
     is_train: NDArray[np.bool_]
-    """Rows that have a fold, of all labelled rows."""
+    """Rows that have a fold, of all labeled rows."""
     num_groups: int | None
 
 

@@ -1,7 +1,7 @@
 """Contrastive losses: pull a query to its positive, push it from the other candidates.
 
 In: vectors of queries and of their passages in groups of G, the positive first, or vectors with labels. Out:
-:class:`~genoembed.training.log.LossOutput`. Scores are dot products, so vectors are normalised by
+:class:`~genoembed.training.log.LossOutput`. Scores are dot products, so vectors are normalized by
 whoever makes them, where cosines are meant. Sums run in float32 (float64 for float64 input).
 
 B queries of this rank, Q queries of all ranks, P = Q * G passages of all ranks, D width, N vectors, C

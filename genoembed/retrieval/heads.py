@@ -34,7 +34,7 @@ class DenseHead(nn.Module):
         width: Hidden size.
         pooling: How tokens become one vector.
         add_pooler: Put a linear projection after the pooling; it starts as the identity.
-        normalise: Scale vectors to length 1.
+        normalize: Scale vectors to length 1.
 
     Example:
         >>> head = DenseHead(2)
@@ -43,10 +43,10 @@ class DenseHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, pooling: TokenPooling = "mean", add_pooler: bool = False, normalise: bool = True
+        self, width: int, *, pooling: TokenPooling = "mean", add_pooler: bool = False, normalize: bool = True
     ) -> None:
         super().__init__()
-        self.pooling, self.normalise = pooling, normalise
+        self.pooling, self.normalize = pooling, normalize
         self.pooler = new_linear(width, width) if add_pooler else None
         if self.pooler is not None:
             nn.init.eye_(self.pooler.weight)
@@ -54,7 +54,7 @@ class DenseHead(nn.Module):
     def forward(
         self, hidden_BLD: Tensor, mask_BL: Tensor, *, attention_mask_BL: Tensor | None = None
     ) -> Tensor:
-        """Pool, project, normalise.
+        """Pool, project, normalize.
 
         Args:
             hidden_BLD: Floating, shape ``(B, L, D)``.
@@ -72,7 +72,7 @@ class DenseHead(nn.Module):
         return self.project(pooled_BD)
 
     def project(self, pooled_BD: Tensor) -> Tensor:
-        """Project and normalise what is pooled already, such as the mean over a sequence's windows.
+        """Project and normalize what is pooled already, such as the mean over a sequence's windows.
 
         Args:
             pooled_BD: Floating, shape ``(B, D)``.
@@ -82,7 +82,7 @@ class DenseHead(nn.Module):
         """
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
-        return F.normalize(at_least_float32(pooled_BD), dim=-1) if self.normalise else pooled_BD
+        return F.normalize(at_least_float32(pooled_BD), dim=-1) if self.normalize else pooled_BD
 
 
 class SparseHead(nn.Module):
@@ -93,18 +93,18 @@ class SparseHead(nn.Module):
 
     Args:
         width: Hidden size.
-        normalise: Scale the weights of a row to length 1.
+        normalize: Scale the weights of a row to length 1.
 
     Example:
         >>> terms = TokenTerms(ids=torch.tensor([[7, 7, 5]]), positions=torch.tensor([[0, 1, 2]]))
-        >>> ids, weights = SparseHead(4, normalise=False)(torch.zeros(1, 3, 4), terms)
+        >>> ids, weights = SparseHead(4, normalize=False)(torch.zeros(1, 3, 4), terms)
         >>> ids.tolist(), weights.tolist()
         ([[5, 7]], [[1.0, 1.0]])
     """
 
-    def __init__(self, width: int, *, normalise: bool = True) -> None:
+    def __init__(self, width: int, *, normalize: bool = True) -> None:
         super().__init__()
-        self.normalise = normalise
+        self.normalize = normalize
         self.linear = new_linear(width, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.ones_(self.linear.bias)
@@ -136,7 +136,7 @@ class SparseHead(nn.Module):
             ..., 0
         ]
         ids_BU, weights_BU = _strongest(ids_BT, weights_BL.gather(1, positions_BT))
-        return ids_BU, F.normalize(weights_BU, dim=-1) if self.normalise else weights_BU
+        return ids_BU, F.normalize(weights_BU, dim=-1) if self.normalize else weights_BU
 
 
 class MultiVectorHead(nn.Module):
@@ -162,7 +162,7 @@ class MultiVectorHead(nn.Module):
         self.linear = new_linear(width, vector_width or width)
 
     def forward(self, hidden_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Average windows, project, normalise.
+        """Average windows, project, normalize.
 
         Args:
             hidden_BLD: Floating, shape ``(B, L, D)``.
@@ -202,12 +202,12 @@ class M3Heads(nn.Module):
         self.config, self.mode = config or M3HeadsConfig(), mode
         shape = self.config
         self.dense = DenseHead(
-            width, pooling=shape.pooling, add_pooler=shape.add_pooler, normalise=shape.normalise_dense
+            width, pooling=shape.pooling, add_pooler=shape.add_pooler, normalize=shape.normalize_dense
         )
         self.sparse: SparseHead | None = None
         self.multi_vector: MultiVectorHead | None = None
         if mode != "dense":
-            self.sparse = SparseHead(width, normalise=shape.normalise_sparse)
+            self.sparse = SparseHead(width, normalize=shape.normalize_sparse)
             self.multi_vector = MultiVectorHead(
                 width,
                 vector_width=shape.vector_width,

@@ -103,7 +103,7 @@ def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
 
 
 def dense_scores(query_BD: Tensor, passage_PD: Tensor) -> Tensor:
-    """Take dot products: cosines, for normalised vectors.
+    """Take dot products: cosines, for normalized vectors.
 
     Example:
         >>> dense_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))

@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 class VectorHead(nn.Module):
     """From pooled vectors to those that are compared: an optional projection, and length 1."""
 
-    def __init__(self, width: int, *, add_pooler: bool, normalise: bool) -> None:
+    def __init__(self, width: int, *, add_pooler: bool, normalize: bool) -> None:
         super().__init__()
-        self.normalise = normalise
+        self.normalize = normalize
         self.pooler = new_linear(width, width) if add_pooler else None
         if self.pooler is not None:
             nn.init.eye_(self.pooler.weight)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        """Project and normalise."""
+        """Project and normalize."""
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
         pooled_BD = pooled_BD if pooled_BD.dtype == torch.float64 else pooled_BD.float()
-        return F.normalize(pooled_BD, dim=-1) if self.normalise else pooled_BD
+        return F.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
 class ComparingModel(nn.Module, ABC):
@@ -113,7 +113,7 @@ class ContrastModel(ComparingModel):
         return {"encoder": self.encoder} | ({"head": self.head} if self.head.pooler is not None else {})
 
     def dense(self, fused_ND: Tensor) -> Tensor:
-        """Project and normalise; see :class:`ComparingModel`."""
+        """Project and normalize; see :class:`ComparingModel`."""
         return self.head(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ class RetrievalModel(ComparingModel):
         }
 
     def dense(self, fused_ND: Tensor) -> Tensor:
-        """Project and normalise; see :class:`ComparingModel`."""
+        """Project and normalize; see :class:`ComparingModel`."""
         return self.heads.dense.project(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

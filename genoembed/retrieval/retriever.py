@@ -127,7 +127,7 @@ def load_retriever(
     config = M3HeadsConfig(
         pooling=facts.pooling,  # type: ignore[arg-type]
         add_pooler=facts.pooler is not None,
-        normalise_dense=facts.normalise,
+        normalize_dense=facts.normalize,
         vector_width=shape["vector_width"],
         vector_window=shape["vector_window"],
     )

@@ -39,7 +39,7 @@ def iter_windows(
     Windows start every ``stride_bp`` bases; the last one is moved left so that it ends with the sequence, and
     no window is shorter than ``window_bp`` unless the sequence is. Where windows overlap, each base belongs
     to the one that shows most of its context. A bidirectional model sees both sides, so the base belongs to
-    the window whose middle is nearest: neighbours share their overlap half and half, and the odd base goes to
+    the window whose middle is nearest: neighbors share their overlap half and half, and the odd base goes to
     the right one. (That the sequence's own ends cost no context does not change this.) A causal model sees
     only what is to the left, so the base belongs to the first window that has it. Windows that answer for no
     base of the core are left out.

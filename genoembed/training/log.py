@@ -245,7 +245,7 @@ class StepStatistics:
     chance_loss: float
     """Loss of an encoder that distinguishes nothing: the mean of ln(1 + negatives); NaN for other losses."""
     spread: float
-    """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centred."""
+    """Variance of the vectors over their mean squared length: 0 if all are equal, 1 if they are centered."""
 
     def as_metrics(self) -> dict[str, float]:
         """Return all numbers by name, as loggers take them."""
@@ -310,9 +310,9 @@ def relative_spread(vectors_ND: Tensor) -> float:
         0.0
     """
     wide_ND = vectors_ND.detach().to(_widest(vectors_ND))
-    from_centre = (wide_ND - wide_ND.mean(dim=0)).square().sum(dim=1).mean()
+    from_center = (wide_ND - wide_ND.mean(dim=0)).square().sum(dim=1).mean()
     length = wide_ND.square().sum(dim=1).mean()
-    return float(from_centre / length) if bool(length > 0) else 0.0
+    return float(from_center / length) if bool(length > 0) else 0.0
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def labelled_folder(tmp_path):
+def labeled_folder(tmp_path):
     rng = np.random.default_rng(0)
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     folder.mkdir()
     lines = ["sequence\tlabel"]
     for row in range(120):
@@ -41,35 +41,35 @@ def labelled_folder(tmp_path):
 
 
 @pytest.fixture
-def labelled(labelled_folder):
-    return finetuning.read_labelled(labelled_folder / "at.tsv")
+def labeled(labeled_folder):
+    return finetuning.read_labeled(labeled_folder / "at.tsv")
 
 
-def test_parts_cut_no_group_and_test_each_row_once(labelled):
+def test_parts_cut_no_group_and_test_each_row_once(labeled):
     tested = []
     for seed in range(finetuning.NUM_FOLDS):
-        parts = finetuning.part_rows(labelled, seed=seed)
+        parts = finetuning.part_rows(labeled, seed=seed)
         assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(120))
-        groups = [set(labelled.groups[rows]) for rows in parts]
+        groups = [set(labeled.groups[rows]) for rows in parts]
         assert sum(map(len, groups)) == len(set.union(*groups))
         assert 5 < len(parts.validation) < 25
         tested += parts.test.tolist()
     assert sorted(tested) == list(range(120))
 
 
-def test_tables_hold_the_rows_of_their_side(labelled, tmp_path):
-    parts = finetuning.part_rows(labelled, seed=1)
-    files = finetuning.write_tables(labelled, parts, tmp_path)
+def test_tables_hold_the_rows_of_their_side(labeled, tmp_path):
+    parts = finetuning.part_rows(labeled, seed=1)
+    files = finetuning.write_tables(labeled, parts, tmp_path)
     header, *lines = files["test"].read_text().splitlines()
     assert header == "sequence\tlabel"
-    expected = [f"{labelled.sequences[row].decode()}\t{labelled.target[row]}" for row in parts.test]
+    expected = [f"{labeled.sequences[row].decode()}\t{labeled.target[row]}" for row in parts.test]
     assert lines == expected
 
 
-def test_label_of_one_base_leaves_the_others_out(labelled, tmp_path):
+def test_label_of_one_base_leaves_the_others_out(labeled, tmp_path):
     assert finetuning.label_of_base("IE", 4, 0.5) == ".,.,IE,."
     assert finetuning.label_of_base("1", 3, 0.99) == ".,.,1"
-    files = finetuning.write_tables(labelled, finetuning.part_rows(labelled, seed=0), tmp_path, at_base=0.75)
+    files = finetuning.write_tables(labeled, finetuning.part_rows(labeled, seed=0), tmp_path, at_base=0.75)
     rows = files["validation"].read_text().splitlines()[1:]
     assert all(row.split("\t")[1].split(",").count(".") == 19 for row in rows)
 
@@ -94,10 +94,10 @@ def test_difference_is_of_the_best_on_each_side_and_a_loss_is_bold():
 
 
 def test_benchmark_measures_once_and_writes_what_it_measured(
-    model_folder, labelled_folder, tmp_path, capsys, monkeypatch
+    model_folder, labeled_folder, tmp_path, capsys, monkeypatch
 ):
     out, table = tmp_path / "out.json", tmp_path / "out.md"
-    arguments = [str(labelled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder),
+    arguments = [str(labeled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder),
                  "--quick", "--sets", "at", "--json", str(out), "--markdown", str(table)]  # fmt: skip
     finetuning.main(arguments)
     (result,) = json.loads(out.read_text())["sets"]

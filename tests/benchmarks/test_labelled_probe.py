@@ -1,4 +1,4 @@
-"""The probe over labelled sets: features as pooling gives them, kept and found again, on the same folds."""
+"""The probe over labeled sets: features as pooling gives them, kept and found again, on the same folds."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def labelled_folder(tmp_path):
+def labeled_folder(tmp_path):
     rng = np.random.default_rng(0)
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     folder.mkdir()
     lines = ["sequence\tlabel"]
     for row in range(60):
@@ -45,20 +45,20 @@ def labelled_folder(tmp_path):
     return folder
 
 
-def test_read_labelled_tells_classes_from_values(labelled_folder):
-    classes = labelled_features.read_labelled(labelled_folder / "at.tsv", max_rows=31)
+def test_read_labeled_tells_classes_from_values(labeled_folder):
+    classes = labelled_features.read_labeled(labeled_folder / "at.tsv", max_rows=31)
     assert (classes.task, len(classes.sequences), len(classes.groups)) == ("classification", 31, 31)
-    values = labelled_features.read_labelled(labelled_folder / "length.tsv")
+    values = labelled_features.read_labeled(labeled_folder / "length.tsv")
     assert (values.task, values.groups, values.target[0]) == ("regression", None, -2.5)
 
 
-def test_read_labelled_refuses_tables_and_groups_of_another_form(labelled_folder):
-    (labelled_folder / "at.groups").write_text("1\n2\n")
+def test_read_labeled_refuses_tables_and_groups_of_another_form(labeled_folder):
+    (labeled_folder / "at.groups").write_text("1\n2\n")
     with pytest.raises(ValueError, match="2 groups, expected 60"):
-        labelled_features.read_labelled(labelled_folder / "at.tsv")
-    (labelled_folder / "bad.tsv").write_text("seq,label\nACGT,1\n")
+        labelled_features.read_labeled(labeled_folder / "at.tsv")
+    (labeled_folder / "bad.tsv").write_text("seq,label\nACGT,1\n")
     with pytest.raises(ValueError, match="not a table of sequence and label"):
-        labelled_features.read_labelled(labelled_folder / "bad.tsv")
+        labelled_features.read_labeled(labeled_folder / "bad.tsv")
 
 
 def test_window_means_and_pools_leave_padding_out():
@@ -82,13 +82,13 @@ def test_window_means_of_short_sequences_are_zero_where_no_base_falls():
     assert means[0, :, 0].tolist() == [1, 0, 1, 0, 0, 1, 0, 0]
 
 
-def test_captured_features_are_the_states_of_the_sequences_alone(model_folder, labelled_folder, tmp_path):
-    labelled = labelled_features.read_labelled(labelled_folder / "length.tsv")
+def test_captured_features_are_the_states_of_the_sequences_alone(model_folder, labeled_folder, tmp_path):
+    labeled = labelled_features.read_labeled(labeled_folder / "length.tsv")
     model, weights = labelled_features.load_which(str(model_folder), "trained", dtype="float32", seed=0)
-    features = labelled_features.capture_features(model, weights, labelled, tmp_path / "kept", max_tokens=90)
+    features = labelled_features.capture_features(model, weights, labeled, tmp_path / "kept", max_tokens=90)
     assert next(iter(features)) == "blocks.0.mlp.l3 mean"
     assert len(features) == 8 * 4 + 1
-    ids = torch.tensor([list(labelled.sequences[7])])
+    ids = torch.tensor([list(labeled.sequences[7])])
     states = {}
     handle = model.module.blocks[2].register_forward_hook(lambda _m, _i, out: states.update(out=out))
     with torch.inference_mode():
@@ -114,10 +114,10 @@ def test_untrained_copy_is_seeded_and_another_model(model_folder):
 
 
 def test_benchmark_measures_once_and_goes_on_where_it_was(
-    model_folder, labelled_folder, tmp_path, capsys, monkeypatch
+    model_folder, labeled_folder, tmp_path, capsys, monkeypatch
 ):
     out, table = tmp_path / "out.json", tmp_path / "out.md"
-    arguments = [str(labelled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder),
+    arguments = [str(labeled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder),
                  "--dtype", "float32", "--strands", "both", "--json", str(out), "--markdown", str(table),
                  "--drop-features"]  # fmt: skip
     labelled_probe.main([*arguments, "--sets", "at"])
@@ -137,9 +137,9 @@ def test_benchmark_measures_once_and_goes_on_where_it_was(
     assert "| at | 60 | grouped |" in capsys.readouterr().out
 
 
-def test_benchmark_measures_values_of_sequences_of_many_lengths(model_folder, labelled_folder, tmp_path):
+def test_benchmark_measures_values_of_sequences_of_many_lengths(model_folder, labeled_folder, tmp_path):
     out = tmp_path / "out.json"
-    places = [str(labelled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder)]
+    places = [str(labeled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder)]
     labelled_probe.main([*places, "--dtype", "float32", "--sets", "length", "--json", str(out)])
     (result,) = json.loads(out.read_text())["sets"]
     assert (result["task"], result["folds"]) == ("regression", "stratified")
@@ -164,7 +164,7 @@ def test_fusions_spread_over_the_depth_and_both_strands():
     assert not any("both strands" in name for name in labelled_probe.fusions_of(names, (*layers, *blocks)))
 
 
-def test_find_sets_names_what_is_missing(labelled_folder):
-    assert [path.stem for path in labelled_probe.find_sets(labelled_folder, None)] == ["at", "length"]
+def test_find_sets_names_what_is_missing(labeled_folder):
+    assert [path.stem for path in labelled_probe.find_sets(labeled_folder, None)] == ["at", "length"]
     with pytest.raises(ValueError, match=r"\['att'\] not there; it has at, length"):
-        labelled_probe.find_sets(labelled_folder, ["att"])
+        labelled_probe.find_sets(labeled_folder, ["att"])

@@ -82,7 +82,7 @@ def test_interpolated_probabilities_sum_to_one(both_strands):
         np.testing.assert_allclose(total, 1.0)
 
 
-def test_structure_is_learnt_and_noise_costs_two_bits():
+def test_structure_is_learned_and_noise_costs_two_bits():
     rng = np.random.default_rng(6)
     noise, fresh = (bytes(rng.choice(list(b"ACGT"), 600_000).astype(np.uint8)) for _ in range(2))
     cycle = b"ACGGT" * 120_000

@@ -20,7 +20,7 @@ from genoembed.config.finetune import (
     FinetuneRecipe,
     ObjectiveConfig,
 )
-from genoembed.config.labelled import AugmentConfig
+from genoembed.config.labeled import AugmentConfig
 
 STAGES = (ObjectiveConfig, FinetuneDataConfig, EncoderConfig, AugmentConfig, FinetuneRecipe)
 RUN_OPTIONS = {"output_dir", "config_file", "help_all", "resume", "overwrite", "threads", "quiet", "verbose"}

@@ -67,7 +67,7 @@ OPTIONS = {
         --reverse-complement --revision --rows-per-device --schedule --scope --seed
         --self-distillation-start --sequence-column --several-bases --skip-first --split --split-column
         --task --temperature --term-bases --test --test-fraction --threads --train-group-size
-        --trust-remote-code --tuning --unlabelled --validation --validation-fraction --vector-width
+        --trust-remote-code --tuning --unlabeled --validation --validation-fraction --vector-width
         --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
         --warmup-fraction --weight-decay""",
     "predict": """

@@ -34,9 +34,9 @@ def gene_pieces():
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     pieces = gene_pieces()
-    held_out, learnt = pieces[:8], pieces[8:]
+    held_out, learned = pieces[:8], pieces[8:]
     table, fasta = folder / "train.tsv", folder / "new.fa"
-    rows = [f"{name}\t{sequence}\t{label}" for name, sequence, label in learnt]
+    rows = [f"{name}\t{sequence}\t{label}" for name, sequence, label in learned]
     table.write_text("\n".join(["id\tsequence\tlabel", *rows]) + "\n")
     fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence, _ in held_out))
     report = genoembed.finetune(

@@ -59,7 +59,7 @@ def write_table(path: Path, rows: list[dict[str, object]]) -> str:
 
 
 def write_classes(path: Path, count: int = 48, *, seed: int = 0) -> str:
-    """Write sequences labelled by their composition."""
+    """Write sequences labeled by their composition."""
     return write_table(path, [{"sequence": s, "label": rich(s)} for s in sequences(count, seed=seed)])
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.config.labelled import AugmentConfig
+from genoembed.config.labeled import AugmentConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.finetuning.augment import (
     Augmented,

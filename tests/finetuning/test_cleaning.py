@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from genoembed.config.labelled import CleaningConfig
+from genoembed.config.labeled import CleaningConfig
 from genoembed.errors import ConfigError, LabelError
-from genoembed.finetuning.cleaning import clean_labelled
-from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.cleaning import clean_labeled
+from genoembed.finetuning.labeled import LabeledSequence
 
 
 def rows(*spec):
     return [
-        LabelledSequence(id=f"r{i}", sequence=bases, label=label, source="a.tsv", line=i + 2)
+        LabeledSequence(id=f"r{i}", sequence=bases, label=label, source="a.tsv", line=i + 2)
         for i, (bases, label) in enumerate(spec)
     ]
 
@@ -33,7 +33,7 @@ def kept(result):
 
 
 def test_cleaning_reports_and_leaves_everything_by_default():
-    result = clean_labelled(ROWS, kind="class")
+    result = clean_labeled(ROWS, kind="class")
     assert kept(result) == list(range(7))
     report = result.report
     assert (report.rows, report.duplicate_groups, report.duplicate_rows) == (7, 2, 4)
@@ -55,7 +55,7 @@ def test_cleaning_reports_and_leaves_everything_by_default():
     ],
 )
 def test_cleaning_drops_what_policies_name_and_counts_it(config, expected):
-    result = clean_labelled(ROWS, kind="class", config=CleaningConfig(**config))
+    result = clean_labeled(ROWS, kind="class", config=CleaningConfig(**config))
     assert kept(result) == expected
     assert result.report.dropped_duplicates + result.report.dropped_conflicts == 7 - len(expected)
 
@@ -72,18 +72,18 @@ def test_cleaning_drops_what_policies_name_and_counts_it(config, expected):
 )
 def test_cleaning_stops_where_asked(config, match):
     with pytest.raises(LabelError, match=match):
-        clean_labelled(ROWS, kind="class", config=CleaningConfig(**config))
+        clean_labeled(ROWS, kind="class", config=CleaningConfig(**config))
 
 
 def test_cleaning_turns_labels_of_bases_with_their_strand():
     agree = rows((b"AAC", ("a", "b", "c")), (b"GTT", ("c", "b", "a")))
     differ = rows((b"AAC", ("a", "b", "c")), (b"GTT", ("a", "b", "c")))
-    assert clean_labelled(agree, kind="token").report.conflict_groups == 0
-    assert clean_labelled(differ, kind="token").report.conflict_groups == 1
+    assert clean_labeled(agree, kind="token").report.conflict_groups == 0
+    assert clean_labeled(differ, kind="token").report.conflict_groups == 1
 
 
 def test_cleaning_ignores_case():
-    assert clean_labelled(rows((b"aac", "x"), (b"AAC", "x")), kind="class").report.duplicate_rows == 1
+    assert clean_labeled(rows((b"aac", "x"), (b"AAC", "x")), kind="class").report.duplicate_rows == 1
 
 
 def test_cleaning_config_names_its_keys():

@@ -1,4 +1,4 @@
-"""One labelled sequence as tokens: tokenizers with one token a base, with k-mers, with special tokens."""
+"""One labeled sequence as tokens: tokenizers with one token a base, with k-mers, with special tokens."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_encode_token_labels_of_one_token_a_base():
 
 def test_encode_token_labels_of_several_bases_need_a_policy():
     labels = np.array([1, 2, 3, 4, 5])
-    with pytest.raises(ShapeError, match=r"record 'r': 3 tokens for 5 labelled bases.*several_bases='first'"):
+    with pytest.raises(ShapeError, match=r"record 'r': 3 tokens for 5 labeled bases.*several_bases='first'"):
         encode_token_example(b"ACGTA", KmerEncoder(2), base_labels=labels, record_id="r")
     row = encode_token_example(b"ACGTA", KmerEncoder(2), base_labels=labels, several_bases="first")
     assert row.label.tolist() == [-100, 1, 3, 5, -100]

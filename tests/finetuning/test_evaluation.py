@@ -9,7 +9,7 @@ import torch
 
 from genoembed.config.pretrain import StartConfig
 from genoembed.finetuning.evaluation import CausalMeasure
-from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.labeled import LabeledSequence
 from genoembed.finetuning.models import CausalModel
 from genoembed.pretraining.start import build_start
 from genoembed.training.tuning import Tuned
@@ -26,7 +26,7 @@ def start(tmp_path_factory):
 
 def measured(start, *, rows_at_once, max_tokens=None):
     rows = [
-        LabelledSequence(id=f"s{i}", sequence=s.encode(), label=None, source="-", line=i)
+        LabeledSequence(id=f"s{i}", sequence=s.encode(), label=None, source="-", line=i)
         for i, s in enumerate(SEQUENCES)
     ]
     measure = CausalMeasure(rows=rows, rules=start.rules, max_tokens=max_tokens, rows_at_once=rows_at_once)

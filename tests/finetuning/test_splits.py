@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.config.labelled import SplitConfig
+from genoembed.config.labeled import SplitConfig
 from genoembed.errors import ConfigError, LabelError
 from genoembed.finetuning.augment import Augmented, point_mutations
-from genoembed.finetuning.labelled import LabelledSequence
+from genoembed.finetuning.labeled import LabeledSequence
 from genoembed.finetuning.splits import check_leaks, group_clusters, split_rows
 from genoembed.sequences import reverse_complement
 from genoembed.sequences.homology import Clusters, cluster_homologs
@@ -23,7 +23,7 @@ METHODS = ("random", "stratified", "homology")
 
 def rows_of(labels, **fields):
     return [
-        LabelledSequence(id=f"r{i}", sequence=b"A", label=label, source="a.tsv", line=i + 2, **fields)
+        LabeledSequence(id=f"r{i}", sequence=b"A", label=label, source="a.tsv", line=i + 2, **fields)
         for i, label in enumerate(labels)
     ]
 
@@ -107,7 +107,7 @@ def test_split_homology_keeps_homologs_together_and_shares_near():
             copy = point_mutations(Augmented(ancestor), rng, rate=0.05).sequence
             bases = reverse_complement(copy) if rng.random() < 0.5 else copy
             label = "ab"[family % 4 == 0]
-            rows.append(LabelledSequence(id=str(len(rows)), sequence=bases, label=label, source="a"))
+            rows.append(LabeledSequence(id=str(len(rows)), sequence=bases, label=label, source="a"))
     clusters = cluster_homologs([row.sequence for row in rows])
     assert len(clusters.sizes) == 120
     config = SplitConfig(split="homology", validation_fraction=0.1, test_fraction=0.2)
@@ -132,7 +132,7 @@ def test_split_homology_puts_a_giant_family_into_training_and_warns(caplog):
 
 def test_split_by_column_takes_the_usual_names():
     rows = [
-        LabelledSequence(id=str(i), sequence=b"A", label="x", source="a.tsv", line=i + 2, split=name)
+        LabeledSequence(id=str(i), sequence=b"A", label="x", source="a.tsv", line=i + 2, split=name)
         for i, name in enumerate(["train", "DEV", "test", "val", "training"])
     ]
     splits = split_rows(rows, kind="class", config=SplitConfig(split="column"))
@@ -147,7 +147,7 @@ def test_split_by_column_takes_the_usual_names():
 
 def test_split_by_groups_of_the_file():
     rows = [
-        LabelledSequence(id=str(i), sequence=b"A", label="x", source="a", group=f"g{i // 2}")
+        LabeledSequence(id=str(i), sequence=b"A", label="x", source="a", group=f"g{i // 2}")
         for i in range(60)
     ]
     clusters = Clusters(labels=group_clusters(rows))
@@ -175,12 +175,12 @@ def leaky():
     other = rng.choice(np.frombuffer(b"ACGT", np.uint8), 400).tobytes()
     bases = [gene, other, point_mutations(Augmented(gene), rng, rate=0.05).sequence, other[:200] + gene[:0]]
     rows = [
-        LabelledSequence(id=f"r{i}", sequence=one, label="x", source="a.tsv", line=i + 2)
+        LabeledSequence(id=f"r{i}", sequence=one, label="x", source="a.tsv", line=i + 2)
         for i, one in enumerate(bases)
     ]
     splits = split_rows(
         [
-            LabelledSequence(id=row.id, sequence=row.sequence, label="x", source="a", split=side)
+            LabeledSequence(id=row.id, sequence=row.sequence, label="x", source="a", split=side)
             for row, side in zip(rows, ("train", "train", "test", "train"), strict=True)
         ],
         kind="class",

@@ -89,7 +89,7 @@ def test_registry_name_is_fetched_and_converted_once(hub, entry, tmp_path):
     assert asked == []
 
 
-def test_converted_folder_is_recognised_under_another_name(hub, entry, tmp_path):
+def test_converted_folder_is_recognized_under_another_name(hub, entry, tmp_path):
     write_pieces(hub[0])
     shutil.copytree(converted_folder(entry), tmp_path / "elsewhere")
     with pytest.warns(PrecisionWarning, match="evo2_tiny"):

@@ -1,4 +1,4 @@
-"""Packed neighbours see nothing of each other: same values as alone, and gradients of exactly zero."""
+"""Packed neighbors see nothing of each other: same values as alone, and gradients of exactly zero."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_blocks_may_live_on_disk(folder, tmp_path, caplog) -> None:
         "blocks.4.mlp.l3.weight",
     ],
 )
-def test_loading_initialises_what_is_missing_and_nothing_else(folder, missing) -> None:
+def test_loading_initializes_what_is_missing_and_nothing_else(folder, missing) -> None:
     path = folder / "model.safetensors"
     stored = load_file(path)
     absent = stored.pop(missing)
@@ -191,7 +191,7 @@ def test_loading_initialises_what_is_missing_and_nothing_else(folder, missing) -
         assert 0 < fresh.std() < 1
 
 
-def test_initialisation_is_small_where_it_writes_to_the_stream() -> None:
+def test_initialization_is_small_where_it_writes_to_the_stream() -> None:
     torch.manual_seed(0)
     model = StripedHyena2ForCausalLM(tiny_config(hidden_size=128, intermediate_size=256))
     for block in model.blocks:

@@ -312,7 +312,7 @@ def test_state_refuses_values_that_are_not_a_state():
     values = state.to_dict()
     assert CorpusState.from_dict(values) == state
     for damaged in (
-        {**values, "config": {**state.config.to_dict(), "colour": 1}},
+        {**values, "config": {**state.config.to_dict(), "color": 1}},
         {**values, "place": 1},
         {key: value for key, value in values.items() if key != "config"},
         {key: value for key, value in values.items() if key != "epoch"},

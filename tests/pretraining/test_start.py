@@ -153,7 +153,7 @@ def test_striped_hyena_isolates_by_segments():
 
 def test_a_model_that_cannot_isolate_is_refused(tmp_path):
     begun = start(model=save_causal("mamba", tmp_path / "m"))
-    with pytest.raises(ModelError, match="MambaForCausalLM lets packed neighbours see each other"):
+    with pytest.raises(ModelError, match="MambaForCausalLM lets packed neighbors see each other"):
         isolating_inputs(begun.model, begun.rules)
 
 

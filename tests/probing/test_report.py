@@ -35,7 +35,7 @@ def chosen(*means):
     return choose_layer(sweep(*means), inside(0.7), pooling="mean", task="classification")
 
 
-def test_neighbours_of_the_best_are_a_range():
+def test_neighbors_of_the_best_are_a_range():
     found = chosen(0.2, 0.68, 0.71, 0.69, 0.5)
     assert found.layer == "blocks.2.mlp.l3"
     assert found.sentence == (

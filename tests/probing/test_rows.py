@@ -60,7 +60,7 @@ def run(tmp_path, **options):
     return genoembed.probe(tmp_path / "a.h5", **(given | options))
 
 
-def test_failed_and_unlabelled_rows_are_left_out_and_counted(tmp_path):
+def test_failed_and_unlabeled_rows_are_left_out_and_counted(tmp_path):
     store(tmp_path / "a.h5", failed=(3, 5), flagged=(3, 5, 9))
     write_labels(tmp_path / "l.tsv", names=[f"r{number}" for number in range(36)])
     report = run(tmp_path)

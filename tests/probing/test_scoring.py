@@ -59,6 +59,6 @@ def test_class_with_fewer_rows_gives_what_it_has():
 
 
 @pytest.mark.parametrize("is_test", [np.zeros(120, np.bool_), CODES != 1])
-def test_split_that_cannot_be_learnt_from_is_refused(is_test):
+def test_split_that_cannot_be_learned_from_is_refused(is_test):
     with pytest.raises(ConfigError, match=r"split: .* expected test rows and two classes"):
         score_shots(FEATURES, CODES, is_test)

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(WIDTH, WIDTH)
-        self.heads = M3Heads(WIDTH, M3HeadsConfig(vector_window=1, normalise_sparse=False))
+        self.heads = M3Heads(WIDTH, M3HeadsConfig(vector_window=1, normalize_sparse=False))
         generator = torch.Generator().manual_seed(1)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -30,7 +30,7 @@ def test_pooling_is_that_of_e5_and_leaves_the_mask_alone(method, expected):
     mask = torch.tensor([[True, True, True, False]])
     before = mask.clone()
     assert pool(states, mask, method=method).tolist() == [expected]
-    head = DenseHead(3, pooling=method, normalise=False)
+    head = DenseHead(3, pooling=method, normalize=False)
     assert head(states, mask).tolist() == [expected]
     assert torch.equal(mask, before)
     # padded on the left, the first token is still the first real one
@@ -124,7 +124,7 @@ def test_max_sim_equals_the_loop_and_never_looks_at_padding():
 
 
 def test_sparse_head_takes_the_strongest_place_of_a_term():
-    head = SparseHead(1, normalise=False).double()
+    head = SparseHead(1, normalize=False).double()
     torch.nn.init.ones_(head.linear.weight)
     torch.nn.init.zeros_(head.linear.bias)
     states = torch.tensor([[[2.0], [5.0], [-3.0], [1.0]]], dtype=torch.float64)

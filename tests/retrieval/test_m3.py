@@ -37,7 +37,7 @@ def arrays():
 @pytest.fixture
 def vectors(arrays):
     """Representations of queries and passages, through the heads of the package."""
-    config = M3HeadsConfig(pooling="cls", normalise_sparse=False, vector_window=1, skip_first=1)
+    config = M3HeadsConfig(pooling="cls", normalize_sparse=False, vector_window=1, skip_first=1)
     heads = M3Heads(WIDTH, config).double()
     state = {
         "sparse.linear.weight": arrays["sparse_linear__weight"],

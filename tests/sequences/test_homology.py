@@ -58,7 +58,7 @@ def test_sketch_that_is_large_enough_has_every_kmer_once(sequences, k):
         assert (np.diff(sketch.astype(object)) > 0).all()
 
 
-def test_sketches_do_not_depend_on_neighbours_or_chunks(monkeypatch):
+def test_sketches_do_not_depend_on_neighbors_or_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [random_dna(rng, length) for length in (3, 50, 700, 0, 16, 400)]
     together = build_sketches(sequences)

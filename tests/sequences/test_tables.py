@@ -6,10 +6,10 @@ import gzip
 
 import pytest
 
-from genoembed.config.labelled import LabelledConfig, SplitConfig
+from genoembed.config.labeled import LabeledConfig, SplitConfig
 from genoembed.config.probe import ProbeConfig
 from genoembed.errors import LabelError, SequenceFormatError
-from genoembed.finetuning.labelled import read_labelled
+from genoembed.finetuning.labeled import read_labeled
 from genoembed.finetuning.splits import split_rows
 from genoembed.probing.rows import read_labels
 from genoembed.sequences.tables import SPLIT_WORDS, iter_rows, parse_split
@@ -28,9 +28,9 @@ FORMS = {
 SIDES = ["train", "validation", "test"]
 
 
-def labelled_rows(path):
-    config = LabelledConfig(id_column="id", split_column="split")
-    rows = read_labelled(path, config=config)
+def labeled_rows(path):
+    config = LabeledConfig(id_column="id", split_column="split")
+    rows = read_labeled(path, config=config)
     splits = split_rows(rows, kind="class", config=SplitConfig(split="column"))
     return [
         (row.id, row.label, next(s for s in SIDES if at in getattr(splits, s))) for at, row in enumerate(rows)
@@ -39,8 +39,8 @@ def labelled_rows(path):
 
 def joined_labels(path):
     (path.parent / "r.fa").write_text("".join(f">{row[0]}\n{row[1]}\n" for row in ROWS))
-    config = LabelledConfig(split_column="split")
-    rows = read_labelled(path.parent / "r.fa", labels=path, config=config)
+    config = LabeledConfig(split_column="split")
+    rows = read_labeled(path.parent / "r.fa", labels=path, config=config)
     return [(row.id, row.label, parse_split(row.split, path=row.source)) for row in rows]
 
 
@@ -55,7 +55,7 @@ def probe_split(path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("consumer", [labelled_rows, joined_labels, probe_labels, probe_split])
+@pytest.mark.parametrize("consumer", [labeled_rows, joined_labels, probe_labels, probe_split])
 def test_every_consumer_reads_every_form_and_every_split_word(tmp_path, consumer, form):
     path = tmp_path / "table.dat"
     path.write_bytes(FORMS[form])

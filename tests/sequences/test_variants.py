@@ -1,4 +1,4 @@
-"""VCF rows against a reference: coordinates, normalisation, refusals, counts, formats."""
+"""VCF rows against a reference: coordinates, normalization, refusals, counts, formats."""
 
 import gzip
 
@@ -157,7 +157,7 @@ def test_wrong_ref_is_refused_by_line_with_what_the_reference_has(tmp_path, refe
     )
 
 
-def test_position_counted_from_0_is_recognised(tmp_path, reference):
+def test_position_counted_from_0_is_recognized(tmp_path, reference):
     with pytest.raises(VariantError, match="it fits one base further on: count POS from 1"):
         read(tmp_path, reference, [("chr1", 12, ".", "GGTTT", "G")])
 

@@ -387,8 +387,8 @@ def test_unknown_names_suggest_near_ones(tmp_path):
             embeddings.index_of("chr_2")
         with pytest.raises(LayerError, match="'final'"):
             embeddings.to_torch("final")
-        with pytest.raises(KeyError, match="colour"):
-            embeddings.obs["colour"]
+        with pytest.raises(KeyError, match="color"):
+            embeddings.obs["color"]
 
 
 def test_pooled_file_has_no_tokens(tmp_path):

@@ -54,7 +54,7 @@ def test_first_loss_is_that_of_guessing_whatever_the_scale_of_the_states(model, 
     assert losses_of(report)[0] == pytest.approx(math.log(2), abs=0.15)
 
 
-def test_saved_head_knows_mean_and_deviation_of_the_vectors_it_learnt_from(model, tmp_path):
+def test_saved_head_knows_mean_and_deviation_of_the_vectors_it_learned_from(model, tmp_path):
     rows = [{"sequence": s, "label": rich(s), "side": "train"} for s in sequences(40)]
     rows += [{"sequence": s, "label": rich(s), "side": "test"} for s in sequences(8, seed=5)]
     report = finetune(

@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         # ||x|| / sqrt(D) + eps, not sqrt(mean(x^2) + eps) as in Llama: other values where x is small. In half
         # precision norm, root mean square, quotient and product are rounded one by one, as in the original.
         norm_BL1 = torch.linalg.vector_norm(x_BLD, dim=-1, keepdim=True)

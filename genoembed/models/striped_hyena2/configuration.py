@@ -64,7 +64,7 @@ class StripedHyena2Config(PreTrainedConfig):
         short_filter_length: Taps of the filter on the projections.
         hcs_filter_length: Taps of the short inner filter (below 128).
         hcm_filter_length: Taps of the medium inner filter (128 or more).
-        hcs_filter_groups: Filters of a short block; each serves neighbouring channels.
+        hcs_filter_groups: Filters of a short block; each serves neighboring channels.
         hcm_filter_groups: Filters of a medium block.
         state_size: Real poles of a long filter, per channel.
         rms_norm_eps: Added to the root mean square, outside the root.
@@ -78,7 +78,7 @@ class StripedHyena2Config(PreTrainedConfig):
         mha_out_proj_bias: Whether an attention block's output projection has a bias.
         hyena_out_proj_bias: Whether a Hyena block's output projection has a bias.
         short_filter_bias: Must be False: no released model has one.
-        initializer_range: Standard deviation of the embedding at initialisation.
+        initializer_range: Standard deviation of the embedding at initialization.
         **kwargs: Anything a transformers configuration takes.
 
     Raises:

@@ -53,7 +53,7 @@ class Unembedding(nn.Module):
 
 
 class StripedHyena2PreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the family, and initialisation."""
+    """What transformers needs to know about the family, and initialization."""
 
     config_class = StripedHyena2Config
     base_model_prefix = ""
@@ -398,7 +398,7 @@ def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
 
 
 def _initialize_filter(module: HyenaFilter) -> None:
-    """Initialise as Evo 2's training did: decaying modes, small residues; short filters near the identity."""
+    """Initialize as Evo 2's training did: decaying modes, small residues; short filters near the identity."""
     init.copy_(module.short_filter_weight, _near_identity(module.short_filter_weight))
     if module.kind == "hcs":
         init.copy_(module.h, _near_identity(module.h))

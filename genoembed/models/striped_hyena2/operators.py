@@ -6,7 +6,7 @@ which channels move before positions and back. Which product serves which filter
 decided here and nowhere else. Half-precision input whose products are float32 is rounded where the original
 rounds it.
 
-B sequences, L positions, D channels, G filter groups (each serves ``D / G`` neighbouring channels),
+B sequences, L positions, D channels, G filter groups (each serves ``D / G`` neighboring channels),
 K taps, S states, C chunk length, M chunks.
 
 A sequence can come in blocks: what an operator needs of the past goes in as ``history`` or ``state``.
@@ -54,7 +54,7 @@ def causal_fir(
     """
     if not x.numel():
         return x
-    # groups serve neighbouring channels: channel d has filter d * G // D
+    # groups serve neighboring channels: channel d has filter d * G // D
     dtype, reach = product_dtype(x), taps.shape[1] - 1
     taps_DK = taps.to(dtype).repeat_interleave(x.shape[2] // taps.shape[0], dim=0)
     if starts_BM is not None:

@@ -27,7 +27,7 @@ class BlockContext:
     """False where a position is padding on the left. Bool, ``(B, T)``, the positions before this block of the
     sequence first; None where there is none."""
     segments: SegmentLayout | None = None
-    """Where packed neighbours begin, if they are to be kept apart; the rows are one long row then."""
+    """Where packed neighbors begin, if they are to be kept apart; the rows are one long row then."""
     cache: StripedHyena2Cache | None = None
     """What earlier blocks of the sequence left; brought up to date by every block."""
 

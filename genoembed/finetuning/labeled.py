@@ -1,6 +1,6 @@
-"""Labelled sequences: tables of sequences and labels, or sequence files with a table of their labels.
+"""Labeled sequences: tables of sequences and labels, or sequence files with a table of their labels.
 
-In: files of any format and compression. Out: :class:`LabelledSequence`, one at a time in file order, letters
+In: files of any format and compression. Out: :class:`LabeledSequence`, one at a time in file order, letters
 cleaned by the policies of ``extract``. Promised: each label fits its sequence; what policies leave out is
 counted.
 """
@@ -14,7 +14,7 @@ from itertools import count
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, NamedTuple
 
-from genoembed.config.labelled import LabelledConfig
+from genoembed.config.labeled import LabeledConfig
 from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormatError
 from genoembed.finetuning.labels import Label, parse_label
 from genoembed.sequences import InputCounts, Policies
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
-class LabelledCounts(Counts):
+class LabeledCounts(Counts):
     """How much was read, and how often each policy acted. The reader adds to it."""
 
     read: InputCounts = field(default_factory=InputCounts)
     """Records, bases, and what the policies for letters did."""
-    skipped_unlabelled: int = 0
+    skipped_unlabeled: int = 0
     """Records left out because the table of labels does not have them."""
     unused_labels: int = 0
     """Labels of the table that belong to no record."""
@@ -50,7 +50,7 @@ _RECORD_STARTS = (b">", b";", b"@", b"LOCUS ", b"ID   ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledSequence:
+class LabeledSequence:
     """One sequence to learn from, cleaned, with its label and where both came from."""
 
     id: str
@@ -77,15 +77,15 @@ class _Cells(NamedTuple):
     group: str | None
 
 
-def iter_labelled(
+def iter_labeled(
     paths: PathInput | Sequence[PathInput],
     *,
-    config: LabelledConfig | None = None,
+    config: LabeledConfig | None = None,
     labels: PathInput | None = None,
     policies: Policies | None = None,
-    counts: LabelledCounts | None = None,
-) -> Iterator[LabelledSequence]:
-    """Read labelled sequences, one at a time.
+    counts: LabeledCounts | None = None,
+) -> Iterator[LabeledSequence]:
+    """Read labeled sequences, one at a time.
 
     Compression and format are found by content. Options and file names are checked at once; rows are read as
     the iterator is used. A table of labels is held in memory.
@@ -96,35 +96,35 @@ def iter_labelled(
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder, "two.csv")
         ...     _ = path.write_text("sequence,label\\nacgu,promoter\\nGG,other\\n")
-        ...     [(row.id, row.sequence, row.label, row.line) for row in iter_labelled(path)]
+        ...     [(row.id, row.sequence, row.label, row.line) for row in iter_labeled(path)]
         [('row_1', b'ACGT', 'promoter', 2), ('row_2', b'GG', 'other', 3)]
     """
     names = [fspath(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
-    chosen = LabelledConfig() if config is None else config
+    chosen = LabeledConfig() if config is None else config
     table = None if labels is None else fspath(labels)
     _check_files(names, table, chosen)
-    reader = _Reader(chosen, Policies() if policies is None else policies, counts or LabelledCounts())
+    reader = _Reader(chosen, Policies() if policies is None else policies, counts or LabeledCounts())
     return reader.tables(names) if table is None else reader.joined(names, table)
 
 
-def read_labelled(
+def read_labeled(
     paths: PathInput | Sequence[PathInput],
     *,
-    config: LabelledConfig | None = None,
+    config: LabeledConfig | None = None,
     labels: PathInput | None = None,
     policies: Policies | None = None,
-    counts: LabelledCounts | None = None,
-) -> list[LabelledSequence]:
-    """Read all labelled sequences into memory, for training. As :func:`iter_labelled`."""
-    tally = LabelledCounts() if counts is None else counts
-    rows = list(iter_labelled(paths, config=config, labels=labels, policies=policies, counts=tally))
+    counts: LabeledCounts | None = None,
+) -> list[LabeledSequence]:
+    """Read all labeled sequences into memory, for training. As :func:`iter_labeled`."""
+    tally = LabeledCounts() if counts is None else counts
+    rows = list(iter_labeled(paths, config=config, labels=labels, policies=policies, counts=tally))
     if not rows:
         message = f"input: no sequence is left ({tally}); give more, or change the policies"
         raise ConfigError(message)
     return rows
 
 
-def _check_files(names: list[str], table: str | None, config: LabelledConfig) -> None:
+def _check_files(names: list[str], table: str | None, config: LabeledConfig) -> None:
     problems = []
     if not names:
         problems.append("no input file; name at least one, or '-' for standard input")
@@ -141,13 +141,13 @@ def _check_files(names: list[str], table: str | None, config: LabelledConfig) ->
 class _Reader:
     """One reading: ids and counts run over all files."""
 
-    def __init__(self, config: LabelledConfig, policies: Policies, counts: LabelledCounts) -> None:
+    def __init__(self, config: LabeledConfig, policies: Policies, counts: LabeledCounts) -> None:
         self._config = config
         self._policies = policies
         self._counts = counts
         self._ids = IdRegistry(policies.duplicates)
 
-    def tables(self, names: list[str]) -> Iterator[LabelledSequence]:
+    def tables(self, names: list[str]) -> Iterator[LabeledSequence]:
         number = count(1)
         for name in names:
             self._counts.read.files += 1
@@ -158,7 +158,7 @@ class _Reader:
             yield from (finished for finished in found if finished is not None)
         logger.info("input: %s", self._counts)
 
-    def joined(self, names: list[str], table: str) -> Iterator[LabelledSequence]:
+    def joined(self, names: list[str], table: str) -> Iterator[LabeledSequence]:
         cells = self._read_table(table)
         unused = set(cells)
         for name in names:
@@ -170,10 +170,10 @@ class _Reader:
                     finished = self._finish(raw, of_record)
                     if finished is not None:
                         yield finished
-                elif self._config.unlabelled == "error":
-                    raise _unlabelled(raw, table, cells)
+                elif self._config.unlabeled == "error":
+                    raise _unlabeled(raw, table, cells)
                 else:
-                    self._counts.skipped_unlabelled += 1
+                    self._counts.skipped_unlabeled += 1
                     logger.info("%s:%s: record %r skipped: no label in %s", name, raw.line, raw.id, table)
         self._counts.unused_labels += len(unused)
         if unused:
@@ -186,7 +186,7 @@ class _Reader:
             )
         logger.info("input: %s", self._counts)
 
-    def _row(self, row: TableRow, number: int) -> LabelledSequence | None:
+    def _row(self, row: TableRow, number: int) -> LabeledSequence | None:
         record_id = self._id(row) if self._config.id_column else f"row_{number}"
         value = row.cell(self._config.sequence_column, option="sequence_column")
         if value is not None and not isinstance(value, str):
@@ -239,7 +239,7 @@ class _Reader:
             cells[record_id] = self._cells(row, record_id)
         return cells
 
-    def _finish(self, raw: RawRecord, cells: _Cells) -> LabelledSequence | None:
+    def _finish(self, raw: RawRecord, cells: _Cells) -> LabeledSequence | None:
         pieces = list(raw.body)
         label = cells.label
         record = clean_record(
@@ -253,7 +253,7 @@ class _Reader:
         if self._config.kind == "token":
             assert isinstance(label, tuple), "token labels are a row of names"
             label = _fit_token_label(label, pieces, raw)
-        return LabelledSequence(
+        return LabeledSequence(
             id=record.id,
             sequence=record.sequence,
             label=label,
@@ -283,10 +283,10 @@ def _fit_token_label(label: Label, pieces: list[tuple[bytes, int | None]], raw: 
     return tuple(name for name in names if name is None or isinstance(name, str))
 
 
-def _unlabelled(raw: RawRecord, table: str, cells: dict[str, _Cells]) -> InputError:
+def _unlabeled(raw: RawRecord, table: str, cells: dict[str, _Cells]) -> InputError:
     near = get_close_matches(raw.id, list(cells)[:10_000], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "add it"
-    problem = f"no label in {table}; {hint}, or set unlabelled='skip'"
+    problem = f"no label in {table}; {hint}, or set unlabeled='skip'"
     return LabelError(problem, path=raw.path, line=raw.line, record_id=raw.id)
 
 

@@ -1,4 +1,4 @@
-"""Labelled sequences: every format, every kind of label, every policy, and errors with file and line."""
+"""Labeled sequences: every format, every kind of label, every policy, and errors with file and line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.config.labelled import LabelledConfig
+from genoembed.config.labeled import LabeledConfig
 from genoembed.errors import (
     AlphabetError,
     ConfigError,
@@ -27,7 +27,7 @@ from genoembed.errors import (
     MissingExtraError,
     SequenceFormatError,
 )
-from genoembed.finetuning.labelled import LabelledCounts, iter_labelled, read_labelled
+from genoembed.finetuning.labeled import LabeledCounts, iter_labeled, read_labeled
 from genoembed.sequences import Policies, read_sequences
 from genoembed.sequences.tables import iter_rows
 
@@ -81,37 +81,37 @@ PACKERS = {
 
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("kind", FORMATS)
-def test_labelled_reads_every_format_whatever_the_name(tmp_path, kind, packer):
+def test_labeled_reads_every_format_whatever_the_name(tmp_path, kind, packer):
     path = write(tmp_path, "misleading.csv.gz", PACKERS[packer](FORMATS[kind](ROWS)))
-    assert pairs(iter_labelled(path)) == EXPECTED
+    assert pairs(iter_labeled(path)) == EXPECTED
 
 
 @pytest.mark.parametrize("packer", ["plain", "gzip"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_labelled_reads_standard_input(monkeypatch, kind, packer):
+def test_labeled_reads_standard_input(monkeypatch, kind, packer):
     raw = PACKERS[packer](FORMATS[kind](ROWS))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-    assert pairs(iter_labelled("-")) == EXPECTED
+    assert pairs(iter_labeled("-")) == EXPECTED
 
 
-def test_labelled_streams(tmp_path):
+def test_labeled_streams(tmp_path):
     path = write(tmp_path, "a.tsv", tsv([("ACGT", "x"), ("JJJ", "x")]))
-    rows = iter_labelled(path)
+    rows = iter_labeled(path)
     assert next(rows).sequence == b"ACGT"
     with pytest.raises(AlphabetError, match=r"a\.tsv:3: record 'row_2': 'J' at position 1 "):
         next(rows)
 
 
-def test_labelled_takes_crlf_byte_order_mark_and_blank_lines(tmp_path):
+def test_labeled_takes_crlf_byte_order_mark_and_blank_lines(tmp_path):
     text = b"\xef\xbb\xbfsequence\tlabel\r\n\r\nACGT\tx\r\n\r\nGG\ty"
-    rows = read_labelled(write(tmp_path, "a.tsv", text))
+    rows = read_labeled(write(tmp_path, "a.tsv", text))
     assert [(row.sequence, row.label, row.line) for row in rows] == [(b"ACGT", "x", 3), (b"GG", "y", 5)]
 
 
-def test_labelled_takes_quoted_fields_over_lines_and_long_ones(tmp_path):
+def test_labeled_takes_quoted_fields_over_lines_and_long_ones(tmp_path):
     long = "ACGT" * 50_000  # above the csv module's limit
     text = f'"label","sequence","note"\n"a ""b"", c","{long}","two\nlines"\nx,GG,plain\n'
-    rows = read_labelled(write(tmp_path, "a.csv", text))
+    rows = read_labeled(write(tmp_path, "a.csv", text))
     assert [(row.label, len(row.sequence), row.line) for row in rows] == [
         ('a "b", c', 200_000, 2),
         ("x", 2, 4),
@@ -138,16 +138,16 @@ def test_tables_read_what_the_csv_module_writes(tmp_path_factory, rows, delimite
     assert [tuple(row.values.values()) for row in iter_rows(str(path))] == rows
 
 
-def test_labelled_columns_have_any_names(tmp_path):
+def test_labeled_columns_have_any_names(tmp_path):
     path = write(tmp_path, "a.tsv", "seq\ty\tname\tpart\tfamily\nACGT\tx\tone\ttest\tf1\n")
-    config = LabelledConfig(
+    config = LabeledConfig(
         sequence_column="seq",
         label_columns=("y",),
         id_column="name",
         split_column="part",
         group_column="family",
     )
-    (row,) = read_labelled(path, config=config)
+    (row,) = read_labeled(path, config=config)
     assert (row.id, row.split, row.group, row.label) == ("one", "test", "f1", "x")
 
 
@@ -169,19 +169,19 @@ def test_labelled_columns_have_any_names(tmp_path):
         ({"kind": "class"}, '{"sequence": "ACGT", "label": true}', "1"),
     ],
 )
-def test_labelled_reads_every_kind_of_label(tmp_path, config, text, label):
-    (row,) = read_labelled(write(tmp_path, "a", text), config=LabelledConfig(**config))
+def test_labeled_reads_every_kind_of_label(tmp_path, config, text, label):
+    (row,) = read_labeled(write(tmp_path, "a", text), config=LabeledConfig(**config))
     assert row.label == label
 
 
-def test_labelled_stripped_gaps_take_their_token_labels_along(tmp_path):
+def test_labeled_stripped_gaps_take_their_token_labels_along(tmp_path):
     path = write(tmp_path, "a.tsv", "sequence\tlabel\nA--CG.T\t0xx12x3\n")
-    (row,) = read_labelled(path, config=LabelledConfig(kind="token"), policies=Policies(gaps="strip"))
+    (row,) = read_labeled(path, config=LabeledConfig(kind="token"), policies=Policies(gaps="strip"))
     assert (row.sequence, row.label) == (b"ACGT", ("0", "1", "2", "3"))
     fasta = write(tmp_path, "a.fa", ">r\nA--C\nG.T\n")
     table = write(tmp_path, "l.tsv", "id\tlabel\nr\t0xx12x3\n")
-    (joined,) = read_labelled(
-        fasta, labels=table, config=LabelledConfig(kind="token"), policies=Policies(gaps="strip")
+    (joined,) = read_labeled(
+        fasta, labels=table, config=LabeledConfig(kind="token"), policies=Policies(gaps="strip")
     )
     assert (joined.sequence, joined.label) == (row.sequence, row.label)
 
@@ -196,33 +196,33 @@ POLICY_CASES = [
 
 
 @pytest.mark.parametrize(("bases", "policy"), POLICY_CASES)
-def test_labelled_policies_are_those_of_extract(tmp_path, bases, policy):
+def test_labeled_policies_are_those_of_extract(tmp_path, bases, policy):
     fasta = write(tmp_path, "a.fa", b">row_1\n" + bases + b"\n")
     table = write(tmp_path, "a.tsv", b"sequence\tlabel\n" + bases + b"\tx\n")
     (expected,) = read_sequences(fasta, **policy)
-    (row,) = read_labelled(table, policies=Policies(**policy))
+    (row,) = read_labeled(table, policies=Policies(**policy))
     assert (row.id, row.sequence) == (expected.id, expected.sequence)
     labels = write(tmp_path, "l.tsv", "id\tlabel\nrow_1\tx\n")
-    (joined,) = read_labelled(fasta, labels=labels, policies=Policies(**policy))
+    (joined,) = read_labeled(fasta, labels=labels, policies=Policies(**policy))
     assert joined.sequence == row.sequence
 
 
-def test_labelled_policies_are_counted(tmp_path):
+def test_labeled_policies_are_counted(tmp_path):
     text = "id\tsequence\tlabel\na\tACJT\tx\na\tAC\tx\nb\t\tx\nc\tJ\tx\n"
     path = write(tmp_path, "a.tsv", text)
-    counts = LabelledCounts()
+    counts = LabeledCounts()
     policies = Policies(invalid="skip", duplicates="suffix", empty="skip")
-    rows = read_labelled(path, config=LabelledConfig(id_column="id"), policies=policies, counts=counts)
+    rows = read_labeled(path, config=LabeledConfig(id_column="id"), policies=policies, counts=counts)
     assert [row.id for row in rows] == ["a"]
     assert (counts.read.skipped_invalid, counts.read.skipped_empty, counts.read.records) == (2, 1, 1)
 
 
-def test_labelled_joins_fasta_with_its_labels(tmp_path, caplog):
+def test_labeled_joins_fasta_with_its_labels(tmp_path, caplog):
     fasta = write(tmp_path, "a.fa.gz", gzip.compress(b">x first\nAC\nGT\n>y\nGG\n"))
     table = write(tmp_path, "l.csv", "id,label\ny,1\nz,1\nx,0\n")
-    counts = LabelledCounts()
+    counts = LabeledCounts()
     with caplog.at_level("WARNING"):
-        rows = read_labelled(fasta, labels=table, counts=counts)
+        rows = read_labeled(fasta, labels=table, counts=counts)
     assert [(row.id, row.sequence, row.label, row.line) for row in rows] == [
         ("x", b"ACGT", "0", 1),
         ("y", b"GG", "1", 4),
@@ -231,29 +231,29 @@ def test_labelled_joins_fasta_with_its_labels(tmp_path, caplog):
     assert "1 of 3 labels belong to no record (z ...)" in caplog.text
 
 
-def test_labelled_unlabelled_record_is_an_error_or_skipped(tmp_path):
+def test_labeled_unlabeled_record_is_an_error_or_skipped(tmp_path):
     fasta = write(tmp_path, "a.fa", ">seq1\nACGT\n>seq2\nGG\n")
     table = write(tmp_path, "l.tsv", "id\tlabel\nseq1\t0\n")
     with pytest.raises(LabelError, match=r"a\.fa:3: record 'seq2': no label in .*did you mean 'seq1'\?"):
-        read_labelled(fasta, labels=table)
-    counts = LabelledCounts()
-    rows = read_labelled(fasta, labels=table, config=LabelledConfig(unlabelled="skip"), counts=counts)
-    assert ([row.id for row in rows], counts.skipped_unlabelled) == (["seq1"], 1)
+        read_labeled(fasta, labels=table)
+    counts = LabeledCounts()
+    rows = read_labeled(fasta, labels=table, config=LabeledConfig(unlabeled="skip"), counts=counts)
+    assert ([row.id for row in rows], counts.skipped_unlabeled) == (["seq1"], 1)
 
 
-def test_labelled_without_labels_reads_sequence_files_too(tmp_path):
+def test_labeled_without_labels_reads_sequence_files_too(tmp_path):
     fasta = write(tmp_path, "a.txt", "\n>x\nACGT\n")
     table = write(tmp_path, "b.txt", "sequence\nGG\n")
-    rows = read_labelled([fasta, table], config=LabelledConfig(kind="none"))
+    rows = read_labeled([fasta, table], config=LabeledConfig(kind="none"))
     assert [(row.id, row.sequence, row.label) for row in rows] == [
         ("x", b"ACGT", None),
         ("row_1", b"GG", None),
     ]
 
 
-def test_labelled_rows_are_numbered_over_all_files(tmp_path):
+def test_labeled_rows_are_numbered_over_all_files(tmp_path):
     files = [write(tmp_path, name, tsv([("ACGT", "x")])) for name in ("a.tsv", "b.tsv")]
-    rows = read_labelled(files)
+    rows = read_labeled(files)
     assert [(row.id, Path(row.source).name) for row in rows] == [("row_1", "a.tsv"), ("row_2", "b.tsv")]
 
 
@@ -331,45 +331,45 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "config", "error", "match"), BAD)
-def test_labelled_names_the_bad_row(tmp_path, monkeypatch, text, config, error, match):
+def test_labeled_names_the_bad_row(tmp_path, monkeypatch, text, config, error, match):
     if "Parquet" in match:
         pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "f", text)
     with pytest.raises(error, match=match) as raised:
-        read_labelled("f", config=LabelledConfig(**config))
+        read_labeled("f", config=LabeledConfig(**config))
     assert isinstance(raised.value, GenoembedError)
 
 
-def test_labelled_names_the_bad_row_of_parquet(tmp_path):
+def test_labeled_names_the_bad_row_of_parquet(tmp_path):
     path = write(tmp_path, "a.parquet", parquet([("ACGT", "x"), ("ACGT", None)]))
     with pytest.raises(LabelError, match=r"a\.parquet: record 'row_2': column 'label' has no label"):
-        read_labelled(path)
+        read_labeled(path)
 
 
-def test_labelled_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+def test_labeled_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     path = write(tmp_path, "a", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'genoembed\[parquet\]'"):
-        read_labelled(path)
+        read_labeled(path)
 
 
-def test_labelled_label_table_refuses_an_id_twice(tmp_path):
+def test_labeled_label_table_refuses_an_id_twice(tmp_path):
     fasta = write(tmp_path, "a.fa", ">x\nAC\n")
     table = write(tmp_path, "l.tsv", "id\tlabel\nx\t0\nx\t1\n")
     with pytest.raises(DuplicateIdError, match=r"l\.tsv:3: record 'x': appears again \(first at line 2\)"):
-        read_labelled(fasta, labels=table)
+        read_labeled(fasta, labels=table)
 
 
-def test_labelled_file_that_is_missing_is_named_at_once():
+def test_labeled_file_that_is_missing_is_named_at_once():
     with pytest.raises(InputFileError, match=r"nowhere\.tsv: no such file"):
-        iter_labelled("nowhere.tsv")
+        iter_labeled("nowhere.tsv")
 
 
-def test_labelled_nothing_left_is_an_error_that_counts_in_words(tmp_path):
+def test_labeled_nothing_left_is_an_error_that_counts_in_words(tmp_path):
     path = write(tmp_path, "a.tsv", tsv([("J", "x")]))
     with pytest.raises(ConfigError, match=r"no sequence is left \(1 files, 1 skipped invalid\); give more"):
-        read_labelled(path, policies=Policies(invalid="skip"))
+        read_labeled(path, policies=Policies(invalid="skip"))
 
 
 @pytest.mark.parametrize(
@@ -383,6 +383,6 @@ def test_labelled_nothing_left_is_an_error_that_counts_in_words(tmp_path):
         ({"id_column": "label"}, "one is named twice"),
     ],
 )
-def test_labelled_config_refuses_what_does_not_fit(options, match):
+def test_labeled_config_refuses_what_does_not_fit(options, match):
     with pytest.raises(ConfigError, match=match):
-        LabelledConfig(**options)
+        LabeledConfig(**options)

@@ -1,10 +1,10 @@
-"""Labelled rows for training: columns, cleaning, splits and augmentation."""
+"""Labeled rows for training: columns, cleaning, splits and augmentation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from genoembed.config.choices import FindingPolicy, LabelKind, SplitMethod, UnlabelledPolicy
+from genoembed.config.choices import FindingPolicy, LabelKind, SplitMethod, UnlabeledPolicy
 from genoembed.config.fields import Config, option
 from genoembed.config.training import DATA
 from genoembed.errors import Problem, Remedy
@@ -112,12 +112,12 @@ class TableColumns(Config):
         metavar="NAME",
         help="For --split homology: column of groups that stay together, instead of clusters of homologs.",
     )
-    unlabelled: UnlabelledPolicy = option(
+    unlabeled: UnlabeledPolicy = option(
         "error", group=DATA, help="A sequence whose id is not in the table of labels: stop, or skip it."
     )
 
 
-class LabelledConfig(TableColumns):
+class LabeledConfig(TableColumns):
     """Where sequences and labels stand, and what a label is."""
 
     kind: LabelKind = option("class", help="What a label is; none reads sequences only.")

@@ -16,12 +16,14 @@ import genoembed
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
+    "genoembed.finetuning.collate",
     "genoembed.pooling.fuse",
     "genoembed.pooling.reduce",
     "genoembed.retrieval.contrastive",
     "genoembed.retrieval.distillation",
     "genoembed.retrieval.grad_cache",
     "genoembed.retrieval.heads",
+    "genoembed.retrieval.m3",
     "genoembed.sklearn",
     "genoembed.training.heads",
 )

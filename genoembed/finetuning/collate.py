@@ -59,6 +59,21 @@ def encode_example(
 ) -> EncodedExample:
     """Encode a sequence whose label is one of the whole, or none.
 
+    Args:
+        sequence: Letters, one byte a base; at least one.
+        encoder: Of the model's tokenizer.
+        label: Of the sequence, shape ``()`` or ``(C,)``; None has none.
+        max_tokens: Longest input of the model; None knows no limit.
+        eos_token_id: Appended, where given; it never counts in pooling.
+        skip_first: Bases at the start that pooling leaves out.
+        record_id: For messages.
+
+    Returns:
+        The row, never cut.
+
+    Raises:
+        SequenceLengthError: If there is no base, or the sequence does not fit.
+
     Example:
         >>> from genoembed.tokenization.char import CharTokenizer
         >>> from genoembed.tokenization.hf import build_encoder
@@ -93,7 +108,24 @@ def encode_token_example(
     max_tokens: int | None = None,
     record_id: str | None = None,
 ) -> EncodedExample:
-    """Encode a sequence with one label per base: each token takes that of the base it starts at."""
+    """Encode a sequence with one label per base: each token takes that of the base it starts at.
+
+    Args:
+        sequence: Letters, one byte a base; at least one.
+        encoder: Of the model's tokenizer.
+        base_labels: Class of each base, or ``ignore_index``. int64, shape ``(len(sequence),)``.
+        several_bases: What to do where a token stands for several bases: ``error``, or ``first``.
+        ignore_index: Label of tokens that stand for no base.
+        max_tokens: Longest input of the model; None knows no limit.
+        record_id: For messages.
+
+    Returns:
+        The row, never cut, with a label a token.
+
+    Raises:
+        SequenceLengthError: If there is no base, or the sequence does not fit.
+        ShapeError: If labels and bases, or tokens and bases, are not one for one.
+    """
     name = f"record {record_id!r}: " if record_id is not None else ""
     if base_labels.shape != (len(sequence),):
         message = f"{name}labels of shape {base_labels.shape}, expected ({len(sequence)},), one per base"
@@ -169,7 +201,19 @@ class PaddedCollator:
             raise ConfigError(*problems)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        """Pad rows to one batch."""
+        """Pad rows to one batch.
+
+        Args:
+            examples: Rows of the batch, at least one.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (int64, ``(B, L)``), ``pool_mask`` (bool, ``(B, L)``), and
+            unless ``target`` is ``none`` the ``labels``: ``(B,)`` or ``(B, C)`` of sequences, int64 ``(B,
+            L)`` of tokens.
+
+        Raises:
+            ShapeError: If a row has no label of the kind that is wanted.
+        """
         batch = pad_batch(
             [example.encoded for example in examples],
             pool_masks=[example.pool_mask for example in examples],
@@ -248,7 +292,15 @@ class ViewCollator:
     rows: PaddedCollator
 
     def __call__(self, pairs: Sequence[ViewPair]) -> dict[str, Tensor]:
-        """Pad pairs to one batch."""
+        """Pad pairs to one batch.
+
+        Args:
+            pairs: Pairs of the batch, at least one.
+
+        Returns:
+            What :class:`PaddedCollator` gives for the ``2 * len(pairs)`` views, and ``ids``: the identity of
+            each sequence, int64, ``(len(pairs),)``.
+        """
         batch = self.rows([view for pair in pairs for view in (pair.first, pair.second)])
         return {**batch, "ids": torch.tensor([pair.identity for pair in pairs])}
 
@@ -261,7 +313,19 @@ class GroupCollator:
     terms: KmerTerms | None = None
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Pad groups to one batch."""
+        """Pad groups to one batch.
+
+        Args:
+            groups: Queries with their passages, the same number each, at least one group.
+
+        Returns:
+            What :class:`PaddedCollator` gives for queries (``query_input_ids`` ...) and for passages, group
+            by group (``passage_input_ids`` ...); with ``terms`` also ``query_term_ids``,
+            ``query_term_positions`` and those of the passages; ``query_ids``, ``passage_ids``,
+            ``query_labels``, ``passage_labels`` and ``passage_mask`` as
+            :class:`~genoembed.retrieval.candidates.PairIds` takes them; and ``teacher_scores``, if there are
+            any.
+        """
         size = len(groups[0].passages)
         batch = self.side(
             [group.query for group in groups], [group.sequences[0] for group in groups], "query_"
@@ -299,7 +363,15 @@ class GroupCollator:
 
 
 def split_batch(batch: dict[str, Tensor], *, rows: int) -> list[dict[str, Tensor]]:
-    """Cut a contrastive batch into pieces that are encoded one at a time."""
+    """Cut a contrastive batch into pieces that are encoded one at a time.
+
+    Args:
+        batch: What a collator gives.
+        rows: Queries, pairs or rows of a piece.
+
+    Returns:
+        Inputs of the encoder by name, piece by piece; a query's passages are in its piece.
+    """
     count = len(
         batch["query_input_ids"] if "query_input_ids" in batch else batch.get("ids", batch["input_ids"])
     )

@@ -184,29 +184,15 @@ def count_parameters(config: StripedHyena2Config) -> int:
     return config.vocab_size * width + sum(blocks) + width
 
 
-_PATTERN_24 = {
-    "attn_layer_idxs": (3, 10, 17),
-    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21),
-    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22),
-    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23),
-}
-_PATTERN_25 = {**_PATTERN_24, "attn_layer_idxs": (3, 10, 17, 24)}
-_PATTERN_32 = {
-    "attn_layer_idxs": (3, 10, 17, 24, 31),
-    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21, 25, 28),
-    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22, 26, 29),
-    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23, 27, 30),
-}
-_PATTERN_50 = {
-    "attn_layer_idxs": (3, 10, 17, 24, 31, 35, 42, 49),
-    "hcs_layer_idxs": (0, 4, 7, 11, 14, 18, 21, 25, 28, 32, 36, 39, 43, 46),
-    "hcm_layer_idxs": (1, 5, 8, 12, 15, 19, 22, 26, 29, 33, 37, 40, 44, 47),
-    "hcl_layer_idxs": (2, 6, 9, 13, 16, 20, 23, 27, 30, 34, 38, 41, 45, 48),
-}
+_KINDS = {"s": "hcs_layer_idxs", "m": "hcm_layer_idxs", "l": "hcl_layer_idxs", "A": "attn_layer_idxs"}
+_PERIOD = "smlAsml"
+"""Mixers of consecutive blocks: Hyena with a short, medium and long filter, and attention."""
+_BLOCKS_32 = (5 * _PERIOD)[:32]
+_BLOCKS_50 = f"{_BLOCKS_32}smlA{2 * 'smlsmlA'}"
 
 
 def _config(
-    pattern: Mapping[str, tuple[int, ...]],
+    blocks: str,
     *,
     width: int,
     inner: int,
@@ -218,8 +204,11 @@ def _config(
     """Write out what differs between the released models; head size is 128 in all of them."""
     return MappingProxyType(
         {
-            **pattern,
-            "num_hidden_layers": sum(len(idxs) for idxs in pattern.values()),
+            **{
+                key: tuple(index for index, block in enumerate(blocks) if block == kind)
+                for kind, key in _KINDS.items()
+            },
+            "num_hidden_layers": len(blocks),
             "hidden_size": width,
             "num_attention_heads": width // 128,
             "intermediate_size": inner,
@@ -255,14 +244,14 @@ def _evo2(
     )
 
 
-_7B_8K = _config(_PATTERN_32, width=4096, inner=11008, groups=256, context=32768, rope_base=1e4)
+_7B_8K = _config(_BLOCKS_32, width=4096, inner=11008, groups=256, context=32768, rope_base=1e4)
 
 _OFFICIAL: tuple[KnownModel, ...] = (
     _evo2(
         "evo2_1b_base",
         "Evo 2 1B, trained at 8 kb",
         1107989760,
-        _config(_PATTERN_25, width=1920, inner=5120, groups=128, context=8192, rope_base=1e4),
+        _config(_BLOCKS_32[:25], width=1920, inner=5120, groups=128, context=8192, rope_base=1e4),
         (
             "evo2_1b_base.pt",
             2698327083,
@@ -275,7 +264,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
         "Evo 2 7B, context 1 Mb",
         6581722880,
         _config(
-            _PATTERN_32,
+            _BLOCKS_32,
             width=4096,
             inner=11264,
             groups=256,
@@ -297,7 +286,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
         "Evo 2 7B, context 262 kb",
         6481059584,
         _config(
-            _PATTERN_32,
+            _BLOCKS_32,
             width=4096,
             inner=11008,
             groups=256,
@@ -320,7 +309,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
         "Evo 2 20B, context 1 Mb",
         19738780160,
         _config(
-            _PATTERN_24,
+            _BLOCKS_32[:24],
             width=8192,
             inner=22528,
             groups=512,
@@ -336,7 +325,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
         "Evo 2 40B, context 1 Mb",
         41117574144,
         _config(
-            _PATTERN_50,
+            _BLOCKS_50,
             width=8192,
             inner=22528,
             groups=512,
@@ -352,7 +341,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
         "evo2_40b_base",
         "Evo 2 40B, trained at 8 kb",
         40331142144,
-        _config(_PATTERN_50, width=8192, inner=21888, groups=512, context=8192, rope_base=1e6),
+        _config(_BLOCKS_50, width=8192, inner=21888, groups=512, context=8192, rope_base=1e6),
         ("evo2_40b_base.pt.part0", 40340310342, None),
         ("evo2_40b_base.pt.part1", 40340310341, None),
         needs_fp8=True,

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 def group_scores(scores_BC: Tensor, targets_B: Tensor, *, group_size: int) -> Tensor:
     """Take the scores of each query's own group out of those of all candidates.
 
+    Args:
+        scores_BC: Scores of all candidates, ``(B, C)``.
+        targets_B: Column of each query's positive, the first of its group. int64, ``(B,)``.
+        group_size: Passages of a group, G.
+
+    Returns:
+        Scores of the groups, ``(B, G)``.
+
     Example:
         >>> group_scores(torch.arange(8.0).reshape(2, 4), torch.tensor([0, 2]), group_size=2)
         tensor([[0., 1.],
@@ -35,6 +43,17 @@ def group_scores(scores_BC: Tensor, targets_B: Tensor, *, group_size: int) -> Te
 
 def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tensor) -> Tensor:
     """Turn the scores of a teacher into probabilities over the candidates that the student compares, too.
+
+    Args:
+        teacher_BG: Scores of the teacher for each query's group, larger is better, ``(B, G)``.
+        scores_BC: Of the student; -inf where a candidate is left out. ``(B, C)``.
+        targets_B: Column of each query's positive. int64, ``(B,)``.
+
+    Returns:
+        Softmax over the group, ``(B, G)``; 0 where the student leaves a candidate out.
+
+    Raises:
+        ShapeError: If there is not one score for each passage of a group.
 
     Example:
         >>> student = torch.tensor([[0.3, 0.1, -torch.inf]])
@@ -56,6 +75,13 @@ def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tens
 def soft_entropy_rows(scores_BC: Tensor, probabilities_BC: Tensor) -> Tensor:
     """Take the cross-entropy against probabilities: ``-sum_j T_ij log softmax(S_i)_j``.
 
+    Args:
+        scores_BC: Of the student, over the temperature; -inf where a candidate is left out. ``(B, C)``.
+        probabilities_BC: Wanted, ``(B, C)``; they get no gradient.
+
+    Returns:
+        One loss a query, ``(B,)``, in the dtype of the scores.
+
     Example:
         >>> soft_entropy_rows(torch.tensor([[1.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 0.5, 0.0]]))
         tensor([0.6931])
@@ -69,6 +95,14 @@ def group_divergence_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tens
     """Take the Kullback-Leibler divergence of the group's scores from the teacher's probabilities.
 
     ``sum_g T_ig (log T_ig - log softmax(S_i over the group)_g)``: the distillation of SimLM.
+
+    Args:
+        scores_BC: Of the student, over the temperature; -inf where a candidate is left out. ``(B, C)``.
+        teacher_BG: Probabilities over each query's own group, as :func:`teacher_probabilities` gives them.
+        targets_B: Column of each query's positive. int64, ``(B,)``.
+
+    Returns:
+        One loss a query, ``(B,)``, in the dtype of the scores.
 
     Example:
         >>> scores = torch.tensor([[1.0, 1.0, 5.0]])
@@ -85,6 +119,14 @@ def kl_distillation_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tenso
     ``-sum_g T_ig log softmax(S_i over the group)_g - log softmax(S_i)_y``; as there, without the teacher's
     own entropy, which has no gradient.
 
+    Args:
+        scores_BC: Of the student, over the temperature; -inf where a candidate is left out. ``(B, C)``.
+        teacher_BG: Probabilities over each query's own group, as :func:`teacher_probabilities` gives them.
+        targets_B: Column of each query's positive. int64, ``(B,)``.
+
+    Returns:
+        One loss a query, ``(B,)``, in the dtype of the scores.
+
     Example:
         >>> kl_distillation_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
         tensor([1.3863])
@@ -97,6 +139,14 @@ def m3_distillation_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tenso
     """Make every passage of the group a positive in turn, weighed by the teacher (Chen et al. 2024, BGE-M3).
 
     ``sum_g T_ig CE(S_i without the group's passages 0 to g - 1, y + g)``.
+
+    Args:
+        scores_BC: Of the student, over the temperature; -inf where a candidate is left out. ``(B, C)``.
+        teacher_BG: Probabilities over each query's own group, as :func:`teacher_probabilities` gives them.
+        targets_B: Column of each query's positive. int64, ``(B,)``.
+
+    Returns:
+        One loss a query, ``(B,)``, in the dtype of the scores.
 
     Example:
         >>> m3_distillation_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))

@@ -86,6 +86,12 @@ _FILL = {"dense": None, "term_ids": NO_TERM, "term_weights": 0.0, "tokens": 0.0,
 def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
     """Concatenate the rows of several chunks, padded to the longest.
 
+    Args:
+        chunks: What :meth:`M3Vectors.tensors` gives, chunk by chunk; all with the same names.
+
+    Returns:
+        All rows, in the order given.
+
     Example:
         >>> parts = [{"dense": torch.ones(2, 3)}, {"dense": torch.zeros(1, 3)}]
         >>> len(join_vectors(parts))
@@ -105,6 +111,13 @@ def join_vectors(chunks: Sequence[Mapping[str, Tensor]]) -> M3Vectors:
 def dense_scores(query_BD: Tensor, passage_PD: Tensor) -> Tensor:
     """Take dot products: cosines, for normalized vectors.
 
+    Args:
+        query_BD: Floating, ``(B, D)``.
+        passage_PD: Floating, ``(P, D)``.
+
+    Returns:
+        float32 (float64 for float64 input), ``(B, P)``.
+
     Example:
         >>> dense_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
@@ -118,6 +131,15 @@ def sparse_scores(
     """Sum the products of the weights of shared terms.
 
     Works on the terms that occur in these rows, not on a vocabulary, so terms may be of any number.
+
+    Args:
+        query_ids: Terms, each once a row, ``NO_TERM`` where a row has fewer. int64, ``(B, U)``.
+        query_weights: Weights of the terms, floating, ``(B, U)``.
+        passage_ids: Likewise, ``(P, U)``; U may be another.
+        passage_weights: Likewise.
+
+    Returns:
+        float32 (float64 for float64 input), ``(B, P)``.
 
     Example:
         >>> ids, weights = torch.tensor([[7, 5], [9, -1]]), torch.tensor([[2.0, 1.0], [4.0, 0.0]])
@@ -141,6 +163,18 @@ def multi_vector_scores(
     """Average, over a query's kept vectors, the best dot product with a kept vector of the passage (MaxSim).
 
     Runs query by query: the memory for values is that of one query against all passages.
+
+    Args:
+        query_BMD: Vectors of the queries, floating, ``(B, M, D)``.
+        query_mask_BM: True where a vector counts. Bool, ``(B, M)``.
+        passage_PMD: Vectors of the passages, ``(P, M, D)``; M may be another.
+        passage_mask_PM: True where a vector counts. Bool, ``(P, M)``.
+
+    Returns:
+        float32 (float64 for float64 input), ``(B, P)``.
+
+    Raises:
+        ShapeError: If a row keeps no vector.
 
     Example:
         >>> query, passage = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[-3.0], [0.0]]])
@@ -168,6 +202,17 @@ def hybrid_scores(
 ) -> Tensor:
     """Score with all representations that both sides have; at inference, and as the ensemble in training.
 
+    Args:
+        query: Representations of B queries.
+        passage: Representations of P passages.
+        weights: Of the dense, sparse and multi-vector scores.
+
+    Returns:
+        Weighted sum, float32 (float64 for float64 input), ``(B, P)``.
+
+    Raises:
+        ShapeError: If the two have no representation in common.
+
     Example:
         >>> one = M3Vectors(dense=torch.ones(1, 1))
         >>> hybrid_scores(one, one, weights=(2.0, 0.3, 1.0))
@@ -186,6 +231,13 @@ HEADS = ("dense", "sparse", "multi_vector")
 
 def head_scores(query: M3Vectors, passage: M3Vectors) -> dict[str, Tensor]:
     """Score with each representation that both sides have.
+
+    Args:
+        query: Representations of B queries.
+        passage: Representations of P passages.
+
+    Returns:
+        Scores by name of the head, each ``(B, P)``; in the order of ``HEADS``.
 
     Example:
         >>> one = M3Vectors(dense=torch.ones(1, 2))

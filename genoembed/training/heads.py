@@ -378,6 +378,19 @@ def classification_loss(
 ) -> Tensor:
     """Take the mean cross-entropy of the right class, weighted by class.
 
+    Args:
+        logits_BC: Floating, shape ``(B, C)``.
+        labels_B: Number of each row's class, from 0. int64, shape ``(B,)``.
+        class_weights_C: Weight of each class, above 0; None weighs rows alike.
+        label_smoothing: Share of the target spread evenly over all classes, 0 up to 1.
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        InputError: If a label is no class.
+        ShapeError: If shapes do not belong together.
+
     Example:
         >>> classification_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor(0.6931)
@@ -399,6 +412,20 @@ def token_classification_loss(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Take the mean cross-entropy over all tokens of the batch that have a label.
+
+    Args:
+        logits_BLC: Floating, shape ``(B, L, C)``.
+        labels_BL: Class of each token, or ``ignore_index``. int64, shape ``(B, L)``.
+        class_weights_C: As in :func:`classification_loss`.
+        label_smoothing: As in :func:`classification_loss`.
+        ignore_index: Label of a token without label.
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        InputError: If a label is no class, or no token has one.
+        ShapeError: If shapes do not belong together.
 
     Example:
         >>> labels = torch.tensor([[1, -100]])
@@ -422,6 +449,17 @@ def token_classification_loss(
 def multilabel_loss(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
     """Take the mean binary cross-entropy of all labels, each of which is on or off by itself.
 
+    Args:
+        logits_BC: Floating, shape ``(B, C)``.
+        targets_BC: 1 where a label is on, else 0; numbers between are shares. Shape ``(B, C)``.
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        InputError: If a target is outside 0 to 1.
+        ShapeError: If shapes do not belong together.
+
     Example:
         >>> multilabel_loss(torch.zeros(1, 2), torch.tensor([[1, 0]]))
         tensor(0.6931)
@@ -441,6 +479,17 @@ def multilabel_loss(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
 
 def regression_loss(predicted_BK: Tensor, targets_BK: Tensor) -> Tensor:
     """Take the mean squared error.
+
+    Args:
+        predicted_BK: Floating, shape ``(B, K)``.
+        targets_BK: In the units of the predictions, finite, shape ``(B, K)``.
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        InputError: If a target is not finite.
+        ShapeError: If shapes do not belong together.
 
     Example:
         >>> regression_loss(torch.tensor([[1.0]]), torch.tensor([[3.0]]))

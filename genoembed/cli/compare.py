@@ -33,6 +33,7 @@ _SHOWN = 3
 @command(
     "compare",
     CompareConfig,
+    reads=("first", "second"),
     short_help="Measure how far two embedding files agree.",
     examples="""
     genoembed compare before.h5 after.h5
@@ -113,6 +114,7 @@ def _plain(value: object) -> object:
 @command(
     "verify",
     VerifyConfig,
+    reads=("file", "inputs"),
     short_help="Embed a sample of a file again, and compare.",
     examples="""
     genoembed verify genes.h5

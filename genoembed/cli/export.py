@@ -25,6 +25,7 @@ _logger = logging.getLogger(__name__)
 @command(
     "export",
     ExportConfig,
+    reads=("file",),
     short_help="Write embeddings as h5ad, npz, parquet, csv, ...",
     examples="""
     genoembed export genes.h5 --to parquet
@@ -73,6 +74,7 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
 @command(
     "convert",
     ConvertConfig,
+    reads=("checkpoint",),
     short_help="Turn an Evo 2 checkpoint into a folder that AutoModel opens.",
     examples="genoembed convert evo2_7b.pt -o evo2_7b",
 )

@@ -14,9 +14,10 @@ import click
 
 from genoembed.cli.output import reporting
 from genoembed.config.fields import raise_all, read_options, unknown_option
+from genoembed.config.paths import check_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from genoembed.config.fields import Config, Option
     from genoembed.errors import Spelling
@@ -45,9 +46,14 @@ class ConfigCommand(click.Command):
     """A command made from configurations, with a short help and a full one."""
 
     def __init__(
-        self, *arguments: Any, described: Mapping[str, Option], config: type[Config] | None, **settings: Any
+        self,
+        *arguments: Any,
+        described: Mapping[str, Option],
+        config: type[Config] | None,
+        reads: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
-        self.described, self.config = described, config
+        self.described, self.config, self.reads = described, config, reads
         super().__init__(*arguments, **settings)
 
     def option_of(self, key: str) -> str:
@@ -85,8 +91,24 @@ class ConfigCommand(click.Command):
             needed = described is not None and described.required and described.shown_default is None
             if needed and parameter.name not in given:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
+        self._check_paths(given)
         ctx.params = given
         return super().invoke(ctx)
+
+    def _check_paths(self, given: Mapping[str, Any]) -> None:
+        """Check what is read and written before anything is loaded; the public call checks it, too."""
+
+        def named(keys: Iterable[str]) -> list[str]:
+            values = [given[key] for key in keys if key in given]
+            return [name for value in values for name in (value if isinstance(value, tuple) else (value,))]
+
+        options = self.described.values()
+        check_paths(
+            named([*self.reads, *(option.key for option in options if option.reads is True)]),
+            [(name, option.writes) for option in options if option.writes for name in named([option.key])],
+            may_read=named(option.key for option in options if option.reads == "if there"),
+            overwrite=given.get("overwrite", False),
+        )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the basic options, or all of them, heading by heading."""
@@ -113,6 +135,7 @@ def command(
     short_help: str,
     examples: str,
     keys: Sequence[str] | None = None,
+    reads: Sequence[str] = (),
     has_json: bool = False,
     is_quiet: bool = False,
 ) -> Callable[[Callable[..., Any]], click.Command]:
@@ -124,6 +147,7 @@ def command(
         short_help: What the list of commands says of it.
         examples: One or several lines.
         keys: The options that it has; None is all.
+        reads: Arguments, declared with ``click.argument``, that name files to read.
         has_json: Whether it has ``--json``, passed as ``as_json``.
         is_quiet: Whether it has nothing to say on standard error.
     """
@@ -149,6 +173,7 @@ def command(
             epilog=f"\b\nExamples:\n{_indented(examples)}",
             described=described,
             config=config,
+            reads=reads,
         )
 
     return decorate

@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 @command(
     "plot",
     PlotConfig,
+    reads=("file",),
     short_help="Draw a map: picture and interactive page.",
     examples="""
     genoembed plot genes.h5 --color length

@@ -64,6 +64,7 @@ def _details(report: SearchReport) -> list[str]:
 @command(
     "fit-transform",
     TransformConfig,
+    reads=("background",),
     short_help="Center or whiten vectors, fitted on a background.",
     examples="""
     genoembed fit-transform genomes.h5 -o centered.h5

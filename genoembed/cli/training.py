@@ -103,6 +103,7 @@ _NOT_SHOWN = ("epoch", "step", "ranked_queries")
 @command(
     "predict",
     PredictConfig,
+    reads=("model",),
     short_help="Apply a fine-tuned head to sequences.",
     examples="""
     genoembed predict runs/promoters/final genome.fa.gz -o promoters.tsv

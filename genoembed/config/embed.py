@@ -60,6 +60,7 @@ class InputConfig(PolicyConfig):
         argument=True,
         metavar="INPUT",
         help="FASTA, FASTQ, GenBank or EMBL files, compressed or not; - is standard input.",
+        reads=True,
     )
     regions: tuple[str, ...] = option(
         (),
@@ -68,6 +69,7 @@ class InputConfig(PolicyConfig):
         metavar="PLACE",
         help="Embed only these regions of one FASTA file: a BED or GFF3 file, or a place such as "
         "chr1:1001-2000 (both ends included). Repeatable.",
+        reads="if there",
     )
     flank: int = option(
         0,
@@ -93,6 +95,7 @@ class ModelConfig(Config):
         metavar="NAME",
         help="A name from 'genoembed models', a local folder, an Evo 2 checkpoint file, or a Hugging "
         "Face id.",
+        reads="if there",
     )
     revision: str | None = option(
         None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
@@ -250,6 +253,7 @@ class OutputConfig(Config):
         metavar="FILE",
         shown_default="the first INPUT's name with .h5, embeddings.h5 for -",
         help="The HDF5 file to write.",
+        writes="hdf5",
     )
     out_dtype: StorageDtype = option(
         "float32", group=OUTPUT, help="Type of the stored values; float16 loses small differences."

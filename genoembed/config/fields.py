@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
+    from genoembed.config.paths import FileKind
     from genoembed.errors import Spelling
 
 T = TypeVar("T", bound="Config")
@@ -117,6 +118,8 @@ def option(
     argument: bool = False,
     in_files_only: bool = False,
     shown_default: str | None = None,
+    reads: bool | Literal["if there"] = False,
+    writes: FileKind | None = None,
     **bounds: float,
 ) -> Any:
     """Describe an option: everything that is known about it, in one place.
@@ -133,6 +136,8 @@ def option(
         argument: Given by position on the command line.
         in_files_only: Has no place on the command line.
         shown_default: What the help says of a default that depends on other things.
+        reads: It names files that are read; ``if there`` where it may name other things.
+        writes: It names a file to write, of this kind.
         **bounds: ``ge``, ``gt``, ``le``, ``lt``, as pydantic takes them.
 
     Returns:
@@ -148,6 +153,8 @@ def option(
         "argument": argument,
         "in_files_only": in_files_only,
         "shown_default": shown_default,
+        "reads": reads,
+        "writes": writes,
     }
     field: Any = Field  # its overloads know no mapping of bounds
     return field(default, description=help, json_schema_extra={"option": facts}, **bounds)
@@ -177,6 +184,8 @@ class Option:
     argument: bool
     in_files_only: bool
     shown_default: str | None
+    reads: bool | Literal["if there"]
+    writes: FileKind | None
 
     @property
     def choices(self) -> tuple[str, ...]:

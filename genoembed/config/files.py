@@ -43,6 +43,7 @@ class CompareConfig(Config):
         short="-o",
         metavar="FILE",
         help="Write a table with one row per record and layer.",
+        writes="table",
     )
     overwrite: bool = option(False, group=OUTPUT, help="Replace FILE.")
 
@@ -69,10 +70,19 @@ class VerifyConfig(Config):
         help="Embed each record alone as well: does a vector depend on its batch?",
     )
     regions: tuple[str, ...] = option(
-        (), group=CHECKED, metavar="FILE", help="Where the files of regions are now. Repeatable."
+        (),
+        group=CHECKED,
+        metavar="FILE",
+        help="Where the files of regions are now. Repeatable.",
+        reads="if there",
     )
     model: str | None = option(
-        None, group=MODEL, metavar="NAME", shown_default="as FILE.h5 says", help="Where the model is now."
+        None,
+        group=MODEL,
+        metavar="NAME",
+        shown_default="as FILE.h5 says",
+        help="Where the model is now.",
+        reads="if there",
     )
     trust_remote_code: bool = option(
         False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
@@ -119,6 +129,7 @@ class ExportConfig(Config):
         metavar="FILE",
         shown_default="FILE.h5 with another ending",
         help="The file to write.",
+        writes="export",
     )
     overwrite: bool = option(False, group=OUTPUT, help="Replace it once the new one is complete.")
     layer: str | None = option(
@@ -133,7 +144,9 @@ class ExportConfig(Config):
 class ModelExportConfig(Config):
     """How a model becomes a folder for sentence-transformers."""
 
-    output: str = option(group=OUTPUT, short="-o", metavar="DIR", help="The folder to write.")
+    output: str = option(
+        group=OUTPUT, short="-o", metavar="DIR", help="The folder to write.", writes="folder"
+    )
     overwrite: bool = option(False, group=OUTPUT, help="Replace DIR once the new one is complete.")
     dtype: ComputeDtype = option("float32", group=MODEL, help="Type of the weights.")
     revision: str | None = option(
@@ -147,7 +160,7 @@ class ModelExportConfig(Config):
 class ConvertConfig(Config):
     """How an original Evo 2 checkpoint becomes a model folder."""
 
-    output: str = option(short="-o", metavar="DIR", help="The folder to write.")
+    output: str = option(short="-o", metavar="DIR", help="The folder to write.", writes="folder")
     name: str | None = option(
         None,
         metavar="NAME",
@@ -159,6 +172,7 @@ class ConvertConfig(Config):
         flag="--vortex-config",
         metavar="FILE",
         help="YAML description, as Vortex has them, of a checkpoint of another kind.",
+        reads=True,
     )
     overwrite: bool = option(False, help="Replace DIR once the new one is complete.")
 
@@ -166,7 +180,13 @@ class ConvertConfig(Config):
 class LayersConfig(Config):
     """Which model's layers are listed."""
 
-    model: str = option(DEFAULT_MODEL, argument=True, metavar="MODEL", help="As --model of extract takes it.")
+    model: str = option(
+        DEFAULT_MODEL,
+        argument=True,
+        metavar="MODEL",
+        help="As --model of extract takes it.",
+        reads="if there",
+    )
     show_all: bool = option(
         False,
         flag="--all",
@@ -184,7 +204,10 @@ class PredictConfig(Config):
     """How a fine-tuned model predicts."""
 
     inputs: tuple[str, ...] = option(
-        argument=True, metavar="INPUT", help="Sequence files in any format of extract; - is standard input."
+        argument=True,
+        metavar="INPUT",
+        help="Sequence files in any format of extract; - is standard input.",
+        reads=True,
     )
     output: str | None = option(
         None,
@@ -194,6 +217,7 @@ class PredictConfig(Config):
         metavar="FILE",
         shown_default="standard output",
         help="The table to write.",
+        writes="table",
     )
     format: TableFormat = option("auto", group=OUTPUT, help="Kind of table; auto decides by the name.")
     overwrite: bool = option(

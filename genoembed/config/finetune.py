@@ -78,6 +78,7 @@ class EncoderConfig(Config):
         basic=True,
         metavar="NAME",
         help="A name from 'genoembed models', a local folder, or a Hugging Face id.",
+        reads="if there",
     )
     revision: str | None = option(
         None, group=ENCODER, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
@@ -176,9 +177,15 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, PolicyConfig):
         argument=True,
         metavar="TRAIN",
         help="Files to learn from: tables, sequence files, or JSON lines with query, pos and neg.",
+        reads=True,
     )
     labels: str | None = option(
-        None, group=DATA, basic=True, metavar="FILE", help="Table from id to label, for sequence files."
+        None,
+        group=DATA,
+        basic=True,
+        metavar="FILE",
+        help="Table from id to label, for sequence files.",
+        reads=True,
     )
     validation: tuple[str, ...] = option(
         (),
@@ -186,12 +193,14 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, PolicyConfig):
         basic=True,
         metavar="FILE",
         help="Files that stop training and choose the best step. Repeatable.",
+        reads=True,
     )
     test: tuple[str, ...] = option(
         (),
         group=SPLIT,
         metavar="FILE",
         help="Files that are evaluated once, at the end. Repeatable.",
+        reads=True,
     )
     several_bases: BaseLabels = option(
         "error",

@@ -44,7 +44,12 @@ class PlotConfig(MapConfig):
         help="Which matrix of the file.",
     )
     transform: str | None = option(
-        None, group=MAP, basic=True, metavar="FILE.h5", help="A transform of fit-transform, applied first."
+        None,
+        group=MAP,
+        basic=True,
+        metavar="FILE.h5",
+        help="A transform of fit-transform, applied first.",
+        reads=True,
     )
     max_points: int = option(
         100_000, ge=1, group=MAP, metavar="N", help="Draw a random sample of N rows where there are more."
@@ -57,7 +62,12 @@ class PlotConfig(MapConfig):
         help="Column of FILE.h5 or of the values. Repeatable: pictures show the first, the page all.",
     )
     values: str | None = option(
-        None, group=COLORS, basic=True, metavar="FILE", help="A table: ids in its first column, then values."
+        None,
+        group=COLORS,
+        basic=True,
+        metavar="FILE",
+        help="A table: ids in its first column, then values.",
+        reads=True,
     )
     classes: tuple[str, ...] = option(
         (),
@@ -77,5 +87,6 @@ class PlotConfig(MapConfig):
         metavar="FILE",
         shown_default="FILE.png and FILE.html",
         help="File to write, ending in .png, .svg, .html or .tsv. Repeatable.",
+        writes="picture",
     )
     overwrite: bool = option(False, group=OUTPUT, basic=True, help="Replace existing files.")

@@ -28,6 +28,7 @@ class StartConfig(Config):
         metavar="NAME",
         help="Continue from this causal model: a name from 'genoembed models', a folder or a Hugging "
         "Face id.",
+        reads="if there",
     )
     revision: str | None = option(
         None, group=START, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
@@ -78,7 +79,10 @@ class DataConfig(Config):
     """Which sequences, and how they become rows."""
 
     corpus: tuple[str, ...] = option(
-        argument=True, metavar="CORPUS", help="Sequence files to train on, in any format of extract."
+        argument=True,
+        metavar="CORPUS",
+        help="Sequence files to train on, in any format of extract.",
+        reads=True,
     )
     heldout: tuple[str, ...] = option(
         (),
@@ -86,6 +90,7 @@ class DataConfig(Config):
         basic=True,
         metavar="FILE",
         help="Sequence files to measure on, never trained on. Repeatable.",
+        reads=True,
     )
     heldout_fraction: float | None = option(
         None,

@@ -75,6 +75,7 @@ class ProbeConfig(Config):
         group=LABELS,
         metavar="FILE",
         help="For --preset geneb: a table of ids and split, instead of a column.",
+        reads=True,
     )
     unmatched: UnmatchedPolicy = option(
         "error", group=LABELS, help="Labels whose record is not there: stop, or say how many and go on."
@@ -114,12 +115,14 @@ class ProbeConfig(Config):
         group=COMPARISONS,
         metavar="FILE",
         help="Where the sequences of an embedding file are, if not where it says. Repeatable.",
+        reads=True,
     )
     transform: tuple[str, ...] = option(
         (),
         group=COMPARISONS,
         metavar="FILE.h5",
         help="A transform of fit-transform, applied to the layer it was fitted on. Repeatable.",
+        reads=True,
     )
     plot: bool = option(True, group=OUTPUT, help="Draw the score by layer, as PNG and SVG.")
 
@@ -151,13 +154,17 @@ class ProbeFiles(Config):
     """What a probe reads and writes."""
 
     inputs: tuple[str, ...] = option(
-        argument=True, metavar="INPUT", help="Sequence files, or one embedding file, whose layers are probed."
+        argument=True,
+        metavar="INPUT",
+        help="Sequence files, or one embedding file, whose layers are probed.",
+        reads=True,
     )
     labels: str = option(
         group=LABELS,
         basic=True,
         metavar="FILE",
         help="Table with one row per record: TSV, CSV, JSON lines or Parquet.",
+        reads=True,
     )
     output: str | None = option(
         None,
@@ -167,6 +174,7 @@ class ProbeFiles(Config):
         metavar="DIR",
         shown_default="INPUT's name with .probe",
         help="Folder of the results.",
+        writes="folder",
     )
     overwrite: bool = option(
         False,

@@ -102,9 +102,15 @@ class ScoreFiles(Config):
         argument=True,
         metavar="INPUT",
         help="Sequence files in any format of extract; - is standard input.",
+        reads=True,
     )
     vcf: str | None = option(
-        None, group=INPUT, basic=True, metavar="VCF", help="Score these variants instead of sequences."
+        None,
+        group=INPUT,
+        basic=True,
+        metavar="VCF",
+        help="Score these variants instead of sequences.",
+        reads=True,
     )
     reference: str | None = option(
         None,
@@ -112,6 +118,7 @@ class ScoreFiles(Config):
         basic=True,
         metavar="FASTA",
         help="With --vcf: the sequences it was called against.",
+        reads=True,
     )
     output: str | None = option(
         None,
@@ -121,15 +128,22 @@ class ScoreFiles(Config):
         metavar="FILE",
         shown_default="standard output",
         help="The table to write.",
+        writes="table",
     )
     per_base: str | None = option(
-        None, group=OUTPUT, basic=True, metavar="FILE", help="A second table, with one row per base."
+        None,
+        group=OUTPUT,
+        basic=True,
+        metavar="FILE",
+        help="A second table, with one row per base.",
+        writes="table",
     )
     vectors: str | None = option(
         None,
         group=OUTPUT,
         metavar="FILE",
         help="With --vcf and --layer: HDF5 file of differences of vectors.",
+        writes="hdf5",
     )
     overwrite: bool = option(
         False, group=OUTPUT, basic=True, help="Replace existing files once the new ones are complete."

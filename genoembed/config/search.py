@@ -53,6 +53,7 @@ class NeighborConfig(Config):
         basic=True,
         metavar="FILE.h5",
         help="A transform of fit-transform, applied to queries and subjects.",
+        reads=True,
     )
     approximate: bool = option(
         False,
@@ -60,7 +61,9 @@ class NeighborConfig(Config):
         basic=True,
         help="Use an index file next to the embeddings, which is built if it is not there.",
     )
-    index: str | None = option(None, group=INDEX, metavar="FILE", help="Keep the index in this file.")
+    index: str | None = option(
+        None, group=INDEX, metavar="FILE", help="Keep the index in this file.", writes="index"
+    )
     effort: int = option(
         128,
         ge=1,
@@ -96,7 +99,9 @@ class NeighborConfig(Config):
 class SearchConfig(NeighborConfig):
     """One search: the query files and what they are embedded with, the heads, and where the table goes."""
 
-    against: str = option(group=NEAR, basic=True, metavar="FILE.h5", help="The embedding file to search.")
+    against: str = option(
+        group=NEAR, basic=True, metavar="FILE.h5", help="The embedding file to search.", reads=True
+    )
     hybrid: bool = option(
         False, group=HYBRID, help="Score the hits again with the heads of a retrieval model."
     )
@@ -113,12 +118,21 @@ class SearchConfig(NeighborConfig):
         metavar="FILE",
         shown_default="where FILE.h5 says they are",
         help="Sequences of the embedding file. Repeatable.",
+        reads=True,
     )
     queries: tuple[str, ...] = option(
-        argument=True, metavar="QUERY", help="Sequence files, or one embedding file; - is standard input."
+        argument=True,
+        metavar="QUERY",
+        help="Sequence files, or one embedding file; - is standard input.",
+        reads=True,
     )
     model: str | None = option(
-        None, group=QUERIES, metavar="NAME", shown_default="as FILE.h5 says", help="Model for the queries."
+        None,
+        group=QUERIES,
+        metavar="NAME",
+        shown_default="as FILE.h5 says",
+        help="Model for the queries.",
+        reads="if there",
     )
     trust_remote_code: bool = option(
         False, group=QUERIES, help="Run the Python code that the model's repository contains. Read it first."
@@ -179,6 +193,7 @@ class SearchConfig(NeighborConfig):
         metavar="FILE",
         shown_default="standard output",
         help="The table to write.",
+        writes="table",
     )
     overwrite: bool = option(
         False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
@@ -221,5 +236,5 @@ class TransformConfig(Config):
     seed: int = option(
         0, ge=0, group=FIT, metavar="N", help="Random seed of the sample that the report is measured on."
     )
-    output: str = option(group=OUTPUT, short="-o", metavar="OUT.h5", help="The file to write.")
+    output: str = option(group=OUTPUT, short="-o", metavar="OUT.h5", help="The file to write.", writes="hdf5")
     overwrite: bool = option(False, group=OUTPUT, help="Replace OUT.h5 once the new one is complete.")

@@ -12,7 +12,13 @@ class RunFolderConfig(Config):
     """Where a run is, and how it goes on; none of this changes what is learned."""
 
     output_dir: str = option(
-        group=OUTPUT, basic=True, short="-o", flag="--output", metavar="DIR", help="The folder to write."
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        flag="--output",
+        metavar="DIR",
+        help="The folder to write.",
+        writes="folder",
     )
     resume: bool = option(False, group=OUTPUT, basic=True, help="Continue from the newest checkpoint in DIR.")
     overwrite: bool = option(

@@ -17,6 +17,7 @@ import numpy as np
 
 from genoembed.config.fields import named_options
 from genoembed.config.files import CompareConfig
+from genoembed.config.paths import check_paths
 from genoembed.errors import ConfigError
 from genoembed.pipeline.agreement import Difference, LayerComparison, difference, summarize, tolerance_of
 from genoembed.pipeline.embedding_file import (
@@ -102,6 +103,7 @@ def compare(
     if tolerance is not None and not tolerance >= 0:
         message = f"tolerance is {tolerance}; set tolerance to 0 or more"
         raise ConfigError(message)
+    check_paths([first, second], [(output, "table")], overwrite=overwrite)
     if output is not None:
         check_output(output, overwrite=overwrite)
     with ExitStack() as stack:

@@ -18,7 +18,8 @@ from genoembed._version import __version__
 from genoembed.config.embed import EmbedConfig
 from genoembed.config.fields import named_options
 from genoembed.config.files import MergeConfig
-from genoembed.errors import ConfigError, EmptyRecordError, Problem, Remedy, StoreError
+from genoembed.config.paths import check_paths
+from genoembed.errors import EmptyRecordError, Problem, Remedy, StoreError
 from genoembed.pipeline.local import local_engine
 from genoembed.pipeline.provenance import describe_run, file_facts
 from genoembed.pipeline.request import read_records, read_request
@@ -181,11 +182,13 @@ def check_files(config: EmbedConfig) -> bool:
     output, overwrite = config.output.output, config.output.overwrite
     parts = Parts.find(output)
     may_stay = config.output.resume or (parts is not None and is_output_of(parts))
+    check_paths(
+        config.input.inputs,
+        [(output, "hdf5")],
+        may_read=(*config.input.regions, config.model.model),
+        overwrite=overwrite,
+    )
     target = check_output(output, overwrite=overwrite or may_stay)
-    for name in (*config.input.inputs, *config.input.regions):
-        if target.exists() and Path(name).exists() and target.samefile(name):
-            message = f"output is {output!r}, which is to be read; set output to another name"
-            raise ConfigError(message)
     return target.exists() and may_stay
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genoembed.config.fields import named_options
+from genoembed.config.paths import check_paths
 from genoembed.config.search import TransformConfig
 from genoembed.errors import StoreError
 from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
@@ -106,6 +107,7 @@ def fit_transform(
         StoreError: If a file cannot be read or written, or holds a vector for every token.
     """
     started = time.perf_counter()
+    check_paths([background], [(output, "hdf5")], overwrite=overwrite)
     check_output(output, overwrite=overwrite)
     facts_before = file_facts(fspath(background))
     with open_embeddings(background) as file:

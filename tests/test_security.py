@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from genoembed.atomic import AtomicFile
 from genoembed.errors import CheckpointError, ModelError
 from genoembed.models.load import load_model
-from genoembed.store.atomic import AtomicFile
 from tests.tiny_models import build_tiny
 
 ROOT = Path(__file__).parents[1]

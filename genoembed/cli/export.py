@@ -74,7 +74,6 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
 @command(
     "convert",
     ConvertConfig,
-    reads=("checkpoint",),
     short_help="Turn an Evo 2 checkpoint into a folder that AutoModel opens.",
     examples="genoembed convert evo2_7b.pt -o evo2_7b",
 )

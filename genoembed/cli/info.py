@@ -74,6 +74,7 @@ def _words(value: object) -> str:
 
 @command(
     "info",
+    reads=("file",),
     short_help="Show what is in a file and how it was made.",
     examples="genoembed info genome.h5",
     has_json=True,

@@ -105,7 +105,7 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 _BOUNDS = ("ge", "gt", "le", "lt")
 
 
-def option(
+def option(  # noqa: PLR0913 - all that is known about an option
     default: Any = ...,
     *,
     help: str,

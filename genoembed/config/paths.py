@@ -146,6 +146,20 @@ def _check_kind(output: str, kind: FileKind) -> None:
         raise StoreError(problem, path=output)
 
 
+def path_strings(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> tuple[str, ...]:
+    """Return one path or several as strings.
+
+    Example:
+        >>> path_strings("a.fa"), path_strings(["a.fa", "b.fa"]), path_strings([])
+        (('a.fa',), ('a.fa', 'b.fa'), ())
+    """
+    if paths is None:
+        return ()
+    if isinstance(paths, str | os.PathLike):
+        paths = (paths,)
+    return tuple(os.fspath(path) for path in paths)
+
+
 def kind_of(head: bytes) -> str:
     """Tell the kind of a file by its first bytes.
 

@@ -23,12 +23,13 @@ import h5py
 import numpy as np
 from numpy.lib import format as npy
 
+from genoembed.atomic import AtomicFile, replacing, reporting_writes
 from genoembed.config.choices import ExportFormat
 from genoembed.config.fields import named_options
 from genoembed.config.files import ExportConfig
+from genoembed.config.paths import check_paths
 from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.atomic import AtomicFile, replacing, reporting_writes
 from genoembed.store.schema import escape_name
 from genoembed.store.tables import import_pyarrow, open_table
 
@@ -280,11 +281,9 @@ def export(
         message = f"to is {to!r}; set to to one of {', '.join(get_args(ExportFormat))}"
         raise ConfigError(message)
     name = Path(path).with_suffix(_SUFFIXES[to]) if output is None else output
+    check_paths([path], [(name, "export")], overwrite=overwrite)
     target = check_output(name, overwrite=overwrite)
     with open_embeddings(path) as file:
-        if target.exists() and target.samefile(file.path):
-            message = f"output is {fspath(name)!r}, which is to be read; set output to another name"
-            raise ConfigError(message)
         layers = _layers(file, to, layer)
         if to == "uniprot-h5" and len(file) > _MANY_DATASETS:
             logger.warning("%s: %d datasets are slow to write and to open", fspath(name), len(file))

@@ -7,15 +7,16 @@ Special tokens get the weight 0, since our means leave them out and those of sen
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genoembed.atomic import check_folder, replacing_folder
 from genoembed.config.fields import named_options
 from genoembed.config.files import ModelExportConfig
-from genoembed.errors import ConfigError, MissingExtraError, ModelError, Problem, Remedy, StoreError
+from genoembed.config.paths import check_paths
+from genoembed.errors import MissingExtraError, ModelError
 from genoembed.models.load import GenomicModel, load_model
 from genoembed.models.trained_folder import read_finetuned
 
@@ -80,36 +81,24 @@ def export_model(
             mean of its last layer.
         StoreError: If the folder cannot be written.
     """
-    target = Path(output)
-    if target.exists() and not overwrite:
-        message = Problem(
-            f"output {fspath(output)!r} exists already", Remedy("overwrite", True), ", or choose another name"
-        )
-        raise ConfigError(message)
+    check_paths([], [(output, "folder")], may_read=[fspath(model)])
+    target = check_folder(output, overwrite=overwrite)
     loaded = load_model(
         fspath(model), device="cpu", dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
     layer = _check(loaded)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            width = _save(loaded, Path(folder), trust_remote_code=trust_remote_code)
-            report = ModelExportReport(
-                output=target,
-                model=loaded.name,
-                layer=layer,
-                width=width,
-                max_tokens=loaded.max_length,
-                special_tokens=tuple(_special_tokens(loaded.tokenizer)),
-                needs_genoembed=loaded.module.config.model_type.startswith("striped_hyena"),
-            )
-            (Path(folder) / "sentence" / _README).write_text(_readme(report), encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            (Path(folder) / "sentence").replace(target)
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
-        raise StoreError(problem, path=fspath(output)) from error
+    with replacing_folder(output, overwrite=overwrite) as folder:
+        width = _save(loaded, folder, trust_remote_code=trust_remote_code)
+        report = ModelExportReport(
+            output=target,
+            model=loaded.name,
+            layer=layer,
+            width=width,
+            max_tokens=loaded.max_length,
+            special_tokens=tuple(_special_tokens(loaded.tokenizer)),
+            needs_genoembed=loaded.module.config.model_type.startswith("striped_hyena"),
+        )
+        (folder / _README).write_text(_readme(report), encoding="utf-8")
     return report
 
 
@@ -165,9 +154,8 @@ def _save(loaded: GenomicModel, folder: Path, *, trust_remote_code: bool) -> int
     if special:
         modules.append(WordWeights(vocabulary, dict.fromkeys(special, 0.0), unknown_word_weight=1.0))
     modules.append(Pooling(width, pooling_mode="mean"))
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(
-        str(folder / "sentence"), create_model_card=False
-    )
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
+    shutil.rmtree(plain)
     return width
 
 

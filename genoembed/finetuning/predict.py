@@ -17,6 +17,7 @@ import torch
 
 from genoembed.config.fields import named_options
 from genoembed.config.files import PredictConfig
+from genoembed.config.paths import check_paths, path_strings
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
 from genoembed.pipeline.request import use_threads
@@ -115,6 +116,7 @@ def predict(
     ]
     if problems:
         raise ConfigError(*problems)
+    check_paths([model, *path_strings(inputs)], [(output, "table")], overwrite=overwrite)
     with use_threads(threads):
         saved = load_predictor(model, device=device, trust_remote_code=trust_remote_code)
         # one for all parts: what it learns of short memory holds for those that follow

@@ -20,6 +20,7 @@ from transformers.trainer_utils import set_seed
 
 from genoembed.config.fields import named_options
 from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, finetune_config
+from genoembed.config.paths import path_strings
 from genoembed.errors import ConfigError
 from genoembed.finetuning.evaluation import SMALLER_IS_BETTER, TASK_METRICS, check_metrics_installed
 from genoembed.finetuning.sampling import new_sampler
@@ -32,7 +33,6 @@ from genoembed.training.distributed import leave_process_group_at_exit, wait_for
 from genoembed.training.run_folder import (
     METRICS_FILE,
     claim_run,
-    path_strings,
     refuse_other_run,
     write_json,
     write_run,
@@ -122,9 +122,9 @@ def finetune(
         GenoembedError: If data or model fail.
         KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
     """
-    files = {name: path_strings(options.get(name)) for name in _FILE_KEYS[1:]}
+    files = {name: path_strings(options.get(name)) or None for name in _FILE_KEYS[1:]}
     table = None if labels is None else os.fspath(labels)
-    keys = options | files | {"train": path_strings(train), "task": task, "labels": table}
+    keys = options | files | {"train": path_strings(train) or None, "task": task, "labels": table}
     if isinstance(keys.get("model"), os.PathLike):
         keys["model"] = os.fspath(keys["model"])
     settings = finetune_config(keys, file=config)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genoembed.atomic import replacing, reporting_writes
 from genoembed.config.fields import named_options
+from genoembed.config.paths import check_paths
 from genoembed.config.plot import MapConfig, PlotConfig
 from genoembed.errors import ConfigError, LabelError
 from genoembed.pipeline.embedding_file import VectorSource, load_transform_for
@@ -33,7 +35,6 @@ from genoembed.plotting.reduction import lay_out
 from genoembed.pooling.transform import usable_rows
 from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
-from genoembed.store.atomic import replacing, reporting_writes
 from genoembed.store.schema import has_failed
 from genoembed.store.tables import open_table
 
@@ -134,6 +135,8 @@ def plot(
     started = time.perf_counter()
     wanted = _map_options(options, max_points)
     targets = _targets(path, output, overwrite=overwrite)
+    reads = [path, *(name for name in (values, transform) if name is not None)]
+    check_paths(reads, [(target, "picture") for target in targets], overwrite=overwrite)
     with open_embeddings(path) as file:
         points = read_points(file, layer=layer, transform=transform, max_points=max_points, seed=wanted.seed)
         columns, num_unknown = _columns(file, points.rows, _listed(color), values, _listed(classes))

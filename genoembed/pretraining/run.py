@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from genoembed.config.fields import named_options
+from genoembed.config.paths import path_strings
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig, train_config
 from genoembed.errors import ModelError
 from genoembed.models.layers import find_blocks
@@ -34,7 +35,6 @@ from genoembed.training.log import MetricsFile
 from genoembed.training.run_folder import (
     METRICS_FILE,
     claim_run,
-    path_strings,
     refuse_other_run,
     steps_of,
     write_run,
@@ -111,7 +111,10 @@ def pretrain(
         GenoembedError: If corpus or model fail.
         KeyboardInterrupt: After a checkpoint was saved because of a signal; its text says where.
     """
-    keys = options | {"corpus": path_strings(corpus), "heldout": path_strings(options.get("heldout"))}
+    keys = options | {
+        "corpus": (path_strings(corpus) or None),
+        "heldout": (path_strings(options.get("heldout")) or None),
+    }
     settings = train_config(keys, file=config)
     folder = Path(output_dir)
     with use_threads(threads):

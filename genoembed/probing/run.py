@@ -13,6 +13,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genoembed.atomic import write_text
 from genoembed.config.embed import default_output
 from genoembed.config.fields import raise_all, unknown_option
 from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
@@ -34,7 +35,6 @@ from genoembed.probing.scoring import ProbeRun, ProbeScores
 from genoembed.probing.sweep import choose_inside
 from genoembed.probing.vectors import EMBEDDINGS, UNTRAINED, embed_layers, embed_untrained
 from genoembed.store import open_embeddings
-from genoembed.store.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

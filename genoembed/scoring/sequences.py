@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from genoembed.config.fields import named_options
+from genoembed.config.paths import check_paths, path_strings
 from genoembed.config.score import ScoreConfig
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.pipeline.request import use_threads
@@ -135,9 +136,12 @@ def score(
     run = run_options(model, options, call=ScoreConfig)
     run.check(window=window, stride=stride)
     table, bases_table = (None if path is None else fspath(path) for path in (output, per_base))
-    if table is not None and table == bases_table:
-        message = f"output and per_base are both {table!r}; set per_base to another name"
-        raise ConfigError(message)
+    check_paths(
+        path_strings(inputs),
+        [(table, "table"), (bases_table, "table")],
+        may_read=[model] if isinstance(model, str | PathLike) else [],
+        overwrite=overwrite,
+    )
     counts = InputCounts()
     policies = {name: value for name, value in policies.items() if value is not None}
     records = read_sequences(inputs, counts=counts, **policies)

@@ -20,6 +20,7 @@ import torch
 
 from genoembed._version import __version__
 from genoembed.config.fields import named_options
+from genoembed.config.paths import check_paths
 from genoembed.config.score import DEFAULT_FLANK, VariantConfig
 from genoembed.contracts import EmbeddingBlock, ObsRow, SequenceRecord
 from genoembed.errors import ConfigError, VariantError
@@ -125,7 +126,15 @@ def score_variants(
     run = run_options(model, options, call=VariantConfig)
     run.check(pooling=pooling)
     table, vector_file = (None if path is None else fspath(path) for path in (output, vectors))
-    _check_outputs(table, vector_file, layer)
+    if vector_file is not None and layer is None:
+        message = "vectors are requested without a layer; set layer, too"
+        raise ConfigError(message)
+    check_paths(
+        [vcf, reference],
+        [(table, "table"), (vector_file, "hdf5")],
+        may_read=[model] if isinstance(model, str | PathLike) else [],
+        overwrite=overwrite,
+    )
     counts = VariantCounts()
     contexts = read_variants(vcf, reference, flank=flank, unsupported=unsupported, counts=counts)
     with ExitStack() as stack:
@@ -152,15 +161,6 @@ def score_variants(
         stats=scorer.stats,
         seconds=time.perf_counter() - started,
     )
-
-
-def _check_outputs(table: str | None, vector_file: str | None, layer: int | str | None) -> None:
-    if vector_file is not None and layer is None:
-        message = "vectors are requested, but no layer; set layer, too"
-        raise ConfigError(message)
-    if vector_file is not None and table == vector_file:
-        message = f"output and vectors are both {table!r}; set vectors to another name"
-        raise ConfigError(message)
 
 
 def _build_scorer(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genoembed.atomic import check_output, replacing, reporting_writes, write_text
 from genoembed.errors import MissingExtraError, StoreError
 from genoembed.pooling.transform import unit_rows, usable_rows
 from genoembed.searching.neighbors import (
@@ -31,7 +32,6 @@ from genoembed.searching.neighbors import (
     check_widths,
     keys_to_scores,
 )
-from genoembed.store.atomic import check_output, replacing, reporting_writes, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.config.fields import named_options
+from genoembed.config.paths import check_paths
 from genoembed.config.search import NeighborConfig, SearchConfig
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError
@@ -148,9 +149,19 @@ def search(
             "metric is 'euclidean', but hybrid adds scores that grow with likeness; set metric to 'cosine'"
         )
         raise ConfigError(message)
+    names = [queries] if isinstance(queries, str | PathLike) else list(queries)
+    check_paths(
+        [
+            *names,
+            against,
+            *heads.subject_sequences,
+            *([] if wanted.transform is None else [wanted.transform]),
+        ],
+        [(output, "table"), (wanted.index, "index")],
+        overwrite=overwrite,
+    )
     if output is not None and fspath(output) != STDOUT:
         check_output(output, overwrite=overwrite)
-    names = [queries] if isinstance(queries, str | PathLike) else list(queries)
     with ExitStack() as stack:
         database = stack.enter_context(open_embeddings(against))
         _ = database.X  # a per-token file says here that it has no row per record

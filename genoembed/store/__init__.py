@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from genoembed.store.atomic import check_output, free_bytes
+from genoembed.atomic import check_output, free_bytes
 from genoembed.store.merging import (
     Merged,
     differences_from,

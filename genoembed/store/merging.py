@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from genoembed.atomic import check_space
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import GenoembedError, StoreError
-from genoembed.store.atomic import check_space
 from genoembed.store.parts import identity_differences
 from genoembed.store.reader import open_embeddings
 from genoembed.store.schema import OBS_COLUMNS

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genoembed.atomic import check_space, free_bytes, write_text
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
-from genoembed.store.atomic import check_space, free_bytes, write_text
 from genoembed.store.schema import STORAGE_DTYPES
 from genoembed.store.writer import EmbeddingWriter
 

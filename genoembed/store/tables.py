@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from genoembed.atomic import replacing, reporting_writes
 from genoembed.errors import ConfigError, MissingExtraError
-from genoembed.store.atomic import replacing, reporting_writes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

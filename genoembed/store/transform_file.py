@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import h5py
 import numpy as np
 
+from genoembed.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
-from genoembed.store.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.store.layout import reading
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 
+from genoembed.atomic import AtomicFile, check_output
 from genoembed.contracts import EmbeddingBlock, TokenBlock
 from genoembed.errors import ConfigError, DuplicateIdError, NonFiniteError, ShapeError, StoreError
-from genoembed.store.atomic import AtomicFile, check_output
 from genoembed.store.columns import (
     GrowingDataset,
     ObsWriter,

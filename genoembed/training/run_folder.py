@@ -9,39 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
+from genoembed.atomic import write_text
 from genoembed.config.fields import differences
 from genoembed.errors import ConfigError
 from genoembed.models.trained_folder import FINAL_FOLDER
-from genoembed.store.atomic import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from os import PathLike
+    from collections.abc import Mapping
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-
-
-def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | None) -> tuple[str, ...] | None:
-    """Return one path or several as strings.
-
-    Example:
-        >>> path_strings("a.fa"), path_strings(["a.fa", "b.fa"]), path_strings([])
-        (('a.fa',), ('a.fa', 'b.fa'), None)
-    """
-    if paths is None:
-        return None
-    if isinstance(paths, str | os.PathLike):
-        paths = (paths,)
-    return tuple(os.fspath(path) for path in paths) or None
 
 
 def refuse_other_run(folder: Path) -> None:

@@ -229,8 +229,8 @@ def test_docs_name_no_option_that_is_not_there():
         (("--threads", "0"), "threads is 0; set --threads to 1 or more"),
     ],
 )
-def test_remedy_is_spelled_as_an_option_on_the_command_line(options, message, cli):
-    result = cli("extract", "a.fa", *options)
+def test_remedy_is_spelled_as_an_option_on_the_command_line(options, message, cli, fasta):
+    result = cli("extract", fasta, *options)
     assert result.exit_code == 1
     assert message in result.stderr
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genoembed import embed, export_model
-from genoembed.errors import ConfigError, MissingExtraError, ModelError
+from genoembed.errors import MissingExtraError, ModelError, StoreError
 from tests.tiny_models import build_striped_hyena, build_tiny
 
 SEQUENCES = ["ACGTACGTTTGA", "GGC", "T", "NNACGTTTACCCAGGATTA"]
@@ -57,7 +57,7 @@ def test_model_that_sees_padding_and_existing_folders_are_refused(tmp_path):
     folder = build_tiny("custom_conv", tmp_path / "conv")
     with pytest.raises(ModelError, match=r"sees padding .* use genoembed\.embed"):
         export_model(folder, tmp_path / "out", trust_remote_code=True)
-    with pytest.raises(ConfigError, match="exists already; set overwrite=True"):
+    with pytest.raises(StoreError, match="exists already; set overwrite=True"):
         export_model(folder, tmp_path)
     assert not (tmp_path / "out").exists()
 

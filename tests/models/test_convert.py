@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import genoembed  # noqa: F401 - registers StripedHyena 2 with transformers
-from genoembed.errors import CheckpointError, ModelError
+from genoembed.errors import CheckpointError, ModelError, StoreError
 from genoembed.models.load import load_model
 from genoembed.models.striped_hyena2 import convert as convert_module
 from genoembed.models.striped_hyena2.convert import checkpoint_files, convert_checkpoint, read_tensors
@@ -264,17 +264,24 @@ def test_an_existing_folder_is_kept_unless_told(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "mine.txt").write_text("kept")
-    with pytest.raises(ModelError, match="exists, expected a new folder; set overwrite"):
+    with pytest.raises(StoreError, match="exists already; set overwrite"):
         convert("b_1m", folder)
+    with pytest.raises(StoreError, match="so genoembed did not write it"):
+        convert("b_1m", folder, overwrite=True)
+    (folder / "mine.txt").unlink()
+    convert("b_1m", folder)
+    (folder / "mine.txt").write_text("kept")
+    with pytest.raises(StoreError, match=r"holds 'mine\.txt', which genoembed did not write"):
+        convert("b_1m", folder, overwrite=True)
     assert (folder / "mine.txt").read_text() == "kept"
+    (folder / "mine.txt").unlink()
     convert("b_1m", folder, overwrite=True)
-    assert not (folder / "mine.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_the_folder_of_the_checkpoint_is_never_replaced(tmp_path):
     source = shutil.copy(GOLDEN / "b_1m" / STYLES["b_1m"], tmp_path / "model.pt")
-    with pytest.raises(ModelError, match="holds the checkpoint itself"):
+    with pytest.raises(StoreError, match="so genoembed did not write it"):
         convert_checkpoint(source, tmp_path, config=GOLDEN / "b_1m" / "config.yml", overwrite=True)
     assert source.is_file()
 

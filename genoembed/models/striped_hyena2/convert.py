@@ -18,7 +18,6 @@ import pickle
 import re
 import shutil
 import struct
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError, Problem, Remedy
+from genoembed.atomic import check_folder, replacing_folder
+from genoembed.config.paths import check_paths
+from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError
 from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.blocks import rotary_frequencies
@@ -87,25 +88,15 @@ def convert_checkpoint(
             twice, the folder exists, or it holds the checkpoint itself.
     """
     source, output_dir = Path(source), Path(output_dir)
-    if output_dir.exists() and not overwrite:
-        exists = Problem(
-            f"{output_dir}: exists, expected a new folder",
-            Remedy("overwrite", True),
-            ", or choose another folder",
-        )
-        raise ModelError(exists)
-    if output_dir.resolve() in source.resolve().parents and output_dir.exists():
-        message = (
-            f"{output_dir}: holds the checkpoint itself, expected another folder; choose another output_dir"
-        )
-        raise ModelError(message)
+    described = [config] if isinstance(config, str | Path) else []
+    check_paths(
+        [], [(output_dir, "folder")], may_read=[path for path in (source, *described) if Path(path).exists()]
+    )
+    check_folder(output_dir, overwrite=overwrite)
     files = checkpoint_files(source)
     entry, model_config = _describe(source, name=name, config=config)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        folder = Path(temporary) / "model"
-        folder.mkdir()
-        whole = _join_parts(files, Path(temporary)) if len(files) > 1 else files[0]
+    with replacing_folder(output_dir, overwrite=overwrite) as folder:
+        whole = _join_parts(files, folder) if len(files) > 1 else files[0]
         tensors = _fitted(read_tensors(whole, path=source), model_config, path=source)
         dtype = torch.bfloat16 if dtype is None else dtype
         _save_shards(tensors, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -114,7 +105,8 @@ def convert_checkpoint(
         model_config.save_pretrained(folder)
         _save_tokenizer(folder)
         _write_card(folder, files, entry)
-        _move_into_place(folder, output_dir)
+        if whole not in files:
+            whole.unlink()
     _LOG.info("converted %s to %s (%d tensors)", source, output_dir, len(tensors))
     return output_dir
 
@@ -329,19 +321,6 @@ def _write_card(folder: Path, files: Iterable[Path], entry: KnownModel | None) -
     lines += ["", "Tensors keep the original names and row order; scales of 8-bit kernels are not included."]
     lines += ["", "Open it with `import genoembed` and `AutoModelForCausalLM.from_pretrained`.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _move_into_place(folder: Path, output_dir: Path) -> None:
-    """Swap the finished folder in; the old one, if any, goes only when the new one stands."""
-    old = folder.with_name("old")
-    if output_dir.exists():
-        output_dir.rename(old)
-    try:
-        folder.rename(output_dir)
-    except OSError:
-        if old.exists():
-            old.rename(output_dir)
-        raise
 
 
 _RENAMED = {

@@ -165,7 +165,7 @@ def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     return target
 
 
-_EXISTS = "exists already; set overwrite to true, or output to another name"
+_EXISTS = Problem("exists already", Remedy("overwrite", True), ", or choose another output")
 
 
 def _folder_problem(target: Path) -> str | None:
@@ -230,7 +230,7 @@ def _exchange(first: Path, second: Path) -> bool:
     except (OSError, AttributeError):  # a C library from before 2018
         return False
     names = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
-    return renameat2(*names, _RENAME_EXCHANGE) == 0
+    return bool(renameat2(*names, _RENAME_EXCHANGE) == 0)
 
 
 def _empty(folder: Path) -> None:

@@ -1,0 +1,38 @@
+"""A folder with all that commands read, a fresh copy for each test, and a process that starts them warm."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.promises.columns import build_world
+from tests.promises.warm import WarmStarter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmStarter]:
+    """Start commands as real processes, quickly."""
+    starter = WarmStarter()
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="session")
+def made(warm: WarmStarter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What commands read, made once."""
+    folder = tmp_path_factory.mktemp("promises") / "world"
+    folder.mkdir()
+    build_world(folder, warm.run)
+    return folder
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    """A copy of what commands read, to run in."""
+    return shutil.copytree(made, tmp_path / "world", symlinks=True)

@@ -1,0 +1,39 @@
+"""Every command has a column in the matrix."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from genoembed.cli import main
+from tests.promises.columns import COLUMNS
+
+
+def commands() -> list[str]:
+    return main.list_commands(click.Context(main))
+
+
+def test_every_command_has_a_column():
+    assert sorted(COLUMNS) == sorted(commands()), (
+        "declare how a new command is run in tests/promises/columns.py"
+    )
+
+
+@pytest.mark.parametrize("command", COLUMNS)
+def test_column_runs_as_declared(command, warm, world):
+    column = COLUMNS[command]
+    ran = warm.run(*column.call(command), cwd=world)
+    assert ran.code == 0, ran.err
+    for name in [column.output and column.output[1], *(name for _, name in column.more_outputs[:0])]:
+        assert name is None or (world / name).exists()
+
+
+@pytest.mark.parametrize("command", COLUMNS)
+def test_column_declares_what_click_knows(command):
+    context = click.Context(main)
+    parameters = main.get_command(context, command).params
+    names = {option for parameter in parameters for option in parameter.opts}
+    column = COLUMNS[command]
+    assert ("--json" in names) == column.has_json
+    assert ("--overwrite" in names) == (column.has_overwrite and column.output is not None)
+    assert ("--resume" in names) == ("--resume" in column.resume) or command == "extract"

@@ -1,0 +1,208 @@
+"""Run commands as real processes that start warm.
+
+A command of its own takes seconds to import torch; a matrix of commands would take minutes. So one process
+imports everything once, and each run is a fork of it: a real process with its own signals, limits, files and
+exit status.
+
+Run as a script, this file is that process: a JSON request a line in, a JSON answer a line out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+READY = "ready"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A run that has ended."""
+
+    code: int
+    """Exit status; minus the signal where one ended it."""
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines of standard error."""
+        return self.err.splitlines()
+
+
+class WarmStarter:
+    """Starts commands as forks of a process that has imported everything."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        assert self._server.stdout.readline().strip() == READY
+
+    def close(self) -> None:
+        """End the process."""
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+        self._server.stdout.close()
+
+    def start(self, *words: object, cwd: Path, **request: Any) -> Running:
+        """Start a command.
+
+        ``stdin``, ``stdout``: names of files; ``max_file_bytes``: no file may grow larger, as on a full disk;
+        ``patch``: a Python statement that runs first, in the new process.
+        """
+        scratch = cwd.parent / f".{cwd.name}-{os.urandom(4).hex()}"
+        request = {
+            "words": [str(word) for word in words],
+            "cwd": str(cwd),
+            "stdin": os.devnull,
+            "stdout": f"{scratch}.out",
+            "stderr": f"{scratch}.err",
+            **{key: str(value) if isinstance(value, Path) else value for key, value in request.items()},
+        }
+        pid = self._ask({"start": request})["pid"]
+        return Running(self, pid, Path(request["stdout"]), Path(request["stderr"]))
+
+    def run(self, *words: object, cwd: Path, timeout_s: float = 120, **request: Any) -> Ran:
+        """Run a command to its end."""
+        return self.start(*words, cwd=cwd, **request).wait(timeout_s=timeout_s)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command that runs."""
+
+    starter: WarmStarter
+    pid: int
+    out: Path
+    err: Path
+
+    def wait(self, *, timeout_s: float = 120) -> Ran:
+        """Wait for its end."""
+        code = self.starter._ask({"wait": self.pid, "timeout_s": timeout_s})["code"]
+        assert code is not None, f"still running after {timeout_s} s: {self.err.read_text()[-2000:]}"
+        out = self.out.read_text(errors="replace") if self.out.is_file() else ""
+        return Ran(code=code, out=out, err=self.err.read_text(errors="replace"))
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.starter._ask({"wait": self.pid, "timeout_s": 0})["code"] is not None
+
+
+def _fork(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.chdir(request["cwd"])
+        for number, name, flags in (
+            (0, request["stdin"], os.O_RDONLY),
+            (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(name, flags), number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+        sys.argv = ["genoembed", *request["words"]]
+        exec(request.get("patch", ""), {})
+        if "max_file_bytes" in request:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            limit = request["max_file_bytes"]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        status = _main()
+    finally:
+        os._exit(status)
+
+
+def _main() -> int:
+    """Do what the interpreter does around a console script, exit status included."""
+    import traceback
+
+    from genoembed.cli import main
+
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - as the interpreter does
+        traceback.print_exc()
+        status = 1
+    try:
+        sys.stdout.flush()
+    except OSError:
+        print("Exception ignored while flushing sys.stdout", file=sys.stderr)
+        status = 120
+    return status
+
+
+def _serve() -> None:
+    import importlib
+    import pkgutil
+
+    import torch
+
+    torch.set_num_threads(1)
+    import genoembed
+
+    for module in pkgutil.walk_packages(genoembed.__path__, "genoembed."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    import h5py  # noqa: F401
+    import peft  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    ended: dict[int, int] = {}
+    print(READY, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer: dict[str, Any] = {"pid": _fork(request["start"])}
+        else:
+            answer = {"code": _wait(request["wait"], request["timeout_s"], ended)}
+        print(json.dumps(answer), flush=True)
+
+
+def _wait(pid: int, timeout_s: float, ended: dict[int, int]) -> int | None:
+    import time
+
+    end = time.monotonic() + timeout_s
+    while pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() >= end:
+            return None
+        else:
+            time.sleep(0.01)
+    return ended[pid]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -36,6 +36,7 @@ so that no caller needs to parse text::
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -135,6 +136,25 @@ def _made_again(
     error.args = arguments
     error.__dict__.update(fields)
     return error
+
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that end a run in good order: finished work is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal ended.
+
+    Args:
+        number: The signal.
+        message: What was kept, and how to go on.
+    """
+
+    def __init__(self, number: int = signal.SIGINT, message: str = "") -> None:
+        self.number = number
+        super().__init__(*([message] if message else []))
 
 
 class InputError(GenoembedError, ValueError):

@@ -10,18 +10,17 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import click
 
 from genoembed.cli.options import SPELLING, in_command_line_words
-from genoembed.errors import GenoembedError, python_spelling
+from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, python_spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
 
-INTERRUPTED = 130
 INCOMPLETE = 3
 """Done, but some records failed and have no vector."""
 _PROMISED = "genoembed.cli.outcome.promised"
@@ -41,35 +40,72 @@ def promise_output(path: str) -> None:
 @contextmanager
 def exit_codes(ctx: click.Context) -> Iterator[None]:
     """Turn what ends a command into an exit code and at most one line on standard error."""
-    with _termination_interrupts():
+    signals = _StopSignals()
+    with signals.taken():
         try:
             yield
+            sys.stdout.flush()  # here, where a full disk is one line, and not as the interpreter exits
         except GenoembedError as error:
+            _raise_if_interrupted(ctx, signals, error)
             raise click.ClickException(_one_line(error, ctx)) from error
         except KeyboardInterrupt as interruption:
-            notes = getattr(interruption, "__notes__", ())
-            click.echo(_interruption(ctx.meta.get(_PROMISED), notes), err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
+            _end_interrupted(ctx, interruption)
         except BrokenPipeError:
             _write_to_nobody()
             raise click.exceptions.Exit(0) from None
+        except OSError as error:
+            _raise_if_interrupted(ctx, signals, error)
+            if error.errno is None:
+                raise  # of a library that says more than the system
+            _write_to_nobody()
+            place = "standard output" if error.filename is None else error.filename
+            message = f"{place}: {error.strerror}; free space, or check the name and its permissions"
+            raise click.ClickException(message) from error
+        except Exception as error:
+            _raise_if_interrupted(ctx, signals, error)
+            raise
 
 
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Make SIGTERM end a command as Ctrl-C does; handlers can be set in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+class _StopSignals:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, and remember what was received.
+
+    A library that is being imported may turn the interruption into an error of its own: what was received
+    tells the two apart.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Handle the signals; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._interrupt) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _interrupt(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        raise Interrupted(number)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _raise_if_interrupted(ctx: click.Context, signals: _StopSignals, error: Exception) -> None:
+    """End as an interruption does, where an error is only what came of a signal."""
+    if signals.received is not None and isinstance(error.__context__, KeyboardInterrupt):
+        _end_interrupted(ctx, Interrupted(signals.received))
+
+
+def _end_interrupted(ctx: click.Context, interruption: KeyboardInterrupt) -> NoReturn:
+    notes = getattr(interruption, "__notes__", ())
+    kept = str(interruption)
+    click.echo(f"Interrupted: {kept}" if kept else _interruption(ctx.meta.get(_PROMISED), notes), err=True)
+    number = getattr(interruption, "number", signal.SIGINT)
+    raise click.exceptions.Exit(128 + number) from None
 
 
 def _one_line(error: GenoembedError, ctx: click.Context) -> str:

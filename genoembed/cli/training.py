@@ -16,10 +16,11 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.outcome import INTERRUPTED, promise_output
+from genoembed.cli.outcome import promise_output
 from genoembed.config.files import PredictConfig
 from genoembed.config.finetune import FinetuneOptions
 from genoembed.config.pretrain import PretrainOptions
+from genoembed.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,11 +31,10 @@ def resumable() -> Iterator[None]:
     """Add to an interruption that saved a checkpoint which option resumes from it."""
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except Interrupted as stop:
         if not str(stop):
             raise
-        click.echo(f"Interrupted: {stop} (--resume)", err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+        raise Interrupted(stop.number, f"{stop} (--resume)") from None
 
 
 def echo_once(result: str) -> None:

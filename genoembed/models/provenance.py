@@ -92,9 +92,9 @@ def code_content(*objects: object) -> dict[str, str]:
     packages = {type(thing).__module__.rpartition(".")[0] for thing in objects}
     packages = {name for name in packages if name.startswith(_REMOTE_CODE)}
     return {
-        Path(module.__file__).name: file_digest(Path(module.__file__))
+        Path(file).name: file_digest(Path(file))
         for name, module in sorted(sys.modules.items())
-        if name.rpartition(".")[0] in packages and getattr(module, "__file__", None)
+        if name.rpartition(".")[0] in packages and (file := getattr(module, "__file__", None))
     }
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from genoembed.errors import STOP_SIGNALS, Interrupted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
@@ -178,9 +180,6 @@ def _clear(waiting: Queue[Item]) -> None:
             return
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class Interruption:
     """Holds back an interruption while a forward pass runs.
 
@@ -192,14 +191,14 @@ class Interruption:
 
     def __init__(self) -> None:
         self._is_held = False
-        self._is_asked = False
+        self._requested: int | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take over both signals, where Python allows that: in the main thread, from handlers of Python."""
+        """Take over the signals, where Python allows that: in the main thread, from handlers of Python."""
         before = {}
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in _SIGNALS}
+            before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         taken = {number: handler for number, handler in before.items() if callable(handler)}
         for number in taken:
             signal.signal(number, self._ask)
@@ -217,10 +216,10 @@ class Interruption:
             yield
         finally:
             self._is_held = False
-        if self._is_asked:
-            raise KeyboardInterrupt
+        if self._requested is not None:
+            raise Interrupted(self._requested)
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._is_held or self._is_asked:
-            raise KeyboardInterrupt
-        self._is_asked = True
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if not self._is_held or self._requested is not None:
+            raise Interrupted(number)
+        self._requested = number

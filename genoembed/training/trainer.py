@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from genoembed.errors import STOP_SIGNALS, Interrupted
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.log import StepBook
@@ -163,7 +164,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.stopped_at: int | None = None
         """Step after which training stopped because of a signal."""
-        self._is_asked = False
+        self._requested: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -171,10 +172,10 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            self._is_asked = True
+        def ask(received: int, _frame: FrameType | None) -> None:
+            self._requested = received
             logger.info("interrupted: saving a checkpoint after this step; interrupt again to stop at once")
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -189,7 +190,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         """Stop all processes if one received a signal."""
-        asked = self._is_asked
+        asked = self._requested is not None
         if args.world_size > 1:
             # a signal may reach one process only, and a checkpoint is written by all together
             flag = torch.tensor(int(asked), device=args.device)
@@ -209,7 +210,7 @@ class StopOnSignal(TrainerCallback):
             f"{folder / f'checkpoint-{self.stopped_at}'} is saved; run the same again with resume "
             f"to go on at step {self.stopped_at + 1} of {total}"
         )
-        raise KeyboardInterrupt(message)
+        raise Interrupted(signal.SIGINT if self._requested is None else self._requested, message)
 
 
 class ResumableTrainer(Trainer):

@@ -22,6 +22,7 @@ import h5py
 from genoembed.errors import GenoembedError, StoreFormatError
 from genoembed.store.layout import check_size, read_layout, reading
 from genoembed.store.seal import check_seal
+from genoembed.store.storage import check_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +59,13 @@ def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
     if not check_seal(path) or untrusted:
         check_in_child(path)
     with reading(str(path)):
-        return h5py.File(path, "r", locking="best-effort")
+        hdf5 = h5py.File(path, "r", locking="best-effort")
+        try:
+            check_storage(hdf5, str(path))
+        except BaseException:
+            hdf5.close()
+            raise
+    return hdf5
 
 
 def check_in_child(path: Path) -> None:
@@ -114,6 +121,7 @@ def walk(path: Path) -> None:
     Texts and attributes are read; of large numbers, the chunks are looked up.
     """
     with suppress(*_ORDERLY_ERRORS), h5py.File(path, "r", locking="best-effort") as hdf5:
+        check_storage(hdf5, str(path))  # before anything is read, as where it will be read
         _quietly(lambda: read_layout(hdf5, str(path)))
 
         def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:

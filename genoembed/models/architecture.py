@@ -5,6 +5,7 @@ Nothing here reads weights. Shared by loading a model and by describing one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 
 from genoembed.errors import GenoembedError, ModelError, ModelNotFoundError
 from genoembed.models.registry import suggestion
+from genoembed.models.untrusted import bounded_build, check_config, forget_implementations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,8 +51,14 @@ NONSENSE = (
 
 def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
     """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched."""
+    is_trusted = bool(options.get("trust_remote_code"))
     try:
-        return AutoConfig.from_pretrained(source.location, **options)
+        if not is_trusted:
+            values, _ = PreTrainedConfig.get_config_dict(source.location, revision=options.get("revision"))
+            check_config(values, source)
+        config = AutoConfig.from_pretrained(source.location, **options)
+        if not is_trusted:
+            forget_implementations(config)
     except GenoembedError as error:
         error.add_note(f"in the config.json of model {source.name!r}")
         raise
@@ -75,6 +83,7 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedCo
             f"({first_line(error)}); check its model_type, or name another model"
         )
         raise ModelError(message) from error
+    return config
 
 
 def needs_trust(source: ModelSource) -> ModelError:
@@ -110,7 +119,7 @@ def build_without_weights(
     """Build a base model on the meta device: every module and shape, no memory."""
     loader = auto_class(config, trust_remote_code=trust_remote_code)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), nullcontext() if trust_remote_code else bounded_build(source):
             return base_of(loader.from_config(config, trust_remote_code=trust_remote_code))
     except GenoembedError:
         raise

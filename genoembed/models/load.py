@@ -12,8 +12,8 @@ import json
 import pickle
 import struct
 import warnings
-from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import locate_model, reachable_source
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, KnownModel, ModelSource, known_models
+from genoembed.models.untrusted import bounded_build, check_tokenizer_config, leads_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -155,7 +156,7 @@ def _check_folder(source: ModelSource) -> None:
     for index in sorted(folder.glob("*.index.json")):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            strangers = sorted(name for name in names if _leads_outside(name))
+            strangers = sorted(name for name in names if leads_outside(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             message = f"it is no index of weights ({first_line(error)}); fetch the folder again"
             raise CheckpointError(message, path=str(index)) from error
@@ -165,11 +166,6 @@ def _check_folder(source: ModelSource) -> None:
                 "whom you trust"
             )
             raise CheckpointError(message, path=str(index))
-
-
-def _leads_outside(name: str) -> bool:
-    path = PureWindowsPath(name)  # knows both kinds of slash, and drives
-    return bool(path.drive or path.root) or ".." in path.parts or not path.parts
 
 
 def _load_weights(
@@ -183,7 +179,8 @@ def _load_weights(
     """Load through the barest class that the repository offers; report which keys did not fit."""
     extra = {} if device_map is None else {"device_map": device_map}
     try:
-        with without_progress_bars():
+        bound = nullcontext() if options["trust_remote_code"] else bounded_build(source)
+        with without_progress_bars(), bound:
             return auto_class(config, trust_remote_code=options["trust_remote_code"]).from_pretrained(
                 source.location,
                 config=config,
@@ -285,6 +282,8 @@ def _load_tokenizer(
         tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
         if tokenizer_class is not None:
             return tokenizer_class()
+    if not options["trust_remote_code"]:
+        check_tokenizer_config(_cached(source, "tokenizer_config.json", options), source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -3,6 +3,10 @@
 HDF5 can crash or hang on bytes that make no sense. A file of another program, or one that was changed since
 it was written, is therefore walked through once by a short-lived child: if that ends in good order, however
 the file reads, this process may read it too. A sealed file needs none of this.
+
+HDF5 can keep the bytes of a data set in any file that the process may read (external storage), put data sets
+together from other files (virtual data sets), and lead to other files and places by links. A stranger's file
+could so show what lies elsewhere on the machine: what is taken stands in a list, and all else is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import h5py
 
@@ -24,7 +28,7 @@ from genoembed.store.layout import check_size, read_layout, reading
 from genoembed.store.seal import check_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +62,13 @@ def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
     if not check_seal(path) or untrusted:
         check_in_child(path)
     with reading(str(path)):
-        return h5py.File(path, "r", locking="best-effort")
+        hdf5 = h5py.File(path, "r", locking="best-effort")
+        try:
+            check_storage(hdf5, str(path))
+        except BaseException:
+            hdf5.close()
+            raise
+    return hdf5
 
 
 def check_in_child(path: Path) -> None:
@@ -114,6 +124,7 @@ def walk(path: Path) -> None:
     Texts and attributes are read; of large numbers, the chunks are looked up.
     """
     with suppress(*_ORDERLY_ERRORS), h5py.File(path, "r", locking="best-effort") as hdf5:
+        check_storage(hdf5, str(path))  # before anything is read, as where it will be read
         _quietly(lambda: read_layout(hdf5, str(path)))
 
         def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
@@ -139,3 +150,84 @@ def _touch(dataset: h5py.Dataset, path: str) -> None:
         return
     for row in range(0, dataset.shape[0], dataset.chunks[0] if dataset.chunks else dataset.shape[0]):
         dataset[row : row + 1]
+
+
+_LAYOUTS = {h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED}
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE: "gzip",
+    h5py.h5z.FILTER_SHUFFLE: "shuffle",
+    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
+    h5py.h5z.FILTER_LZF: "lzf",
+}
+"""Those that are part of h5py: others are loaded from a folder of plugins."""
+_TYPES = {h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.STRING, h5py.h5t.ENUM}
+_LINKS = {
+    h5py.h5l.TYPE_SOFT: "a soft link",
+    h5py.h5l.TYPE_EXTERNAL: "a link to another file",
+}
+_DEPTH = 32
+
+
+def check_storage(hdf5: h5py.File, path: str) -> None:
+    """Refuse a file that has anything but groups and data sets of its own, by hard links."""
+    seen: set[int] = set()
+    for where, node in _objects(hdf5.id, "", path, seen, 0):
+        if isinstance(node, h5py.h5d.DatasetID):
+            _check_dataset(node, where, path)
+
+
+def _objects(
+    group: h5py.h5g.GroupID, where: str, path: str, seen: set[int], depth: int
+) -> Iterator[tuple[str, h5py.h5g.GroupID | h5py.h5d.DatasetID]]:
+    if depth > _DEPTH:
+        _refuse_storage(where, "lies deeper than any group of ours", path)
+    for name in group:
+        place = f"{where}/{name.decode('utf-8', 'replace')}"
+        kind = group.links.get_info(name).type
+        if kind != h5py.h5l.TYPE_HARD:  # told before anything is opened: opening is what follows a link
+            _refuse_storage(place, f"is {_LINKS.get(kind, 'a link of an unknown kind')}", path)
+        address = h5py.h5o.get_info(group, name).addr
+        if address in seen:
+            continue
+        seen.add(address)
+        node = h5py.h5o.open(group, name)
+        if not isinstance(node, h5py.h5g.GroupID | h5py.h5d.DatasetID):
+            _refuse_storage(place, "is neither a group nor a data set", path)
+        yield place, node
+        if isinstance(node, h5py.h5g.GroupID):
+            yield from _objects(node, place, path, seen, depth + 1)
+
+
+def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, path: str) -> None:
+    plan = dataset.get_create_plist()
+    if plan.get_layout() not in _LAYOUTS:
+        _refuse_storage(where, "is put together from other data sets (virtual storage)", path)
+    if plan.get_external_count():
+        _refuse_storage(where, "keeps its values in another file (external storage)", path)
+    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+    if strange := [number for number in filters if number not in _FILTERS]:
+        _refuse_storage(
+            where, f"is packed by filter {strange[0]}, expected {', '.join(_FILTERS.values())}", path
+        )
+    if not _is_plain(dataset.get_type(), 0):
+        _refuse_storage(where, "has values that are no numbers or texts, such as references", path)
+
+
+def _is_plain(kind: h5py.h5t.TypeID, depth: int) -> bool:
+    if depth > _DEPTH:
+        return False
+    found = kind.get_class()
+    if found == h5py.h5t.COMPOUND:
+        members = (kind.get_member_type(number) for number in range(kind.get_nmembers()))
+        return all(_is_plain(member, depth + 1) for member in members)
+    if found in {h5py.h5t.VLEN, h5py.h5t.ARRAY}:
+        return _is_plain(kind.get_super(), depth + 1)
+    return found in _TYPES
+
+
+def _refuse_storage(where: str, what: str, path: str) -> NoReturn:
+    problem = (
+        f"{where} {what}, expected groups and data sets of the file itself; do not read it, or copy what you "
+        "need of it to a new file"
+    )
+    raise StoreFormatError(problem, path=path)

@@ -262,7 +262,8 @@ class EmbeddingFile:
         except ImportError as error:
             raise MissingExtraError(package="anndata", extra="analysis", purpose="to_anndata") from error
         with reading(str(self.path)):
-            return anndata.read_h5ad(self.path)
+            # not by its name: what was checked is the file that is open
+            return anndata.io.read_elem(self._open_file())
 
     def to_pandas(self, layer: str | None = None) -> pd.DataFrame:
         """Read one layer as a table.

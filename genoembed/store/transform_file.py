@@ -16,8 +16,10 @@ import h5py
 import numpy as np
 
 from genoembed.atomic import AtomicFile, check_output, reporting_writes
-from genoembed.errors import SchemaVersionError, StoreError, StoreFormatError
-from genoembed.store.layout import reading
+from genoembed.errors import SchemaVersionError, StoreFormatError
+from genoembed.store.child_check import open_hdf5
+from genoembed.store.layout import check_size, reading
+from genoembed.store.seal import number_chunks, write_seal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,18 +56,21 @@ class StoredTransform:
 def write_transform(stored: StoredTransform, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write a transform."""
     target = check_output(path, overwrite=overwrite)
-    with reporting_writes(path), AtomicFile(target) as file, h5py.File(file, "w") as hdf5:
-        hdf5.attrs[TRANSFORM_ATTR] = TRANSFORM_VERSION
-        hdf5.attrs[_DIGEST] = stored.digest
-        hdf5.create_dataset(_FACTS, data=json.dumps(stored.facts), dtype=h5py.string_dtype("utf-8"))
-        for name, array in stored.arrays.items():
-            hdf5.create_dataset(f"arrays/{name}", data=np.asarray(array, dtype="<f8"))
+    with reporting_writes(path), AtomicFile(target) as file:
+        with h5py.File(file, "w") as hdf5:
+            hdf5.attrs[TRANSFORM_ATTR] = TRANSFORM_VERSION
+            hdf5.attrs[_DIGEST] = stored.digest
+            hdf5.create_dataset(_FACTS, data=json.dumps(stored.facts), dtype=h5py.string_dtype("utf-8"))
+            for name, array in stored.arrays.items():
+                hdf5.create_dataset(f"arrays/{name}", data=np.asarray(array, dtype="<f8"))
+            gaps = number_chunks(hdf5)
+        write_seal(file, gaps)
 
 
 def read_transform(path: str | PathLike[str]) -> StoredTransform:
     """Read a transform."""
     name = str(path)
-    with reading(name), _open(name) as hdf5:
+    with open_hdf5(Path(name)) as hdf5, reading(name):
         version = hdf5.attrs.get(TRANSFORM_ATTR)
         if not isinstance(version, (int, np.integer)) or version < 1:
             problem = f"has no attribute {TRANSFORM_ATTR}, expected a file of fit-transform; check the path"
@@ -73,8 +78,8 @@ def read_transform(path: str | PathLike[str]) -> StoredTransform:
         if version > TRANSFORM_VERSION:
             raise SchemaVersionError(path=name, found=int(version), supported=TRANSFORM_VERSION)
         stored = StoredTransform(
-            arrays={key: dataset[...].astype(np.float64) for key, dataset in hdf5["arrays"].items()},
-            facts=json.loads(hdf5[_FACTS].asstr()[()]),
+            arrays={key: _whole(dataset, name).astype(np.float64) for key, dataset in hdf5["arrays"].items()},
+            facts=json.loads(_whole(hdf5[_FACTS], name)),
         )
         if hdf5.attrs[_DIGEST] != stored.digest:
             problem = "its digest is not that of its values, so the file is damaged; fit the transform again"
@@ -82,13 +87,6 @@ def read_transform(path: str | PathLike[str]) -> StoredTransform:
     return stored
 
 
-def _open(path: str) -> h5py.File:
-    try:
-        is_hdf5 = Path(path).stat().st_size > 0 and h5py.is_hdf5(path)
-    except OSError as error:
-        problem = f"cannot be opened ({error.strerror}), expected a file of fit-transform; check the path"
-        raise StoreError(problem, path=path) from error
-    if not is_hdf5:
-        problem = "is not an HDF5 file, expected one of fit-transform; check the path"
-        raise StoreFormatError(problem, path=path)
-    return h5py.File(path, "r", locking="best-effort")
+def _whole(dataset: h5py.Dataset, path: str) -> Any:
+    check_size(dataset, path)
+    return dataset[()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from genoembed.errors import GenoembedError, InputFileError
 from genoembed.sequences import compression, fasta, read_sequences
 from genoembed.sequences.compression import InputDigests
-from genoembed.sequences.contigs import FastaContigs
+from genoembed.sequences.regions import FastaContigs
 
 FIELD = Path(__file__).parents[1] / "field" / "space_in_line.fa"
 

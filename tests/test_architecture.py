@@ -129,6 +129,7 @@ RULES = {
     ),
     "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
 }
+<<<<<<< HEAD
 LAZY = {
     ("extraction", "pipeline.ray"): "an optional extra, for clusters",
     ("extraction", "pipeline.agreement"): "compares vectors, for --certificate",
@@ -136,6 +137,13 @@ LAZY = {
     ("sequences.reading", "sequences.regions"): "for --regions; pyfaidx with it",
 }
 """Imports of our own modules inside functions: which, and why most runs need not pay for them."""
+=======
+LOADED_LATE = {
+    "genoembed.finetuning.run": "genoembed.finetuning.training",
+    "genoembed.pretraining.run": "genoembed.pretraining.training",
+}
+"""Modules that a public call imports after its checks: what needs no model is refused without torch."""
+>>>>>>> 1e069f6 (Keep a training run until the one that replaces it is complete, lock its folder, go on with it only if inputs, model and options are the same, end it when it diverges, and refuse what needs no model before torch is imported)
 BANNED_NAMES = ("utils", "helpers", "common")
 MAX_LINES = 600
 
@@ -225,6 +233,8 @@ def _complaint(module: str, unit: str, rule: Rule, imported: Import) -> str | No
     if top in sys.stdlib_module_names:
         return None
     if top == "genoembed":
+        if imported.place == "function" and imported.target == LOADED_LATE.get(f"genoembed.{module}"):
+            return None
         return _internal_complaint(unit, rule, rest.partition(".")[0] or "__init__", imported.place)
     if top in rule.only_in:
         return None if module == rule.only_in[top] else f"{top} is for {rule.only_in[top]} only"

@@ -510,6 +510,11 @@ class FinetuneRecipe(OptimizerConfig):
         help="Random seed of splits, order, views, negatives, dropout and new weights.",
     )
 
+    def _problems(self) -> Iterator[str]:
+        if self.max_epochs is not None and self.min_epochs > max(self.max_epochs, 1):
+            remedy = Remedy("min_epochs", words=f"at most max_epochs, which is {self.max_epochs}")
+            yield Problem(f"min_epochs is {self.min_epochs}", remedy)
+
 
 class FinetuneConfig(Config):
     """One fine-tuning run."""

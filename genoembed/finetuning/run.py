@@ -101,6 +101,6 @@ def finetune(
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         rows = read_task_rows(settings)
         # not at the top: importing torch takes seconds, and all that came before may have been refused
-        from genoembed.finetuning.training import train_run
+        from genoembed.finetuning.training import run_finetuning
 
-        return FinetuneReport(**train_run(settings, rows, folder, resume=resume, threads=threads))
+        return FinetuneReport(**run_finetuning(settings, rows, folder, resume=resume, threads=threads))

@@ -54,7 +54,7 @@ _PLACES = ("train", "validation", "test", "labels")
 """Files may move; what they hold is compared."""
 
 
-def train_run(
+def run_finetuning(
     config: FinetuneConfig, rows: TaskRows, folder: RunFolder, *, resume: bool, threads: int | None
 ) -> dict[str, Any]:
     """Train, or return the report of the run that is there if it is this one and complete."""

@@ -81,6 +81,6 @@ def pretrain(
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         check_corpus(settings.data)
         # not at the top: importing torch takes seconds, and all that came before may have been refused
-        from genoembed.pretraining.training import train_run
+        from genoembed.pretraining.training import run_pretraining
 
-        return PretrainReport(**train_run(settings, folder, resume=resume, threads=threads))
+        return PretrainReport(**run_pretraining(settings, folder, resume=resume, threads=threads))

@@ -35,7 +35,7 @@ from genoembed.training.run_folder import (
     METRICS_FILE,
     MODEL,
     ResumeRules,
-    content_digest,
+    files_digest,
     reporting_saves,
     steps_of,
 )
@@ -66,7 +66,9 @@ _RULES = ResumeRules(
 )
 
 
-def train_run(config: TrainConfig, folder: RunFolder, *, resume: bool, threads: int | None) -> dict[str, Any]:
+def run_pretraining(
+    config: TrainConfig, folder: RunFolder, *, resume: bool, threads: int | None
+) -> dict[str, Any]:
     """Train, or return the report of the run that is there if it is this one and complete."""
     with use_threads(threads):
         compared = _identity(config)
@@ -86,8 +88,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     if config.start.model is not None:
         start.pop("model")
         start[MODEL] = model_content(config.start.model, revision=config.start.revision)
-    data["corpus"] = content_digest(config.data.corpus)
-    data["heldout"] = content_digest(config.data.heldout) if config.data.heldout else None
+    data["corpus"] = files_digest(config.data.corpus)
+    data["heldout"] = files_digest(config.data.heldout) if config.data.heldout else None
     values["recipe"]["dtype"] = resolved_dtype(config.recipe.dtype)
     return {**values, "processes": num_processes()}
 

@@ -116,6 +116,10 @@ class RunFolder:
 
         Raises if another run was requested than the one that is there.
         """
+        if not _has_run(self.path):
+            logger.info("resume: no run in %s yet, from the start", self.path)
+            is_done = self.is_replacement and not self._differences(self.target, compared, rules)
+            return self._report(self.target) if is_done else None
         problems = self._differences(self.path, compared, rules)
         if self.is_replacement and problems and not self._differences(self.target, compared, rules):
             return self._report(self.target)
@@ -160,6 +164,7 @@ class RunFolder:
 
         To be called when nothing can be refused any more, by the first process alone.
         """
+        resume = resume and _has_run(self.path)
         checkpoint = newest_checkpoint(self.path) if resume else None
         self.has_begun = True
         with reporting_writes(self.target):
@@ -206,6 +211,9 @@ def claimed_run(output_dir: str | PathLike[str], *, resume: bool, overwrite: boo
         problem = "is a file, expected a folder; set output_dir to another name"
         raise StoreError(problem, path=str(given))
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    if resume and not overwrite and made and not partial_of(target).exists():
+        message = f"resume: no run in {given}, which does not exist"
+        raise ConfigError(Problem(message, Remedy("resume", False)))
     locks: list[int] = []
     folder = RunFolder(target, target)
     try:
@@ -229,7 +237,7 @@ def claimed_run(output_dir: str | PathLike[str], *, resume: bool, overwrite: boo
         raise
     finally:
         # folders made here in which nothing was put; without the lock they may be another process's
-        for path in [partial_of(target), *made] if locks else []:
+        for path in [partial_of(target), *made] if locks and not folder.has_begun else []:
             with suppress(OSError):
                 path.rmdir()
         for descriptor in locks:
@@ -255,11 +263,10 @@ def _place(target: Path, *, resume: bool, overwrite: bool) -> RunFolder:
     """Choose where a run is written, and refuse a folder that is not ours, or a run that is to stay."""
     beside = partial_of(target)
     has_run, has_replacement = _has_run(target), _has_run(beside) and (beside / _REPLACEMENT).exists()
-    if resume:
-        if not (has_run or has_replacement):
-            message = f"resume: no run in {target} ({RUN_FILE} is missing)"
-            raise ConfigError(Problem(message, Remedy("resume", False)))
-        return RunFolder(target, beside if has_replacement else target)
+    if resume and has_replacement:
+        return RunFolder(target, beside)
+    if resume and has_run and not overwrite:
+        return RunFolder(target, target)
     if has_replacement and not overwrite:
         message = f"{target}: a run that is to replace it is not complete yet ({beside})"
         raise ConfigError(
@@ -360,7 +367,7 @@ def path_strings(paths: str | PathLike[str] | Iterable[str | PathLike[str]] | No
     return tuple(os.fspath(path) for path in paths) or None
 
 
-def content_digest(paths: Iterable[str]) -> str:
+def files_digest(paths: Iterable[str]) -> str:
     """Compute one SHA-256 for the contents of files, in order; names do not count."""
     whole = hashlib.sha256()
     for path in paths:

@@ -343,13 +343,13 @@ class ResumableTrainer(Trainer):
     def checked_loss(self, loss: Tensor) -> Tensor:
         """End the run if a loss is not a number: the weights are still those of the step before."""
         if not bool(torch.isfinite(loss)):
-            self._diverge(f"the loss is {float(loss)}", self.state.global_step + 1)
+            self._diverge(f"the loss is not finite ({float(loss)})", self.state.global_step + 1)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(float(norm)):
-            self._diverge(f"the gradient is {float(norm)}", self.state.global_step + 1)
+            self._diverge(f"the gradient is not finite ({float(norm)})", self.state.global_step + 1)
         return norm
 
     def check_weights(self) -> None:
@@ -402,7 +402,7 @@ class ResumableTrainer(Trainer):
         """Log what was measured, and tell those who decide by it."""
         losses = [value for name, value in metrics.items() if name.endswith("_loss")]
         if is_validation and not all(map(math.isfinite, losses)):
-            self._diverge(f"the held-out loss is {losses[0]}", self.state.global_step)
+            self._diverge(f"the held-out loss is not finite ({losses[0]})", self.state.global_step)
         self.log(dict(metrics))
         if is_validation:
             trainer: Any = self

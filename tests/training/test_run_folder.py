@@ -13,7 +13,7 @@ from genoembed.store.atomic import partial_of, replacing_folder
 from genoembed.training.run_folder import (
     ResumeRules,
     claimed_run,
-    content_digest,
+    files_digest,
     newest_checkpoint,
     write_json,
 )
@@ -194,7 +194,7 @@ def test_folders_made_for_a_run_that_was_refused_go_again(tmp_path):
     with pytest.raises(ConfigError, match="no labels"):
         with claimed_run(tmp_path / "a" / "b", resume=False, overwrite=False):
             raise ConfigError("no labels")
-    with pytest.raises(ConfigError, match="resume: no run in"):
+    with pytest.raises(ConfigError, match=r"resume: no run in .*, which does not exist"):
         with claimed_run(tmp_path / "a" / "b", resume=True, overwrite=False):
             pytest.fail("there is no run")
     assert not list(tmp_path.iterdir())
@@ -202,6 +202,26 @@ def test_folders_made_for_a_run_that_was_refused_go_again(tmp_path):
     with pytest.raises(StoreError, match="is a file, expected a folder"):
         with claimed_run(tmp_path / "file", resume=False, overwrite=True):
             pytest.fail("a file")
+
+
+@pytest.mark.parametrize("has_old", [False, True])
+def test_run_killed_before_it_began_is_gone_on_with_from_the_start(tmp_path, has_old):
+    if has_old:
+        finish_run(tmp_path / "run", text="old")
+        partial_of(tmp_path / "run").mkdir()
+    else:
+        (tmp_path / "run").mkdir()
+    other = {**ASKED, "rows": "b"}
+    for expected in (None, {"steps": 5}):
+        with claimed_run(tmp_path / "run", resume=True, overwrite=has_old) as run:
+            assert run.resume(other, RULES) == expected
+            if expected is None:
+                assert run.begin(other, resume=True) is None
+                with replacing_folder(run.path / "final", overwrite=True) as part:
+                    (part / "weights").write_text("new")
+                run.finish({"steps": 5})
+    assert (tmp_path / "run" / "final" / "weights").read_text() == "new"
+    assert names_in(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -231,5 +251,5 @@ def test_digest_of_files_is_that_of_their_contents_in_order(tmp_path):
     for name, text in (("a", "x"), ("b", "y"), ("c", "x")):
         (tmp_path / name).write_text(text)
     a, b, c = (str(tmp_path / name) for name in "abc")
-    assert content_digest([a, b]) == content_digest([c, b])
-    assert len({content_digest(files) for files in ([a, b], [b, a], [a], [a, c])}) == 4
+    assert files_digest([a, b]) == files_digest([c, b])
+    assert len({files_digest(files) for files in ([a, b], [b, a], [a], [a, c])}) == 4

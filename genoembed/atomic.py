@@ -121,9 +121,19 @@ def claim(partial: Path, *, output: str | os.PathLike[str]) -> int:
 
     The lock ends with the process, whatever ends that, so that what a killed one left is taken over here.
     """
-    flags = os.O_RDONLY if partial.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = lock(partial, output=output)
+    if partial.is_dir():
+        _empty(partial)
+    else:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def lock(path: Path, *, output: str | os.PathLike[str]) -> int:
+    """Lock a folder, or a file that is made if it is not there; another process that has it is an error."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     while True:
-        descriptor = os.open(partial, flags, 0o600)
+        descriptor = os.open(path, flags, 0o600)
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,25 +142,18 @@ def claim(partial: Path, *, output: str | os.PathLike[str]) -> int:
             problem = "is being written by another process; wait for it, or set output to another name"
             raise StoreError(problem, path=os.fspath(output)) from error
         except OSError as error:  # a file system without locks
-            logger.debug("%s: no locks here (%s)", partial, error)
+            logger.debug("%s: no locks here (%s)", path, error)
         # between opening and locking, its owner may have finished: then this is the complete file by now
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), partial.stat()):
-                break
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
         os.close(descriptor)
-    if flags & os.O_CREAT:
-        os.ftruncate(descriptor, 0)
-    else:
-        _empty(partial)
-    return descriptor
 
 
 def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Raise if a folder cannot or must not be written as a whole, before any work is done."""
     target = Path(os.path.realpath(path))
-    aside = target.with_name(f".{target.name}.old")
-    if aside.is_dir() and not target.exists():
-        aside.rename(target)  # a process was killed between the two renames of a replacement
+    take_back(target)
     problem = None
     if target.exists() and not target.is_dir():
         problem = "is a file, expected a folder; set output to another name"
@@ -198,7 +201,7 @@ def replacing_folder(output: str | os.PathLike[str], *, overwrite: bool = False)
             for name in _files_of(part):
                 _sync_file(part / name)
             check_folder(output, overwrite=overwrite)
-            _put_in_place(part, target)
+            put_in_place(part, target)
             _sync_folder(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -209,7 +212,7 @@ def _files_of(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
 
 
-def _put_in_place(part: Path, target: Path) -> None:
+def put_in_place(part: Path, target: Path) -> None:
     """Rename a complete folder to its target; what was there has the partial name afterwards, or is gone."""
     if not target.exists():
         part.rename(target)
@@ -217,8 +220,15 @@ def _put_in_place(part: Path, target: Path) -> None:
         aside = target.with_name(f".{target.name}.old")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-        part.rename(target)  # killed before this line: ``check_folder`` takes the old one back
+        part.rename(target)  # killed before this line: ``take_back`` helps
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_back(target: Path) -> None:
+    """Give an old folder its name again, if a process was killed between the two renames of a replacement."""
+    aside = target.with_name(f".{target.name}.old")
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Strand: TypeAlias = Literal["+", "-"]
 
+FINAL_FOLDER = "final"
+"""Folder of the trained model in that of a training run."""
 IGNORE_INDEX = -100
 """Label that losses leave out; torch and transformers take it as such, too."""
 

@@ -22,7 +22,8 @@ so that no caller needs to parse text::
     |   |-- ModelNotFoundError
     |   |-- LayerError                     spec
     |   |-- CheckpointError                path
-    |   `-- NonFiniteError                 record_id
+    |   |-- NonFiniteError                 record_id
+    |   `-- DivergenceError                step
     |-- StoreError (OSError)               path
     |   |-- StoreFormatError               foreign or damaged file
     |   `-- SchemaVersionError             found, supported
@@ -294,6 +295,19 @@ class NonFiniteError(ModelError):
     def __init__(self, problem: str, *, record_id: str) -> None:
         self.record_id = record_id
         super().__init__(problem, place=f"record {record_id!r}")
+
+
+class DivergenceError(ModelError):
+    """Training that has run into NaN or infinity.
+
+    Args:
+        problem: What was found, what is kept, and what to do.
+        step: The optimizer step, from 1.
+    """
+
+    def __init__(self, problem: str, *, step: int) -> None:
+        self.step = step
+        super().__init__(problem, place=f"step {step}")
 
 
 class StoreError(GenoembedError, OSError):

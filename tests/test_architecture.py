@@ -133,6 +133,8 @@ RULES = {
 LAZY = {
     ("extraction", "pipeline.ray"): "an optional extra, for clusters",
     ("extraction", "pipeline.agreement"): "compares vectors, for --certificate",
+    ("finetuning.run", "finetuning.training"): "torch, after the checks that need no model",
+    ("pretraining.run", "pretraining.training"): "torch, after the checks that need no model",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("sequences.reading", "sequences.regions"): "for --regions; pyfaidx with it",
 }

@@ -93,7 +93,7 @@ def finetune_command(**options: Any) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name not in _NOT_SHOWN)
         if shown:
             _logger.info("%s: %s", side, shown)
-    _logger.info("%d steps, weights of step %d", report.steps, report.best_step)
+    _logger.info("%d steps, weights of step %d: %s", report.steps, report.best_step, report.output)
     echo_once(report.output)
 
 

@@ -44,6 +44,18 @@ LABEL_KINDS: dict[str, LabelKind] = {
     "token": "token",
     "lm": "none",
 }
+TASK_METRICS = {
+    "classification": ("mcc", "accuracy", "macro_f1", "auroc", "auprc", "loss"),
+    "token": ("macro_f1", "mcc", "accuracy", "auroc", "auprc", "loss"),
+    "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),
+    "regression": ("spearman", "pearson", "r2", "loss"),
+    "lm": ("loss", "bits_per_token"),
+    "contrastive": ("mrr", "recall_at_1", "recall_at_10"),
+    "triplet": ("mrr", "recall_at_1", "recall_at_10"),
+    "retrieval": ("mrr", "recall_at_1", "recall_at_10"),
+}
+"""Metrics of each task; the first one stops training unless another is set."""
+SMALLER_IS_BETTER = ("loss", "bits_per_token")
 _COMPARING = ("contrastive", "triplet", "retrieval")
 APPLIES_TO: dict[str, tuple[str, ...]] = {
     "class_weights": ("classification", "token"),
@@ -506,6 +518,11 @@ class FinetuneRecipe(OptimizerConfig):
         help="Random seed of splits, order, views, negatives, dropout and new weights.",
     )
 
+    def _problems(self) -> Iterator[str]:
+        if self.max_epochs is not None and self.min_epochs > max(self.max_epochs, 1):
+            remedy = Remedy("min_epochs", words=f"at most max_epochs, which is {self.max_epochs}")
+            yield Problem(f"min_epochs is {self.min_epochs}", remedy)
+
 
 class FinetuneConfig(Config):
     """One fine-tuning run."""
@@ -518,6 +535,9 @@ class FinetuneConfig(Config):
 
     def _problems(self) -> Iterator[str]:
         task, tuning = self.objective.task, self.encoder.tuning
+        if self.recipe.metric not in (None, *TASK_METRICS[task]):
+            remedy = Remedy("metric", words=f"one of {', '.join(TASK_METRICS[task])}")
+            yield Problem(f"metric is {self.recipe.metric!r}", remedy)
         if self.recipe.micro_batch is not None and task not in _COMPARING:
             yield f"micro_batch is for {', '.join(_COMPARING)}, but task is {task!r}; leave micro_batch out"
         if tuning == "frozen" and task in ("lm", "retrieval"):

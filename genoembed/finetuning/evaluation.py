@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from genoembed.contracts import IGNORE_INDEX
-from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.rows import check_lengths, group_numbers
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from genoembed.config.choices import Contrast
     from genoembed.config.labeled import AugmentConfig
     from genoembed.finetuning.collate import GroupCollator
     from genoembed.finetuning.labeled import LabeledSequence
@@ -83,6 +81,8 @@ class PredictionMeasure:
         head = model.head
         device = head.output.weight.device
         loss = float(head.loss(logits.to(device), labels.to(device)))
+        if not math.isfinite(loss):
+            return {"loss": loss}  # the trainer ends the run; metrics have no answer to NaN
         if self.space.kind == "regression":
             metrics = number_metrics(labels.numpy(), predictions.numpy())
         elif self.space.kind == "multilabel":
@@ -294,19 +294,6 @@ def _known(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def check_measurable(rows: Sequence[LabeledSequence], contrast: Contrast) -> None:
-    """Raise if no held-out row has another of its label to find."""
-    if contrast != "labels" or not rows:
-        return
-    labels = [row.label for row in rows]
-    if len(set(labels)) == len(labels):
-        message = (
-            f"validation: {len(rows)} rows of {len(rows)} labels, so none has another of its label to find; "
-            "hold out more"
-        )
-        raise ConfigError(message)
-
-
 RECALL_AT = (1, 10)
 
 
@@ -335,26 +322,6 @@ def ranking_metrics(
     metrics = {"mrr": float((1 / rank_Q.double()).mean())}
     metrics |= {f"recall_at_{k}": float((rank_Q <= k).double().mean()) for k in RECALL_AT}
     return metrics | {"ranked_queries": float(len(rank_Q))}
-
-
-TASK_METRICS = {
-    "classification": ("mcc", "accuracy", "macro_f1", "auroc", "auprc", "loss"),
-    "token": ("macro_f1", "mcc", "accuracy", "auroc", "auprc", "loss"),
-    "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),
-    "regression": ("spearman", "pearson", "r2", "loss"),
-    "lm": ("loss", "bits_per_token"),
-    "contrastive": ("mrr", "recall_at_1", "recall_at_10"),
-    "triplet": ("mrr", "recall_at_1", "recall_at_10"),
-    "retrieval": ("mrr", "recall_at_1", "recall_at_10"),
-}
-"""Metrics of each task; the first one stops training unless another is set."""
-SMALLER_IS_BETTER = ("loss", "bits_per_token")
-
-
-def check_metrics_installed() -> None:
-    """Raise if predictions could not be measured."""
-    if find_spec("sklearn") is None:
-        raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
 
 
 def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating]) -> dict[str, float]:

@@ -157,7 +157,7 @@ class LabelSpace:
 
     @classmethod
     def of(cls, labels: Iterable[Label], *, kind: LabelKind, columns: Sequence[str] = ()) -> LabelSpace:
-        """List the classes that labels have.
+        """List the classes that labels have: those of the rows to train on, for others are never learned.
 
         Example:
             >>> LabelSpace.of(["10", "2", "b", "2"], kind="class").names
@@ -165,13 +165,15 @@ class LabelSpace:
         """
         if kind in ("regression", "none"):
             return cls(kind=kind, names=tuple(columns) if kind == "regression" else ())
-        found = set(columns) if kind == "multilabel" and len(columns) > 1 else set()
+        found: set[str] = set()
         for label in labels:
             found.update(set(label_names(label)))
         least = 1 if kind == "multilabel" else 2
         if len(found) < least:
             shown = f"only {min(found)!r}" if found else "none"
-            message = f"classes: {shown} among the labels, expected at least {least}; check label_columns"
+            message = (
+                f"classes: {shown} among the rows to train on, expected at least {least}; check label_columns"
+            )
             raise ConfigError(message)
         return cls(kind=kind, names=tuple(sorted(found, key=_natural)))
 

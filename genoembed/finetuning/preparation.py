@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+import warnings
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labeled import CleaningConfig, LabeledConfig, SplitConfig, TableColumns
-from genoembed.errors import ConfigError, SequenceFormatError
+from genoembed.errors import (
+    ConfigError,
+    MissingExtraError,
+    Problem,
+    Remedy,
+    SequenceFormatError,
+    TrainingWarning,
+)
 from genoembed.finetuning.cleaning import clean_labeled
 from genoembed.finetuning.labeled import LabeledSequence, read_labeled
+from genoembed.finetuning.labels import LabelSpace, label_names
 from genoembed.finetuning.pairs import RetrievalExample, read_pairs
 from genoembed.finetuning.splits import SIDES, Splits, check_leaks, group_clusters, split_rows
 from genoembed.sequences import Policies
@@ -58,6 +69,112 @@ class Sides(Generic[RowT]):
             for row in side:
                 found.update(repr(_content(row)).encode())
         return found.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskRows:
+    """What a task learns from and is measured on, before there is a model."""
+
+    sides: Sides[Any]
+    space: LabelSpace | None = None
+    """What labels mean, for tasks that predict, and for classes that are compared."""
+    contrast: Contrast | None = None
+    """Where pairs come from, for tasks that compare."""
+
+
+def read_task_rows(config: FinetuneConfig) -> TaskRows:
+    """Read, clean, split and check the rows of a run."""
+    task = config.objective.task
+    if task == "lm":
+        return TaskRows(sides=read_sides(config, kind="none"))
+    if task in PREDICTION_TASKS:
+        return _with_space(config, read_sides(config, kind=LABEL_KINDS[task]), LABEL_KINDS[task])
+    contrast = find_contrast(config)
+    if contrast == "examples":
+        examples = read_example_sides(config)
+        row = next((row for row in examples.train if not row.neg), None)
+        if task == "triplet" and row is not None:
+            message = (
+                f"{row.source}:{row.line}: no neg, but task 'triplet' needs one per row; give each row one"
+            )
+            raise ConfigError(message)
+        return TaskRows(sides=examples, contrast=contrast)
+    if contrast == "views" and task == "triplet":
+        message = "task 'triplet' needs labels or examples; give labels"
+        raise ConfigError(Problem(message, Remedy("task", "contrastive")))
+    sides = read_sides(config, kind="class" if contrast == "labels" else "none")
+    if contrast == "views":
+        return TaskRows(sides=sides, contrast=contrast)
+    for name, held in (("validation", sides.validation), ("test", sides.test)):
+        if held and len({row.label for row in held}) == len(held):
+            message = (
+                f"{name}: {len(held)} rows of {len(held)} labels, so none has another of its label to find; "
+                "hold out more"
+            )
+            raise ConfigError(message)
+    # an encoder may find classes alike that it never saw: those of held-out rows need no output
+    space = LabelSpace.of((row.label for row in sides.train), kind="class")
+    return TaskRows(sides=sides, space=space, contrast=contrast)
+
+
+def _with_space(config: FinetuneConfig, sides: Sides[LabeledSequence], kind: LabelKind) -> TaskRows:
+    """List the classes of the rows to train on; others of held-out rows are left out, which is warned of."""
+    columns = config.data.label_columns
+    space = LabelSpace.of((row.label for row in sides.train), kind=kind, columns=columns)
+    if kind == "regression":
+        return TaskRows(sides=sides, space=space)
+    known = set(space.names)
+    if kind == "multilabel" and len(columns) > 1 and (never := sorted({*columns} - known)):
+        _warn(f"label_columns: no row to train on has {_quoted(never)}, so nothing is predicted for it")
+    held_out = {}
+    for name, rows in (("validation", sides.validation), ("test", sides.test)):
+        unseen: dict[str, LabeledSequence] = {}
+        for row in rows:
+            for label in label_names(row.label):
+                if label not in known:
+                    unseen.setdefault(label, row)
+        held_out[name] = rows
+        if unseen:
+            held_out[name] = [kept for row in rows if (kept := _without(row, known, kind)) is not None]
+            first = next(iter(unseen.values()))
+            what = {"token": "their bases", "multilabel": "these labels"}.get(kind, "their rows")
+            _warn(
+                f"{first.source}{f':{first.line}' if first.line else ''}: {name} rows have "
+                f"{_quoted(sorted(unseen))}, which no row to train on has, so it cannot be predicted; {what} "
+                f"do not count in the metrics ({len(rows) - len(held_out[name])} of {len(rows)} rows left "
+                "out); give rows to train on, or remove it"
+            )
+            if not held_out[name]:
+                message = f"{name}: no row is left of a class that rows to train on have; hold out others"
+                raise ConfigError(message)
+    return TaskRows(sides=replace(sides, **held_out), space=space)
+
+
+def _without(row: LabeledSequence, known: set[str], kind: LabelKind) -> LabeledSequence | None:
+    """Take labels out of a held-out row that no training row has; None if nothing is left to measure."""
+    if known.issuperset(label_names(row.label)):
+        return row
+    if kind == "class" or not isinstance(row.label, tuple):
+        return None
+    if kind == "multilabel":
+        return replace(row, label=tuple(name for name in label_names(row.label) if name in known))
+    bases = tuple(str(name) if name in known else None for name in row.label)
+    return replace(row, label=bases) if any(bases) else None
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (" ..." if len(names) > 5 else "")
+    return f"class {shown}" if len(names) == 1 else f"classes {shown}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, TrainingWarning, stacklevel=4)
+
+
+def check_metrics_installed() -> None:
+    """Raise if predictions could not be measured."""
+    if find_spec("sklearn") is None:
+        raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
 
 
 def find_contrast(config: FinetuneConfig) -> Contrast:

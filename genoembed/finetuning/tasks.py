@@ -1,7 +1,7 @@
 """What a fine-tuning run is made of before its first step: model, rows, batches and measures of its task.
 
-In: a :class:`~genoembed.config.finetune.FinetuneConfig`. Out: a :class:`TaskSetup`. Promised: whatever can be
-refused is refused here, rows before the model is loaded.
+In: a :class:`~genoembed.config.finetune.FinetuneConfig` and its rows. Out: a :class:`TaskSetup`. Promised:
+whatever a model refuses of its rows is refused here, before the first step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labeled import AugmentConfig
 from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
-from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, ViewCollator
 from genoembed.finetuning.evaluation import (
@@ -25,11 +24,8 @@ from genoembed.finetuning.evaluation import (
     LabelMeasure,
     PredictionMeasure,
     ViewMeasure,
-    check_measurable,
 )
-from genoembed.finetuning.labels import LabelSpace
 from genoembed.finetuning.models import CausalModel, PredictionModel, fit_inputs, new_head
-from genoembed.finetuning.preparation import find_contrast, read_example_sides, read_sides
 from genoembed.finetuning.rows import (
     DocumentEncoder,
     GroupDataset,
@@ -63,7 +59,8 @@ if TYPE_CHECKING:
     from genoembed.config.finetune import FinetuneConfig
     from genoembed.finetuning.collate import LabelTarget
     from genoembed.finetuning.evaluation import Measure
-    from genoembed.finetuning.preparation import Sides
+    from genoembed.finetuning.labels import LabelSpace
+    from genoembed.finetuning.preparation import TaskRows
     from genoembed.finetuning.rows import EpochDataset
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.tokenization.hf import SequenceEncoder
@@ -91,8 +88,6 @@ class TaskSetup:
     """Bases of each row."""
     measures: dict[str, Measure[Any]]
     """``eval`` and ``test``, as far as rows are held out."""
-    digest: str
-    """Of all rows."""
     source: Path | None = None
     """Folder of the model that was started from, whose code a saved model needs."""
     space: LabelSpace | None = None
@@ -103,20 +98,14 @@ class TaskSetup:
     group_sampler: GroupSampler | None = None
 
 
-def set_up_task(config: FinetuneConfig) -> TaskSetup:
-    """Read rows, load and build the model, and put together what a trainer needs."""
+def set_up_task(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
+    """Load and build the model, and put together what a trainer needs."""
     task = config.objective.task
     if task == "lm":
-        return _language_model(config)
+        return _language_model(config, rows)
     if task in PREDICTION_TASKS:
-        return _prediction(config)
-    contrast = find_contrast(config)
-    if contrast == "examples":
-        return _examples(config)
-    if contrast == "views" and task == "triplet":
-        message = "task 'triplet' needs labels or examples; give labels, or set task to 'contrastive'"
-        raise ConfigError(message)
-    return _contrast(config, contrast)
+        return _prediction(config, rows)
+    return _examples(config, rows) if rows.contrast == "examples" else _contrast(config, rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,13 +143,12 @@ class _Base:
             max_crop_bp=config.augment.max_crop_bp,
         )
 
-    def facts(self, sides: Sides[Any]) -> dict[str, Any]:
-        """Return the fields of :class:`TaskSetup` that depend on model and data alone."""
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of :class:`TaskSetup` that depend on the model alone."""
         return {
             "tokenizer": self.genomic.tokenizer,
             "source": self.genomic.location,
             "width": self.encoder.width,
-            "digest": sides.digest,
         }
 
 
@@ -184,20 +172,15 @@ def _load_base(config: FinetuneConfig) -> _Base:
     return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner)
 
 
-def _prediction(config: FinetuneConfig) -> TaskSetup:
+def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
     objective, kind = config.objective, LABEL_KINDS[config.objective.task]
-    sides = read_sides(config, kind=kind)
-    labels = [row.label for row in (*sides.train, *sides.validation, *sides.test)]
-    space = LabelSpace.of(labels, kind=kind, columns=config.data.label_columns)
+    sides, space = rows.sides, rows.space
+    assert space is not None, "rows that are predicted have labels"
     base = _load_base(config)
     base.check([row.sequence for row in sides.train], config)
     weights = None
     if objective.class_weights == "balanced":
         counts = space.counts(row.label for row in sides.train)
-        if not counts.all():
-            missing = [name for name, count in zip(space.names, counts, strict=True) if not count]
-            message = f"class_weights: no row to train on of {', '.join(missing)}; leave class_weights out"
-            raise ConfigError(message)
         weights = torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
     head = new_head(
         space,
@@ -213,7 +196,7 @@ def _prediction(config: FinetuneConfig) -> TaskSetup:
         head.fit_targets(torch.from_numpy(targets))
     encode = base.label_encoder(config, space)
     measures = {
-        side: PredictionMeasure(rows=rows, space=space, runner=base.runner) for side, rows in sides.held_out()
+        side: PredictionMeasure(rows=held, space=space, runner=base.runner) for side, held in sides.held_out()
     }
     model = PredictionModel(base.encoder, head, per_token=kind == "token")
     fit_inputs(model, base.runner, [row.sequence for row in sides.train])
@@ -226,16 +209,15 @@ def _prediction(config: FinetuneConfig) -> TaskSetup:
         collate=base.collator("token" if kind == "token" else "sequence", config),
         lengths=[len(row.sequence) for row in sides.train],
         measures=dict(measures),
-        **base.facts(sides),
+        **base.facts(),
     )
 
 
-def _contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
+def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     """Learn from labels, or from two views of each sequence."""
     objective, recipe = config.objective, config.recipe
-    sides = read_sides(config, kind="class" if contrast == "labels" else "none")
-    check_measurable(sides.validation, contrast)
-    check_measurable(sides.test, contrast)
+    sides, contrast = found.sides, found.contrast
+    assert contrast is not None, "the rows say what is compared"
     base = _load_base(config)
     base.check([row.sequence for row in sides.train], config)
     other = AugmentConfig(
@@ -249,8 +231,7 @@ def _contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
     collate: Callable[[Any], dict[str, Tensor]]
     measures: dict[str, Measure[Any]] = {}
     if contrast == "labels":
-        labels = [row.label for row in (*sides.train, *sides.validation, *sides.test)]
-        encode = base.label_encoder(config, LabelSpace.of(labels, kind="class"))
+        encode = base.label_encoder(config, found.space)
         dataset, collate = RowDataset(sides.train, encode, augment=config.augment, seed=recipe.seed), rows
         measures |= {side: LabelMeasure(rows=held, runner=base.runner) for side, held in sides.held_out()}
     else:
@@ -269,7 +250,7 @@ def _contrast(config: FinetuneConfig, contrast: Contrast) -> TaskSetup:
         classes=[row.label for row in sides.train] if contrast == "labels" else None,
         measures=measures,
         contrast=contrast,
-        **base.facts(sides),
+        **base.facts(),
     )
 
 
@@ -301,15 +282,10 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
     )
 
 
-def _examples(config: FinetuneConfig) -> TaskSetup:
+def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     """Learn pairs, triplets or retrieval from queries with positives and negatives."""
-    objective, recipe = config.objective, config.recipe
+    objective, recipe, sides = config.objective, config.recipe, found.sides
     is_triplet, is_retrieval = objective.task == "triplet", objective.task == "retrieval"
-    sides = read_example_sides(config)
-    if is_triplet and any(not row.neg for row in sides.train):
-        row = next(row for row in sides.train if not row.neg)
-        message = f"{row.source}:{row.line}: no neg, but task 'triplet' needs one a row; give each row one"
-        raise ConfigError(message)
     sampler = GroupSampler(
         [len(row.pos) for row in sides.train],
         [len(row.neg) for row in sides.train],
@@ -343,7 +319,7 @@ def _examples(config: FinetuneConfig) -> TaskSetup:
         measures=measures,
         contrast="examples",
         group_sampler=None if is_triplet else sampler,
-        **base.facts(sides),
+        **base.facts(),
     )
 
 
@@ -371,9 +347,8 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
     return RetrievalModel(base.encoder, heads, loss)
 
 
-def _language_model(config: FinetuneConfig) -> TaskSetup:
-    recipe, wanted = config.recipe, config.encoder
-    sides = read_sides(config, kind="none")
+def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
+    recipe, wanted, sides = config.recipe, config.encoder, found.sides
     with without_progress_bars():
         start = load_causal(
             wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
@@ -412,5 +387,4 @@ def _language_model(config: FinetuneConfig) -> TaskSetup:
         ),
         lengths=[len(row.sequence) for row in sides.train],
         measures=measures,
-        digest=sides.digest,
     )

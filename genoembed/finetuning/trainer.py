@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Trouble: TypeAlias = Literal["zero", "no_negatives", "chance", "collapsed", "not_finite"]
+Trouble: TypeAlias = Literal["zero", "no_negatives", "chance", "collapsed"]
 
 
 @dataclass(slots=True)
@@ -82,7 +82,6 @@ class LossWatch:
             and abs(cross_entropy - statistics.chance_loss) <= self.near_chance * statistics.chance_loss
         )
         found: dict[Trouble, bool] = {
-            "not_finite": not math.isfinite(loss),
             "no_negatives": statistics.negatives_per_query == 0,
             "zero": loss == 0 and statistics.negatives_per_query > 0,
             "chance": is_guessing,
@@ -90,8 +89,7 @@ class LossWatch:
         }
         for trouble, is_there in found.items():
             self._streaks[trouble] = self._streaks.get(trouble, 0) + 1 if is_there else 0
-            at_once = trouble in ("no_negatives", "not_finite")
-            if self._streaks[trouble] >= (1 if at_once else self.patience):
+            if self._streaks[trouble] >= (1 if trouble == "no_negatives" else self.patience):
                 self._warn(trouble, loss, statistics)
 
     def _warn(self, trouble: Trouble, loss: float, statistics: StepStatistics) -> None:
@@ -111,10 +109,6 @@ class LossWatch:
 
 
 _MESSAGES: dict[Trouble, str] = {
-    "not_finite": (
-        "the loss is {loss}: nothing can be learned from it; lower the learning rate, raise the temperature, "
-        "or train in float32 or bfloat16"
-    ),
     "no_negatives": (
         "the loss is {loss:g} and no query has a negative (after false negatives were left out): this step "
         "teaches nothing; raise the batch size or train_group_size, and look at how labels and identities "
@@ -164,19 +158,26 @@ class StopEarly(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: object) -> None:
         """Decide."""
+        since_best = self._since_best(state)
+        if since_best >= self._patience:
+            logger.info(
+                "%s has not become better for %d evaluations: training ends", self._metric, since_best
+            )
+            control.should_training_stop = True
+
+    def has_ended(self, state: Any) -> bool:
+        """Whether a run had stopped at this state, for one that goes on from it."""
+        return self._since_best(state) >= self._patience
+
+    def _since_best(self, state: Any) -> int:
         values = [
             (self._sign * line[self._metric], -line.get("eval_loss", 0.0))
             for line in state.log_history
             if self._metric in line
         ]
         if not values or (state.epoch or 0) < self._min_epochs:
-            return
-        since_best = len(values) - 1 - values.index(max(values))
-        if since_best >= self._patience:
-            logger.info(
-                "%s has not become better for %d evaluations: training ends", self._metric, since_best
-            )
-            control.should_training_stop = True
+            return 0
+        return len(values) - 1 - values.index(max(values))
 
 
 class FinetuneLog(MetricsFile):
@@ -272,7 +273,7 @@ class FinetuneTrainer(ResumableTrainer):
         if self._micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            loss = self._cached_step(model, inputs, self._micro_batch)
+            loss = self.checked_loss(self._cached_step(model, inputs, self._micro_batch))
         if self.accelerator.sync_gradients and self._logs_after_this_step():
             norms = gradient_norms(self.accelerator.unwrap_model(model).parts)
             self.book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})

@@ -20,6 +20,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
+from genoembed.models.provenance import folder_content
 from genoembed.models.registry import (
     BUNDLED_FOLDER,
     BUNDLED_NAME,
@@ -87,6 +88,23 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
         )
         raise ModelNotFoundError(message)
     return dataclasses.replace(source, location=str(config_path.parent), is_local=True)
+
+
+def model_content(name_or_path: str, *, revision: str | None = None) -> dict[str, str]:
+    """Identify what a name stands for by its content, before it is loaded.
+
+    Equal for a folder under any name; of a Hugging Face repository, the commit.
+    """
+    source = reachable_source(locate_model(name_or_path), revision=revision)
+    folder = Path(source.location)
+    if not source.is_local:
+        try:
+            folder = Path(hf_hub_download(source.location, "config.json", revision=revision)).parent
+        except (OSError, ValueError):  # loading it says why
+            return {"commit": f"{source.location} {revision}"}
+    if folder.parent.name == "snapshots":
+        return {"commit": folder.name}  # its files are fetched one by one, as they are needed
+    return folder_content(folder, more=[path.name for path in folder.glob("*.py")])
 
 
 def cache_folder() -> Path:

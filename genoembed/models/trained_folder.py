@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import CheckpointError, ConfigError, PoolingMismatchWarning
 from genoembed.models.registry import known_models
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.models.genomic_model import GenomicModel
 
-FINAL_FOLDER = "final"
 """Subfolder of a training run that holds its model."""
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"

@@ -25,6 +25,7 @@ from genoembed.sequences.records import Counts
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from genoembed.config.pretrain import DataConfig
     from genoembed.contracts import SequenceRecord
     from genoembed.sequences.reading import PathInput
 
@@ -267,6 +268,16 @@ class DocumentStream:
             )
             raise ConfigError(message)
         logger.info("corpus, epoch %d: %s", self.epoch, self.counts)
+
+
+def check_corpus(data: DataConfig) -> None:
+    """Refuse files that are missing, or whose first record is not what it should be, before anything else."""
+    _check_files([*data.corpus, *data.heldout], 0)
+    for name in (*data.corpus, *data.heldout):
+        next(
+            read_sequences(name, invalid=data.invalid, duplicates="suffix", empty=data.empty, gaps=data.gaps),
+            None,
+        )
 
 
 def _check_files(names: list[str], epoch: int) -> None:

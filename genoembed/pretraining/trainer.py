@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.pretraining.start import forward_options
@@ -21,9 +19,9 @@ from genoembed.training.trainer import ResumableTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
     from genoembed.pretraining.stream import HeldoutRows, PackedStream
 
@@ -41,17 +39,18 @@ class PackedTrainer(ResumableTrainer):
         stream: PackedStream,
         heldout: HeldoutRows,
         isolating: tuple[str, ...],
+        tokenizer: PreTrainedTokenizerBase,
         **arguments: Any,
     ) -> None:
-        self._stream, self._heldout = stream, heldout
+        self._stream, self._heldout, self._tokenizer = stream, heldout, tokenizer
         self._fields = ("input_ids", *isolating)
         self._forward_options = forward_options(isolating)
         super().__init__(data_collator=self._collate, train_dataset=stream, **arguments)
 
-    def restore(self, checkpoint: Path) -> None:
-        """Take weights and history of a finished run: training on would add a step."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the tokenizer with the model: each checkpoint is a folder that can be loaded by itself."""
+        super()._save(output_dir, state_dict)
+        self._tokenizer.save_pretrained(output_dir or str(self.folder))
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Read the stream as it is: accelerate would read it in one process and hand rows around."""

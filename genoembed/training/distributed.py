@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,6 +33,11 @@ def leave_process_group_at_exit() -> None:
     """Have the group, if there is one, ended before the interpreter is."""
     if dist.is_initialized():
         atexit.register(leave_process_group)
+
+
+def num_processes() -> int:
+    """Count the processes of a run, before they have formed their group, too."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def wait_for_all() -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from genoembed.atomic import reporting_writes, write_text
 from genoembed.training.distributed import from_all
+from genoembed.training.run_folder import finite_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +49,8 @@ class MetricsFile(TrainerCallback):
             logger.info(
                 "%s: left out %d lines of steps that are trained again", self.path, len(lines) - len(kept)
             )
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with reporting_writes(self.path):
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
         self,
@@ -75,9 +78,10 @@ class MetricsFile(TrainerCallback):
 
     def write(self, line: Mapping[str, float]) -> None:
         """Append a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with reporting_writes(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite_json(line), allow_nan=False) + "\n")
 
 
 def describe_line(line: Mapping[str, float]) -> str:

@@ -1,97 +1,346 @@
 """The folder of a training run: what is in it, who may write into it, and where a run goes on.
 
-In: a folder. Out: checkpoints and the settings of the run. Promised: a run is neither overwritten nor
-resumed unless that is requested, and it resumes only with the config that it began with; a file that is
-written appears whole.
+In: a folder's name. Out: a :class:`RunFolder` that no other process has. Promised: one process at a time; a
+folder that is no run is never written into; a run is gone on with only with the inputs, model and options
+that it began with; a run that replaces another lies beside it as ``.NAME.partial`` until it is complete, and
+the two are then exchanged in one step; what has a name (a checkpoint, ``final``, a JSON file) is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
+import os
+import re
 import shutil
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
-from genoembed.atomic import write_text
-from genoembed.config.fields import differences
-from genoembed.errors import ConfigError
-from genoembed.models.trained_folder import FINAL_FOLDER
+from genoembed.atomic import (
+    MARKER,
+    check_folder,
+    lock,
+    partial_of,
+    put_in_place,
+    reporting_writes,
+    take_back,
+    write_text,
+)
+from genoembed.config.fields import differences, raise_all
+from genoembed.contracts import FINAL_FOLDER
+from genoembed.errors import ConfigError, GenoembedError, Problem, Remedy, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from os import PathLike
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+REPORT_FILE = "report.json"
+CONFIG_FILE = "finetune.json"
 METRICS_FILE = "metrics.jsonl"
+MODEL = "model content"
+"""Key of what a run compares: digests of the model that it started from, by name of the file."""
+SAVING_FOLDER = ".saving"
+"""Where transformers writes a checkpoint before it gets its name."""
+_REPLACEMENT = ".replacement"
+"""In a run that is to replace another: it tells the new run from the old one, whichever name each has."""
+_OWN = (RUN_FILE, REPORT_FILE, CONFIG_FILE, METRICS_FILE, FINAL_FOLDER, "tensorboard")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_LEFTOVER = re.compile(
+    rf"\.(checkpoint-\d+|{'|'.join(map(re.escape, _OWN))})\.(partial|old)|{re.escape(SAVING_FOLDER)}"
+)
 
 
-def refuse_other_run(folder: Path) -> None:
-    """Raise if there is a run in the folder."""
-    found = [path for path in (folder / RUN_FILE, *folder.glob("checkpoint-*")) if path.exists()]
-    if found:
-        message = (
-            f"{folder}: there is a run already ({found[0].name}); set resume to go on with it, "
-            "overwrite to start again, or another output_dir"
-        )
-        raise ConfigError(message)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeRules:
+    """Which differences between a run and what is requested of it matter, and how they are said."""
+
+    digests: Mapping[str, str]
+    """For keys that hold a digest: what is not that of the run."""
+    harmless: Collection[str] = ()
+    """Keys that change nothing that is learned."""
+    may_grow: Collection[str] = ()
+    """Keys that may be larger: steps that are done are the same."""
 
 
-def clear_run(folder: Path, *others: str) -> None:
-    """Delete what an earlier run has left."""
-    names = (RUN_FILE, METRICS_FILE, FINAL_FOLDER, *others)
-    for path in (*folder.glob("checkpoint-*"), *(folder / name for name in names)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _may_grow(stored: object, compared: Mapping[str, Any], rules: ResumeRules) -> set[str]:
+    """Name the numbers that are larger than those of the run, of those that may be."""
+    flat_old, flat_new = (
+        {k: v for part in values.values() if isinstance(part, dict) for k, v in part.items()}
+        for values in (stored if isinstance(stored, dict) else {}, compared)
+    )
+    pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in rules.may_grow}
+    return {
+        key
+        for key, (old, new) in pairs.items()
+        if isinstance(old, int) and isinstance(new, int) and new > old
+    }
 
 
-def compare_with_run(folder: Path, expected: Mapping[str, Any], *, digests: Mapping[str, str]) -> None:
-    """Raise if the run in the folder was started with other settings."""
-    stored = folder / RUN_FILE
-    try:
-        found = json.loads(stored.read_text(encoding="utf-8"))["compared"]
-    except (OSError, ValueError, KeyError) as error:
-        message = f"resume: no run in {folder} ({stored.name} is missing or damaged); set resume to False"
-        raise ConfigError(message) from error
-    problems = differences(found, expected, where=str(folder))
-    for key, message in digests.items():
-        others = [problem for problem in problems if not problem.startswith(f"{key}:")]
-        if len(others) < len(problems):
-            problems = [*others, message]
-    if problems:
-        raise ConfigError(*problems)
+def _model_parts(compared: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the digests of a model's files, at the top or in a stage."""
+    found = (values.get(MODEL) for values in (compared, *compared.values()) if isinstance(values, dict))
+    return next((parts for parts in found if isinstance(parts, dict)), {})
 
 
-def claim_run(
-    folder: Path,
-    compared: Mapping[str, Any],
-    *,
-    resume: bool,
-    digests: Mapping[str, str],
-    is_first: bool,
-    others: tuple[str, ...] = (),
-) -> Path | None:
-    """Compare with the run that is there and find the checkpoint to go on from, or clear it away."""
-    if not resume:
-        if is_first:
-            clear_run(folder, *others)
+class RunFolder:
+    """A run's folder, while this process has it."""
+
+    def __init__(self, target: Path, path: Path) -> None:
+        self.target = target
+        """Name that the user gave it."""
+        self.has_begun = False
+        """Whether anything was written into it."""
+        self.path = path
+        """Where the run is written: the target, or beside it what is going to replace it."""
+
+    @property
+    def is_replacement(self) -> bool:
+        """Whether the run is going to replace another."""
+        return self.path != self.target
+
+    @property
+    def final(self) -> Path:
+        """The folder of the trained model, under the name that it has in the end."""
+        return self.target / FINAL_FOLDER
+
+    def resume(self, compared: Mapping[str, Any], rules: ResumeRules) -> dict[str, Any] | None:
+        """Return the report of the run if it is complete, None to go on with it.
+
+        Raises if another run was requested than the one that is there.
+        """
+        if not _has_run(self.path):
+            logger.info("resume: no run in %s yet, from the start", self.path)
+            is_done = self.is_replacement and not self._differences(self.target, compared, rules)
+            return self._report(self.target) if is_done else None
+        problems = self._differences(self.path, compared, rules)
+        if self.is_replacement and problems and not self._differences(self.target, compared, rules):
+            return self._report(self.target)
+        if not problems and (report := self._report(self.path)):
+            if _is_first():
+                with reporting_writes(self.target):
+                    self.publish()
+            logger.info("resume: the run in %s is complete", self.target)
+            return report
+        grown = _may_grow(_read(self.path / RUN_FILE).get("compared"), compared, rules)
+        raise_all(problem for problem in problems if problem.partition(":")[0] not in grown)
         return None
-    compare_with_run(folder, compared, digests=digests)
-    checkpoint = newest_checkpoint(folder)
-    logger.info("resume: %s", checkpoint or f"no checkpoint yet in {folder}, from the start")
-    return checkpoint
+
+    @staticmethod
+    def _differences(folder: Path, compared: Mapping[str, Any], rules: ResumeRules) -> list[str]:
+        stored = _read(folder / RUN_FILE).get("compared")
+        if not isinstance(stored, dict):
+            message = f"resume: {folder / RUN_FILE} is damaged"
+            raise ConfigError(Problem(message, Remedy("overwrite", True), " to start again"))
+        problems: list[str] = []
+        parts = {*_model_parts(stored), *_model_parts(compared)}
+        for problem in differences(stored, _plain(compared), where=str(folder)):
+            key = problem.partition(":")[0]
+            if key in rules.digests or key in parts:
+                what = rules.digests.get(key)
+                found = f"{key}: {what}" if what else f"model: {key} is not that of"
+                found += f" the run in {folder}"
+                problems.append(
+                    Problem(found, Remedy("overwrite", True), " to start again, or give what it began with")
+                )
+            elif key not in rules.harmless:
+                problems.append(problem)
+        return problems
+
+    @staticmethod
+    def _report(folder: Path) -> dict[str, Any] | None:
+        report = _read(folder / REPORT_FILE)
+        return report if report and is_complete(folder / FINAL_FOLDER) else None
+
+    def begin(self, compared: Mapping[str, Any], *, resume: bool, **facts: object) -> Path | None:
+        """Note what is requested; return the checkpoint to go on from, or clear away what is left of others.
+
+        To be called when nothing can be refused any more, by the first process alone.
+        """
+        resume = resume and _has_run(self.path)
+        checkpoint = newest_checkpoint(self.path) if resume else None
+        self.has_begun = True
+        with reporting_writes(self.target):
+            if not resume:
+                self.path.mkdir(exist_ok=True)
+                for path in self.path.iterdir():
+                    _remove(path)
+                if self.is_replacement:
+                    (self.path / _REPLACEMENT).touch()
+            (self.path / REPORT_FILE).unlink(missing_ok=True)
+            write_json(self.path / RUN_FILE, {"genoembed": __version__, "compared": compared, **facts})
+        if resume:
+            logger.info("resume: %s", checkpoint or f"no checkpoint yet in {self.path}, from the start")
+        return checkpoint
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Note what came of the run, and let it replace the one whose name it was given."""
+        with reporting_writes(self.target):
+            write_json(self.path / REPORT_FILE, report)
+            self.publish()
+
+    def publish(self) -> None:
+        """Let a complete run replace the one whose name it was given."""
+        if not self.is_replacement:
+            return
+        _check_own(self.target)
+        put_in_place(self.path, self.target)
+        (self.target / _REPLACEMENT).unlink(missing_ok=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
 
 
-def write_run(folder: Path, compared: Mapping[str, Any], **facts: object) -> None:
-    """Write the settings of a run: those that a resumed run must share, and facts for people."""
-    write_json(folder / RUN_FILE, {"genoembed": __version__, "compared": compared, **facts})
+@contextmanager
+def claimed_run(output_dir: str | PathLike[str], *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Take a run's folder for this process, or refuse; an interruption says what is kept and how to go on.
+
+    Of several processes under torchrun, the first one holds the lock for all.
+    """
+    given = Path(output_dir)
+    target = given.expanduser()
+    is_first = _is_first()
+    take_back(target)
+    if target.exists() and not target.is_dir():
+        problem = "is a file, expected a folder; set output_dir to another name"
+        raise StoreError(problem, path=str(given))
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    if resume and not overwrite and made and not partial_of(target).exists():
+        message = f"resume: no run in {given}, which does not exist"
+        raise ConfigError(Problem(message, Remedy("resume", False)))
+    locks: list[int] = []
+    folder = RunFolder(target, target)
+    try:
+        if is_first:
+            with reporting_writes(given):
+                target.mkdir(parents=True, exist_ok=True)
+                locks.append(lock(target, output=given))
+        folder = _place(target, resume=resume, overwrite=overwrite)
+        if is_first:
+            with reporting_writes(given):
+                if folder.is_replacement:
+                    folder.path.mkdir(exist_ok=True)
+                    locks.append(lock(folder.path, output=given))
+                _clear_leftovers(folder)
+        if resume and (folder.path / FINAL_FOLDER).exists():
+            check_folder(folder.path / FINAL_FOLDER, overwrite=True)
+        yield folder
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            stop.args = (_what_is_kept(folder),)
+        raise
+    finally:
+        # folders made here in which nothing was put; without the lock they may be another process's
+        for path in [partial_of(target), *made] if locks and not folder.has_begun else []:
+            with suppress(OSError):
+                path.rmdir()
+        for descriptor in locks:
+            os.close(descriptor)
+
+
+def _what_is_kept(folder: RunFolder) -> str:
+    """Say how to go on after an interruption that left no time for a checkpoint."""
+    kept = newest_checkpoint(folder.path) if folder.has_begun else None
+    if kept is not None:
+        return f"{kept} is kept; run the same again with resume to go on from it"
+    as_it_was = _has_run(folder.target) and (folder.is_replacement or not folder.has_begun)
+    where = f"{folder.target} is as it was" if as_it_was else f"nothing was trained yet for {folder.target}"
+    return f"{where}; run the same again"
+
+
+def _is_first() -> bool:
+    """Whether this is the first of several processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _place(target: Path, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Choose where a run is written, and refuse a folder that is not ours, or a run that is to stay."""
+    beside = partial_of(target)
+    has_run, has_replacement = _has_run(target), _has_run(beside) and (beside / _REPLACEMENT).exists()
+    if resume and has_replacement:
+        return RunFolder(target, beside)
+    if resume and has_run and not overwrite:
+        return RunFolder(target, target)
+    if has_replacement and not overwrite:
+        message = f"{target}: a run that is to replace it is not complete yet ({beside})"
+        raise ConfigError(
+            Problem(message, Remedy("resume", True), " to go on with it, or overwrite to start again")
+        )
+    if has_run and not overwrite:
+        message = f"{target}: there is a run already ({RUN_FILE})"
+        raise ConfigError(
+            Problem(
+                message,
+                Remedy("resume", True),
+                " to go on with it, overwrite to start again, or another output_dir",
+            )
+        )
+    if not target.exists() or not any(
+        path for path in target.iterdir() if not _LEFTOVER.fullmatch(path.name)
+    ):
+        return RunFolder(target, target)
+    _check_own(target)
+    return RunFolder(target, beside)
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file()
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse to replace a folder that is no run, or into which somebody has put something."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not _has_run(folder):
+        problem = (
+            f"holds no {RUN_FILE}, so it is no training run; set output_dir to another name, or remove it"
+        )
+        raise StoreError(problem, path=str(folder))
+    known = {*_OWN, _REPLACEMENT, MARKER}
+    for path in sorted(folder.iterdir()):
+        is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
+        if path.name not in known and not is_checkpoint and not _LEFTOVER.fullmatch(path.name):
+            problem = (
+                f"holds {path.name!r}, which genoembed did not write; move it, or set output_dir to another "
+                "name"
+            )
+            raise StoreError(problem, path=str(folder))
+        if (is_checkpoint or path.name == FINAL_FOLDER) and (path / MARKER).exists():
+            check_folder(path, overwrite=True)
+
+
+def _clear_leftovers(folder: RunFolder) -> None:
+    """Remove what killed processes left: half-written files, and the old run after an exchange."""
+    beside = partial_of(folder.target)
+    if beside.is_dir() and not folder.is_replacement:
+        shutil.rmtree(beside)
+    for path in folder.path.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            _remove(path)
+    if not folder.is_replacement:
+        (folder.target / _REPLACEMENT).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end."""
-    complete = [path for path in folder.glob("checkpoint-*") if steps_of(path)]
+    """Find the newest checkpoint that is complete."""
+    complete = [path for path in folder.glob("checkpoint-*") if steps_of(path) and is_complete(path)]
     return max(complete, key=steps_of, default=None)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds every file that was written into it."""
+    listed = _read(folder / MARKER).get("files")
+    return isinstance(listed, list) and all((folder / str(name)).is_file() for name in listed)
 
 
 def steps_of(checkpoint: Path | None) -> int:
@@ -99,13 +348,70 @@ def steps_of(checkpoint: Path | None) -> int:
     if checkpoint is None:
         return 0
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
-    except (OSError, ValueError, KeyError):
+        return int(_read(checkpoint / "trainer_state.json").get("global_step", 0))
+    except (ValueError, TypeError):
         return 0
+
+
+def files_digest(paths: Iterable[str]) -> str:
+    """Compute one SHA-256 for the contents of files, in order; names do not count."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def finite_json(value: Any) -> Any:
+    """Replace numbers that JSON does not have (NaN, infinities) by None.
+
+    Example:
+        >>> finite_json({"loss": float("nan"), "steps": [1, 2.5]})
+        {'loss': None, 'steps': [1, 2.5]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    return [finite_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=1, default=str) + "\n")
+    write_text(path, json.dumps(finite_json(values), indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _plain(values: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(finite_json(values), default=str))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON object; what is missing or damaged is empty."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def reporting_saves(output: str | PathLike[str]) -> Iterator[None]:
+    """Turn what libraries raise when weights cannot be written (a full disk) into an error of one line."""
+    try:
+        with reporting_writes(output):
+            yield
+    except GenoembedError:
+        raise
+    except Exception as error:
+        # torch raises RuntimeError, safetensors an exception of its own, for what is an OSError elsewhere
+        text = " ".join(str(error).split())
+        if not _WRITE_FAILED.search(text):
+            raise
+        problem = f"cannot be written ({text[:200]}); free space, or set output_dir to another name"
+        raise StoreError(problem, path=os.fspath(output)) from error
+
+
+_WRITE_FAILED = re.compile(
+    r"os error \d+|PytorchStreamWriter|inline_container|iostream error|No space left|File too large", re.I
+)

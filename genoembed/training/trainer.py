@@ -8,25 +8,35 @@ speed and padding are those of the steps alone.
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 import signal
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
-from genoembed.errors import STOP_SIGNALS, Interrupted
+from genoembed.atomic import replacing_folder
+from genoembed.errors import STOP_SIGNALS, CheckpointError, DivergenceError, Interrupted, Problem, Remedy
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
+from genoembed.training.distributed import wait_for_all
 from genoembed.training.log import StepBook
+from genoembed.training.run_folder import SAVING_FOLDER, is_complete, newest_checkpoint, reporting_saves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
+
+    from torch import Tensor
 
     from genoembed.config.choices import TrainDtype
 
@@ -156,9 +166,9 @@ class ClampPoles(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Make SIGINT and SIGTERM end training after the current step, with a checkpoint.
+    """Make SIGINT, SIGTERM and SIGHUP end training after the current step, with a checkpoint.
 
-    A second signal has its usual effect.
+    A second signal has its usual effect, and so has one that is ignored, as SIGHUP is under nohup.
     """
 
     def __init__(self) -> None:
@@ -173,12 +183,13 @@ class StopOnSignal(TrainerCallback):
             yield
             return
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
         def ask(received: int, _frame: FrameType | None) -> None:
             self._requested = received
             logger.info("interrupted: saving a checkpoint after this step; interrupt again to stop at once")
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for other, handler in before.items():
+                signal.signal(other, handler)
 
         for number in before:
             signal.signal(number, ask)
@@ -203,7 +214,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def raise_if_stopped(self, folder: Path, *, total: int) -> None:
-        """End the run as an interruption does, and say how to go on."""
+        """End the run as the signal would have ended it, and say how to go on."""
         if self.stopped_at is None:
             return
         message = (
@@ -225,6 +236,7 @@ class ResumableTrainer(Trainer):
         self.book = StepBook()
         """What was trained on since the last line of the log."""
         self._stop = StopOnSignal()
+        self._saving: Path | None = None
         super().__init__(
             # Trainer asks for one before it measures; ours measure what they were given themselves
             eval_dataset=[],
@@ -233,11 +245,115 @@ class ResumableTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
+
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; a signal ends the run as an interruption does, and says how to go on."""
+        if checkpoint is not None and self._is_over(checkpoint):
+            self._restore(checkpoint)
+            return
         with self._stop.listening(), without_progress_bars():
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self._stop.raise_if_stopped(Path(str(self.args.output_dir)), total=self.state.max_steps)
+        self._stop.raise_if_stopped(self.folder, total=self.state.max_steps)
+
+    def _is_over(self, checkpoint: Path) -> bool:
+        """Whether a run had ended at its checkpoint: transformers takes at least one step when it resumes."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        total = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        ended = (getattr(callback, "has_ended", None) for callback in self.callback_handler.callbacks)
+        return state.global_step >= total or any(says is not None and says(state) for says in ended)
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Take the weights and the history of a run whose steps are all done."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        logger.info("resume: all %d steps are done", self.state.global_step)
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        source = self._checkpoint_of(best) if best else checkpoint
+        self._load_from_checkpoint(str(source))
+
+    def _checkpoint_of(self, step: int) -> Path:
+        """Find a checkpoint by its step: the folder may have another name than when it was noted."""
+        found = self.folder / f"checkpoint-{step}"
+        if not is_complete(found):
+            message = "the checkpoint of the best step is missing or damaged"
+            raise CheckpointError(
+                Problem(message, Remedy("overwrite", True), " to start again"), path=str(found)
+            )
+        return found
+
+    def _load_best_model(self) -> None:
+        self.state.best_model_checkpoint = str(self._checkpoint_of(int(self.state.best_global_step or 0)))
+        super()._load_best_model()
+
+    def _init_training_state(self, *arguments: Any, **named: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(*arguments, **named)
+        if self.state.best_global_step:
+            # transformers forgets the best checkpoint of a run whose folder was moved
+            self.state.best_model_checkpoint = str(self._checkpoint_of(self.state.best_global_step))
+        return found
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint beside the others, and give it its name when it is complete and on the disk."""
+        self.check_weights()
+        name = f"checkpoint-{self.state.global_step}"
+        self._saving = self.folder / SAVING_FOLDER
+        written = self._saving / name
+        with reporting_saves(self.folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = None
+            if self.state.best_global_step:
+                best = self.folder / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            wait_for_all()
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                with replacing_folder(self.folder / name, overwrite=True) as staged:
+                    for path in written.iterdir():
+                        path.rename(staged / path.name)
+                shutil.rmtree(written.parent)
+                rotate_checkpoints(
+                    output_dir=str(self.folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+            wait_for_all()
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Do forward and backward of a batch."""
+        return self.checked_loss(super().training_step(*arguments, **named))
+
+    def checked_loss(self, loss: Tensor) -> Tensor:
+        """End the run if a loss is not a number: the weights are still those of the step before."""
+        if not bool(torch.isfinite(loss)):
+            self._diverge(f"the loss is not finite ({float(loss)})", self.state.global_step + 1)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(float(norm)):
+            self._diverge(f"the gradient is not finite ({float(norm)})", self.state.global_step + 1)
+        return norm
+
+    def check_weights(self) -> None:
+        """End the run before weights that are not numbers are measured or saved."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                self._diverge(f"the weights of {name} are not finite", self.state.global_step)
+
+    def _diverge(self, found: str, step: int) -> NoReturn:
+        kept = newest_checkpoint(self.folder)
+        where = f"{kept} is the last good one" if kept else "no checkpoint was saved before"
+        rate = Remedy("learning_rate", words=f"below {self.args.learning_rate:g}")
+        problem = Problem(f"{found}, so training cannot go on ({where})", rate, " and start again")
+        raise DivergenceError(problem, step=step)
 
     def rate_of(self, name: str) -> float:
         """Return the peak rate of a parameter, poles like the rest."""
@@ -263,6 +379,7 @@ class ResumableTrainer(Trainer):
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Switch a model to evaluation mode, and back."""
+        self.check_weights()
         was_training = model.training
         model.eval()
         try:
@@ -273,6 +390,9 @@ class ResumableTrainer(Trainer):
 
     def report_measured(self, metrics: dict[str, float], *, is_validation: bool = True) -> dict[str, float]:
         """Log what was measured, and notify the callbacks that decide by it."""
+        losses = [value for name, value in metrics.items() if name.endswith("_loss")]
+        if is_validation and not all(map(math.isfinite, losses)):
+            self._diverge(f"the held-out loss is not finite ({losses[0]})", self.state.global_step)
         self.log(dict(metrics))
         if is_validation:
             trainer: Any = self

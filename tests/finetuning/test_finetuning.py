@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import genoembed
-from genoembed.errors import ConfigError, ModelError, SequenceLengthError, TrainingWarning
+from genoembed.errors import ConfigError, DivergenceError, ModelError, SequenceLengthError, TrainingWarning
 from genoembed.finetuning import trainer as finetune_trainer
 from genoembed.finetuning.trainer import FinetuneTrainer
 from tests.finetuning.cases import (
@@ -318,11 +319,12 @@ def test_folder_with_a_run_is_not_overwritten_unasked(model, tmp_path):
     with pytest.raises(ConfigError, match="there is a run already"):
         genoembed.finetune(path, tmp_path / "run", **options)
     assert genoembed.finetune(path, tmp_path / "run", resume=True, **options) == report
-    (tmp_path / "run" / "report.json").unlink()
     with pytest.raises(ConfigError, match=r"seed: 4, but 0 in .*; set seed to 0"):
         genoembed.finetune(path, tmp_path / "run", resume=True, **options, seed=4)
     other = write_classes(tmp_path / "d.tsv", seed=9)
-    with pytest.raises(ConfigError, match="train: the rows are not those of the run"):
+    with pytest.raises(
+        ConfigError, match="rows: the rows of train, validation and test are not those of the run"
+    ):
         genoembed.finetune(other, tmp_path / "run", resume=True, **options)
     assert genoembed.finetune(path, tmp_path / "run", overwrite=True, **options).test == report.test
 
@@ -337,13 +339,97 @@ def test_training_ends_when_the_metric_stalls_but_not_before_the_least_epochs(mo
         property(lambda _: {"eval": lambda _model: {"mcc": next(values), "loss": 1.0}}, lambda *_: None),
         raising=False,
     )
-    monkeypatch.setattr("genoembed.finetuning.run._Run._finish", lambda _self, trainer: trainer)
-    trainer = genoembed.finetune(path, tmp_path / "a", **options)
+    trainers = []
+    original = FinetuneTrainer.train_from
+
+    def train_from(self, checkpoint):
+        trainers.append(self)
+        original(self, checkpoint)
+        raise InterruptedError
+
+    monkeypatch.setattr(FinetuneTrainer, "train_from", train_from)
+    with pytest.raises(InterruptedError):
+        genoembed.finetune(path, tmp_path / "a", **options)
+    trainer = trainers[0]
     assert trainer.state.epoch == 3
     assert trainer.state.best_global_step * 3 == trainer.state.global_step
     values = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    trainer = genoembed.finetune(path, tmp_path / "b", **options, min_epochs=5)
-    assert trainer.state.epoch == 5
+    with pytest.raises(InterruptedError):
+        genoembed.finetune(path, tmp_path / "b", **options, min_epochs=5)
+    assert trainers[1].state.epoch == 5
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 3}, {"max_epochs": 30, "patience": 1, "learning_rate": 1e-7}]
+)
+def test_run_killed_before_its_model_was_saved_is_finished_without_another_step(
+    model, tmp_path, monkeypatch, changes
+):
+    path = write_classes(tmp_path / "c.tsv")
+    options = {"task": "classification", "model": model, **FAST, "eval_steps": 1, "layers": 1, **changes}
+    whole = genoembed.finetune(path, tmp_path / "whole", **options)
+
+    def killed(_model, folder, **_options):
+        (folder / "config.json").write_text("{}")
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("genoembed.finetuning.training.save_finetuned", killed)
+        with pytest.raises(MemoryError):
+            genoembed.finetune(path, tmp_path / "run", **options)
+    assert not [found for found in (tmp_path / "run").iterdir() if "final" in found.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "training_step", None)
+        report = genoembed.finetune(path, tmp_path / "run", resume=True, **options)
+    assert (report.steps, report.best_step, report.validation) == (
+        whole.steps,
+        whole.best_step,
+        whole.validation,
+    )
+    assert report.test == whole.test
+    one, other = (load_file(Path(r.output) / "model.safetensors") for r in (whole, report))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resume_of_a_complete_run_is_refused_for_another_model(model, tmp_path):
+    path = write_classes(tmp_path / "c.tsv")
+    own = shutil.copytree(model, tmp_path / "model")
+    options = {"task": "classification", "model": str(own), **FAST, "max_steps": 1}
+    report = genoembed.finetune(path, tmp_path / "run", **options)
+    moved = own.rename(tmp_path / "moved")
+    again = genoembed.finetune(path, tmp_path / "run", resume=True, **options | {"model": str(moved)})
+    assert again == report
+    values = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ConfigError, match=r"model: config.json is not that of the run"):
+        genoembed.finetune(path, tmp_path / "run", resume=True, **options | {"model": str(moved)})
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("classification", {}),
+        ("token", {}),
+        ("lm", {}),
+        ("contrastive", {}),
+        ("retrieval", {"micro_batch": 4}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkpoint(
+    model, tmp_path, task, options
+):
+    path = write_examples(tmp_path / "e.jsonl", 40) if task == "retrieval" else write_task(tmp_path, task)[0]
+    recipe = {**FAST, "eval_steps": 1, "max_epochs": 20, "warmup_fraction": 0.0, "learning_rate": 1e25}
+    with pytest.raises(DivergenceError, match=r"step \d+: .* set learning_rate below 1e\+25 and start again"):
+        genoembed.finetune(path, tmp_path / "run", task=task, model=model, **recipe, **options)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+    for found in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(
+            bool(values.isfinite().all()) for values in load_file(found / "model.safetensors").values()
+        )
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_saved_folder_opens_as_a_plain_model(model, tmp_path):

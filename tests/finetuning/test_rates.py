@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genoembed.config.finetune import finetune_config
-from genoembed.finetuning.run import default_rate, resolve_recipe
+from genoembed.finetuning.training import default_rate, resolve_recipe
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import genoembed
 from genoembed.config.pretrain import CorpusConfig, RecipeConfig, StartConfig
-from genoembed.errors import ConfigError, GenoembedError, ModelError
-from genoembed.pretraining import run
+from genoembed.errors import ConfigError, DivergenceError, GenoembedError, ModelError, StoreError
+from genoembed.pretraining import training as pretraining_run
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
 from genoembed.training.run_folder import newest_checkpoint
@@ -181,7 +182,7 @@ def test_resume_refuses_other_files(whole, corpus, tmp_path):
     shutil.copy(corpus, longer)
     with longer.open("a") as file:
         file.write(">more\nACGT\n")
-    with pytest.raises(ConfigError, match="corpus: names, sizes or order of the files are not those"):
+    with pytest.raises(ConfigError, match="corpus: contents or order of the files are not those"):
         genoembed.pretrain(longer, whole[0], resume=True, **SMALL)
 
 
@@ -202,10 +203,37 @@ def test_a_run_is_not_replaced_unasked(whole, corpus, tmp_path):
         genoembed.pretrain(corpus, whole[0], **SMALL)
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     (folder / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds 'notes.txt', which genoembed did not write"):
+        genoembed.pretrain(corpus, folder, overwrite=True, **SMALL)
+    (folder / "notes.txt").unlink()
     genoembed.pretrain(corpus, folder, overwrite=True, **SMALL | {"max_steps": 1})
-    assert (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     assert {line["step"] for line in curve(folder)} == {1}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_run_that_is_to_replace_another_and_fails_leaves_it_as_it_was(whole, corpus, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    bad = tmp_path / "bad.fa"
+    bad.write_text(Path(corpus).read_text() + ">late\nACGJ\n")
+    with pytest.raises(GenoembedError, match="'J'"):
+        genoembed.pretrain(bad, folder, overwrite=True, **SMALL)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e4])
+def test_run_that_diverges_ends_with_a_sentence(corpus, tmp_path, rate):
+    options = SMALL | {"learning_rate": rate, "warmup_steps": 0, "max_steps": 30, "save_steps": 1}
+    with pytest.raises(DivergenceError, match=r"step \d+: .* set learning_rate below 1e\+"):
+        genoembed.pretrain(corpus, tmp_path / "run", **options)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+    kept = newest_checkpoint(tmp_path / "run")
+    if kept is not None:
+        weights = AutoModelForCausalLM.from_pretrained(kept).state_dict()
+        assert all(bool(torch.isfinite(values).all()) for values in weights.values())
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_resume_without_a_run_is_refused(corpus, tmp_path):
@@ -282,7 +310,7 @@ def test_gradient_checkpointing_computes_blocks_again():
         calls.clear()
         model(input_ids=ids, labels=ids).loss.backward()
         assert len(calls) == expected
-        run._checkpoint_activations(model)
+        pretraining_run._checkpoint_activations(model)
 
 
 @pytest.mark.parametrize(("is_new", "rate"), [(True, 2e-3 / 2), (False, 2e-4 / 2)])
@@ -290,9 +318,9 @@ def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
     model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
     for has_bfloat16 in (True, False):
         monkeypatch.setattr("genoembed.training.trainer.has_bfloat16", lambda has=has_bfloat16: has)
-        recipe = run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
+        recipe = pretraining_run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
         assert recipe.learning_rate == pytest.approx(rate)
         assert (recipe.warmup_steps, recipe.dtype) == (50, "bfloat16" if has_bfloat16 else "float32")
     given = RecipeConfig(max_steps=10, learning_rate=0.5, warmup_steps=3, dtype="bfloat16")
-    recipe = run._resolved_recipe(given, model)
+    recipe = pretraining_run._resolved_recipe(given, model)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.dtype) == (0.5, 3, "bfloat16")

@@ -1,0 +1,324 @@
+"""A fine-tuning run from its rows to its report: the model, the settings that depend on it, and training.
+
+In: a configuration, rows that have been checked, and a folder that nobody else writes. Out: the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_utils import set_seed
+
+from genoembed.atomic import replacing_folder, reporting_writes
+from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig
+from genoembed.contracts import FINAL_FOLDER
+from genoembed.finetuning.sampling import new_sampler
+from genoembed.finetuning.saved import save_finetuned
+from genoembed.finetuning.tasks import set_up_task
+from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
+from genoembed.models.locate import model_content
+from genoembed.pipeline.request import use_threads
+from genoembed.training.distributed import (
+    from_first,
+    leave_process_group_at_exit,
+    num_processes,
+    wait_for_all,
+)
+from genoembed.training.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL,
+    ResumeRules,
+    reporting_saves,
+    write_json,
+)
+from genoembed.training.trainer import resolved_dtype, training_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import TrainerCallback, TrainingArguments
+
+    from genoembed.config.finetune import FinetuneRecipe
+    from genoembed.finetuning.preparation import TaskRows
+    from genoembed.training.run_folder import RunFolder
+
+
+logger = logging.getLogger(__name__)
+
+_PLACES = ("train", "validation", "test", "labels")
+"""Files may move; what they hold is compared."""
+
+
+def run_finetuning(
+    config: FinetuneConfig, rows: TaskRows, folder: RunFolder, *, resume: bool, threads: int | None
+) -> dict[str, Any]:
+    """Train, or return the report of the run that is there if it is this one and complete."""
+    compared = _identity(config, rows)
+    if resume:
+        report = folder.resume(compared, _resume_rules(config.recipe))
+        if report is not None:
+            return report | _places(folder)
+    state = torch.get_rng_state()
+    try:
+        with use_threads(threads):
+            return _Run(config, rows, folder, compared).train(resume=resume)
+    finally:
+        torch.set_rng_state(state)
+
+
+def _identity(config: FinetuneConfig, rows: TaskRows) -> dict[str, Any]:
+    """What a run that goes on must share with the one that began: options, rows and model, by content."""
+    values = config.to_dict()
+    for key in _PLACES:
+        values["data"].pop(key)
+    for key in ("model", "revision", "trust_remote_code"):
+        values["encoder"].pop(key)
+    values["recipe"]["dtype"] = resolved_dtype(config.recipe.dtype)
+    model = model_content(config.encoder.model, revision=config.encoder.revision)
+    return {**values, "rows": rows.sides.digest, MODEL: model, "processes": num_processes()}
+
+
+def _resume_rules(recipe: FinetuneRecipe) -> ResumeRules:
+    # a rate that falls towards the last step was another one in all steps before it
+    is_steady = recipe.schedule == "plateau" or (recipe.schedule == "constant" and not recipe.warmup_fraction)
+    return ResumeRules(
+        digests={
+            "rows": "the rows of train, validation and test are not those of",
+        },
+        harmless=("logging_steps",),
+        may_grow=("max_steps", "max_epochs") if is_steady else (),
+    )
+
+
+def _places(folder: RunFolder) -> dict[str, str]:
+    return {
+        "output": str(folder.final),
+        "metrics": str(folder.target / METRICS_FILE),
+        "config": str(folder.target / CONFIG_FILE),
+    }
+
+
+class _Run:
+    """One run: everything that a model refuses before the first step, then training."""
+
+    def __init__(
+        self, config: FinetuneConfig, rows: TaskRows, folder: RunFolder, compared: Mapping[str, Any]
+    ) -> None:
+        set_seed(config.recipe.seed)
+        self.requested, self.folder, self.compared = config, folder, compared
+        self.setup = set_up_task(config, rows)
+        parameters = list(self.setup.model.parameters())
+        logger.info(
+            "tuning %s: %d of %d parameters learn",
+            config.encoder.tuning,
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters),
+        )
+        num_rows = len(self.setup.dataset)
+        self.config = resolve_recipe(config, num_rows=num_rows, width=self.setup.width)
+        recipe = self.config.recipe
+        self.arguments = finetune_arguments(
+            recipe, folder.path, num_rows=num_rows, has_validation="eval" in self.setup.measures
+        )
+        leave_process_group_at_exit()
+        world_size = self.arguments.world_size
+        self.compares_across = config.objective.across_devices and world_size > 1
+        if self.setup.group_sampler is not None:
+            ranks = world_size if self.compares_across else 1
+            self.setup.group_sampler.check_batch(
+                min(recipe.rows_per_device * ranks, num_rows),
+                in_batch_negatives=config.objective.in_batch_negatives,
+            )
+
+    def train(self, *, resume: bool) -> dict[str, Any]:
+        """Train to the end, or to a signal."""
+        trainer = self._trainer()
+        wait_for_all()  # the others still look at the folder
+        checkpoint = None
+        if self.arguments.process_index == 0:
+            checkpoint = self.folder.begin(self.compared, resume=resume, config=self.config.to_dict())
+            with reporting_writes(self.folder.target):
+                write_json(self.folder.path / CONFIG_FILE, self.requested.to_flat())
+        checkpoint = from_first(checkpoint)
+        recipe = self.config.recipe
+        logger.info(
+            "training for %d steps at most, rate %.2g, of heads %.2g",
+            total_steps(recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size),
+            recipe.learning_rate,
+            recipe.head_learning_rate,
+        )
+        trainer.train_from(checkpoint)
+        return self._finish(trainer)
+
+    def _trainer(self) -> FinetuneTrainer:
+        recipe, setup = self.config.recipe, self.setup
+        shown = (str(recipe.metric), *TASK_METRICS[self.config.objective.task][:2], "loss")
+        callbacks: list[TrainerCallback] = [FinetuneLog(self.folder.path / METRICS_FILE, shown=shown)]
+        if "eval" in setup.measures:
+            callbacks.append(
+                StopEarly(
+                    f"eval_{recipe.metric}",
+                    is_greater_better=recipe.metric not in SMALLER_IS_BETTER,
+                    patience=recipe.patience,
+                    min_epochs=recipe.min_epochs,
+                )
+            )
+        return FinetuneTrainer(
+            model=setup.model,
+            args=self.arguments,
+            dataset=setup.dataset,
+            data_collator=setup.collate,
+            sampler=new_sampler(
+                setup.lengths,
+                labels=setup.classes,
+                batch_size=recipe.rows_per_device * self.arguments.world_size,
+                seed=recipe.seed,
+                mixed_lengths=recipe.mixed_lengths,
+            ),
+            # a query that is alone in its batch, and sees no other device, has nothing to be compared with
+            least_rows=1 if setup.contrast is None or self.compares_across else 2,
+            recipe=recipe,
+            measures=setup.measures,
+            callbacks=callbacks,
+        )
+
+    def _finish(self, trainer: FinetuneTrainer) -> dict[str, Any]:
+        state, metric = trainer.state, str(self.config.recipe.metric)
+        trainer.check_weights()
+        test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
+        best = int(state.best_global_step or state.global_step)
+        lines = (line for line in reversed(state.log_history) if line.get("step") == best)
+        validation: dict[str, float] = next((line for line in lines if f"eval_{metric}" in line), {})
+        report = {
+            **_places(self.folder),
+            "steps": int(state.global_step),
+            "best_step": best,
+            "metric": metric,
+            "validation": _bare(validation, "eval_"),
+            "test": _bare(test, "test_"),
+        }
+        if self.arguments.process_index == 0:
+            model: Any = trainer.accelerator.unwrap_model(trainer.model)
+            final = self.folder.path / FINAL_FOLDER
+            with reporting_saves(self.folder.target), replacing_folder(final, overwrite=True) as staged:
+                save_finetuned(
+                    model.cpu(),
+                    staged,
+                    config=self.config,
+                    tokenizer=self.setup.tokenizer,
+                    space=self.setup.space,
+                    source=self.setup.source,
+                )
+            self.folder.finish(report)
+        wait_for_all()
+        return report
+
+
+def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:
+    return {name.removeprefix(side): value for name, value in metrics.items() if name.startswith(side)}
+
+
+# Sources of the defaults: epochs, Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for
+# large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), above it in inverse
+# proportion to the width (Yang et al. 2022); adapters, 2e-4 (Hu et al. 2022); both a third less below 2,000
+# rows (Mosbach et al. 2021: small steps). At width 128 these are too low: 1e-3 and 3e-3 on 700 rows did
+# better (benchmarks/results/finetuning.md); between the widths, rates lie on a line in logarithms. New heads,
+# 1e-3 (Kingma and Ba 2015, Adam's own).
+_SMALL, _LARGE = 2_000, 20_000
+_NARROW, _WIDE = 128, 768
+_FULL_RATES, _LORA_RATES = (1.5e-3, 3e-5), (4.5e-3, 2e-4)
+"""At the width ``_NARROW`` and at ``_WIDE``, for sets that are not small."""
+_HEAD_RATE = 1e-3
+_SMALL_SCALE = 2 / 3
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "plateau": "reduce_lr_on_plateau",
+}
+
+
+def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
+    """Fill in the settings that depend on model and data.
+
+    Example:
+        >>> from genoembed.config.finetune import finetune_config
+        >>> config = finetune_config({"task": "regression", "train": ("a.tsv",)})
+        >>> recipe = resolve_recipe(config, num_rows=500, width=768).recipe
+        >>> recipe.max_epochs, f"{recipe.learning_rate:.0e}", recipe.metric
+        (20, '2e-05', 'spearman')
+    """
+    recipe, task = config.recipe, config.objective.task
+    metric = recipe.metric or TASK_METRICS[task][0]
+    epochs = 20 if num_rows < _SMALL else 10 if num_rows < _LARGE else 3
+    rate = recipe.learning_rate or default_rate(
+        width, uses_adapters=config.encoder.tuning == "lora", num_rows=num_rows
+    )
+    resolved = recipe.changed(
+        max_epochs=recipe.max_epochs or epochs,
+        learning_rate=rate,
+        head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
+        metric=metric,
+        dtype=resolved_dtype(recipe.dtype),
+    )
+    return config.changed(recipe=resolved)
+
+
+def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
+    """Compute the peak rate of an encoder for which none is set.
+
+    Example:
+        >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
+        [0.001, 2e-05, 4e-06]
+    """
+    narrow, wide = _LORA_RATES if uses_adapters else _FULL_RATES
+    share = math.log(max(width, _NARROW) / _NARROW) / math.log(_WIDE / _NARROW)
+    rate = narrow * (wide / narrow) ** min(share, 1.0)
+    if width > _WIDE and not uses_adapters:
+        rate *= _WIDE / width
+    return rate * (_SMALL_SCALE if num_rows < _SMALL else 1.0)
+
+
+def finetune_arguments(
+    recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
+) -> TrainingArguments:
+    """Translate resolved settings into arguments of transformers."""
+    metric = str(recipe.metric)
+    is_greater_better = metric not in SMALLER_IS_BETTER
+    every = "epoch" if recipe.eval_steps is None else "steps"
+    others: dict[str, Any] = dict(
+        num_train_epochs=recipe.max_epochs,
+        max_steps=recipe.max_steps or -1,
+        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        logging_nan_inf_filter=False,
+        eval_strategy=every if has_validation else "no",
+        save_strategy=every,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model=f"eval_{metric}" if has_validation else None,
+        greater_is_better=is_greater_better if has_validation else None,
+        data_seed=recipe.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if recipe.eval_steps is not None:
+        others |= {"eval_steps": recipe.eval_steps, "save_steps": recipe.eval_steps}
+    if recipe.schedule == "plateau":
+        mode = "max" if is_greater_better else "min"
+        others["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
+    found = training_arguments(recipe, folder, **others)
+    if recipe.schedule != "plateau":  # it knows only now how many processes there are
+        steps = total_steps(recipe, num_rows=num_rows, world_size=found.world_size)
+        found.warmup_steps = math.ceil(recipe.warmup_fraction * steps)
+    return found
+
+
+def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:
+    """Count the optimizer steps of resolved settings."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    batches = math.ceil(num_rows / (recipe.rows_per_device * world_size))
+    return math.ceil(batches / recipe.accumulation_steps) * (recipe.max_epochs or 1)

@@ -24,6 +24,7 @@ so that no caller needs to parse text::
     |   |-- CheckpointError                path
     |   |-- NonFiniteError                 record_id
     |   `-- DivergenceError                step
+    |   `-- ForeignCodeError               path, line: a model's or package's own code failed
     |-- StoreError (OSError)               path
     |   |-- StoreFormatError               foreign or damaged file
     |   `-- SchemaVersionError             found, supported
@@ -38,8 +39,15 @@ so that no caller needs to parse text::
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 Spelling: TypeAlias = Callable[[str], str]
 """How an option is spelled where the reader typed it: its key in Python, its flag on the command line."""
@@ -308,6 +316,103 @@ class DivergenceError(ModelError):
     def __init__(self, problem: str, *, step: int) -> None:
         self.step = step
         super().__init__(problem, place=f"step {step}")
+
+
+class ForeignCodeError(ModelError):
+    """An exception from code that is not genoembed's: of a model folder, or of another package.
+
+    Args:
+        problem: What happened and what to do.
+        path: File of the code that failed.
+        line: Line of it.
+    """
+
+    def __init__(self, problem: str, *, path: str, line: int) -> None:
+        self.path = path
+        self.line = line
+        super().__init__(problem)
+
+
+_OURS = str(Path(__file__).parent)
+_STDLIB = sysconfig.get_path("stdlib")
+_PASSED_THROUGH = ("torch", "numpy", "accelerate", "safetensors")
+"""Packages that fail where they are called wrongly: whoever called them is to blame."""
+
+
+@contextmanager
+def foreign_code(what: str) -> Iterator[None]:
+    """Turn what other people's code raises into an error of one line that says whose code failed, and where.
+
+    Whose code it is follows from the traceback, so that our own mistakes keep theirs. Lack of memory and
+    errors of ours pass.
+    """
+    try:
+        yield
+    except (GenoembedError, MemoryError, BrokenPipeError):
+        raise
+    except Exception as error:
+        found = None if is_out_of_memory(error) else _foreign_place(error)
+        if found is None:
+            raise
+        path, line = found
+        text = " ".join(str(error).split()) or "no more is said"
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+        problem = (
+            f"{what}: {_owner(path)} failed at {path}:{line} ({type(error).__name__}: {text}); this is not "
+            "genoembed's code: report it to those who wrote it, or try another version of it"
+        )
+        raise ForeignCodeError(problem, path=path, line=line) from error
+
+
+_LONGEST = 300
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a lack of memory from other failures; the allocator of CPUs has no error of its own."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
+def _foreign_place(error: BaseException) -> tuple[str, int] | None:
+    """Find the innermost line that is to blame, if it is not ours."""
+    frames = [*walk_tb(error.__traceback__)]
+    if frames and isinstance(error, TypeError) and (called := _called_wrongly(frames[-1][0])):
+        return called
+    for frame, line in reversed(frames):
+        path = frame.f_code.co_filename
+        if path.startswith(_OURS):
+            return None
+        if not (path.startswith("<") or _is_stdlib(path) or _package(path) in _PASSED_THROUGH):
+            return path, line
+    return None
+
+
+def _called_wrongly(frame: FrameType) -> tuple[str, int] | None:
+    """Find the ``forward`` that does not take what every model takes: its module is called by torch."""
+    module = frame.f_locals.get("self")
+    code = getattr(getattr(module, "forward", None), "__code__", None)
+    if frame.f_code.co_name != "_call_impl" or code is None or code.co_filename.startswith(_OURS):
+        return None
+    return code.co_filename, code.co_firstlineno
+
+
+def _is_stdlib(path: str) -> bool:
+    return path.startswith(_STDLIB) and "-packages" not in path
+
+
+def _package(path: str) -> str | None:
+    """Name the installed package that a file belongs to."""
+    parts = Path(path).parts
+    places = [index for index, part in enumerate(parts[:-1]) if part in ("site-packages", "dist-packages")]
+    return parts[places[-1] + 1].removesuffix(".py") if places else None
+
+
+def _owner(path: str) -> str:
+    if "transformers_modules" in Path(path).parts:
+        return "the code that it brings"
+    package = _package(path)
+    return "code outside genoembed" if package is None else f"the package {package}"
 
 
 class StoreError(GenoembedError, OSError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from genoembed.errors import LayerError, ModelError, ShapeError
+from genoembed.errors import LayerError, ModelError, ShapeError, foreign_code
 from genoembed.models.behavior import (
     PaddingPolicy,
     Probe,
@@ -99,12 +99,14 @@ class GenomicModel:
     @cached_property
     def is_causal(self) -> bool:
         """Whether no token sees a later one."""
-        return self._probe.is_causal()
+        with foreign_code(f"a trial pass of model {self.name!r}"):
+            return self._probe.is_causal()
 
     @cached_property
     def accepts_attention_mask(self) -> bool:
         """Whether the model takes an attention mask and honours it."""
-        return self._probe.accepts_attention_mask()
+        with foreign_code(f"a trial pass of model {self.name!r}"):
+            return self._probe.accepts_attention_mask()
 
     @property
     def padding(self) -> PaddingPolicy:
@@ -287,7 +289,8 @@ class GenomicModel:
 
     @cached_property
     def _final_path(self) -> str | None:
-        return self._probe.final_path()
+        with foreign_code(f"a trial pass of model {self.name!r}"):
+            return self._probe.final_path()
 
     def _is_untrained(self, path: str) -> bool:
         return path.partition(".")[0] in self.untrained

@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from genoembed.errors import CheckpointError, GenoembedError, ModelError, PrecisionWarning
+from genoembed.errors import CheckpointError, GenoembedError, ModelError, PrecisionWarning, foreign_code
 from genoembed.models.architecture import (
     NONSENSE,
     auto_class,
@@ -90,26 +90,48 @@ def load_model(
     device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
     source = reachable_source(locate_model(name_or_path), revision=revision)
+    with foreign_code(f"model {name_or_path!r}"):
+        model = _load(
+            source,
+            name=name_or_path,
+            device=device,
+            dtype=chosen_dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device_map=device_map,
+        )
+    _warn_about_precision(model)
+    return model
+
+
+def _load(
+    source: ModelSource,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    revision: str | None,
+    device_map: str | Mapping[str, Any] | None,
+) -> GenomicModel:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     config = read_config(source, options)
     _check_folder(source)
-    whole, loading_info = _load_weights(source, config, options, dtype=chosen_dtype, device_map=device_map)
+    whole, loading_info = _load_weights(source, config, options, dtype=dtype, device_map=device_map)
     module = base_of(whole)
     untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
     if device_map is None:
         module = module.to(device)
-    model = GenomicModel(
+    return GenomicModel(
         module,
         _load_tokenizer(source, config, options),
-        name=name_or_path,
+        name=name,
         location=_folder(source, options),
         entry=source.entry or _entry_of(config),
         untrained=untrained,
     )
-    _warn_about_precision(model)
-    return model
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

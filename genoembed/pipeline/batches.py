@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from genoembed.batching.pad import pad_batch, plan_batches
-from genoembed.errors import SequenceLengthError
+from genoembed.errors import SequenceLengthError, foreign_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -145,7 +145,8 @@ class SlabBuilder:
     def _next(self, pieces: Iterator[Piece], index: int, draft: _Draft) -> Piece | None:
         """Cut one more piece of a record; None at its end, or where it cannot be cut."""
         try:
-            return next(pieces, None)
+            with foreign_code("the model's tokenizer"):
+                return next(pieces, None)
         except SequenceLengthError as error:
             if not self.skips_failed:
                 raise

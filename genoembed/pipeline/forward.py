@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 import torch
 
 from genoembed.contracts import Batch
-from genoembed.errors import ModelError, NonFiniteError
+from genoembed.errors import ModelError, NonFiniteError, foreign_code, is_out_of_memory
 from genoembed.pipeline.assemble import PieceVectors, Taken
 from genoembed.pipeline.batches import PieceBatch
 from genoembed.pipeline.threads import Interruption
@@ -53,7 +53,6 @@ LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _LEAST_BLOCK = 64
 """Positions of a block, when memory is short."""
-_CPU_ALLOCATOR = "DefaultCPUAllocator: "
 _COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
 LOG_PROBS = "log_probs"
 """Under which name :class:`NextTokenReducer` gives log-probabilities."""
@@ -188,8 +187,8 @@ class BatchRunner:
             part = _rows_of(work, rows)
             try:
                 values = self._forward(part.batch)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not _is_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
+                if not is_out_of_memory(error):
                     raise
                 # out of the "except", whose traceback keeps the tensors of the failed pass alive
                 lacking = error.with_traceback(None)
@@ -249,7 +248,8 @@ class BatchRunner:
 
     def _forward(self, batch: Batch) -> RowValues:
         started, pooled_before = time.perf_counter(), self._reducer.pooling_s
-        values = self._reducer(batch, block_tokens=self._block_tokens)
+        with foreign_code("the model's forward pass"):
+            values = self._reducer(batch, block_tokens=self._block_tokens)
         pooling_s = self._reducer.pooling_s - pooled_before
         self._stats.forward_s += time.perf_counter() - started - pooling_s
         self._stats.pooling_s += pooling_s
@@ -327,8 +327,8 @@ def run_in_parts(items: Sequence[_Item], run: Callable[[Sequence[_Item]], _Resul
         part = waiting.pop()
         try:
             result = run(part)
-        except RuntimeError as error:
-            if len(part) == 1 or not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if len(part) == 1 or not is_out_of_memory(error):
                 raise
         else:
             yield result
@@ -355,11 +355,6 @@ def _chosen(vectors: Tensor | Sequence[Tensor], rows: Sequence[int]) -> Tensor |
     if isinstance(vectors, torch.Tensor):
         return vectors[list(rows)]
     return tuple(vectors[row] for row in rows)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether memory ran out; the allocator of CPUs has no error class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 def _free_cache(device: torch.device) -> None:

@@ -136,7 +136,10 @@ def score_variants(
         overwrite=overwrite,
     )
     counts = VariantCounts()
-    contexts = read_variants(vcf, reference, flank=flank, unsupported=unsupported, counts=counts)
+    # all rows are read once before the model is loaded: a bad one late in the file wastes no work
+    contexts = read_variants(
+        vcf, reference, flank=flank, unsupported=unsupported, counts=counts, check_first=True
+    )
     with ExitStack() as stack:
         stack.enter_context(use_threads(run.threads))
         scorer = _build_scorer(run, layer, pooling, progress)

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, NamedTuple
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
@@ -36,10 +41,12 @@ _LOG = logging.getLogger(__name__)
 _COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT")
 _REF = re.compile(r"[ACGTNRYSWKMBDHV]+")
 _ALT = re.compile(r"[ACGTN]+")
+_AMBIGUOUS_ALT = re.compile(r"[ACGTNRYSWKMBDHV]+")
 _NO_BASE = re.compile(rb"[^ACGTNRYSWKMBDHV]")
 _TO_DNA = bytes.maketrans(b"U", b"T")
 _SHOWN_BASES = 20
 # VCF has no codes for several bases in REF: they stand as the first of their bases, by the alphabet
+_ANY_BASE = ord("N")  # callers of structural variants write it for a base that they did not look up
 _FIRST_OF_CODE = dict(zip(b"RYSWKMBDHV", b"ACCAGACAAA", strict=True))
 
 
@@ -61,17 +68,32 @@ class VariantCounts(Counts):
     """Skipped: ``*``, an allele inside another row's deletion."""
     absent: int = 0
     """Skipped: ``.``, a row without alternative, and an ALT that is the REF."""
+    unknown: int = 0
+    """Skipped: an ALT of ``N`` only, which callers write where they do not know the sequence."""
+    ambiguous: int = 0
+    """Skipped: an ALT with an IUPAC code for several bases, such as ``R``."""
+    refs_filled: int = 0
+    """Alleles handed on whose REF has ``N``, read as the base that the reference has there."""
 
     @property
     def skipped(self) -> int:
         """Alleles that were left out."""
-        return self.symbolic + self.breakends + self.spanning + self.absent
+        named = (self.symbolic, self.breakends, self.spanning, self.absent, self.unknown, self.ambiguous)
+        return sum(named)
 
 
 class _Row(NamedTuple):
-    variant: Variant
-    """With the row's ALT column as its ``alt``."""
+    path: str
+    line: int
+    contig: str
+    position: str
+    id: str
+    ref: str
     alts: list[str]
+
+    def error(self, problem: str) -> VariantError:
+        """Say what is wrong with the row."""
+        return VariantError(problem, path=self.path, line=self.line, record_id=self.id or None)
 
 
 def read_variants(
@@ -81,13 +103,15 @@ def read_variants(
     flank: int = DEFAULT_FLANK,
     unsupported: UnsupportedPolicy = "skip",
     counts: VariantCounts | None = None,
+    check_first: bool = False,
 ) -> Iterator[VariantContext]:
     """Read the alleles of a VCF, in constant memory.
 
     Rows with several alternatives give a variant each. REF is compared with the reference, letter by letter
     and whatever the case. Insertions and deletions are left-aligned and trimmed before the stretch around
     them is cut, so that all spellings of a change give the same sequences. FILTER, QUAL and genotypes are not
-    looked at. Options and file names are checked at once; rows are read as the iterator is used.
+    looked at. Alleles without a sequence of their own are judged by nothing else. Options and file names are
+    checked at once; rows are read as the iterator is used, with ``check_first`` all of them once before.
 
     Example:
         >>> from pathlib import Path
@@ -113,35 +137,84 @@ def read_variants(
         raise ConfigError(*problems)
     check_readable(vcf)
     contigs = FastaContigs(reference)
-    return _contexts(vcf, contigs, flank, unsupported, VariantCounts() if counts is None else counts)
+    rows = partial(_contexts, vcf, contigs, flank=flank, unsupported=unsupported)
+    found = VariantCounts() if counts is None else counts
+    reading = _read(vcf, contigs, rows, found, check_first=check_first)
+    if check_first:
+        next(reading)
+    return cast("Iterator[VariantContext]", reading)
+
+
+def _read(
+    vcf: str,
+    contigs: FastaContigs,
+    rows: Callable[..., Iterator[VariantContext]],
+    counts: VariantCounts,
+    *,
+    check_first: bool,
+) -> Iterator[VariantContext | None]:
+    """Read the rows; or all of them, give None, and read them again: standard input is copied for that."""
+    with ExitStack() as stack:
+        stack.enter_context(contigs)
+        stored = None
+        if check_first and vcf == STDIN:
+            copy = stack.enter_context(NamedTemporaryFile(prefix="genoembed-", suffix=".vcf"))
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            copy.flush()
+            stored = copy.name
+        if check_first:
+            for _ in rows(VariantCounts(), stored=stored):
+                pass
+            yield None
+        yield from rows(counts, stored=stored)
+        _LOG.info("%s: %s", vcf, counts)
 
 
 def _contexts(
-    vcf: str, contigs: FastaContigs, flank: int, unsupported: UnsupportedPolicy, counts: VariantCounts
+    vcf: str,
+    contigs: FastaContigs,
+    counts: VariantCounts,
+    *,
+    flank: int,
+    unsupported: UnsupportedPolicy,
+    stored: str | None = None,
 ) -> Iterator[VariantContext]:
-    with contigs:
-        for row in _iter_rows(vcf):
-            counts.rows += 1
-            length = _check_reference(row.variant, contigs)
-            for alt in row.alts:
-                kind = _unsupported_kind(row.variant, alt)
-                if kind is None:
-                    counts.alleles += 1
-                    found = _show(replace(row.variant, alt=alt), contigs, length, flank)
-                    change = (found.normalized.position, found.normalized.ref, found.normalized.alt)
-                    counts.normalized += change != (row.variant.position, row.variant.ref, alt)
-                    yield found
-                elif unsupported == "error":
-                    problem = f"ALT {alt!r} has no sequence to look at; set unsupported='skip' or remove it"
-                    raise _error(row.variant, problem)
-                else:
-                    setattr(counts, kind, getattr(counts, kind) + 1)
-    _LOG.info("%s: %s", vcf, counts)
+    for row in _iter_rows(vcf, stored):
+        counts.rows += 1
+        # a row is judged only by what is done with it: where nothing is scored, REF and POS do not matter
+        wanted = _supported_alts(row, counts, unsupported)
+        if not wanted:
+            continue
+        variant = _variant(row)
+        length = _check_reference(variant, contigs)
+        for alt in wanted:
+            counts.alleles += 1
+            counts.refs_filled += "N" in variant.ref
+            found = _show(replace(variant, alt=alt), contigs, length, flank)
+            change = (found.normalized.position, found.normalized.ref, found.normalized.alt)
+            counts.normalized += change != (variant.position, variant.ref, alt)
+            yield found
 
 
-def _iter_rows(path: str) -> Iterator[_Row]:
+def _supported_alts(row: _Row, counts: VariantCounts, unsupported: UnsupportedPolicy) -> list[str]:
+    """Take the alleles that have a sequence; count the others, or stop at one."""
+    wanted = []
+    for alt in row.alts:
+        kind = _unsupported_kind(row, alt)
+        if kind is None:
+            wanted.append(alt)
+        elif unsupported == "error":
+            problem = f"ALT {_short(alt)!r} has no sequence to look at; set unsupported='skip' or remove it"
+            raise row.error(problem)
+        else:
+            setattr(counts, kind, getattr(counts, kind) + 1)
+    return wanted
+
+
+def _iter_rows(path: str, stored: str | None = None) -> Iterator[_Row]:
+    """Read rows; ``stored`` is the file that standard input was copied to."""
     is_empty = True
-    for line, raw in enumerate(iter_lines(iter_text(path)), start=1):
+    for line, raw in enumerate(iter_lines(iter_text(stored or path)), start=1):
         if raw.startswith(b"BCF\x02"):
             problem = "BCF, expected VCF; convert it with: bcftools view"
             raise SequenceFormatError(problem, path=path)
@@ -178,38 +251,52 @@ def _parse(path: str, line: int, columns: list[str]) -> _Row:
         )
         raise VariantError(problem, path=path, line=line)
     contig, position, name, ref, alts = (column.strip() for column in columns)
-    if not re.fullmatch("[0-9]{1,15}", position) or int(position) == 0:
-        problem = f"POS is {position!r}, expected a whole number from 1 on; correct the row"
-        raise VariantError(problem, path=path, line=line)
-    if not _REF.fullmatch(ref.upper()):
-        problem = f"REF is {_short(ref)!r}, expected letters A, C, G, T or N; correct the row"
-        raise VariantError(problem, path=path, line=line)
-    variant = Variant(
-        contig=contig,
-        position=int(position),
-        ref=ref.upper(),
-        alt=alts.upper(),
-        id="" if name == "." else name,
+    return _Row(
         path=path,
         line=line,
+        contig=contig,
+        position=position,
+        id="" if name == "." else name,
+        ref=ref.upper(),
+        alts=[alt if alt.startswith("<") else alt.upper() for alt in alts.split(",")],
     )
-    return _Row(variant, [alt if alt.startswith("<") else alt.upper() for alt in alts.split(",")])
 
 
-def _unsupported_kind(variant: Variant, alt: str) -> str | None:
+def _variant(row: _Row) -> Variant:
+    """Check the columns of a row of which alleles are scored."""
+    if not re.fullmatch("[0-9]{1,15}", row.position) or int(row.position) == 0:
+        problem = f"POS is {row.position!r}, expected a whole number from 1 on; correct the row"
+        raise row.error(problem)
+    if not _REF.fullmatch(row.ref):
+        problem = f"REF is {_short(row.ref)!r}, expected letters A, C, G, T or N; correct the row"
+        raise row.error(problem)
+    return Variant(
+        contig=row.contig,
+        position=int(row.position),
+        ref=row.ref,
+        alt=",".join(row.alts),
+        id=row.id,
+        path=row.path,
+        line=row.line,
+    )
+
+
+def _unsupported_kind(row: _Row, alt: str) -> str | None:
     """Return the counter for an allele without a sequence of its own; None for all others."""
     if alt == "*":
         return "spanning"
-    if alt in (".", variant.ref):
+    if alt in (".", row.ref):
         return "absent"
     if alt.startswith("<") and alt.endswith(">"):
         return "symbolic"
     if any(mark in alt for mark in "[].") and len(alt) > 1:
         return "breakends"
     if _ALT.fullmatch(alt):
-        return None
+        return "unknown" if set(alt) == {"N"} else None
+    if _AMBIGUOUS_ALT.fullmatch(alt):
+        return "ambiguous"
     problem = f"ALT is {_short(alt)!r}, expected letters A, C, G, T or N; correct the row"
-    raise _error(variant, problem)
+    raise row.error(problem)
 
 
 def _check_reference(variant: Variant, contigs: FastaContigs) -> int:
@@ -232,7 +319,7 @@ def _check_reference(variant: Variant, contigs: FastaContigs) -> int:
 
 def _agree(ref: str, found: bytes) -> bool:
     pairs = zip(ref.encode(), found, strict=True)
-    return all(asked == base or asked == _FIRST_OF_CODE.get(base) for asked, base in pairs)
+    return all(asked in (base, _FIRST_OF_CODE.get(base), _ANY_BASE) for asked, base in pairs)
 
 
 def _wrong_reference(variant: Variant, found: bytes, contigs: FastaContigs, length: int) -> VariantError:
@@ -265,7 +352,12 @@ def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> V
 
     end = variant.start + len(variant.ref)
     # the reference's own letters: REF may have one base where the reference has a code for several
-    change = left_align(Change(variant.start, fetch(variant.start, end), variant.alt.encode()), fetch)
+    own, alt = fetch(variant.start, end), bytearray(variant.alt.encode())
+    for place, letter in enumerate(variant.ref[: len(alt)]):
+        if not letter == "N" == chr(alt[place]):
+            break
+        alt[place] = own[place]  # the base before a change, which neither allele names
+    change = left_align(Change(variant.start, own, bytes(alt)), fetch)
     spelled = anchor(change, fetch)
     start, end = max(0, change.start - flank), min(length, change.end + flank)
     stretch = fetch(start, end)

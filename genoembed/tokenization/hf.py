@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from genoembed.contracts import EncodedSequence
-from genoembed.errors import ConfigError
+from genoembed.errors import ConfigError, foreign_code
 from genoembed.tokenization.char import CharTokenizer
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
     """
     if isinstance(tokenizer, CharTokenizer):
         return _ByteEncoder(tokenizer)
-    return _FastEncoder(tokenizer) if tokenizer.is_fast else _SlowEncoder(tokenizer)
+    with foreign_code("the model's tokenizer"):
+        return _FastEncoder(tokenizer) if tokenizer.is_fast else _SlowEncoder(tokenizer)
 
 
 class _ByteEncoder:

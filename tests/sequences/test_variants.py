@@ -179,7 +179,7 @@ def test_code_of_the_reference_may_stand_as_its_first_base(tmp_path, reference):
         (("chr1", "x", ".", "A", "G"), "POS is 'x'"),
         (("chr1", 5, ".", "", "G"), "REF is '', expected letters"),
         (("chr1", 5, ".", "A", ""), "ALT is '', expected letters"),
-        (("chr1", 5, ".", "A", "R"), "ALT is 'R', expected letters"),
+        (("chr1", 5, ".", "A", "Q"), "ALT is 'Q', expected letters"),
     ],
 )
 def test_row_that_does_not_fit_is_refused(tmp_path, reference, row, complaint):

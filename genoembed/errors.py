@@ -153,6 +153,12 @@ STOP_SIGNALS = tuple(
 """Signals that end a run in good order: finished work is kept."""
 
 
+def is_ignored(number: int) -> bool:
+    """Tell whether whoever started the process wants a hang-up to be ignored, as ``nohup`` does."""
+    # SIGINT is ignored where a shell starts jobs in the background; a signal sent on purpose still counts
+    return number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that a signal ended.
 

@@ -100,7 +100,9 @@ class ConfigCommand(click.Command):
 
         def named(keys: Iterable[str]) -> list[str]:
             values = [given[key] for key in keys if key in given]
-            return [name for value in values for name in (value if isinstance(value, tuple) else (value,))]
+            return [
+                name for value in values for name in (value if isinstance(value, tuple | list) else (value,))
+            ]
 
         options = self.described.values()
         check_paths(

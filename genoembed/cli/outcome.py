@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import click
 
 from genoembed.cli.options import SPELLING, in_command_line_words
-from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, python_spelling
+from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, is_ignored, python_spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,7 +82,8 @@ class _StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._interrupt) for number in STOP_SIGNALS}
+        handled = [number for number in STOP_SIGNALS if not is_ignored(number)]
+        before = {number: signal.signal(number, self._interrupt) for number in handled}
         try:
             yield
         finally:

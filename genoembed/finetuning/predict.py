@@ -116,7 +116,7 @@ def predict(
     ]
     if problems:
         raise ConfigError(*problems)
-    check_paths([model, *path_strings(inputs)], [(output, "table")], overwrite=overwrite)
+    check_paths(path_strings(inputs), [(output, "table")], may_read=[model], overwrite=overwrite)
     with use_threads(threads):
         saved = load_predictor(model, device=device, trust_remote_code=trust_remote_code)
         # one for all parts: what it learns of short memory holds for those that follow

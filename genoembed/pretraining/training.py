@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations import TensorBoardCallback
 
-from genoembed.atomic import replacing_folder
+from genoembed.atomic import partial_of, replacing_folder
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ModelError
@@ -191,7 +191,11 @@ class _Run:
         is_first = self.arguments.process_index == 0
         with reporting_saves(self.folder.target), without_progress_bars():
             # all processes gather the weights, the first one writes them
-            with replacing_folder(final, overwrite=True) if is_first else nullcontext(final) as staged:
+            with (
+                replacing_folder(final, overwrite=True)
+                if is_first
+                else nullcontext(partial_of(final)) as staged
+            ):
                 trainer.save_model(str(staged))
         if is_first:
             self.folder.finish(report)

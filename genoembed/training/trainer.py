@@ -25,7 +25,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from genoembed.atomic import replacing_folder
-from genoembed.errors import STOP_SIGNALS, CheckpointError, DivergenceError, Interrupted, Problem, Remedy
+from genoembed.errors import (
+    STOP_SIGNALS,
+    CheckpointError,
+    DivergenceError,
+    Interrupted,
+    Problem,
+    Remedy,
+    is_ignored,
+)
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.distributed import wait_for_all
@@ -183,7 +191,7 @@ class StopOnSignal(TrainerCallback):
             yield
             return
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        before = {number: handler for number, handler in before.items() if not is_ignored(number)}
 
         def ask(received: int, _frame: FrameType | None) -> None:
             self._requested = received

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ShapeError
-from genoembed.models.striped_hyena2 import attention
+from genoembed.models.striped_hyena2 import blocks
 from genoembed.models.striped_hyena2.operators import (
     causal_convolution,
     causal_fir,
@@ -117,7 +117,7 @@ def test_masked_queries_in_slices_equal_one_product(model, monkeypatch) -> None:
     ids = letters(1, 130)
     cache = StripedHyena2Cache()
     model(ids[:, :60], past_key_values=cache)
-    monkeypatch.setattr(attention, "_MAX_MASK_ELEMENTS", 1000)  # seven queries at a time
+    monkeypatch.setattr(blocks, "_MAX_MASK_ELEMENTS", 1000)  # seven queries at a time
     second = model(ids[:, 60:], past_key_values=cache).logits
     assert torch.allclose(second, model(ids).logits[:, 60:], atol=1e-5)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from genoembed.models.striped_hyena2 import attention, blocks, hyena, operators
+from genoembed.models.striped_hyena2 import blocks, hyena, operators
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _eps_inside(self: blocks.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
 
 
-def _rope_interleaved(self: attention.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
+def _rope_interleaved(self: blocks.RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
     angles = ((positions / self.factor)[..., None] * self.inv_freq)[:, :, None]
     even, odd = x[..., ::2], x[..., 1::2]
     pairs = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
@@ -183,7 +183,7 @@ def _rope_interleaved(self: attention.RotaryEmbedding, x: Tensor, positions: Ten
 
 MISTAKES = {
     "eps inside the root": (blocks.RMSNorm, "forward", _eps_inside),
-    "interleaved rotary pairs": (attention.RotaryEmbedding, "forward", _rope_interleaved),
+    "interleaved rotary pairs": (blocks.RotaryEmbedding, "forward", _rope_interleaved),
     "short filters turned round": (
         hyena,
         "causal_fir",

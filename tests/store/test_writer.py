@@ -13,9 +13,10 @@ import h5py
 import numpy as np
 import pytest
 
+from genoembed import atomic
 from genoembed.contracts import EmbeddingBlock
 from genoembed.errors import ConfigError, DuplicateIdError, NonFiniteError, ShapeError, StoreError
-from genoembed.store import EmbeddingWriter, atomic, check_output, open_embeddings
+from genoembed.store import EmbeddingWriter, check_output, open_embeddings
 from genoembed.store.schema import OBS_COLUMNS
 from tests.store.blocks import obs_row, pooled_block, token_block, write_file
 

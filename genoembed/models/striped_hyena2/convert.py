@@ -92,6 +92,7 @@ def convert_checkpoint(
     check_paths(
         [], [(output_dir, "folder")], may_read=[path for path in (source, *described) if Path(path).exists()]
     )
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
     check_folder(output_dir, overwrite=overwrite)
     files = checkpoint_files(source)
     entry, model_config = _describe(source, name=name, config=config)

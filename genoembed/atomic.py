@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,8 +133,16 @@ def claim(partial: Path, *, output: str | os.PathLike[str]) -> int:
 def lock(path: Path, *, output: str | os.PathLike[str]) -> int:
     """Lock a folder, or a file that is made if it is not there; another process that has it is an error."""
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    # the name can be guessed: in a folder that others write to, a link may wait there for what we would empty
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    foreign = f"{path.name!r} {_FOREIGN}"
     while True:
+        if path.is_symlink():
+            raise StoreError(foreign, path=os.fspath(output))
         descriptor = os.open(path, flags, 0o600)
+        if not _is_ours(os.fstat(descriptor)):
+            os.close(descriptor)
+            raise StoreError(foreign, path=os.fspath(output))
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,6 +157,15 @@ def lock(path: Path, *, output: str | os.PathLike[str]) -> int:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+_FOREIGN = "beside it is a link, or a file of another user; remove it, or set output to another folder"
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Tell whether a file or folder is this user's alone: a second name would be emptied with it."""
+    is_owner = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return is_owner and (stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1))
 
 
 def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

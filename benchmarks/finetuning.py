@@ -209,7 +209,7 @@ def fine_tune(
         warnings.simplefilter("ignore", genoembed.errors.GenoembedWarning)
         report = genoembed.finetune(
             files["train"],
-            folder,
+            folder / "run",
             task=task,
             validation=files["validation"],
             test=files["test"] if test else None,

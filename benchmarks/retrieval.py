@@ -367,7 +367,7 @@ def train_and_measure(
         warnings.simplefilter("ignore", genoembed.errors.GenoembedWarning)
         report = genoembed.finetune(
             files["train"],
-            folder,
+            folder / "run",
             task="retrieval",
             validation=files["validation"],
             test_fraction=0.0,

@@ -139,7 +139,7 @@ def test_choose_a_layer_recommends_one_and_holds_it_against_baselines():
     header, recommendation, *baselines, verdict = run_example(EXAMPLES / "choose_a_layer.py").splitlines()
     assert header == "96 pieces of 32 genes, 32 layers"
     assert re.match(r"use layer \d+ \(blocks\.\d+\.mlp\.l3\), mean pooling: MCC 0\.\d+ \+- ", recommendation)
-    names = {"4-mer counts", "6-mer counts", "GC content and length", "the untrained copy"}
+    names = {"4-mer counts", "6-mer counts", "GC content and length", "one-hot letters", "the untrained copy"}
     assert {line[:24].strip() for line in baselines} == names
     assert verdict.startswith("the probe (MCC 0.")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from genoembed import extract, merge, open_embeddings
-from genoembed.errors import AlphabetError, ConfigError, StoreError
+from genoembed.errors import AlphabetError, ConfigError, ForeignCodeError, StoreError
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.load import load_model
 from genoembed.pipeline.embedder import UnitEmbedder
@@ -537,8 +537,9 @@ def test_blocks_get_smaller_when_memory_is_short(tmp_path, monkeypatch):
 
 def test_other_failures_of_the_model_are_not_taken_for_a_lack_of_memory(fasta, tmp_path, monkeypatch):
     Allocator(monkeypatch, "llama", 0, RuntimeError("shapes do not fit"))
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(ForeignCodeError, match="shapes do not fit") as caught:
         run(fasta, tmp_path, on_error="skip")
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,10 @@ def test_fit_transform_refuses_to_replace_a_file(tmp_path):
     (tmp_path / "t.h5").write_text("mine")
     with pytest.raises(StoreError, match="exists already"):
         fit_transform(source, output=tmp_path / "t.h5")
+    with pytest.raises(StoreError, match="another kind"):
+        fit_transform(source, output=tmp_path / "t.h5", overwrite=True)
+    (tmp_path / "t.h5").unlink()
+    fit_transform(source, output=tmp_path / "t.h5")
     fit_transform(source, output=tmp_path / "t.h5", overwrite=True)
     assert load_transform(tmp_path / "t.h5").transform.num_rows == 400
 

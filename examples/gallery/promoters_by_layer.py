@@ -17,7 +17,12 @@ from matplotlib.figure import Figure
 
 import genoembed
 
-COLORS = {"6-mer counts": "#1b7837", "4-mer counts": "#e08214", "GC content and length": "#8073ac"}
+COLORS = {
+    "6-mer counts": "#1b7837",
+    "4-mer counts": "#e08214",
+    "GC content and length": "#8073ac",
+    "one-hot letters": "#b2182b",
+}
 
 
 def write_input(table: Path, rows: int, folder: Path) -> bool:

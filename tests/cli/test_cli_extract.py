@@ -45,6 +45,7 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
         raise genoembed.GenoembedError("stop here")
 
     monkeypatch.setattr(genoembed, "extract", extract)
+    (fasta.parent / "other.fa").write_text(">other\nACGT\n")
     words = f"""
     extract {fasta} other.fa -o out.h5 --overwrite --out-dtype float16 --model {tiny} --revision main
     --trust-remote-code --dtype bfloat16 --device cpu --batch-tokens 99 --threads 2 --layer 1 --layer final
@@ -280,7 +281,7 @@ def test_interruption_says_what_became_of_the_output(write, line, cli, fasta, mo
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(genoembed, "extract", extract)
     result = cli("extract", fasta, "-o", "out.h5")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", f"Interrupted: {line}\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (143, "", f"Interrupted: {line}\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -47,7 +47,7 @@ def test_plot_json_is_the_report(cli, made):
         (("--color", "nothing"), "color is 'nothing', which is no column of seqs.h5"),
         (("-o", "map.gif"), "set output to names that end in .png, .svg, .html, .tsv"),
         (("--layer", "nothing"), "layer 'nothing' is not among"),
-        (("--values", "missing.tsv"), "missing.tsv: no such file"),
+        (("--values", "missing.tsv"), "missing.tsv: file not found"),
     ],
 )
 def test_plot_errors_are_one_line(words, problem, cli, made):

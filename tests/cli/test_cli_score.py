@@ -86,6 +86,7 @@ def test_score_wrong_ref_fails_in_one_line(cli, fasta, calls, tiny):
     ],
 )
 def test_score_wrong_usage_exits_with_2(cli, fasta, words, complaint):
+    (fasta.parent / "calls.vcf").write_text("##fileformat=VCFv4.2\n")
     result = cli("score", *words)
     assert result.exit_code == 2
     assert complaint in result.stderr

@@ -14,10 +14,10 @@ def test_space_orders_classes_naturally_whatever_the_rows_order():
         assert LabelSpace.of(labels, kind="class").names == ("-1", "9", "10", "x")
 
 
-def test_space_of_columns_keeps_classes_that_no_row_has():
+def test_space_of_columns_has_no_class_that_no_row_teaches():
     space = LabelSpace.of([("b",)], kind="multilabel", columns=("c", "b", "a"))
-    assert space.names == ("a", "b", "c")
-    assert space.encode(("b",)).tolist() == [0, 1, 0]
+    assert space.names == ("b",)
+    assert space.encode(("b",)).tolist() == [1]
 
 
 def test_space_encodes_each_kind():
@@ -44,7 +44,7 @@ def test_space_refuses_a_class_it_does_not_have():
 
 
 def test_space_of_one_class_is_refused():
-    with pytest.raises(ConfigError, match="only 'a' among the labels, expected at least 2"):
+    with pytest.raises(ConfigError, match="only 'a' among the rows to train on, expected at least 2"):
         LabelSpace.of(["a", "a"], kind="class")
     with pytest.raises(ConfigError, match="'a' appears twice"):
         LabelSpace(kind="class", names=("a", "a"))

@@ -214,7 +214,7 @@ def test_scale_leaves_outliers_out_and_knows_missing_ones():
         ({"output": "map.pdf"}, "output is 'map.pdf'; set output to names that end in .png"),
         ({"perplexity": 0}, "perplexity is 0; set perplexity to 1 or more"),
         ({"max_points": 2}, "max_points is 2; set max_points to 3 or more"),
-        ({"speed": 2}, "'speed' is no option of plot"),
+        ({"speed": 2}, "'speed' is no option"),
     ],
 )
 def test_wrong_options_are_refused(options, problem, file):

@@ -225,7 +225,7 @@ def test_run_that_is_to_replace_another_and_fails_leaves_it_as_it_was(whole, cor
 @pytest.mark.parametrize("rate", [1e30, 1e4])
 def test_run_that_diverges_ends_with_a_sentence(corpus, tmp_path, rate):
     options = SMALL | {"learning_rate": rate, "warmup_steps": 0, "max_steps": 30, "save_steps": 1}
-    with pytest.raises(DivergenceError, match=r"step \d+: .* set learning_rate below 1e\+"):
+    with pytest.raises(DivergenceError, match=r"step \d+: .* set learning_rate below 1"):
         genoembed.pretrain(corpus, tmp_path / "run", **options)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)

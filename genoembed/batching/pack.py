@@ -52,6 +52,12 @@ class PackCounts:
         """Share of slots that hold a real token; 1 before the first row."""
         return self.tokens / self.slots if self.slots else 1.0
 
+    def __str__(self) -> str:
+        """Say the counts in words, for a log."""
+        cut = f" ({self.cut_documents} cut)" if self.cut_documents else ""
+        filled = f"{self.tokens} of {self.slots} slots filled ({100 * self.efficiency:.1f} %)"
+        return f"{self.documents} documents{cut} in {self.rows} rows, {filled}"
+
 
 def size_problems(window: int, batch_size: int) -> list[str]:
     """Return what is wrong with the shape of a batch.
@@ -226,7 +232,7 @@ def pack_stream(
         slots = -(-filled // window) * window
         ids[filled:slots] = pad_token_id
         yield _build_rows(ids[:slots], is_start[:slots], window, tally, num_padding=slots - filled)
-    logger.info("pack_stream: %s, efficiency %.4f", tally, tally.efficiency)
+    logger.info("pack_stream: %s", tally)
 
 
 def packing_efficiency(batch: PackedBatch) -> float:
@@ -364,7 +370,7 @@ def pack_bins(
             yield batch.build(tally)
     if batch.num_rows:
         yield batch.build(tally)
-    logger.info("pack_bins: %s, efficiency %.4f", tally, tally.efficiency)
+    logger.info("pack_bins: %s", tally)
 
 
 def _iter_pieces_of_bins(

@@ -36,7 +36,7 @@ from genoembed.finetuning.rows import (
 )
 from genoembed.finetuning.sampling import GroupSampler
 from genoembed.models.behavior import context_length
-from genoembed.models.load import load_model, without_progress_bars
+from genoembed.models.load import load_model
 from genoembed.retrieval.heads import M3Heads
 from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import ContrastModel, RetrievalModel, VectorHead
@@ -349,10 +349,7 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
 
 def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     recipe, wanted, sides = config.recipe, config.encoder, found.sides
-    with without_progress_bars():
-        start = load_causal(
-            wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
-        )
+    start = load_causal(wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
     max_tokens = context_length(start.model)
     crop = config.augment.max_crop_bp
     encode = DocumentEncoder(rules=start.rules, max_tokens=max_tokens)

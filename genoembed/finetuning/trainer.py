@@ -273,7 +273,8 @@ class FinetuneTrainer(ResumableTrainer):
         if self._micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            loss = self.checked_loss(self._cached_step(model, inputs, self._micro_batch))
+            with self.stepping():
+                loss = self.checked_loss(self._cached_step(model, inputs, self._micro_batch))
         if self.accelerator.sync_gradients and self._logs_after_this_step():
             norms = gradient_norms(self.accelerator.unwrap_model(model).parts)
             self.book.add({f"grad_norm_{name}": norm for name, norm in norms.items()})

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from genoembed.errors import CheckpointError, ModelError
+from genoembed.errors import CheckpointError, ModelError, foreign_code
 from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
+from genoembed.models.load import without_progress_bars
 from genoembed.models.locate import locate_model, reachable_source
 from genoembed.tokenization.char import CharTokenizer
 
@@ -54,8 +55,9 @@ class Start(NamedTuple):
 
 def load_causal(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Start:
     """Load a causal model, in training mode, and check that it is one."""
-    model, tokenizer = _load(name, revision=revision, trust_remote_code=trust_remote_code)
-    check_causal(model, name=name)
+    with without_progress_bars(), foreign_code(f"model {name!r}"):
+        model, tokenizer = _load(name, revision=revision, trust_remote_code=trust_remote_code)
+        check_causal(model, name=name)
     return Start(model.train(), tokenizer, token_rules(tokenizer, name=name), is_new=False)
 
 

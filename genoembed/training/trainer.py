@@ -30,9 +30,12 @@ from genoembed.errors import (
     CheckpointError,
     DivergenceError,
     Interrupted,
+    ModelError,
     Problem,
     Remedy,
+    foreign_code,
     is_ignored,
+    is_out_of_memory,
 )
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
@@ -336,7 +339,24 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         """Do forward and backward of a batch."""
-        return self.checked_loss(super().training_step(*arguments, **named))
+        with self.stepping():
+            return self.checked_loss(super().training_step(*arguments, **named))
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Blame other people's code for what it raises in a step, and say what helps if memory is short."""
+        try:
+            with foreign_code("the model's forward pass"):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = self.args.per_device_train_batch_size
+            found = f"step {self.state.global_step + 1}: there is no memory for {rows} rows of a batch"
+            more = ", and accumulation_steps higher: the steps are then the same"
+            raise ModelError(
+                Problem(found, Remedy("rows_per_device", words=f"below {rows}"), more)
+            ) from error
 
     def checked_loss(self, loss: Tensor) -> Tensor:
         """End the run if a loss is not a number: the weights are still those of the step before."""
@@ -391,7 +411,7 @@ class ResumableTrainer(Trainer):
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), foreign_code("the model's forward pass"):
                 yield
         finally:
             model.train(was_training)

@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import genoembed
-from genoembed.errors import ConfigError, DivergenceError, ModelError, SequenceLengthError, TrainingWarning
+from genoembed.errors import (
+    ConfigError,
+    DivergenceError,
+    ForeignCodeError,
+    ModelError,
+    SequenceLengthError,
+    TrainingWarning,
+)
 from genoembed.finetuning import trainer as finetune_trainer
 from genoembed.finetuning.trainer import FinetuneTrainer
 from tests.finetuning.cases import (
@@ -403,6 +410,35 @@ def test_resume_of_a_complete_run_is_refused_for_another_model(model, tmp_path):
     (moved / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
     with pytest.raises(ConfigError, match=r"model: config.json is not that of the run"):
         genoembed.finetune(path, tmp_path / "run", resume=True, **options | {"model": str(moved)})
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_short_memory_says_how_to_take_less(model, tmp_path, monkeypatch, micro_batch):
+    def short(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("genoembed.retrieval.models.RetrievalModel.forward", short)
+    path = write_examples(tmp_path / "e.jsonl")
+    with pytest.raises(ModelError, match=r"step 1: there is no memory for 8 rows .* rows_per_device below 8"):
+        genoembed.finetune(
+            path, tmp_path / "run", task="retrieval", model=model, micro_batch=micro_batch, **FAST
+        )
+
+
+def test_code_that_a_model_brings_is_blamed_for_what_it_raises_in_a_step(tmp_path):
+    folder = build_tiny("custom_conv", tmp_path / "conv")
+    (code,) = Path(folder).glob("*.py")
+    line = "        x = self.embed(input_ids)\n"
+    assert line in code.read_text()
+    code.write_text(
+        code.read_text().replace(line, f"        if self.training: raise KeyError('rope')\n{line}")
+    )
+    path = write_table(
+        tmp_path / "t.tsv", [{"sequence": s[:12], "label": i % 2} for i, s in enumerate(sequences(40))]
+    )
+    options = {"task": "classification", "model": str(folder), "trust_remote_code": True}
+    with pytest.raises(ForeignCodeError, match=r"the code that it brings failed at .*\.py:\d+ \(KeyError"):
+        genoembed.finetune(path, tmp_path / "run", **options, **FAST)
 
 
 @pytest.mark.parametrize(

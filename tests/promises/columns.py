@@ -67,11 +67,11 @@ COLUMNS = {
         changing=("--layer", "2"),
     ),
     "merge": Column(words=(), inputs=(), output=("", "shared.h5"), goes_on=True),
-    "layers": Column(words=("model",), inputs=("model",)),
+    "layers": Column(words=("model",)),
     "models": Column(words=(), loads_torch=False),
     "info": Column(words=("one.h5",), inputs=("one.h5",), loads_torch=False),
     "convert": Column(
-        words=("original.pt", "--config", "original.yml"),
+        words=("original.pt", "--vortex-config", "original.yml"),
         inputs=("original.pt", "original.yml"),
         output=("-o", "converted"),
         is_folder=True,

@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class Running:
     def wait(self, *, timeout_s: float = 120) -> Ran:
         """Wait for its end."""
         code = self.starter._ask({"wait": self.pid, "timeout_s": timeout_s})["code"]
+        time.sleep(0.02)  # for what is still in a pipe
         assert code is not None, f"still running after {timeout_s} s: {self.err.read_text()[-2000:]}"
         out = self.out.read_text(errors="replace") if self.out.is_file() else ""
         return Ran(code=code, out=out, err=self.err.read_text(errors="replace"))
@@ -117,19 +119,21 @@ def _fork(request: dict[str, Any]) -> int:
     status = 70
     try:
         os.chdir(request["cwd"])
-        for number, name, flags in (
-            (0, request["stdin"], os.O_RDONLY),
-            (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-            (2, request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-        ):
-            os.dup2(os.open(name, flags), number)
+        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+        for number, name in ((1, request["stdout"]), (2, request["stderr"])):
+            file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            # a limit on the size of files counts for these two as well, unless another process writes them
+            os.dup2(_copied_to(file) if "max_file_bytes" in request else file, number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
         sys.argv = ["genoembed", *request["words"]]
-        exec(request.get("patch", ""), {})
+        if "patch" in request:  # from a file, as the code of a model is
+            place = Path(request["stderr"]).with_suffix(".py")
+            place.write_text(request["patch"])
+            exec(compile(request["patch"], str(place), "exec"), {})
         if "max_file_bytes" in request:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             limit = request["max_file_bytes"]
@@ -137,6 +141,18 @@ def _fork(request: dict[str, Any]) -> int:
         status = _main()
     finally:
         os._exit(status)
+
+
+def _copied_to(file: int) -> int:
+    """Make a pipe that a further process copies to a file."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(writing)
+        while chunk := os.read(reading, 65536):
+            os.write(file, chunk)
+        os._exit(0)
+    os.close(reading)
+    return writing
 
 
 def _main() -> int:
@@ -190,8 +206,6 @@ def _serve() -> None:
 
 
 def _wait(pid: int, timeout_s: float, ended: dict[int, int]) -> int | None:
-    import time
-
     end = time.monotonic() + timeout_s
     while pid not in ended:
         found, status = os.waitpid(pid, os.WNOHANG)

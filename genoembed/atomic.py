@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import sys
@@ -78,11 +79,27 @@ def reporting_writes(output: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if isinstance(error, GenoembedError) or os.fspath(output) == "-":
+    except GenoembedError:
+        raise
+    except Exception as error:
+        reason = _failed_write(error)
+        if reason is None or os.fspath(output) == "-":
             raise
-        problem = f"cannot be written ({error.strerror or error}); free space, or set output to another name"
+        problem = f"cannot be written ({reason}); free space, or set output to another name"
         raise StoreError(problem, path=os.fspath(output)) from error
+
+
+_WRITE_FAILED = re.compile(
+    r"os error \d+|PytorchStreamWriter|inline_container|iostream error|No space left|File too large", re.I
+)
+
+
+def _failed_write(error: Exception) -> str | None:
+    """Say why a write failed; for an OSError torch and safetensors raise errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = " ".join(str(error).split())
+    return text[:200] if _WRITE_FAILED.search(text) else None
 
 
 @contextmanager

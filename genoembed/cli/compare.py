@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.output import count
+from genoembed.cli.output import count, echo_result, wrote
 from genoembed.config.files import CompareConfig, VerifyConfig
 
 if TYPE_CHECKING:
@@ -50,7 +49,9 @@ def compare_command(first: str, second: str, *, as_json: bool, **options: Any) -
     report = genoembed.compare(first, second, **options)
     for line in report.setting_differences:
         _logger.info("made differently: %s", line)
-    click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines(report)))
+    if "output" in options:
+        wrote(options["output"])
+    echo_result(as_facts(report), "\n".join(_lines(report)), as_json=as_json)
     if not report.is_within:
         raise click.exceptions.Exit(_DIFFERENT)
 
@@ -130,7 +131,7 @@ def verify_command(file: str, *, as_json: bool, inputs: tuple[str, ...] = (), **
     recorded. Exit code 1 if a record is missing, has another sequence, or differs by more than the tolerance.
     """
     report = genoembed.verify(file, inputs or None, **options)
-    click.echo(json.dumps(as_facts(report)) if as_json else "\n".join(_lines_of_verify(report)))
+    echo_result(as_facts(report), "\n".join(_lines_of_verify(report)), as_json=as_json)
     if not report.is_within:
         raise click.exceptions.Exit(_DIFFERENT)
 

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +15,9 @@ import click
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, magnitude
+from genoembed.cli.output import count, echo_result, magnitude, wrote
 from genoembed.config.files import ConvertConfig, ExportConfig, ModelExportConfig
+from genoembed.config.paths import check_paths
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
     genoembed export genes.h5 --to parquet
     genoembed export genes.h5 --to csv --layer blocks.28.mlp.l3 -o vectors.csv""",
     has_json=True,
+    checks_options=False,
 )
 @click.argument("file", metavar="FILE.h5")
 def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None:
@@ -44,8 +45,8 @@ def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None
         ", ".join(report.layers),
         magnitude(report.num_bytes, "B"),
     )
-    facts = {**dataclasses.asdict(report), "output": str(report.output)}
-    click.echo(json.dumps(facts) if as_json else str(report.output))
+    wrote(report.output)
+    echo_result(report, str(report.output), as_json=as_json)
 
 
 @command(
@@ -54,6 +55,7 @@ def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None
     short_help="Write a model for sentence-transformers.",
     examples="genoembed export-model zhihan1996/DNABERT-2-117M --trust-remote-code -o dnabert2-sentence",
     has_json=True,
+    checks_options=False,
 )
 @click.argument("model")
 def export_model_command(model: str, *, output: str, as_json: bool, **options: Any) -> None:
@@ -67,8 +69,8 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
     _logger.info("the mean of %s, %d features", report.layer, report.width)
     if report.needs_genoembed:
         _logger.info("import genoembed before you load the folder: the architecture is its")
-    facts = {**dataclasses.asdict(report), "output": str(report.output)}
-    click.echo(json.dumps(facts) if as_json else str(report.output))
+    wrote(report.output)
+    echo_result(report, str(report.output), as_json=as_json)
 
 
 @command(
@@ -76,15 +78,20 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
     ConvertConfig,
     short_help="Turn an Evo 2 checkpoint into a folder that AutoModel opens.",
     examples="genoembed convert evo2_7b.pt -o evo2_7b",
+    has_json=True,
+    checks_options=False,
 )
 @click.argument("checkpoint", metavar="CKPT")
-def convert_command(checkpoint: str, *, output: str, **options: Any) -> None:
+def convert_command(checkpoint: str, *, output: str, as_json: bool, **options: Any) -> None:
     """Turn CKPT (.pt, any of its .pt.part*, or .safetensors with the original names) into a model folder.
 
     The folder opens with --model DIR, and with AutoModelForCausalLM.from_pretrained after 'import genoembed'.
     No code of the checkpoint runs. Standard output gets the folder's name.
     """
     promise_output(output)
+    source = Path(checkpoint)
+    if not list(source.parent.glob(f"{source.name}.part*")):
+        check_paths([source])
     folder = genoembed.convert_checkpoint(checkpoint, output, **options)
     _logger.info("use it with: genoembed extract INPUT --model %s", folder)
-    click.echo(folder)
+    echo_result({"output": folder}, str(folder), as_json=as_json)

@@ -20,10 +20,12 @@ from genoembed.cli.output import (
     aligned,
     count,
     details,
+    echo_result,
     failure_line,
     headline,
     magnitude,
     policy_lines,
+    wrote,
 )
 from genoembed.cli.output import as_json as report_as_json
 from genoembed.cli.progress import estimate_bases, show_progress
@@ -45,6 +47,7 @@ _logger = logging.getLogger(__name__)
     genoembed extract genome.fa.gz
     zcat *.fa.gz | genoembed extract - --model evo2_7b --layer 28 --pool mean -o genomes.h5""",
     has_json=True,
+    checks_options=False,
 )
 def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> None:
     """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
@@ -62,7 +65,8 @@ def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> 
         report = genoembed.extract(**options, progress=on_totals)
     for line in details(report):
         _logger.info("%s", line)
-    click.echo(json.dumps(report_as_json(report)) if as_json else headline(report))
+    wrote(report.output if report.num_rows is not None else report.output.with_suffix(".parts"))
+    echo_result(report_as_json(report), headline(report), as_json=as_json)
     if report.failed:
         raise click.exceptions.Exit(INCOMPLETE)
 
@@ -89,7 +93,8 @@ def merge_command(output: str, *, as_json: bool, **options: Any) -> None:
     if merged.failed:
         _logger.info("%s", failure_line(merged.failed))
     as_line = f"{output}: {count(merged.num_rows, 'row')} x {merged.width:,}, {', '.join(merged.layers)}"
-    click.echo(json.dumps({"output": output, **dataclasses.asdict(merged)}) if as_json else as_line)
+    wrote(output)
+    echo_result({"output": output, **dataclasses.asdict(merged)}, as_line, as_json=as_json)
     if merged.failed:
         raise click.exceptions.Exit(INCOMPLETE)
 

@@ -12,7 +12,7 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.output import aligned, count
+from genoembed.cli.output import aligned, count, echo_result
 
 if TYPE_CHECKING:
     from genoembed import EmbeddingFile
@@ -114,12 +114,17 @@ def show(check: Check) -> None:
     click.echo(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)")
 
 
-@command("doctor", short_help="Test this installation against known answers.", examples="genoembed doctor")
+@command(
+    "doctor",
+    short_help="Test this installation against known answers.",
+    examples="genoembed doctor",
+    has_json=True,
+)
 @click.pass_context
-def doctor_command(ctx: click.Context) -> None:
+def doctor_command(ctx: click.Context, *, as_json: bool) -> None:
     """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails."""
-    checks = genoembed.run_doctor(on_check=show)
+    checks = genoembed.run_doctor(on_check=None if as_json else show)
     failed = sum(not check.passed for check in checks)
-    click.echo(f"{count(len(checks), 'check')}, {failed} failed")
+    echo_result({"checks": checks}, f"{count(len(checks), 'check')}, {failed} failed", as_json=as_json)
     if failed:
         ctx.exit(1)

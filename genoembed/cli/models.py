@@ -125,6 +125,7 @@ def _line_of_layers(row: dict[str, Any]) -> tuple[str, ...]:
     short_help="List a model's layers, and what a layer number means.",
     examples="genoembed layers genoembed-mini",
     has_json=True,
+    checks_options=False,
 )
 def layers_command(
     *, as_json: bool, model: str = DEFAULT_MODEL, show_all: bool = False, **options: Any

@@ -51,9 +51,11 @@ class ConfigCommand(click.Command):
         described: Mapping[str, Option],
         config: type[Config] | None,
         reads: Sequence[str] = (),
+        checks_options: bool = True,
         **settings: Any,
     ) -> None:
         self.described, self.config, self.reads = described, config, reads
+        self.checks_options = checks_options
         super().__init__(*arguments, **settings)
 
     def option_of(self, key: str) -> str:
@@ -92,8 +94,14 @@ class ConfigCommand(click.Command):
             if needed and parameter.name not in given:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
         self._check_paths(given)
+        self._check_options(given)
         ctx.params = given
         return super().invoke(ctx)
+
+    def _check_options(self, given: Mapping[str, Any]) -> None:
+        """Check values and what goes together before anything is loaded; the public call checks them, too."""
+        if self.config is not None and self.checks_options:
+            self.config.build({key: value for key, value in given.items() if key in self.config.options()})
 
     def _check_paths(self, given: Mapping[str, Any]) -> None:
         """Check what is read and written before anything is loaded; the public call checks it, too."""
@@ -140,6 +148,7 @@ def command(
     reads: Sequence[str] = (),
     has_json: bool = False,
     is_quiet: bool = False,
+    checks_options: bool = True,
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a command whose options are the fields of a configuration.
 
@@ -152,6 +161,7 @@ def command(
         reads: Arguments, declared with ``click.argument``, that name files to read.
         has_json: Whether it has ``--json``, passed as ``as_json``.
         is_quiet: Whether it has nothing to say on standard error.
+        checks_options: Whether the options make a whole configuration; others are checked by what is called.
     """
     described = {} if config is None else config.options()
     if keys is not None:
@@ -176,6 +186,7 @@ def command(
             described=described,
             config=config,
             reads=reads,
+            checks_options=checks_options,
         )
 
     return decorate
@@ -273,6 +284,13 @@ def _show_full_help(ctx: click.Context, _option: click.Parameter, is_given: bool
         ctx.meta["shows_all"] = True
         click.echo(ctx.get_help())
         ctx.exit()
+
+
+def check_json_has_room(options: Mapping[str, Any], *, as_json: bool) -> None:
+    """Raise if a table and a JSON object would both go to standard output."""
+    if as_json and options.get("output", "-") == "-":
+        message = "--json prints a summary on standard output, where the table goes, too; add --output FILE"
+        raise click.UsageError(message)
 
 
 def _reported(function: Callable[..., Any], *, has_json: bool) -> Callable[..., Any]:

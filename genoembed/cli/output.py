@@ -9,19 +9,24 @@ What an extraction did, in plain words or as JSON.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import math
 import os
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
+import click
+
 from genoembed.errors import GenoembedWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from genoembed import ExtractionReport, InputCounts
 
@@ -90,6 +95,29 @@ def _restore(environment: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def echo_result(facts: object, text: str, *, as_json: bool) -> None:
+    """Print what came of a command: one JSON object, or lines for people."""
+    click.echo(json.dumps(_plain(facts)) if as_json else text)
+
+
+def _plain(value: Any) -> Any:
+    """Turn reports into what JSON has; NaN and infinity, which it has not, become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def wrote(*names: object) -> None:
+    """Name what was written, as the last line of standard error."""
+    logging.getLogger("genoembed.cli").info("wrote %s", ", ".join(map(str, names)))
 
 
 _STEP = 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import click
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count
+from genoembed.cli.output import count, echo_result, wrote
 from genoembed.config.plot import PlotConfig
 
 if TYPE_CHECKING:
@@ -44,7 +43,8 @@ def plot_command(file: str, *, as_json: bool, output: tuple[str, ...] = (), **op
     report = genoembed.plot(file, output or None, **options)
     for line in _details(report):
         _logger.info("%s", line)
-    click.echo(json.dumps(_as_json(report)) if as_json else "\n".join(map(str, report.outputs)))
+    wrote(*report.outputs)
+    echo_result(_as_json(report), "\n".join(map(str, report.outputs)), as_json=as_json)
 
 
 def _details(report: PlotReport) -> list[str]:

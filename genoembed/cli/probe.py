@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.outcome import INCOMPLETE
-from genoembed.cli.output import aligned, count
+from genoembed.cli.output import aligned, count, echo_result, wrote
 from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.config.probe import PROBE_KEYS, ProbeOptions
 
@@ -45,7 +44,8 @@ def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> 
         report = genoembed.probe(list(inputs), **options, progress=on_totals)
     for line in _details(report):
         _logger.info("%s", line)
-    click.echo(json.dumps(report.to_dict()) if as_json else "\n".join(_lines(report)))
+    wrote(report.output)
+    echo_result(report.to_dict(), "\n".join(_lines(report)), as_json=as_json)
     if report.counts["rows without a vector"]:
         raise click.exceptions.Exit(INCOMPLETE)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import genoembed
-from genoembed.cli.options import SPELLING, command
+from genoembed.cli.options import SPELLING, check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, policy_lines
+from genoembed.cli.output import count, echo_result, policy_lines
 from genoembed.cli.progress import estimate_bases, show_progress
-from genoembed.config.score import OF_SEQUENCES, OF_VARIANTS, ScoreOptions
+from genoembed.config.score import OF_SEQUENCES, OF_VARIANTS, ScoreConfig, ScoreOptions, VariantConfig
+
+if TYPE_CHECKING:
+    from genoembed import ScoreReport, VariantReport
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +28,10 @@ _logger = logging.getLogger(__name__)
     genoembed score genes.fa.gz -o genes.tsv
     genoembed score genes.fa --rc mean --per-base bases.tsv -o genes.tsv
     genoembed score --vcf calls.vcf.gz --reference genome.fa --layer 28 -o effects.tsv""",
+    has_json=True,
+    checks_options=False,
 )
-def score_command(**options: Any) -> None:
+def score_command(*, as_json: bool, **options: Any) -> None:
     """Compute the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
     --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference.
 
@@ -37,7 +42,12 @@ def score_command(**options: Any) -> None:
     options.setdefault("output", "-")
     if options["output"] != "-":
         promise_output(options["output"])
-    _score_variants(options) if "vcf" in options else _score_sequences(options)
+    kind = VariantConfig if "vcf" in options else ScoreConfig
+    kind.build({key: value for key, value in options.items() if key in kind.options()})
+    check_json_has_room(options, as_json=as_json)
+    report = _score_variants(options) if "vcf" in options else _score_sequences(options)
+    if as_json:
+        echo_result(report, "", as_json=True)
 
 
 def _check_usage(options: dict[str, Any]) -> None:
@@ -58,7 +68,7 @@ def _check_usage(options: dict[str, Any]) -> None:
             raise click.UsageError(message)
 
 
-def _score_sequences(options: dict[str, Any]) -> None:
+def _score_sequences(options: dict[str, Any]) -> ScoreReport:
     with show_progress(estimate_bases(options["inputs"])) as on_totals:
         report = genoembed.score(progress=on_totals, **options)
     for line in policy_lines(report.counts):
@@ -70,9 +80,10 @@ def _score_sequences(options: dict[str, Any]) -> None:
         report.seconds,
         report.output,
     )
+    return report
 
 
-def _score_variants(options: dict[str, Any]) -> None:
+def _score_variants(options: dict[str, Any]) -> VariantReport:
     with show_progress(None) as on_totals:
         report = genoembed.score_variants(progress=on_totals, **options)
     layer = "" if report.layer is None else f", vectors of {report.layer}"
@@ -86,3 +97,4 @@ def _score_variants(options: dict[str, Any]) -> None:
         report.seconds,
         report.output,
     )
+    return report

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import genoembed
-from genoembed.cli.options import command
+from genoembed.cli.options import check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count
+from genoembed.cli.output import count, echo_result, wrote
 from genoembed.config.search import SearchConfig, TransformConfig
 
 if TYPE_CHECKING:
@@ -33,8 +32,9 @@ _logger = logging.getLogger(__name__)
     genoembed search genes.fa --against genomes.h5 -k 5
     genoembed search genomes.h5 --against genomes.h5 --exclude-self --approximate -o near.tsv
     genoembed search genes.h5 --against genomes.h5 --transform centered.h5 | cut -f 1-3""",
+    has_json=True,
 )
-def search_command(**options: Any) -> None:
+def search_command(*, as_json: bool, **options: Any) -> None:
     """Find the rows of an embedding file that are near each QUERY: sequence files, which are embedded as the
     file was ('-' is standard input), or one embedding file.
 
@@ -43,9 +43,18 @@ def search_command(**options: Any) -> None:
     options.setdefault("output", "-")
     if options["output"] != "-":
         promise_output(options["output"])
+    check_json_has_room(options, as_json=as_json)
+    if "layer" in options:
+        with genoembed.open_embeddings(options["against"]) as database:
+            _ = database[options["layer"]]  # here, before a model is loaded for the queries
     report = genoembed.search(**options)
     for line in _details(report):
         _logger.info("%s", line)
+    if options["output"] != "-":
+        wrote(options["output"])
+    if as_json:
+        facts = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+        echo_result({key: value for key, value in facts.items() if key != "hits"}, "", as_json=True)
 
 
 def _details(report: SearchReport) -> list[str]:
@@ -83,7 +92,8 @@ def fit_transform_command(background: str, *, as_json: bool, **options: Any) -> 
     report = genoembed.fit_transform(background, **options)
     if report.num_unusable:
         _logger.info("%s without a vector left out", count(report.num_unusable, "row"))
-    click.echo(json.dumps(_as_json(report)) if as_json else _headline(report))
+    wrote(options["output"])
+    echo_result(_as_json(report), _headline(report), as_json=as_json)
 
 
 def _headline(report: TransformReport) -> str:

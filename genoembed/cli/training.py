@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import genoembed
-from genoembed.cli.options import command
+from genoembed.cli.options import check_json_has_room, command
 from genoembed.cli.outcome import promise_output
+from genoembed.cli.output import echo_result
 from genoembed.config.files import PredictConfig
 from genoembed.config.finetune import FinetuneOptions
 from genoembed.config.pretrain import PretrainOptions
@@ -24,6 +25,8 @@ from genoembed.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from genoembed import FinetuneReport, PretrainReport
 
 
 @contextmanager
@@ -37,10 +40,10 @@ def resumable() -> Iterator[None]:
         raise Interrupted(stop.number, f"{stop} (--resume)") from None
 
 
-def echo_once(result: str) -> None:
-    """Write a result to standard output, from one of the processes that torchrun started."""
+def echo_once(report: PretrainReport | FinetuneReport, *, as_json: bool) -> None:
+    """Print the result from one of the processes that torchrun started."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(result)
+        echo_result(report, str(report.output), as_json=as_json)
 
 
 _logger = logging.getLogger(__name__)
@@ -54,8 +57,10 @@ _logger = logging.getLogger(__name__)
     genoembed pretrain genomes/*.fa.gz --like evo2_7b --heldout-fraction 0.02 --max-steps 400 -o run
     genoembed pretrain phages.fa --model genoembed-mini --heldout other.fa --max-steps 500 -o runs/phage
     genoembed pretrain --config run.toml -o runs/mine --resume""",
+    has_json=True,
+    checks_options=False,
 )
-def pretrain_command(**options: Any) -> None:
+def pretrain_command(*, as_json: bool, **options: Any) -> None:
     """Train on CORPUS files (FASTA, FASTQ, GenBank, EMBL; compressed or not), from scratch or from a model.
 
     Documents are packed into rows of one length. DIR gets checkpoints, metrics.jsonl and, at the end, the
@@ -66,7 +71,7 @@ def pretrain_command(**options: Any) -> None:
         report = genoembed.pretrain(**options)
     _logger.info("%d steps, held-out %.4f bits per base", report.steps, report.bits_per_base)
     _logger.info("use it with: genoembed extract INPUT --model %s", report.output)
-    echo_once(report.output)
+    echo_once(report, as_json=as_json)
 
 
 @command(
@@ -78,8 +83,10 @@ def pretrain_command(**options: Any) -> None:
     genoembed finetune genes.fa --labels classes.csv --task classification --tuning lora -o runs/genes
     genoembed finetune genomes.fa --task contrastive -o runs/views
     genoembed finetune pairs.jsonl --task retrieval --split random -o runs/search""",
+    has_json=True,
+    checks_options=False,
 )
-def finetune_command(**options: Any) -> None:
+def finetune_command(*, as_json: bool, **options: Any) -> None:
     """Fine-tune a model on TRAIN: tables with sequences and labels (TSV, CSV, JSON lines, Parquet), sequence
     files with a table of labels, sequence files alone, or JSON lines with query, pos and neg.
 
@@ -94,7 +101,7 @@ def finetune_command(**options: Any) -> None:
         if shown:
             _logger.info("%s: %s", side, shown)
     _logger.info("%d steps, weights of step %d: %s", report.steps, report.best_step, report.output)
-    echo_once(report.output)
+    echo_once(report, as_json=as_json)
 
 
 _NOT_SHOWN = ("epoch", "step", "ranked_queries")
@@ -109,9 +116,10 @@ _NOT_SHOWN = ("epoch", "step", "ranked_queries")
     genoembed predict runs/promoters/final genome.fa.gz -o promoters.tsv
     zcat reads.fa.gz | genoembed predict runs/promoters/final - | cut -f 1,2
     genoembed predict runs/sites/final genome.fa -o sites.parquet""",
+    has_json=True,
 )
 @click.argument("model", metavar="DIR")
-def predict_command(model: str, inputs: tuple[str, ...], **options: Any) -> None:
+def predict_command(model: str, inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
     """Predict with the model in DIR, the folder of a fine-tuning run, for the sequences of INPUT
     (any format of extract; '-' is standard input).
 
@@ -120,7 +128,10 @@ def predict_command(model: str, inputs: tuple[str, ...], **options: Any) -> None
     """
     if options.get("output", "-") != "-":
         promise_output(options["output"])
+    check_json_has_room(options, as_json=as_json)
     report = genoembed.predict(model, inputs, **options)
     _logger.info(
         "%d records, %d rows, %.1f s: %s", report.num_records, report.num_rows, report.seconds, report.output
     )
+    if as_json:
+        echo_result(report, "", as_json=True)

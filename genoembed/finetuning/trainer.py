@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from genoembed.errors import CheckpointError, TrainingWarning
+from genoembed.errors import CheckpointError, TrainingWarning, foreign_code
 from genoembed.finetuning.collate import split_batch
 from genoembed.finetuning.sampling import RankBatches
 from genoembed.retrieval.grad_cache import cached_backward
@@ -259,7 +259,8 @@ class FinetuneTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model, and note what it compared."""
-        output = model(**inputs)
+        with foreign_code("the model's forward pass"):
+            output = model(**inputs)
         self._note(output.get("contrast"))
         return (output["loss"], output) if return_outputs else output["loss"]
 

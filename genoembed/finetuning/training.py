@@ -32,7 +32,6 @@ from genoembed.training.run_folder import (
     METRICS_FILE,
     MODEL,
     ResumeRules,
-    reporting_saves,
     write_json,
 )
 from genoembed.training.trainer import resolved_dtype, training_arguments
@@ -205,7 +204,7 @@ class _Run:
         if self.arguments.process_index == 0:
             model: Any = trainer.accelerator.unwrap_model(trainer.model)
             final = self.folder.path / FINAL_FOLDER
-            with reporting_saves(self.folder.target), replacing_folder(final, overwrite=True) as staged:
+            with reporting_writes(self.folder.target), replacing_folder(final, overwrite=True) as staged:
                 save_finetuned(
                     model.cpu(),
                     staged,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from genoembed.contracts import IGNORE_INDEX
+from genoembed.errors import foreign_code
 from genoembed.pretraining.start import forward_options
 from genoembed.training.distributed import from_all
 from genoembed.training.trainer import ResumableTrainer
@@ -64,7 +65,8 @@ class PackedTrainer(ResumableTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Add the options of the forward pass."""
-        return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
+        with foreign_code("the model's forward pass"):
+            return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure on what is held out, and log it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations import TensorBoardCallback
 
-from genoembed.atomic import partial_of, replacing_folder
+from genoembed.atomic import partial_of, replacing_folder, reporting_writes
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ModelError
@@ -36,7 +36,6 @@ from genoembed.training.run_folder import (
     MODEL,
     ResumeRules,
     files_digest,
-    reporting_saves,
     steps_of,
 )
 from genoembed.training.trainer import resolved_dtype, training_arguments
@@ -189,7 +188,7 @@ class _Run:
         }
         final = self.folder.path / FINAL_FOLDER
         is_first = self.arguments.process_index == 0
-        with reporting_saves(self.folder.target), without_progress_bars():
+        with reporting_writes(self.folder.target), without_progress_bars():
             # all processes gather the weights, the first one writes them
             with (
                 replacing_folder(final, overwrite=True)

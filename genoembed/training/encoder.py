@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genoembed.errors import ConfigError, LayerError, ModelError
+from genoembed.errors import ConfigError, LayerError, ModelError, foreign_code
 from genoembed.models.behavior import forward_arguments
 from genoembed.models.hooks import capture
 from genoembed.pooling.fuse import fuse
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         device = next(self.backbone.parameters()).device
         ids, mask = (tensor.to(device) for tensor in self._probe_batch)
         self.backbone.eval()
-        with torch.no_grad():
+        with torch.no_grad(), foreign_code("a trial pass of the model"):
             found = self._run(ids, mask, lambda hidden: hidden)
         return {path: int(value.shape[-1]) for path, value in found.items()}
 

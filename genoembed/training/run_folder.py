@@ -33,7 +33,7 @@ from genoembed.atomic import (
 )
 from genoembed.config.fields import differences, raise_all
 from genoembed.contracts import FINAL_FOLDER
-from genoembed.errors import ConfigError, GenoembedError, Problem, Remedy, StoreError
+from genoembed.errors import ConfigError, Problem, Remedy, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -393,25 +393,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextmanager
-def reporting_saves(output: str | PathLike[str]) -> Iterator[None]:
-    """Turn what libraries raise when weights cannot be written (a full disk) into an error of one line."""
-    try:
-        with reporting_writes(output):
-            yield
-    except GenoembedError:
-        raise
-    except Exception as error:
-        # torch raises RuntimeError, safetensors an exception of its own, for what is an OSError elsewhere
-        text = " ".join(str(error).split())
-        if not _WRITE_FAILED.search(text):
-            raise
-        problem = f"cannot be written ({text[:200]}); free space, or set output_dir to another name"
-        raise StoreError(problem, path=os.fspath(output)) from error
-
-
-_WRITE_FAILED = re.compile(
-    r"os error \d+|PytorchStreamWriter|inline_container|iostream error|No space left|File too large", re.I
-)

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from genoembed.atomic import replacing_folder
+from genoembed.atomic import replacing_folder, reporting_writes
 from genoembed.errors import (
     STOP_SIGNALS,
     CheckpointError,
@@ -41,7 +41,7 @@ from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.distributed import wait_for_all
 from genoembed.training.log import StepBook
-from genoembed.training.run_folder import SAVING_FOLDER, is_complete, newest_checkpoint, reporting_saves
+from genoembed.training.run_folder import SAVING_FOLDER, is_complete, newest_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -315,7 +315,7 @@ class ResumableTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._saving = self.folder / SAVING_FOLDER
         written = self._saving / name
-        with reporting_saves(self.folder):
+        with reporting_writes(self.folder):
             try:
                 super()._save_checkpoint(model, trial)
             finally:

@@ -24,12 +24,14 @@ def command_of(name: str) -> str:
 def required() -> list[tuple[str, str]]:
     """Name the required options and arguments of all commands."""
     context = click.Context(main)
-    return [
-        (command, parameter.opts[0])
-        for command in COLUMNS
-        for parameter in main.get_command(context, command).params
-        if parameter.required
-    ]
+    found = []
+    for command in COLUMNS:
+        known = main.get_command(context, command)
+        for parameter in known.params:
+            described = known.described.get(parameter.name)
+            if parameter.required or (described and described.required and described.shown_default is None):
+                found.append((command, parameter.opts[0]))
+    return found
 
 
 def test_some_options_are_required():

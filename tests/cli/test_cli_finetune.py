@@ -23,7 +23,17 @@ from genoembed.config.finetune import (
 from genoembed.config.labeled import AugmentConfig
 
 STAGES = (ObjectiveConfig, FinetuneDataConfig, EncoderConfig, AugmentConfig, FinetuneRecipe)
-RUN_OPTIONS = {"output_dir", "config_file", "help_all", "resume", "overwrite", "threads", "quiet", "verbose"}
+RUN_OPTIONS = {
+    "output_dir",
+    "config_file",
+    "help_all",
+    "resume",
+    "overwrite",
+    "threads",
+    "quiet",
+    "verbose",
+    "as_json",
+}
 SEQUENCES = [f"{'ACGGT' * (2 + i % 3)}{'ACGT'[i % 4]}{'GATC' * (i % 5)}" for i in range(30)]
 
 

@@ -29,22 +29,20 @@ from genoembed.config.choices import (
 from genoembed.config.embed import OPTION_STAGE, EmbedConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
-MESSAGES = {"-q", "--quiet", "-v", "--verbose"}
+MESSAGES = {"-q", "--quiet", "-v", "--verbose", "--json"}
 OPTIONS = {
     "extract": """
         --batch-tokens --certificate --config --device --dry-run --dtype --duplicates --empty --engine
-        --flank --fuse --fusion-weights --gaps --invalid --json --keep-case --layer --model -o --on-error
+        --flank --fuse --fusion-weights --gaps --invalid --keep-case --layer --model -o --on-error
         --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions --resume
         --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases --window
         --workers""",
     "merge": """
-        --json --overwrite""",
+        --overwrite""",
     "layers": """
-        --all --json --revision --trust-remote-code""",
-    "models": """
-        --json""",
-    "info": """
-        --json""",
+        --all --revision --trust-remote-code""",
+    "models": "",
+    "info": "",
     "convert": """
         --name -o --output --overwrite --vortex-config""",
     "pretrain": """
@@ -79,26 +77,26 @@ OPTIONS = {
         --measure-recall --metric --model --neighbors -o --output --overwrite --search-threads --seed
         --subject-sequences --threads --transform --trust-remote-code""",
     "fit-transform": """
-        --axes --components --json --layer --method -o --output --overwrite --seed --shrinkage""",
+        --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
         --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --gaps
-        --group-column --homolog-identity --id-column --invalid --json --keep-case --label-column --labels
+        --group-column --homolog-identity --id-column --invalid --keep-case --label-column --labels
         --layer --model --no-baselines --no-plot --no-untrained --num-folds -o --output --overwrite --plot
         --pool --preset --rc --regions --revision --seed --sequences --skip-first --split --split-column
         --stride --task --threads --top --transform --trust-remote-code --unit-bases --unmatched --untrained
         --window""",
     "plot": """
-        --classes --color --components --config --json --layer --max-points --method --min-dist
+        --classes --color --components --config --layer --max-points --method --min-dist
         -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",
     "compare": """
-        --json --layer -o --output --overwrite --tolerance""",
+        --layer -o --output --overwrite --tolerance""",
     "verify": """
-        --batch-tokens --certify --config --device --dtype --json --model --regions --sample --seed
+        --batch-tokens --certify --config --device --dtype --model --regions --sample --seed
         --threads --tolerance --trust-remote-code""",
     "export": """
-        --json --layer -o --output --overwrite --to""",
+        --layer -o --output --overwrite --to""",
     "export-model": """
-        --dtype --json -o --output --overwrite --revision --trust-remote-code""",
+        --dtype -o --output --overwrite --revision --trust-remote-code""",
     "score": """
         --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
         --layer --model -o --output --overwrite --per-base --pool --rc --reference --revision --start-token
@@ -137,7 +135,7 @@ def options(name: str) -> list[click.Option]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_are_these(name):
-    messages = {"--help-all"} | (set() if name in ("models", "info") else MESSAGES)
+    messages = {"--help-all", "--json"} | (set() if name in ("models", "info") else MESSAGES)
     found = {word for option in options(name) for word in (*option.opts, *option.secondary_opts)}
     assert found == set(OPTIONS[name].split()) | messages
 

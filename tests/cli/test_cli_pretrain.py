@@ -15,7 +15,17 @@ from genoembed.cli import main
 from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
 from genoembed.config.pretrain import KEY_STAGE, TrainConfig
 
-RUN_OPTIONS = {"output_dir", "config_file", "help_all", "resume", "overwrite", "threads", "quiet", "verbose"}
+RUN_OPTIONS = {
+    "output_dir",
+    "config_file",
+    "help_all",
+    "resume",
+    "overwrite",
+    "threads",
+    "quiet",
+    "verbose",
+    "as_json",
+}
 SHAPE = ["--like", "evo2_7b", "--hidden-size", 32, "--layers", 4, "--window", 32, "--dtype", "float32"]
 
 

@@ -26,7 +26,7 @@ GAPS = b"-.*"
 _INVALID, _DAMAGE, _GAP = b"\x00", b"\x01", b"-"
 _DAMAGED_BYTES = b">" + bytes(set(range(32)) - set(WHITESPACE)) + b"\x7f"
 _LOWER = bytes(range(97, 123))
-_SMALL_PIECE = 2048
+_SMALL_PIECE = 2048  # below, the calls of NumPy cost more than counting saves: short reads are millions
 
 
 def _cleaning_table(*, keep_case: bool) -> bytes:
@@ -77,13 +77,6 @@ class CleanedBody(NamedTuple):
     upper_cased: int
 
 
-class _Place(NamedTuple):
-    """Where a piece begins."""
-
-    letters_before: int
-    line: int | None
-
-
 def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
     """Turn a record's raw letters into bases.
 
@@ -94,23 +87,24 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
     pieces: list[bytes] = []
     masked = gaps = rna = upper_cased = letters = 0
     for raw, line in record.body:
-        place = _Place(letters, line)
+        place = letters, line  # where the piece begins
         text = raw.translate(table, WHITESPACE)
         letters += len(text)
         if _DAMAGE in text:
-            raise _damage_error(record, raw, place)
+            raise _error(record, raw, place, _DAMAGE)
         if _GAP in text:
             if policies.gaps == "error":
-                raise _letter_error(record, raw, place, _GAP)
+                raise _error(record, raw, place, _GAP)
             gaps += text.count(_GAP)
             text = text.replace(_GAP, b"")
         if _INVALID in text:
             if policies.invalid == "error":
-                raise _letter_error(record, raw, place, _INVALID)
+                raise _error(record, raw, place, _INVALID)
             if policies.invalid == "skip":
                 return None
             masked += text.count(_INVALID)
             text = text.replace(_INVALID, b"N")
+        # in the raw letters: after the translation a U is a T like any other
         if b"U" in raw or b"u" in raw:
             rna += raw.count(b"U") + raw.count(b"u")
         if not policies.keep_case:
@@ -126,33 +120,26 @@ def _count_lower(raw: bytes) -> int:
     return int(np.count_nonzero(letters >= _LOWER[0])) - int(np.count_nonzero(letters > _LOWER[-1]))
 
 
-def _locate(record: RawRecord, raw: bytes, place: _Place, mark: bytes) -> tuple[str, int, int | None]:
+def _error(
+    record: RawRecord, raw: bytes, place: tuple[int, int | None], mark: bytes
+) -> AlphabetError | SequenceFormatError:
+    """Name the first letter of a piece that got a mark, by line and position."""
+    letters_before, line = place
     found = _FIND[mark].search(raw)
     assert found is not None, "a mark stands for a byte of its own class"
-    offset = found.start()
-    position = place.letters_before + len(raw[:offset].translate(None, WHITESPACE)) + 1
-    line = record.line if place.line is None else place.line + raw.count(b"\n", 0, offset)
-    byte = raw[offset]
+    offset, byte = found.start(), raw[found.start()]
+    position = letters_before + len(raw[:offset].translate(None, WHITESPACE)) + 1
+    line = record.line if line is None else line + raw.count(b"\n", 0, offset)
     shown = repr(chr(byte)) if 32 <= byte < 127 else f"byte 0x{byte:02x}"
-    return shown, position, line
-
-
-def _letter_error(record: RawRecord, raw: bytes, place: _Place, mark: bytes) -> AlphabetError:
-    shown, position, line = _locate(record, raw, place, mark)
     where = f"position {position}"
+    if mark == _DAMAGE:
+        problem = f"control {shown} at {where}; the file is binary or damaged"
+        if byte == ord(">"):
+            problem = f"'>' inside a line of sequence ({where}); a line end is missing before it"
+        return SequenceFormatError(problem, path=record.path, line=line, record_id=record.id)
     if record.span is not None:
         where = f"position {record.span.fetch_start + position} of {record.span.contig!r}"
+    problem = f"{shown} at {where} is not in alphabet {ALPHABET_NAME}; set invalid='mask' or fix it"
     if mark == _GAP:
         problem = f"gap {shown} at {where} is not in alphabet {ALPHABET_NAME}; set gaps='strip' or fix it"
-    else:
-        problem = f"{shown} at {where} is not in alphabet {ALPHABET_NAME}; set invalid='mask' or fix it"
     return AlphabetError(problem, path=record.path, line=line, record_id=record.id)
-
-
-def _damage_error(record: RawRecord, raw: bytes, place: _Place) -> SequenceFormatError:
-    shown, position, line = _locate(record, raw, place, _DAMAGE)
-    if shown == "'>'":
-        problem = f"'>' inside a line of sequence (position {position}); a line end is missing before it"
-    else:
-        problem = f"control {shown} at position {position}; the file is binary or damaged"
-    return SequenceFormatError(problem, path=record.path, line=line, record_id=record.id)

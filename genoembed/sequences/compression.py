@@ -3,10 +3,8 @@
 In: a file name, or ``-``. Out: blocks of about one MiB of plain bytes. The compression is recognized by the
 first bytes, never by the file's name; files made of several members (bgzip, ``cat a.gz b.gz``, pzstd) are
 read to their end; a stream that stops early or is damaged is an error, never a short result. Streams are
-never sought.
-
-How large one record may be, so that a decompression bomb ends in an error and not in all memory.
-Text with one kind of line end.
+never sought, so that pipes can be read. Text comes out with one kind of line end, and no record or line may
+be so large that a decompression bomb fills the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
-from genoembed.errors import ConfigError, InputFileError, SequenceFormatError
+from genoembed.errors import ConfigError, InputError, InputFileError, SequenceFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +67,7 @@ def _feed_counted(decoder: Any, compressed: bytes) -> Iterator[bytes]:
 
 
 def _feed_uncounted(decoder: Any, compressed: bytes) -> Iterator[bytes]:
+    # zstandard's object takes no bound on what it gives, so that little is fed to it at once (step_bytes)
     plain = decoder.decompress(compressed)
     yield from (plain[start : start + BLOCK_BYTES] for start in range(0, len(plain), BLOCK_BYTES))
 
@@ -110,6 +109,7 @@ class InputDigests:
             digest.update(block)
             num_bytes += len(block)
             yield block
+        # reached at the end alone: a file that was not read to its end has no digest
         self._found[path] = (num_bytes, digest.hexdigest())
 
     def facts(self, path: str) -> dict[str, str | int | None]:
@@ -216,6 +216,7 @@ def decompress(
                     decoder, head, member_plain = codec.new(), b"", 0
                     if members is not None:
                         members.append((num_read - len(pending), num_plain))
+                # of the last member, whose blocks may begin anywhere in what was read
                 if len(head) < _HEAD_BYTES:
                     head += pending[: _HEAD_BYTES - len(head)]
                 try:
@@ -284,30 +285,38 @@ def check_record_size(
 
 
 WHITESPACE = b" \t\n\r\v\f"
-BOM = b"\xef\xbb\xbf"
+
+
+_BOM = b"\xef\xbb\xbf"
 
 
 def iter_text(path: str, *, digests: InputDigests | None = None) -> Iterator[bytes]:
     """Read a file as blocks of text, cut anywhere."""
-    yield from iter_text_blocks(iter_decompressed(path, digests=digests))
+    return iter_text_blocks(iter_decompressed(path, digests=digests))
 
 
-def iter_text_blocks(raw_blocks: Iterable[bytes]) -> Iterator[bytes]:
+def iter_text_blocks(raw_blocks: Iterable[bytes], *, keep_places: bool = False) -> Iterator[bytes]:
     """Convert text to one kind of line end, and remove a byte order mark.
+
+    With ``keep_places`` no byte moves: blanks stand for what is taken out, as white space counts nowhere.
 
     Example:
         >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"]))
         [b'a', b'\\nb', b'\\n']
+        >>> list(iter_text_blocks([b"a\\r", b"\\nb\\r"], keep_places=True))
+        [b'a', b' \\nb', b'\\n']
     """
-    held = b""
-    bom = BOM
+    held, bom = b"", _BOM
+    line_end, no_bom = (b" \n", b" " * len(bom)) if keep_places else (b"\n", b"")
     for raw in raw_blocks:
-        block = (held + raw).removeprefix(bom)
+        block = held + raw
+        if bom and block.startswith(bom):
+            block = no_bom + block[len(bom) :]
         held = bom = b""
         if b"\r" in block:
             if block.endswith(b"\r"):  # its "\n" may open the next block
                 block, held = block[:-1], b"\r"
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            block = block.replace(b"\r\n", line_end).replace(b"\r", b"\n")
         if block:
             yield block
     if held:
@@ -340,3 +349,37 @@ def iter_lines(blocks: Iterable[bytes], *, path: str = "") -> Iterator[bytes]:
         parts = [lines[-1]] if lines[-1] else []
     if parts:
         yield b"".join(parts)
+
+
+def decode_text(
+    raw: bytes,
+    *,
+    path: str,
+    line: int,
+    what: str = "line",
+    kind: str = "",
+    error: type[InputError] = SequenceFormatError,
+) -> str:
+    """Decode a line, or raise with the byte that is no UTF-8; ``kind`` is what only a text file can be."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as failure:
+        byte = f"the {what} has byte 0x{raw[failure.start]:02x}"
+        problem = f"{byte}, which is not UTF-8; convert the file, for example with iconv -f latin1 -t utf-8"
+        if kind:
+            problem = f"{byte}, expected UTF-8 text; check that it is {kind}"
+        raise error(problem, path=path, line=line) from failure
+
+
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def check_text(head: bytes, *, path: str, expected: str) -> None:
+    """Raise if a decompressed file begins like no text."""
+    if find_codec(head) is not None:
+        problem = f"the file is compressed twice, {expected}; decompress it once"
+    elif found := _BINARY.search(head, 0, 1024):
+        problem = f"this is a binary file (byte 0x{found[0][0]:02x}), {expected}; check the file name"
+    else:
+        return
+    raise SequenceFormatError(problem, path=path)

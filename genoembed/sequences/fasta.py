@@ -12,13 +12,19 @@ from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.errors import SequenceFormatError
-from genoembed.sequences.compression import WHITESPACE, check_record_size, iter_lines, max_record_bytes
+from genoembed.sequences.compression import (
+    WHITESPACE,
+    check_record_size,
+    decode_text,
+    iter_lines,
+    max_record_bytes,
+)
 from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_MAX_HEADER_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20  # nr's merged headers reach some 100 kB; more is a binary file without line ends
 _INDENTED_HEADER = re.compile(rb"\n[ \t]+>")
 _COMMENT = re.compile(rb"\n[ \t]*;[^\n]*")
 # Tab is white space and Ctrl-A separates merged headers in NCBI's nr and nt; other control bytes mean damage.
@@ -159,14 +165,7 @@ def _parse_header(path: str, line: int, title: bytes, mark: str) -> tuple[str, s
     if len(title) > _MAX_HEADER_BYTES:
         problem = f"a header line of over {_MAX_HEADER_BYTES} bytes; the file is binary or damaged"
         raise SequenceFormatError(problem, path=path, line=line)
-    try:
-        text = title.decode()
-    except UnicodeDecodeError as error:
-        problem = (
-            f"the header has byte 0x{error.object[error.start]:02x}, which is not UTF-8; "
-            "convert the file, for example with iconv -f latin1 -t utf-8"
-        )
-        raise SequenceFormatError(problem, path=path, line=line) from error
+    text = decode_text(title, path=path, line=line, what="header")
     if text.isprintable():
         words = text.split(None, 1)
     else:

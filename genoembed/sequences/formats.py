@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from genoembed.errors import SequenceFormatError
 from genoembed.sequences.compression import (
     WHITESPACE,
     check_record_size,
-    find_codec,
+    check_text,
+    decode_text,
     iter_lines,
     iter_text,
     max_record_bytes,
@@ -28,7 +30,7 @@ from genoembed.sequences.fasta import iter_fasta, iter_fastq
 from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from genoembed.sequences.compression import InputDigests
 
@@ -83,34 +85,13 @@ def _choose_parser(path: str, head: bytes, line: int) -> Callable[..., Iterator[
     if _TAR.match(head):
         problem = f"this is a tar archive, {_EXPECTED}; unpack it and give the files in it"
         raise SequenceFormatError(problem, path=path)
-    if find_codec(head) is not None:
-        problem = f"the file is compressed twice, {_EXPECTED}; decompress it once"
-        raise SequenceFormatError(problem, path=path)
-    if head.startswith((b">", b";")):
-        return iter_fasta
-    if head.startswith(b"@"):
-        return iter_fastq
-    if head.startswith(b"LOCUS "):
-        return iter_genbank
-    if head.startswith(b"ID   "):
-        return iter_embl
-    found = _CONTROL.search(head, 0, 1024)
-    if found:
-        problem = f"this is a binary file (byte 0x{found[0][0]:02x}), {_EXPECTED}; check the file name"
-        raise SequenceFormatError(problem, path=path)
-    opening = head[:20].split(b"\n")[0].decode("ascii", "replace")
-    problem = f"no header: the text begins with {opening!r}, {_EXPECTED}; for FASTA, add '>id' above it"
+    for opening, parse in _PARSERS.items():
+        if head.startswith(opening):
+            return parse
+    check_text(head, path=path, expected=_EXPECTED)
+    shown = head[:20].split(b"\n")[0].decode("ascii", "replace")
+    problem = f"no header: the text begins with {shown!r}, {_EXPECTED}; for FASTA, add '>id' above it"
     raise SequenceFormatError(problem, path=path, line=line)
-
-
-def iter_genbank(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse GenBank."""
-    yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "LOCUS "), "genbank")
-
-
-def iter_embl(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
-    """Parse EMBL."""
-    yield from _iter_bio(path, _LineHandle(path, blocks, lines_before, "ID "), "embl")
 
 
 class _LineHandle:
@@ -142,28 +123,21 @@ class _LineHandle:
         self.line += 1
         self._record_bytes += len(raw) + 1
         check_record_size(self._record_bytes, self._limit, path=self._path, line=self.record_line)
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            problem = (
-                f"the line has byte 0x{raw[error.start]:02x}, which is not UTF-8; "
-                "convert the file, for example with iconv -f latin1 -t utf-8"
-            )
-            raise SequenceFormatError(problem, path=self._path, line=self.line) from error
+        text = decode_text(raw, path=self._path, line=self.line)
         if text.startswith(self._opening):
             self.record_line = self.line
             self._record_bytes = len(raw)
             joined = _JOINED_LOCUS.match(text)
-            self.joined_name = None if joined is None else joined[1]
-            if (
-                joined is not None
-            ):  # Biopython would refuse the line; where to cut it shows after the sequence
+            self.joined_name = joined and joined[1]
+            if joined:  # Biopython would refuse the line; where to cut it is known after the sequence
                 return f"LOCUS       {joined[1]}\n"
         return text + "\n"
 
 
-def _iter_bio(path: str, handle: _LineHandle, form: str) -> Iterator[RawRecord]:
-    name = {"genbank": "GenBank", "embl": "EMBL"}[form]
+def _iter_bio(
+    name: str, opening: str, path: str, blocks: Iterable[bytes], *, lines_before: int
+) -> Iterator[RawRecord]:
+    handle = _LineHandle(path, blocks, lines_before, opening)
     records = None
     kinds: set[tuple[str, int]] = set()
     while True:
@@ -171,7 +145,8 @@ def _iter_bio(path: str, handle: _LineHandle, form: str) -> Iterator[RawRecord]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", BiopythonWarning)
                 warnings.filterwarnings("error", _DAMAGE, BiopythonWarning)
-                records = SeqIO.parse(handle, form) if records is None else records
+                # made here: its constructor reads the first line already
+                records = SeqIO.parse(handle, name.lower()) if records is None else records
                 record = next(records, None)
         except SequenceFormatError:
             raise
@@ -230,3 +205,12 @@ def _cut_joined(joined: str, length: int, path: str, line: int) -> str:
         raise SequenceFormatError(problem, path=path, line=line)
     _LOG.warning("%s:%s: record %r: name and length %d are run together in LOCUS", path, line, name, length)
     return name
+
+
+_PARSERS: Mapping[bytes, Callable[..., Iterator[RawRecord]]] = {
+    b">": iter_fasta,
+    b";": iter_fasta,
+    b"@": iter_fastq,
+    b"LOCUS ": partial(_iter_bio, "GenBank", "LOCUS "),
+    b"ID   ": partial(_iter_bio, "EMBL", "ID "),
+}

@@ -2,12 +2,13 @@
 
 In: sequences. Out: sketches, identities of pairs, clusters. A sketch keeps the ``s`` smallest hashes of a
 sequence's k-mers, strands counted as one (Mash: Ondov et al. 2016, Genome Biology 17:132). Two sketches are
-compared below the smaller of their largest hashes, where both are complete: the share of the smaller one's
-k-mers that the other has too is the containment C, and C**(1/k) the identity of the part they share if
-letters change independently (Hera, Pierce-Ward and Koslicki 2023, Genome Research 33:1061). So a fragment is
-a homolog of what it was cut from. k-mers with letters other than ACGT say nothing and are left out, and so
-are microsatellites (poly-A, CACACA ...: units of up to six letters that fit three times), which unrelated
-sequences share. A cluster holds sequences that are homologs directly or through others.
+compared where both are complete: below the largest hash of a sketch that left hashes out. There, the share
+of the smaller one's k-mers that the other has too is the containment C, and C**(1/k) the identity of the
+part they share if letters change independently (Hera, Pierce-Ward and Koslicki 2023, Genome Research
+33:1061). So a fragment is a homolog of what it was cut from. k-mers with letters other than ACGT say nothing
+and are left out, and so are microsatellites (poly-A, CACACA ...: units of up to six letters that fit three
+times), which unrelated sequences share. A cluster holds sequences that are homologs directly or through
+others.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Sketches:
     offsets: NDArray[np.int64]
     """Those of sequence ``i`` are ``hashes[offsets[i]:offsets[i + 1]]``."""
     kmer_size: int
+    sketch_size: int
+    """A sequence with fewer hashes than this is kept whole."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -120,7 +123,10 @@ def build_sketches(sequences: Sequence[bytes], *, config: HomologyConfig | None 
             lengths[index + 1] = len(smallest)
             start += len(sequence) + 1
     hashes_all = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
-    return Sketches(hashes=hashes_all, offsets=np.cumsum(lengths), kmer_size=chosen.kmer_size)
+    offsets = np.cumsum(lengths)
+    return Sketches(
+        hashes=hashes_all, offsets=offsets, kmer_size=chosen.kmer_size, sketch_size=chosen.sketch_size
+    )
 
 
 def _chunks(sequences: Sequence[bytes]) -> Iterator[tuple[int, list[bytes]]]:
@@ -146,8 +152,10 @@ def _hash_kmers(joined: bytes, k: int) -> tuple[NDArray[np.uint64], NDArray[np.b
         letters = (codes[place : place + size] & 3).astype(np.uint64)
         forward = (forward << np.uint64(2)) | letters
         reverse |= (np.uint64(3) - letters) << np.uint64(2 * place)
+    # a k-mer with an unknown letter: the running count of those rises within it
     unknown = np.concatenate([[0], np.cumsum(codes == 4)])
     is_kept = unknown[k : k + size] == unknown[:size]
+    # a k-mer is periodic if it equals itself shifted by the period, two bits a letter
     for period in range(1, min(_MAX_PERIOD, k // 3) + 1):
         mask = np.uint64((1 << 2 * (k - period)) - 1)
         is_kept &= (forward >> np.uint64(2 * period)) != (forward & mask)
@@ -206,10 +214,12 @@ def _gather(sketches: Sketches, wanted: NDArray[np.int64]) -> tuple[NDArray[np.i
 
 
 def _largest(sketches: Sketches, wanted: NDArray[np.int64]) -> NDArray[np.uint64]:
-    ends = sketches.offsets[wanted + 1]
-    is_empty = ends == sketches.offsets[wanted]
-    largest = sketches.hashes[np.maximum(ends - 1, 0)] if len(sketches.hashes) else np.zeros_like(ends)
-    return np.where(is_empty, 0, largest).astype(np.uint64)
+    starts, ends = sketches.offsets[wanted], sketches.offsets[wanted + 1]
+    largest = np.full(len(wanted), np.iinfo(np.uint64).max, dtype=np.uint64)
+    # only where hashes were left out: below its largest hash alone is such a sketch complete
+    is_cut = ends - starts == sketches.sketch_size
+    largest[is_cut] = sketches.hashes[ends[is_cut] - 1]
+    return largest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,6 +313,7 @@ def _connect(sketches: Sketches, identity: float) -> NDArray[np.int64]:
 def _candidates(sketches: Sketches) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pair sequences that share a hash, some hashes at a time."""
     hashes, owners = _shared_entries(sketches)
+    # parts overlap, so that the last entries of one meet all their partners too
     for start in range(0, len(hashes), _ENTRIES_AT_ONCE):
         part = hashes[start : start + _ENTRIES_AT_ONCE + _NUM_PARTNERS]
         owner = owners[start : start + _ENTRIES_AT_ONCE + _NUM_PARTNERS]
@@ -325,6 +336,8 @@ def _shared_entries(sketches: Sketches) -> tuple[NDArray[np.uint64], NDArray[np.
     hashes, owners = hashes[is_shared], owners[order[is_shared]]
     run = np.cumsum(~follows[is_shared]) - 1
     sizes = np.bincount(run)[run] if len(run) else np.zeros(0, np.int64)
+    # A k-mer of thousands would pair each sequence with the same few neighbors every time: shuffled for each
+    # hash anew, the pairs tried differ, and all homologs of a large family get connected.
     crowded = np.flatnonzero(sizes > _NUM_PARTNERS + 1)
     shuffled = np.lexsort((mix(hashes[crowded] ^ mix(owners[crowded].astype(np.uint64))), hashes[crowded]))
     owners[crowded] = owners[crowded[shuffled]]

@@ -1,6 +1,6 @@
-"""The door of this stage: files in, clean records out.
+"""Files in, clean records out.
 
-Parsing (``formats``, ``regions``), cleaning (``alphabet``) and unique ids (``identity``) meet here. Nothing
+Parsing (``formats``, ``regions``), cleaning (``alphabet``) and unique ids (``records``) meet here. Nothing
 is dropped or changed without a policy, a count and a log line.
 """
 
@@ -16,7 +16,8 @@ from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
-from genoembed.sequences.records import IdRegistry, InputCounts, Policies
+from genoembed.sequences.records import IdRegistry, InputCounts, Policies, Span
+from genoembed.sequences.regions import check_regions, iter_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -90,14 +91,13 @@ def read_sequences(
     for name in names:
         check_readable(name)
     tally = InputCounts() if counts is None else counts
-    raw: Iterator[RawRecord]
+    tally.files += len(names)
+    for place in places or ():
+        check_regions(place)
     if places is None:
-        raw = chain.from_iterable(_counted_file(name, tally, digests) for name in names)
+        raw = chain.from_iterable(iter_records(name, digests=digests) for name in names)
     else:
-        from genoembed.sequences.regions import open_regions
-
-        raw = open_regions(names[0], places, flank=flank, digests=digests)
-        tally.files += 1
+        raw = iter_regions(names[0], places, flank=flank, digests=digests)
     return _finish(raw, policies, tally)
 
 
@@ -133,11 +133,6 @@ def _check_options(names: list[str], places: list[str] | None, flank: int) -> No
         raise ConfigError(*problems)
 
 
-def _counted_file(name: str, counts: InputCounts, digests: InputDigests | None) -> Iterator[RawRecord]:
-    counts.files += 1
-    return iter_records(name, digests=digests)
-
-
 def _finish(
     raw_records: Iterable[RawRecord], policies: Policies, counts: InputCounts
 ) -> Iterator[SequenceRecord]:
@@ -158,75 +153,56 @@ def clean_record(
         counts.skipped_invalid += 1
         _LOG.info("%s:%s: record %r skipped: letters outside the alphabet", raw.path, raw.line, raw.id)
         return None
-    if _is_empty(raw, cleaned):
+    pieces = cleaned.pieces
+    # a chromosome is mostly one piece: join would copy it
+    sequence = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    left, num_bases = (0, len(sequence)) if raw.span is None else (len(pieces[0]), len(pieces[1]))
+    if num_bases == 0:
         if policies.empty == "error":
             problem = "has no bases; set empty='skip' or remove it"
             raise EmptyRecordError(problem, path=raw.path, line=raw.line, record_id=raw.id)
         counts.skipped_empty += 1
         _LOG.info("%s:%s: record %r skipped: no bases", raw.path, raw.line, raw.id)
         return None
+    # only now: a record that is left out does not take its id from a later one
     name = ids.admit(raw.id, path=raw.path, line=raw.line)
-    record = _build_record(raw, cleaned, name)
-    _count(record, cleaned, counts, renamed=name != raw.id)
-    return record
-
-
-def _is_empty(raw: RawRecord, cleaned: CleanedBody) -> bool:
-    return not any(cleaned.pieces) if raw.span is None else not cleaned.pieces[1]
-
-
-def _build_record(raw: RawRecord, cleaned: CleanedBody, name: str) -> SequenceRecord:
-    flags = _flags(cleaned, renamed=name != raw.id)
-    pieces = cleaned.pieces
-    sequence = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    if raw.span is None:
-        return SequenceRecord(
-            id=name,
-            sequence=sequence,
-            description=raw.description,
-            source=raw.source,
-            line=raw.line,
-            flags=flags,
-        )
-    left, core = len(pieces[0]), len(pieces[1])
-    if raw.span.strand == "-":
-        sequence, left = reverse_complement(sequence), len(pieces[2])
+    # parsed, flanked and stripped on the forward strand, so that places count as in the file; turned last
+    span = raw.span or Span(raw.id, 0, num_bases, "+", 0)
+    if span.strand == "-":
+        sequence, left = reverse_complement(sequence), len(sequence) - left - num_bases
+    _count(cleaned, counts, num_bases=len(sequence), is_renamed=name != raw.id)
     return SequenceRecord(
         id=name,
         sequence=sequence,
         description=raw.description,
         source=raw.source,
         line=raw.line,
-        start=raw.span.start,
-        end=raw.span.end,
-        strand=raw.span.strand,
+        start=span.start,
+        end=span.end,
+        strand=span.strand,
         core_start=left,
-        core_end=left + core,
-        flags=flags,
+        core_end=left + num_bases,
+        flags=_flags(cleaned, is_renamed=name != raw.id),
     )
 
 
-def _flags(cleaned: CleanedBody, *, renamed: bool) -> tuple[str, ...]:
-    flags = []
-    if cleaned.masked:
-        flags.append(f"masked:{cleaned.masked}")
-    if cleaned.gaps:
-        flags.append(f"gaps:{cleaned.gaps}")
-    if renamed:
-        flags.append("renamed")
-    if cleaned.upper_cased:
-        flags.append(f"upper_cased:{cleaned.upper_cased}")
-    if cleaned.rna:
-        flags.append("rna")
-    return tuple(flags)
+def _flags(cleaned: CleanedBody, *, is_renamed: bool) -> tuple[str, ...]:
+    found = {
+        f"masked:{cleaned.masked}": cleaned.masked,
+        f"gaps:{cleaned.gaps}": cleaned.gaps,
+        "renamed": is_renamed,
+        f"upper_cased:{cleaned.upper_cased}": cleaned.upper_cased,
+        "rna": cleaned.rna,
+    }
+    return tuple(flag for flag, count in found.items() if count)
 
 
-def _count(record: SequenceRecord, cleaned: CleanedBody, counts: InputCounts, *, renamed: bool) -> None:
+def _count(cleaned: CleanedBody, counts: InputCounts, *, num_bases: int, is_renamed: bool) -> None:
     counts.records += 1
-    counts.bases += len(record.sequence)
+    counts.bases += num_bases
     counts.upper_cased += cleaned.upper_cased
     counts.rna_to_dna += cleaned.rna
     counts.masked_bases += cleaned.masked
     counts.masked_records += cleaned.masked > 0
     counts.gaps_stripped += cleaned.gaps
-    counts.renamed += renamed
+    counts.renamed += is_renamed

@@ -1,8 +1,4 @@
-"""What the parsers hand to the cleaning: a record as its file has it, before any policy.
-
-What to do with input that is not clean, and the counts of what was done.
-Ids that are unique within a run.
-"""
+"""Records between parsing and cleaning: as the file has them, the policies for them, counts, unique ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions of a FASTA file, with flanks.
+"""Regions of a FASTA file, with flanks: rows of BED and GFF3 files, and places such as ``chr1:1001-2000``.
 
 In: one FASTA file, plain or bgzip, and intervals. Out: raw records of three pieces, left flank, region and
 right flank, as on the forward strand; ``reading`` cleans and turns them.
@@ -7,8 +7,6 @@ The contigs are read by the parser that reads whole files, laid out in any way. 
 pieces of each contig stand; a stretch is then parsed again from its pieces. Nothing is assumed of the lines,
 and no index of another program is believed: a blank, a comment or another line end would shift every place
 behind it. A file that changes in the meantime is an error.
-
-Rows of BED and GFF3 files and places such as ``chr1:1001-2000``, brought to one form.
 """
 
 from __future__ import annotations
@@ -32,16 +30,17 @@ from genoembed.errors import (
 )
 from genoembed.sequences.compression import (
     BLOCK_BYTES,
-    BOM,
     STDIN,
     WHITESPACE,
     check_readable,
+    decode_text,
     decompress,
     find_codec,
     is_bgzip,
     iter_blocks,
     iter_lines,
     iter_text,
+    iter_text_blocks,
     joined,
 )
 from genoembed.sequences.fasta import Header, blank_comments, iter_fasta_parts
@@ -55,18 +54,10 @@ if TYPE_CHECKING:
     from genoembed.sequences.compression import InputDigests
 
 
-def open_regions(
+def iter_regions(
     path: str, places: list[str], *, flank: int, digests: InputDigests | None = None
 ) -> Iterator[RawRecord]:
     """Fetch regions of a FASTA file."""
-    for place in places:
-        check_regions(place)
-    return _iter_regions(path, places, flank, digests)
-
-
-def _iter_regions(
-    path: str, places: list[str], flank: int, digests: InputDigests | None
-) -> Iterator[RawRecord]:
     with FastaContigs(path, digests=digests) as contigs:
         for place in places:
             for interval in iter_intervals(place, digests=digests):
@@ -74,7 +65,14 @@ def _iter_regions(
 
 
 def _fetch(contigs: FastaContigs, interval: Interval, flank: int) -> RawRecord:
-    length = _contig_length(contigs, interval)
+    length = contigs.length(interval.contig)
+    if length is None or interval.end > length:
+        problem = (
+            f"end {interval.end} is beyond contig {interval.contig!r} of {length} bases; "
+            "correct it, or give the FASTA that the regions were made for"
+        )
+        found = problem if length is not None else contigs.no_such(interval.contig)
+        raise RegionError(found, path=interval.path, line=interval.line, record_id=interval.name or None)
     start, end = max(0, interval.start - flank), min(length, interval.end + flank)
     bases = contigs.fetch(interval.contig, start, end)
     left, right = interval.start - start, interval.end - start
@@ -89,26 +87,7 @@ def _fetch(contigs: FastaContigs, interval: Interval, flank: int) -> RawRecord:
     )
 
 
-def _contig_length(contigs: FastaContigs, interval: Interval) -> int:
-    record_id = interval.name or None
-    length = contigs.length(interval.contig)
-    if length is None:
-        names = contigs.names
-        near = get_close_matches(interval.contig, names[:10_000], n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "correct the name"
-        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        problem = f"contig {interval.contig!r} is not in {contigs.path} ({shown}); {hint}"
-        raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
-    if interval.end > length:
-        problem = (
-            f"end {interval.end} is beyond contig {interval.contig!r} of {length} bases; "
-            "correct it, or give the FASTA that the regions were made for"
-        )
-        raise RegionError(problem, path=interval.path, line=interval.line, record_id=record_id)
-    return length
-
-
-_PIECES_KEPT = 16
+_PIECES_KEPT = 16  # of about a block (1 MiB) each: sorted regions find theirs here again
 _TO_BLANK = bytes.maketrans(b"\v\f", b"  ")
 
 
@@ -165,6 +144,18 @@ class FastaContigs:
         found = self._contigs.get(contig)
         return None if found is None else found.num_bases
 
+    def no_such(self, contig: str) -> str:
+        """Say that there is no such contig, and which may be meant."""
+        names = self.names
+        # "1" and "chr1": the commonest reason; near spellings are slow to look for among millions of contigs
+        same = [name for name in names if name.removeprefix("chr") == contig.removeprefix("chr")]
+        near = same or get_close_matches(contig, names[:10_000], n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "correct the name"
+        hint += " Rename the contigs of one of the two" if same else ""
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        problem = f"contig {contig!r} is not in {self.path} ({shown}); {hint}"
+        return problem
+
     def fetch(self, contig: str, start: int, end: int) -> bytes:
         """Read a stretch, as the file has its letters."""
         first, past, num_bases = self._contigs[contig]
@@ -190,10 +181,7 @@ class FastaContigs:
             )
             raise SequenceFormatError(problem, path=self.path)
         stream.seek(0)
-        blocks: Iterable[bytes] = iter_blocks(stream, self.path)
-        if self._codec is not None:
-            blocks = joined(decompress(self.path, self._codec, blocks))
-        text = next((block for block in _level(blocks) if block.strip(WHITESPACE)), b"")
+        text = next(filter(bytes.strip, self._plain(iter_blocks(stream, self.path))), b"")
         if not text.lstrip(WHITESPACE).startswith((b">", b";")):
             problem = "not FASTA, which regions are read from; convert it to FASTA"
             raise SequenceFormatError(problem, path=self.path)
@@ -202,10 +190,10 @@ class FastaContigs:
         blocks: Iterable[bytes] = iter_blocks(self._stream, self.path)
         if self._digests is not None:
             blocks = self._digests.watch(self.path, blocks)
-        if self._codec is not None:
-            blocks = joined(decompress(self.path, self._codec, blocks, members=self._members))
         name, first, num_bases = "", 0, 0
-        for part in iter_fasta_parts(self.path, _from_first_header(_level(blocks))):
+        for part in iter_fasta_parts(
+            self.path, _from_first_header(self._plain(blocks, members=self._members))
+        ):
             if isinstance(part, Header):
                 self._add(name, first, num_bases)
                 name, first, num_bases = part.id, len(self._bases), 0
@@ -223,6 +211,14 @@ class FastaContigs:
                 num_bases += len(letters.translate(None, WHITESPACE))
         self._add(name, first, num_bases)
 
+    def _plain(
+        self, blocks: Iterable[bytes], members: list[tuple[int, int]] | None = None
+    ) -> Iterator[bytes]:
+        """Decompress blocks; no byte of the text moves, so that places count as in the file."""
+        if self._codec is not None:
+            blocks = joined(decompress(self.path, self._codec, blocks, members=members))
+        return iter_text_blocks(blocks, keep_places=True)
+
     def _add(self, name: str, first: int, num_bases: int) -> None:
         if name:
             self._contigs[name] = _Contig(first, len(self._bases), num_bases)
@@ -234,8 +230,8 @@ class FastaContigs:
             self._kept.move_to_end(number)
             return self._kept[number]
         self._check_unchanged()
-        text = next(_level([self._read_text(self._starts[number], self._sizes[number])]), b"")
-        letters = blank_comments(text).translate(None, WHITESPACE)
+        raw = self._read_text(self._starts[number], self._sizes[number])
+        letters = blank_comments(b"".join(iter_text_blocks([raw]))).translate(None, WHITESPACE)
         _, past, num_bases = self._contigs[contig]
         after = self._bases[number + 1] if number + 1 < past else num_bases
         if len(letters) != after - self._bases[number]:
@@ -275,30 +271,6 @@ class FastaContigs:
         return InputFileError(problem, path=self.path)
 
 
-def _level(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    r"""Bring lines to one kind of end and blank a byte order mark: ``iter_text_blocks``, but no byte moves.
-
-    Example:
-        >>> list(_level([b"a\r", b"\nb\r"]))
-        [b'a', b' \nb', b'\n']
-    """
-    held, bom = b"", BOM
-    for raw in blocks:
-        block = held + raw
-        held = b""
-        if bom and block.startswith(bom):
-            block = b" " * len(bom) + block[len(bom) :]
-        bom = b""
-        if b"\r" in block:
-            if block.endswith(b"\r"):  # its "\n" may open the next block
-                block, held = block[:-1], b"\r"
-            block = block.replace(b"\r\n", b" \n").replace(b"\r", b"\n")
-        if block:
-            yield block
-    if held:
-        yield b"\n"
-
-
 def _from_first_header(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Blank what the reader of whole files skips before the first header."""
     for block in blocks:
@@ -308,6 +280,7 @@ def _from_first_header(blocks: Iterator[bytes]) -> Iterator[bytes]:
             yield from blocks
 
 
+# Greedy: names of contigs may have colons and digits themselves, such as HLA-A*01:01.
 _PLACE = re.compile(r"(?P<contig>.+):(?P<first>[0-9,]+)-(?P<last>[0-9,]+)(\((?P<strand>[+-])\))?")
 _SHOWN_TEXT = 200
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -372,7 +345,7 @@ def iter_intervals(text: str, *, digests: InputDigests | None = None) -> Iterato
     parse: Callable[[str, int, list[str]], Interval] | None = None
     lines = enumerate(iter_lines(iter_text(text, digests=digests), path=text), start=1)
     for line, raw in lines:
-        row = _decoded(text, line, raw)
+        row = decode_text(raw, path=text, line=line, what="row", kind="BED or GFF3", error=RegionError)
         if row.startswith("##FASTA"):
             for _ in lines:  # read to its end all the same: it may be cut off, and is digested
                 pass
@@ -394,20 +367,11 @@ def iter_intervals(text: str, *, digests: InputDigests | None = None) -> Iterato
         raise RegionError(problem, path=text)
 
 
-def _decoded(path: str, line: int, raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        problem = (
-            f"the row has byte 0x{raw[error.start]:02x}, expected UTF-8 text; check that it is BED or GFF3"
-        )
-        raise RegionError(problem, path=path, line=line) from error
-
-
 def _looks_like_gff(columns: list[str]) -> bool:
     def numbers(first: int) -> bool:
         return all(_INTEGER.fullmatch(column.strip()) for column in columns[first : first + 2])
 
+    # a BED row may have numbers for name and score, where GFF3 has its places, but has them in 2 and 3 too
     return len(columns) >= 8 and numbers(3) and not numbers(1)
 
 
@@ -430,6 +394,7 @@ def _parse_gff(path: str, line: int, columns: list[str]) -> Interval:
     if len(columns) < 8:
         problem = f"the row has {len(columns)} column(s), expected the 9 of GFF3; separate columns with tabs"
         raise RegionError(problem, path=path, line=line)
+    # reversed: of an attribute that is there twice, the first counts
     names = dict(reversed(_GFF_NAMES.findall(columns[8]))) if len(columns) > 8 else {}
     name = unquote(names.get("ID") or names.get("Name") or "").strip()
     return _one_based(path, line, unquote(columns[0]), (columns[3], columns[4]), columns[6], name)

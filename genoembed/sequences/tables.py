@@ -24,7 +24,8 @@ from genoembed.sequences.compression import (
     WHITESPACE,
     check_readable,
     check_record_size,
-    find_codec,
+    check_text,
+    decode_text,
     iter_decompressed,
     iter_lines,
     iter_text_blocks,
@@ -40,7 +41,6 @@ EXPECTED = "expected TSV, CSV, JSON lines or Parquet"
 _DELIMITERS = ("\t", ",", ";")
 _PARQUET_ROWS = 4096
 _COLUMNS_SHOWN = 20
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 class TableRow(NamedTuple):
@@ -164,28 +164,14 @@ def iter_rows(path: str, *, ids: Container[str] = ()) -> Iterator[TableRow]:
 
 def _check_kind(path: str, head: bytes) -> None:
     """Raise, and name it, if this is something that people hand in by mistake."""
-    if find_codec(head) is not None:
-        problem = f"the file is compressed twice, {EXPECTED}; decompress it once"
-    elif found := _CONTROL.search(head, 0, 1024):
-        problem = f"this is a binary file (byte 0x{found[0][0]:02x}), {EXPECTED}; check the file name"
-    elif head.lstrip(WHITESPACE).startswith(b"["):
+    check_text(head, path=path, expected=EXPECTED)
+    if head.lstrip(WHITESPACE).startswith(b"["):
         problem = f"this is one JSON array, {EXPECTED}; write one object per line"
     elif head.lstrip(WHITESPACE).startswith((b">", b"@")):
         problem = f"this is FASTA or FASTQ, {EXPECTED}; give the table of its labels as labels"
     else:
         return
     raise SequenceFormatError(problem, path=path)
-
-
-def _decode(path: str, line: int, raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        problem = (
-            f"the line has byte 0x{raw[error.start]:02x}, which is not UTF-8; convert the file, for example "
-            "with iconv -f latin1 -t utf-8"
-        )
-        raise SequenceFormatError(problem, path=path, line=line) from error
 
 
 # ---------------------------------------------------------------------------------------------- JSON lines
@@ -197,7 +183,7 @@ def _iter_json(path: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[TableR
         if not raw.strip(WHITESPACE):
             continue
         number += 1
-        text = _decode(path, line, raw)
+        text = decode_text(raw, path=path, line=line)
         try:
             values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
             if "\\u" in text:  # an escape can spell half a character, which no file and no id can hold
@@ -236,7 +222,7 @@ def _json_kind(value: object) -> str:
 
 def _iter_delimited(path: str, lines: Iterator[tuple[int, bytes]], ids: Container[str]) -> Iterator[TableRow]:
     line, raw = next(lines)
-    text = _decode(path, line, raw)
+    text = decode_text(raw, path=path, line=line)
     delimiter, has_header = _delimiter(text, ids)
     cells = _fields(path, line, text, delimiter, lines)
     number = 0
@@ -253,7 +239,7 @@ def _iter_delimited(path: str, lines: Iterator[tuple[int, bytes]], ids: Containe
         if not raw.strip(b" \r"):  # a row of tabs is a row
             continue
         number += 1
-        fields = _fields(path, line, _decode(path, line, raw), delimiter, lines)
+        fields = _fields(path, line, decode_text(raw, path=path, line=line), delimiter, lines)
         if len(fields) != len(header):
             shown = ", ".join(" ".join(name.split()) for name in header[:_COLUMNS_SHOWN])
             problem = (
@@ -311,7 +297,7 @@ def _until_closed(path: str, line: int, text: str, following: Iterator[tuple[int
     limit, held = max_record_bytes(), len(text)
     pieces = [text]
     for number, raw in following:
-        pieces.append(_decode(path, number, raw))
+        pieces.append(decode_text(raw, path=path, line=number))
         held += len(raw) + 1
         check_record_size(held, limit, path=path, line=line)
         if _closing_quote(pieces[-1], 0) >= 0:

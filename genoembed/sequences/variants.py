@@ -3,9 +3,8 @@
 In: a VCF (plain or compressed, a file or standard input), read row by row, and the reference it was called
 against. Out: one :class:`~genoembed.contracts.VariantContext` an allele. Promised: REF is what the reference
 has, or the row is refused; both sequences are the same stretch of the contig; alleles that have no sequence
-of their own are counted, never dropped in silence.
-
-One spelling for each change: alleles trimmed and moved to the left, as variant callers compare them.
+of their own are counted, never dropped in silence. Each change has one spelling: alleles are trimmed and
+moved to the left, as variant callers compare them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from os import PathLike, fspath
 from tempfile import NamedTemporaryFile
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
-from genoembed.sequences.compression import STDIN, check_readable, iter_lines, iter_text
+from genoembed.sequences.compression import STDIN, check_readable, decode_text, iter_lines, iter_text
 from genoembed.sequences.records import Counts
 from genoembed.sequences.regions import FastaContigs
 
@@ -90,10 +88,6 @@ class _Row(NamedTuple):
     id: str
     ref: str
     alts: list[str]
-
-    def error(self, problem: str) -> VariantError:
-        """Say what is wrong with the row."""
-        return VariantError(problem, path=self.path, line=self.line, record_id=self.id or None)
 
 
 def read_variants(
@@ -205,7 +199,7 @@ def _supported_alts(row: _Row, counts: VariantCounts, unsupported: UnsupportedPo
             wanted.append(alt)
         elif unsupported == "error":
             problem = f"ALT {_short(alt)!r} has no sequence to look at; set unsupported='skip' or remove it"
-            raise row.error(problem)
+            raise _error(row, problem)
         else:
             setattr(counts, kind, getattr(counts, kind) + 1)
     return wanted
@@ -215,14 +209,15 @@ def _iter_rows(path: str, stored: str | None = None) -> Iterator[_Row]:
     """Read rows; ``stored`` is the file that standard input was copied to."""
     is_empty = True
     for line, raw in enumerate(iter_lines(iter_text(stored or path)), start=1):
+        is_empty = False
         if raw.startswith(b"BCF\x02"):
             problem = "BCF, expected VCF; convert it with: bcftools view"
             raise SequenceFormatError(problem, path=path)
         if raw.startswith(b"##") or not raw.strip():
-            is_empty = False
             continue
-        is_empty = False
-        columns = _decoded(path, line, raw).split("\t", len(_COLUMNS))[: len(_COLUMNS)]
+        text = decode_text(raw, path=path, line=line, what="row", kind="a VCF", error=VariantError)
+        # the genotypes of thousands of samples, which are not looked at, stay uncut
+        columns = text.split("\t", len(_COLUMNS))[: len(_COLUMNS)]
         if not raw.startswith(b"#"):
             yield _parse(path, line, columns)
         elif tuple(column.strip() for column in columns) != _COLUMNS:
@@ -233,14 +228,6 @@ def _iter_rows(path: str, stored: str | None = None) -> Iterator[_Row]:
     if is_empty:
         problem = "the file is empty, expected a VCF; check the step that wrote it"
         raise SequenceFormatError(problem, path=path)
-
-
-def _decoded(path: str, line: int, raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        problem = f"the row has byte 0x{raw[error.start]:02x}, expected UTF-8 text; check that it is a VCF"
-        raise VariantError(problem, path=path, line=line) from error
 
 
 def _parse(path: str, line: int, columns: list[str]) -> _Row:
@@ -266,10 +253,10 @@ def _variant(row: _Row) -> Variant:
     """Check the columns of a row of which alleles are scored."""
     if not re.fullmatch("[0-9]{1,15}", row.position) or int(row.position) == 0:
         problem = f"POS is {row.position!r}, expected a whole number from 1 on; correct the row"
-        raise row.error(problem)
+        raise _error(row, problem)
     if not _REF.fullmatch(row.ref):
         problem = f"REF is {_short(row.ref)!r}, expected letters A, C, G, T or N; correct the row"
-        raise row.error(problem)
+        raise _error(row, problem)
     return Variant(
         contig=row.contig,
         position=int(row.position),
@@ -296,14 +283,14 @@ def _unsupported_kind(row: _Row, alt: str) -> str | None:
     if _AMBIGUOUS_ALT.fullmatch(alt):
         return "ambiguous"
     problem = f"ALT is {_short(alt)!r}, expected letters A, C, G, T or N; correct the row"
-    raise row.error(problem)
+    raise _error(row, problem)
 
 
 def _check_reference(variant: Variant, contigs: FastaContigs) -> int:
     """Compare REF with the reference; gives the length of the contig."""
     length = contigs.length(variant.contig)
     if length is None:
-        raise _unknown_contig(variant, contigs)
+        raise _error(variant, contigs.no_such(variant.contig))
     end = variant.start + len(variant.ref)
     if end > length:
         problem = (
@@ -332,16 +319,6 @@ def _wrong_reference(variant: Variant, found: bytes, contigs: FastaContigs, leng
         f"{variant.contig}:{start}-{end}; {remedy}"
     )
     return _error(variant, problem)
-
-
-def _unknown_contig(variant: Variant, contigs: FastaContigs) -> VariantError:
-    names = contigs.names
-    bare = variant.contig.removeprefix("chr")
-    same = [name for name in names if name.removeprefix("chr") == bare]
-    near = same or get_close_matches(variant.contig, names[:10_000], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? Rename the contigs of one of the two" if near else "correct the name"
-    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-    return _error(variant, f"contig {variant.contig!r} is not in {contigs.path} ({shown}); {hint}")
 
 
 def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext:
@@ -388,10 +365,11 @@ def _short(letters: str) -> str:
     return letters if len(letters) <= _SHOWN_BASES else f"{letters[:_SHOWN_BASES]}..."
 
 
-def _error(variant: Variant, problem: str) -> VariantError:
-    return VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)
+def _error(row: _Row | Variant, problem: str) -> VariantError:
+    return VariantError(problem, path=row.path, line=row.line, record_id=row.id or None)
 
 
+# Most changes move by a few bases; one in a satellite array moves far, in few reads, as blocks double.
 _FIRST_BLOCK, _LARGEST_BLOCK = 64, 1 << 16
 
 
@@ -417,6 +395,7 @@ def trim_change(change: Change) -> Change:
         Change(start=10, ref=b'A', alt=b'')
     """
     start, ref, alt = change
+    # the end first, as bcftools norm does: what the alleles share at both ends is then kept out on the left
     tail = _shared(ref[::-1], alt[::-1])
     ref, alt = ref[: len(ref) - tail], alt[: len(alt) - tail]
     head = _shared(ref, alt)
@@ -443,6 +422,7 @@ def left_align(change: Change, fetch: Callable[[int, int], bytes]) -> Change:
         return Change(start, ref, alt)
     bases = ref or alt
     moved = _steps_to_the_left(start, bases, fetch)
+    # the same haplotype begins at another base of the repeat's unit: CACA(CA) is also C(AC)ACA
     turn = moved % len(bases)
     bases = bases[len(bases) - turn :] + bases[: len(bases) - turn]
     return Change(start - moved, bases if ref else b"", bases if alt else b"")

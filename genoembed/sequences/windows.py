@@ -82,7 +82,7 @@ def _windows(
         following = min(start + stride, last)
         if start == last:
             share = length
-        else:
+        else:  # the next window begins at `following`, this one ends at `end`: they overlap in between
             share = end if causal else (following + end) // 2
         first, past = max(begin, core_start), min(share, core_end)
         if first < past:

@@ -136,7 +136,7 @@ LAZY = {
     ("finetuning.run", "finetuning.training"): "torch, after the checks that need no model",
     ("pretraining.run", "pretraining.training"): "torch, after the checks that need no model",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
-    ("sequences.reading", "sequences.regions"): "for --regions; pyfaidx with it",
+    ("sequences.reading", "sequences.regions"): "for --regions",
 }
 """Imports of our own modules inside functions: which, and why most runs need not pay for them."""
 BANNED_NAMES = ("utils", "helpers", "common")

@@ -17,7 +17,6 @@ from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_comple
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies, Span
-from genoembed.sequences.regions import check_regions, iter_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -92,11 +91,13 @@ def read_sequences(
         check_readable(name)
     tally = InputCounts() if counts is None else counts
     tally.files += len(names)
-    for place in places or ():
-        check_regions(place)
     if places is None:
         raw = chain.from_iterable(iter_records(name, digests=digests) for name in names)
     else:
+        from genoembed.sequences.regions import check_regions, iter_regions
+
+        for place in places:
+            check_regions(place)
         raw = iter_regions(names[0], places, flank=flank, digests=digests)
     return _finish(raw, policies, tally)
 

@@ -204,9 +204,9 @@ def _label_table(content: bytes, folder: Path) -> None:
 
 
 def _pairs(content: bytes, folder: Path) -> None:
-    from genoembed.finetuning.pairs import iter_pairs
+    from genoembed.finetuning.pairs import read_pairs
 
-    for example in iter_pairs(_put(folder, "pairs.jsonl", content)):
+    for example in read_pairs(_put(folder, "pairs.jsonl", content)):
         assert example.query, "an empty query"
 
 

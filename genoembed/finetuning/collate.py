@@ -14,7 +14,7 @@ import torch
 
 from genoembed.batching.pad import pad_batch, pool_mask
 from genoembed.contracts import IGNORE_INDEX, EncodedSequence
-from genoembed.errors import ConfigError, SequenceLengthError, ShapeError
+from genoembed.errors import SequenceLengthError, ShapeError
 from genoembed.retrieval.candidates import UNKNOWN
 from genoembed.retrieval.terms import KmerTerms, collate_terms
 
@@ -53,7 +53,6 @@ def encode_example(
     *,
     label: NDArray[np.int64] | NDArray[np.float32] | None = None,
     max_tokens: int | None = None,
-    eos_token_id: int | None = None,
     skip_first: int = 0,
     record_id: str | None = None,
 ) -> EncodedExample:
@@ -64,7 +63,6 @@ def encode_example(
         encoder: Of the model's tokenizer.
         label: Of the sequence, shape ``()`` or ``(C,)``; None has none.
         max_tokens: Longest input of the model; None knows no limit.
-        eos_token_id: Appended, where given; it never counts in pooling.
         skip_first: Bases at the start that pooling leaves out.
         record_id: For messages.
 
@@ -77,16 +75,14 @@ def encode_example(
     Example:
         >>> from genoembed.tokenization.char import CharTokenizer
         >>> from genoembed.tokenization.hf import build_encoder
-        >>> row = encode_example(b"ACG", build_encoder(CharTokenizer()), eos_token_id=0)
+        >>> row = encode_example(b"ACG", build_encoder(CharTokenizer()), skip_first=1)
         >>> row.encoded.input_ids.tolist(), row.pool_mask.tolist()
-        ([65, 67, 71, 0], [True, True, True, False])
+        ([65, 67, 71], [False, True, True])
     """
     if not sequence:
         problem = "no bases, expected at least one; leave empty sequences out"
         raise SequenceLengthError(problem, record_id=record_id)
     encoded = encoder.encode(sequence)
-    if eos_token_id is not None:
-        encoded = _with_eos(encoded, eos_token_id)
     num_tokens = len(encoded.input_ids)
     if max_tokens is not None and num_tokens > max_tokens:
         problem = (
@@ -104,7 +100,6 @@ def encode_token_example(
     *,
     base_labels: NDArray[np.int64],
     several_bases: BaseLabels = "error",
-    ignore_index: int = IGNORE_INDEX,
     max_tokens: int | None = None,
     record_id: str | None = None,
 ) -> EncodedExample:
@@ -113,14 +108,13 @@ def encode_token_example(
     Args:
         sequence: Letters, one byte a base; at least one.
         encoder: Of the model's tokenizer.
-        base_labels: Class of each base, or ``ignore_index``. int64, shape ``(len(sequence),)``.
+        base_labels: Class of each base, or -100 for none. int64, shape ``(len(sequence),)``.
         several_bases: What to do where a token stands for several bases: ``error``, or ``first``.
-        ignore_index: Label of tokens that stand for no base.
         max_tokens: Longest input of the model; None knows no limit.
         record_id: For messages.
 
     Returns:
-        The row, never cut, with a label a token.
+        The row, never cut, with one label per token, -100 where a token stands for no base.
 
     Raises:
         SequenceLengthError: If there is no base, or the sequence does not fit.
@@ -132,7 +126,7 @@ def encode_token_example(
         raise ShapeError(message)
     row = encode_example(sequence, encoder, max_tokens=max_tokens, record_id=record_id)
     starts = row.encoded.base_start
-    if starts is None:
+    if starts is None:  # one token per base and no special tokens
         return EncodedExample(encoded=row.encoded, pool_mask=row.pool_mask, label=base_labels)
     has_base = starts >= 0
     if int(has_base.sum()) != len(sequence) and several_bases == "error":
@@ -142,23 +136,13 @@ def encode_token_example(
             "token's first base"
         )
         raise ShapeError(message)
-    labels = np.full(len(starts), ignore_index, dtype=np.int64)
+    labels = np.full(len(starts), IGNORE_INDEX, dtype=np.int64)
     labels[has_base] = base_labels[starts[has_base]]
     return EncodedExample(encoded=row.encoded, pool_mask=row.pool_mask, label=labels)
 
 
-def _with_eos(encoded: EncodedSequence, eos_token_id: int) -> EncodedSequence:
-    ids = np.append(encoded.input_ids.astype(np.int64), eos_token_id)
-    starts = encoded.base_start
-    if starts is None:
-        starts = np.arange(len(ids) - 1, dtype=np.int64)
-    return EncodedSequence(input_ids=ids, base_start=np.append(starts, -1))
-
-
 LabelTarget: TypeAlias = Literal["none", "sequence", "token", "causal"]
 """What is predicted: nothing, something of the sequence, of each token, or the next token."""
-
-_TARGETS = ("none", "sequence", "token", "causal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,10 +154,10 @@ class PaddedCollator:
         >>> from genoembed.tokenization.hf import build_encoder
         >>> from genoembed.finetuning.collate import encode_example
         >>> encoder = build_encoder(CharTokenizer())
-        >>> rows = [encode_example(bases, encoder, eos_token_id=0) for bases in (b"ACG", b"T")]
+        >>> rows = [encode_example(bases, encoder) for bases in (b"ACG", b"T")]
         >>> batch = PaddedCollator(pad_token_id=0, target="causal")(rows)
         >>> batch["input_ids"].tolist(), batch["labels"].tolist()
-        ([[65, 67, 71, 0], [84, 0, 0, 0]], [[65, 67, 71, 0], [84, 0, -100, -100]])
+        ([[65, 67, 71], [84, 0, 0]], [[65, 67, 71], [84, -100, -100]])
     """
 
     pad_token_id: int
@@ -182,23 +166,6 @@ class PaddedCollator:
     """What labels are of."""
     pad_to_multiple_of: int = 1
     """Padded lengths are multiples of this."""
-    ignore_index: int = IGNORE_INDEX
-    """Label of padding."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.target not in _TARGETS:
-            problems.append(f"target is {self.target!r}; set target to one of {', '.join(_TARGETS)}")
-        if self.pad_to_multiple_of < 1:
-            problems.append(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of}; set pad_to_multiple_of to 1 or more"
-            )
-        if self.ignore_index >= 0:
-            problems.append(
-                f"ignore_index is {self.ignore_index}, which a class or token may have; set it below 0"
-            )
-        if problems:
-            raise ConfigError(*problems)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """Pad rows to one batch.
@@ -212,7 +179,7 @@ class PaddedCollator:
             L)`` of tokens.
 
         Raises:
-            ShapeError: If a row has no label of the kind that is wanted.
+            ShapeError: If a row has no label of the kind that ``target`` needs.
         """
         batch = pad_batch(
             [example.encoded for example in examples],
@@ -229,7 +196,7 @@ class PaddedCollator:
         if self.target == "causal":
             is_padding = batch.attention_mask == 0
             # by position: where padding has the id of EOS, a genuine EOS must still be learned
-            collated["labels"] = batch.input_ids.masked_fill(is_padding, self.ignore_index)
+            collated["labels"] = batch.input_ids.masked_fill(is_padding, IGNORE_INDEX)
         elif self.target == "token":
             collated["labels"] = self._token_labels(examples, batch.input_ids.shape[1])
         elif self.target == "sequence":
@@ -237,7 +204,7 @@ class PaddedCollator:
         return collated
 
     def _token_labels(self, examples: Sequence[EncodedExample], length: int) -> Tensor:
-        labels_BL = np.full((len(examples), length), self.ignore_index, dtype=np.int64)
+        labels_BL = np.full((len(examples), length), IGNORE_INDEX, dtype=np.int64)
         for row, example in enumerate(examples):
             label = example.label
             if label is None or label.shape != (len(example),):
@@ -307,7 +274,7 @@ class ViewCollator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupCollator:
-    """Pads queries and passages, with the terms of their k-mers where the sparse head wants them."""
+    """Pads queries and passages, with the terms of their k-mers where there is a sparse head."""
 
     rows: PaddedCollator
     terms: KmerTerms | None = None
@@ -375,12 +342,13 @@ def split_batch(batch: dict[str, Tensor], *, rows: int) -> list[dict[str, Tensor
     count = len(
         batch["query_input_ids"] if "query_input_ids" in batch else batch.get("ids", batch["input_ids"])
     )
+    # identities, labels and masks of passages stay whole: the loss compares the whole batch
     inputs = {name: value for name, value in batch.items() if name.endswith(_ENCODED)}
     pieces = []
     for start in range(0, count, rows):
         piece = {}
         for name, value in inputs.items():
-            each = len(value) // count
+            each = len(value) // count  # 2 views of a pair, or the passages of a query
             piece[name] = value[start * each : (start + rows) * each]
         pieces.append(piece)
     return pieces

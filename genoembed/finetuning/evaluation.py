@@ -96,6 +96,7 @@ class PredictionMeasure:
         for part in _parts(self.rows):
             outputs = self.runner.tokens(model, [row.sequence for row in part])
             for row, output in zip(part, outputs, strict=True):
+                # a token of several bases is judged by its first, as it learns (several_bases)
                 of_bases = self.space.encode(row.label)[output.starts]
                 kept = torch.from_numpy(np.flatnonzero(of_bases != IGNORE_INDEX))
                 logits.append(output.values["logits"][kept])
@@ -118,6 +119,7 @@ class CausalMeasure:
         device = next(model.parameters()).device
         nats, tokens = 0.0, 0
         pieces = [piece for row in self.rows for piece in self._pieces(row.sequence)]
+        # equal lengths together, so little is padded; the longest first, so short memory shows at once
         pieces.sort(key=len, reverse=True)
         collate = PaddedCollator(pad_token_id=self.rules.pad_token_id, target="causal")
 
@@ -130,6 +132,7 @@ class CausalMeasure:
         for start in range(0, len(pieces), self.rows_at_once):
             for output in run_in_parts(pieces[start : start + self.rows_at_once], measured):
                 nats, tokens = nats + float(output["nats"]), tokens + int(output["tokens"])
+        # sums over all pieces: a mean of batch means would weigh short batches more
         loss = nats / max(tokens, 1)
         return {"loss": loss, "bits_per_token": loss / math.log(2)}
 
@@ -149,10 +152,10 @@ class LabelMeasure:
     def __call__(self, model: ContrastModel) -> dict[str, float]:
         """Measure."""
         vectors = _vectors(model, self.runner, [row.sequence for row in self.rows])
-        names = sorted({str(row.label) for row in self.rows})
-        labels = torch.tensor([names.index(str(row.label)) for row in self.rows])
+        _, numbers = np.unique([str(row.label) for row in self.rows], return_inverse=True)
+        labels = torch.from_numpy(numbers)
         is_same = labels[:, None] == labels[None]
-        others = ~torch.eye(len(labels), dtype=torch.bool)
+        others = ~torch.eye(len(labels), dtype=torch.bool)  # a sequence finds itself first
         return ranking_metrics(_similarities(model, vectors, vectors), is_same, allowed_QP=others)
 
 
@@ -198,6 +201,7 @@ class ExampleMeasure:
         self._runner, self._encoder, self._collate = runner, encoder, collate
         self._queries = [row.query for row in rows]
         by_identity: dict[int, bytes] = {}
+        # one passage for equal sequences (strands count as one): copies would compete with each other
         for row in rows:
             for sequence in (*row.pos, *row.neg):
                 by_identity.setdefault(sequence_identity(sequence), sequence)
@@ -211,6 +215,7 @@ class ExampleMeasure:
             of_group.setdefault(group, set()).update(column[sequence_identity(s)] for s in row.pos)
         for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
             right = [column[sequence_identity(sequence)] for sequence in row.pos]
+            # positives of another row of the group: neither known to be right nor to be wrong
             out = [] if group < 0 else sorted(of_group[group] - set(right))
             itself = column.get(sequence_identity(row.query))
             self._allowed[index, [*out, *([] if itself is None or itself in right else [itself])]] = False
@@ -318,6 +323,7 @@ def ranking_metrics(
     scores_QP, relevant_QP = scores_QP[has_relevant_Q].float(), relevant_QP[has_relevant_Q]
     others_QP = allowed_QP[has_relevant_Q] & ~relevant_QP
     best_Q = scores_QP.masked_fill(~relevant_QP, -torch.inf).amax(dim=1)
+    # not below, rather than above: a tie counts against the query, and so does NaN
     rank_Q = 1 + (others_QP & ~(scores_QP < best_Q[:, None])).sum(dim=1)
     metrics = {"mrr": float((1 / rank_Q.double()).mean())}
     metrics |= {f"recall_at_{k}": float((rank_Q <= k).double().mean()) for k in RECALL_AT}
@@ -335,6 +341,7 @@ def class_metrics(true_N: NDArray[np.int64], probability_NC: NDArray[np.floating
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guess_N = probability_NC.argmax(axis=1)
+    # two classes have one area: that of the second, by convention the positive one
     hot_NC = np.eye(probability_NC.shape[1], dtype=np.int64)[true_N]
     columns = [1] if probability_NC.shape[1] == 2 else range(probability_NC.shape[1])
     with warnings.catch_warnings():
@@ -390,6 +397,7 @@ def _areas(
 ) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
+    # an area is defined where both answers occur; averaging in a 0 or a half for others would bend the mean
     varied = [c for c in columns if 0 < on_NC[:, c].sum() < len(on_NC)]
     if not varied:
         return {"auroc": math.nan, "auprc": math.nan}

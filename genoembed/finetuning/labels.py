@@ -53,14 +53,13 @@ def parse_label(
     """
     if kind == "none":
         return None
-    if kind == "class":
-        ((column, value),) = cells.items()
-        return _name(column, value)
     if kind == "regression":
         return tuple(_number(column, value) for column, value in cells.items())
     if kind == "multilabel":
         return _names_of_row(cells, delimiter)
-    ((column, value),) = cells.items()
+    ((column, value),) = cells.items()  # the configuration allows one column for these kinds
+    if kind == "class":
+        return _name(column, value)
     names = _token_names(column, value, delimiter)
     return tuple(None if name == ignore_label else name for name in names)
 
@@ -72,6 +71,7 @@ def _missing(column: str) -> LabelError:
 
 def _name(column: str, value: object) -> str:
     """Spell a class as text: 1 and 1.0 from typed files are one class."""
+    # Parquet makes floats of an integer column that has an empty cell, and NaN of the cell
     if isinstance(value, float) and math.isnan(value):
         raise _missing(column)
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
@@ -93,6 +93,7 @@ def _number(column: str, value: object) -> float:
         number = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
+    # float(True) is 1.0: a column of true and false is a class, not a number
     if isinstance(value, bool) or not math.isfinite(number):
         problem = f"column {column!r} has {value!r}, expected a finite number; fix or remove the row"
         raise LabelError(problem)
@@ -168,7 +169,7 @@ class LabelSpace:
         found: set[str] = set()
         for label in labels:
             found.update(set(label_names(label)))
-        least = 1 if kind == "multilabel" else 2
+        least = 1 if kind == "multilabel" else 2  # a single label can still be there or not
         if len(found) < least:
             shown = f"only {min(found)!r}" if found else "none"
             message = (
@@ -182,9 +183,7 @@ class LabelSpace:
         """Outputs that a head for this task has."""
         return len(self.names)
 
-    def encode(
-        self, label: Label, *, ignore_index: int = IGNORE_INDEX
-    ) -> NDArray[np.int64] | NDArray[np.float32]:
+    def encode(self, label: Label) -> NDArray[np.int64] | NDArray[np.float32]:
         """Turn a label into what a loss takes.
 
         Example:
@@ -204,9 +203,10 @@ class LabelSpace:
             row = np.zeros(len(self.names), dtype=np.float32)
             row[[self._index(name) for name in set(label_names(label))]] = 1
             return row
+        # each name is looked up once, not once per base: there may be a million bases
         index = {name: self._index(name) for name in set(label_names(label))}
         return np.array(
-            [ignore_index if name is None else index[str(name)] for name in label], dtype=np.int64
+            [IGNORE_INDEX if name is None else index[str(name)] for name in label], dtype=np.int64
         )
 
     def counts(self, labels: Iterable[Label]) -> NDArray[np.int64]:
@@ -236,6 +236,7 @@ def label_names(label: Label) -> list[str]:
 
 
 def _natural(name: str) -> tuple[int, float, str]:
+    # as text, "10" comes before "9"; float() alone would also take "nan" and "1e3", which are names here
     is_number = re.fullmatch(r"[-+]?\d+(\.\d+)?", name) is not None
     return (0, float(name), name) if is_number else (1, 0.0, name)
 

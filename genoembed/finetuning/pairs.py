@@ -1,9 +1,9 @@
 """Retrieval examples: a query, what it should find, and what it should not.
 
 In: JSON lines with ``query``, ``pos`` (a list), ``neg`` (a list, may be empty or left out) and, where a
-teacher scored them, ``teacher_scores``; optional ``id`` and ``group``. Out: :class:`RetrievalExample`, one at
-a time in file order, letters cleaned by the policies of ``extract``. Unknown keys are errors, and so is a
-negative that is its own query or positive, unless a policy says otherwise.
+teacher scored them, ``teacher_scores``; optional ``id`` and ``group``. Out: :class:`RetrievalExample` in file
+order, letters cleaned by the policies of ``extract``. Unknown keys are errors, and so is a negative that is
+its own query or positive, unless a policy says otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from genoembed.config.choices import FalseNegativePolicy
 from genoembed.errors import ConfigError, LabelError, SequenceFormatError
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 _KEYS = ("query", "pos", "neg", "teacher_scores", "id", "group")
+# what FlagEmbedding, and data made for sentence-transformers, call them
 _FOREIGN_KEYS = {
     "pos_scores": "write teacher_scores: the scores of pos, then those of neg",
     "neg_scores": "write teacher_scores: the scores of pos, then those of neg",
@@ -82,22 +83,14 @@ class PairCounts(Counts):
     """Negatives of the row that has most; what is over group size - 1 takes turns."""
 
 
-class _Cleaned(NamedTuple):
-    """The sequences of one row, after the policies."""
-
-    query: bytes
-    pos: list[bytes]
-    neg: list[bytes]
-
-
-def iter_pairs(
+def read_pairs(
     paths: PathInput | Sequence[PathInput],
     *,
     policies: Policies | None = None,
     false_negatives: FalseNegativePolicy = "error",
     counts: PairCounts | None = None,
-) -> Iterator[RetrievalExample]:
-    """Read retrieval examples, one at a time.
+) -> list[RetrievalExample]:
+    """Read all retrieval examples into memory, for training.
 
     Example:
         >>> from pathlib import Path
@@ -105,7 +98,7 @@ def iter_pairs(
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder, "one.jsonl")
         ...     _ = path.write_text('{"query": "acgt", "pos": ["ACGA"], "neg": []}')
-        ...     [(row.query, row.pos, row.neg, row.line) for row in iter_pairs(path)]
+        ...     [(row.query, row.pos, row.neg, row.line) for row in read_pairs(path)]
         [(b'ACGT', (b'ACGA',), (), 1)]
     """
     names = [fspath(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
@@ -117,89 +110,79 @@ def iter_pairs(
         problems.append(f"false_negatives is {false_negatives!r}; set false_negatives to one of {choices}")
     if problems:
         raise ConfigError(*problems)
-    return _iter(names, policies or Policies(), false_negatives, PairCounts() if counts is None else counts)
-
-
-def read_pairs(
-    paths: PathInput | Sequence[PathInput],
-    *,
-    policies: Policies | None = None,
-    false_negatives: FalseNegativePolicy = "error",
-    counts: PairCounts | None = None,
-) -> list[RetrievalExample]:
-    """Read all retrieval examples into memory, for training. As :func:`iter_pairs`."""
-    tally = PairCounts() if counts is None else counts
-    rows = list(iter_pairs(paths, policies=policies, false_negatives=false_negatives, counts=tally))
-    if not rows:
+    chosen, tally = policies or Policies(), counts or PairCounts()
+    ids = IdRegistry(chosen.duplicates)
+    examples = []
+    number = 0
+    for name in names:
+        tally.read.files += 1
+        for row in iter_rows(name):
+            # rows without an id are numbered over all files, those left out too: row_7 is the seventh row
+            number += 1
+            row_id = _row_id(row, number)
+            sequences = _clean(row, row_id, chosen, tally.read)
+            if sequences is None:
+                tally.skipped_rows += 1
+                continue
+            # only now: a row that was left out does not use its id up
+            row_id = ids.admit(row_id, path=row.path, line=row.line)
+            examples.append(_example(row, row_id, sequences, false_negatives, tally))
+    logger.info("pairs: %s", tally)
+    if not examples:
         message = f"input: no example is left ({tally}); give more, or change the policies"
         raise ConfigError(message)
-    unscored = next((row for row in rows if row.teacher_scores is None), None)
+    unscored = next((row for row in examples if row.teacher_scores is None), None)
     if tally.rows_with_teacher and unscored is not None:
+        # a batch has one tensor of scores: a row without any would need scores made up for it
         message = (
             f"{unscored.source}:{unscored.line}: no teacher_scores, but {tally.rows_with_teacher} of "
             f"{tally.rows} rows have them; score all rows or none"
         )
         raise ConfigError(message)
-    return rows
-
-
-def _iter(
-    names: list[str], policies: Policies, false_negatives: FalseNegativePolicy, counts: PairCounts
-) -> Iterator[RetrievalExample]:
-    ids = IdRegistry(policies.duplicates)
-    number = 0
-    for name in names:
-        counts.read.files += 1
-        for row in iter_rows(name):
-            number += 1
-            row_id = _row_id(row, number)
-            cleaned = _clean(row, row_id, policies, counts.read)
-            if cleaned is None:
-                counts.skipped_rows += 1
-                continue
-            admitted = ids.admit(row_id, path=row.path, line=row.line)
-            example = _example(row, admitted, cleaned, false_negatives, counts)
-            _count(example, counts)
-            yield example
-    logger.info("pairs: %s", counts)
+    return examples
 
 
 def _example(
-    row: TableRow, row_id: str, cleaned: _Cleaned, policy: FalseNegativePolicy, counts: PairCounts
+    row: TableRow, row_id: str, sequences: list[bytes], policy: FalseNegativePolicy, counts: PairCounts
 ) -> RetrievalExample:
-    query, pos, neg = cleaned
+    values: Mapping[str, Any] = row.values
+    first_neg = 1 + len(values["pos"])
+    query, pos, neg = sequences[0], sequences[1:first_neg], sequences[first_neg:]
     scores = _scores(row, row_id, len(pos) + len(neg))
-    kept = _true_negatives(query, pos, neg)
+    # both strands: a negative that is the other strand of a positive is the same molecule
+    alike = {either for one in (query, *pos) for either in (one, reverse_complement(one))}
+    kept = [index for index, sequence in enumerate(neg) if sequence not in alike]
     num_false = len(neg) - len(kept)
     if num_false and policy == "error":
-        raise _false_negative(row, row_id, neg, kept)
+        problem = (
+            f"neg {min(set(range(len(neg))) - set(kept)) + 1} is the query or a positive of its own row "
+            "(strands count as one); remove it, or set false_negatives='drop'"
+        )
+        raise LabelError(problem, path=row.path, line=row.line, record_id=row_id)
     if policy == "keep":
         counts.kept_false_negatives += num_false
         kept = list(range(len(neg)))
     else:
         counts.dropped_false_negatives += num_false
-    group = row.values.get("group")
+    counts.rows += 1
+    counts.pos += len(pos)
+    counts.neg += len(kept)
+    counts.rows_without_neg += not kept
+    counts.rows_with_teacher += scores is not None
+    counts.most_neg = max(counts.most_neg, len(kept))
+    counts.fewest_neg = len(kept) if counts.fewest_neg is None else min(counts.fewest_neg, len(kept))
+    group = values.get("group")
     return RetrievalExample(
         id=row_id,
         query=query,
         pos=tuple(pos),
         neg=tuple(neg[index] for index in kept),
+        # a dropped negative takes its score with it, or those after it would be scored as their neighbors
         teacher_scores=scores and scores[: len(pos)] + tuple(scores[len(pos) + index] for index in kept),
         group=None if group is None else str(group),
         source=row.path,
         line=row.line,
     )
-
-
-def _count(example: RetrievalExample, counts: PairCounts) -> None:
-    num_neg = len(example.neg)
-    counts.rows += 1
-    counts.pos += len(example.pos)
-    counts.neg += num_neg
-    counts.rows_without_neg += not num_neg
-    counts.rows_with_teacher += example.teacher_scores is not None
-    counts.most_neg = max(counts.most_neg, num_neg)
-    counts.fewest_neg = num_neg if counts.fewest_neg is None else min(counts.fewest_neg, num_neg)
 
 
 def _row_id(row: TableRow, number: int) -> str:
@@ -274,8 +257,8 @@ def _scores(row: TableRow, row_id: str, num_passages: int) -> tuple[float, ...] 
     return tuple(float(score) for score in scores)
 
 
-def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) -> _Cleaned | None:
-    """Clean all sequences of a row; None if a policy leaves one out."""
+def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) -> list[bytes] | None:
+    """Clean the query, the positives and the negatives of a row; None if a policy leaves one out."""
     problem = next(_row_problems(row), None)
     if problem is not None:
         raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=row_id)
@@ -283,6 +266,7 @@ def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) 
     named = [("query", values["query"])]
     named += [(f"pos {place}", text) for place, text in enumerate(values["pos"], start=1)]
     named += [(f"neg {place}", text) for place, text in enumerate(values.get("neg") or [], start=1)]
+    # names within the row are unique by their making; that rows are is checked where they are read
     ids = IdRegistry("error")
     cleaned = []
     for part, text in named:
@@ -298,20 +282,4 @@ def _clean(row: TableRow, row_id: str, policies: Policies, counts: InputCounts) 
         if record is None:
             return None
         cleaned.append(record.sequence)
-    first_neg = 1 + len(values["pos"])
-    return _Cleaned(cleaned[0], cleaned[1:first_neg], cleaned[first_neg:])
-
-
-def _true_negatives(query: bytes, pos: Sequence[bytes], neg: Sequence[bytes]) -> list[int]:
-    # both strands: a negative that is the other strand of a positive is the same molecule
-    alike = {sequence for one in (query, *pos) for sequence in (one, reverse_complement(one))}
-    return [index for index, sequence in enumerate(neg) if sequence not in alike]
-
-
-def _false_negative(row: TableRow, row_id: str, neg: Sequence[bytes], kept: list[int]) -> LabelError:
-    place = min(set(range(len(neg))) - set(kept)) + 1
-    problem = (
-        f"neg {place} is the query or a positive of its own row (strands count as one); remove it, or set "
-        "false_negatives='drop'"
-    )
-    return LabelError(problem, path=row.path, line=row.line, record_id=row_id)
+    return cleaned

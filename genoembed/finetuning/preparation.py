@@ -211,7 +211,7 @@ def read_sides(config: FinetuneConfig, *, kind: LabelKind) -> Sides[LabeledSeque
             if files
             else []
         )
-        read.append(clean_labeled(rows, kind=kind, config=cleaning).rows)
+        read.append(clean_labeled(rows, kind=kind, config=cleaning))
     # stratified is the default, which rows without labels cannot follow
     split = "random" if kind == "none" and data.split == "stratified" else data.split
     by_group = data.group_column is not None
@@ -285,7 +285,7 @@ def _split_sides(
         )
         splits = split_rows(sequences, kind=kind, config=chosen, clusters=clusters)
     if clusters is not None and data.homologs != "ignore":
-        splits = check_leaks(sequences, splits, clusters, policy=data.homologs, config=homology).splits
+        splits = check_leaks(sequences, splits, clusters, policy=data.homologs, config=homology)
     sides = Sides(**{side: [rows[i] for i in members] for side, members in splits.sides().items()})
     if not sides.train:
         message = "train: no row is left to learn from; give more, or change the policies"

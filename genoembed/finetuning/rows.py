@@ -7,7 +7,7 @@ give the same view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from genoembed.training.start import TokenRules
 
 
-RowEncoder: TypeAlias = "Callable[[Augmented, LabeledSequence], EncodedExample]"
+RowEncoder: TypeAlias = "Callable[[Augmented, Any], EncodedExample]"
 """Encodes a view of a row."""
 
 
@@ -47,7 +47,7 @@ class LabelEncoder:
     skip_first: int = 0
     several_bases: BaseLabels = "error"
 
-    def __call__(self, view: Augmented, row: LabeledSequence) -> EncodedExample:
+    def __call__(self, view: Augmented, row: LabeledSequence | RetrievalExample) -> EncodedExample:
         """Encode a view of a row."""
         if self.space is not None and self.space.kind == "token":
             assert view.token_labels is not None, "rows of this kind have labels of bases"
@@ -63,7 +63,7 @@ class LabelEncoder:
         return encode_example(
             view.sequence,
             self.encoder,
-            label=None if self.space is None else self.space.encode(row.label),
+            label=None if self.space is None else self.space.encode(row.label),  # type: ignore[union-attr]
             max_tokens=self.max_tokens,
             skip_first=self.skip_first,
             record_id=row.id,
@@ -101,11 +101,13 @@ def check_lengths(
         if seen <= bases:
             continue
         if max_crop_bp is not None:
+            # which bases a crop holds changes with the epoch, and so does its number of tokens
             problem = (
                 f"max_crop_bp is {max_crop_bp}, but the model's context is sure to hold {bases} bases; set "
                 f"max_crop_bp to {bases} or less"
             )
             raise SequenceLengthError(problem)
+        # max_bases is a safe bound: a tokenizer of several bases may still fit a longer one, so encode it
         encode_example(sequence, encoder, max_tokens=max_tokens, record_id=f"row {number}")
 
 
@@ -113,122 +115,83 @@ _SECOND_VIEW = 1 << 20
 """Added to the epoch: the second view of a sequence draws other numbers than the first."""
 
 
+@dataclass(kw_only=True, eq=False)
 class EpochDataset(Dataset[Any]):
-    """A dataset that gives other views or draws in each epoch."""
+    """Rows that give other views or draws in each epoch."""
 
-    epoch = 0
+    rows: Sequence[Any]
+    augment: AugmentConfig
+    seed: int
+    epoch: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0."""
         self.epoch = epoch
 
 
+@dataclass(kw_only=True, eq=False)
 class RowDataset(EpochDataset):
     """Labeled rows, in another view in each epoch."""
 
-    def __init__(
-        self,
-        rows: Sequence[LabeledSequence],
-        encode: RowEncoder,
-        *,
-        augment: AugmentConfig,
-        seed: int,
-        per_base: bool = False,
-    ) -> None:
-        self.rows, self._encode, self._augment, self._seed = rows, encode, augment, seed
-        self._per_base = per_base
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    encode: RowEncoder
+    per_base: bool = False
+    """Whether labels are of bases, and turn and are cropped with them."""
 
     def __getitem__(self, index: int) -> EncodedExample:
         row = self.rows[index]
-        rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
-        view = _view(row, per_base=self._per_base)
-        return self._encode(augment(view, rng, config=self._augment), row)
+        rng = augmentation_rng(seed=self.seed, epoch=self.epoch, row=index)
+        view = Augmented(row.sequence, row.label if self.per_base else None)
+        return self.encode(augment(view, rng, config=self.augment), row)
 
 
+@dataclass(kw_only=True, eq=False)
 class ViewDataset(EpochDataset):
     """Two views of each sequence: the first as ``augment`` says, the second as ``other`` says."""
 
-    def __init__(
-        self,
-        rows: Sequence[LabeledSequence],
-        encode: RowEncoder,
-        *,
-        augment: AugmentConfig,
-        other: AugmentConfig,
-        seed: int,
-    ) -> None:
-        self.rows, self._encode, self._seed = rows, encode, seed
-        self._configs = (augment, other)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    encode: RowEncoder
+    other: AugmentConfig
 
     def __getitem__(self, index: int) -> ViewPair:
         row = self.rows[index]
         views = []
-        for number, config in enumerate(self._configs):
+        for number, config in enumerate((self.augment, self.other)):
             epoch = self.epoch + number * _SECOND_VIEW
-            rng = augmentation_rng(seed=self._seed, epoch=epoch, row=index)
-            views.append(self._encode(augment(Augmented(row.sequence), rng, config=config), row))
+            rng = augmentation_rng(seed=self.seed, epoch=epoch, row=index)
+            views.append(self.encode(augment(Augmented(row.sequence), rng, config=config), row))
+        # of the sequence, not of its views: a copy of it elsewhere in the batch is no negative
         return ViewPair(first=views[0], second=views[1], identity=sequence_identity(row.sequence))
 
 
+@dataclass(kw_only=True, eq=False)
 class GroupDataset(EpochDataset):
     """Retrieval examples, each epoch with another draw of passages."""
 
-    def __init__(
-        self,
-        rows: Sequence[RetrievalExample],
-        sampler: GroupSampler,
-        *,
-        encoder: SequenceEncoder,
-        max_tokens: int | None,
-        skip_first: int,
-        augment: AugmentConfig,
-        seed: int,
-    ) -> None:
-        self.rows, self._sampler, self._encoder = rows, sampler, encoder
-        self._max_tokens, self._skip_first = max_tokens, skip_first
-        self._augment, self._seed = augment, seed
-        self._labels = group_numbers(rows)
+    sampler: GroupSampler
+    encoder: LabelEncoder
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __post_init__(self) -> None:
+        self._labels = group_numbers(self.rows)
 
     def __getitem__(self, index: int) -> Group:
         row = self.rows[index]
-        draw = self._sampler.draw(index, epoch=self.epoch)
-        chosen = [FILLER if n == FILLER else len(row.pos) + n for n in draw.negatives]
-        places = [draw.positive, *chosen]
+        draw = self.sampler.draw(index, epoch=self.epoch)
+        # positives and negatives in one list: the order that teacher_scores has
         listed = (*row.pos, *row.neg)
+        places = [draw.positive, *(n if n == FILLER else len(row.pos) + n for n in draw.negatives)]
         # a filler repeats the positive, so that all groups have one size; is_real masks it
         passages = [listed[draw.positive if place == FILLER else place] for place in places]
-        rng = augmentation_rng(seed=self._seed, epoch=self.epoch, row=index)
-        views = [
-            augment(Augmented(sequence), rng, config=self._augment).sequence
-            for sequence in (row.query, *passages)
-        ]
-        examples = [
-            encode_example(
-                view,
-                self._encoder,
-                max_tokens=self._max_tokens,
-                skip_first=self._skip_first,
-                record_id=row.id,
-            )
-            for view in views
-        ]
+        # one generator for the whole group: query and passages are augmented each in its own way
+        rng = augmentation_rng(seed=self.seed, epoch=self.epoch, row=index)
+        views = [augment(Augmented(s), rng, config=self.augment) for s in (row.query, *passages)]
+        query, *rest = (self.encoder(view, row) for view in views)
         scores = row.teacher_scores
         return Group(
-            query=examples[0],
-            passages=tuple(examples[1:]),
-            sequences=tuple(views),
+            query=query,
+            passages=tuple(rest),
+            sequences=tuple(view.sequence for view in views),
             ids=(
                 sequence_identity(row.query),
                 *(
@@ -238,7 +201,7 @@ class GroupDataset(EpochDataset):
             ),
             label=self._labels[index],
             is_real=tuple(place != FILLER for place in places),
-            teacher_scores=None if scores is None else tuple(_score(scores, place) for place in places),
+            teacher_scores=scores and tuple(0.0 if place == FILLER else scores[place] for place in places),
         )
 
 
@@ -246,15 +209,3 @@ def group_numbers(rows: Sequence[RetrievalExample]) -> list[int]:
     """Number the groups that rows name; rows without a group are ``UNKNOWN``."""
     numbers: dict[str, int] = {}
     return [UNKNOWN if row.group is None else numbers.setdefault(row.group, len(numbers)) for row in rows]
-
-
-def _view(row: LabeledSequence, *, per_base: bool) -> Augmented:
-    if not per_base:
-        return Augmented(row.sequence)
-    assert isinstance(row.label, tuple), "labels of bases are a row of names"
-    names = tuple(name for name in row.label if name is None or isinstance(name, str))
-    return Augmented(row.sequence, names)
-
-
-def _score(scores: Sequence[float], place: int) -> float:
-    return 0.0 if place == FILLER else scores[place]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Sampler
 
-from genoembed.errors import ConfigError, InputError, TrainingWarning
+from genoembed.errors import ConfigError, TrainingWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence, Sized
@@ -51,8 +51,7 @@ class GroupSampler:
         in_batch_negatives: Whether passages of other queries are negatives, too.
 
     Raises:
-        ConfigError: If ``train_group_size`` is below 1, or no query would have a negative.
-        InputError: If there is no row, or a row has no positive; ``line`` is the row's number from 1.
+        ConfigError: If a row would have no negative.
 
     Example:
         >>> sampler = GroupSampler([1, 2], [4, 4], train_group_size=5, seed=0)
@@ -71,23 +70,10 @@ class GroupSampler:
         seed: int,
         in_batch_negatives: bool = True,
     ) -> None:
-        if train_group_size < 1:
-            message = f"train_group_size is {train_group_size}; set train_group_size to 2 or more"
-            raise ConfigError(message)
-        if len(num_positives) == 0 or len(num_positives) != len(num_negatives):
-            message = (
-                f"rows: positives of {len(num_positives)}, negatives of {len(num_negatives)}, expected the "
-                "same number, at least one"
-            )
-            raise InputError(message)
-        for row, count in enumerate(num_positives, start=1):
-            if count < 1:
-                message = "pos is empty, expected at least one positive; give one or leave the row out"
-                raise InputError(message, line=row)
         self._positives, self._negatives = tuple(num_positives), tuple(num_negatives)
-        self._wanted, self._seed = train_group_size, seed
+        self._wanted, self._seed, self._in_batch = train_group_size, seed, in_batch_negatives
         self.group_size = min(train_group_size, 1 + max(num_negatives))
-        """Passages of a query: no more than the richest row has."""
+        """Passages of a query, the same for all: no more than the row with the most has."""
         if not in_batch_negatives and min(self.group_size, 1 + min(num_negatives)) < 2:
             row = self._negatives.index(min(num_negatives)) + 1
             message = (
@@ -100,21 +86,18 @@ class GroupSampler:
 
     def draw(self, row: int, *, epoch: int) -> GroupDraw:
         """Draw the group of a row; the same for the same seed, epoch and row, both from 0."""
+        # a generator for each draw: workers ask for rows in any order, a resumed run for some of them only
         generator = np.random.default_rng((self._seed, epoch, row))
         places, available = self.group_size - 1, self._negatives[row]
         positive = int(generator.integers(self._positives[row]))
         chosen = generator.permutation(available)[:places].tolist()
         return GroupDraw(positive=positive, negatives=(*chosen, *[FILLER] * (places - len(chosen))))
 
-    def check_batch(self, queries_per_batch: int, *, in_batch_negatives: bool = True) -> None:
+    def check_batch(self, queries_per_batch: int) -> None:
         """Raise if a query would meet no negative among those compared together: its loss would be 0."""
-        others = queries_per_batch - 1 if in_batch_negatives else 0
+        others = queries_per_batch - 1 if self._in_batch else 0
         if self.group_size == 1 and others < 1:
-            why = (
-                "in_batch_negatives is False"
-                if not in_batch_negatives
-                else "a batch has one query on its own"
-            )
+            why = "a batch has one query on its own" if self._in_batch else "in_batch_negatives is False"
             message = (
                 f"train_group_size is {self._wanted}, a query has no negatives of its own, and {why}: loss "
                 "and gradient would be 0; set train_group_size to 2 or more (with negatives in the data), or "
@@ -162,6 +145,7 @@ def _warn_once(message: str) -> None:
 
 
 _ROWS_PER_CLASS = 4
+"""In a row: with one alone, a batch of many classes holds no positive for it."""
 
 
 class EpochOrder(Sampler[int]):
@@ -186,9 +170,6 @@ class LengthGroupedSampler(EpochOrder):
         seed: Random seed of the order.
         pool_batches: More make batches more even and less random.
 
-    Raises:
-        ConfigError: If there is no row, or a number is out of range.
-
     Example:
         >>> order = list(LengthGroupedSampler([5, 1, 5, 1], batch_size=2, seed=0))
         >>> sorted(order[:2]), sorted(order[2:])
@@ -198,14 +179,6 @@ class LengthGroupedSampler(EpochOrder):
     def __init__(
         self, lengths: Sequence[int], *, batch_size: int, seed: int = 0, pool_batches: int = 50
     ) -> None:
-        numbers = (("batch_size", batch_size, 1), ("seed", seed, 0), ("pool_batches", pool_batches, 1))
-        problems = [
-            f"{n} is {value}; set {n} to {least} or more" for n, value, least in numbers if value < least
-        ]
-        if not len(lengths):
-            problems.append("lengths: no row to order; give at least one")
-        if problems:
-            raise ConfigError(*problems)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._batch_size, self._pool, self._seed = batch_size, pool_batches * batch_size, seed
 
@@ -247,6 +220,7 @@ class ClassSampler(EpochOrder):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
+        # a large prime keeps seed 0 in epoch 1 from having the order of seed 1 in epoch 0
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         rounds: dict[int, list[list[int]]] = defaultdict(list)
         for members in self._classes:
@@ -293,6 +267,7 @@ class RankBatches(BatchSampler):
     ) -> None:
         super().__init__(order, rows, drop_last=False)
         self._least, self._rank, self._world_size = min(least, rows) * world_size, rank, world_size
+        # of a short last batch each process gets `least` rows, or all leave it out: none may wait for others
         self._together = rows * world_size
         if self._count() < world_size:
             message = (
@@ -309,6 +284,7 @@ class RankBatches(BatchSampler):
         order = list(self.sampler)
         for number in range(len(self)):
             batch = order[number * self._together :][: self._together]
+            # products before the division: shares differ by one row at most, and add up to the batch
             first, last = (len(batch) * rank // self._world_size for rank in (self._rank, self._rank + 1))
             yield batch[first:last]
 

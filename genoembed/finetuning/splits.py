@@ -84,6 +84,7 @@ def split_rows(
         elif kind in ("class", "regression"):
             sides = _by_stratum(_strata(rows, kind), chosen, rng)
         else:
+            # rows with several labels have no one stratum: each is a cluster of its own, placed by its labels
             alone = np.arange(len(rows), dtype=np.int64)
             sides = _balanced(_label_counts(rows, kind), alone, chosen, rng)
     splits = Splits(
@@ -116,6 +117,7 @@ def _by_column(rows: Sequence[LabeledSequence]) -> NDArray[np.int64]:
 
 def _sizes(total: int, config: SplitConfig) -> list[int]:
     """Share out rows by largest remainder."""
+    # 1e-9: 0.29 of 100 is 28.999999999999996 in floating point, and its floor would take a row away
     exact = [total * fraction for fraction in config.fractions]
     sizes = [int(share + 1e-9) for share in exact]
     by_remainder = sorted(range(len(SIDES)), key=lambda side: sizes[side] - exact[side])
@@ -132,6 +134,7 @@ def _strata(rows: Sequence[LabeledSequence], kind: LabelKind) -> NDArray[np.int6
     if kind == "class":
         _, strata = np.unique([str(row.label) for row in rows], return_inverse=True)
         return strata
+    # several targets: the first decides, since tenths of all of them together would hold a row or two each
     values = np.array(
         [row.label[0] if isinstance(row.label, tuple) else 0.0 for row in rows], dtype=np.float64
     )
@@ -144,6 +147,7 @@ def _by_stratum(
     strata: NDArray[np.int64], config: SplitConfig, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Deal the rows of each stratum to the sides, so that totals stay right where strata are small."""
+    # shuffled before a stable sort, so that which rows of a stratum go where is random
     shuffled = rng.permutation(len(strata))
     order = shuffled[np.argsort(strata[shuffled], kind="stable")]
     sides = np.zeros(len(strata), dtype=np.int64)
@@ -207,8 +211,10 @@ def _balanced(
     """
     wanted_KC = np.outer(config.fractions, totals.sum(axis=0))
     has_KC = np.zeros_like(wanted_KC)
+    # a side of no size adds nothing instead of dividing by 0
     weight_KC = np.where(wanted_KC > 0, 1 / np.where(wanted_KC > 0, wanted_KC, 1), 0)
     open_sides = np.flatnonzero(np.array(config.fractions) > 0)
+    # largest first, as in bin packing: small clusters then even out what large ones left; ties at random
     order = rng.permutation(len(totals))
     order = order[np.argsort(-totals[order, -1], kind="stable")]
     side_of = np.zeros(len(totals), dtype=np.int64)
@@ -256,36 +262,6 @@ _MEMBERS_TRIED = 500
 """Members of a cluster among which the closest to an example is looked for."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Leak:
-    """A held-out row and its closest homolog among the rows to train on."""
-
-    heldout: LabeledSequence
-    train: LabeledSequence
-    identity: float
-    """Estimated from k-mers; below the threshold if the two are homologs through others only."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.heldout.id} ({place(self.heldout)}) and {self.train.id} ({place(self.train)}), "
-            f"identity {self.identity:.2f}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeakReport:
-    """Homologs across the split, and the split after the policy."""
-
-    splits: Splits
-    clusters_across: int
-    """Clusters with rows to train on and rows held out."""
-    leaked: dict[SplitSide, int]
-    """Rows of validation and of test that have homologs to train on."""
-    dropped: int
-    """Rows left out of training because they have homologs that are held out."""
-    example: Leak | None
-
-
 def check_leaks(
     rows: Sequence[LabeledSequence],
     splits: Splits,
@@ -293,44 +269,35 @@ def check_leaks(
     *,
     policy: FindingPolicy = "keep",
     config: HomologyConfig | None = None,
-) -> LeakReport:
-    """Look for homologs across the split."""
+) -> Splits:
+    """Look for homologs across the split, report one pair, and return the split after the policy."""
     labels = clusters.labels
     if len(labels) != len(rows):
         message = f"clusters: {len(labels)} labels for {len(rows)} rows; cluster these rows"
         raise ConfigError(message)
     heldout = np.concatenate([splits.validation, splits.test])
     across = np.intersect1d(labels[splits.train], labels[heldout])
+    if not len(across):
+        return splits
     is_homolog = np.isin(labels[splits.train], across)
-    report = LeakReport(
-        splits=splits,
-        clusters_across=len(across),
-        leaked={
-            "validation": int(np.isin(labels[splits.validation], across).sum()),
-            "test": int(np.isin(labels[splits.test], across).sum()),
-        },
-        dropped=int(is_homolog.sum()) if policy == "drop" else 0,
-        example=_leak(rows, splits, labels, int(across[0]), config or HomologyConfig())
-        if len(across)
-        else None,
-    )
-    if report.example is None:
-        return report
+    example = _leak(rows, splits, labels, int(across[0]), config or HomologyConfig())
     found = (
-        f"{report.leaked['validation']} of {len(splits.validation)} validation rows and "
-        f"{report.leaked['test']} of {len(splits.test)} test rows have homologs among the rows to train on; "
-        f"first: {report.example}"
+        f"{np.isin(labels[splits.validation], across).sum()} of {len(splits.validation)} validation rows and "
+        f"{np.isin(labels[splits.test], across).sum()} of {len(splits.test)} test rows have homologs among "
+        f"the rows to train on; first: {example}"
     )
     if policy == "error":
         message = f"homologs: {found}; set split='homology', or homologs='drop' or 'keep'"
         raise ConfigError(message)
-    logger.warning("%s; %d rows to train on dropped", found, report.dropped)
+    num_dropped = int(is_homolog.sum()) if policy == "drop" else 0
+    logger.warning("%s; %d rows to train on dropped", found, num_dropped)
     if policy == "keep":
-        return report
+        return splits
     if is_homolog.all():
         message = "homologs='drop' leaves nothing to train on; set split='homology'"
         raise ConfigError(message)
-    return replace(report, splits=replace(splits, train=splits.train[~is_homolog]))
+    # training rows go, never held-out ones: the test set stays the one that other runs report
+    return replace(splits, train=splits.train[~is_homolog])
 
 
 def _leak(
@@ -339,16 +306,17 @@ def _leak(
     labels: NDArray[np.int64],
     cluster: int,
     config: HomologyConfig,
-) -> Leak:
-    """Find the first held-out row of a cluster, and what it is most like among those to train on."""
+) -> str:
+    """Describe the first held-out row of a cluster, and what it is most like among those to train on."""
     heldout = np.sort(np.concatenate([splits.validation, splits.test]))
     row = rows[int(heldout[labels[heldout] == cluster][0])]
     candidates = [rows[i] for i in splits.train[labels[splits.train] == cluster][:_MEMBERS_TRIED]]
     number = np.arange(1, 1 + len(candidates), dtype=np.int64)
     sketches = build_sketches([row.sequence, *(one.sequence for one in candidates)], config=config)
+    # below the threshold where the two are homologs through others only
     identities = pair_identities(sketches, np.zeros_like(number), number)
     closest = int(identities.argmax())
     train = candidates[closest]
     # a sketch holds a sample of the k-mers: equal sequences are recognized by their letters
-    is_equal = train.sequence == row.sequence
-    return Leak(heldout=row, train=train, identity=1.0 if is_equal else float(identities[closest]))
+    identity = 1.0 if train.sequence == row.sequence else float(identities[closest])
+    return f"{row.id} ({place(row)}) and {train.id} ({place(train)}), identity {identity:.2f}"

@@ -116,32 +116,30 @@ class _Base:
     encoder: Encoder
     tokens: SequenceEncoder
     runner: SequenceRunner
+    config: FinetuneConfig
 
-    def collator(self, target: LabelTarget, config: FinetuneConfig) -> PaddedCollator:
+    def collator(self, target: LabelTarget) -> PaddedCollator:
         """Pad as the model can take it."""
-        multiple = 1 if self.encoder.padding == "equal" else config.recipe.pad_to_multiple_of
+        # models whose real positions padding changes get equal lengths, which a multiple would undo
+        multiple = 1 if self.encoder.padding == "equal" else self.config.recipe.pad_to_multiple_of
         return PaddedCollator(
             pad_token_id=self.tokens.pad_token_id, target=target, pad_to_multiple_of=multiple
         )
 
-    def label_encoder(self, config: FinetuneConfig, space: LabelSpace | None = None) -> LabelEncoder:
+    def label_encoder(self, space: LabelSpace | None = None) -> LabelEncoder:
         """Encode rows, with labels where ``space`` says what they mean."""
         return LabelEncoder(
             encoder=self.tokens,
             max_tokens=self.genomic.max_length,
             space=space,
-            skip_first=config.encoder.skip_first,
-            several_bases=config.data.several_bases,
+            skip_first=self.config.encoder.skip_first,
+            several_bases=self.config.data.several_bases,
         )
 
-    def check(self, sequences: Sequence[bytes], config: FinetuneConfig) -> None:
+    def check(self, sequences: Sequence[bytes]) -> None:
         """Raise if a sequence does not fit the context."""
-        check_lengths(
-            sequences,
-            self.tokens,
-            max_tokens=self.genomic.max_length,
-            max_crop_bp=config.augment.max_crop_bp,
-        )
+        crop = self.config.augment.max_crop_bp
+        check_lengths(sequences, self.tokens, max_tokens=self.genomic.max_length, max_crop_bp=crop)
 
     def facts(self) -> dict[str, Any]:
         """Return the fields of :class:`TaskSetup` that depend on the model alone."""
@@ -154,22 +152,23 @@ class _Base:
 
 def _load_base(config: FinetuneConfig) -> _Base:
     """Load the model that a run starts from."""
-    wanted = config.encoder
+    start = config.encoder
+    # float32 weights whatever the run's dtype: autocast computes in it, the optimizer must not
     genomic = load_model(
-        wanted.model, dtype="float32", trust_remote_code=wanted.trust_remote_code, revision=wanted.revision
+        start.model, dtype="float32", trust_remote_code=start.trust_remote_code, revision=start.revision
     )
-    encoder = Encoder(genomic, wanted, seed=config.recipe.seed)
+    encoder = Encoder(genomic, start, seed=config.recipe.seed)
     logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
     tokens = build_encoder(genomic.tokenizer)
     runner = SequenceRunner(
         encoder,
         tokens,
         max_tokens=genomic.max_length,
-        skip_first=wanted.skip_first,
+        skip_first=start.skip_first,
         max_rows=config.recipe.rows_per_device,
         keeps_nan=True,  # a loss that diverges is the trainer's to report
     )
-    return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner)
+    return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner, config=config)
 
 
 def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
@@ -177,9 +176,10 @@ def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
     sides, space = rows.sides, rows.space
     assert space is not None, "rows that are predicted have labels"
     base = _load_base(config)
-    base.check([row.sequence for row in sides.train], config)
+    base.check([row.sequence for row in sides.train])
     weights = None
     if objective.class_weights == "balanced":
+        # inverse to the share of the class, with a mean of 1 over rows: "balanced" as in scikit-learn
         counts = space.counts(row.label for row in sides.train)
         weights = torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
     head = new_head(
@@ -192,10 +192,10 @@ def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
         seed=config.recipe.seed,
     )
     if isinstance(head, RegressionHead):
+        # of training rows alone: a scale fitted on held-out rows would leak what they hold
         targets = np.stack([space.encode(row.label) for row in sides.train])
         head.fit_targets(torch.from_numpy(targets))
-    encode = base.label_encoder(config, space)
-    measures = {
+    measures: dict[str, Measure[Any]] = {
         side: PredictionMeasure(rows=held, space=space, runner=base.runner) for side, held in sides.held_out()
     }
     model = PredictionModel(base.encoder, head, per_token=kind == "token")
@@ -204,11 +204,15 @@ def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
         model=model,
         space=space,
         dataset=RowDataset(
-            sides.train, encode, augment=config.augment, seed=config.recipe.seed, per_base=kind == "token"
+            rows=sides.train,
+            encode=base.label_encoder(space),
+            augment=config.augment,
+            seed=config.recipe.seed,
+            per_base=kind == "token",
         ),
-        collate=base.collator("token" if kind == "token" else "sequence", config),
+        collate=base.collator("token" if kind == "token" else "sequence"),
         lengths=[len(row.sequence) for row in sides.train],
-        measures=dict(measures),
+        measures=measures,
         **base.facts(),
     )
 
@@ -219,24 +223,23 @@ def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     sides, contrast = found.sides, found.contrast
     assert contrast is not None, "the rows say what is compared"
     base = _load_base(config)
-    base.check([row.sequence for row in sides.train], config)
+    base.check([row.sequence for row in sides.train])
     other = AugmentConfig(
         mutation_rate=objective.view_mutation_rate,
         crop_fraction=objective.view_crop_fraction,
         reverse_complement=objective.view_reverse_complement,
         max_crop_bp=config.augment.max_crop_bp,
     )
-    rows = base.collator("sequence" if contrast == "labels" else "none", config)
+    rows = base.collator("sequence" if contrast == "labels" else "none")
+    own: dict[str, Any] = {"rows": sides.train, "augment": config.augment, "seed": recipe.seed}
     dataset: EpochDataset
     collate: Callable[[Any], dict[str, Tensor]]
     measures: dict[str, Measure[Any]] = {}
     if contrast == "labels":
-        encode = base.label_encoder(config, found.space)
-        dataset, collate = RowDataset(sides.train, encode, augment=config.augment, seed=recipe.seed), rows
+        dataset, collate = RowDataset(**own, encode=base.label_encoder(found.space)), rows
         measures |= {side: LabelMeasure(rows=held, runner=base.runner) for side, held in sides.held_out()}
     else:
-        encode = base.label_encoder(config)
-        dataset = ViewDataset(sides.train, encode, augment=config.augment, other=other, seed=recipe.seed)
+        dataset = ViewDataset(**own, encode=base.label_encoder(), other=other)
         collate = ViewCollator(rows=rows)
         measures |= {
             side: ViewMeasure(rows=held, runner=base.runner, other=other, seed=recipe.seed)
@@ -262,6 +265,7 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
         margin = _COSINE_MARGIN if objective.distance == "cosine" else _EUCLIDEAN_MARGIN
     scope = objective.scope
     if scope == "auto":
+        # two views are alike in kind, so either may be the query; queries and passages are not
         scope = "symmetric" if contrast == "views" else "one_way"
     # normalized vectors cannot be farther apart than 2: a Euclidean margin needs room
     normalize = not (is_triplet and objective.distance == "euclidean")
@@ -295,25 +299,17 @@ def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     )
     base = _load_base(config)
     terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
-    base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)], config)
-    dataset = GroupDataset(
-        sides.train,
-        sampler,
-        encoder=base.tokens,
-        max_tokens=base.genomic.max_length,
-        skip_first=config.encoder.skip_first,
-        augment=config.augment,
-        seed=recipe.seed,
-    )
-    collate = GroupCollator(rows=base.collator("none", config), terms=terms)
-    heads_need = {"encoder": base.label_encoder(config), "collate": collate} if is_retrieval else {}
+    base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)])
+    encoder, collate = base.label_encoder(), GroupCollator(rows=base.collator("none"), terms=terms)
+    heads_need: dict[str, Any] = {"encoder": encoder, "collate": collate} if is_retrieval else {}
     measures: dict[str, Measure[Any]] = {
-        side: ExampleMeasure(rows, base.runner, **heads_need)  # type: ignore[arg-type]
-        for side, rows in sides.held_out()
+        side: ExampleMeasure(rows, base.runner, **heads_need) for side, rows in sides.held_out()
     }
     return TaskSetup(
         model=_retrieval_model(base, config) if is_retrieval else _contrast_model(base, config, "examples"),
-        dataset=dataset,
+        dataset=GroupDataset(
+            rows=sides.train, sampler=sampler, encoder=encoder, augment=config.augment, seed=recipe.seed
+        ),
         collate=collate,
         lengths=[len(row.query) + max(map(len, row.pos)) for row in sides.train],
         measures=measures,
@@ -348,19 +344,21 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
 
 
 def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
-    recipe, wanted, sides = config.recipe, config.encoder, found.sides
-    start = load_causal(wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
+    recipe, model, sides = config.recipe, config.encoder, found.sides
+    start = load_causal(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
     max_tokens = context_length(start.model)
     crop = config.augment.max_crop_bp
     encode = DocumentEncoder(rules=start.rules, max_tokens=max_tokens)
     if max_tokens is not None and crop is None:
+        # raises before the first step what the data loader would raise in the middle of an epoch
         longest = max(sides.train, key=lambda row: len(row.sequence))
         encode(Augmented(longest.sequence), longest)
+    # a short input shows which layers run (for adapters and the last blocks) and which get a gradient
     ids = torch.from_numpy(start.rules.encode_document(b"ACGT" * 6))[None]
     tuned = set_up_tuning(
         start.model,
         lambda: start.model(input_ids=ids).logits.float().square().mean(),
-        config=wanted,
+        config=model,
         seed=recipe.seed,
     )
     measures: dict[str, Measure[Any]] = {
@@ -376,7 +374,7 @@ def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
         model=CausalModel(start.model, tuned),
         tokenizer=start.tokenizer,
         width=int(getattr(start.model.config, "hidden_size", 0)) or 1,
-        dataset=RowDataset(sides.train, encode, augment=config.augment, seed=recipe.seed),
+        dataset=RowDataset(rows=sides.train, encode=encode, augment=config.augment, seed=recipe.seed),
         collate=PaddedCollator(
             pad_token_id=start.rules.pad_token_id,
             target="causal",

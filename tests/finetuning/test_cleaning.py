@@ -28,36 +28,37 @@ ROWS = rows(
 )
 
 
-def kept(result):
-    return [int(row.id[1:]) for row in result.rows]
+def kept(rows):
+    return [int(row.id[1:]) for row in rows]
 
 
-def test_cleaning_reports_and_leaves_everything_by_default():
-    result = clean_labeled(ROWS, kind="class")
-    assert kept(result) == list(range(7))
-    report = result.report
-    assert (report.rows, report.duplicate_groups, report.duplicate_rows) == (7, 2, 4)
-    assert (report.reverse_duplicate_rows, report.conflict_groups, report.conflict_rows) == (2, 1, 3)
-    assert (report.dropped_duplicates, report.dropped_conflicts) == (0, 0)
-    assert report.duplicate_examples[0].ids == ("r0", "r1", "r2")
-    assert report.conflict_examples[0].places == ("a.tsv:5", "a.tsv:6", "a.tsv:7")
-    assert str(report.conflict_examples[0]).startswith("r3 (a.tsv:5, 'x'), r4 (a.tsv:6, 'y')")
+def test_cleaning_reports_and_leaves_everything_by_default(caplog):
+    with caplog.at_level("INFO"):
+        assert kept(clean_labeled(ROWS, kind="class")) == list(range(7))
+    assert caplog.messages == [
+        "4 of 7 rows repeat a sequence (2 as its reverse complement), 0 dropped; "
+        "first: r0 (a.tsv:2, 'x'), r1 (a.tsv:3, 'x'), r2 (a.tsv:4, 'x')",
+        "1 sequences have contradicting labels (3 rows, 0 dropped); "
+        "first: r3 (a.tsv:5, 'x'), r4 (a.tsv:6, 'y'), r5 (a.tsv:7, 'x')",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("config", "expected", "dropped"),
     [
-        ({"duplicate_sequences": "drop"}, [0, 3, 4, 6]),
-        ({"conflicts": "drop"}, [0, 1, 2, 6]),
-        ({"duplicate_sequences": "drop", "conflicts": "drop"}, [0, 6]),
-        ({"duplicate_sequences": "drop", "both_strands": False}, [0, 2, 3, 4, 5, 6]),
-        ({"conflicts": "drop", "both_strands": False}, [0, 1, 2, 5, 6]),
+        ({"duplicate_sequences": "drop"}, [0, 3, 4, 6], (3, 0)),
+        ({"conflicts": "drop"}, [0, 1, 2, 6], (0, 3)),
+        ({"duplicate_sequences": "drop", "conflicts": "drop"}, [0, 6], (2, 3)),
+        ({"duplicate_sequences": "drop", "both_strands": False}, [0, 2, 3, 4, 5, 6], (1, 0)),
+        ({"conflicts": "drop", "both_strands": False}, [0, 1, 2, 5, 6], (0, 2)),
     ],
 )
-def test_cleaning_drops_what_policies_name_and_counts_it(config, expected):
-    result = clean_labeled(ROWS, kind="class", config=CleaningConfig(**config))
-    assert kept(result) == expected
-    assert result.report.dropped_duplicates + result.report.dropped_conflicts == 7 - len(expected)
+def test_cleaning_drops_what_policies_name_and_counts_it(config, expected, dropped, caplog):
+    with caplog.at_level("INFO"):
+        assert kept(clean_labeled(ROWS, kind="class", config=CleaningConfig(**config))) == expected
+    duplicates, conflicts = caplog.messages
+    assert f", {dropped[0]} dropped; first" in duplicates
+    assert f", {dropped[1]} dropped); first" in conflicts
 
 
 @pytest.mark.parametrize(
@@ -78,12 +79,14 @@ def test_cleaning_stops_where_asked(config, match):
 def test_cleaning_turns_labels_of_bases_with_their_strand():
     agree = rows((b"AAC", ("a", "b", "c")), (b"GTT", ("c", "b", "a")))
     differ = rows((b"AAC", ("a", "b", "c")), (b"GTT", ("a", "b", "c")))
-    assert clean_labeled(agree, kind="token").report.conflict_groups == 0
-    assert clean_labeled(differ, kind="token").report.conflict_groups == 1
+    drop = CleaningConfig(conflicts="drop")
+    assert kept(clean_labeled(agree, kind="token", config=drop)) == [0, 1]
+    assert kept(clean_labeled(differ, kind="token", config=drop)) == []
 
 
 def test_cleaning_ignores_case():
-    assert clean_labeled(rows((b"aac", "x"), (b"AAC", "x")), kind="class").report.duplicate_rows == 1
+    drop = CleaningConfig(duplicate_sequences="drop")
+    assert kept(clean_labeled(rows((b"aac", "x"), (b"AAC", "x")), kind="class", config=drop)) == [0]
 
 
 def test_cleaning_config_names_its_keys():

@@ -40,7 +40,6 @@ def test_encode_special_tokens_never_count_in_pooling():
     assert encode_example(b"ACGTA", KmerEncoder(2), skip_first=3).pool_mask.tolist() == [
         False, False, False, True, False,
     ]  # fmt: skip
-    assert encode_example(b"ACG", CHAR, eos_token_id=0).pool_mask.tolist() == [True, True, True, False]
 
 
 def test_encode_first_base_counts_with_a_tokenizer_without_special_tokens():

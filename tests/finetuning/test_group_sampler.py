@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.errors import ConfigError, InputError, TrainingWarning
+from genoembed.errors import ConfigError, TrainingWarning
 from genoembed.finetuning.sampling import FILLER, GroupSampler
 
 
@@ -92,8 +92,6 @@ def test_group_of_one_with_negatives_in_the_data_is_an_error_too():
     with pytest.raises(ConfigError, match="train_group_size is 1, a query has no negatives"):
         sampler.check_batch(1)
     sampler.check_batch(2)
-    with pytest.raises(ConfigError, match="in_batch_negatives is False"):
-        sampler.check_batch(8, in_batch_negatives=False)
 
 
 def test_rows_without_negatives_need_in_batch_negatives():
@@ -103,12 +101,3 @@ def test_rows_without_negatives_need_in_batch_negatives():
 
 def test_batch_of_one_with_negatives_of_its_own_is_fine():
     make([1], [2], 3).check_batch(1)
-
-
-def test_group_sampler_refuses_rows_without_positives_and_sizes_below_one():
-    with pytest.raises(InputError, match="line 2: pos is empty"):
-        make([1, 0], [2, 2], 3)
-    with pytest.raises(ConfigError, match="set train_group_size to 2 or more"):
-        make([1], [2], 0)
-    with pytest.raises(InputError, match="positives of 0, negatives of 0"):
-        make([], [], 2)

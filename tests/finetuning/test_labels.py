@@ -24,8 +24,8 @@ def test_space_encodes_each_kind():
     assert LabelSpace(kind="class", names=("a", "b")).encode("b").dtype == np.int64
     numbers = LabelSpace(kind="regression", names=("x", "y")).encode((1.5, 2.0))
     assert (numbers.dtype, numbers.tolist()) == (np.float32, [1.5, 2.0])
-    tokens = LabelSpace(kind="token", names=("0", "1")).encode(("1", None, "0"), ignore_index=-7)
-    assert tokens.tolist() == [1, -7, 0]
+    tokens = LabelSpace(kind="token", names=("0", "1")).encode(("1", None, "0"))
+    assert tokens.tolist() == [1, -100, 0]
 
 
 def test_space_counts_for_class_weights():

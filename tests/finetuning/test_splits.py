@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import chain, combinations
 
@@ -112,13 +113,15 @@ def test_split_homology_keeps_homologs_together_and_shares_near():
     assert len(clusters.sizes) == 120
     config = SplitConfig(split="homology", validation_fraction=0.1, test_fraction=0.2)
     splits = split_rows(rows, kind="class", config=config, clusters=clusters)
-    assert check_leaks(rows, splits, clusters).clusters_across == 0
+    assert check_leaks(rows, splits, clusters, policy="error") is splits
     assert len(splits.test) / len(rows) == pytest.approx(0.2, abs=0.02)
     shares = [np.mean([rows[index].label == "b" for index in side]) for side in (splits.test, splits.train)]
     assert shares[0] == pytest.approx(shares[1], abs=0.04)
     by_row = split_rows(rows, kind="class", config=SplitConfig(test_fraction=0.2))
-    leaks = check_leaks(rows, by_row, clusters)
-    assert leaks.leaked["test"] > len(by_row.test) / 2
+    with pytest.raises(ConfigError, match="homologs: ") as caught:
+        check_leaks(rows, by_row, clusters, policy="error")
+    num_leaked = int(re.search(r"(\d+) of \d+ test rows", str(caught.value))[1])
+    assert num_leaked > len(by_row.test) / 2
 
 
 def test_split_homology_puts_a_giant_family_into_training_and_warns(caplog):
@@ -192,22 +195,22 @@ def leaky():
 def test_leaks_are_reported_with_an_example_and_kept(caplog):
     rows, splits, clusters = leaky()
     with caplog.at_level("WARNING"):
-        report = check_leaks(rows, splits, clusters)
-    assert (report.clusters_across, report.leaked["test"], report.dropped) == (1, 1, 0)
-    assert as_lists(report.splits) == as_lists(splits)
-    leak = report.example
-    assert (leak.heldout.id, leak.train.id, leak.train.line) == ("r2", "r0", 2)
-    assert leak.identity == pytest.approx(0.95, abs=0.03)
-    assert (
-        "1 of 1 test rows have homologs among the rows to train on; first: r2 (a.tsv:4) and r0" in caplog.text
+        assert check_leaks(rows, splits, clusters) is splits
+    (message,) = caplog.messages
+    found = re.fullmatch(
+        r"0 of 0 validation rows and 1 of 1 test rows have homologs among the rows to train on; "
+        r"first: r2 \(a\.tsv:4\) and r0 \(a\.tsv:2\), identity (.*); 0 rows to train on dropped",
+        message,
     )
+    assert float(found[1]) == pytest.approx(0.95, abs=0.03)
 
 
-def test_leaks_are_dropped_from_training_or_an_error():
+def test_leaks_are_dropped_from_training_or_an_error(caplog):
     rows, splits, clusters = leaky()
-    report = check_leaks(rows, splits, clusters, policy="drop")
-    assert as_lists(report.splits) == [[1, 3], [], [2]]
-    assert report.dropped == 1
+    with caplog.at_level("WARNING"):
+        left = check_leaks(rows, splits, clusters, policy="drop")
+    assert as_lists(left) == [[1, 3], [], [2]]
+    assert caplog.messages[0].endswith("; 1 rows to train on dropped")
     with pytest.raises(ConfigError, match=r"homologs: .* 1 of 1 test rows .*set split='homology'"):
         check_leaks(rows, splits, clusters, policy="error")
     with pytest.raises(ConfigError, match="3 labels for 4 rows"):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from genoembed.config.choices import ComputeDtype, ScorePooling, ScoreStrands, StartChoice, UnsupportedPolicy
+from genoembed.config.choices import (
+    ComputeDtype,
+    FailurePolicy,
+    ScorePooling,
+    ScoreStrands,
+    StartChoice,
+    UnsupportedPolicy,
+)
 from genoembed.config.embed import INPUT, MODEL, ModelConfig, PolicyConfig
 from genoembed.config.fields import Config, option
 from genoembed.errors import Problem, Remedy
@@ -31,8 +38,14 @@ class ScoreRunConfig(ModelConfig):
         "auto",
         group=SCORES,
         help="What the model reads before the first base, so that this base is scored as well: auto "
-        "takes the "
-        "token that begins a sequence in training; with none the first base has no score.",
+        "takes the token that begins a sequence in training; with none the first base has no score.",
+    )
+    on_error: FailurePolicy = option(
+        "stop",
+        group=SCORES,
+        basic=True,
+        help="A record that fails (values that are not finite, no memory, nothing to score, longer than the "
+        "context): stop, or write NA in its row and exit with 3 at the end.",
     )
 
 

@@ -7,7 +7,7 @@ here: which token a sequence starts with, so that its first base has a predictio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from genoembed.config.choices import ScorePooling, ScoreStrands, StartChoice
+    from genoembed.config.choices import FailurePolicy, ScorePooling, ScoreStrands, StartChoice
     from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.language_model import LanguageModel
     from genoembed.pipeline.assemble import PieceVectors, Taken
@@ -119,6 +119,7 @@ def start_piece(piece: Piece, start: StartToken) -> Piece:
     return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)
 
 
+_DECIDING = ("rc", "window", "stride", "pooling", "on_error")
 _PLAIN = np.zeros(256, dtype=np.int64)
 _PLAIN[list(b"ACGTacgt")] = 1
 
@@ -136,6 +137,7 @@ class ScorerOptions:
     layers: tuple[str, ...] = ()
     """Module paths whose pooled vectors are taken, too."""
     pooling: ScorePooling = "mean"
+    on_error: FailurePolicy = "stop"
 
 
 class StrandScore(NamedTuple):
@@ -197,6 +199,7 @@ class SequenceScorer:
             max_tokens=context,
             equal_lengths=False,  # causal: padding is on the right, where no token sees it
             rounds_lengths=model.model.carries_state,
+            skips_failed=options.on_error == "skip",
         )
         reducer = NextTokenReducer(model, options.layers, options.pooling)
         self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_spans=True)
@@ -216,14 +219,36 @@ class SequenceScorer:
         """Count the windows that a record is cut into."""
         return len(self._cutter.windows(record))
 
-    def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...]]:
-        """Score a few records; what is equal to the model runs once."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores of a record; two runs with the same may share finished rows."""
+        return {
+            **self.model.model.content,
+            "model": type(self.model.model.module).__name__,
+            "dtype": str(self.model.model.dtype),
+            "start_token": str(self.start_token),
+            **{name: getattr(self.options, name) for name in _DECIDING},
+            "layers": list(self.options.layers),
+        }
+
+    def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...] | str]:
+        """Score a few records; of one that fails, where that is allowed, say why.
+
+        What is equal to the model runs once.
+        """
         if not records:
             return []
         results = self._runner(WorkUnit(number=0, records=tuple(records)))
         strands = (False, True) if self.options.rc == "mean" else (False,)
+        failed = dict(results.failed)
+        if self.options.on_error == "skip" and self.options.layers:
+            for index in range(len(records)):
+                if not all(strand_pieces(results.taken, (index, is_reverse)) for is_reverse in strands):
+                    failed.setdefault(index, "nothing to pool")
         return [
-            tuple(self._strand_score(results, index, is_reverse=is_reverse) for is_reverse in strands)
+            failed[index]
+            if index in failed
+            else tuple(self._strand_score(results, index, is_reverse=is_reverse) for is_reverse in strands)
             for index in range(len(records))
         ]
 

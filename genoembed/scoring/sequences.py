@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,14 +26,15 @@ from genoembed.pipeline.units import iter_units
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
 from genoembed.scoring.setup import run_options
 from genoembed.sequences import InputCounts, read_sequences
+from genoembed.store.table_parts import keeping_rows
 from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.pipeline.units import RunStats
+    from genoembed.pipeline.units import RunStats, WorkUnit
     from genoembed.scoring.scorer import StrandScore
     from genoembed.scoring.setup import RunOptions
     from genoembed.store.tables import TableWriter
@@ -81,6 +83,8 @@ class ScoreReport:
     """Records of which no base has a prediction."""
     start_token: str
     """Id of the token before each sequence's first base, or ``none``."""
+    failed: Mapping[str, str]
+    """Records without a score, by id: why."""
     counts: InputCounts
     """What was read, and what the input policies did."""
     stats: RunStats
@@ -147,14 +151,18 @@ def score(
     records = read_sequences(inputs, counts=counts, **policies)
     with ExitStack() as stack:
         stack.enter_context(use_threads(run.threads))
+        kept = stack.enter_context(keeping_rows(table))
+        # before the model is loaded: a second process with the same output is refused at once
+        outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
         scorer = _build_scorer(run, window, stride, progress)
         _check_per_base(scorer, bases_table)
+        kept.begin({**scorer.identity, "per_base": bases_table is not None}, drop_other=overwrite)
         started = time.perf_counter()
-        outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
-        for record, strands in _scored(records, scorer):
-            outputs.add(_row(record, strands, str(scorer.start_token)), record, strands)
+        for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
+            make = partial(_score_unit, unit, scorer, with_bases=bases_table is not None)
+            outputs.add(kept.take(unit.number, unit.content, make))
         if not outputs.num_rows:
-            problem = f"no record is left to score ({counts}); check the input, or set invalid='mask'"
+            problem = f"no record is left to score ({counts}); check the input"
             raise EmptyRecordError(problem, path=str(inputs))
     if outputs.unscored:
         logger.warning("%d records have no base with a prediction (NA in the table)", outputs.unscored)
@@ -164,6 +172,7 @@ def score(
         rows=tuple(outputs.rows),
         num_rows=outputs.num_rows,
         unscored=outputs.unscored,
+        failed=outputs.failed,
         start_token=str(scorer.start_token),
         counts=counts,
         stats=scorer.stats,
@@ -177,6 +186,7 @@ class _Outputs:
     def __init__(self, stack: ExitStack, table: str | None, per_base: str | None, *, overwrite: bool) -> None:
         self.rows: list[SequenceScore] = []
         self.num_rows = self.unscored = 0
+        self.failed: dict[str, str] = {}
         self._table: TableWriter | None = None
         self._bases: TableWriter | None = None
         if table is not None:
@@ -184,16 +194,19 @@ class _Outputs:
         if per_base is not None:
             self._bases = stack.enter_context(open_table(per_base, PER_BASE_COLUMNS, overwrite=overwrite))
 
-    def add(self, row: SequenceScore, record: SequenceRecord, strands: Sequence[StrandScore]) -> None:
-        """Write or keep a row."""
-        self.num_rows += 1
-        self.unscored += math.isnan(row.log_likelihood)
-        if self._table is None:
-            self.rows.append(row)
-        else:
-            self._table.write(row)
+    def add(self, made: Mapping[str, Any]) -> None:
+        """Write or keep the rows of a unit."""
+        self.failed |= made["failed"]
+        for values in made["rows"]:
+            row = SequenceScore(*values)
+            self.num_rows += 1
+            self.unscored += math.isnan(row.log_likelihood) and row.id not in self.failed
+            if self._table is None:
+                self.rows.append(row)
+            else:
+                self._table.write(row)
         if self._bases is not None:
-            for line in _base_rows(record, strands):
+            for line in made["bases"]:
                 self._bases.write(line)
 
 
@@ -206,6 +219,7 @@ def _build_scorer(
         window=window,
         stride=stride,
         batch_tokens=run.batch_tokens,
+        on_error=run.on_error,
     )
     return SequenceScorer(run.load(), options, on_batch=progress)
 
@@ -218,16 +232,23 @@ def _check_per_base(scorer: SequenceScorer, per_base: str | None) -> None:
         raise ConfigError(message)
 
 
-def _scored(
-    records: Iterable[SequenceRecord], scorer: SequenceScorer
-) -> Iterator[tuple[SequenceRecord, tuple[StrandScore, ...]]]:
-    for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
-        yield from zip(unit.records, scorer.score(unit.records), strict=True)
+def _score_unit(unit: WorkUnit, scorer: SequenceScorer, *, with_bases: bool) -> dict[str, Any]:
+    """Score the records of a unit; as JSON holds it, so that a run that is cut off can go on."""
+    rows, bases, failed = [], [], {}
+    for record, strands in zip(unit.records, scorer.score(unit.records), strict=True):
+        if isinstance(strands, str):
+            failed[record.id] = strands
+            strands = ()
+        rows.append(list(_row(record, strands, str(scorer.start_token))))
+        if with_bases and strands:
+            bases += map(list, _base_rows(record, strands))
+    return {"rows": rows, "bases": bases, "failed": failed}
 
 
 def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: str) -> SequenceScore:
-    scored = sum(strand.scored_bases for strand in strands) / len(strands)
-    total = sum(strand.log_likelihood for strand in strands) / len(strands)
+    num_strands = len(strands) or math.nan  # a record that failed has no number but its length
+    scored = sum(strand.scored_bases for strand in strands) / num_strands
+    total = sum(strand.log_likelihood for strand in strands) / num_strands
     mean = total / scored if scored else math.nan
     return SequenceScore(
         id=record.id,

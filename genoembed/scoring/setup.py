@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from genoembed.config.choices import ComputeDtype, ScorePooling, ScoreStrands, StartChoice
+from genoembed.config.choices import ComputeDtype, FailurePolicy, ScorePooling, ScoreStrands, StartChoice
 from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.config.fields import Config, raise_all, unknown_option
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
 
 
-_CHOICES = {"rc": ScoreStrands, "start_token": StartChoice, "pooling": ScorePooling}
+_CHOICES = {"rc": ScoreStrands, "start_token": StartChoice, "on_error": FailurePolicy, "pooling": ScorePooling}
 _LOADING = ("revision", "trust_remote_code", "dtype", "device")
 
 
@@ -41,11 +41,17 @@ class RunOptions:
     batch_tokens: int | None = None
     rc: ScoreStrands = "none"
     start_token: StartChoice = "auto"
+    on_error: FailurePolicy = "stop"
 
     def check(self, *, window: int | None = None, stride: int | None = None, pooling: str = "mean") -> None:
         """Raise if these options are wrong, or those given here."""
         problems: list[str] = []
-        for name, value in (("rc", self.rc), ("start_token", self.start_token), ("pooling", pooling)):
+        for name, value in (
+            ("rc", self.rc),
+            ("start_token", self.start_token),
+            ("on_error", self.on_error),
+            ("pooling", pooling),
+        ):
             choices = get_args(_CHOICES[name])
             if value not in choices:
                 problems.append(f"{name} is {value!r}; set {name} to one of {', '.join(choices)}")

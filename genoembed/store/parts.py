@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
 _FORMAT = "genoembed-parts"
 _VERSION = 1
-_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|input\.json|certificate\.json|\..*\.(tmp|partial)")
+_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|rows-\d{6,}\.json|input\.json|certificate\.json|\..*\.(tmp|partial)")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
@@ -321,6 +321,23 @@ class Parts:
         found = _read_json(self.folder / name)
         return None if found is None or found.pop("run", None) != self._digest else found
 
+    def save_rows(self, number: int, values: Mapping[str, Any]) -> None:
+        """Save finished rows of a table."""
+        self._write(f"rows-{number:06}.json", {**values, "run": self._digest})
+
+    def read_rows(self, number: int) -> dict[str, Any] | None:
+        """Read finished rows of a table; what is damaged is made again."""
+        try:
+            found = self._read(f"rows-{number:06}.json")
+        except StoreFormatError as error:
+            logger.warning("%s, part %d is made again", error, number)
+            return None
+        return found if found is not None and {"content", "rows", "sha256"} <= set(found) else None
+
+    def num_rows_saved(self) -> int:
+        """Count the parts of a table that were saved."""
+        return len(list(self.folder.glob("rows-*[0-9].json")))
+
     def began_ns(self) -> int:
         """Return when the run began."""
         return (self.folder / MANIFEST).stat().st_mtime_ns
@@ -361,7 +378,7 @@ class Parts:
             raise StoreError(problem, path=str(self.folder))
 
     def _difference(self, found: Manifest) -> str:
-        num_units = len(self.saved_numbers())
+        num_units = len(self.saved_numbers()) or self.num_rows_saved()
         changed = identity_differences(found.identity, self.manifest.identity)
         shown = ", ".join(changed[:_SHOWN])
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""

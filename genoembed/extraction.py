@@ -171,6 +171,9 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
     if parts is None:
         problem = f"there is no {str(parts_folder(output))!r} to merge; give the output of the extract runs"
         raise StoreError(problem, path=fspath(output))
+    if parts.manifest.out_dtype is None:
+        problem = "holds units of a table, not of vectors; run the command that began it again"
+        raise StoreError(problem, path=str(parts.folder))
     if is_output_of(parts):
         return finish_removal(parts)
     check_output(output, overwrite=overwrite)
@@ -260,16 +263,10 @@ def _run(
 
 @contextmanager
 def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
-    """Note on a failure which units are kept; if there are none, nothing is left behind."""
     try:
         yield
     except BaseException as error:
-        num_units = len(parts.saved_numbers())
-        if num_units:
-            units = "1 finished unit is" if num_units == 1 else f"{num_units} finished units are"
-            error.add_note(f"{units} kept in {parts.folder}: run the same command again to go on")
-        elif alone:
-            parts.remove()
+        parts.note_kept(error, alone=alone)
         raise
 
 

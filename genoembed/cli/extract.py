@@ -15,12 +15,13 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.outcome import INCOMPLETE, promise_output
+from genoembed.cli.outcome import promise_output
 from genoembed.cli.output import (
     aligned,
     count,
     details,
     echo_result,
+    end_incomplete,
     failure_line,
     headline,
     magnitude,
@@ -67,8 +68,7 @@ def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> 
         _logger.info("%s", line)
     wrote(report.output if report.num_rows is not None else report.output.with_suffix(".parts"))
     echo_result(report_as_json(report), headline(report), as_json=as_json)
-    if report.failed:
-        raise click.exceptions.Exit(INCOMPLETE)
+    end_incomplete(report.failed)
 
 
 @command(
@@ -95,8 +95,7 @@ def merge_command(output: str, *, as_json: bool, **options: Any) -> None:
     as_line = f"{output}: {count(merged.num_rows, 'row')} x {merged.width:,}, {', '.join(merged.layers)}"
     wrote(output)
     echo_result({"output": output, **dataclasses.asdict(merged)}, as_line, as_json=as_json)
-    if merged.failed:
-        raise click.exceptions.Exit(INCOMPLETE)
+    end_incomplete(merged.failed)
 
 
 _HOUR_S = 3600.0

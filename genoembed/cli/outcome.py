@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
 
-INCOMPLETE = 3
-"""Done, but some records failed and have no vector."""
 _PROMISED = "genoembed.cli.outcome.promised"
 
 

@@ -28,9 +28,11 @@ from genoembed.errors import GenoembedWarning
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from genoembed import ExtractionReport, InputCounts
+    from genoembed import ExtractionReport, InputCounts, ScoreReport, VariantReport
 
 
+INCOMPLETE = 3
+"""Exit status: done, but some records failed."""
 _LIBRARY_LEVELS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
 _SUMMED_UP = ("genoembed.sequences", "genoembed.store")
 _logger = logging.getLogger("genoembed")
@@ -226,21 +228,29 @@ def details(report: ExtractionReport) -> list[str]:
         *policy_lines(counts),
         f"{count(stats.batches, 'forward pass', 'forward passes')}, {stats.padding_share:.1%} padding, "
         f"{tokens_per_s(report):,.0f} tokens/s, {took}",
-        *kept_lines(report),
-        *([failure_line(report.failed)] if report.failed else []),
+        *done_lines(report),
+        *(
+            [f"when all shares are done: genoembed merge {shlex.quote(str(report.output))}"]
+            if report.num_rows is None
+            else []
+        ),
     ]
 
 
-def kept_lines(report: ExtractionReport) -> list[str]:
-    """Return lines about what an earlier run had finished, and what is left to do."""
-    stats = report.stats
-    lines = []
-    if stats.units_kept:
-        before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
-        lines.append(f"{before} had been finished before and were not run again")
-    if report.num_rows is None:
-        lines.append(f"when all shares are done: genoembed merge {shlex.quote(str(report.output))}")
-    return lines
+def done_lines(report: ExtractionReport | ScoreReport | VariantReport) -> list[str]:
+    """Return lines about what an earlier run had finished, and what failed."""
+    stats, failed = report.stats, report.failed
+    before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
+    return [
+        *([f"{before} had been finished before and were not run again"] if stats.units_kept else []),
+        *([failure_line(failed)] if failed else []),
+    ]
+
+
+def end_incomplete(failed: Mapping[str, str]) -> None:
+    """End a command with a status of its own, if records failed; the last thing it does."""
+    if failed:
+        raise click.exceptions.Exit(INCOMPLETE)
 
 
 def failure_line(failed: Mapping[str, str]) -> str:
@@ -248,7 +258,7 @@ def failure_line(failed: Mapping[str, str]) -> str:
     named = ", ".join(f"{name} ({why})" for name, why in islice(failed.items(), _FAILED_SHOWN))
     rest = len(failed) - _FAILED_SHOWN
     more = f" and {rest} more" if rest > 0 else ""
-    return f"{count(len(failed), 'record')} failed, without a vector: {named}{more}"
+    return f"{count(len(failed), 'record')} failed and have no values: {named}{more}"
 
 
 def policy_lines(counts: InputCounts) -> list[str]:

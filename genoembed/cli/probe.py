@@ -9,8 +9,7 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.outcome import INCOMPLETE
-from genoembed.cli.output import aligned, count, echo_result, wrote
+from genoembed.cli.output import INCOMPLETE, aligned, count, echo_result, wrote
 from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.config.probe import PROBE_KEYS, ProbeOptions
 

@@ -10,7 +10,7 @@ import click
 import genoembed
 from genoembed.cli.options import SPELLING, check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, echo_result, policy_lines
+from genoembed.cli.output import count, done_lines, echo_result, end_incomplete, policy_lines
 from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.config.score import OF_SEQUENCES, OF_VARIANTS, ScoreConfig, ScoreOptions, VariantConfig
 
@@ -48,6 +48,7 @@ def score_command(*, as_json: bool, **options: Any) -> None:
     report = _score_variants(options) if "vcf" in options else _score_sequences(options)
     if as_json:
         echo_result(report, "", as_json=True)
+    end_incomplete(report.failed)
 
 
 def _check_usage(options: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def _check_usage(options: dict[str, Any]) -> None:
 def _score_sequences(options: dict[str, Any]) -> ScoreReport:
     with show_progress(estimate_bases(options["inputs"])) as on_totals:
         report = genoembed.score(progress=on_totals, **options)
-    for line in policy_lines(report.counts):
+    for line in (*policy_lines(report.counts), *done_lines(report)):
         _logger.info("%s", line)
     _logger.info(
         "%s scored, start token %s, %.1f s: %s",
@@ -86,6 +87,8 @@ def _score_sequences(options: dict[str, Any]) -> ScoreReport:
 def _score_variants(options: dict[str, Any]) -> VariantReport:
     with show_progress(None) as on_totals:
         report = genoembed.score_variants(progress=on_totals, **options)
+    for line in done_lines(report):
+        _logger.info("%s", line)
     layer = "" if report.layer is None else f", vectors of {report.layer}"
     _logger.info(
         "%s of %s scored, %d left-aligned or trimmed, start token %s%s, %.1f s: %s",

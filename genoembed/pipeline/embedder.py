@@ -20,7 +20,7 @@ from genoembed.pipeline.forward import LayerReducer, UnitRunner
 from genoembed.pipeline.units import UNIT_RECORDS
 from genoembed.pooling.fuse import feature_names
 from genoembed.pooling.reduce import check_pooling
-from genoembed.store import UnitRecord, UnitRows
+from genoembed.store import UnitRows
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
@@ -146,13 +146,7 @@ class UnitEmbedder:
             failed,
             widths={name: len(columns) for name, columns in names.items()},
         )
-        record = UnitRecord(
-            number=unit.number,
-            content=unit.content,
-            first=unit.records[0].id,
-            last=unit.records[-1].id,
-            num_records=len(unit.records),
-            num_bases=unit.num_bases,
+        record = unit.record(
             num_rows=len(block.rows),
             stats=embedded.stats,
             failed={unit.records[index].id: reason for index, reason in sorted(failed.items())},

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from genoembed.store import UnitRecord
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from genoembed.contracts import SequenceRecord
     from genoembed.store import Parts
@@ -58,6 +60,20 @@ class WorkUnit:
     def num_bases(self) -> int:
         """Bases of all records."""
         return sum(len(record.sequence) for record in self.records)
+
+    def record(self, *, num_rows: int, stats: Mapping[str, float], failed: Mapping[str, str]) -> UnitRecord:
+        """Say what is known about the unit when it is finished."""
+        return UnitRecord(
+            number=self.number,
+            content=self.content,
+            first=self.records[0].id,
+            last=self.records[-1].id,
+            num_records=len(self.records),
+            num_bases=self.num_bases,
+            num_rows=num_rows,
+            stats=stats,
+            failed=failed,
+        )
 
 
 def iter_units(

@@ -119,7 +119,7 @@ def start_piece(piece: Piece, start: StartToken) -> Piece:
     return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)
 
 
-_DECIDING = ("rc", "window", "stride", "pooling", "on_error")
+_DECIDING = ("rc", "window", "stride", "layers", "pooling")
 _PLAIN = np.zeros(256, dtype=np.int64)
 _PLAIN[list(b"ACGTacgt")] = 1
 
@@ -219,23 +219,19 @@ class SequenceScorer:
         """Count the windows that a record is cut into."""
         return len(self._cutter.windows(record))
 
-    @property
     def identity(self) -> dict[str, Any]:
-        """What decides the scores of a record; two runs with the same may share finished rows."""
+        """What decides the scores of a record; two runs with the same may share finished units."""
         return {
             **self.model.model.content,
             "model": type(self.model.model.module).__name__,
             "dtype": str(self.model.model.dtype),
+            "max_length": self.model.model.max_length,
             "start_token": str(self.start_token),
             **{name: getattr(self.options, name) for name in _DECIDING},
-            "layers": list(self.options.layers),
         }
 
     def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...] | str]:
-        """Score a few records; of one that fails, where that is allowed, say why.
-
-        What is equal to the model runs once.
-        """
+        """Score a few records, equal ones once; of one that fails, where that is allowed, say why."""
         if not records:
             return []
         results = self._runner(WorkUnit(number=0, records=tuple(records)))

@@ -22,11 +22,11 @@ from genoembed.config.paths import check_paths, path_strings
 from genoembed.config.score import ScoreConfig
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
 from genoembed.scoring.setup import run_options
 from genoembed.sequences import InputCounts, read_sequences
-from genoembed.store.table_parts import keeping_rows
 from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
@@ -123,10 +123,11 @@ def score(
         stride: Bases from window to window; None is three quarters of a window.
         progress: Called with the running totals after each forward pass.
         **options: ``rc`` (``none``, or ``mean`` of both strands), ``start_token`` (``auto``, or ``none`` to
-            start with the first base, which then has no prediction), ``revision``, ``trust_remote_code``,
-            ``dtype`` (float32), ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``,
-            ``empty``, ``gaps``, ``keep_case`` as for ``extract``. A model that is loaded already takes no
-            ``revision``, ``trust_remote_code``, ``dtype`` or ``device``. None stands for the default.
+            start with the first base, which then has no prediction), ``on_error`` (``stop`` at a record that
+            fails, or ``skip``: its row has no numbers), ``revision``, ``trust_remote_code``, ``dtype``
+            (float32), ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``, ``empty``,
+            ``gaps``, ``keep_case`` as for ``extract``. A model that is loaded already takes no ``revision``,
+            ``trust_remote_code``, ``dtype`` or ``device``. None stands for the default.
 
     Returns:
         What was done.
@@ -134,7 +135,8 @@ def score(
     Raises:
         ConfigError: If options are wrong, alone or together; all of them in one message.
         ModelError: If the model is not causal, or has no next-token head.
-        GenoembedError: If input, model or output fail; outputs are then as they were before.
+        GenoembedError: If input, model or output fail; outputs are then as they were before, and what was
+            scored is kept for the next run of the same call.
     """
     policies = {name: options.pop(name) for name in _POLICIES if name in options}
     run = run_options(model, options, call=ScoreConfig)
@@ -151,16 +153,23 @@ def score(
     records = read_sequences(inputs, counts=counts, **policies)
     with ExitStack() as stack:
         stack.enter_context(use_threads(run.threads))
-        kept = stack.enter_context(keeping_rows(table))
+        kept = stack.enter_context(keeping_units(table))
         # before the model is loaded: a second process with the same output is refused at once
         outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
         scorer = _build_scorer(run, window, stride, progress)
         _check_per_base(scorer, bases_table)
-        kept.begin({**scorer.identity, "per_base": bases_table is not None}, drop_other=overwrite)
+        kept.begin(
+            lambda: {**scorer.identity(), "per_base": bases_table is not None},
+            policies={**policies, "on_error": run.on_error},
+            stats=scorer.stats,
+            drop_other=overwrite,
+        )
         started = time.perf_counter()
+        start_token = str(scorer.start_token)
         for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
             make = partial(_score_unit, unit, scorer, with_bases=bases_table is not None)
-            outputs.add(kept.take(unit.number, unit.content, make))
+            for record, value in zip(unit.records, kept.take(unit, make), strict=True):
+                outputs.add(record, None if isinstance(value, str) else _Scored(*value), start_token)
         if not outputs.num_rows:
             problem = f"no record is left to score ({counts}); check the input"
             raise EmptyRecordError(problem, path=str(inputs))
@@ -172,8 +181,8 @@ def score(
         rows=tuple(outputs.rows),
         num_rows=outputs.num_rows,
         unscored=outputs.unscored,
-        failed=outputs.failed,
-        start_token=str(scorer.start_token),
+        failed=kept.failed,
+        start_token=start_token,
         counts=counts,
         stats=scorer.stats,
         seconds=time.perf_counter() - started,
@@ -186,7 +195,6 @@ class _Outputs:
     def __init__(self, stack: ExitStack, table: str | None, per_base: str | None, *, overwrite: bool) -> None:
         self.rows: list[SequenceScore] = []
         self.num_rows = self.unscored = 0
-        self.failed: dict[str, str] = {}
         self._table: TableWriter | None = None
         self._bases: TableWriter | None = None
         if table is not None:
@@ -194,19 +202,17 @@ class _Outputs:
         if per_base is not None:
             self._bases = stack.enter_context(open_table(per_base, PER_BASE_COLUMNS, overwrite=overwrite))
 
-    def add(self, made: Mapping[str, Any]) -> None:
-        """Write or keep the rows of a unit."""
-        self.failed |= made["failed"]
-        for values in made["rows"]:
-            row = SequenceScore(*values)
-            self.num_rows += 1
-            self.unscored += math.isnan(row.log_likelihood) and row.id not in self.failed
-            if self._table is None:
-                self.rows.append(row)
-            else:
-                self._table.write(row)
-        if self._bases is not None:
-            for line in made["bases"]:
+    def add(self, record: SequenceRecord, scored: _Scored | None, start_token: str) -> None:
+        """Write or keep the rows of a record; None is one that failed."""
+        row = _row(record, scored or _FAILED, start_token)
+        self.num_rows += 1
+        self.unscored += scored is not None and math.isnan(row.log_likelihood)
+        if self._table is None:
+            self.rows.append(row)
+        else:
+            self._table.write(row)
+        if self._bases is not None and scored is not None:
+            for line in _base_rows(record, scored.bases):
                 self._bases.write(line)
 
 
@@ -232,29 +238,46 @@ def _check_per_base(scorer: SequenceScorer, per_base: str | None) -> None:
         raise ConfigError(message)
 
 
-def _score_unit(unit: WorkUnit, scorer: SequenceScorer, *, with_bases: bool) -> dict[str, Any]:
-    """Score the records of a unit; as JSON holds it, so that a run that is cut off can go on."""
-    rows, bases, failed = [], [], {}
-    for record, strands in zip(unit.records, scorer.score(unit.records), strict=True):
-        if isinstance(strands, str):
-            failed[record.id] = strands
-            strands = ()
-        rows.append(list(_row(record, strands, str(scorer.start_token))))
-        if with_bases and strands:
-            bases += map(list, _base_rows(record, strands))
-    return {"rows": rows, "bases": bases, "failed": failed}
+class _Scored(NamedTuple):
+    """What is kept of a record until the tables are complete: what JSON holds."""
+
+    scored: float
+    log_likelihood: float
+    bases: tuple[list[int], list[int], list[float]] = ([], [], [])
+    """First base, width and log-likelihood of each token; empty where they are not requested."""
 
 
-def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: str) -> SequenceScore:
-    num_strands = len(strands) or math.nan  # a record that failed has no number but its length
-    scored = sum(strand.scored_bases for strand in strands) / num_strands
-    total = sum(strand.log_likelihood for strand in strands) / num_strands
-    mean = total / scored if scored else math.nan
+_FAILED = _Scored(math.nan, math.nan)
+
+
+def _score_unit(unit: WorkUnit, scorer: SequenceScorer, *, with_bases: bool) -> list[_Scored | str]:
+    return [
+        strands if isinstance(strands, str) else _scored(strands, with_bases=with_bases)
+        for strands in scorer.score(unit.records)
+    ]
+
+
+def _scored(strands: Sequence[StrandScore], *, with_bases: bool) -> _Scored:
+    """Take the mean of both strands, of a token that of those which have it."""
+    scored = sum(strand.scored_bases for strand in strands) / len(strands)
+    total = sum(strand.log_likelihood for strand in strands) / len(strands)
+    if not with_bases:
+        return _Scored(scored, total)
+    forward = strands[0]
+    stacked = np.stack([forward.log_probs, *(strand.log_probs[::-1] for strand in strands[1:])])
+    known = ~np.isnan(stacked)
+    sums, numbers = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
+    values = np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan)
+    return _Scored(scored, total, (forward.starts.tolist(), forward.widths.tolist(), values.tolist()))
+
+
+def _row(record: SequenceRecord, found: _Scored, start_token: str) -> SequenceScore:
+    mean = found.log_likelihood / found.scored if found.scored else math.nan
     return SequenceScore(
         id=record.id,
         length=len(record.sequence),
-        scored=scored,
-        log_likelihood=total,
+        scored=found.scored,
+        log_likelihood=found.log_likelihood,
         mean_log_likelihood=mean,
         perplexity=math.exp(-mean),
         bits_per_base=-mean / math.log(2),
@@ -263,16 +286,9 @@ def _row(record: SequenceRecord, strands: Sequence[StrandScore], start_token: st
 
 
 def _base_rows(
-    record: SequenceRecord, strands: Sequence[StrandScore]
+    record: SequenceRecord, bases: tuple[list[int], list[int], list[float]]
 ) -> Iterator[tuple[str, int, int, str, float]]:
-    """Yield the bases and the log-likelihood of each token, the mean of the strands that have one."""
-    forward = strands[0]
-    stacked = np.stack([forward.log_probs, *(strand.log_probs[::-1] for strand in strands[1:])])
-    known = ~np.isnan(stacked)
-    sums, numbers = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
-    values = np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan)
+    """Yield the bases and the log-likelihood of each token."""
     text = record.sequence.decode("ascii")
-    for start, width, value in zip(
-        forward.starts.tolist(), forward.widths.tolist(), values.tolist(), strict=True
-    ):
+    for start, width, value in zip(*bases, strict=True):
         yield record.id, start, start + width, text[start : start + width], value

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
 
 
-_CHOICES = {"rc": ScoreStrands, "start_token": StartChoice, "on_error": FailurePolicy, "pooling": ScorePooling}
+_CHOICES = {
+    "rc": ScoreStrands,
+    "start_token": StartChoice,
+    "on_error": FailurePolicy,
+    "pooling": ScorePooling,
+}
 _LOADING = ("revision", "trust_remote_code", "dtype", "device")
 
 

@@ -9,9 +9,12 @@ From the scores of both alleles to a row, and from their vectors to a file of di
 from __future__ import annotations
 
 import logging
+import math
 import time
+from base64 import b64decode, b64encode
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +28,8 @@ from genoembed.config.score import DEFAULT_FLANK, VariantConfig
 from genoembed.contracts import EmbeddingBlock, ObsRow, SequenceRecord
 from genoembed.errors import ConfigError, VariantError
 from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.table_parts import keeping_units
+from genoembed.pipeline.units import WorkUnit
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
 from genoembed.scoring.setup import run_options, warn_of_precision
 from genoembed.sequences.records import IdRegistry
@@ -35,6 +40,7 @@ from genoembed.store.tables import open_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from genoembed.config.choices import ScorePooling, UnsupportedPolicy
@@ -67,6 +73,8 @@ class VariantReport:
     """Module path of the layer that vectors come from."""
     start_token: str
     """Id of the token before each stretch's first base, or ``none``."""
+    failed: Mapping[str, str]
+    """Alleles without numbers, by ``contig:pos:ref>alt``: why."""
     counts: VariantCounts
     """What was read, and what was skipped."""
     stats: RunStats
@@ -111,8 +119,8 @@ def score_variants(
         vectors: HDF5 file for the differences of vectors, alt - ref, one row per allele; needs ``layer``.
         overwrite: Replace existing files, once the new ones are complete.
         progress: Called with the running totals after each forward pass.
-        **options: ``rc``, ``start_token``, ``revision``, ``trust_remote_code``, ``dtype`` (float32),
-            ``device``, ``threads`` and ``batch_tokens``, as for ``score``.
+        **options: ``rc``, ``start_token``, ``on_error``, ``revision``, ``trust_remote_code``, ``dtype``
+            (float32), ``device``, ``threads`` and ``batch_tokens``, as for ``score``.
 
     Returns:
         What was done.
@@ -121,7 +129,8 @@ def score_variants(
         ConfigError: If options are wrong, alone or together.
         VariantError: If a row is malformed or does not fit the reference or the model's context.
         ModelError: If the model is not causal, or has no next-token head.
-        GenoembedError: If input, model or output fail; outputs are then as they were before.
+        GenoembedError: If input, model or output fail; outputs are then as they were before, and what was
+            scored is kept for the next run of the same call.
     """
     run = run_options(model, options, call=VariantConfig)
     run.check(pooling=pooling)
@@ -142,15 +151,21 @@ def score_variants(
     )
     with ExitStack() as stack:
         stack.enter_context(use_threads(run.threads))
+        kept = stack.enter_context(keeping_units(table))
+        outputs = _Outputs(stack, table, vector_file, has_layer=layer is not None, overwrite=overwrite)
         scorer = _build_scorer(run, layer, pooling, progress)
+        kept.begin(
+            scorer.identity, policies={"on_error": run.on_error}, stats=scorer.stats, drop_other=overwrite
+        )
         started = time.perf_counter()
-        outputs = _Outputs(stack, scorer, table, vector_file, overwrite=overwrite)
-        for scored in _scored(contexts, scorer):
-            outputs.add(scored)
-        if not outputs.num_rows and vector_file is not None:
+        for number, part in enumerate(_parts(contexts)):
+            make = partial(_compare_part, part, scorer)
+            for context, value in zip(part, kept.take(_unit(number, part), make), strict=True):
+                outputs.add(context, value, scorer)
+        if outputs.num_rows == len(kept.failed) and vector_file is not None:
             problem = f"no allele is left to score ({counts}), so there is no vector; leave vectors out"
             raise VariantError(problem, path=fspath(vcf))
-        outputs.finish({"vcf": fspath(vcf), "reference": fspath(reference), "flank": flank}, counts)
+        outputs.finish({"vcf": fspath(vcf), "reference": fspath(reference), "flank": flank}, counts, scorer)
     if counts.skipped:
         logger.warning("%d alleles without a sequence were skipped: %s", counts.skipped, counts)
     return VariantReport(
@@ -160,6 +175,7 @@ def score_variants(
         num_rows=outputs.num_rows,
         layer=next(iter(scorer.options.layers), None),
         start_token=str(scorer.start_token),
+        failed=kept.failed,
         counts=counts,
         stats=scorer.stats,
         seconds=time.perf_counter() - started,
@@ -184,6 +200,7 @@ def _build_scorer(
         batch_tokens=run.batch_tokens,
         layers=layers,
         pooling=pooling,
+        on_error=run.on_error,
     )
     return SequenceScorer(loaded, options, on_batch=progress)
 
@@ -194,17 +211,15 @@ class _Outputs:
     def __init__(
         self,
         stack: ExitStack,
-        scorer: SequenceScorer,
         table: str | None,
         vector_file: str | None,
         *,
+        has_layer: bool,
         overwrite: bool,
     ) -> None:
-        layers = scorer.options.layers
-        columns = VariantScore._fields if layers else COLUMNS_WITHOUT_VECTORS
+        columns = VariantScore._fields if has_layer else COLUMNS_WITHOUT_VECTORS
         self.rows: list[VariantScore] = []
         self.num_rows = 0
-        self._scorer = scorer
         self._width = len(columns)
         self._writer: TableWriter | None = None
         self._deltas: DeltaFile | None = None
@@ -212,67 +227,97 @@ class _Outputs:
             self._writer = stack.enter_context(open_table(table, columns, overwrite=overwrite))
         if vector_file is not None:
             writer = EmbeddingWriter(vector_file, kind="pooled", overwrite=overwrite)
-            self._deltas = DeltaFile(stack.enter_context(writer), layers[0])
+            self._deltas = DeltaFile(stack.enter_context(writer))
 
-    def add(self, scored: ScoredVariant) -> None:
-        """Write or keep a row."""
+    def add(self, context: VariantContext, value: Sequence[Any] | str, scorer: SequenceScorer) -> None:
+        """Write or keep the rows of an allele; text says why it failed."""
         self.num_rows += 1
+        compared = _FAILED if isinstance(value, str) else _Compared(*value)
+        row = variant_row(context, compared, start_token=str(scorer.start_token))
         if self._writer is None:
-            self.rows.append(scored.row)
+            self.rows.append(row)
         else:
-            self._writer.write(scored.row[: self._width])
+            self._writer.write(row[: self._width])
         if self._deltas is not None:
-            self._deltas.add(scored)
+            flags = f"failed:{value}" if isinstance(value, str) else ""
+            self._deltas.add(context, compared.delta, layer=scorer.options.layers[0], flags=flags)
 
-    def finish(self, inputs: dict[str, object], counts: VariantCounts) -> None:
+    def finish(self, inputs: dict[str, object], counts: VariantCounts, scorer: SequenceScorer) -> None:
         """Complete the file of vectors; the table is complete when its stack ends."""
         if self._deltas is None:
             return
-        scorer = self._scorer
+        layers = list(scorer.options.layers)
         self._deltas.finish(
+            layers[0],
             {
                 "genoembed_version": __version__,
                 "kind": "variant deltas, alt - ref",
                 "model": dict(scorer.model.model.provenance),
-                "layers": list(scorer.options.layers),
+                "layers": layers,
                 "config": {**inputs, "pooling": scorer.options.pooling, "rc": scorer.options.rc},
                 "start_token": str(scorer.start_token),
                 "counts": asdict(counts),
-            }
+            },
         )
 
 
-def _scored(contexts: Iterable[VariantContext], scorer: SequenceScorer) -> Iterator[ScoredVariant]:
-    layer = next(iter(scorer.options.layers), None)
-    for part in _parts(contexts):
-        pairs = [allele_records(context) for context in part]
-        for context, pair in zip(part, pairs, strict=True):
-            _check_fit(context, pair, scorer)
-        scores = scorer.score([record for pair in pairs for record in pair])
-        for index, context in enumerate(part):
-            # an allele is one record: the reference's stretch runs only to be compared with it
-            scorer.stats.records -= 1
-            scorer.stats.bases -= len(context.ref_sequence)
-            scorer.stats.windows -= 1
-            yield score_alleles(
-                context,
-                scores[2 * index],
-                scores[2 * index + 1],
-                layer=layer,
-                start_token=str(scorer.start_token),
-            )
+class _Compared(NamedTuple):
+    """What is kept of an allele until the outputs are complete: what JSON holds."""
+
+    ref_total: float
+    ref_mean: float
+    alt_total: float
+    alt_mean: float
+    l2: float = math.nan
+    cosine_distance: float = math.nan
+    delta: str = ""
+    """Difference of the pooled vectors, base64 of float32; empty without a layer."""
 
 
-def _check_fit(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> None:
-    """Raise if windows would be needed: the alleles of a variant would be cut at different places."""
+_FAILED = _Compared(math.nan, math.nan, math.nan, math.nan)
+
+
+def _unit(number: int, part: Sequence[VariantContext]) -> WorkUnit:
+    # an allele is one record, and it depends on the reference's stretch as well
+    pairs = map(allele_records, part)
+    records = [replace(alt, description=ref.sequence.decode("ascii")) for ref, alt in pairs]
+    return WorkUnit(number=number, records=tuple(records))
+
+
+def _compare_part(part: Sequence[VariantContext], scorer: SequenceScorer) -> list[_Compared | str]:
+    """Score both alleles of some variants."""
+    pairs = [allele_records(context) for context in part]
+    fits = [_fits(context, pair, scorer) for context, pair in zip(part, pairs, strict=True)]
+    scores = iter(
+        scorer.score([record for pair, fit in zip(pairs, fits, strict=True) if fit for record in pair])
+    )
+    found: list[_Compared | str] = []
+    for context, fit in zip(part, fits, strict=True):
+        if not fit:
+            found.append("too long")
+            continue
+        # an allele is one record: the reference's stretch runs only to be compared with it
+        scorer.stats.records -= 1
+        scorer.stats.bases -= len(context.ref_sequence)
+        scorer.stats.windows -= 1
+        found.append(_compare(next(scores), next(scores), layers=scorer.options.layers))
+    return found
+
+
+def _fits(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> bool:
+    """Tell whether no windows are needed: the alleles of a variant would be cut at different places."""
     if all(scorer.num_windows(record) == 1 for record in pair):
-        return
+        return True
     variant, longest = context.variant, max(len(record.sequence) for record in pair)
     problem = (
         f"the stretch around {variant.contig}:{variant.position} has {longest} bases, but the model's "
         f"context holds {scorer.context_bases}; set flank lower, or leave long variants out"
     )
-    raise VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)
+    error = VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)
+    if scorer.options.on_error == "stop":
+        raise error
+    logger.warning("%s: left without numbers", error)
+    return False
 
 
 def _parts(contexts: Iterable[VariantContext]) -> Iterator[list[VariantContext]]:
@@ -325,15 +370,6 @@ class VariantScore(NamedTuple):
 COLUMNS_WITHOUT_VECTORS = VariantScore._fields[:-2]
 
 
-class ScoredVariant(NamedTuple):
-    """A row of the table, and the vectors behind it."""
-
-    context: VariantContext
-    row: VariantScore
-    delta_D: Tensor | None
-    """Difference of the pooled vectors. float32; None without a layer."""
-
-
 def allele_records(context: VariantContext) -> tuple[SequenceRecord, SequenceRecord]:
     """Return the stretch with either allele."""
     variant = context.variant
@@ -344,25 +380,29 @@ def allele_records(context: VariantContext) -> tuple[SequenceRecord, SequenceRec
     )
 
 
-def score_alleles(
-    context: VariantContext,
-    ref: Sequence[StrandScore],
-    alt: Sequence[StrandScore],
-    *,
-    layer: str | None,
-    start_token: str,
-) -> ScoredVariant:
-    """Compare the alleles of a variant."""
-    ref_total, ref_mean = _means(ref)
-    alt_total, alt_mean = _means(alt)
-    delta_D, l2, distance = None, float("nan"), float("nan")
-    if layer is not None:
-        ref_D, alt_D = (_vector(strands, layer) for strands in (ref, alt))
-        delta_D = (alt_D - ref_D).float()
-        l2 = float(torch.linalg.vector_norm(alt_D - ref_D))
-        distance = _cosine_distance(ref_D, alt_D)
+def _compare(
+    ref: Sequence[StrandScore] | str, alt: Sequence[StrandScore] | str, *, layers: Sequence[str]
+) -> _Compared | str:
+    """Compare the alleles of a variant; text says why one failed."""
+    if isinstance(ref, str) or isinstance(alt, str):
+        return ref if isinstance(ref, str) else str(alt)
+    means = (*_means(ref), *_means(alt))
+    if not layers:
+        return _Compared(*means)
+    ref_D, alt_D = (_vector(strands, layers[0]) for strands in (ref, alt))
+    delta_D = alt_D - ref_D
+    return _Compared(
+        *means,
+        l2=float(torch.linalg.vector_norm(delta_D)),
+        cosine_distance=_cosine_distance(ref_D, alt_D),
+        delta=b64encode(delta_D.float().numpy().astype("<f4").tobytes()).decode("ascii"),
+    )
+
+
+def variant_row(context: VariantContext, compared: _Compared, *, start_token: str) -> VariantScore:
+    """Build the table's row of an allele."""
     variant, normalized = context.variant, context.normalized
-    row = VariantScore(
+    return VariantScore(
         chrom=variant.contig,
         pos=variant.position,
         id=variant.id or ".",
@@ -371,15 +411,14 @@ def score_alleles(
         normalized=f"{normalized.position}:{normalized.ref}>{normalized.alt}",
         window_start=context.start,
         window_end=context.end,
-        ref_log_likelihood=ref_total,
-        alt_log_likelihood=alt_total,
-        delta=alt_total - ref_total,
-        delta_mean=alt_mean - ref_mean,
+        ref_log_likelihood=compared.ref_total,
+        alt_log_likelihood=compared.alt_total,
+        delta=compared.alt_total - compared.ref_total,
+        delta_mean=compared.alt_mean - compared.ref_mean,
         start_token=start_token,
-        l2=l2,
-        cosine_distance=distance,
+        l2=compared.l2,
+        cosine_distance=compared.cosine_distance,
     )
-    return ScoredVariant(context, row, delta_D)
 
 
 def _means(strands: Sequence[StrandScore]) -> tuple[float, float]:
@@ -402,17 +441,15 @@ def _cosine_distance(first_D: Tensor, second_D: Tensor) -> float:
 class DeltaFile:
     """An embedding file whose vectors are differences, alt - ref."""
 
-    def __init__(self, writer: EmbeddingWriter, layer: str) -> None:
+    def __init__(self, writer: EmbeddingWriter) -> None:
         self._writer = writer
-        self._layer = layer
+        self._width = 0
         self._ids = IdRegistry("suffix")
         self._rows: list[ObsRow] = []
-        self._deltas: list[Tensor] = []
+        self._deltas: list[NDArray[np.float32]] = []
 
-    def add(self, scored: ScoredVariant) -> None:
+    def add(self, context: VariantContext, delta: str, *, layer: str, flags: str) -> None:
         """Take a row in."""
-        assert scored.delta_D is not None, "vectors are taken where a layer is"
-        context = scored.context
         record = allele_records(context)[1]
         self._rows.append(
             ObsRow(
@@ -425,20 +462,25 @@ class DeltaFile:
                 source=record.source,
                 n_windows=1,
                 sha256=record.sha256,
-                flags="",
+                flags=flags,
             )
         )
-        self._deltas.append(scored.delta_D)
-        if len(self._rows) == _BLOCK_ROWS:
-            self._append()
+        self._deltas.append(np.frombuffer(b64decode(delta), dtype="<f4"))
+        if len(self._rows) >= _BLOCK_ROWS and (self._width or any(map(len, self._deltas))):
+            self._append(layer)
 
-    def finish(self, provenance: Mapping[str, object]) -> None:
+    def finish(self, layer: str, provenance: Mapping[str, object]) -> None:
         """Write the rest and give the file its name."""
         if self._rows:
-            self._append()
+            self._append(layer)
         self._writer.finish(dict(provenance))  # type: ignore[arg-type]
 
-    def _append(self) -> None:
-        matrix = np.stack([delta.numpy() for delta in self._deltas])
-        self._writer.append(EmbeddingBlock(rows=tuple(self._rows), matrices={self._layer: matrix}))
+    def _append(self, layer: str) -> None:
+        self._width = max(map(len, self._deltas), default=0) or self._width
+        # an allele that failed has a row of NaN, as in files of embeddings
+        matrix = np.full((len(self._rows), self._width), np.nan, dtype=np.float32)
+        for row, delta in zip(matrix, self._deltas, strict=True):
+            if len(delta):
+                row[:] = delta
+        self._writer.append(EmbeddingBlock(rows=tuple(self._rows), matrices={layer: matrix}))
         self._rows, self._deltas = [], []

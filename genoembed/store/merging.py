@@ -150,6 +150,7 @@ def _complete(parts: Parts) -> tuple[InputFacts, list[UnitRecord]]:
 
 
 def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwrite: bool) -> Merged:
+    assert parts.manifest.out_dtype is not None, "units of vectors"
     with open_embeddings(parts.shard(0)) as first:
         kind, names = first.kind, first.feature_names
         layers = tuple(first.layers)

@@ -1,10 +1,11 @@
 """The finished units of a run that is under way, in a folder next to the output.
 
 ``OUTPUT.parts/`` holds ``manifest.json`` (what the run is), for each finished unit ``unit-000123.h5`` (its
-rows) and ``unit-000123.json`` (what it was made from, and the digest of its file), and ``input.json`` once
-the input was read to its end. Promised: each of them appears whole or not at all and lasts through a power
-cut; a unit counts as finished only if its input, its settings and the bytes of its file are what they say;
-two processes never work on the same share; what cannot be read is one error that names the file.
+rows; ``.rows`` for those of a table) and ``unit-000123.json`` (what it was made from, and the digest of its
+file), and ``input.json`` once the input was read to its end. Promised: each of them appears whole or not at
+all and lasts through a power cut; a unit counts as finished only if its input, its settings and the bytes of
+its file are what they say; two processes never work on the same share; what cannot be read is one error that
+names the file.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
 _FORMAT = "genoembed-parts"
 _VERSION = 1
-_PARTS = re.compile(r"unit-\d{6,}\.(h5|json)|rows-\d{6,}\.json|input\.json|certificate\.json|\..*\.(tmp|partial)")
+_PARTS = re.compile(r"unit-\d{6,}\.(h5|rows|json)|input\.json|certificate\.json|\..*\.(tmp|partial)")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
 _SUFFIXES = {".h5", ".hdf5", ".h5ad"}
 _SHOWN = 8
@@ -91,7 +92,8 @@ class Manifest:
     """Everything that decides what the vectors of a record are, by name."""
     provenance: Mapping[str, JSON]
     """What the output says about the run that made it, as far as that is known at its start."""
-    out_dtype: StorageDtype
+    out_dtype: StorageDtype | None
+    """Number type of the vectors; None where units hold rows of a table."""
     num_shares: int
     """Into how many shares the units were divided, by the process that began."""
     policies: Mapping[str, JSON] = field(default_factory=dict)
@@ -229,7 +231,7 @@ class Parts:
         if record is None:
             return None
         stops_at_errors = self.manifest.policies.get("on_error") == "stop"
-        if content is not None and record.failed and self._changed_policies and stops_at_errors:
+        if content is not None and record.failed and stops_at_errors:
             name, why = next(iter(record.failed.items()))
             logger.warning("unit %d is made again: record %r failed (%s)", number, name, why)
             return None
@@ -254,7 +256,8 @@ class Parts:
     def save(self, unit: UnitRows) -> None:
         """Save a finished unit."""
         number = unit.record.number
-        self._check_space(unit)
+        assert self.manifest.out_dtype is not None, "a run of vectors"
+        self._check_space(unit, itemsize=STORAGE_DTYPES[self.manifest.out_dtype].itemsize)
         is_pooled = unit.feature_names is not None
         with EmbeddingWriter(
             self.shard(number),
@@ -265,13 +268,26 @@ class Parts:
         ) as writer:
             writer.append(unit.block)
             writer.finish({"unit": number, "run": self._digest})
-        # the record comes after the rows: where it is, they are whole
-        facts = asdict(unit.record) | {"shard_sha256": _file_digest(self.shard(number))}
-        self._write(self.shard(number).with_suffix(".json").name, facts | {"run": self._digest})
+        self._save_record(unit.record)
 
-    def _check_space(self, unit: UnitRows) -> None:
+    def save_values(self, record: UnitRecord, values: object) -> None:
+        """Save what a finished unit of a table gave; what JSON holds, NaN included."""
+        with _reporting(self.folder):
+            write_text(self.shard(record.number), json.dumps(values))
+        self._save_record(record)
+
+    def read_values(self, number: int) -> Any:
+        """Read what a finished unit of a table gave."""
+        return json.loads(self.shard(number).read_text(encoding="utf-8"))
+
+    def _save_record(self, record: UnitRecord) -> None:
+        # it comes after the rows: where it is, they are whole
+        shard = self.shard(record.number)
+        facts = asdict(record) | {"shard_sha256": _file_digest(shard), "run": self._digest}
+        self._write(shard.with_suffix(".json").name, facts)
+
+    def _check_space(self, unit: UnitRows, *, itemsize: int) -> None:
         matrices = unit.block.matrices if isinstance(unit.block, EmbeddingBlock) else unit.block.values
-        itemsize = STORAGE_DTYPES[self.manifest.out_dtype].itemsize
         needed = sum(matrix.size for matrix in matrices.values()) * itemsize + _UNIT_OVERHEAD
         check_space(self.folder, needed, what=f"unit {unit.record.number}")
         self._saved_bytes += needed
@@ -321,23 +337,6 @@ class Parts:
         found = _read_json(self.folder / name)
         return None if found is None or found.pop("run", None) != self._digest else found
 
-    def save_rows(self, number: int, values: Mapping[str, Any]) -> None:
-        """Save finished rows of a table."""
-        self._write(f"rows-{number:06}.json", {**values, "run": self._digest})
-
-    def read_rows(self, number: int) -> dict[str, Any] | None:
-        """Read finished rows of a table; what is damaged is made again."""
-        try:
-            found = self._read(f"rows-{number:06}.json")
-        except StoreFormatError as error:
-            logger.warning("%s, part %d is made again", error, number)
-            return None
-        return found if found is not None and {"content", "rows", "sha256"} <= set(found) else None
-
-    def num_rows_saved(self) -> int:
-        """Count the parts of a table that were saved."""
-        return len(list(self.folder.glob("rows-*[0-9].json")))
-
     def began_ns(self) -> int:
         """Return when the run began."""
         return (self.folder / MANIFEST).stat().st_mtime_ns
@@ -345,6 +344,15 @@ class Parts:
     def saved_numbers(self) -> list[int]:
         """Return the units that were saved, intact or not."""
         return sorted(int(path.stem.removeprefix("unit-")) for path in self.folder.glob("unit-*[0-9].json"))
+
+    def note_kept(self, error: BaseException, *, alone: bool = True) -> None:
+        """Say at a failure which units are kept; if there are none, nothing is left behind."""
+        num_units = len(self.saved_numbers())
+        if num_units:
+            units = "1 finished unit is" if num_units == 1 else f"{num_units} finished units are"
+            error.add_note(f"{units} kept in {self.folder}: run the same command again to go on")
+        elif alone:
+            self.remove()
 
     def remove(self) -> None:
         """Remove the parts, the manifest last; what is not ours stays, and so does the folder then."""
@@ -378,7 +386,7 @@ class Parts:
             raise StoreError(problem, path=str(self.folder))
 
     def _difference(self, found: Manifest) -> str:
-        num_units = len(self.saved_numbers()) or self.num_rows_saved()
+        num_units = len(self.saved_numbers())
         changed = identity_differences(found.identity, self.manifest.identity)
         shown = ", ".join(changed[:_SHOWN])
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -389,7 +397,7 @@ class Parts:
 
     def shard(self, number: int) -> Path:
         """Return the path of the file with the rows of a unit."""
-        return self.folder / f"unit-{number:06}.h5"
+        return self.folder / f"unit-{number:06}.{'rows' if self.manifest.out_dtype is None else 'h5'}"
 
     def _read_record(self, number: int) -> UnitRecord | None:
         path = self.shard(number).with_suffix(".json")

@@ -99,8 +99,8 @@ OPTIONS = {
         --dtype -o --output --overwrite --revision --trust-remote-code""",
     "score": """
         --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
-        --layer --model -o --output --overwrite --per-base --pool --rc --reference --revision --start-token
-        --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
+        --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference --revision
+        --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
     "doctor": "",
 }
 CHOICES = {

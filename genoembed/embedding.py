@@ -22,7 +22,7 @@ from genoembed.models.trained_folder import CARRIED, carried_options, find_facts
 from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.pipeline.request import load_configured
 from genoembed.pipeline.units import iter_units
-from genoembed.sequences.reading import clean_record
+from genoembed.sequences.reading import clean_record, list_sequences, sequence_letters
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies, RawRecord
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Fusion, Pooling
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.sequences.reading import Letters
 
 PLACE = "sequences"
 """What errors name as the file, since there is none."""
@@ -119,7 +120,7 @@ class RecordEmbedder:
 
 @named_options(EmbedConfig)
 def embed(
-    sequences: Iterable[str | bytes | SequenceRecord],
+    sequences: Iterable[Letters | SequenceRecord],
     *,
     model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL,
     layers: int | str | Sequence[int | str] | None = None,
@@ -130,7 +131,9 @@ def embed(
     """Embed sequences in memory; the numbers are those that ``extract`` writes.
 
     Args:
-        sequences: Letters, or records; one or more. Lower case is upper-cased and ``U`` becomes ``T``.
+        sequences: A list, array, column or iterator of one or more ``str``, ``bytes``, Biopython's ``Seq`` or
+            ``SeqRecord``, or records of :func:`read_sequences`. Lower case is upper-cased and ``U`` becomes
+            ``T``.
         model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
         layers: As for ``extract``.
         pooling: As for ``extract``, but not ``none``.
@@ -162,7 +165,7 @@ def embed(
 
 
 def clean_sequences(
-    sequences: Iterable[str | bytes | SequenceRecord], config: EmbedConfig
+    sequences: Iterable[Letters | SequenceRecord], config: EmbedConfig
 ) -> list[SequenceRecord]:
     """Apply the input policies to sequences."""
     policies = Policies(
@@ -173,11 +176,12 @@ def clean_sequences(
         raise ConfigError(message)
     ids, counts = IdRegistry("error"), InputCounts()
     records = []
-    for index, sequence in enumerate(sequences):
+    for index, sequence in enumerate(list_sequences(sequences, PLACE)):
         if isinstance(sequence, SequenceRecord):
             records.append(sequence)
             continue
-        raw = RawRecord(str(index), "", PLACE, PLACE, None, iter([(_letters(sequence, index), None)]))
+        letters = sequence_letters(sequence, f"{PLACE}[{index}]")
+        raw = RawRecord(str(index), "", PLACE, PLACE, None, iter([(letters, None)]))
         record = clean_record(raw, policies=policies, ids=ids, counts=counts)
         assert record is not None, "no policy skips"
         records.append(record)
@@ -185,16 +189,6 @@ def clean_sequences(
         problem = "there are none, expected one or more; give at least one"
         raise EmptyRecordError(problem, path=PLACE)
     return records
-
-
-def _letters(sequence: object, index: int) -> bytes:
-    if isinstance(sequence, bytes):
-        return sequence
-    if isinstance(sequence, str):
-        # what is not ASCII is invalid, and one letter for the error to point at
-        return sequence.encode("ascii", "replace")
-    message = f"{PLACE}[{index}] is {type(sequence).__name__}, expected letters as str or bytes; give those"
-    raise ConfigError(message)
 
 
 def _given_of(options: Mapping[str, Any]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from genoembed.config.embed import DEFAULT_MODEL
 from genoembed.config.fields import named_options
 from genoembed.embedding import Embedded, embed, load_for_embedding
 from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.sequences.reading import list_sequences
 
 try:
     from sklearn.base import BaseEstimator, TransformerMixin
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.sequences.reading import Letters
 
 __all__ = ["SequenceEmbedder", "clear_models"]
 
@@ -113,7 +115,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.revision = revision
         self.trust_remote_code = trust_remote_code
 
-    def fit(self, X: Iterable[str | bytes], y: object = None) -> SequenceEmbedder:
+    def fit(self, X: Iterable[Letters], y: object = None) -> SequenceEmbedder:
         """Check the parameters, load the model, and find what a vector is.
 
         Args:
@@ -133,7 +135,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.n_features_out_ = len(found.feature_names)
         return self
 
-    def transform(self, X: Iterable[str | bytes]) -> NDArray[np.float32]:
+    def transform(self, X: Iterable[Letters]) -> NDArray[np.float32]:
         """Embed sequences.
 
         Args:
@@ -169,7 +171,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    def _embed(self, sequences: Sequence[str | bytes]) -> Embedded:
+    def _embed(self, sequences: Sequence[Letters]) -> Embedded:
         if not isinstance(self.model, str):
             message = (
                 f"model is {type(self.model).__name__}, expected a name or a folder: estimators are copied; "
@@ -242,20 +244,8 @@ def _state(model: str) -> tuple[tuple[str, int, int], ...]:
     return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-def _sequences(X: object) -> list[str | bytes]:
-    if isinstance(X, str | bytes):
-        message = "X is one sequence, expected a list of them; put it into a list"
-        raise ConfigError(message)
-    if getattr(X, "ndim", 1) != 1:
-        message = (
-            f"X has shape {getattr(X, 'shape', '?')}, expected (N,): one sequence per row; pass one column"
-        )
-        raise ConfigError(message)
-    try:
-        found: list[str | bytes] = list(X)  # type: ignore[call-overload]
-    except TypeError as error:
-        message = f"X is {type(X).__name__}, expected a list of sequences; give one"
-        raise ConfigError(message) from error
+def _sequences(X: object) -> list[Any]:
+    found = list_sequences(X, "X")
     if not found:
         message = "X is empty, expected one sequence or more; give one"
         raise ConfigError(message)

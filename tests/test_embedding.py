@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MappingProxyType
+
 import numpy as np
+import pandas as pd
+import pyarrow
 import pytest
+from Bio.Seq import MutableSeq, Seq
+from Bio.SeqRecord import SeqRecord
 
 from genoembed import SequenceRecord, embed, extract, load_model, open_embeddings
 from genoembed.errors import AlphabetError, ConfigError, EmptyRecordError
+from genoembed.sklearn import SequenceEmbedder
 from tests.tiny_models import build_tiny
 
 SEQUENCES = ["ACGTACGTTT", "acgu", "GGGATTTACCCNA", "T"]
@@ -47,6 +55,7 @@ def test_embed_takes_bytes_records_and_a_loaded_model(bert):
         (["ACGT", ""], {}, EmptyRecordError, "record '1': has no bases"),
         (["ACGT", "AJG"], {}, AlphabetError, "record '1': 'J' at position 2"),
         (["ACé"], {}, AlphabetError, "record '0': .* at position 3"),
+        (["ACGT", float("nan")], {}, ConfigError, r"sequences\[1\] is float, expected letters"),
         (["ACGT", None], {}, ConfigError, r"sequences\[1\] is NoneType, expected letters"),
         (["AC"], {"pooling": "none"}, ConfigError, "several vectors a sequence"),
         (["AC"], {"per_window": True, "window": 8}, ConfigError, "several vectors a sequence"),
@@ -58,6 +67,57 @@ def test_embed_takes_bytes_records_and_a_loaded_model(bert):
 def test_embed_refuses(sequences, options, error, problem, bert):
     with pytest.raises(error, match=problem):
         embed(sequences, model=bert, **options)
+
+
+ONE = "sequences is one sequence, expected a list of them; put it into a list"
+LETTERS = "ACGTTGCA"
+NOT_A_LIST = {
+    "str": (LETTERS, ONE),
+    "bytes": (LETTERS.encode(), ONE),
+    "bytearray": (bytearray(LETTERS, "ascii"), ONE),
+    "Seq": (Seq(LETTERS), ONE),
+    "MutableSeq": (MutableSeq(LETTERS), ONE),
+    "SeqRecord": (SeqRecord(Seq(LETTERS), id="a"), ONE),
+    "SequenceRecord": (SequenceRecord(id="a", sequence=LETTERS.encode()), ONE),
+    "dict": ({"KRAS": LETTERS}, "is a dict, which has names and sequences"),
+    "mapping": (MappingProxyType({"KRAS": LETTERS}), "is a mappingproxy, which has names and sequences"),
+    "set": ({LETTERS}, "is a set, which has no order for the rows"),
+    "data frame": (pd.DataFrame({"ACGT": [LETTERS]}), r"has shape \(1, 1\), expected \(N,\)"),
+    "Arrow table": (pyarrow.table({"ACGT": [LETTERS]}), r"has shape \(1, 1\), expected \(N,\)|is a Table"),
+    "scalar array": (np.array(LETTERS), r"has shape \(\), expected \(N,\)"),
+    "column": (np.array([[LETTERS]]), r"has shape \(1, 1\), expected \(N,\)"),
+    "None": (None, "is NoneType, expected a list of sequences"),
+    "path": (Path("a.fa"), "is PosixPath, expected a list of sequences"),
+    "letterless": ([Seq(None, 8)], r"sequences\[0\] has a length but no letters"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_A_LIST)
+def test_what_is_no_list_of_sequences_is_refused_rather_than_gone_through(kind, bert):
+    sequences, problem = NOT_A_LIST[kind]
+    with pytest.raises(ConfigError, match=problem):
+        embed(sequences, model=bert)
+    with pytest.raises(ConfigError, match=problem.replace("sequences is", "X is")):
+        SequenceEmbedder(bert).fit(sequences)
+
+
+def test_lists_of_every_kind_give_the_same_rows(bert):
+    model, pair = load_model(bert, dtype="float32"), [LETTERS, LETTERS[::-1]]
+    expected = embed(pair, model=model).X
+    lists = (
+        tuple(pair),
+        iter(pair),
+        dict(enumerate(pair)).values(),
+        np.array(pair),
+        pd.Series(pair, index=["x", "y"]),
+        [letters.encode() for letters in pair],
+        [Seq(letters) for letters in pair],
+        [MutableSeq(letters) for letters in pair],
+        [SeqRecord(Seq(letters), id="same") for letters in pair],
+        [bytearray(letters, "ascii") for letters in pair],
+    )
+    for sequences in lists:
+        np.testing.assert_array_equal(embed(sequences, model=model).X, expected)
 
 
 def test_embed_refuses_loading_options_of_a_loaded_model(bert):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genoembed.config.plot import MapConfig
-from genoembed.errors import MissingExtraError
+from genoembed.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genoembed.config.plot import MapConfig
 
 
+_MAX_EXPONENT = 40
 _NAMES = {"pca": "PC", "umap": "UMAP ", "tsne": "t-SNE "}
 
 
@@ -46,12 +47,17 @@ def lay_out(vectors: NDArray[np.float32], options: MapConfig) -> PlaneMap:
         ('PC1 (90.0 %)', 'PC2 (10.0 %)')
     """
     wanted = 2 if options.method == "pca" else options.components
-    scores, shares = _principal_components(vectors, wanted, options.seed)
+    centered, exponent = _centered(vectors)
+    scores, shares = _principal_components(centered, wanted, options.seed)
     name = _NAMES[options.method]
+    scale = f" of vectors divided by 2^{exponent}" if exponent else ""
     if options.method == "pca":
         labels = (f"PC1 ({shares[0]:.1%})".replace("%", " %"), f"PC2 ({shares[1]:.1%})".replace("%", " %"))
-        return PlaneMap(points=scores[:, :2], axis_labels=labels, settings="PCA")
-    start = f"of {scores.shape[1]} principal components, seed {options.seed}"
+        return PlaneMap(points=scores[:, :2], axis_labels=labels, settings=f"PCA{scale}")
+    if not scores.any():  # UMAP gives NaN of equal rows, and t-SNE ends the process
+        settings = f"all {len(vectors)} vectors are equal, so {name.strip()} has nothing to arrange"
+        return PlaneMap(points=scores[:, :2], axis_labels=(f"{name}1", f"{name}2"), settings=settings)
+    start = f"of {scores.shape[1]} principal components{scale}, seed {options.seed}"
     if options.method == "umap":
         neighbors = min(options.neighbors, len(vectors) - 1)
         points = _umap(scores, neighbors, options)
@@ -60,21 +66,42 @@ def lay_out(vectors: NDArray[np.float32], options: MapConfig) -> PlaneMap:
         perplexity = min(options.perplexity, (len(vectors) - 1) / 3)
         points = _tsne(scores, perplexity, options)
         settings = f"t-SNE {start}, perplexity {perplexity:.3g}"
+    if not np.isfinite(points).all():
+        message = f"{name.strip()} finds no place for some of the {len(points)} vectors; set method to 'pca'"
+        raise ConfigError(message)
     return PlaneMap(points=points, axis_labels=(f"{name}1", f"{name}2"), settings=settings)
 
 
+def _centered(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+    """Take the mean out; numbers whose squares float32 does not hold are divided by a power of two."""
+    if (vectors == vectors[0]).all():  # their mean need not be quite the same number
+        return np.zeros_like(vectors), 0
+    total = 0
+    before, most = _exponent(vectors), _MAX_EXPONENT
+    if before > most:
+        vectors, total = np.ldexp(vectors, -before), before
+    centered = vectors - vectors.mean(axis=0)
+    after = _exponent(centered)
+    if abs(after) > most:
+        centered, total = np.ldexp(centered, -after), total + after
+    return centered, total
+
+
+def _exponent(values: NDArray[np.float32]) -> int:
+    return int(np.frexp(max(values.max(), -values.min()))[1])
+
+
 def _principal_components(
-    vectors: NDArray[np.float32], wanted: int, seed: int
+    centered: NDArray[np.float32], wanted: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Compute scores ``(N, C)``, C at least 2, and the share of the variance of each component."""
     try:
         from sklearn.decomposition import PCA
     except ImportError as error:
         raise MissingExtraError(package="scikit-learn", extra="analysis", purpose="plot") from error
-    num_components = min(wanted, *vectors.shape)
-    centered = vectors - vectors.mean(axis=0)
+    num_components = min(wanted, *centered.shape)
     if not centered.any():  # all rows are equal, and no direction has a share
-        return np.zeros((len(vectors), 2), np.float32), np.zeros(2)
+        return np.zeros((len(centered), 2), np.float32), np.zeros(2)
     pca = PCA(n_components=num_components, random_state=seed)
     scores = np.asarray(pca.fit_transform(centered), dtype=np.float32)
     shares = np.asarray(pca.explained_variance_ratio_, dtype=np.float64)

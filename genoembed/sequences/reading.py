@@ -7,9 +7,13 @@ is dropped or changed without a policy, a count and a log line.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, TypeAlias
+
+from Bio.Seq import MutableSeq, Seq, UndefinedSequenceError
+from Bio.SeqRecord import SeqRecord
 
 from genoembed.contracts import SequenceRecord
 from genoembed.errors import ConfigError, EmptyRecordError
@@ -19,7 +23,7 @@ from genoembed.sequences.formats import iter_records
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
     from genoembed.sequences.compression import InputDigests
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 PathInput: TypeAlias = "str | PathLike[str]"
+Letters: TypeAlias = "str | bytes | bytearray | Seq | MutableSeq | SeqRecord"
+"""A sequence in memory, as callers have it."""
 
 
 def read_sequences(
@@ -143,6 +149,57 @@ def _finish(
         if record is not None:
             yield record
     _LOG.info("input: %s", counts)
+
+
+_ONE_SEQUENCE = (str, bytes, bytearray, memoryview, Seq, MutableSeq, SeqRecord, SequenceRecord)
+
+
+def list_sequences(sequences: object, name: str = "sequences") -> list[object]:
+    """List sequences that are in memory; refuse what would be taken for other ones when it is gone through.
+
+    Example:
+        >>> list_sequences("ACGT")
+        Traceback (most recent call last):
+        ...
+        genoembed.errors.ConfigError: sequences is one sequence, expected a list of them; put it into a list
+    """
+    kind = type(sequences).__name__
+    if isinstance(sequences, _ONE_SEQUENCE):
+        message = f"{name} is one sequence, expected a list of them; put it into a list"
+    elif isinstance(sequences, set | frozenset):
+        message = f"{name} is a {kind}, which has no order for the rows; give a list of sequences"
+    elif isinstance(sequences, Mapping):
+        message = f"{name} is a {kind}, which has names and sequences; give the sequences alone, as a list"
+    elif getattr(sequences, "ndim", 1) != 1:
+        shape = getattr(sequences, "shape", "?")
+        message = f"{name} has shape {shape}, expected (N,): one sequence per row; pass one column"
+    # tables of pandas, polars, Arrow and datasets: some are gone through by names of columns, some by rows
+    elif hasattr(sequences, "columns") or hasattr(sequences, "column_names"):
+        message = f"{name} is a {kind}, expected a list of sequences; pass one column"
+    elif not isinstance(sequences, Iterable):
+        message = f"{name} is {kind}, expected a list of sequences; give one"
+    else:
+        return list(sequences)
+    raise ConfigError(message)
+
+
+def sequence_letters(sequence: object, place: str) -> bytes:
+    """Return the letters of a sequence that is in memory, as they are given."""
+    if isinstance(sequence, SeqRecord):
+        sequence = sequence.seq
+    if isinstance(sequence, str):
+        # what is not ASCII is invalid, and one letter for the error to point at
+        return sequence.encode("ascii", "replace")
+    if isinstance(sequence, bytes | bytearray | Seq | MutableSeq):
+        try:
+            return bytes(sequence)
+        except UndefinedSequenceError:
+            message = f"{place} has a length but no letters; give a sequence with letters"
+            raise ConfigError(message) from None
+    message = (
+        f"{place} is {type(sequence).__name__}, expected letters as str, bytes, Seq or SeqRecord; give those"
+    )
+    raise ConfigError(message)
 
 
 def clean_record(

@@ -13,6 +13,7 @@ import pytest
 from genoembed import fit_transform, plot
 from genoembed.config.plot import MapConfig
 from genoembed.errors import ConfigError, GenoembedError, StoreError
+from genoembed.plotting import reduction
 from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOR, ClassColumn, class_column, number_column
 from genoembed.plotting.reduction import lay_out
 from genoembed.plotting.run import read_values
@@ -220,6 +221,42 @@ def test_scale_leaves_outliers_out_and_knows_missing_ones():
 def test_wrong_options_are_refused(options, problem, file):
     with pytest.raises(ConfigError, match=problem):
         plot(file, **options)
+
+
+EQUAL = {
+    "ones": np.ones((30, 8)),
+    "a tenth": np.full((30, 8), 0.1),  # whose mean in float32 is another number
+    "zeros": np.zeros((30, 1)),
+    "largest": np.full((30, 8), 3e38),
+    "three": np.full((3, 8), 0.1),
+}
+
+
+@pytest.mark.parametrize("method", ["pca", "umap", "tsne"])
+@pytest.mark.parametrize("kind", EQUAL)
+def test_equal_rows_lie_on_one_point_and_the_map_says_so(kind, method):
+    plane = lay_out(EQUAL[kind].astype(np.float32), MapConfig(method=method))
+    assert not plane.points.any()
+    assert plane.points.shape == (len(EQUAL[kind]), 2)
+    assert ("are equal" in plane.settings) == (method != "pca")
+    assert "nan" not in "".join(plane.axis_labels)
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30, 8e37])
+def test_vectors_of_any_size_are_arranged(scale, method):
+    vectors = (np.random.default_rng(0).normal(size=(30, 8)) * scale).astype(np.float32)
+    plane = lay_out(vectors, MapConfig(method=method))
+    assert np.isfinite(plane.points).all()
+    assert len(np.unique(plane.points, axis=0)) == 30
+    assert "of vectors divided by 2^" in plane.settings
+    assert "nan" not in "".join(plane.axis_labels)
+
+
+def test_place_that_is_no_number_is_no_map(monkeypatch):
+    monkeypatch.setattr(reduction, "_tsne", lambda scores, *_: np.full((len(scores), 2), np.nan))
+    with pytest.raises(ConfigError, match="t-SNE finds no place for some of the 9 vectors; set method to"):
+        lay_out(np.eye(9, dtype=np.float32), MapConfig(method="tsne"))
 
 
 def test_too_few_vectors_are_refused(tmp_path):

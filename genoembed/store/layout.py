@@ -24,7 +24,7 @@ from genoembed.store.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import DTypeLike, NDArray
 
@@ -192,12 +192,19 @@ class LazyMatrix:
         self.dtype: np.dtype[np.floating] = dataset.dtype
         """How the values are stored."""
         self.ndim = 2
+        self.origin: tuple[Callable[..., LazyMatrix], tuple[object, ...]] | None = None
+        """How to open it again in another process."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"LazyMatrix({self.shape[0]} x {self.shape[1]}, {self.dtype.name})"
+
+    def __reduce__(self) -> tuple[Callable[..., LazyMatrix], tuple[object, ...]]:
+        if self.origin is None or not self._dataset:
+            raise closed(self._path)
+        return self.origin
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.floating]:
         if copy is False:

@@ -67,6 +67,8 @@ def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) ->
 class EmbeddingFile:
     """An open embedding file; ``open_embeddings`` makes it.
 
+    Pickled, as for workers of a ``DataLoader``, it is opened again where it is unpickled; so are its matrices.
+
     Args:
         path: A file that genoembed wrote.
         untrusted: As for ``open_embeddings``.
@@ -88,6 +90,14 @@ class EmbeddingFile:
             hdf5.close()
             raise
         self._hdf5 = hdf5
+        self._origin = (str(self.path.absolute()), untrusted, _state(self.path))
+        for name, matrix in self._layout.matrices.items():
+            matrix.origin = (_open_matrix, (*self._origin, name))
+
+    def __reduce__(self) -> tuple[Callable[..., EmbeddingFile], tuple[object, ...]]:
+        # an open file cannot go to another process, such as a worker of a DataLoader: it is opened again there
+        self._open_file()
+        return _open_again, self._origin
 
     def __enter__(self) -> EmbeddingFile:
         return self
@@ -314,6 +324,24 @@ class EmbeddingFile:
         name = self.layers[0] if layer is None else layer
         self[name]  # an unknown layer is an error here, not in a worker
         return EmbeddingDataset(self.path, name, torch.from_numpy)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _open_again(path: str, untrusted: bool, state: tuple[int, int]) -> EmbeddingFile:  # noqa: FBT001 - of pickle
+    file = EmbeddingFile(path, untrusted=untrusted)
+    if _state(file.path) != state:
+        file.close()
+        problem = "has changed since it was opened in another process; open it again there"
+        raise StoreError(problem, path=path)
+    return file
+
+
+def _open_matrix(path: str, untrusted: bool, state: tuple[int, int], layer: str) -> LazyMatrix:  # noqa: FBT001
+    return _open_again(path, untrusted, state)[layer]
 
 
 class ObsTable(Mapping[str, "NDArray[Any]"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 import subprocess
@@ -352,6 +353,45 @@ def test_to_torch_survives_pickling_and_closing(tmp_path):
     assert (record_id, tuple(vectors.shape)) == ("r1", (3, 3))
     with pytest.raises(IndexError, match="out of range"):
         copied[2]
+
+
+class RowsOf:
+    """What users write around an open file."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def __len__(self):
+        return len(self.matrix)
+
+    def __getitem__(self, row):
+        return self.matrix[row]
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_open_file_and_its_matrices_go_to_workers_of_a_dataloader(tmp_path, method):
+    block = pooled_block([f"r{i}" for i in range(10)], ("a", "b"))
+    with open_embeddings(write_file(tmp_path / "a.h5", block)) as embeddings:
+        rows = RowsOf(embeddings["b"])
+        loader = DataLoader(rows, batch_size=4, num_workers=1, multiprocessing_context=method)
+        found = torch.cat(list(loader)).numpy()
+    np.testing.assert_array_equal(found, block.matrices["b"])
+
+
+def test_pickled_file_is_opened_again_wherever_that_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_file(tmp_path / "a.h5", pooled_block(["a", "b"])).parent)
+    embeddings = open_embeddings("a.h5")
+    stored, copied = pickle.dumps(embeddings), copy.copy(embeddings)
+    monkeypatch.chdir("/")
+    again = pickle.loads(stored)
+    embeddings.close()
+    assert again.ids == copied.ids == ["a", "b"]
+    for thing in (embeddings, embeddings.X):
+        with pytest.raises(StoreError, match="is closed; open it again"):
+            pickle.dumps(thing)
+    write_file(tmp_path / "new.h5", pooled_block(["another"])).rename(tmp_path / "a.h5")
+    with pytest.raises(StoreError, match="has changed since it was opened in another process"):
+        pickle.loads(stored)
 
 
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) ->
 class EmbeddingFile:
     """An open embedding file; ``open_embeddings`` makes it.
 
-    Pickled, as for workers of a ``DataLoader``, it is opened again where it is unpickled; so are its matrices.
+    Pickled, as for workers of a ``DataLoader``, it is opened again where it is unpickled; a matrix likewise.
 
     Args:
         path: A file that genoembed wrote.
@@ -95,7 +95,7 @@ class EmbeddingFile:
             matrix.origin = (_open_matrix, (*self._origin, name))
 
     def __reduce__(self) -> tuple[Callable[..., EmbeddingFile], tuple[object, ...]]:
-        # an open file cannot go to another process, such as a worker of a DataLoader: it is opened again there
+        # an open file cannot go to another process, such as a worker of a DataLoader, but its name can
         self._open_file()
         return _open_again, self._origin
 
@@ -331,7 +331,7 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _open_again(path: str, untrusted: bool, state: tuple[int, int]) -> EmbeddingFile:  # noqa: FBT001 - of pickle
+def _open_again(path: str, untrusted: bool, state: tuple[int, int]) -> EmbeddingFile:
     file = EmbeddingFile(path, untrusted=untrusted)
     if _state(file.path) != state:
         file.close()
@@ -340,7 +340,7 @@ def _open_again(path: str, untrusted: bool, state: tuple[int, int]) -> Embedding
     return file
 
 
-def _open_matrix(path: str, untrusted: bool, state: tuple[int, int], layer: str) -> LazyMatrix:  # noqa: FBT001
+def _open_matrix(path: str, untrusted: bool, state: tuple[int, int], layer: str) -> LazyMatrix:
     return _open_again(path, untrusted, state)[layer]
 
 

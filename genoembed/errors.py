@@ -38,6 +38,7 @@ so that no caller needs to parse text::
 
 from __future__ import annotations
 
+import re
 import signal
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -48,6 +49,26 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from types import FrameType
+
+# controls of terminals (C0, DEL, C1), what turns the direction of text around, separators of lines, halves of
+# characters; a tab and a line end are the caller's own layout
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Spell out characters by which a name from a file could act on a terminal, or look like another name.
+
+    Example:
+        >>> visible("chr1\x9b2J\u202e1")
+        'chr1\\x9b2J\\u202e1'
+    """
+    return text if text.isprintable() else _HIDDEN.sub(_spelled_out, text)
+
+
+def _spelled_out(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
 
 Spelling: TypeAlias = Callable[[str], str]
 """How an option is spelled where the reader typed it: its key in Python, its flag on the command line."""
@@ -123,14 +144,14 @@ class GenoembedError(Exception):
 
     def __init__(self, problem: str = "", *, place: str = "") -> None:
         self.problem = problem
-        super().__init__(f"{place}: {problem}" if place else problem)
+        super().__init__(visible(f"{place}: {problem}" if place else problem))
 
     def spelled(self, spelling: Spelling) -> str:
         """Return the message and its notes with every remedy spelled for a reader."""
         text = "; ".join([str(self), *getattr(self, "__notes__", ())])
         for problem in (self.problem, *getattr(self, "problems", ()), *getattr(self, "__notes__", ())):
             if isinstance(problem, Problem):
-                text = text.replace(str(problem), problem.spelled(spelling))
+                text = text.replace(visible(str(problem)), visible(problem.spelled(spelling)))
         return text
 
     def __reduce__(self) -> tuple[object, ...]:

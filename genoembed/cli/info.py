@@ -13,6 +13,7 @@ import click
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.output import aligned, count, echo_result
+from genoembed.errors import visible
 
 if TYPE_CHECKING:
     from genoembed import EmbeddingFile
@@ -111,7 +112,7 @@ class Check(Protocol):
 def show(check: Check) -> None:
     """Print a check as soon as it is done."""
     verdict = "ok    " if check.passed else "FAILED"
-    click.echo(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)")
+    click.echo(visible(f"{verdict}  {check.name}: {check.detail} ({check.seconds:.1f} s)"))
 
 
 @command(

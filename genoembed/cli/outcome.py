@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import click
 
 from genoembed.cli.options import SPELLING, in_command_line_words
-from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, is_ignored, python_spelling
+from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, is_ignored, python_spelling, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +57,9 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
                 raise  # of a library that says more than the system
             _write_to_nobody()
             place = "standard output" if error.filename is None else error.filename
-            message = f"{place}: {error.strerror}; free space, or check the name and its permissions"
+            message = (
+                f"{visible(str(place))}: {error.strerror}; free space, or check the name and its permissions"
+            )
             raise click.ClickException(message) from error
         except Exception as error:
             _raise_if_interrupted(ctx, signals, error)
@@ -102,7 +104,8 @@ def _raise_if_interrupted(ctx: click.Context, signals: _StopSignals, error: Exce
 def _end_interrupted(ctx: click.Context, interruption: KeyboardInterrupt) -> NoReturn:
     notes = getattr(interruption, "__notes__", ())
     kept = str(interruption)
-    click.echo(f"Interrupted: {kept}" if kept else _interruption(ctx.meta.get(_PROMISED), notes), err=True)
+    told = f"Interrupted: {kept}" if kept else _interruption(ctx.meta.get(_PROMISED), notes)
+    click.echo(visible(told), err=True)
     number = getattr(interruption, "number", signal.SIGINT)
     raise click.exceptions.Exit(128 + number) from None
 

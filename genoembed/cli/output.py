@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from genoembed.errors import GenoembedWarning
+from genoembed.errors import GenoembedWarning, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +52,7 @@ class LineHandler(logging.Handler):
             return
         mark = "Warning: " if record.levelno >= logging.WARNING else ""
         try:
-            sys.stderr.write(mark + " ".join(record.getMessage().splitlines()) + "\n")
+            sys.stderr.write(mark + visible(" ".join(record.getMessage().splitlines())) + "\n")
             sys.stderr.flush()
         except OSError:  # nobody reads it any more, which is no reason to stop
             pass
@@ -101,7 +101,7 @@ def _restore(environment: dict[str, str | None]) -> None:
 
 def echo_result(facts: object, text: str, *, as_json: bool) -> None:
     """Print what came of a command: one JSON object, or lines for people."""
-    click.echo(json.dumps(_plain(facts)) if as_json else text)
+    click.echo(json.dumps(_plain(facts)) if as_json else visible(text))
 
 
 def _plain(value: Any) -> Any:
@@ -188,7 +188,7 @@ def aligned(rows: Iterable[Sequence[object]], *, header: Sequence[str] | None = 
 
 
 def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else visible(str(value))
 
 
 _LAYERS_SHOWN = 4

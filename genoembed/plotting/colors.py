@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genoembed.errors import visible
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -90,7 +92,7 @@ def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
         >>> column.classes, column.codes.tolist(), column.colors
         (('b', 'a'), [1, 0, 0, -1], ('#0072b2', '#e69f00'))
     """
-    texts = np.array(["" if value is None else value for value in values], dtype=object)
+    texts = np.array(["" if value is None else visible(value) for value in values], dtype=object)
     is_there = np.array([value is not None for value in values], dtype=bool)
     found, inverse, counts = np.unique(texts[is_there].astype(str), return_inverse=True, return_counts=True)
     ranking = sorted(range(len(found)), key=lambda index: (-counts[index], found[index]))
@@ -106,7 +108,7 @@ def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
     codes = np.full(len(texts), MISSING, dtype=np.int16)
     codes[is_there] = position[inverse].astype(np.int16)
     return ClassColumn(
-        name=name,
+        name=visible(name),
         classes=tuple(classes),
         colors=colors[: len(classes)],
         codes=codes,
@@ -133,7 +135,7 @@ def number_column(name: str, values: NDArray[np.floating]) -> NumberColumn:
     is_log = low > 0 and high / low >= _LOG_RATIO and bool((finite > 0).all())
     if low == high:
         high = low + max(1.0, abs(low) * 1e-6)
-    return NumberColumn(name=name, values=numbers, low=low, high=high, is_log=is_log)
+    return NumberColumn(name=visible(name), values=numbers, low=low, high=high, is_log=is_log)
 
 
 def text_column(

@@ -19,7 +19,7 @@ from genoembed.atomic import replacing, reporting_writes
 from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.plot import MapConfig, PlotConfig
-from genoembed.errors import ConfigError, LabelError
+from genoembed.errors import ConfigError, LabelError, visible
 from genoembed.pipeline.embedding_file import VectorSource, load_transform_for
 from genoembed.plotting.colors import (
     MISSING,
@@ -140,8 +140,8 @@ def plot(
     with open_embeddings(path) as file:
         points = read_points(file, layer=layer, transform=transform, max_points=max_points, seed=wanted.seed)
         columns, num_unknown = _columns(file, points.rows, _listed(color), values, _listed(classes))
-        ids = [file.ids[row] for row in points.rows]
-        descriptions = tuple(map(str, file.obs["description"][points.rows]))
+        ids = [visible(file.ids[row]) for row in points.rows]
+        descriptions = tuple(visible(str(text)) for text in file.obs["description"][points.rows])
         lengths = file.obs["length"][points.rows]
     logger.info("%s: %d points, %s", fspath(path), len(ids), wanted.method)
     plane = lay_out(points.vectors, wanted)
@@ -151,8 +151,8 @@ def plot(
         descriptions=descriptions,
         lengths=lengths,
         columns=columns,
-        title=Path(path).name if title is None else title,
-        notes=tuple(_notes(points, plane.settings, transform, wanted.seed)),
+        title=visible(Path(path).name if title is None else title),
+        notes=tuple(map(visible, _notes(points, plane.settings, transform, wanted.seed))),
         keeps_scale=wanted.method != "pca",
         seed=wanted.seed,
     )

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from genoembed.atomic import replacing, reporting_writes
-from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.errors import ConfigError, MissingExtraError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def cell(value: object) -> str:
     """
     if isinstance(value, float | np.floating):
         return "NA" if math.isnan(value) else f"{value:.9g}"
-    return "NA" if value is None else str(value).translate(_SEPARATORS)
+    return "NA" if value is None else visible(str(value).translate(_SEPARATORS))
 
 
 def table_format(output: str, format: TableFormat = "auto") -> TableFormat:

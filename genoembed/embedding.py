@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Fusion, Pooling
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.sequences.reading import Letters
+    from genoembed.sequences.reading import SequenceInput
 
 PLACE = "sequences"
 """What errors name as the file, since there is none."""
@@ -120,7 +120,7 @@ class RecordEmbedder:
 
 @named_options(EmbedConfig)
 def embed(
-    sequences: Iterable[Letters | SequenceRecord],
+    sequences: Iterable[SequenceInput | SequenceRecord],
     *,
     model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL,
     layers: int | str | Sequence[int | str] | None = None,
@@ -165,7 +165,7 @@ def embed(
 
 
 def clean_sequences(
-    sequences: Iterable[Letters | SequenceRecord], config: EmbedConfig
+    sequences: Iterable[SequenceInput | SequenceRecord], config: EmbedConfig
 ) -> list[SequenceRecord]:
     """Apply the input policies to sequences."""
     policies = Policies(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.sequences.reading import Letters
+    from genoembed.sequences.reading import SequenceInput
 
 __all__ = ["SequenceEmbedder", "clear_models"]
 
@@ -61,7 +61,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         skip_first: Bases at the start that pooling leaves out. None: as trained, else 0.
         window: Bases of a window; None is what the model's context holds.
         stride: Bases from window to window.
-        invalid: Letters outside IUPAC DNA: ``error``, or ``mask`` to N.
+        invalid: SequenceInput outside IUPAC DNA: ``error``, or ``mask`` to N.
         gaps: Gap letters: ``error``, or ``strip``.
         keep_case: Leave soft-masked bases in lower case.
         batch_tokens: Slots of a forward pass; None takes what is fast on the device.
@@ -115,7 +115,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.revision = revision
         self.trust_remote_code = trust_remote_code
 
-    def fit(self, X: Iterable[Letters], y: object = None) -> SequenceEmbedder:
+    def fit(self, X: Iterable[SequenceInput], y: object = None) -> SequenceEmbedder:
         """Check the parameters, load the model, and find what a vector is.
 
         Args:
@@ -135,7 +135,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.n_features_out_ = len(found.feature_names)
         return self
 
-    def transform(self, X: Iterable[Letters]) -> NDArray[np.float32]:
+    def transform(self, X: Iterable[SequenceInput]) -> NDArray[np.float32]:
         """Embed sequences.
 
         Args:
@@ -171,7 +171,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    def _embed(self, sequences: Sequence[Letters]) -> Embedded:
+    def _embed(self, sequences: Sequence[SequenceInput]) -> Embedded:
         if not isinstance(self.model, str):
             message = (
                 f"model is {type(self.model).__name__}, expected a name or a folder: estimators are copied; "

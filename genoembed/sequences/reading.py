@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 PathInput: TypeAlias = "str | PathLike[str]"
-Letters: TypeAlias = "str | bytes | bytearray | Seq | MutableSeq | SeqRecord"
+SequenceInput: TypeAlias = "str | bytes | bytearray | Seq | MutableSeq | SeqRecord"
 """A sequence in memory, as callers have it."""
 
 
@@ -53,11 +53,11 @@ def read_sequences(
 
     FASTA, FASTQ, GenBank and EMBL, plain or compressed with gzip, bgzip, bzip2, xz or zstd; format and
     compression are recognized by content. Options, file names and region files are checked at once; the
-    sequences are read as the iterator is used. Letters are upper-cased and ``U`` becomes ``T``.
+    sequences are read as the iterator is used. SequenceInput are upper-cased and ``U`` becomes ``T``.
 
     Args:
         paths: One file or several; ``-`` is standard input.
-        invalid: Letters outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``.
+        invalid: SequenceInput outside IUPAC DNA: ``error``, ``skip`` the record, or ``mask`` each to ``N``.
         duplicates: An id seen before in this call: ``error``, or ``suffix`` (``_2``, ``_3`` ...).
         empty: A record without bases: ``error`` or ``skip``.
         gaps: Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip`` them out.

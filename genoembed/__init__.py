@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from genoembed.finetuning.predict import PredictionReport, predict
     from genoembed.finetuning.run import FinetuneReport, finetune
     from genoembed.models.describe import ModelLayers, describe_layers
-    from genoembed.models.load import GenomicModel, load_model
+    from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.load import load_model
     from genoembed.models.registry import known_models
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
@@ -55,7 +56,7 @@ _HOMES = {
     "FinetuneReport": "genoembed.finetuning.run",
     "GenoembedError": "genoembed.errors",
     "GenoembedWarning": "genoembed.errors",
-    "GenomicModel": "genoembed.models.load",
+    "GenomicModel": "genoembed.models.genomic_model",
     "InputCounts": "genoembed.sequences",
     "Merged": "genoembed.store",
     "ModelExportReport": "genoembed.exporting.model_folder",

@@ -17,13 +17,14 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import ModelExportConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import MissingExtraError, ModelError
-from genoembed.models.load import GenomicModel, load_model
+from genoembed.models.load import load_model
 from genoembed.models.trained_folder import read_finetuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genoembed.config.choices import ComputeDtype
+    from genoembed.models.genomic_model import GenomicModel
 
 
 _README = "README.md"

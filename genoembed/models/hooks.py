@@ -8,15 +8,14 @@ model computes the same afterwards as before.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from genoembed.errors import LayerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -38,7 +37,7 @@ class _Capture:
         self.outputs: dict[str, Tensor] = {}
         self.pending = dict.fromkeys(paths)
 
-    def take(self, path: str, _module: nn.Module, _inputs: tuple[Any, ...], output: object) -> None:
+    def take(self, path: str, output: object) -> None:
         """Keep one module's output; leave the pass when it was the last requested one."""
         if path not in self.pending:
             message = (
@@ -74,22 +73,34 @@ def capture(
     """
     state = _Capture(paths, reduce)
     outputs: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
     try:
-        for path in _checked(module, state.pending):
-            handles.append(module.get_submodule(path).register_forward_hook(partial(state.take, path)))
-        yield outputs
+        with hooked(module, _checked(module, state.pending), state.take):
+            yield outputs
     except _AllCapturedError as stop:
         if stop.owner is not state:
             raise
-    finally:
-        for handle in handles:
-            handle.remove()
     if state.pending:
         never = next(iter(state.pending))
         message = f"layer {never!r} did not run in the forward pass; capture a module that the model calls"
         raise LayerError(message, spec=never)
     outputs.update({path: state.outputs[path] for path in dict.fromkeys(paths)})
+
+
+@contextmanager
+def hooked(module: nn.Module, paths: Iterable[str], take: Callable[[str, object], object]) -> Iterator[None]:
+    """Call back with each path and what its module returns, in the forward passes of the body."""
+    handles: list[RemovableHandle] = []
+    try:
+        for path in paths:
+
+            def hook(_module: nn.Module, _inputs: object, output: object, path: str = path) -> None:
+                take(path, output)  # what a hook returns would replace the module's output
+
+            handles.append(module.get_submodule(path).register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_tensor(output: object, *, path: str) -> Tensor:

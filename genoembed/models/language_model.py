@@ -9,7 +9,6 @@ B rows, L padded length, C positions of a block, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,14 +18,14 @@ from transformers import AutoModelForCausalLM
 from genoembed.errors import CheckpointError, GenoembedError, ModelError
 from genoembed.models.architecture import NONSENSE, base_of, first_line
 from genoembed.models.behavior import evaluating, forward_arguments
-from genoembed.models.hooks import first_tensor
+from genoembed.models.hooks import first_tensor, hooked
 from genoembed.models.load import without_progress_bars
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from genoembed.contracts import Batch
@@ -54,9 +53,7 @@ class LanguageModel:
         self._whole = None if isinstance(model.module, StripedHyena2Model) else _load_whole(model)
         self._base = model.module if self._whole is None else base_of(self._whole)
 
-    def log_probs(
-        self, batch: Batch, *, layers: Sequence[str] = (), take: Take | None = None, block_tokens: int
-    ) -> Tensor:
+    def log_probs(self, batch: Batch, *, layers: Sequence[str], take: Take, block_tokens: int) -> Tensor:
         """Run one batch."""
         found_BL = torch.full(batch.input_ids.shape, torch.nan)
         ids_BL = batch.input_ids.to(self.model.device)
@@ -69,7 +66,7 @@ class LanguageModel:
         return found_BL.masked_fill(batch.attention_mask == 0, torch.nan)
 
     def _logits(
-        self, ids_BL: Tensor, batch: Batch, layers: Sequence[str], take: Take | None, block_tokens: int
+        self, ids_BL: Tensor, batch: Batch, layers: Sequence[str], take: Take, block_tokens: int
     ) -> Iterator[tuple[slice, Tensor]]:
         """Run block by block where the state can be carried, else all at once."""
         mask_BL = batch.attention_mask.to(ids_BL.device)
@@ -79,13 +76,14 @@ class LanguageModel:
         step = block_tokens if in_blocks else length
         for start in range(0, length, step):
             span = slice(start, min(length, start + step))
-            arguments = self._arguments(mask_BL[:, : span.stop]) | state
-            with _tapped(self._base, layers, take, span):
-                yield span, self._forward(ids_BL[:, span], arguments)
+            mask = mask_BL[:, : span.stop] if self.model.accepts_attention_mask else None
+            arguments = forward_arguments(self._whole or self._base, mask) | state
 
-    def _arguments(self, mask_BL: Tensor) -> dict[str, Any]:
-        module = self._whole or self._base
-        return forward_arguments(module, mask_BL if self.model.accepts_attention_mask else None)
+            def pass_on(path: str, output: object, span: slice = span) -> None:
+                take(path, first_tensor(output, path=path), span)
+
+            with hooked(self._base, layers, pass_on):
+                yield span, self._forward(ids_BL[:, span], arguments)
 
     def _forward(self, ids_BL: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self._whole is not None:
@@ -133,24 +131,6 @@ def _load_whole(model: GenomicModel) -> PreTrainedModel:
     if type(getattr(whole, prefix, None)) is type(model.module):
         setattr(whole, prefix, model.module)
     return whole.to(model.device).eval()
-
-
-@contextmanager
-def _tapped(module: nn.Module, layers: Sequence[str], take: Take | None, span: slice) -> Iterator[None]:
-    """Pass on what layers return in the forward pass of the body."""
-    handles = []
-    try:
-        for path in layers if take is not None else ():
-
-            def hook(_module: object, _inputs: object, output: object, path: str = path) -> None:
-                assert take is not None
-                take(path, first_tensor(output, path=path), span)
-
-            handles.append(module.get_submodule(path).register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _target_log_probs(logits_BCV: Tensor, targets_BC: Tensor) -> Tensor:

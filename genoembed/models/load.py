@@ -38,16 +38,13 @@ from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import locate_model, reachable_source
 from genoembed.models.precision import automatic_dtype
-from genoembed.models.registry import BUNDLED_NAME, KnownModel, ModelSource, known_models
+from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
 from genoembed.models.untrusted import bounded_build, check_tokenizer_config, leads_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from genoembed.config.choices import ComputeDtype
-
-__all__ = ["GenomicModel", "load_model"]
-
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -100,7 +97,9 @@ def load_model(
             revision=revision,
             device_map=device_map,
         )
-    _warn_about_precision(model)
+    if model.entry is not None and model.entry.needs_fp8:
+        message = f"{model.entry.name}: {model.entry.precision_note}; evo2_7b does not need it"
+        warnings.warn(PrecisionWarning(message), stacklevel=2)
     return model
 
 
@@ -124,12 +123,13 @@ def _load(
     untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
     if device_map is None:
         module = module.to(device)
+    config_path = _file_of(source, "config.json", options)
     return GenomicModel(
         module,
         _load_tokenizer(source, config, options),
         name=name,
-        location=_folder(source, options),
-        entry=source.entry or _entry_of(config),
+        location=None if config_path is None else config_path.parent,
+        entry=source.entry or entry_named(getattr(config, "checkpoint_name", None)),
         untrained=untrained,
     )
 
@@ -300,12 +300,13 @@ def _load_tokenizer(
     source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer; the byte tokenizer of StripedHyena 2 needs no files."""
-    if config.model_type == "striped_hyena2" and not _has_file(source, "tokenizer_config.json", options):
+    described = _file_of(source, "tokenizer_config.json", options)
+    if config.model_type == "striped_hyena2" and described is None:
         tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
         if tokenizer_class is not None:
             return tokenizer_class()
     if not options["trust_remote_code"]:
-        check_tokenizer_config(_cached(source, "tokenizer_config.json", options), source)
+        check_tokenizer_config(described, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -325,17 +326,8 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _has_file(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> bool:
-    return _cached(source, file_name, options) is not None
-
-
-def _folder(source: ModelSource, options: Mapping[str, Any]) -> Path | None:
-    """Find the folder that holds the model's files, in the Hugging Face cache for an id."""
-    config_path = _cached(source, "config.json", options)
-    return None if config_path is None else config_path.parent
-
-
-def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> Path | None:
+def _file_of(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> Path | None:
+    """Find one of the model's files, in the Hugging Face cache for an id."""
     if source.is_local:
         path = Path(source.location) / file_name
         return path if path.is_file() else None
@@ -347,18 +339,6 @@ def _cached(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> 
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else Path(found)
-
-
-def _entry_of(config: PreTrainedConfig) -> KnownModel | None:
-    """Recognize a converted registry checkpoint in a folder of any name."""
-    name = getattr(config, "checkpoint_name", None)
-    return next((entry for entry in known_models() if entry.name == name), None)
-
-
-def _warn_about_precision(model: GenomicModel) -> None:
-    if model.entry is not None and model.entry.needs_fp8:
-        message = f"{model.entry.name}: {model.entry.precision_note}; evo2_7b does not need it"
-        warnings.warn(PrecisionWarning(message), stacklevel=3)
 
 
 def _shapes(mismatch: str | tuple[str, Iterable[int], Iterable[int]]) -> str:

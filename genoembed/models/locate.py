@@ -26,7 +26,7 @@ from genoembed.models.registry import (
     BUNDLED_NAME,
     KnownModel,
     ModelSource,
-    known_models,
+    entry_named,
     suggestion,
 )
 from genoembed.models.trained_folder import model_folder
@@ -45,26 +45,20 @@ _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:
     """Find what a name stands for; a registry checkpoint is fetched and converted if need be."""
-    entry = next((model for model in known_models() if model.name == name_or_path), None)
-    if entry is not None:
-        if not with_weights:
-            folder = _folder_of(entry)
-            return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
-        folder = _folder_of(entry) if entry.name == BUNDLED_NAME else converted_folder(entry)
-        if not (folder / "config.json").is_file():
-            message = f"model {name_or_path!r}: {folder} holds no config.json; install genoembed again"
-            raise ModelNotFoundError(message)
-        return ModelSource(name=name_or_path, location=str(folder), is_local=True, entry=entry)
+    entry = entry_named(name_or_path)
     path = model_folder(name_or_path)
-    if path.is_file():
-        return ModelSource(name=name_or_path, location=str(_converted_file(path)), is_local=True)
-    if path.exists():
+    if entry is not None:
+        path = converted_folder(entry) if with_weights else _folder_of(entry)
+    elif path.is_file():
+        path = _converted_file(path)
+    elif path.exists():
         _check_folder(path)
-        return ModelSource(name=name_or_path, location=str(path), is_local=True)
-    if _looks_like_path(name_or_path):
+    elif _looks_like_path(name_or_path):
         message = f"model {name_or_path!r}: no such file or folder; {suggestion(path.name)}"
         raise ModelNotFoundError(message)
-    return ModelSource(name=name_or_path, location=name_or_path, is_local=False)
+    else:
+        return ModelSource(name=name_or_path, location=name_or_path, is_local=False)
+    return ModelSource(name=name_or_path, location=str(path), is_local=True, entry=entry)
 
 
 def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSource:
@@ -117,24 +111,23 @@ def converted_folder(entry: KnownModel) -> Path:
     folder = _folder_of(entry)
     if (folder / "config.json").is_file():
         return folder
+    if entry.name == BUNDLED_NAME:
+        message = f"model {entry.name!r}: {folder} holds no config.json; install genoembed again"
+        raise ModelNotFoundError(message)
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
-    source = _merged_file(entry) or fetch_checkpoint(entry, converted=folder)[0]
+    # the original package leaves the merged file next to the hub's cache
+    source = Path(constants.HF_HUB_CACHE).parent / f"{entry.name}.pt"
+    if source.is_file():
+        verify_checkpoint(entry, [source])
+    else:
+        source = fetch_checkpoint(entry, converted=folder)[0]
     _LOG.info("converting %s once, into %s", source, folder)
     return convert_checkpoint(source, folder, name=entry.name)
 
 
 def _folder_of(entry: KnownModel) -> Path:
     return BUNDLED_FOLDER if entry.name == BUNDLED_NAME else cache_folder() / entry.name
-
-
-def _merged_file(entry: KnownModel) -> Path | None:
-    """Find the merged file that the original package leaves next to the hub cache, and verify it."""
-    path = Path(constants.HF_HUB_CACHE).parent / f"{entry.name}.pt"
-    if not path.is_file():
-        return None
-    verify_checkpoint(entry, [path])
-    return path
 
 
 def _converted_file(path: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -50,11 +50,9 @@ class KnownModel:
     name: str
     summary: str
     """What it is, in a few words."""
-    context: int
-    """Longest input, in tokens (one token, one base)."""
-    num_parameters: int
-    """Weights, the tied output embedding counted once."""
-    license: str
+    config: Mapping[str, Any]
+    """Arguments of ``StripedHyena2Config``."""
+    license: str = "Apache-2.0"
     """SPDX identifier."""
     repo_id: str | None = None
     """Hugging Face repository; None for the bundled model."""
@@ -64,10 +62,23 @@ class KnownModel:
     """SHA-256 of the concatenated pieces, if known."""
     needs_fp8: bool = False
     """Whether the published numbers need 8-bit input projections."""
-    precision_note: str = ""
-    """What running without FP8 means."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of ``StripedHyena2Config``."""
+
+    @property
+    def context(self) -> int:
+        """Longest input, in tokens (one token, one base)."""
+        return self.build_config().max_position_embeddings
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, the tied output embedding counted once."""
+        return count_parameters(self.build_config())
+
+    @property
+    def precision_note(self) -> str:
+        """What running without FP8 means."""
+        if self.repo_id is None:
+            return "runs anywhere in float32"
+        return _FP8_NEEDED if self.needs_fp8 else _FP8_OPTIONAL
 
     @property
     def num_bytes(self) -> int | None:
@@ -106,6 +117,11 @@ def known_models() -> tuple[KnownModel, ...]:
     return (_bundled(BUNDLED_FOLDER), *_OFFICIAL)
 
 
+def entry_named(name: str | None) -> KnownModel | None:
+    """Return the model that has exactly this name, if one has."""
+    return next((model for model in known_models() if model.name == name), None)
+
+
 def find_model(name: str) -> KnownModel:
     """Look a model up by its name.
 
@@ -113,9 +129,8 @@ def find_model(name: str) -> KnownModel:
         >>> find_model("evo2_7b").context
         1048576
     """
-    for model in known_models():
-        if model.name == name:
-            return model
+    if entry := entry_named(name):
+        return entry
     message = f"model {name!r} is not known ({', '.join(m.name for m in known_models())}); {suggestion(name)}"
     raise ModelNotFoundError(message)
 
@@ -142,10 +157,6 @@ def _bundled(folder: Path) -> KnownModel:
     return KnownModel(
         name=BUNDLED_NAME,
         summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
-        context=config.max_position_embeddings,
-        num_parameters=count_parameters(config),
-        license="Apache-2.0",
-        precision_note="runs anywhere in float32",
         config=MappingProxyType({key: value for key, value in config.to_dict().items() if key in fields}),
     )
 
@@ -188,43 +199,38 @@ _KINDS = {"s": "hcs_layer_idxs", "m": "hcm_layer_idxs", "l": "hcl_layer_idxs", "
 _PERIOD = "smlAsml"
 """Mixers of consecutive blocks: Hyena with a short, medium and long filter, and attention."""
 _BLOCKS_32 = (5 * _PERIOD)[:32]
-_BLOCKS_50 = f"{_BLOCKS_32}smlA{2 * 'smlsmlA'}"
+# blocks, width, filter groups of the medium and short filters
+_1B = (_BLOCKS_32[:25], 1920, 128)
+_7B = (_BLOCKS_32, 4096, 256)
+_20B = (_BLOCKS_32[:24], 8192, 512)
+_40B = (f"{_BLOCKS_32}smlA{2 * 'smlsmlA'}", 8192, 512)
 
 
 def _config(
-    blocks: str,
-    *,
-    width: int,
-    inner: int,
-    groups: int,
-    context: int,
-    rope_base: float,
-    rope_factor: float = 1.0,
+    size: tuple[str, int, int], *, inner: int, context: int, rope_base: float = 1e4, rope_factor: float = 1.0
 ) -> Mapping[str, Any]:
     """Write out what differs between the released models; head size is 128 in all of them."""
-    return MappingProxyType(
-        {
-            **{
-                key: tuple(index for index, block in enumerate(blocks) if block == kind)
-                for kind, key in _KINDS.items()
-            },
-            "num_hidden_layers": len(blocks),
-            "hidden_size": width,
-            "num_attention_heads": width // 128,
-            "intermediate_size": inner,
-            "hcs_filter_groups": groups,
-            "hcm_filter_groups": groups,
-            "max_position_embeddings": context,
-            "rotary_emb_base": rope_base,
-            "rotary_emb_scaling_factor": rope_factor,
-        }
-    )
+    blocks, width, groups = size
+    values = {
+        key: tuple(index for index, block in enumerate(blocks) if block == kind)
+        for kind, key in _KINDS.items()
+    } | {
+        "num_hidden_layers": len(blocks),
+        "hidden_size": width,
+        "num_attention_heads": width // 128,
+        "intermediate_size": inner,
+        "hcs_filter_groups": groups,
+        "hcm_filter_groups": groups,
+        "max_position_embeddings": context,
+        "rotary_emb_base": rope_base,
+        "rotary_emb_scaling_factor": rope_factor,
+    }
+    return MappingProxyType(values)
 
 
 def _evo2(
     name: str,
     summary: str,
-    num_parameters: int,
     config: Mapping[str, Any],
     *files: tuple[str, int | None, str | None],
     needs_fp8: bool = False,
@@ -233,73 +239,44 @@ def _evo2(
     return KnownModel(
         name=name,
         summary=summary,
-        context=config["max_position_embeddings"],
-        num_parameters=num_parameters,
-        license="Apache-2.0",
+        config=config,
         repo_id=repo_id or f"arcinstitute/{name}",
         files=tuple(CheckpointFile(name=f, num_bytes=size, sha256=digest) for f, size, digest in files),
         needs_fp8=needs_fp8,
-        precision_note=_FP8_NEEDED if needs_fp8 else _FP8_OPTIONAL,
-        config=config,
     )
 
 
-_7B_8K = _config(_BLOCKS_32, width=4096, inner=11008, groups=256, context=32768, rope_base=1e4)
+_7B_8K = _config(_7B, inner=11008, context=32768)
 
 _OFFICIAL: tuple[KnownModel, ...] = (
     _evo2(
         "evo2_1b_base",
         "Evo 2 1B, trained at 8 kb",
-        1107989760,
-        _config(_BLOCKS_32[:25], width=1920, inner=5120, groups=128, context=8192, rope_base=1e4),
-        (
-            "evo2_1b_base.pt",
-            2698327083,
-            "8ffba7d0e6445a8f2c92d9ff1c4e772c7f73ca9179f5e0c699b8b0ca1b966f64",
-        ),
+        _config(_1B, inner=5120, context=8192),
+        ("evo2_1b_base.pt", 2698327083, "8ffba7d0e6445a8f2c92d9ff1c4e772c7f73ca9179f5e0c699b8b0ca1b966f64"),
         needs_fp8=True,
     ),
     _evo2(
         "evo2_7b",
         "Evo 2 7B, context 1 Mb",
-        6581722880,
-        _config(
-            _BLOCKS_32,
-            width=4096,
-            inner=11264,
-            groups=256,
-            context=1048576,
-            rope_base=1e4,
-            rope_factor=128.0,
-        ),
+        _config(_7B, inner=11264, context=1048576, rope_factor=128.0),
         ("evo2_7b.pt", 13766621200, "c66645929dc1b9c631f5be656da8726f38946315dc9167000a615dd626fcecf4"),
     ),
     _evo2(
         "evo2_7b_base",
         "Evo 2 7B, trained at 8 kb",
-        6481059584,
         _7B_8K,
         ("evo2_7b_base.pt", 13006429947, "d8a0e775a5d849921b8725837c6a3cbc71fa15e712f4189a2ed52ef955aad29b"),
     ),
     _evo2(
         "evo2_7b_262k",
         "Evo 2 7B, context 262 kb",
-        6481059584,
-        _config(
-            _BLOCKS_32,
-            width=4096,
-            inner=11008,
-            groups=256,
-            context=262144,
-            rope_base=1e4,
-            rope_factor=32.0,
-        ),
+        _config(_7B, inner=11008, context=262144, rope_factor=32.0),
         ("evo2_7b_262k.pt", 13860249112, "887d009cb9eaf059e4cc4304861d7196f378c085581a1d9c037b4f8ba6ad623a"),
     ),
     _evo2(
         "evo2_7b_microviridae",
         "Evo 2 7B base, tuned on Microviridae genomes",
-        6481059584,
         _7B_8K,
         ("evo2_7b_microviridae.pt", None, None),
         repo_id="evo-design/evo-2-7b-8k-microviridae",
@@ -307,32 +284,14 @@ _OFFICIAL: tuple[KnownModel, ...] = (
     _evo2(
         "evo2_20b",
         "Evo 2 20B, context 1 Mb",
-        19738780160,
-        _config(
-            _BLOCKS_32[:24],
-            width=8192,
-            inner=22528,
-            groups=512,
-            context=1048576,
-            rope_base=1e6,
-            rope_factor=128.0,
-        ),
+        _config(_20B, inner=22528, context=1048576, rope_base=1e6, rope_factor=128.0),
         ("evo2_20b.pt", 47945795557, "979b345dc700a9cae6b63f570d9b3f438e31a68dd8dc0bc0d8d2a0fcd3caf791"),
         needs_fp8=True,
     ),
     _evo2(
         "evo2_40b",
         "Evo 2 40B, context 1 Mb",
-        41117574144,
-        _config(
-            _BLOCKS_50,
-            width=8192,
-            inner=22528,
-            groups=512,
-            context=1048576,
-            rope_base=1e6,
-            rope_factor=128.0,
-        ),
+        _config(_40B, inner=22528, context=1048576, rope_base=1e6, rope_factor=128.0),
         ("evo2_40b.pt.part0", 41126745847, None),
         ("evo2_40b.pt.part1", 41126745847, None),
         needs_fp8=True,
@@ -340,8 +299,7 @@ _OFFICIAL: tuple[KnownModel, ...] = (
     _evo2(
         "evo2_40b_base",
         "Evo 2 40B, trained at 8 kb",
-        40331142144,
-        _config(_BLOCKS_50, width=8192, inner=21888, groups=512, context=8192, rope_base=1e6),
+        _config(_40B, inner=21888, context=8192, rope_base=1e6),
         ("evo2_40b_base.pt.part0", 40340310342, None),
         ("evo2_40b_base.pt.part1", 40340310341, None),
         needs_fp8=True,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import CheckpointError, ConfigError, PoolingMismatchWarning
-from genoembed.models.registry import known_models
+from genoembed.models.registry import entry_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.models.genomic_model import GenomicModel
 
-"""Subfolder of a training run that holds its model."""
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"
 FACTS_FORMAT = 1
@@ -119,8 +118,7 @@ CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
 def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
     """Read what a model was trained as; None where it was trained for no vector."""
     if isinstance(model, str):
-        is_known = any(entry.name == model for entry in known_models())
-        folder = None if is_known else Path(model)
+        folder = None if entry_named(model) else Path(model)
     else:
         folder = model.location
     facts = None if folder is None else read_finetuned(folder)

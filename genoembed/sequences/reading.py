@@ -97,6 +97,7 @@ def read_sequences(
         check_readable(name)
     tally = InputCounts() if counts is None else counts
     tally.files += len(names)
+    raw: Iterator[RawRecord]
     if places is None:
         raw = chain.from_iterable(iter_records(name, digests=digests) for name in names)
     else:

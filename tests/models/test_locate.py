@@ -13,8 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, PrecisionWarning
-from genoembed.models import load as load_module
-from genoembed.models import locate
+from genoembed.models import locate, registry
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from genoembed.models.locate import converted_folder, locate_model
@@ -61,7 +60,7 @@ def entry(monkeypatch) -> KnownModel:
         ),
         config=vortex_arguments(content),
     )
-    for module in (locate, convert_module, load_module):
+    for module in (registry, convert_module):
         monkeypatch.setattr(module, "known_models", lambda: (small,))
     return small
 

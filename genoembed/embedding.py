@@ -18,7 +18,7 @@ from genoembed.config.embed import DEFAULT_MODEL, EmbedConfig, embed_config
 from genoembed.config.fields import named_options
 from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
 from genoembed.errors import ConfigError, EmptyRecordError
-from genoembed.models.trained_folder import CARRIED, carried_options, find_facts
+from genoembed.models.trained_folder import FinetunedFacts, carried_options, find_facts
 from genoembed.pipeline.embedder import UnitEmbedder
 from genoembed.pipeline.request import load_configured
 from genoembed.pipeline.units import iter_units
@@ -64,7 +64,7 @@ class RecordEmbedder:
     def __init__(self, model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL, **options: Any) -> None:
         name = fspath(model) if isinstance(model, PathLike) else model
         facts = find_facts(name)
-        self.config: EmbedConfig = _config(name, options, carried_options(facts, _given_of(options)))
+        self.config: EmbedConfig = _config(name, options, facts)
         """What is done."""
         self.model: GenomicModel = load_configured(self.config.model) if isinstance(name, str) else name
         """The model."""
@@ -191,13 +191,8 @@ def clean_sequences(
     return records
 
 
-def _given_of(options: Mapping[str, Any]) -> dict[str, object]:
-    given = {name: options[name] for name in CARRIED if options.get(name) is not None}
-    return {name: _plain(name, value) for name, value in given.items()}
-
-
 def _config(
-    model: str | GenomicModel, options: Mapping[str, Any], carried: Mapping[str, object]
+    model: str | GenomicModel, options: Mapping[str, Any], facts: FinetunedFacts | None = None
 ) -> EmbedConfig:
     misplaced = [name for name in options if name in _FILE_OPTIONS]
     if misplaced:
@@ -212,7 +207,7 @@ def _config(
             raise ConfigError(message)
     given = {name: _plain(name, value) for name, value in options.items() if value is not None}
     name = model if isinstance(model, str) else model.name
-    return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **given, **carried})
+    return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **carried_options(facts, given)})
 
 
 def _plain(name: str, value: object) -> object:
@@ -235,7 +230,7 @@ def load_for_embedding(
 ) -> GenomicModel:
     """Load a model to give to ``embed`` again and again."""
     given = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    return load_configured(_config(name, given, {}).model)
+    return load_configured(_config(name, given).model)
 
 
 def _block_rows(

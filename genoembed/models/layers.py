@@ -19,9 +19,9 @@ whose length is the depth that the configuration states.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import itertools
 import re
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
@@ -36,6 +36,7 @@ LayerSpec: TypeAlias = "int | str"
 
 FINAL = "final"
 ALL = "all"
+_NUMBER = re.compile(r"[+-]?\d+")
 _GLOB_CHARACTERS = frozenset("*?[")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
@@ -150,26 +151,28 @@ class _Resolver:
     def paths(self, spec: LayerSpec) -> Iterator[str]:
         """Yield the module paths that a spec stands for."""
         text = str(spec).strip()
-        if re.fullmatch(r"[+-]?\d+", text):
+        if _NUMBER.fullmatch(text):
             yield self._block(int(text), spec)
         elif text == ALL:
             yield from (self._block(index, spec) for index in range(self.depth))
         elif text == FINAL:
-            yield self._final()
+            if self.final_path is None:
+                found = f"no module of {self.name} returns last_hidden_state"
+                message = f"layer {FINAL!r}: {found}; name a block number"
+                raise LayerError(message, spec=FINAL)
+            yield self.final_path
         elif _GLOB_CHARACTERS.intersection(text):
-            yield from self._matching(text)
+            # part by part, so that * stays within one dot: blocks.*.mlp is no module deeper down
+            parts = text.split(".")
+            split = ((path, path.split(".")) for path in self.known)
+            found = [p for p, own in split if len(own) == len(parts) and all(map(fnmatchcase, own, parts))]
+            if not found:
+                raise self._unknown(text)
+            yield from found
         elif text in self.known:
             yield text
         else:
             raise self._unknown(text)
-
-    def _final(self) -> str:
-        if self.final_path is None:
-            message = (
-                f"layer {FINAL!r}: no module of {self.name} returns last_hidden_state; name a block number"
-            )
-            raise LayerError(message, spec=FINAL)
-        return self.final_path
 
     def _block(self, index: int, spec: LayerSpec) -> str:
         if self.stated_depth != self.depth:
@@ -182,32 +185,20 @@ class _Resolver:
             raise self._unknown(str(spec))
         return self.template.format(index=index % self.depth)
 
-    def _matching(self, pattern: str) -> list[str]:
-        parts = pattern.split(".")
-        found = [path for path in self.known if _matches(path.split("."), parts)]
-        if not found:
-            raise self._unknown(pattern)
-        return found
-
     def _unknown(self, text: str) -> LayerError:
         names = [*self.known, FINAL, ALL]
         near = difflib.get_close_matches(text, names, n=3, cutoff=0.75)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else self._remedy(text)
-        message = f"layer {text!r} is not in {self.name} ({self.blocks_path} 0-{self.depth - 1}); {hint}"
-        return LayerError(message, spec=text)
-
-    def _remedy(self, text: str) -> str:
-        if re.fullmatch(r"[+-]?\d+", text):
-            return (
+        if near:
+            hint = f"did you mean {' or '.join(map(repr, near))}?"
+        elif _NUMBER.fullmatch(text):
+            hint = (
                 f"name a block from 0 to {self.depth - 1}, or from -{self.depth} to -1 counted from the end"
             )
-        return (
-            f"name a block number, a module path such as {self.template.format(index=0)!r}, 'final' or 'all'"
-        )
-
-
-def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+        else:
+            example = self.template.format(index=0)
+            hint = f"name a block number, a module path such as {example!r}, 'final' or 'all'"
+        message = f"layer {text!r} is not in {self.name} ({self.blocks_path} 0-{self.depth - 1}); {hint}"
+        return LayerError(message, spec=text)
 
 
 def _blocks(module: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:

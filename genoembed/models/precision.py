@@ -19,13 +19,11 @@ def automatic_dtype(device: torch.device) -> torch.dtype:
         >>> automatic_dtype(torch.device("meta"))
         torch.float32
     """
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and has_amx()
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = device.type == "cpu" and has_amx()
+    return torch.bfloat16 if has_units else torch.float32
 
 
 def has_amx() -> bool:
@@ -34,13 +32,9 @@ def has_amx() -> bool:
     So must the user, who forbids it with oneDNN's own variable: ``ONEDNN_MAX_CPU_ISA=AVX2``.
     """
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return ask is not None and bool(ask()) and not _is_kept_from_amx()
-
-
-def _is_kept_from_amx() -> bool:
-    """As oneDNN reads it: the newer name first, capitals or not, values that it does not know left out."""
+    # as oneDNN reads it: the newer name first, capitals or not, values that it does not know left out
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return limit.lower() in _WITHOUT_AMX
+    return ask is not None and bool(ask()) and limit.lower() not in _WITHOUT_AMX
 
 
 _WITHOUT_AMX = (

@@ -111,10 +111,6 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
     return facts
 
 
-CARRIED = ("layers", "pooling", "skip_first", "fusion", "fusion_weights")
-"""Keys that a fine-tuned model has values for."""
-
-
 def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
     """Read what a model was trained as; None where it was trained for no vector."""
     if isinstance(model, str):
@@ -126,22 +122,16 @@ def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
 
 
 def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -> dict[str, object]:
-    """Fill in the options that are not given with those of training."""
+    """Add to the options that are given those of training."""
     if facts is None:
         return dict(given)
-    values: dict[str, object] = {
-        "layers": facts.layers,
-        "pooling": facts.pooling,
-        "skip_first": facts.skip_first,
-        "fusion": facts.fusion,
-        "fusion_weights": facts.fusion_weights,
-    }
-    if "fusion" in given or "layers" in given:
+    carried = ["layers", "pooling"]
+    if given.get("pooling") != "none":  # tokens are all kept
+        carried.append("skip_first")
+    if "fusion" not in given and "layers" not in given:
         # weights belong to their layers, and so does the way to fuse them
-        values = {key: value for key, value in values.items() if not key.startswith("fusion")}
-    if given.get("pooling") == "none":
-        del values["skip_first"]
-    return values | dict(given)
+        carried += ["fusion", "fusion_weights"]
+    return {key: getattr(facts, key) for key in carried} | dict(given)
 
 
 def finisher(
@@ -150,19 +140,15 @@ def finisher(
     """Return what is to be done to fused vectors; warn of what differs from training."""
     if facts is None:
         return None
-    pairs = (
-        ("layers", layers, facts.layers),
-        ("pooling", embedding.pooling, facts.pooling),
-        ("skip_first", embedding.skip_first, facts.skip_first),
-        ("fusion", embedding.fusion, facts.fusion),
+    asked = {"layers": layers}
+    if embedding.pooling != "none":  # tokens are neither pooled nor fused
+        asked |= {key: getattr(embedding, key) for key in ("pooling", "skip_first", "fusion")}
+    said = "; ".join(
+        f"{key} is {_said(value)}, it was trained with {_said(getattr(facts, key))}"
+        for key, value in asked.items()
+        if value != getattr(facts, key)
     )
-    other = [(key, asked, trained) for key, asked, trained in pairs if asked != trained]
-    if embedding.pooling == "none":
-        other = [item for item in other if item[0] == "layers"]
-    if other:
-        said = "; ".join(
-            f"{key} is {_said(asked)}, it was trained with {_said(old)}" for key, asked, old in other
-        )
+    if said:
         ending = " (vectors are not projected or normalized either)" if facts.finisher else ""
         message = f"model {str(facts.folder)!r}: {said}{ending}; leave it out to take what was trained"
         warnings.warn(PoolingMismatchWarning(message), stacklevel=3)

@@ -80,16 +80,24 @@ def check_config(values: Mapping[str, Any], source: ModelSource) -> None:
         raise _bad(source, problem)
     sizes = weight_sizes(source)
     known = None if sizes is None else sizes.num_tensors
-    for key, value in _numbers(values):
+    for key, value in _items(values):
         most = _most(key, known)
-        if most is not None and value > most:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if most is not None and is_number and value > most:
             problem = (
                 f"its config.json has {key} {value:.6g}, expected at most {most}, for the weights that "
                 "it has; check that config.json belongs to them"
             )
             raise _bad(source, problem)
     for key in ("dtype", "torch_dtype"):
-        _check_dtype(values.get(key), key, source)
+        dtype = values.get(key)  # one, or one for each part of the model
+        for name in dtype.values() if isinstance(dtype, dict) else [dtype]:
+            found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+            if name not in (None, "auto") and not isinstance(found, torch.dtype):
+                problem = (
+                    f"its config.json has {key} {name!r}, expected one such as float32; remove that line"
+                )
+                raise _bad(source, problem)
     if values.get("auto_map") and values.get("model_type") in CONFIG_MAPPING:
         _LOG.warning(
             "model %r brings its own code (auto_map), which is not run: it is built by transformers' own "
@@ -168,7 +176,7 @@ def bounded_build(source: ModelSource) -> Iterator[None]:
             hook.remove()
 
 
-def _items(values: object, key: str = "") -> Iterator[tuple[str, object]]:
+def _items(values: object, key: str = "") -> Iterator[tuple[str, Any]]:
     """Go through nested values; what is in a list has the key of the list."""
     if isinstance(values, dict):
         for name, value in values.items():
@@ -180,26 +188,11 @@ def _items(values: object, key: str = "") -> Iterator[tuple[str, object]]:
             yield from _items(value, key)
 
 
-def _numbers(values: object) -> Iterator[tuple[str, float]]:
-    for key, value in _items(values):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield key, value
-
-
 def _most(key: str, num_tensors: int | None) -> int | None:
     """Return the largest number that a setting may have; None for no limit."""
     if _LAYERS.search(key):
         return _MOST_LAYERS if num_tensors is None else max(num_tensors, 1)
     return _MOST if _NUMBERS.search(key) else None
-
-
-def _check_dtype(value: object, key: str, source: ModelSource) -> None:
-    names = list(value.values()) if isinstance(value, dict) else [value]
-    for name in names:
-        found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
-        if name not in (None, "auto") and not isinstance(found, torch.dtype):
-            problem = f"its config.json has {key} {name!r}, expected one such as float32; remove that line"
-            raise _bad(source, problem)
 
 
 def _bad(source: ModelSource, problem: str) -> ModelError:

@@ -13,7 +13,7 @@ import torch
 from genoembed.config.embed import embed_config
 from genoembed.errors import ConfigError
 from genoembed.models.load import load_model
-from genoembed.models.trained_folder import CARRIED, carried_options, find_facts
+from genoembed.models.trained_folder import carried_options, find_facts
 from genoembed.sequences import read_sequences
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def read_request(
             "inputs": _as_strings(inputs),
             "model": model if isinstance(model, str) else model.name,
             "output": None if output is None else fspath(output),
-            **given,
-            **carried_options(trained, {name: given[name] for name in CARRIED if name in given}),
+            **carried_options(trained, given),
         }
     )
     if not isinstance(model, str):

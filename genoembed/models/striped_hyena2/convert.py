@@ -3,9 +3,8 @@
 In: a ``.pt`` file, the pieces of one (``.pt.part0`` ...), or a ``.safetensors`` file with the original keys.
 Out: a folder that ``AutoModel`` and ``AutoModelForCausalLM`` open, in the key names and row order of the
 original. Promised: no code of the checkpoint runs, no tensor is missing, left over or of another shape, the
-folder appears complete or not at all, and memory stays near the size of one shard.
-
-Read the YAML that describes a StripedHyena 2 checkpoint in its original format.
+folder appears complete or not at all, and memory stays near the size of one shard. A checkpoint that is not
+in the registry is described by its original YAML.
 """
 
 from __future__ import annotations
@@ -137,7 +136,11 @@ def checkpoint_files(source: Path) -> tuple[Path, ...]:
 def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
     """Open a checkpoint without running anything in it and without reading the weights yet."""
     try:
-        return _open_safetensors(whole) if whole.suffix == ".safetensors" else _open_pickle(whole, path)
+        if whole.suffix != ".safetensors":
+            return _open_pickle(whole, path)
+        stored = safe_open(whole, framework="pt")
+        kept = [key for key in stored.keys() if not key.endswith(_IGNORED_SUFFIXES)]
+        return {key: partial(stored.get_tensor, key) for key in kept}
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # torch's own words advise to run whatever it holds
             reason = "not in PyTorch's format"
@@ -156,12 +159,6 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
 def _unreadable(reason: str, path: Path) -> CheckpointError:
     message = f"cannot be read as a checkpoint ({reason}); it may be cut short, fetch it again"
     return CheckpointError(message, path=str(path))
-
-
-def _open_safetensors(whole: Path) -> dict[str, Callable[[], Tensor]]:
-    stored = safe_open(whole, framework="pt")
-    kept = [key for key in stored.keys() if not key.endswith(_IGNORED_SUFFIXES)]
-    return {key: partial(stored.get_tensor, key) for key in kept}
 
 
 def _open_pickle(whole: Path, path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -340,19 +337,9 @@ _RENAMED = {
 }
 """Key of the description -> argument of ``StripedHyena2Config``."""
 _REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "attn_layer_idxs",
-    "hcl_layer_idxs",
-    "hcm_layer_idxs",
-    "hcs_layer_idxs",
-    "hcs_filter_groups",
-    "hcm_filter_groups",
-    "state_size",
-    "max_seqlen",
-)
+    "vocab_size hidden_size num_layers num_attention_heads attn_layer_idxs hcl_layer_idxs hcm_layer_idxs "
+    "hcs_layer_idxs hcs_filter_groups hcm_filter_groups state_size max_seqlen"
+).split()
 _FIXED: dict[str, Any] = {
     "column_split": True,
     "column_split_hyena": False,
@@ -394,7 +381,8 @@ def read_vortex_config(path: Path) -> StripedHyena2Config:
     if not isinstance(content, dict):
         message = f"{path}: holds a {type(content).__name__}, expected one mapping; check config"
         raise ConfigError(message)
-    problems = [*_unknown_keys(content), *_missing_keys(content), *_contradictions(content)]
+    missing = [f"key {key!r} is missing; add it" for key in _REQUIRED if key not in content]
+    problems = [*_unknown_keys(content), *missing, *_contradictions(content)]
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     try:
@@ -437,10 +425,6 @@ def _unknown_keys(content: Mapping[str, Any]) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
             problems.append(f"key {key!r} is not known; {hint}")
     return problems
-
-
-def _missing_keys(content: Mapping[str, Any]) -> list[str]:
-    return [f"key {key!r} is missing; add it" for key in _REQUIRED if key not in content]
 
 
 def _contradictions(content: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,6 @@ Module names and stored tensors are those of the original, so that ``blocks.28.m
 checkpoints load by name. Everything is trainable; attention runs through scaled_dot_product_attention.
 
 B sequences, L positions, D hidden size, V vocabulary.
-
-Starting weights of StripedHyena 2, for training from scratch.
 """
 
 from __future__ import annotations

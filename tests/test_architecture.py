@@ -135,6 +135,8 @@ LAZY = {
     ("extraction", "pipeline.agreement"): "compares vectors, for --certificate",
     ("finetuning.run", "finetuning.training"): "torch, after the checks that need no model",
     ("pretraining.run", "pretraining.training"): "torch, after the checks that need no model",
+    ("probing.run", "probing.scoring"): "torch, after the checks that need no model",
+    ("probing.run", "probing.vectors"): "torch, after the checks that need no model",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("sequences.reading", "sequences.regions"): "for --regions",
 }

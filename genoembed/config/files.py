@@ -172,7 +172,7 @@ class ConvertConfig(Config):
         flag="--vortex-config",
         metavar="FILE",
         help="YAML description, as Vortex has them, of a checkpoint of another kind.",
-        reads="if there",
+        reads=True,
     )
     overwrite: bool = option(False, help="Replace DIR once the new one is complete.")
 

@@ -94,7 +94,7 @@ def split_folds(
     except ImportError as error:
         raise missing_scikit_learn() from error
     numbers = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
-    _check_counts(target, task, None if numbers is None else len(np.unique(numbers)), num_folds)
+    check_counts(target, task, None if numbers is None else len(np.unique(numbers)), num_folds)
     strata = target if task == "classification" else _quantile_bins(target, num_folds)
     splitter = StratifiedKFold if numbers is None else StratifiedGroupKFold
     folds = np.full(len(target), -1, dtype=np.int64)
@@ -118,26 +118,32 @@ def inner_folds(folds: NDArray[np.int64], fold: int) -> list[int]:
     return numbers[at + 1 :] + numbers[:at]
 
 
-def _check_counts(
-    target: NDArray[np.generic], task: ProbeTask, num_groups: int | None, num_folds: int
+def check_counts(
+    target: NDArray[np.generic],
+    task: ProbeTask,
+    num_groups: int | None,
+    num_folds: int,
+    *,
+    name: str = "target",
 ) -> None:
+    """Raise if there are too few classes, or rows of one, for the folds."""
     if num_folds < MIN_FOLDS:
         message = f"num_folds: {num_folds}, expected {MIN_FOLDS} or more; set num_folds to {MIN_FOLDS}"
         raise ConfigError(message)
     if task == "classification":
         classes, counts = np.unique(target, return_counts=True)
         if len(classes) < 2:
-            message = f"target: {len(classes)} class(es), expected two or more; check the labels"
+            message = f"{name}: {len(classes)} class(es), expected two or more; check the labels"
             raise ConfigError(message)
         if counts.min() < num_folds:
             rarest = classes[counts.argmin()]
             message = (
-                f"target: class {rarest} has {counts.min()} rows, expected at least num_folds ({num_folds}); "
+                f"{name}: class {rarest} has {counts.min()} rows, expected at least num_folds ({num_folds}); "
                 "set num_folds lower, or leave the class out"
             )
             raise ConfigError(message)
     elif len(target) < 2 * num_folds:
-        message = f"target: {len(target)} values, expected at least twice num_folds ({num_folds}); add rows"
+        message = f"{name}: {len(target)} values, expected at least twice num_folds ({num_folds}); add rows"
         raise ConfigError(message)
     if num_groups is not None and num_groups < num_folds:
         message = (

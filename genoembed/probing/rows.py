@@ -15,6 +15,7 @@ import numpy as np
 
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError
 from genoembed.pipeline.embedding_file import read_file_records
+from genoembed.probing.cross_validation import check_counts
 from genoembed.sequences.homology import HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows, parse_split
 
@@ -74,6 +75,9 @@ def read_labels(path: str, options: ProbeConfig) -> LabelTable:
             name = row.text(options.id_column, option="id_column")
             if name in labels:
                 sides[name] = _side(row, "split", name)
+    # no record can add a label: what is too little here is too little after the model has run
+    learned = [label for name, label in labels.items() if sides.get(name, "train") == "train"]
+    check_counts(np.array(learned), options.task, None, options.num_folds, name=path)
     return LabelTable(path=path, labels=labels, groups=groups, sides=sides, num_empty=num_empty)
 
 

@@ -1,19 +1,24 @@
-"""Run a probe; its options are frozen, checked, and the same keys for Python and the command line.
+"""Run a probe: options, labels and the folder are checked, layers embedded and measured, results written.
 
-``probe``: the order of the steps, and no maths.
+Promised: whatever can be refused without a model is refused before torch is imported; one process at a time
+writes a folder; results that are there stay until new ones are complete.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import shutil
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genoembed.atomic import write_text
+from genoembed.atomic import lock, partial_of, put_in_place, reporting_writes, take_back, write_text
 from genoembed.config.embed import default_output
 from genoembed.config.fields import raise_all, unknown_option
 from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
@@ -31,16 +36,15 @@ from genoembed.probing.report import (
     verdict,
 )
 from genoembed.probing.rows import read_labels
-from genoembed.probing.scoring import ProbeRun, ProbeScores
 from genoembed.probing.sweep import choose_inside
-from genoembed.probing.vectors import EMBEDDINGS, UNTRAINED, embed_layers, embed_untrained
 from genoembed.store import open_embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
+    from genoembed.probing.scoring import ProbeRun, ProbeScores
     from genoembed.store import EmbeddingFile
 
 
@@ -65,6 +69,12 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, A
 
 
 SUMMARY, PLOTS = "probe.json", ("layers.png", "layers.svg")
+EMBEDDINGS, UNTRAINED = "embeddings.h5", "untrained.h5"
+_OWN = re.compile(
+    r"probe\.json|layers\.(png|svg)|(embeddings|untrained)\.(h5|parts)"
+    r"|\.(probe\.json|layers\.(png|svg)|(embeddings|untrained)\.h5)\.partial"
+)
+"""Names in a folder of results; one with others is not written into."""
 
 
 def probe(
@@ -111,45 +121,112 @@ def probe(
     given = find_embedding_file(names, what="inputs")
     folder = Path(default_output(names[0])).with_suffix(".probe") if output is None else Path(output)
     _check_packages(wanted)
-    _check_folder(folder, wanted, overwrite=overwrite)
-    table = read_labels(fspath(labels), wanted)
-    started = time.perf_counter()
-    if given is None:
-        found = embed_layers(
-            names,
-            folder / EMBEDDINGS,
-            model="genoembed-mini" if model is None else model,
-            overwrite=overwrite,
-            progress=progress,
-            layers="all" if layers is None else layers,
-            **extraction,
-        )
-        was_extracted = found.seconds > 0
-    else:
-        _check_file_options(given, extraction)
-        was_extracted = False
-    seconds = {"pass": time.perf_counter() - started}
-    with open_embeddings(folder / EMBEDDINGS if given is None else given) as file:
-        run = ProbeRun(file, table, wanted, None if given is None else layers)
-        measured = run.measure(
-            lambda: embed_untrained(
-                file,
-                folder / UNTRAINED,
-                model=model,
-                seed=wanted.seed,
+    written = [SUMMARY, *(PLOTS if wanted.plot else ())]
+    with _claimed(folder, written, overwrite=overwrite) as place:
+        table = read_labels(fspath(labels), wanted)
+        started = time.perf_counter()
+        # not at the top: importing torch takes seconds, and all that came before may have been refused
+        from genoembed.probing.scoring import ProbeRun
+        from genoembed.probing.vectors import embed_layers, embed_untrained
+
+        if given is None:
+            found = embed_layers(
+                names,
+                place / EMBEDDINGS,
+                model="genoembed-mini" if model is None else model,
                 overwrite=overwrite,
-                sequences=wanted.sequences,
                 progress=progress,
-                options=extraction,
+                layers="all" if layers is None else layers,
+                **extraction,
             )
+            was_extracted = found.seconds > 0
+        else:
+            _check_file_options(given, extraction)
+            was_extracted = False
+        seconds = {"pass": time.perf_counter() - started}
+        with open_embeddings(place / EMBEDDINGS if given is None else given) as file:
+            run = ProbeRun(file, table, wanted, None if given is None else layers)
+            measured = run.measure(
+                lambda: embed_untrained(
+                    file,
+                    place / UNTRAINED,
+                    model=model,
+                    seed=wanted.seed,
+                    overwrite=overwrite,
+                    sequences=wanted.sequences,
+                    progress=progress,
+                    options=extraction,
+                )
+            )
+            report = _build_report(run, measured, folder)
+            pooling = _pooling(file)
+        report = replace(
+            report,
+            embeddings=folder / EMBEDDINGS if given is None else report.embeddings,
+            was_extracted=was_extracted,
+            seconds={**seconds, **report.seconds},
         )
-        report = _build_report(run, measured, folder)
-        pooling = _pooling(file)
-    report = replace(report, was_extracted=was_extracted, seconds={**seconds, **report.seconds})
-    if wanted.plot:
-        report = replace(report, plots=_plot(report, pooling))
-    write_text(folder / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")
+        with reporting_writes(folder):
+            if wanted.plot:
+                report = replace(report, plots=_plot(report, pooling, place))
+            # last: a folder with this file is complete
+            write_text(place / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")
     return report
+
+
+@contextmanager
+def _claimed(folder: Path, written: Sequence[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield where results are written: the folder, or one beside it that replaces it once it is complete.
+
+    No other process has it meanwhile. What a killed run left there is gone on with.
+    """
+    take_back(folder)
+    if folder.exists() and not folder.is_dir():
+        problem = "is a file, expected a folder; set output to another name"
+        raise StoreError(problem, path=str(folder))
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if _OWN.fullmatch(path.name) is None:
+            problem = f"holds {path.name!r}, which no probe wrote; set output to another folder, or move it"
+            raise StoreError(problem, path=str(folder))
+    there = [name for name in written if (folder / name).exists()]
+    if there and not overwrite:
+        problem = Problem(
+            f"{there[0]} exists already", Remedy("overwrite", True), ", or choose another folder"
+        )
+        raise StoreError(problem, path=str(folder))
+    beside = partial_of(folder)
+    made = [path for path in (beside if there else folder, *folder.parents) if not path.exists()]
+    locks: list[int] = []
+    try:
+        with reporting_writes(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(lock(folder, output=folder))
+            if (beside / SUMMARY).exists():  # the old results, where a kill came between exchange and removal
+                shutil.rmtree(beside)
+            if there:
+                beside.mkdir(exist_ok=True)
+                locks.append(lock(beside, output=folder))
+                _link_vectors(folder, beside)
+        yield beside if there else folder
+        if there:
+            put_in_place(beside, folder)
+            shutil.rmtree(beside, ignore_errors=True)
+    finally:
+        for path in made if locks else []:  # folders made here in which nothing was put
+            with suppress(OSError):
+                path.rmdir()
+        for descriptor in locks:
+            os.close(descriptor)
+
+
+def _link_vectors(old: Path, new: Path) -> None:
+    """Give a folder the vectors of an earlier run: with the same settings, they are used again."""
+    for name in (EMBEDDINGS, UNTRAINED):
+        if (old / name).exists() and not (new / name).exists():
+            try:
+                os.link(old / name, new / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(old / name, new / name)
 
 
 def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeReport:
@@ -206,12 +283,11 @@ def _pooling(file: EmbeddingFile) -> str | None:
     return None if settings is None else settings.pooling
 
 
-def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:
-    paths = tuple(report.output / name for name in PLOTS)
+def _plot(report: ProbeReport, pooling: str | None, place: Path) -> tuple[Path, ...]:
     folds = f"{report.num_folds} {report.cv} folds"
-    for path in paths:
+    for name in PLOTS:
         plot_layers(
-            path,
+            place / name,
             report.layers,
             lines=(*report.fusions, *report.baselines),
             untrained=report.untrained,
@@ -219,7 +295,7 @@ def _plot(report: ProbeReport, pooling: str | None) -> tuple[Path, ...]:
             task=report.task,
             title=f"{report.num_rows:,} rows, {folds}, {pooling or 'stored'} pooling",
         )
-    return paths
+    return tuple(report.output / name for name in PLOTS)
 
 
 def _check_packages(options: ProbeConfig) -> None:
@@ -228,21 +304,6 @@ def _check_packages(options: ProbeConfig) -> None:
         raise missing_scikit_learn()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a plot by layer")
-
-
-def _check_folder(folder: Path, options: ProbeConfig, *, overwrite: bool) -> None:
-    """Raise if a folder has results that must stay, before any work is done; make one that is not there."""
-    written = [SUMMARY, *(PLOTS if options.plot else ())]
-    if there := [name for name in written if (folder / name).exists() and not overwrite]:
-        there_already = Problem(
-            f"{there[0]} exists already", Remedy("overwrite", True), ", or choose another folder"
-        )
-        raise StoreError(there_already, path=str(folder))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot be made ({error.strerror or error}); set output to another folder"
-        raise StoreError(problem, path=str(folder)) from error
 
 
 def _check_file_options(file: Path, options: Mapping[str, Any]) -> None:

@@ -115,7 +115,6 @@ def load_transforms(
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS, UNTRAINED = "embeddings.h5", "untrained.h5"
 _RUNNING = ("batch_tokens", "device", "threads", "trust_remote_code", "unit_bases")
 """Options that change no vector: the user's for the untrained copy too."""
 

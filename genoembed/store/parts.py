@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from typing import BinaryIO
 
     from genoembed.config.choices import StorageDtype
     from genoembed.contracts import TokenBlock
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, INPUT, CERTIFICATE = "manifest.json", "input.json", "certificate.json"
 _FORMAT = "genoembed-parts"
+_LONGEST_WAIT_S = 10.0
+"""For another process that begins with the same parts, which takes it a moment."""
 _VERSION = 1
 _PARTS = re.compile(r"unit-\d{6,}\.(h5|rows|json)|input\.json|certificate\.json|\..*\.(tmp|partial)")
 _OURS = re.compile(rf"{_PARTS.pattern}|.*\.lock")
@@ -213,14 +217,14 @@ class Parts:
         with _reporting(self.folder):
             file = (self.folder / f"{name}.lock").open("ab")
         with file:
+            # not for ever: whoever has it may have been stopped, or may be on a machine that is gone
+            end = time.monotonic() + (_LONGEST_WAIT_S if wait else 0)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                problem = (
-                    f"another process is at work here ({name}); wait for it, stop it, or set output to "
-                    "another file"
-                )
-                raise StoreError(problem, path=str(self.folder)) from error
+                while not _has_locked(file):
+                    if time.monotonic() >= end:
+                        problem = f"another process is at work here ({name}); wait for it, or stop it"
+                        raise StoreError(problem, path=str(self.folder))
+                    time.sleep(0.02)
             except OSError as error:  # a file system without locks
                 logger.debug("%s: no locks here (%s)", self.folder, error)
             yield
@@ -455,6 +459,14 @@ def _reporting(folder: Path) -> Iterator[None]:
             f"space, quota and rights of {str(folder.parent)!r}, then run the same command again"
         )
         raise StoreError(problem, path=str(folder)) from error
+
+
+def _has_locked(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -93,7 +93,7 @@ def test_labels_without_a_record_stop_or_warn(tmp_path):
 
 def test_labels_of_no_record_at_all_always_stop(tmp_path):
     store(tmp_path / "a.h5")
-    write_labels(tmp_path / "l.tsv", names=["q1", "q2"])
+    write_labels(tmp_path / "l.tsv", names=[f"q{number}" for number in range(NUM)])
     with pytest.raises(LabelError, match="give the labels of these records"):
         run(tmp_path, unmatched="warn")
 

@@ -43,7 +43,6 @@ class Column:
     """Whether a killed run goes on where it was."""
     resume: tuple[str, ...] = ()
     """What has to be said so that it does."""
-    has_json: bool = True
     loads_torch: bool = True
     bad_options: tuple[tuple[str, ...], ...] = ()
     """Options that are wrong in a way that needs no model to see."""
@@ -75,7 +74,6 @@ COLUMNS = {
         inputs=("original.pt", "original.yml"),
         output=("-o", "converted"),
         is_folder=True,
-        has_json=False,
     ),
     "pretrain": Column(
         words=(
@@ -142,7 +140,6 @@ COLUMNS = {
         output=("-o", "predicted.tsv"),
         runs_forward=True,
         goes_on=True,
-        has_json=False,
         bad_options=(("--batch-rows", "0"), ("--format", "xml")),
     ),
     "search": Column(
@@ -150,7 +147,6 @@ COLUMNS = {
         inputs=("queries.fa", "one.h5"),
         output=("-o", "hits.tsv"),
         runs_forward=True,
-        has_json=False,
         bad_options=(("-k", "0"), ("--metric", "manhattan"), ("--layer", "blocks.9")),
     ),
     "fit-transform": Column(
@@ -221,10 +217,9 @@ COLUMNS = {
         more_outputs=(("--per-base", "bases.tsv"),),
         runs_forward=True,
         goes_on=True,
-        has_json=False,
         bad_options=(("--window", "8", "--stride", "9"), ("--flank", "3")),
     ),
-    "doctor": Column(words=(), has_json=False, runs_forward=True),
+    "doctor": Column(words=(), runs_forward=True),
 }
 
 VARIANTS = Column(
@@ -234,7 +229,6 @@ VARIANTS = Column(
     more_outputs=(("--vectors", "deltas.h5"),),
     runs_forward=True,
     goes_on=True,
-    has_json=False,
 )
 """A second form of ``score``."""
 

@@ -18,10 +18,21 @@ WRITERS = {name: column for name, column in ALL.items() if column.output}
 LONG = {name: column for name, column in WRITERS.items() if column.runs_forward}
 SLOW = (
     "import time, torch.nn as nn; _run = nn.Embedding.forward\n"
-    "def slow(self, *a, **k):\n    time.sleep(0.15)\n    return _run(self, *a, **k)\n"
+    "def slow(self, *a, **k):\n"
+    "    open('../.forward', 'w').close()\n"
+    "    time.sleep(0.3)\n"
+    "    return _run(self, *a, **k)\n"
     "nn.Embedding.forward = slow"
 )
-"""Each forward pass takes long enough to be met in the middle."""
+"""Each forward pass says that it runs, and takes long enough to be met in the middle."""
+
+
+def await_forward(running, world) -> None:
+    """Wait until a model runs."""
+    end = time.monotonic() + 60
+    while not (world.parent / ".forward").exists() and not running.has_ended and time.monotonic() < end:
+        time.sleep(0.005)
+    assert not running.has_ended, running.wait().err
 
 
 def leftovers(world, before) -> list[str]:
@@ -40,7 +51,7 @@ def spoken(name: str) -> str:
 def test_signal_ends_a_run_in_one_line(name, number, code, warm, world):
     column = LONG[name]
     running = warm.start(*column.call(spoken(name)), cwd=world, patch=SLOW)
-    time.sleep(0.35)
+    await_forward(running, world)
     running.signal(number)
     ran = running.wait(timeout_s=60)
     assert ran.code == code, ran.err
@@ -54,8 +65,9 @@ def test_interruption_of_the_first_moment_is_one_line(name, warm, world):
     time.sleep(0.06)
     running.signal(signal.SIGINT)
     ran = running.wait(timeout_s=60)
-    assert ran.code in (0, 130), ran.err
-    assert "Traceback" not in ran.err or "sleep" in ran.err
+    # before its own handlers are there, the signal itself ends the process, which says nothing
+    assert ran.code in (0, 130, -signal.SIGINT), ran.err
+    assert "Traceback" not in ran.err
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -146,7 +158,7 @@ def test_second_process_on_one_output_is_refused(name, warm, world):
     assert alone
 
 
-@pytest.mark.parametrize("name", [name for name, column in ALL.items() if column.has_json])
+@pytest.mark.parametrize("name", ALL)
 def test_json_is_one_object(name, warm, world):
     ran = warm.run(*ALL[name].call(spoken(name)), "--json", cwd=world)
     assert ran.code == 0, ran.err

@@ -126,7 +126,6 @@ def _fork(request: dict[str, Any]) -> int:
             os.dup2(_copied_to(file) if "max_file_bytes" in request else file, number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
         sys.argv = ["genoembed", *request["words"]]
@@ -159,11 +158,11 @@ def _main() -> int:
     """Do what the interpreter does around a console script, exit status included."""
     import traceback
 
-    from genoembed.cli import main
+    from genoembed.__main__ import run
 
     status = 0
     try:
-        main()
+        run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter does

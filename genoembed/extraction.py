@@ -34,6 +34,7 @@ from genoembed.store import (
     Parts,
     check_output,
     differences_from,
+    find_merged,
     finish_removal,
     is_output_of,
     merge_parts,
@@ -161,13 +162,16 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
         overwrite: True where an existing file is replaced.
 
     Returns:
-        What was written. The parts are removed.
+        What was written. The parts are removed. Where they are gone, since the output was merged before,
+        what is in it.
 
     Raises:
         StoreError: If there are no parts, units are missing, the file exists and must stay, or it cannot be
             written; the parts stay then.
     """
     parts = Parts.find(output)
+    if parts is None and (merged := find_merged(output)) is not None and not overwrite:
+        return merged  # a job that is started again after a kill finds its work done
     if parts is None:
         problem = f"there is no {str(parts_folder(output))!r} to merge; give the output of the extract runs"
         raise StoreError(problem, path=fspath(output))

@@ -9,6 +9,7 @@ from genoembed.atomic import check_output, free_bytes
 from genoembed.store.merging import (
     Merged,
     differences_from,
+    find_merged,
     finish_removal,
     is_output_of,
     merge_parts,
@@ -32,6 +33,7 @@ __all__ = [
     "UnitRows",
     "check_output",
     "differences_from",
+    "find_merged",
     "finish_removal",
     "free_bytes",
     "is_output_of",

@@ -20,6 +20,7 @@ from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from os import PathLike
 
     from genoembed.store.parts import InputFacts, Manifest, Parts, UnitRecord
     from genoembed.store.reader import EmbeddingFile
@@ -73,6 +74,14 @@ def finish_removal(parts: Parts) -> Merged:
         merged = _summary(file)
     parts.remove()
     return merged
+
+
+def find_merged(output: str | PathLike[str]) -> Merged | None:
+    """Return what is in an output whose parts are gone, since it was merged; None if it is something else."""
+    with suppress(GenoembedError, OSError), open_embeddings(output) as file:
+        if "run" in file.provenance:
+            return _summary(file)
+    return None
 
 
 _ACTED = {

@@ -219,14 +219,11 @@ class Parts:
         with file:
             # not for ever: whoever has it may have been stopped, or may be on a machine that is gone
             end = time.monotonic() + (_LONGEST_WAIT_S if wait else 0)
-            try:
-                while not _has_locked(file):
-                    if time.monotonic() >= end:
-                        problem = f"another process is at work here ({name}); wait for it, or stop it"
-                        raise StoreError(problem, path=str(self.folder))
-                    time.sleep(0.02)
-            except OSError as error:  # a file system without locks
-                logger.debug("%s: no locks here (%s)", self.folder, error)
+            while not _has_locked(file):
+                if time.monotonic() >= end:
+                    problem = f"another process is at work here ({name}); wait for it, or stop it"
+                    raise StoreError(problem, path=str(self.folder))
+                time.sleep(0.02)
             yield
 
     def finished(self, number: int, content: str | None = None) -> UnitRecord | None:
@@ -466,6 +463,8 @@ def _has_locked(file: BinaryIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        logger.debug("%s: no locks on this file system (%s)", file.name, error)
     return True
 
 

@@ -173,3 +173,11 @@ def test_last_line_names_what_was_written(name, warm, world):
     assert column.output[1] in ran.lines[-1], ran.err
     for sign in ("Counts(", "Config(", "PosixPath(", "<genoembed", "np.float"):
         assert sign not in ran.err + ran.out
+
+
+def test_merge_that_is_started_again_finds_its_work_done(warm, world):
+    first = warm.run("merge", "shared.h5", cwd=world)
+    before = (world / "shared.h5").read_bytes()
+    again = warm.run("merge", "shared.h5", cwd=world)
+    assert (first.code, again.code, again.out) == (0, 0, first.out), again.err
+    assert (world / "shared.h5").read_bytes() == before

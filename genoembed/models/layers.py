@@ -165,10 +165,10 @@ class _Resolver:
             # part by part, so that * stays within one dot: blocks.*.mlp is no module deeper down
             parts = text.split(".")
             split = ((path, path.split(".")) for path in self.known)
-            found = [p for p, own in split if len(own) == len(parts) and all(map(fnmatchcase, own, parts))]
-            if not found:
+            inside = [p for p, own in split if len(own) == len(parts) and all(map(fnmatchcase, own, parts))]
+            if not inside:
                 raise self._unknown(text)
-            yield from found
+            yield from inside
         elif text in self.known:
             yield text
         else:

@@ -80,6 +80,7 @@ class GrowingDataset:
 
     def close(self) -> h5py.Dataset:
         """Write what waits."""
+        # HDF5 takes room for whole chunks, and a chunk of no rows is none
         return self._write(max(1, min(self.chunk_rows, self.num_rows)))
 
     def _write(self, chunk_rows: int) -> h5py.Dataset:
@@ -112,6 +113,7 @@ class ObsWriter:
             if column_type == "category":
                 group = self._group.create_group(name)
                 self._columns[name] = GrowingDataset(group, "codes", dtype=_CODES)
+                # both strands in any case, so that files do not differ by which came first
                 self._categories[name] = {"+": 0, "-": 1} if name == "strand" else {}
             elif column_type == "integer":
                 self._columns[name] = GrowingDataset(self._group, name, dtype=INTEGER)
@@ -148,6 +150,7 @@ class ObsWriter:
 
 def text_array(values: Sequence[str]) -> NDArray[np.object_]:
     """Make the array that h5py stores as UTF-8 text of variable length."""
+    # by hand: of a list of texts NumPy makes texts of fixed width, which h5py cannot store
     array = np.empty(len(values), dtype=object)
     array[:] = [storable_text(value) for value in values]
     return array
@@ -178,6 +181,7 @@ def _write_mirror(group: h5py.Group, mapping: Mapping[str, JSON]) -> None:
     set_encoding(group, DICT)
     for key, value in mapping.items():
         name = escape_name(storable_text(key))
+        # the JSON itself is there already, and two keys may be spelled the same once they are storable
         if name in group or value is None:
             continue
         if isinstance(value, dict):
@@ -189,6 +193,7 @@ def _write_mirror(group: h5py.Group, mapping: Mapping[str, JSON]) -> None:
 
 
 def _write_scalar(group: h5py.Group, name: str, value: JSON) -> None:
+    # AnnData's integers have 64 bits; Python's have no end
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
         value = str(value)
     if isinstance(value, str):
@@ -200,6 +205,7 @@ def _write_scalar(group: h5py.Group, name: str, value: JSON) -> None:
 def _write_list(group: h5py.Group, name: str, values: Sequence[JSON]) -> None:
     if all(isinstance(value, str) for value in values):
         write_text_array(group, name, [str(value) for value in values])
+    # not isinstance: True is an int, and NumPy would make numbers of it, or floats of integers among floats
     elif all(type(value) is float for value in values) or _are_int64(values):
         set_encoding(group.create_dataset(name, data=np.array(values)), ARRAY)
     else:

@@ -72,6 +72,7 @@ def check_size(dataset: h5py.Dataset, path: str) -> None:
 def read_layout(hdf5: h5py.File, path: str) -> Layout:
     """Check an open file against the schema."""
     with reading(path):
+        # first of all: a file of a newer format is no damaged one, whatever else is not as expected
         version = _read_version(hdf5, path)
         kind = _read_kind(hdf5, path)
         num_rows = _check_obs(hdf5, path)
@@ -218,6 +219,7 @@ class LazyMatrix:
             start, stop, _ = rows.indices(len(self))
             return self._span(start, max(start, stop), columns)
         if isinstance(rows, (int, np.integer)):
+            # a range checks the bounds, and counts negative numbers from the end, as a list does
             position = range(len(self))[rows]
             return self._span(position, position + 1, columns)[0]
         positions = np.arange(len(self))[rows]
@@ -242,6 +244,7 @@ class LazyMatrix:
         if isinstance(columns, slice) and columns == slice(None):
             return self._read(start, stop)
         step = self._slab_rows()
+        # where there are no rows, one read of none still gives the width that the columns have
         starts = range(start, stop, step) or range(start, start + 1)
         return np.concatenate([self._read(first, min(first + step, stop))[:, columns] for first in starts])
 
@@ -254,5 +257,6 @@ class LazyMatrix:
             wanted = positions[chosen]
             first = int(wanted.min())
             picked[chosen] = self._read(first, int(wanted.max()) + 1)[wanted - first]
+        # as in NumPy: a list of columns next to a list of rows goes with it, one value for each pair
         is_paired = not isinstance(columns, (slice, int, np.integer))
         return picked[np.arange(len(picked)), columns] if is_paired else picked[:, columns]

@@ -170,7 +170,7 @@ def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwr
         dtype=parts.manifest.out_dtype,
         feature_names=names if is_pooled else None,
         overwrite=overwrite,
-        staging=parts.folder,
+        staging=parts.folder,  # what a killed merge left goes with the parts
     ) as writer:
         for record in records:
             with open_embeddings(parts.shard(record.number)) as shard:

@@ -129,6 +129,7 @@ class InputFacts:
     @property
     def content(self) -> list[object]:
         """What two processes that have read the same in the same way agree in."""
+        # windows are counted as units are merged, not as the input is read
         read = {name: number for name, number in self.counts.items() if name != "windows"}
         return [self.num_units, [item.get("sha256") for item in self.inputs], read]
 
@@ -169,18 +170,29 @@ class Parts:
         parts = cls(output, manifest)
         with _reporting(parts.folder):
             parts.folder.mkdir(exist_ok=True)
+        # waiting, where other locks refuse: jobs of an array begin at the same moment, and this takes no time
         with parts.lock("begin", wait=True):
             found = _read_manifest(parts.folder)
             if found is not None and found.unit_digest != parts._digest:
                 problem = parts._difference(found)
                 if not drop_other:
                     raise StoreError(problem, path=str(parts.folder))
-                parts._refuse_busy()
+                for path in parts.folder.glob(
+                    "*.lock"
+                ):  # of units that are to be dropped, none may be in work
+                    if path.stem != "begin":
+                        with parts.lock(path.stem):
+                            pass
                 logger.warning("%s: dropped, since it %s", parts.folder, problem.partition(";")[0])
                 parts._drop(_PARTS)
                 found = None
             if found is None:
-                parts._refuse_foreign()
+                # the folder goes when the run is merged: it must hold nothing that is not ours
+                foreign = [path.name for path in parts.folder.iterdir() if not _OURS.fullmatch(path.name)]
+                if foreign:
+                    found_there = f"holds {foreign[0]!r}, which no run put there"
+                    problem = f"{found_there}; set output to another file, or move it"
+                    raise StoreError(problem, path=str(parts.folder))
                 parts._write(MANIFEST, {"format": _FORMAT, "version": _VERSION, **asdict(manifest)})
                 return parts
             if found.policies != manifest.policies:
@@ -293,6 +305,7 @@ class Parts:
         check_space(self.folder, needed, what=f"unit {unit.record.number}")
         self._saved_bytes += needed
         free = free_bytes(self.folder)
+        # the merged file is as large as all units so far, which stay until it is there
         if free is not None and free - needed < self._saved_bytes and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -364,6 +377,7 @@ class Parts:
     def _drop(self, pattern: re.Pattern[str]) -> None:
         with _reporting(self.folder):
             names = sorted(path.name for path in self.folder.iterdir())
+            # the manifest last: while it is there, a removal that was cut off is known to be one
             for name in (*filter(pattern.fullmatch, names), MANIFEST):
                 (self.folder / name).unlink(missing_ok=True)
 
@@ -371,20 +385,6 @@ class Parts:
         """Remove what processes left that were cut off while they wrote; no process may be at work."""
         for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(".*.partial")):
             path.unlink(missing_ok=True)
-
-    def _refuse_busy(self) -> None:
-        """Raise if units to be dropped are being made by another process."""
-        for path in self.folder.glob("*.lock"):
-            if path.stem != "begin":
-                with self.lock(path.stem):
-                    pass
-
-    def _refuse_foreign(self) -> None:
-        """Raise if the folder holds anything that no run of ours puts there."""
-        foreign = [path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name)]
-        if foreign:
-            problem = f"holds {foreign[0]!r}, which no run put there; set output to another file, or move it"
-            raise StoreError(problem, path=str(self.folder))
 
     def _difference(self, found: Manifest) -> str:
         num_units = len(self.saved_numbers())
@@ -487,7 +487,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _known_fields(cls: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick what a dataclass has fields for."""
+    """Pick what a dataclass has fields for; a later release may have written more."""
     return {key.name: found[key.name] for key in fields(cls) if key.name in found}
 
 

@@ -199,6 +199,7 @@ class EmbeddingFile:
         """
         row = self._rows_by_id.get(record_id)
         if row is None:
+            # of some thousands at most: comparing with millions of ids would take minutes
             near = difflib.get_close_matches(str(record_id), self.ids[:10_000], n=1)
             hint = f"did you mean {near[0]!r}?" if near else "'ids' lists what is there"
             problem = f"record {record_id!r} is not among the {len(self)} records of this file; {hint}"
@@ -397,6 +398,7 @@ class EmbeddingDataset:
         self._file: EmbeddingFile | None = None
 
     def _embeddings(self) -> EmbeddingFile:
+        # a forked worker has its parent's file handle, and HDF5 would read where the other one moved it to
         if self._file is None or self._process != os.getpid():
             self._file, self._process = EmbeddingFile(self._path), os.getpid()
         return self._file

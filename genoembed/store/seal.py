@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -22,9 +22,12 @@ from genoembed.errors import StoreError, StoreFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import FileIO
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from genoembed.atomic import AtomicFile
 
 MAGIC = b"genoembed-seal-1"
 _TRAILER = struct.Struct("<32sQQ16s")
@@ -33,17 +36,9 @@ _GAP = np.dtype("<u8")
 _NUMBERS = "iufb"
 _BLOCK_BYTES = 1 << 20
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# HDF5 File Format Specification, level 0A, for addresses of 8 bytes, as h5py writes them
 _SUPERBLOCK_ENDS = {0: 40, 1: 44, 2: 28, 3: 28}
 """By version of the superblock: where it says how long the file is."""
-
-
-class _Seekable(Protocol):
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int: ...
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-
-
-class _SealableFile(_Seekable, Protocol):
-    def write(self, buffer: memoryview, /) -> int: ...
 
 
 def number_chunks(hdf5: h5py.File) -> NDArray[np.uint64]:
@@ -57,6 +52,7 @@ def number_chunks(hdf5: h5py.File) -> NDArray[np.uint64]:
 
     hdf5.visititems(visit)
     joined: list[list[int]] = []
+    # chunks mostly follow one another: joined, the list is some lines long, not as long as the file
     for offset, size in sorted(found):
         if joined and sum(joined[-1]) == offset:
             joined[-1][1] += size
@@ -69,11 +65,11 @@ def _chunks(dataset: h5py.Dataset) -> Iterator[tuple[int, int]]:
     steps = (range(0, size, step) for size, step in zip(dataset.shape, dataset.chunks, strict=True))
     for place in itertools.product(*steps):
         chunk = dataset.id.get_chunk_info_by_coord(place)
-        if chunk.byte_offset is not None and chunk.size:
+        if chunk.byte_offset is not None and chunk.size:  # a chunk that was never written has no place
             yield chunk.byte_offset, chunk.size
 
 
-def write_seal(file: _SealableFile, gaps: NDArray[np.uint64]) -> None:
+def write_seal(file: AtomicFile, gaps: NDArray[np.uint64]) -> None:
     """Append the seal to a file that HDF5 has closed."""
     end = file.seek(0, os.SEEK_END)
     digest = _digest(file, end, gaps)
@@ -81,7 +77,7 @@ def write_seal(file: _SealableFile, gaps: NDArray[np.uint64]) -> None:
     file.write(memoryview(gaps.tobytes() + _TRAILER.pack(digest, len(gaps), end, MAGIC)))
 
 
-def _digest(file: _Seekable, end: int, gaps: NDArray[np.uint64]) -> bytes:
+def _digest(file: AtomicFile | FileIO, end: int, gaps: NDArray[np.uint64]) -> bytes:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_BLOCK_BYTES))
     start = 0
@@ -95,6 +91,7 @@ def _digest(file: _Seekable, end: int, gaps: NDArray[np.uint64]) -> bytes:
             digest.update(buffer[:count])
             start += count
         start = offset + size
+    # the list of gaps as well: damage in it could take any bytes out of the digest
     digest.update(gaps.tobytes() + end.to_bytes(8, "little"))
     return digest.digest()
 
@@ -114,7 +111,7 @@ def check_seal(path: Path) -> bool:
         raise StoreError(problem, path=str(path)) from error
 
 
-def _check_superblock(file: _Seekable, size: int, path: Path) -> None:
+def _check_superblock(file: AtomicFile | FileIO, size: int, path: Path) -> None:
     if not size:
         problem = "is empty, expected an HDF5 file; make it again"
         raise StoreFormatError(problem, path=str(path))
@@ -136,13 +133,14 @@ def _check_superblock(file: _Seekable, size: int, path: Path) -> None:
         raise StoreFormatError(problem, path=str(path))
 
 
-def _holds(file: _Seekable, size: int, path: Path) -> bool:
+def _holds(file: AtomicFile | FileIO, size: int, path: Path) -> bool:
     trailer = _read(file, max(0, size - _TRAILER.size), _TRAILER.size)
     if len(trailer) < _TRAILER.size or not trailer.endswith(MAGIC):
         return False
     expected, num_gaps, end, _ = _TRAILER.unpack(trailer)
     if end + num_gaps * 2 * _GAP.itemsize + _TRAILER.size == size:
         gaps = np.frombuffer(_read(file, end, num_gaps * 2 * _GAP.itemsize), _GAP).reshape(-1, 2)
+        # checked before they are used: damaged gaps could point behind the file, or back and round in it
         if _are_gaps(gaps, end) and _digest(file, end, gaps) == expected:
             return True
     problem = (
@@ -160,7 +158,7 @@ def _are_gaps(gaps: NDArray[np.uint64], end: int) -> bool:
     return is_inside and bool((offsets[1:] >= offsets[:-1] + sizes[:-1]).all())
 
 
-def _read(file: _Seekable, start: int, size: int) -> bytes:
+def _read(file: AtomicFile | FileIO, start: int, size: int) -> bytes:
     buffer = bytearray(size)
     file.seek(start)
     filled = 0

@@ -135,7 +135,7 @@ class _TextWriter:
 class _TextFile(_TextWriter):
     def __init__(self, part: Path, path: str, format: TableFormat, columns: Sequence[str] | None) -> None:
         with reporting_writes(path):
-            stream = part.open("w", encoding="utf-8", newline="")
+            stream = part.open("w", encoding="utf-8", newline="")  # the same line ends on every system
         super().__init__(stream, path, format, columns)
 
     def close(self) -> None:
@@ -161,7 +161,12 @@ class _ParquetWriter:
     def write_columns(self, columns: Mapping[str, Sequence[object]]) -> None:
         with reporting_writes(self._path):
             if self._writer is None:
-                table = self._arrow.table({name: self._column(values) for name, values in columns.items()})
+                # a column without values would have no type
+                arrays = {
+                    name: self._arrow.array(values, type=None if len(values) else self._arrow.string())
+                    for name, values in columns.items()
+                }
+                table = self._arrow.table(arrays)
                 self._schema = table.schema
                 self._writer = self._parquet.ParquetWriter(self._part, self._schema)
             else:
@@ -183,10 +188,6 @@ class _ParquetWriter:
         values = zip(*self._rows, strict=True) if self._rows else [()] * len(self._columns)
         self._rows = []
         self.write_columns(dict(zip(self._columns, map(list, values), strict=True)))
-
-    def _column(self, values: Sequence[object]) -> Any:
-        # a column without values would have no type
-        return self._arrow.array(values, type=None if len(values) else self._arrow.string())
 
 
 def import_pyarrow(purpose: str) -> tuple[Any, Any]:

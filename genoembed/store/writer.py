@@ -114,7 +114,7 @@ class EmbeddingWriter:
             self._obs = ObsWriter(self._hdf5)
             if self._kind == "tokens":
                 self._offsets = GrowingDataset(self._hdf5.create_group("tokens"), "offsets", dtype=INTEGER)
-                self._offsets.append(np.zeros(1, INTEGER))
+                self._offsets.append(np.zeros(1, INTEGER))  # one more than rows: a start and all the ends
                 self._num_tokens = 0
         return self
 
@@ -130,6 +130,7 @@ class EmbeddingWriter:
         self._check_layers(matrices)
         self._check_ids(block.rows)
         ends = np.cumsum(lengths)
+        # all that can be refused is refused before the first dataset grows
         stored = {name: self._convert(name, matrix, block, ends) for name, matrix in matrices.items()}
         with self._reporting():
             if not self._matrices:
@@ -190,12 +191,13 @@ class EmbeddingWriter:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             failure = error
+        # the file keeps a failed write from HDF5, which went on then as if nothing had happened
         if self._file is not None and self._file.error is not None:
             failure = self._file.error
         if failure is None:
             return
         self.close()
-        if not isinstance(failure, Exception):
+        if not isinstance(failure, Exception):  # Ctrl-C while HDF5 wrote
             raise failure
         reason = getattr(failure, "strerror", None) or str(failure)
         problem = (
@@ -268,7 +270,7 @@ class EmbeddingWriter:
         ends: NDArray[np.int64],
     ) -> NDArray[np.floating]:
         """Copy to the dtype of the file, refusing what is not finite."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused below
             converted = np.array(matrix, dtype=self._dtype)
         finite = np.isfinite(converted)
         if finite.all():
@@ -278,6 +280,7 @@ class EmbeddingWriter:
             if finite.all():
                 return converted
         row, column = np.argwhere(~finite)[0]
+        # in per-token files a row is a token; its record is the first that ends behind it
         record_id = block.rows[int(np.searchsorted(ends, row, side="right"))].id
         value = matrix[row, column]
         problem = f"layer {name!r} has the value {value} at feature {column}"

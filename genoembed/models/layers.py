@@ -157,8 +157,7 @@ class _Resolver:
             yield from (self._block(index, spec) for index in range(self.depth))
         elif text == FINAL:
             if self.final_path is None:
-                found = f"no module of {self.name} returns last_hidden_state"
-                message = f"layer {FINAL!r}: {found}; name a block number"
+                message = f"layer {FINAL!r}: no module of {self.name} returns last_hidden_state; name a block number"
                 raise LayerError(message, spec=FINAL)
             yield self.final_path
         elif _GLOB_CHARACTERS.intersection(text):

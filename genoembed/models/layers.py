@@ -157,7 +157,9 @@ class _Resolver:
             yield from (self._block(index, spec) for index in range(self.depth))
         elif text == FINAL:
             if self.final_path is None:
-                message = f"layer {FINAL!r}: no module of {self.name} returns last_hidden_state; name a block number"
+                message = (
+                    f"layer {FINAL!r}: nothing in {self.name} returns last_hidden_state; name a block number"
+                )
                 raise LayerError(message, spec=FINAL)
             yield self.final_path
         elif _GLOB_CHARACTERS.intersection(text):

@@ -100,7 +100,7 @@ def compare(
         LayerError: If a file lacks the requested layer.
         StoreError: If a file cannot be read or written.
     """
-    if tolerance is not None and not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:  # NaN as well
         message = f"tolerance is {tolerance}; set tolerance to 0 or more"
         raise ConfigError(message)
     check_paths([first, second], [(output, "table")], overwrite=overwrite)
@@ -128,6 +128,7 @@ def compare(
             only_in_first=pairs.only_in_first,
             only_in_second=pairs.only_in_second,
             other_sequence=_other_sequences(one, other, pairs),
+            # pairs stand in the first file's order: a step back in the second file is another order
             is_reordered=bool((np.diff(pairs.second) < 0).any()),
             setting_differences=tuple(_setting_differences(one, other, names)),
             output=None if output is None else fspath(output),
@@ -191,6 +192,7 @@ def _differences(one: EmbeddingFile, other: EmbeddingFile, layer: str, pairs: _P
         for row, mate in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
             yield difference(one.vectors(row, layer), other.vectors(mate, layer))
         return
+    # some rows at a time: neither matrix need fit into memory
     step = block_rows(one[layer].shape[1])
     for start in range(0, len(pairs.first), step):
         span = slice(start, start + step)
@@ -200,6 +202,7 @@ def _differences(one: EmbeddingFile, other: EmbeddingFile, layer: str, pairs: _P
 
 def _other_sequences(one: EmbeddingFile, other: EmbeddingFile, pairs: _Pairs) -> tuple[str, ...]:
     mine, theirs = one.obs["sha256"][pairs.first], other.obs["sha256"][pairs.second]
+    # a file without digests says nothing about its sequences
     differs = [bool(a and b and a != b) for a, b in zip(mine, theirs, strict=True)]
     return tuple(one.ids[row] for row, is_other in zip(pairs.first, differs, strict=True) if is_other)
 

@@ -177,10 +177,11 @@ def clean_sequences(
     ids, counts = IdRegistry("error"), InputCounts()
     records = []
     for index, sequence in enumerate(list_sequences(sequences, PLACE)):
-        if isinstance(sequence, SequenceRecord):
+        if isinstance(sequence, SequenceRecord):  # cleaned as it was read
             records.append(sequence)
             continue
         letters = sequence_letters(sequence, f"{PLACE}[{index}]")
+        # its position is its id, so that none appears twice
         raw = RawRecord(str(index), "", PLACE, PLACE, None, iter([(letters, None)]))
         record = clean_record(raw, policies=policies, ids=ids, counts=counts)
         assert record is not None, "no policy skips"
@@ -198,6 +199,7 @@ def _config(
     if misplaced:
         message = f"{', '.join(misplaced)}: for files, and there are none here; leave it out, or use extract"
         raise ConfigError(message)
+    # a model that is loaded is as it is: an option that could change nothing must not seem to
     if not isinstance(model, str):
         loading = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
         if loading:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from os import fspath
 from pathlib import Path
@@ -45,6 +44,7 @@ from genoembed.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from os import PathLike
 
     from genoembed.config.choices import Fusion, Pooling
@@ -188,6 +188,7 @@ def check_files(config: EmbedConfig) -> bool:
     """Raise if the output is one of the files to be read, or exists and must stay."""
     output, overwrite = config.output.output, config.output.overwrite
     parts = Parts.find(output)
+    # whether it is what this run would make is known once the model and its content are
     may_stay = config.output.resume or (parts is not None and is_output_of(parts))
     check_paths(
         config.input.inputs,
@@ -252,26 +253,33 @@ def _run(
         step=step,
         sample=config.run.certificate,
     )
-    with parts.lock(f"shard-{first + 1}-of-{step}"), _keeping_units(parts, alone=step == 1):
-        engine.run(pending, parts.save)
-        if not pending.num_units:
-            raise _nothing_to_embed(config, counts)
-        if pending.sample:
-            parts.save_certificate(_certificate(engine, parts, pending))
-        parts.close_input(_input_facts(config, counts, digests, pending.num_units))
-        merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
+    with parts.lock(f"shard-{first + 1}-of-{step}"):
+        try:
+            engine.run(pending, parts.save)
+            if not pending.num_units:
+                problem = (
+                    f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
+                    f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
+                )
+                raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
+            if pending.sample:
+                parts.save_certificate(_certificate(engine, parts, pending))
+            # digests are of what was read just now, so they are there only when the input has come to its end
+            facts = InputFacts(
+                num_units=pending.num_units,
+                counts=asdict(counts),
+                inputs=[digests.facts(name) for name in config.input.inputs],
+                regions=[digests.facts(name) for name in config.input.regions],
+            )
+            parts.close_input(facts)
+            merged = merge_parts(parts, overwrite=config.output.overwrite) if step == 1 else None
+        except BaseException as error:  # Ctrl-C too: what is finished is kept in any case
+            parts.note_kept(error, alone=step == 1)
+            raise
     if merged is not None:
+        # by whoever embedded the units, in an earlier run perhaps
         counts.windows = merged.num_windows
     return _report(config, engine, counts, merged, seconds=time.perf_counter() - started)
-
-
-@contextmanager
-def _keeping_units(parts: Parts, *, alone: bool) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        parts.note_kept(error, alone=alone)
-        raise
 
 
 def _certificate(
@@ -283,25 +291,6 @@ def _certificate(
         block = read_block(file)
     dtype = str(engine.facts.identity["dtype"])
     return certify_rows(engine, pending.sample, block, dtype=dtype)
-
-
-def _input_facts(
-    config: EmbedConfig, counts: InputCounts, digests: InputDigests, num_units: int
-) -> InputFacts:
-    return InputFacts(
-        num_units=num_units,
-        counts=asdict(counts),
-        inputs=[digests.facts(name) for name in config.input.inputs],
-        regions=[digests.facts(name) for name in config.input.regions],
-    )
-
-
-def _nothing_to_embed(config: EmbedConfig, counts: InputCounts) -> EmptyRecordError:
-    problem = (
-        f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
-        f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
-    )
-    return EmptyRecordError(problem, path=", ".join(config.input.inputs))
 
 
 def _report(

@@ -1,8 +1,6 @@
 """What a run would do, before anything is spent on it: counted exactly, and timed on a few forward passes.
 
 ``read -> units -> lay out -> measure``: the input is read once, as the run would read it. Nothing is written.
-
-Count what a run will have to do, and measure a few of its forward passes.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from genoembed.sequences import InputCounts
 from genoembed.store import Parts, free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from os import PathLike
 
     from genoembed.config.choices import Fusion, Pooling
@@ -133,19 +131,15 @@ def plan(
         units = iter_units(
             read_records(config, counts), max_bases=embedder.unit_bases, max_records=embedder.unit_records
         )
+        first, step = config.run.share
         work, sample = count_work(
-            _of_share(units, config),
+            (unit for unit in units if unit.number % step == first),
             embedder,
             per_window=config.windows.per_window,
             keeps_tokens=config.embedding.pooling == "none",
         )
         reading_s = time.perf_counter() - started
         return _plan(config, embedder, counts, work, measure(sample, embedder), reading_s)
-
-
-def _of_share(units: Iterable[WorkUnit], config: EmbedConfig) -> Iterator[WorkUnit]:
-    first, step = config.run.share
-    return (unit for unit in units if unit.number % step == first)
 
 
 def _plan(
@@ -163,6 +157,7 @@ def _plan(
     workers = config.run.workers or 1
     seconds = tokens_per_s = None
     if measured is not None:
+        # a run reads and cuts while the model computes: the slower of the two decides
         whole = max(work.slots * measured.seconds_per_slot / workers, reading_s)
         seconds = whole * max(0, work.units - finished) / work.units
         tokens_per_s = work.real_tokens / (work.slots * measured.seconds_per_slot)
@@ -221,6 +216,8 @@ NUM_MEASURED = 3
 _SEED = 0
 _BLOCKS = 4
 """Of a sequence that runs in blocks, as many are measured: the others cost the same."""
+# HDF5 File Format Specification, III.E: a text in a global heap has a header of 16 bytes, is rounded up to 8,
+# and is referred to by its length (4), the heap's address (8) and its number there (4)
 _HEAP_ALIGNMENT, _HEAP_OVERHEAD, _REFERENCE = 8, 16, 16
 _NUMBERS_BYTES = 4 * 8 + 2 * 4
 """Four integers and two codes of a row."""
@@ -275,7 +272,7 @@ class Sample:
         if self.largest is None or slots > self.largest.work.batch.num_tokens:
             self.largest = sampled
         # Efraimidis and Spirakis: the largest of u ** (1 / weight) are a sample without replacement
-        self._number += 1
+        self._number += 1  # decides between equal chances: passes themselves have no order
         heapq.heappush(self._drawn, (self._random.random() ** (1 / slots), self._number, sampled))
         if len(self._drawn) > NUM_MEASURED:
             heapq.heappop(self._drawn)
@@ -320,7 +317,7 @@ def measure(sample: Sample, embedder: UnitEmbedder) -> Measured | None:
         return None
     device = embedder.model.device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)  # what loading took at its peak is no part of a pass
     embedder.runner.try_batch(sample.largest.work, sample.largest.records)
     costs = []
     for sampled in sample.drawn:
@@ -342,6 +339,7 @@ def _count_pieces(slab: Slab, work: Workload) -> int:
         work.real_tokens += int(batch.batch.attention_mask.sum())
     work.repeats += len(slab.repeats)
     batched = (piece for batch in slab.batches for piece in batch.pieces)
+    # both strands of a window come to one vector
     kept = sum(int(piece.pool_mask.sum()) for piece in (*batched, *slab.repeats) if not piece.is_reverse)
     work.kept_tokens += kept
     return kept

@@ -70,6 +70,7 @@ class _AutoClassWatcher(importlib.abc.MetaPathFinder):
             (
                 found
                 for finder in sys.meta_path
+                # the others, asked as if this one were not there: it finds nothing itself
                 if finder is not self and (found := finder.find_spec(fullname, path, target)) is not None
             ),
             None,
@@ -96,6 +97,7 @@ class _RegisteringLoader(importlib.abc.Loader):
             _running.discard(module.__name__)
         _register_what_is_ready()
 
+    # tracebacks and resources ask a loader for more than an importer does, such as its source
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 

@@ -97,6 +97,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        # scikit-learn copies an estimator by its arguments, so they are kept as they are, and checked in fit
         self.model = model
         self.layer = layer
         self.pool = pool
@@ -168,7 +169,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.string = True
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
-        tags.transformer_tags.preserves_dtype = []
+        tags.transformer_tags.preserves_dtype = []  # texts have no type of numbers to preserve
         return tags
 
     def _embed(self, sequences: Sequence[SequenceInput]) -> Embedded:
@@ -181,6 +182,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         several = (
             not (self.layer is None or isinstance(self.layer, str | int | np.integer)) or self.layer == "all"
         )
+        # an estimator gives one matrix, so several layers become one where nobody says how
         found = embed(
             sequences,
             model=self._loaded(),
@@ -214,6 +216,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             self.device,
             self.trust_remote_code,
         )
+        # threads of a search share the models; without the lock each would load its own
         with _lock:
             if key not in _kept:
                 _kept[key] = load_for_embedding(

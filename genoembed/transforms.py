@@ -114,13 +114,16 @@ def fit_transform(
         _ = file.X  # a per-token file says here that it has no row a record
         name = layer or file.layers[0]
         source = VectorSource(file[name])
+        # a covariance is D x D numbers, and centering needs none
         moments = measure_moments(source, with_covariance=method != "center")
         transform = fit(moments, method=method, components=components, axes=axes, shrinkage=shrinkage)
         chosen = np.random.default_rng(seed).permutation(len(source))[:_SAMPLE_ROWS]
+        # in the order of the file, so that rows next to one another are read together
         sample = source.take(np.sort(chosen))
         before = measure_isotropy(sample, seed=seed)
         after = measure_isotropy(transform.apply_float64(sample), seed=seed)
         settings = comparable_settings(file.provenance, name)
+    # the mean, the sample and the digest that is stored must be of the same bytes
     if file_facts(fspath(background)) != facts_before:
         problem = "has changed while it was read; run again when nothing writes to it"
         raise StoreError(problem, path=fspath(background))

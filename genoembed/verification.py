@@ -146,6 +146,7 @@ def verify(
         wanted = _sample_ids(file, sample, seed)
         records = _find(wanted, _records(file, settings, inputs, regions))
         is_named = model is None or isinstance(model, str | PathLike)
+        # a model that is loaded has its revision and its type of numbers already
         embedder = RecordEmbedder(
             settings.model if model is None else model,
             **settings.embedding_options(),
@@ -242,7 +243,7 @@ def _check(options: Mapping[str, Any], *, sample: int, tolerance: float | None) 
     problems = [f"{name!r} is no option of verify" for name in options if name not in known]
     if sample < 1:
         problems.append(f"sample is {sample}; set sample to 1 or more")
-    if tolerance is not None and not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:  # NaN as well
         problems.append(f"tolerance is {tolerance}; set tolerance to 0 or more")
     if problems:
         raise ConfigError(*problems)
@@ -252,6 +253,7 @@ def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
     """Choose records that have a vector, in the order of the file."""
     names = record_names(file)
     has_vector = [not has_failed(str(flags)) for flags in file.obs["flags"]]
+    # once each: with windows, a record has several rows
     usable = list(dict.fromkeys(name for name, is_there in zip(names, has_vector, strict=True) if is_there))
     if not usable:
         problem = "no record has a vector, so there is nothing to verify; extract them again"
@@ -299,10 +301,12 @@ def _compare(
     """Return the differences by layer, the ids of other sequences, and the types of numbers stored."""
     compared: dict[str, list[tuple[str, Difference]]] = {name: [] for name in file.layers}
     others: list[str] = []
+    # ids of rows, which with windows are not those of records
     places = {name: index for index, name in enumerate(file.ids)}
     there = [records[name] for name in wanted if name in records]
     for row, vectors in embedder.rows(there) if there else ():
         index = places.get(row.id)
+        # files that say nothing of their sequences are taken at their word
         if index is None or _same(str(file.obs["sha256"][index]), row.sha256) is False:
             others.append(row.id)
             continue
@@ -324,6 +328,7 @@ def _same(recorded: object, found: object) -> bool | None:
 
 def _reservoir(records: Iterable[SequenceRecord], number: int, seed: int) -> list[SequenceRecord]:
     """Choose records by chance in one pass, each with equal odds; in the order of the input."""
+    # Algorithm R (Vitter 1985): each later record takes the place of one of the kept with odds number / seen
     generator = np.random.default_rng(seed)
     kept: list[tuple[int, SequenceRecord]] = []
     for index, record in enumerate(records):

@@ -1,10 +1,8 @@
-"""What both packers share: documents as integer arrays, rows as a ``PackedBatch``, and the counts.
+"""Documents packed into rows of one length, for causal training.
 
-In: token ids of documents, and rows of slots with marks where segments begin. Out: the five fields of
-:class:`~genoembed.contracts.PackedBatch`. B rows, L slots of a row (the window).
-
-Packing as one stream: documents are concatenated and cut into rows of one length, for causal training.
-Packing into bins: whole documents, best-fit into rows of one length, the ends of the rows padded.
+In: token ids of documents. Out: :class:`~genoembed.contracts.PackedBatch`. As one stream, documents are
+concatenated and cut into rows; in bins, whole documents are put where they fit best, and the ends of the rows
+are padded. B rows, L slots of a row (the window).
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ def size_problems(window: int, batch_size: int) -> list[str]:
         problems.append(
             f"batch_size: {batch_size}, expected 1 or more; set batch_size to the rows of a batch"
         )
-    if window * batch_size >= 2**31:
+    if window * batch_size >= 2**31:  # boundaries are int32, as attention kernels for packed rows take them
         problems.append(
             f"window {window} x batch_size {batch_size}: {window * batch_size} slots, expected less "
             "than 2**31; set a smaller window or batch_size"
@@ -137,6 +135,7 @@ def build_packed_batch(
     start_BL[padded_B, num_real_B[padded_B]] = True
     slot_L = np.arange(ids_BL.shape[1], dtype=np.int64)
     is_padding_BL = slot_L >= num_real_B[:, None]
+    # of each slot: the last start at it or before it
     segment_start_BL = np.maximum.accumulate(np.where(start_BL, slot_L, 0), axis=1)
     segment_BL = np.cumsum(start_BL, axis=1, dtype=np.int64) - 1
     segment_BL[is_padding_BL] = -1
@@ -259,6 +258,7 @@ def _iter_pieces(
     for number, document in enumerate(documents, start=1):
         ids = as_token_ids(document, number)
         counts.documents += 1
+        # with its EOD: where that falls into the next row, the document does not lie in one
         counts.cut_documents += position // window != (position + len(ids)) // window
         position = (position + len(ids) + 1) % window
         yield ids, True
@@ -401,7 +401,9 @@ def _iter_rows(
         buffer.sort(key=lambda piece: piece.size, reverse=True)  # stable: equal lengths stay shuffled
         for piece in buffer:
             shelf.place(piece)
-        yield from _shuffled(shelf.take_rows(keep=0 if is_last else open_rows), rng)
+        rows = shelf.take_rows(keep=0 if is_last else open_rows)
+        # placed by length, rows would come out sorted by it: batches must not
+        yield from (rows[index] for index in rng.permutation(len(rows)))
 
 
 def _iter_buffers(pieces: Iterable[_Piece], buffer_documents: int) -> Iterator[tuple[list[_Piece], bool]]:
@@ -417,11 +419,6 @@ def _iter_buffers(pieces: Iterable[_Piece], buffer_documents: int) -> Iterator[t
         yield buffer, True
 
 
-def _shuffled(rows: list[list[_Piece]], rng: np.random.Generator) -> Iterator[list[_Piece]]:
-    for index in rng.permutation(len(rows)):
-        yield rows[index]
-
-
 class _Shelf:
     """Rows that are being filled, found by the room they have left."""
 
@@ -435,6 +432,7 @@ class _Shelf:
 
     def place(self, piece: _Piece) -> None:
         """Add a piece to the fullest row with room for it, the oldest of equals, or to a new one."""
+        # numbers of rows begin at 0: -1 stands before all rows with exactly this room
         at = bisect_left(self._room, (piece.size, -1))
         if at < len(self._room):
             room, number = self._room.pop(at)
@@ -451,6 +449,7 @@ class _Shelf:
     def take_rows(self, *, keep: int) -> list[list[_Piece]]:
         """Yield the full rows and all open ones but the ``keep`` emptiest."""
         num_taken = max(0, len(self._room) - keep)
+        # sorted by room, so the fullest come first
         rows = self._full + [self._open.pop(number) for _, number in self._room[:num_taken]]
         self._room = self._room[num_taken:]
         self._full = []

@@ -60,6 +60,7 @@ def plan_batches(
     batches: list[tuple[int, ...]] = []
     batch: list[int] = []
     num_real = 0
+    # a stable sort: equal lengths stay in input order, so that the same input gives the same batches
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[index]
         # sorted by length: the piece at hand is the longest, so it sets the width of the whole batch
@@ -110,6 +111,7 @@ def pad_batch(
         )
         raise ShapeError(message)
     longest = max(len(piece.input_ids) for piece in pieces)
+    # rounded up by a division of negative numbers, which is exact where floats would not be
     padded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     ids_BL = np.full((len(pieces), padded), pad_token_id, dtype=np.int64)
     attention_BL = np.zeros((len(pieces), padded), dtype=np.int64)

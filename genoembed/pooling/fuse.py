@@ -175,6 +175,7 @@ def _mix(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
     total = sum(weights)
     mixed = torch.zeros_like(matrices[0], dtype=dtype)
+    # one by one: stacked, all layers would be in memory once more, as float32
     for matrix, weight in zip(matrices, weights, strict=True):
         mixed += matrix.to(dtype) * (weight / total)
     return mixed

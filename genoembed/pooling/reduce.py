@@ -74,7 +74,9 @@ def pool(
         raise ShapeError(problem)
     mask_BL = mask_BL.to(hidden_BLD.device)
     if method == "cls":
-        mask_BL = _real_tokens(mask_BL, attention_mask_BL)
+        mask_BL = (
+            torch.ones_like(mask_BL) if attention_mask_BL is None else attention_mask_BL.to(mask_BL) != 0
+        )
     has_token_B = mask_BL.any(dim=1)
     if empty == "error" and not bool(has_token_B.all()):
         rows = (~has_token_B).nonzero().flatten().tolist()
@@ -174,12 +176,6 @@ def _shape_problem(hidden_BLD: Tensor, mask_BL: Tensor, attention_mask_BL: Tenso
     if attention_mask_BL is not None and attention_mask_BL.shape != expected:
         return f"attention mask: shape {tuple(attention_mask_BL.shape)}, expected {expected}"
     return None
-
-
-def _real_tokens(mask_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
-    return (
-        torch.ones_like(mask_BL) if attention_mask_BL is None else attention_mask_BL.to(mask_BL.device) != 0
-    )
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:

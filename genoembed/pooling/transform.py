@@ -135,6 +135,7 @@ class Moments(NamedTuple):
 
 def measure_moments(source: RowBlocks, *, with_covariance: bool = True) -> Moments:
     """Measure mean and covariance in two passes, in float64."""
+    # two passes: where all vectors point the same way, mean squares less the squared mean lose their digits
     total, num_rows = np.zeros(source.width), 0
     for _, block in source.blocks():
         rows = block[usable_rows(block, allow_zero=True)]
@@ -207,7 +208,9 @@ def _principal_directions(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return variances, the largest first, and directions as columns, their largest entry above 0."""
     variances, directions = np.linalg.eigh(covariance)
+    # rounding can put a variance of 0 below 0
     variances, directions = np.maximum(variances[::-1], 0), directions[:, ::-1]
+    # an eigenvector has no sign of its own: with one, the same background gives the same axes everywhere
     largest = directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])]
     return variances, directions * np.where(largest < 0, -1.0, 1.0)
 
@@ -253,6 +256,7 @@ def measure_isotropy(vectors: NDArray[np.floating], *, pairs: int = 20_000, seed
     unit = unit_rows(wide)
     generator = np.random.default_rng(seed)
     first = generator.integers(0, len(unit), pairs)
+    # at a distance of 1 to N - 1, so that no row is paired with itself
     second = (first + generator.integers(1, len(unit), pairs)) % len(unit)
     cosine = float((unit[first] * unit[second]).sum(axis=1).mean())
     return Isotropy(cosine, float(np.linalg.norm(unit.mean(axis=0))))

@@ -108,6 +108,7 @@ class CharTokenizer(PreTrainedTokenizer):
             b'AC'
         """
         ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
+        # mostly all are bytes: one copy instead of a lookup per token
         if not ids.size or (ids.min() >= 0 and ids.max() < _NUM_BYTES):
             return ids.astype(np.uint8).tobytes()
         return b"".join(self._token_bytes(index) for index in ids.tolist())

@@ -99,6 +99,7 @@ class _FastEncoder:
         self.pad_token_id = _pad_token_id(tokenizer)
         encoding = self._call(_PROBE)
         self.num_special_tokens = sum(encoding["special_tokens_mask"])
+        # a base is a token at most, so what a sequence of one base has besides is added to every sequence
         self._num_extra_tokens = max(len(self._call(base)["input_ids"]) for base in "ACGTN") - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
@@ -189,6 +190,7 @@ class _SlowEncoder:
 
     def _probe_special_tokens(self) -> tuple[int, int]:
         """Count the special tokens before and after a sequence (custom code often has no mask of them)."""
+        # the unknown token is among the special ones, but stands for letters
         is_special = [
             index in self._special_ids and index != self._tokenizer.unk_token_id
             for index in self._ids(_PROBE)
@@ -224,6 +226,7 @@ def _letters(token: str) -> str:
 def _lay_along(pieces: Sequence[str | None], text: str) -> NDArray[np.int64] | None:
     """Find where each piece starts, if the pieces cover the text exactly; None stands for unknown letters."""
     known = Counter(len(piece) for piece in pieces if piece)
+    # of a k-mer tokenizer all known tokens but the last have k letters
     kmer = known.most_common(1)[0][0] if known else len(text) // max(1, len(pieces))
     for unknown_width in (1, kmer, _UNKNOWN_RUN):
         starts = _lay(pieces, text, unknown_width)

@@ -22,7 +22,7 @@ from genoembed.models.behavior import (
     forward_arguments,
     padding_policy,
 )
-from genoembed.models.hooks import capture
+from genoembed.models.hooks import as_rows, capture
 from genoembed.models.layers import FINAL, LayerSpec, list_layers, resolve_layers
 from genoembed.models.provenance import (
     CONFIG,
@@ -229,7 +229,7 @@ class GenomicModel:
         arguments = forward_arguments(self.module, mask_BL if self.accepts_attention_mask else None)
 
         def take(path: str, activations: Tensor) -> Tensor:
-            rows_BLD = _as_rows(activations, mask_BL, path=path)
+            rows_BLD = as_rows(activations, mask_BL, path=path)
             return rows_BLD if reduce is None else reduce(path, rows_BLD)
 
         with (
@@ -272,7 +272,7 @@ class GenomicModel:
                 span = slice(start, min(length, start + block_tokens))
 
                 def keep_none(path: str, activations: Tensor, span: slice = span) -> Tensor:
-                    take(path, _as_rows(activations, mask_BL[:, span], path=path), span)
+                    take(path, as_rows(activations, mask_BL[:, span], path=path), span)
                     return activations[:0]
 
                 arguments = forward_arguments(self.module, mask_BL[:, : span.stop])
@@ -302,19 +302,3 @@ def _execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     found = next((device for device in devices if device is not None), "cpu")
     return torch.device(found)
-
-
-def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
-    """Return activations as ``(B, L, D)``; some models run their blocks on the real tokens only."""
-    if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
-        return activations
-    if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
-        rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
-        rows_BLD[mask_BL.bool()] = activations
-        return rows_BLD
-    batch, length = mask_BL.shape
-    message = (
-        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector per token, "
-        f"({batch}, {length}, D); name a block, a norm or an MLP"
-    )
-    raise LayerError(message, spec=path)

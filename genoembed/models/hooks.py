@@ -116,6 +116,22 @@ def first_tensor(output: object, *, path: str) -> Tensor:
     raise LayerError(message, spec=path)
 
 
+def as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
+    """Return activations as ``(B, L, D)``; some models run their blocks on the real tokens only."""
+    if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
+        return activations
+    if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
+        rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
+        # not in place, so that gradients pass
+        return rows_BLD.masked_scatter(mask_BL.bool()[..., None], activations)
+    batch, length = mask_BL.shape
+    message = (
+        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector per token, "
+        f"({batch}, {length}, D); name a block, a norm or an MLP"
+    )
+    raise LayerError(message, spec=path)
+
+
 def _checked(module: nn.Module, paths: dict[str, None]) -> list[str]:
     known = {path for path, _ in module.named_modules()}
     for path in paths:

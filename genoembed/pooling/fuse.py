@@ -50,14 +50,13 @@ def fuse(
         >>> fuse(layers, method="weighted", weights=[3, 1])
         {'weighted': tensor([[1.5000, 1.5000]])}
     """
-    if problems := [*_method_problems(method), *_weight_problems(method, weights, len(layers))]:
+    if problems := [
+        *_choice_problems("fusion", method, Fusion),
+        *_weight_problems(method, weights, len(layers)),
+    ]:
         raise ConfigError(*problems)
     shapes = {name: tuple(matrix.shape) for name, matrix in layers.items()}
-    if (
-        not shapes
-        or any(len(shape) != 2 for shape in shapes.values())
-        or len({s[0] for s in shapes.values()}) > 1
-    ):
+    if {len(shape) for shape in shapes.values()} != {2} or len({s[0] for s in shapes.values()}) > 1:
         message = f"fusion: layers have shapes {shapes}, expected (N, D) with one N, at least one layer"
         raise ShapeError(message)
     _check_widths({name: shape[1] for name, shape in shapes.items()}, method)
@@ -97,7 +96,7 @@ def feature_names(
         >>> feature_names({"blocks.0": 1}, method="none", strands="concat")
         {'blocks.0': ('blocks.0:0', 'blocks.0:rc:0')}
     """
-    if problems := [*_method_problems(method), *_strand_problems(strands)]:
+    if problems := [*_choice_problems("fusion", method, Fusion), *_choice_problems("rc", strands, Strands)]:
         raise ConfigError(*problems)
     if not widths:
         message = "fusion: no layers, expected at least one"
@@ -131,7 +130,7 @@ def combine_strands(forward_ND: Tensor, reverse_ND: Tensor | None, *, method: St
         >>> combine_strands(torch.tensor([[1.0]]), torch.tensor([[3.0]]), method="mean")
         tensor([[2.]])
     """
-    if problems := _strand_problems(method):
+    if problems := _choice_problems("rc", method, Strands):
         raise ConfigError(*problems)
     if method == "none":
         return forward_ND
@@ -188,16 +187,11 @@ def _columns(name: str, width: int, strands: Strands) -> tuple[str, ...]:
     return forward + tuple(f"{name}:rc:{index}" for index in range(width))
 
 
-def _method_problems(method: str) -> list[str]:
-    if method in get_args(Fusion):
+def _choice_problems(option: str, value: str, choices: object) -> list[str]:
+    known = get_args(choices)
+    if value in known:
         return []
-    return [f"fusion {method!r}: expected one of {', '.join(get_args(Fusion))}; set fusion to one of them"]
-
-
-def _strand_problems(method: str) -> list[str]:
-    if method in get_args(Strands):
-        return []
-    return [f"rc {method!r}: expected one of {', '.join(get_args(Strands))}; set rc to one of them"]
+    return [f"{option} {value!r}: expected one of {', '.join(known)}; set {option} to one of them"]
 
 
 def _weight_problems(method: str, weights: Sequence[float] | None, num_layers: int) -> list[str]:

@@ -222,14 +222,6 @@ def _weighted_sum_mean(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) 
     return (sum_BD / weight_B1).to(_result_dtype(hidden_BLD))
 
 
-def _mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    return _weighted_sum_mean(hidden_BLD, mask_BL, torch.ones_like(mask_BL, dtype=torch.int64))
-
-
-def _weighted_mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    return _weighted_sum_mean(hidden_BLD, mask_BL, mask_BL.cumsum(dim=1))
-
-
 def _max_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     max_BD = hidden_BLD.new_full((hidden_BLD.shape[0], hidden_BLD.shape[2]), -torch.inf)
     for _, kept_BLD in _kept_chunks(hidden_BLD, mask_BL, -torch.inf):
@@ -242,6 +234,7 @@ def _first_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def _last_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    # argmax gives the first of equals, so the mask is read from its end
     return _take(hidden_BLD, mask_BL.shape[1] - 1 - mask_BL.flip(1).int().argmax(dim=1))
 
 
@@ -251,12 +244,12 @@ def _take(hidden_BLD: Tensor, position_B: Tensor) -> Tensor:
 
 
 _REDUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": _mean_pool,
+    "mean": lambda hidden, mask: _weighted_sum_mean(hidden, mask, torch.ones_like(mask, dtype=torch.int64)),
     "max": _max_pool,
     "first": _first_pool,
     "last": _last_pool,
     "cls": _first_pool,
-    "weighted_mean": _weighted_mean_pool,
+    "weighted_mean": lambda hidden, mask: _weighted_sum_mean(hidden, mask, mask.cumsum(dim=1)),
 }
 
 
@@ -292,7 +285,12 @@ class RunningPool:
             self._chosen_BD, self._kept_B1 = block_BD, count_B1
         elif self._method != "cls":  # which is the first token of the first block
             # a block without kept tokens has NaN for a vector: neither side may take it over
-            joined_BD = torch.where(self._kept_B1 == 0, block_BD, self._joined(self._chosen_BD, block_BD))
+            joined_BD = block_BD
+            if self._method == "max":
+                joined_BD = torch.maximum(self._chosen_BD, block_BD)
+            elif self._method == "first":
+                joined_BD = self._chosen_BD
+            joined_BD = torch.where(self._kept_B1 == 0, block_BD, joined_BD)
             self._chosen_BD = torch.where(count_B1 == 0, self._chosen_BD, joined_BD)
             self._kept_B1 = self._kept_B1 + count_B1
 
@@ -315,8 +313,3 @@ class RunningPool:
         self._weight_B1 = weight_B1 if self._weight_B1 is None else self._weight_B1 + weight_B1
         block_B1 = count_BL[:, -1:]
         self._kept_B1 = block_B1 if self._kept_B1 is None else self._kept_B1 + block_B1
-
-    def _joined(self, before_BD: Tensor, block_BD: Tensor) -> Tensor:
-        if self._method == "max":
-            return torch.maximum(before_BD, block_BD)
-        return before_BD if self._method == "first" else block_BD

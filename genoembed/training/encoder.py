@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genoembed.errors import ConfigError, LayerError, ModelError, foreign_code
+from genoembed.errors import ConfigError, ModelError, foreign_code
 from genoembed.models.behavior import forward_arguments
-from genoembed.models.hooks import capture
+from genoembed.models.hooks import as_rows, capture
 from genoembed.pooling.fuse import fuse
 from genoembed.pooling.reduce import check_pooling, pool
 from genoembed.tokenization.hf import build_encoder
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         )
 
         def take(path: str, activations: Tensor) -> Tensor:
-            return reduce(_as_rows(activations, attention_mask, path=path))
+            return reduce(as_rows(activations, attention_mask, path=path))
 
         with torch.no_grad() if self.is_frozen else nullcontext():
             with capture(self.backbone, self.layers, reduce=take) as outputs:
@@ -181,17 +181,3 @@ def _probe(model: GenomicModel) -> tuple[Tensor, Tensor]:
     encoded: EncodedSequence = encoder.encode(_PROBE[:limit])
     ids = torch.from_numpy(np.array(encoded.input_ids, dtype=np.int64))[None]
     return ids, torch.ones_like(ids)
-
-
-def _as_rows(activations: Tensor, mask_BL: Tensor, *, path: str) -> Tensor:
-    """Reshape activations to ``(B, L, D)``; some models run their blocks on the real tokens only."""
-    if activations.dim() == 3 and activations.shape[:2] == mask_BL.shape:
-        return activations
-    if activations.dim() == 2 and activations.shape[0] == int(mask_BL.sum()):
-        rows_BLD = activations.new_zeros(*mask_BL.shape, activations.shape[1])
-        return rows_BLD.masked_scatter(mask_BL.bool()[..., None], activations)
-    message = (
-        f"layer {path!r} gives shape {tuple(activations.shape)}, expected one vector per token; name a "
-        "block, a norm or an MLP"
-    )
-    raise LayerError(message, spec=path)

@@ -58,6 +58,7 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _input_embed_layer = "embedding_layer"
     _no_split_modules: ClassVar[list[str]] = ["HyenaBlock", "AttentionBlock"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq"]
     embedding_layer_template = "blocks.{index}.mlp.l3"
@@ -103,22 +104,6 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         self.norm = RMSNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding.
-
-        Returns:
-            The embedding module.
-        """
-        return self.embedding_layer
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding.
-
-        Args:
-            value: The new embedding module.
-        """
-        self.embedding_layer = value
 
     def forward(
         self,

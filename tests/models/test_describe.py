@@ -219,7 +219,7 @@ def test_final_is_the_last_hidden_state_with_and_without_weights(layout, final, 
     model = load_model(str(folder), device="cpu", dtype="float32", trust_remote_code=True)
     assert described.final == (None if layout == "needs_values" else final)
     if final is None:
-        with pytest.raises(LayerError, match=r"no module .* returns last_hidden_state; name a block number"):
+        with pytest.raises(LayerError, match=r"nothing in .* returns last_hidden_state; name a block number"):
             model.resolve("final")
         return
     assert [layer.path for layer in model.resolve("final")] == [final]

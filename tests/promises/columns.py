@@ -43,7 +43,11 @@ class Column:
     """Whether a killed run goes on where it was."""
     resume: tuple[str, ...] = ()
     """What has to be said so that it does."""
-    loads_torch: bool = True
+    requires: bool = True
+    """Whether an option or argument is required."""
+    model_option: str = ""
+    """The option that names a model folder to read ("0" where it is the first argument)."""
+    why_fresh: str = "nothing unfinished is gone on with: what it wrote is written anew"
     bad_options: tuple[tuple[str, ...], ...] = ()
     """Options that are wrong in a way that needs no model to see."""
     changing: tuple[str, str] | None = None
@@ -66,9 +70,9 @@ COLUMNS = {
         changing=("--layer", "2"),
     ),
     "merge": Column(words=(), inputs=(), output=("", "shared.h5"), goes_on=True),
-    "layers": Column(words=("model",)),
-    "models": Column(words=(), loads_torch=False),
-    "info": Column(words=("one.h5",), inputs=("one.h5",), loads_torch=False),
+    "layers": Column(requires=False, words=("model",)),
+    "models": Column(requires=False, words=()),
+    "info": Column(words=("one.h5",), inputs=("one.h5",)),
     "convert": Column(
         words=("original.pt", "--vortex-config", "original.yml"),
         inputs=("original.pt", "original.yml"),
@@ -94,6 +98,7 @@ COLUMNS = {
             *SPEED,
         ),
         inputs=("seqs.fa", "queries.fa"),
+        model_option="--model",
         output=("-o", "pretrained"),
         is_folder=True,
         runs_forward=True,
@@ -120,6 +125,7 @@ COLUMNS = {
             *SPEED,
         ),
         inputs=("train.tsv",),
+        model_option="--model",
         output=("-o", "tuned2"),
         is_folder=True,
         runs_forward=True,
@@ -153,7 +159,6 @@ COLUMNS = {
         words=("one.h5",),
         inputs=("one.h5",),
         output=("-o", "centered.h5"),
-        loads_torch=False,
         bad_options=(("--method", "squeeze"), ("--shrinkage", "7")),
     ),
     "probe": Column(
@@ -170,6 +175,7 @@ COLUMNS = {
             *SPEED,
         ),
         inputs=("seqs.fa", "labels.tsv"),
+        model_option="--model",
         output=("-o", "probed"),
         is_folder=True,
         runs_forward=True,
@@ -180,14 +186,12 @@ COLUMNS = {
         words=("one.h5", "--values", "values.tsv", "--color", "kind"),
         inputs=("one.h5", "values.tsv"),
         output=("-o", "map.png"),
-        loads_torch=False,
         bad_options=(("--method", "som"), ("--color", "absent"), ("--max-points", "0")),
     ),
     "compare": Column(
         words=("one.h5", "two.h5"),
         inputs=("one.h5", "two.h5"),
         output=("-o", "differences.tsv"),
-        loads_torch=False,
         bad_options=(("--tolerance", "-1"), ("--layer", "absent")),
     ),
     "verify": Column(
@@ -200,17 +204,18 @@ COLUMNS = {
         words=("one.h5", "--to", "csv"),
         inputs=("one.h5",),
         output=("-o", "vectors.csv"),
-        loads_torch=False,
         bad_options=(("--layer", "absent"),),
     ),
     "export-model": Column(
         words=("model",),
+        model_option="0",
         inputs=(),
         output=("-o", "sentence"),
         is_folder=True,
         bad_options=(("--dtype", "int3"),),
     ),
     "score": Column(
+        requires=False,
         words=("queries.fa", *MODEL, *SPEED),
         inputs=("queries.fa",),
         output=("-o", "scores.tsv"),
@@ -219,10 +224,11 @@ COLUMNS = {
         goes_on=True,
         bad_options=(("--window", "8", "--stride", "9"), ("--flank", "3")),
     ),
-    "doctor": Column(words=(), runs_forward=True),
+    "doctor": Column(requires=False, words=(), runs_forward=True),
 }
 
 VARIANTS = Column(
+    requires=False,
     words=("--vcf", "calls.vcf", "--reference", "reference.fa", *MODEL, "--flank", "20", *SPEED),
     inputs=("calls.vcf", "reference.fa"),
     output=("-o", "variants.tsv"),
@@ -231,6 +237,87 @@ VARIANTS = Column(
     goes_on=True,
 )
 """A second form of ``score``."""
+
+ALL = {**COLUMNS, "score --vcf": VARIANTS}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A row of the matrix."""
+
+    what: str
+    why_not: Callable[[str, Column], str]
+    """Why a command does not have it; empty where it has."""
+
+
+def _writes(_name: str, column: Column) -> str:
+    return "" if column.output else "it writes no file"
+
+
+def _runs_a_model(name: str, column: Column) -> str:
+    if name == "doctor":
+        return "it runs the bundled model alone, and what fails is its result"
+    return "" if column.runs_forward else "no model runs"
+
+
+def _reads_and_writes(_name: str, column: Column) -> str:
+    if not column.output:
+        return "it writes no file"
+    if not column.output[0]:
+        return "its output is made from the parts beside it, and is no file that it reads"
+    return "" if column.inputs or column.model_option else "it reads no file"
+
+
+def _infers(name: str, column: Column) -> str:
+    if column.trains:
+        return "the rows of a training step are part of its result: an error says what to set lower"
+    return _runs_a_model(name, column)
+
+
+def _embeds_records(name: str, column: Column) -> str:
+    if column.trains:
+        return "a loss that is not finite ends training (promise 12)"
+    if name == "verify":
+        return "it repeats what a file holds: a vector that is not finite is a difference, its result"
+    return _runs_a_model(name, column)
+
+
+PROMISES = {
+    1: Promise(
+        "what is required and left out is named", lambda _, c: "" if c.requires else "nothing is required"
+    ),
+    2: Promise(
+        "cheap checks come before torch",
+        lambda _, c: "" if c.inputs or c.bad_options else "it reads no file, and its options cannot be wrong",
+    ),
+    3: Promise("no output is an input", _reads_and_writes),
+    4: Promise(
+        "an output is replaced on request, if it is ours, by a complete one",
+        lambda _, c: (
+            "its output is made from the parts beside it" if c.output and not c.output[0] else _writes(_, c)
+        ),
+    ),
+    5: Promise("a kill leaves the old output or the new one", _writes),
+    6: Promise("a signal ends it in one line", lambda *_: ""),
+    7: Promise("a full disk or a closed pipe is one line", lambda *_: ""),
+    8: Promise("one process an output", _writes),
+    9: Promise(
+        "unfinished work of something else is refused", lambda _, c: "" if c.changing else c.why_fresh
+    ),
+    10: Promise("short of memory, the result is the same", _infers),
+    11: Promise("a record that fails is named, and skipped on request", _embeds_records),
+    12: Promise(
+        "training that diverges ends in a sentence", lambda _, c: "" if c.trains else "nothing is trained"
+    ),
+    13: Promise("one JSON object, and what was written in the last line", lambda *_: ""),
+    14: Promise("what foreign code raises is one line", _runs_a_model),
+}
+
+
+def having(promise: int) -> dict[str, Column]:
+    """Return the commands that a promise is for."""
+    return {name: column for name, column in ALL.items() if not PROMISES[promise].why_not(name, column)}
+
 
 LETTERS = "ACGT"
 

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from genoembed.cli import main
-from tests.promises.columns import COLUMNS
+from tests.promises.columns import ALL, COLUMNS, PROMISES, having
 
 
 def commands() -> list[str]:
@@ -36,3 +36,16 @@ def test_column_declares_what_click_knows(command):
     assert "--json" in names
     assert ("--overwrite" in names) == (column.has_overwrite and column.output is not None)
     assert ("--resume" in names) == ("--resume" in column.resume) or command == "extract"
+
+
+def test_every_cell_is_run_or_says_why_not(request):
+    run = set()
+    for item in request.session.items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        run |= {(mark.args[0], name) for mark in item.iter_markers("promise")}
+    if {promise for promise, _ in run} != set(PROMISES):
+        pytest.skip("only a part of the matrix was collected")
+    cells = {(promise, name) for promise in PROMISES for name in having(promise)}
+    assert not sorted(cells - run)
+    reasons = [row.why_not(*column) for row in PROMISES.values() for column in ALL.items()]
+    assert len(reasons) == len(PROMISES) * len(ALL) == len(cells) + sum(map(bool, reasons))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.promises.columns import COLUMNS, VARIANTS
+from genoembed.atomic import lock, partial_of
+from tests.promises.columns import ALL, having
 from tests.promises.test_usage import snapshot
 
-ALL = {**COLUMNS, "score --vcf": VARIANTS}
-WRITERS = {name: column for name, column in ALL.items() if column.output}
+WRITERS = having(5)
 LONG = {name: column for name, column in WRITERS.items() if column.runs_forward}
 SLOW = (
     "import time, torch.nn as nn; _run = nn.Embedding.forward\n"
@@ -44,6 +44,7 @@ def spoken(name: str) -> str:
     return name.split()[0]
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -59,6 +60,7 @@ def test_signal_ends_a_run_in_one_line(name, number, code, warm, world):
     assert ran.lines[-1].startswith("Interrupted")
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("name", ALL)
 def test_interruption_of_the_first_moment_is_one_line(name, warm, world):
     running = warm.start(*ALL[name].call(spoken(name)), cwd=world, patch="import time; time.sleep(0.05)")
@@ -70,6 +72,7 @@ def test_interruption_of_the_first_moment_is_one_line(name, warm, world):
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize("name", WRITERS)
 def test_kill_leaves_nothing_half_written_and_the_rerun_cleans_up(name, warm, world):
     column = WRITERS[name]
@@ -91,6 +94,7 @@ def test_kill_leaves_nothing_half_written_and_the_rerun_cleans_up(name, warm, wo
     assert set(leftovers(world, before)) <= wanted
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("name", ALL)
 def test_full_standard_output_is_one_line(name, warm, world):
     column = ALL[name]
@@ -108,6 +112,7 @@ def test_full_standard_output_is_one_line(name, warm, world):
     assert ran.code == 1 or not ran.err or "No space" not in ran.err
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("limit", [100, 3_000])
 @pytest.mark.parametrize("name", WRITERS)
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(name, limit, warm, world):
@@ -124,6 +129,7 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(name, limit, warm
     assert again.code == 0, again.err
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("name", WRITERS)
 def test_output_in_a_place_that_is_no_folder_is_one_line(name, warm, world):
     column = WRITERS[name]
@@ -135,6 +141,7 @@ def test_output_in_a_place_that_is_no_folder_is_one_line(name, warm, world):
     assert "seqs.fa" in ran.lines[-1]
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("name", [name for name in LONG])
 def test_second_process_on_one_output_is_refused(name, warm, world):
     column = LONG[name]
@@ -158,6 +165,27 @@ def test_second_process_on_one_output_is_refused(name, warm, world):
     assert alone
 
 
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("name", [name for name in having(8) if name not in LONG])
+def test_output_that_another_process_writes_is_refused(name, warm, world):
+    """These are over too soon to be met: this process has the lock instead."""
+    column = WRITERS[name]
+    partial = partial_of(world / column.output[1])
+    if name == "merge":
+        partial = world / "shared.parts" / "merge.lock"
+    if column.is_folder:
+        partial.mkdir()
+    held = lock(partial, output=column.output[1])
+    before = {path.name for path in world.iterdir()}
+    refused = warm.run(*column.call(spoken(name)), cwd=world)
+    os.close(held)
+    assert refused.code == 1, refused.err
+    assert "Traceback" not in refused.err
+    assert "another process" in refused.lines[-1]
+    assert not leftovers(world, before)
+
+
+@pytest.mark.promise(13)
 @pytest.mark.parametrize("name", ALL)
 def test_json_is_one_object(name, warm, world):
     ran = warm.run(*ALL[name].call(spoken(name)), "--json", cwd=world)
@@ -165,6 +193,7 @@ def test_json_is_one_object(name, warm, world):
     assert isinstance(json.loads(ran.out), dict | list)
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize("name", WRITERS)
 def test_last_line_names_what_was_written(name, warm, world):
     column = WRITERS[name]

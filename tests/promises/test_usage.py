@@ -12,9 +12,7 @@ import click
 import pytest
 
 from genoembed.cli import main
-from tests.promises.columns import COLUMNS, VARIANTS
-
-ALL = {**COLUMNS, "score --vcf": VARIANTS}
+from tests.promises.columns import ALL, COLUMNS, VARIANTS, having
 
 
 def command_of(name: str) -> str:
@@ -38,11 +36,12 @@ def test_some_options_are_required():
     assert {command for command, _ in required()} >= {"extract", "probe", "export", "export-model", "convert"}
 
 
-@pytest.mark.parametrize(("command", "name"), required())
-def test_required_option_that_is_left_out_is_named(command, name, warm, world):
-    column = COLUMNS[command]
+@pytest.mark.promise(1)
+@pytest.mark.parametrize(("name", "option"), required())
+def test_required_option_that_is_left_out_is_named(name, option, warm, world):
+    command, column = name, COLUMNS[name]
     parameters = {p.opts[0]: p for p in main.get_command(click.Context(main), command).params}
-    missing = parameters[name]
+    missing = parameters[option]
     words = column.call(command)[1:]
     if isinstance(missing, click.Argument):
         words = [word for word in words if word.startswith("-")][:0]
@@ -77,6 +76,7 @@ def run_cold(words, cwd) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(("name", "file"), ABSENT)
 def test_absent_input_is_seen_before_torch_is_imported(name, file, world):
     if (world / file).is_dir():
@@ -94,6 +94,7 @@ def test_absent_input_is_seen_before_torch_is_imported(name, file, world):
 BAD = [(name, options) for name, column in ALL.items() for options in column.bad_options]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     ("name", "options"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else value
 )
@@ -118,6 +119,7 @@ def outputs() -> list[tuple[str, str, str]]:
     return found
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("link", ["name", "symlink", "hardlink"])
 @pytest.mark.parametrize(("name", "option", "file"), outputs())
 def test_output_is_never_an_input(name, option, file, link, warm, world):
@@ -137,9 +139,24 @@ def test_output_is_never_an_input(name, option, file, link, warm, world):
     assert (world / file).read_bytes() == before
 
 
-WRITERS = {name: column for name, column in ALL.items() if column.output and column.output[0]}
+@pytest.mark.promise(3)
+@pytest.mark.parametrize("link", ["name", "symlink"])
+@pytest.mark.parametrize("name", [name for name, column in having(3).items() if column.model_option])
+def test_output_is_never_the_model_folder(name, link, warm, world):
+    before, target = snapshot(world / "model"), "model"
+    if link == "symlink":
+        target = "other"
+        (world / target).symlink_to("model")
+    ran = warm.run(*ALL[name].call(command_of(name), "--overwrite", output=target), cwd=world)
+    assert ran.code in (1, 2), ran.err
+    assert "Traceback" not in ran.err
+    assert snapshot(world / "model") == before
 
 
+WRITERS = having(4)
+
+
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("name", WRITERS)
 def test_output_that_is_there_stays_without_overwrite(name, warm, world):
     column = WRITERS[name]
@@ -158,6 +175,7 @@ def test_output_that_is_there_stays_without_overwrite(name, warm, world):
     assert kept.read_text() == "precious"
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("name", [name for name, column in WRITERS.items() if column.is_folder])
 def test_folder_that_is_not_ours_is_never_replaced(name, warm, world):
     column = WRITERS[name]
@@ -171,6 +189,7 @@ def test_folder_that_is_not_ours_is_never_replaced(name, warm, world):
     assert (target / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("name", [name for name, column in WRITERS.items() if not column.is_folder])
 def test_file_of_another_kind_is_never_replaced(name, warm, world):
     column = WRITERS[name]
@@ -182,6 +201,7 @@ def test_file_of_another_kind_is_never_replaced(name, warm, world):
     assert (world / column.output[1]).read_bytes() == before
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("name", WRITERS)
 def test_overwrite_replaces_what_the_command_wrote(name, warm, world):
     column = WRITERS[name]
@@ -199,6 +219,7 @@ BREAKS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("name", BREAKS)
 def test_failed_run_leaves_the_old_output(name, warm, world):
     """What is wrong stands in the last record."""

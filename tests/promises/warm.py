@@ -98,9 +98,12 @@ class Running:
         """Wait for its end."""
         code = self.starter._ask({"wait": self.pid, "timeout_s": timeout_s})["code"]
         time.sleep(0.02)  # for what is still in a pipe
-        assert code is not None, f"still running after {timeout_s} s: {self.err.read_text()[-2000:]}"
-        out = self.out.read_text(errors="replace") if self.out.is_file() else ""
-        return Ran(code=code, out=out, err=self.err.read_text(errors="replace"))
+        # killed at once, it has not opened them yet
+        out, err = (
+            path.read_text(errors="replace") if path.is_file() else "" for path in (self.out, self.err)
+        )
+        assert code is not None, f"still running after {timeout_s} s: {err[-2000:]}"
+        return Ran(code=code, out=out, err=err)
 
     def signal(self, number: int) -> None:
         """Send a signal."""

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 # Before anything imports transformers: hub and datasets must not be asked for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has one core, which threads that wait would take
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI", "").lower() in ("1", "true") else "dev")
 
-MAX_THREADS = 2
+MAX_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 LOOPBACK = ("127.", "::1", "localhost")
 
 

@@ -55,7 +55,7 @@ INSTRUMENTED = (
 )
 """Modules, by their beginnings, that coverage is taken of."""
 # These may take the process with them: every input has a process of its own.
-FORKED = ("embeddings",)
+FORKED = ("embeddings", "transform_file")
 
 
 # --------------------------------------------------------------------------- in the target's process
@@ -160,14 +160,14 @@ def seeds_of(name: str) -> list[bytes]:
     """
     import fuzz_targets
 
-    if name in FORKED:
-        return [path.read_bytes() for path in sorted(ARCHIVES.iterdir())] + _sealed_files()
+    if name in MADE:
+        return MADE[name]()
     folder = CORPUS / fuzz_targets.TARGETS[name].corpus
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def _sealed_files() -> list[bytes]:
-    """Make small files as they are written today."""
+def _embedding_files() -> list[bytes]:
+    """Read files as they were written once, and make small ones as they are written today."""
     from tests.store.blocks import pooled_block, token_block, write_file
 
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,44 @@ def _sealed_files() -> list[bytes]:
             write_file(Path(folder, "a.h5"), pooled_block(["a", "b"], ("l", "m"))),
             write_file(Path(folder, "b.h5"), token_block([2, 1])),
         ]
-        return [path.read_bytes() for path in paths]
+        return [path.read_bytes() for path in (*sorted(ARCHIVES.iterdir()), *paths)]
+
+
+def _transform_files() -> list[bytes]:
+    from genoembed import fit_transform
+    from tests.store.blocks import pooled_block, write_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        background = write_file(Path(folder, "a.h5"), pooled_block([f"r{row}" for row in range(20)]))
+        outputs = [Path(folder, f"{method}.h5") for method in ("center", "whiten", "remove-top")]
+        for output in outputs:
+            fit_transform(background, output=output, method=output.stem)
+        return [output.read_bytes() for output in outputs]
+
+
+def _index_files() -> list[bytes]:
+    import fuzz_targets
+
+    from genoembed.searching.index import open_index
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, origin = fuzz_targets.index_source(Path(folder))
+        _, path, _ = open_index(source, origin)
+        facts = path.with_name(f"{path.name}.json").read_bytes()
+        return [facts + b"@@INDEX@@" + path.read_bytes(), facts, b"@@INDEX@@" + path.read_bytes()]
+
+
+def _storage_recipes() -> list[bytes]:
+    return [b"", *(bytes((place, change)) for place in range(16) for change in range(22))]
+
+
+MADE = {
+    "embeddings": _embedding_files,
+    "transform_file": _transform_files,
+    "search_index": _index_files,
+    "storage": _storage_recipes,
+}
+"""Seeds of targets that hold what depends on the machine or on the time, such as digests."""
 
 
 def mutated(seed: bytes, others: list[bytes], tokens: tuple[bytes, ...], rng: random.Random) -> bytes:

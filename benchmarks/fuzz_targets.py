@@ -7,6 +7,7 @@ another decompressor), the target compares both. ``benchmarks/fuzz.py`` runs the
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,7 +15,7 @@ import resource
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from genoembed.errors import GenoembedError, InputError, StoreFormatError
@@ -37,8 +38,8 @@ class Target:
     name: str
     run: Callable[[bytes, Path], None]
     """Reads bytes, with a private folder for files."""
-    corpus: str
-    """Folder of the seeds, below ``tests/fuzz/corpus``."""
+    corpus: str = ""
+    """Folder of the seeds, below ``tests/fuzz/corpus``; empty where ``fuzz.py`` makes them."""
     tokens: tuple[bytes, ...] = ()
     """Pieces of the format, for mutation."""
     share: float = 1.0
@@ -178,6 +179,49 @@ def _reference(content: bytes, folder: Path) -> None:
     list(read_sequences(path, regions=["chr1:1-7", "a:2-5(-)"], duplicates="suffix"))
 
 
+def _contigs(content: bytes, folder: Path) -> None:
+    """One file, two readers: regions have the letters that reading the whole file gives."""
+    from genoembed.sequences import read_sequences
+
+    path = _put(folder, "contigs.fa", content)
+    whole = {}
+    for record in read_sequences(path, **LENIENT | {"gaps": "error"}):
+        whole[record.id] = record.sequence
+    for name, letters in whole.items():
+        if "_" in name:  # perhaps a duplicate, which is an error where regions are looked up
+            continue
+        start = zlib.crc32(content) % len(letters)
+        end = start + 1 + zlib.crc32(letters) % (len(letters) - start)
+        (found,) = read_sequences(path, regions=f"{name}:{start + 1}-{end}", **LENIENT | {"gaps": "error"})
+        assert found.sequence == letters[start:end], f"{name}:{start + 1}-{end} is another stretch"
+
+
+def _variants(content: bytes, folder: Path) -> None:
+    from genoembed.sequences.variants import VariantCounts, read_variants
+
+    reference = folder / "variants.fa"
+    if not reference.exists():
+        reference.write_bytes(b">chr1 a\n" + b"ACGTACGTAC\n" * 13 + b">chr2\nGGGTTTNNAAC\n")
+    counts = VariantCounts()
+    vcf = _put(folder, "calls.vcf", content)
+    contexts = list(read_variants(vcf, str(reference), flank=3, counts=counts, check_first=True))
+    assert len(contexts) == counts.alleles, f"miscounted: {counts}"
+    for context in contexts:
+        both = context.ref_sequence + context.alt_sequence
+        assert not both.translate(None, DNA), f"not DNA: {both!r}"
+
+
+def _bgzip(content: bytes, folder: Path) -> None:
+    """What begins as BGZF is read only to an end block, and as gzip reads it."""
+    from genoembed.sequences.compression import is_bgzip
+
+    _compressed(content, folder)
+    assert not is_bgzip(content[:18]) or _END_BLOCK in content, "BGZF without its end block was read"
+
+
+_END_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+
 # --------------------------------------------------------------------------------------------------- tables
 
 
@@ -277,6 +321,20 @@ def _model_config(content: bytes, folder: Path) -> None:
     read_config(source, {"trust_remote_code": False})
 
 
+def _model_build(content: bytes, folder: Path) -> None:
+    """Build a small model with weights of its own from a stranger's configuration."""
+    from genoembed.models.describe import describe_layers
+    from genoembed.models.load import load_model
+    from tests.tiny_models import build_tiny
+
+    model = folder / "built"
+    if not model.exists():
+        build_tiny("bert", model)
+    _put(model, "config.json", content)
+    load = load_model if zlib.crc32(content) % 2 else describe_layers
+    load(str(model))
+
+
 # ------------------------------------------------------------------------------------------------- embeddings
 
 
@@ -318,6 +376,174 @@ def _read_all(embeddings: object) -> None:
         embeddings[name][:]
 
 
+def _transform_file(content: bytes, folder: Path) -> None:
+    """As every command that takes a transform does; half of the time without its seal, so HDF5 reads it."""
+    import numpy as np
+
+    from genoembed.pipeline.embedding_file import load_transform
+    from genoembed.store import child_check
+
+    child_check.check_in_child = _trial
+    if zlib.crc32(content) % 2 and content.endswith(b"genoembed-seal-1"):
+        content = content[:-64]
+    found = load_transform(_put(folder, "transform.h5", content)).transform
+    assert found.apply(np.ones((2, found.input_width), np.float32)).shape == (2, found.output_width)
+
+
+SECRET = b"what only the owner of this machine may read, in a file of its own"
+
+
+def _storage(content: bytes, folder: Path) -> None:
+    """Each byte changes a sound file in one strange way; nothing of another file may ever come out."""
+    import h5py
+
+    from genoembed.store import child_check
+    from genoembed.store.reader import open_embeddings
+    from tests.store.blocks import pooled_block, write_file
+
+    child_check.check_in_child = str  # no trial: what is made here is strange, not damaged
+    sound, secret, other = folder / "sound.h5", folder / "secret", folder / "other.h5"
+    if not other.exists():
+        write_file(sound, pooled_block(["a", "b"], ("l", "m")))
+        secret.write_bytes(SECRET)
+        with h5py.File(other, "w") as hdf5:
+            hdf5["X"] = [[float(byte) for byte in SECRET[:4]]] * 2
+            hdf5["text"] = [SECRET, SECRET]
+    path = folder / "strange.h5"
+    path.write_bytes(sound.read_bytes())
+    with h5py.File(path, "r+") as hdf5:
+        for place, change in zip(content[:12:2], content[1:12:2], strict=False):
+            with contextlib.suppress(ValueError, RuntimeError, OSError, KeyError, TypeError):
+                _STRANGE[change % len(_STRANGE)](hdf5, _PLACES[place % len(_PLACES)], secret)
+    with open_embeddings(path, untrusted=bool(content[-1:] and content[-1] % 2)) as embeddings:
+        found = [embeddings.ids, embeddings.provenance, embeddings.feature_names]
+        found += [embeddings.obs[name].tolist() for name in embeddings.obs]
+        values = [embeddings[name][:] for name in embeddings.layers]
+    text = repr(found).encode() + b"".join(value.tobytes() for value in values)
+    assert SECRET[:8] not in text, "text of another file was shown"
+    assert not any((value[:, :4] == list(SECRET[:4])).all() for value in values), "numbers of another file"
+
+
+_PLACES = (
+    "X", "obs", "obs/_index", "obs/description", "obs/length", "obs/strand/codes", "obs/source/categories",
+    "obsm", "obsm/m", "var", "var/_index", "uns", "uns/genoembed", "uns/genoembed/provenance_json",
+    "uns/more", "/",
+)  # fmt: skip
+
+
+def _replaced(hdf5: Any, place: str) -> tuple[tuple[int, ...], Any]:
+    """Take a data set away, and tell what it was like."""
+    shape, dtype = (2,), None
+    if place in hdf5:
+        shape, dtype = getattr(hdf5[place], "shape", shape), getattr(hdf5[place], "dtype", dtype)
+        del hdf5[place]
+    return shape, "S20" if dtype is None or dtype.kind == "O" else dtype
+
+
+def _made_external(hdf5: Any, place: str, secret: Path) -> None:
+    shape, dtype = _replaced(hdf5, place)
+    hdf5.create_dataset(place, shape, dtype, external=[(str(secret), 0, 2**40)])
+
+
+def _made_virtual(hdf5: Any, place: str, secret: Path) -> None:
+    import h5py
+
+    shape, dtype = _replaced(hdf5, place)
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[:] = h5py.VirtualSource(
+        str(secret.with_name("other.h5")), "X" if len(shape) == 2 else "text", shape
+    )
+    hdf5.create_virtual_dataset(place, layout)
+
+
+def _linked(kind: str, to: str) -> Callable[[Any, str, Path], None]:
+    def change(hdf5: Any, place: str, secret: Path) -> None:
+        import h5py
+
+        _replaced(hdf5, place)
+        file = () if kind == "SoftLink" else (str(secret.with_name("other.h5")),)
+        hdf5[place] = getattr(h5py, kind)(*file, to)
+
+    return change
+
+
+def _hard_link(hdf5: Any, place: str, _: Path) -> None:
+    target = hdf5["/" if len(place) % 2 else "obs"]
+    _replaced(hdf5, place)
+    hdf5[place] = target
+
+
+def _retyped(dtype: Any, *, references: bool = False, **options: Any) -> Callable[[Any, str, Path], None]:
+    def change(hdf5: Any, place: str, _: Path) -> None:
+        import h5py
+
+        shape, _ = _replaced(hdf5, place)
+        kind = h5py.ref_dtype if references else dtype
+        hdf5.create_dataset(place, shape, kind, **options)
+
+    return change
+
+
+def _mended(hdf5: Any, place: str, _: Path) -> None:
+    """Give what was replaced the attributes that readers look at."""
+    hdf5[place].attrs["encoding-type"] = "string-array" if "obs" in place else "array"
+    hdf5[place].attrs["encoding-version"] = "0.2.0"
+
+
+def _named_type(hdf5: Any, place: str, _: Path) -> None:
+    import numpy as np
+
+    _replaced(hdf5, place)
+    hdf5[place] = np.dtype("<f8")
+
+
+_STRANGE = (
+    _made_external, _made_virtual, _linked("ExternalLink", "/X"), _linked("ExternalLink", "/"),
+    _linked("ExternalLink", "/text"), _linked("SoftLink", "/obs/_index"), _linked("SoftLink", "/nowhere"),
+    _hard_link, _retyped("<f4"), _retyped("<f2", chunks=True), _retyped("S9"),
+    _retyped("<i8", compression="gzip"),
+    _retyped("<f4", compression="lzf", shuffle=True, fletcher32=True), _retyped("<f4", scaleoffset=2),
+    _retyped([("a", "<f4"), ("b", "S4")]), _retyped("V7"), _retyped("", references=True), _retyped("?"),
+    _retyped("<f4", maxshape=(None, None), chunks=(1, 1)), _mended, _mended, _named_type,
+)  # fmt: skip
+
+
+def _search_index(content: bytes, folder: Path) -> None:
+    """Facts and, after ``@@INDEX@@``, an index: it is taken only if its answers are those of a new one."""
+    import numpy as np
+
+    from genoembed.pipeline.embedding_file import VectorSource
+    from genoembed.searching import index as module
+    from genoembed.searching.neighbors import exact_neighbors
+
+    source, origin = index_source(folder)
+    facts, _, body = content.partition(b"@@INDEX@@")
+    path = origin.index_path()
+    path.write_bytes(body)
+    path.with_name(f"{path.name}.json").write_bytes(facts)
+    with mock.patch.object(module, "build_index", side_effect=StoreFormatError("built again", path="index")):
+        opened, _, _ = module.open_index(source, origin)
+    found = opened.neighbors(source.read(0, 4), source, k=3)
+    expected = exact_neighbors(
+        source.read(0, 4), VectorSource(source.read(0, len(source))), k=3, metric="dot"
+    )
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+
+
+def index_source(folder: Path) -> tuple[Any, Any]:
+    """Return rows, and what their index is built from."""
+    import numpy as np
+
+    from genoembed.pipeline.embedding_file import VectorSource
+    from genoembed.searching.index import Origin
+
+    rows = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    path = folder / "rows.h5"
+    if not path.exists():
+        path.write_bytes(rows.tobytes())
+    return VectorSource(rows), Origin(path=path, layer="a", metric="dot", transform=None)
+
+
 _HEADERS = (
     b">",
     b"\n>",
@@ -348,6 +574,10 @@ _ROWS = (
     b"##FASTA",
     b"track ",
 )
+_VCF = (
+    b"\t", b"\n", b"chr1", b"chr2", b"0", b"1", b"130", b"N", b".", b"*", b"<DEL>", b"]chr2:3]A", b"A,C",
+    b"R", b"##fileformat=VCFv4.2\n", b"#CHROM\tPOS\tID\tREF\tALT\n", b"\xc3\xa9", b"99999999999999999999",
+)  # fmt: skip
 _GENBANK = (
     b"LOCUS       ", b"ORIGIN\n", b"//\n", b"CONTIG      join(",
     b" bp ", b"VERSION     ", b"     gene            ", b"complement(", b"ACCESSION   ", b"        1 acgt",
@@ -460,6 +690,13 @@ TARGETS = {
         Target(name="heads", run=_heads, corpus="safetensors", tokens=_JSON, share=1),
         Target(name="checkpoint", run=_weights(".pt"), corpus="checkpoint", share=0.5),
         Target(name="model_config", run=_model_config, corpus="model_config", tokens=_JSON, share=0.3),
-        Target(name="embeddings", run=_embeddings, corpus="embeddings", share=0.25),
+        Target(name="embeddings", run=_embeddings, share=0.25),
+        Target(name="contigs", run=_contigs, corpus="fasta", tokens=_HEADERS, share=2),
+        Target(name="variants", run=_variants, corpus="vcf", tokens=_VCF, share=3),
+        Target(name="bgzip", run=_bgzip, corpus="gzip", tokens=(_END_BLOCK, b"BC\2\0"), share=5),
+        Target(name="model_build", run=_model_build, corpus="model_build", tokens=_JSON, share=0.1),
+        Target(name="search_index", run=_search_index, tokens=(b"@@INDEX@@", *_JSON), share=3),
+        Target(name="transform_file", run=_transform_file, share=0.5),
+        Target(name="storage", run=_storage, share=0.5),
     )
 }

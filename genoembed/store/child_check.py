@@ -45,7 +45,8 @@ _SMALL_BYTES = 1 << 20
 _ORDERLY_ERRORS = (
     OSError,
     RuntimeError,
-    KeyError,
+    LookupError,
+    ArithmeticError,
     ValueError,
     TypeError,
     AttributeError,

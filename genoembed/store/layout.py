@@ -172,7 +172,15 @@ def reading(path: str) -> Iterator[None]:
         yield
     except GenoembedError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())
         problem = f"cannot be read ({reason}), the file is damaged; make it again or restore it from a copy"
         raise StoreFormatError(problem, path=path) from error

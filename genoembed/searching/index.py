@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 CONNECTIVITY, BUILD_EFFORT, SEARCH_EFFORT = 16, 128, 128
 """Neighbors of a node; candidates that are looked at while a row is added, and while a query is answered."""
-_FORMAT = 2
+_FORMAT = 3
 _SHORT = 12
 _USEARCH_METRICS: dict[Metric, str] = {"cosine": "ip", "dot": "ip", "euclidean": "l2sq"}
 
@@ -266,7 +266,7 @@ def open_index(
     built.save(path)
     facts = {**identity, "scale": built.scale, "source": _file_facts(origin.path), "index": _file_facts(path)}
     with reporting_writes(path):
-        write_text(_facts_path(path), json.dumps(facts))
+        write_text(_facts_path(path), json.dumps({**facts, "facts": _digest(facts)}))
     return built, path, True
 
 
@@ -289,12 +289,17 @@ def _facts_path(path: Path) -> Path:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """Read what is recorded about an index; nothing where there is none."""
+    """Read what is recorded about an index; nothing where there is none, or it is not what was written."""
     try:
         facts = json.loads(_facts_path(path).read_bytes())
-    except (OSError, ValueError):
+        digest = facts.pop("facts")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return facts if digest == _digest(facts) else {}
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _mismatch(facts: Mapping[str, Any], identity: Mapping[str, Any], path: Path, embeddings: Path) -> str:
@@ -310,12 +315,15 @@ def _mismatch(facts: Mapping[str, Any], identity: Mapping[str, Any], path: Path,
 
 
 def _is_same_file(facts: object, path: Path) -> bool:
-    """Return whether a file is unchanged: by size, time and inode, which needs no reading, or by digest."""
+    """Return whether a file is unchanged: by size, times and inode, which needs no reading, or by digest.
+
+    The time of the last change of the inode is one that no program sets back.
+    """
     if not isinstance(facts, dict):
         return False
     found = path.stat()
-    if (found.st_size, found.st_mtime_ns, found.st_ino) == tuple(
-        map(facts.get, ("bytes", "mtime_ns", "inode"))
+    if (found.st_size, found.st_ctime_ns, found.st_ino) == tuple(
+        map(facts.get, ("bytes", "ctime_ns", "inode"))
     ):
         return True
     return bool(found.st_size == facts.get("bytes") and _file_facts(path)["sha256"] == facts.get("sha256"))
@@ -325,4 +333,4 @@ def _file_facts(path: Path) -> dict[str, Any]:
     found = path.stat()
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+    return {"sha256": digest, "bytes": found.st_size, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}

@@ -186,6 +186,31 @@ def test_index_whose_bytes_have_changed_is_built_again_and_the_log_says_why(stor
     assert f"{where.name} has changed since it was built" in caplog.text
 
 
+def test_any_changed_byte_of_an_index_or_of_its_facts_has_it_built_again(stored):
+    path, source = stored
+    _, where, _ = open_index(source, origin_of(path, metric="dot"))
+    expected = open_index(source, origin_of(path, metric="dot"))[0].neighbors(clustered(80)[:4], source, k=3)
+    generator = np.random.default_rng(0)
+    for changed in (where, where.with_name(f"{where.name}.json")):
+        content, found = changed.read_bytes(), changed.stat()
+        for place in generator.choice(len(content), min(len(content), 100), replace=False):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(generator.integers(8))
+            changed.write_bytes(damaged)
+            os.utime(changed, ns=(found.st_atime_ns, found.st_mtime_ns))  # as if nothing had happened
+            index, _, is_new = open_index(source, origin_of(path, metric="dot"))
+            assert is_new, f"{changed.name}: byte {place}"
+            np.testing.assert_array_equal(index.neighbors(clustered(80)[:4], source, k=3).rows, expected.rows)
+
+
+@pytest.mark.parametrize("facts", [b"[" * 100_000, b"{}", b"[]", b'"facts"', b'{"facts": 1}', b"\xff"])
+def test_facts_of_an_index_that_are_none_have_it_built_again(stored, facts):
+    path, source = stored
+    _, where, _ = open_index(source, origin_of(path))
+    where.with_name(f"{where.name}.json").write_bytes(facts)
+    assert open_index(source, origin_of(path))[2]
+
+
 def test_full_disk_keeps_half_an_index_from_being_taken(stored, monkeypatch):
     path, source = stored
     index = build_index(source, metric="cosine")

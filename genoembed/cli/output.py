@@ -28,7 +28,7 @@ from genoembed.errors import GenoembedWarning, visible
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from genoembed import ExtractionReport, InputCounts, ScoreReport, VariantReport
+    from genoembed import ExtractionReport, InputCounts, PredictionReport, ScoreReport, VariantReport
 
 
 INCOMPLETE = 3
@@ -237,7 +237,7 @@ def details(report: ExtractionReport) -> list[str]:
     ]
 
 
-def done_lines(report: ExtractionReport | ScoreReport | VariantReport) -> list[str]:
+def done_lines(report: ExtractionReport | PredictionReport | ScoreReport | VariantReport) -> list[str]:
     """Return lines about what an earlier run had finished, and what failed."""
     stats, failed = report.stats, report.failed
     before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"

@@ -7,6 +7,7 @@ from genoembed.config.choices import (
     DuplicatePolicy,
     EmptyPolicy,
     ExportFormat,
+    FailurePolicy,
     GapPolicy,
     InvalidPolicy,
     TableFormat,
@@ -238,6 +239,13 @@ class PredictConfig(Config):
         group=INPUT,
         shown_default="as in training",
         help="Leave soft-masked bases in lower case.",
+    )
+    on_error: FailurePolicy = option(
+        "stop",
+        group=INPUT,
+        basic=True,
+        help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or write "
+        "NA in its row and exit with 3 at the end.",
     )
     batch_rows: int = option(16, ge=1, group=MODEL, metavar="N", help="Windows of one forward pass.")
     device: str | None = option(

@@ -7,20 +7,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
+from genoembed.config.choices import FailurePolicy
 from genoembed.config.fields import named_options
 from genoembed.config.files import PredictConfig
 from genoembed.config.paths import check_paths, path_strings
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.finetuning.saved import load_predictor
 from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.store.tables import open_table
@@ -28,13 +32,16 @@ from genoembed.tokenization.hf import build_encoder
 from genoembed.training.inference import SequenceRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from os import PathLike
+
+    from numpy.typing import NDArray
 
     from genoembed.config.choices import TableFormat
     from genoembed.contracts import SequenceRecord
+    from genoembed.finetuning.labels import LabelSpace
     from genoembed.finetuning.saved import SavedPredictor
-    from genoembed.training.inference import TokenValues
+    from genoembed.pipeline.units import RunStats
 
 
 __all__ = ["PredictionReport", "predict"]
@@ -44,7 +51,6 @@ logger = logging.getLogger(__name__)
 PART_RECORDS, PART_BASES = 256, 1 << 20
 """Records, and bases, whose windows are in memory together."""
 MULTILABEL_THRESHOLD = 0.5
-_POLICIES = ("invalid", "duplicates", "empty", "gaps", "keep_case")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +60,18 @@ class PredictionReport:
     output: str
     """The table; ``-`` is standard output."""
     num_records: int
-    """Records that were predicted."""
+    """Records of the table."""
     num_rows: int
     """Rows of the table: one row per record, or one row per token."""
     task: str
     names: tuple[str, ...]
     """Classes, labels or targets."""
+    failed: Mapping[str, str]
+    """Records without a prediction, by id: why."""
     counts: InputCounts
     """What was read, and what the input policies did."""
+    stats: RunStats
+    """What the forward passes cost."""
     seconds: float
     """Wall time, without loading the model."""
 
@@ -74,6 +84,7 @@ def predict(
     output: str | PathLike[str] = "-",
     format: TableFormat = "auto",
     overwrite: bool = False,
+    on_error: FailurePolicy = "stop",
     batch_rows: int = 16,
     device: str | None = None,
     threads: int | None = None,
@@ -94,6 +105,7 @@ def predict(
         output: The table; ``-`` is standard output.
         format: ``tsv``, ``csv``, ``parquet``, or ``auto``: by the name of the output.
         overwrite: Replace an existing file.
+        on_error: ``stop`` at a record that fails, or ``skip``: its row has an id and nothing else.
         batch_rows: Windows of a forward pass.
         device: Torch device; None is CUDA if present, else the CPU.
         threads: CPU threads; None leaves torch's choice.
@@ -107,17 +119,28 @@ def predict(
 
     Raises:
         ConfigError: If options are wrong, or the folder holds no model that predicts.
-        GenoembedError: If input, model or output fail; the output is then as it was before.
+        GenoembedError: If input, model or output fail; the output is then as it was before, and what was
+            predicted is kept for the next run of the same call.
     """
     problems = [
         f"{name} is {value}; set {name} to 1 or more"
         for name, value in (("batch_rows", batch_rows), ("threads", threads))
         if value is not None and value < 1
     ]
+    if on_error not in get_args(FailurePolicy):
+        problems.append(f"on_error is {on_error!r}; set on_error to one of stop, skip")
     if problems:
         raise ConfigError(*problems)
     check_paths(path_strings(inputs), [(output, "table")], may_read=[model], overwrite=overwrite)
-    with use_threads(threads):
+    reading = {name: value for name, value in policies.items() if value is not None}
+    table = None if output == "-" else os.fspath(output)
+    with (
+        use_threads(threads),
+        keeping_units(table) as kept,
+        # before the model is loaded: a second process with the same output is refused at once
+        open_table(os.fspath(output), format=format, overwrite=overwrite) as writer,
+        torch.inference_mode(),
+    ):
         saved = load_predictor(model, device=device, trust_remote_code=trust_remote_code)
         # one for all parts: what it learns of short memory holds for those that follow
         runner = SequenceRunner(
@@ -126,75 +149,104 @@ def predict(
             max_tokens=saved.genomic.max_length,
             skip_first=saved.facts.skip_first,
             max_rows=batch_rows,
+            skips_failed=on_error == "skip",
         )
         counts = InputCounts()
-        records = read_sequences(
-            inputs,
-            counts=counts,
-            **{
-                "keep_case": bool(saved.facts.values["keep_case"]),
-                **{name: value for name, value in policies.items() if value is not None},
-            },
+        reading = {"keep_case": bool(saved.facts.values["keep_case"]), **reading}
+        records = read_sequences(inputs, counts=counts, **reading)
+        kept.begin(
+            lambda: saved.genomic.content,
+            policies={**reading, "on_error": on_error},
+            stats=runner.stats,
+            drop_other=overwrite,
         )
         started = time.perf_counter()
-        table = open_table(os.fspath(output), format=format, overwrite=overwrite)
         num_records = num_rows = 0
-        with table as writer, torch.inference_mode():
-            for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
-                columns = _columns(saved, runner, unit.records)
-                writer.write_columns(columns)
-                num_records += len(unit.records)
-                num_rows += len(next(iter(columns.values())))
-                if progress is not None:
-                    progress(counts)
-            if not num_records:
-                problem = f"no record is left to predict ({counts}); check the input, or set invalid='mask'"
-                raise EmptyRecordError(problem, path=str(inputs))
+        for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
+            values = kept.take(unit, partial(_predict, saved, runner, unit.records))
+            columns = _columns(saved.space, unit.records, values)
+            writer.write_columns(columns)
+            num_records += len(unit.records)
+            num_rows += len(next(iter(columns.values())))
+            if progress is not None:
+                progress(counts)
+        if not num_records:
+            problem = f"no record is left to predict ({counts}); check the input, or set invalid='mask'"
+            raise EmptyRecordError(problem, path=str(inputs))
     return PredictionReport(
         output=os.fspath(output),
         num_records=num_records,
         num_rows=num_rows,
         task=saved.facts.task,
         names=saved.space.names,
+        failed=kept.failed,
         counts=counts,
+        stats=runner.stats,
         seconds=time.perf_counter() - started,
     )
 
 
-def _columns(
+def _predict(
     saved: SavedPredictor, runner: SequenceRunner, records: Sequence[SequenceRecord]
-) -> dict[str, Sequence[object]]:
-    """Predict a few records."""
-    sequences = [record.sequence for record in records]
-    ids = [record.id for record in records]
+) -> list[list[Any] | str]:
+    """Predict a few records: numbers, or first bases of tokens and their numbers; text where one failed."""
     if saved.space.kind == "token":
-        outputs = runner.tokens(saved.model, records)
-        return _token_columns(ids, sequences, outputs, saved.space.names)
-    vectors = runner.vectors(saved.model, records)
-    predictions = saved.model(vectors=vectors, want="predict")["predictions"].float().cpu().numpy()
-    names = saved.space.names
-    if saved.space.kind == "regression":
-        return {"id": ids, **{name: predictions[:, index] for index, name in enumerate(names)}}
+        tokens = runner.tokens(saved.model, records)
+        good: Iterator[list[Any]] = iter(
+            [item.starts.tolist(), item.values["predictions"].tolist()] for item in tokens
+        )
+    else:
+        vectors = runner.vectors(saved.model, records)
+        found = saved.model(vectors=vectors, want="predict")["predictions"] if len(vectors) else vectors
+        good = iter(found.float().tolist())
+    return [runner.failed.get(index) or next(good) for index in range(len(records))]
+
+
+def _columns(
+    space: LabelSpace, records: Sequence[SequenceRecord], values: Sequence[list[Any] | str]
+) -> dict[str, Sequence[object]]:
+    """Build the table's rows of a few records."""
+    if space.kind == "token":
+        return _token_columns(space.names, records, values)
+    names, ids = space.names, [record.id for record in records]
+    lacking = [math.nan] * len(names)
+    predictions: NDArray[Any] = np.array(
+        [lacking if isinstance(value, str) else value for value in values], dtype=np.float32
+    )
+    has_failed = [isinstance(value, str) for value in values]
+    columns: dict[str, Any] = {"id": ids}
+    if space.kind == "regression":
+        return columns | {name: predictions[:, index] for index, name in enumerate(names)}
     probabilities = {f"p_{name}": predictions[:, index] for index, name in enumerate(names)}
-    if saved.space.kind == "multilabel":
+    if space.kind == "multilabel":
         chosen = [
             ",".join(name for name, p in zip(names, row, strict=True) if p >= MULTILABEL_THRESHOLD)
             for row in predictions
         ]
-        return {"id": ids, "labels": chosen, **probabilities}
-    return {"id": ids, "label": [names[index] for index in predictions.argmax(axis=1)], **probabilities}
+    else:
+        chosen = [names[index] for index in predictions.argmax(axis=1)]
+    column = "labels" if space.kind == "multilabel" else "label"
+    labels = [None if failed else label for failed, label in zip(has_failed, chosen, strict=True)]
+    return columns | {column: labels, **probabilities}
 
 
 def _token_columns(
-    ids: Sequence[str], sequences: Sequence[bytes], outputs: Sequence[TokenValues], names: Sequence[str]
+    names: Sequence[str], records: Sequence[SequenceRecord], values: Sequence[list[Any] | str]
 ) -> dict[str, Sequence[object]]:
-    probabilities = np.concatenate([output.values["predictions"].numpy() for output in outputs])
-    starts = [output.starts for output in outputs]
-    ends = [np.append(start[1:], len(sequence)) for start, sequence in zip(starts, sequences, strict=True)]
-    columns: dict[str, Any] = {
-        "id": [name for name, start in zip(ids, starts, strict=True) for _ in start],
-        "start": np.concatenate(starts),
-        "end": np.concatenate(ends),
-        "label": [names[index] for index in probabilities.argmax(axis=1)],
-    }
+    """Build a row per token; a record that failed has one, of its length and without a label."""
+    ids: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    labels: list[str | None] = []
+    rows = []
+    for record, value in zip(records, values, strict=True):
+        first, found = ([0], [[math.nan] * len(names)]) if isinstance(value, str) else value
+        ids += [record.id] * len(first)
+        starts += first
+        ends += [*first[1:], len(record.sequence)]
+        rows.append(np.array(found, dtype=np.float32))
+        chosen = rows[-1].argmax(axis=1)
+        labels += [None] if isinstance(value, str) else [names[index] for index in chosen]
+    probabilities = np.concatenate(rows)
+    columns: dict[str, Any] = {"id": ids, "start": starts, "end": ends, "label": labels}
     return columns | {f"p_{name}": probabilities[:, index] for index, name in enumerate(names)}

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from genoembed.contracts import Batch
+    from genoembed.pipeline.assemble import Taken
     from genoembed.pipeline.forward import RowValues, UnitResults
+    from genoembed.pipeline.units import RunStats
     from genoembed.tokenization.hf import SequenceEncoder
     from genoembed.training.encoder import Encoder
 
@@ -54,8 +56,11 @@ class SequenceRunner:
         skip_first: int = 0,
         max_rows: int | None = None,
         keeps_nan: bool = False,
+        skips_failed: bool = False,
     ) -> None:
         self.encoder = encoder
+        self.failed: dict[int, str] = {}
+        """Sequences of the last call that have no values, by index: why; only with ``skips_failed``."""
         self.max_rows = 1 if encoder.padding == "equal" else max_rows
         """Windows of a forward pass at most, where a caller makes batches of its own."""
         self._slab_options: dict[str, Any] = {
@@ -66,27 +71,34 @@ class SequenceRunner:
             "max_tokens": max_tokens,
             "equal_lengths": encoder.padding == "equal",
             "rounds_lengths": bool(getattr(encoder.backbone, "carries_state", False)),
+            "skips_failed": skips_failed,
         }
         self._skip_first = skip_first
         self._keeps_nan = keeps_nan
+        self._skips_failed = skips_failed
         self._reducer = _ModuleReducer(encoder)
         self._runner: UnitRunner | None = None
 
+    @property
+    def stats(self) -> RunStats:
+        """Totals of all calls."""
+        return self._unit_runner().stats
+
     @torch.no_grad()
     def vectors(self, model: nn.Module, sequences: Sequence[bytes | SequenceRecord]) -> Tensor:
-        """Compute one fused vector for each sequence, before any head; on the model's device."""
+        """Compute one fused vector for each sequence that has not failed, before any head.
+
+        They are on the model's device.
+        """
 
         def pooled_layers(**batch: Tensor) -> dict[str, Tensor]:
             layers: dict[str, Tensor] = model(**batch, want="layers")
             return layers
 
         results = self._run(pooled_layers, sequences, per_token=False)
-        rows = [strand_pieces(results.taken, (index, False)) for index in range(len(sequences))]
-        for record, pieces in zip(results.unit.records, rows, strict=True):
-            if not pieces:
-                raise empty_pool_error(
-                    record, start=record.start, end=record.end, skip_first=self._skip_first
-                )
+        rows = self._rows(results, skip_first=self._skip_first)
+        if not rows:
+            return torch.empty(0, 0)
         encoder = self.encoder
         return encoder.fuse(
             {
@@ -120,7 +132,21 @@ class SequenceRunner:
         self, forward: Callable[..., dict[str, Tensor]], sequences: Sequence[bytes | SequenceRecord]
     ) -> list[TokenValues]:
         results = self._run(forward, sequences, per_token=True)
-        return [_joined(results, index) for index in range(len(sequences))]
+        return [_joined(results, pieces) for pieces in self._rows(results, skip_first=0)]
+
+    def _rows(self, results: UnitResults, *, skip_first: int) -> list[list[Taken]]:
+        """Collect the pieces of each sequence, and note those that have none or failed."""
+        self.failed = dict(results.failed)
+        rows = []
+        for index, record in enumerate(results.unit.records):
+            pieces = strand_pieces(results.taken, (index, False))
+            if not pieces and not self._skips_failed:
+                raise empty_pool_error(record, start=record.start, end=record.end, skip_first=skip_first)
+            if not pieces:
+                self.failed.setdefault(index, "nothing to pool")
+            if index not in self.failed:
+                rows.append(pieces)
+        return rows
 
     def _run(
         self,
@@ -129,16 +155,20 @@ class SequenceRunner:
         *,
         per_token: bool,
     ) -> UnitResults:
-        if self._runner is None:
-            # not sooner: a trainer moves the model to its device after this object is made
-            slabs = SlabBuilder(batch_tokens=default_batch_tokens(self._reducer.device), **self._slab_options)
-            self._runner = UnitRunner(self._reducer, slabs, keeps_spans=True, keeps_nan=self._keeps_nan)
+        runner = self._unit_runner()
         self._reducer.forward, self._reducer.per_token = forward, per_token
         records = tuple(
             item if isinstance(item, SequenceRecord) else SequenceRecord(id=str(index), sequence=item)
             for index, item in enumerate(sequences)
         )
-        return self._runner(WorkUnit(number=0, records=records))
+        return runner(WorkUnit(number=0, records=records))
+
+    def _unit_runner(self) -> UnitRunner:
+        if self._runner is None:
+            # not sooner: a trainer moves the model to its device after this object is made
+            slabs = SlabBuilder(batch_tokens=default_batch_tokens(self._reducer.device), **self._slab_options)
+            self._runner = UnitRunner(self._reducer, slabs, keeps_spans=True, keeps_nan=self._keeps_nan)
+        return self._runner
 
 
 class _ModuleReducer:
@@ -176,12 +206,8 @@ class _ModuleReducer:
         }
 
 
-def _joined(results: UnitResults, index: int) -> TokenValues:
+def _joined(results: UnitResults, pieces: Sequence[Taken]) -> TokenValues:
     """Join the windows of a sequence; each token counts in one of them."""
-    pieces = strand_pieces(results.taken, (index, False))
-    if not pieces:
-        record = results.unit.records[index]
-        raise empty_pool_error(record, start=record.start, end=record.end, skip_first=0)
     numbers = [piece.number for piece in pieces]
     starts = [piece.spans[:, 0] for piece in pieces if piece.spans is not None]
     values = {name: results.vectors.tokens(name, numbers) for name in results.vectors.names}

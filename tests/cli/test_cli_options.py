@@ -69,8 +69,8 @@ OPTIONS = {
         --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
         --warmup-fraction --weight-decay""",
     "predict": """
-        --batch-rows --config --device --duplicates --empty --format --gaps --invalid --keep-case -o
-        --output --overwrite --threads --trust-remote-code""",
+        --batch-rows --config --device --duplicates --empty --format --gaps --invalid --keep-case
+        --on-error -o --output --overwrite --threads --trust-remote-code""",
     "search": """
         --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
         --empty --exclude-self --gaps --hybrid --hybrid-weights --index --invalid -k --layer

@@ -16,11 +16,14 @@ from genoembed.errors import (
     CheckpointError,
     ConfigError,
     EmptyRecordError,
+    Interrupted,
+    NonFiniteError,
     StoreError,
 )
 from genoembed.finetuning import predict as predict_module
 from genoembed.finetuning.saved import load_predictor
 from genoembed.models.trained_folder import read_finetuned
+from genoembed.pipeline.forward import UnitRunner
 from tests.finetuning.cases import (
     CONTEXT,
     FAST,
@@ -222,3 +225,86 @@ def test_folders_that_do_not_predict_are_refused(runs, tmp_path):
     (folder / "heads.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="heads cannot be read"):
         genoembed.predict(folder, fasta)
+
+
+class Passes:
+    """Passes of the model, which may end a run or give no numbers for records that hold a word."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self.stop_after, self.spoiled = 0, np.inf, None
+        original = UnitRunner._report
+
+        def report(runner):
+            self.rows = runner.stats.real_tokens
+            if self.rows >= self.stop_after:
+                raise Interrupted
+            original(runner)
+
+        monkeypatch.setattr(UnitRunner, "_report", report)
+        monkeypatch.setattr(predict_module, "PART_RECORDS", 2)
+        forward = torch.nn.Embedding.forward
+
+        def embed(module, ids):
+            found = forward(module, ids)
+            if self.spoiled is not None and ids.dim() == 2:
+                bad = (
+                    (ids.unfold(1, len(self.spoiled), 1) == torch.tensor(self.spoiled)).all(dim=2).any(dim=1)
+                )
+                found = torch.where(bad[:, None, None], torch.full_like(found, np.nan), found)
+            return found
+
+        monkeypatch.setattr(torch.nn.Embedding, "forward", embed)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prediction_that_was_cut_off_goes_on_where_it_was(runs, tmp_path, monkeypatch, task):
+    fasta, folder = write_fasta(tmp_path / "s.fa", sequences(7)), runs[task].output
+    genoembed.predict(folder, fasta, output=tmp_path / "plain.tsv")
+    passes = Passes(monkeypatch)
+    genoembed.predict(folder, fasta, output=tmp_path / "whole.tsv")
+    whole = passes.rows
+    passes.stop_after = whole // 2
+    with pytest.raises(KeyboardInterrupt) as caught:
+        genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
+    assert "finished unit" in caught.value.__notes__[0]
+    passes.stop_after = np.inf
+    with pytest.raises(StoreError, match=r"of another run: .*weights has other content"):
+        genoembed.predict(
+            runs["regression" if task == "token" else "token"].output, fasta, output=tmp_path / "p.tsv"
+        )
+    report = genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
+    assert report.stats.units_kept > 0
+    assert passes.rows < whole
+    assert (tmp_path / "p.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.tsv", "plain.tsv", "s.fa", "whole.tsv"]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "parquet"])
+@pytest.mark.parametrize("task", TASKS)
+def test_prediction_that_fails_stops_the_run_or_is_left_out(runs, tmp_path, monkeypatch, task, ending):
+    found, folder, output = sequences(5), runs[task].output, tmp_path / f"p.{ending}"
+    fasta = write_fasta(tmp_path / "s.fa", ["ACGTACGTACGTACGT" + found[0], *found[1:]])
+    passes = Passes(monkeypatch)
+    passes.spoiled = load_predictor(folder).genomic.tokenizer("ACGTACGTACGTACGT", add_special_tokens=False)[
+        "input_ids"
+    ]
+    (name, *others) = (record.id for record in genoembed.read_sequences(fasta))
+    with pytest.raises(NonFiniteError, match=f"record '{name}'"):
+        genoembed.predict(folder, fasta, output=output)
+    report = genoembed.predict(folder, fasta, output=output, on_error="skip")
+    assert report.failed == {name: "not finite"}
+    table = (
+        pd.read_parquet(output) if ending == "parquet" else pd.read_csv(output, sep="\t", dtype={"id": str})
+    )
+    assert table["id"].tolist()[0] == name
+    assert table["id"].tolist().count(name) == 1
+    assert table.drop(columns=["id", "start", "end"], errors="ignore").iloc[0].isna().all()
+    labels = table.drop(columns=["labels"], errors="ignore").iloc[1:]
+    assert set(labels["id"]) == {*others}
+    assert not labels.isna().any(axis=None)
+
+
+def test_unknown_policy_for_failures_is_refused(runs, tmp_path):
+    fasta = write_fasta(tmp_path / "s.fa", ["ACGT"])
+    with pytest.raises(ConfigError, match="on_error is 'never'"):
+        genoembed.predict(runs["regression"].output, fasta, on_error="never")

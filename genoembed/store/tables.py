@@ -162,8 +162,9 @@ class _ParquetWriter:
         with reporting_writes(self._path):
             if self._writer is None:
                 # a column without values would have no type
+                is_empty = {name: all(value is None for value in values) for name, values in columns.items()}
                 arrays = {
-                    name: self._arrow.array(values, type=None if len(values) else self._arrow.string())
+                    name: self._arrow.array(values, type=self._arrow.string() if is_empty[name] else None)
                     for name, values in columns.items()
                 }
                 table = self._arrow.table(arrays)

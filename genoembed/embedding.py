@@ -20,7 +20,7 @@ from genoembed.contracts import EmbeddingBlock, SequenceRecord, TokenBlock
 from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.models.trained_folder import FinetunedFacts, carried_options, find_facts
 from genoembed.pipeline.embedder import UnitEmbedder
-from genoembed.pipeline.request import load_configured
+from genoembed.pipeline.request import load_configured, loading_problems, plain_options
 from genoembed.pipeline.units import iter_units
 from genoembed.sequences.reading import clean_record, list_sequences, sequence_letters
 from genoembed.sequences.records import IdRegistry, InputCounts, Policies, RawRecord
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 PLACE = "sequences"
 """What errors name as the file, since there is none."""
 _FILE_OPTIONS = ("inputs", "output", "overwrite", "resume", "regions", "flank", "shard", "engine", "workers")
-_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,26 +199,11 @@ def _config(
         message = f"{', '.join(misplaced)}: for files, and there are none here; leave it out, or use extract"
         raise ConfigError(message)
     # a model that is loaded is as it is: an option that could change nothing must not seem to
-    if not isinstance(model, str):
-        loading = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
-        if loading:
-            message = (
-                f"{', '.join(loading)}: the model is loaded already; leave it out, or give model by name"
-            )
-            raise ConfigError(message)
-    given = {name: _plain(name, value) for name, value in options.items() if value is not None}
+    if not isinstance(model, str) and (problems := loading_problems(options)):
+        raise ConfigError(*problems)
     name = model if isinstance(model, str) else model.name
-    return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **carried_options(facts, given)})
-
-
-def _plain(name: str, value: object) -> object:
-    """Convert an option to what a configuration keeps: tuples, and plain values instead of NumPy's."""
-    if name == "layers":
-        many = [value] if isinstance(value, str | int | np.integer) else list(value)  # type: ignore[call-overload]
-        return tuple(map(str, many))
-    if isinstance(value, list | tuple | np.ndarray):
-        return tuple(_plain("", item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value
+    given = carried_options(facts, plain_options(options))
+    return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **given})
 
 
 def load_for_embedding(

@@ -7,7 +7,7 @@ file, or given; each sequence must have the SHA-256 that the file recorded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from genoembed.pipeline.agreement import (
 from genoembed.pipeline.embedding_file import read_file_settings, record_names
 from genoembed.pipeline.request import use_threads
 from genoembed.sequences import read_sequences
+from genoembed.sequences.reading import file_names
 from genoembed.store import open_embeddings
 from genoembed.store.schema import has_failed
 
@@ -137,10 +138,7 @@ def verify(
         StoreError: If the file cannot be read.
         GenoembedError: If input or model fail.
     """
-    _check(options, sample=sample, tolerance=tolerance)
-    if threads is not None and threads < 1:
-        message = f"threads is {threads}; set threads to 1 or more"
-        raise ConfigError(message)
+    _check(sample=sample, tolerance=tolerance)
     with use_threads(threads), open_embeddings(path) as file:
         settings = read_file_settings(file, remedy="extract the sequences again")
         wanted = _sample_ids(file, sample, seed)
@@ -199,12 +197,12 @@ def certify(
         EmptyRecordError: If the input has no record.
         GenoembedError: If input or model fail.
     """
-    _check({}, sample=sample, tolerance=tolerance)
-    names = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
+    _check(sample=sample, tolerance=tolerance)
+    names = file_names(inputs)
     records = _reservoir(read_sequences(names, invalid=invalid), sample, seed)  # type: ignore[arg-type]
     if not records:
         problem = "no record to measure on; check the input"
-        raise EmptyRecordError(problem, path=", ".join(fspath(name) for name in names))
+        raise EmptyRecordError(problem, path=", ".join(names))
     return _certify(RecordEmbedder(**options), records, tolerance, seed)
 
 
@@ -238,9 +236,8 @@ def _certify(
     )
 
 
-def _check(options: Mapping[str, Any], *, sample: int, tolerance: float | None) -> None:
-    known = ("device", "dtype", "batch_tokens", "trust_remote_code")
-    problems = [f"{name!r} is no option of verify" for name in options if name not in known]
+def _check(*, sample: int, tolerance: float | None) -> None:
+    problems = []
     if sample < 1:
         problems.append(f"sample is {sample}; set sample to 1 or more")
     if tolerance is not None and not tolerance >= 0:  # NaN as well
@@ -270,12 +267,11 @@ def _records(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | None,
     regions: Sequence[str | PathLike[str]] | None,
 ) -> Iterator[SequenceRecord]:
-    given = [inputs] if isinstance(inputs, str | PathLike) else inputs
-    names = settings.inputs if given is None else [fspath(name) for name in given]
-    if not names or (given is None and "-" in names):
+    names = settings.inputs if inputs is None else file_names(inputs)
+    if not names or (inputs is None and "-" in names):
         message = f"{file.path}: it was made of standard input; set inputs to the file with these sequences"
         raise ConfigError(message)
-    places = settings.regions if regions is None else [fspath(name) for name in regions]
+    places = settings.regions if regions is None else file_names(regions)
     return read_sequences(names, regions=places or None, **settings.reading)
 
 

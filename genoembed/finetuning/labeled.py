@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import count
-from os import PathLike, fspath
+from os import fspath
 from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.config.labeled import LabeledConfig
@@ -21,7 +21,7 @@ from genoembed.sequences import InputCounts, Policies
 from genoembed.sequences.alphabet import GAPS
 from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
 from genoembed.sequences.formats import iter_records
-from genoembed.sequences.reading import clean_record
+from genoembed.sequences.reading import clean_record, file_names
 from genoembed.sequences.records import Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import TableRow, iter_rows
 
@@ -99,7 +99,7 @@ def iter_labeled(
         ...     [(row.id, row.sequence, row.label, row.line) for row in iter_labeled(path)]
         [('row_1', b'ACGT', 'promoter', 2), ('row_2', b'GG', 'other', 3)]
     """
-    names = [fspath(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
+    names = file_names(paths)
     chosen = LabeledConfig() if config is None else config
     table = None if labels is None else fspath(labels)
     _check_files(names, table, chosen)

@@ -12,13 +12,12 @@ import logging
 import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, get_args
 
 from genoembed.config.choices import FalseNegativePolicy
 from genoembed.errors import ConfigError, LabelError, SequenceFormatError
 from genoembed.sequences import InputCounts, Policies, reverse_complement
-from genoembed.sequences.reading import clean_record
+from genoembed.sequences.reading import clean_record, file_names
 from genoembed.sequences.records import Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import iter_rows
 
@@ -101,7 +100,7 @@ def read_pairs(
         ...     [(row.query, row.pos, row.neg, row.line) for row in read_pairs(path)]
         [(b'ACGT', (b'ACGA',), (), 1)]
     """
-    names = [fspath(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
+    names = file_names(paths)
     problems = []
     if not names:
         problems.append("no input file; name at least one, or '-' for standard input")

@@ -56,12 +56,7 @@ def read_request(
     if isinstance(model, PathLike):
         model = fspath(model)
     trained = find_facts(model)
-    given = options | {
-        "layers": None if layers is None else _as_strings(layers),
-        "pooling": pooling,
-        "fusion": fusion,
-    }
-    given = {name: _frozen(name, value) for name, value in given.items() if value is not None}
+    given = plain_options(options | {"layers": layers, "pooling": pooling, "fusion": fusion})
     config = embed_config(
         {
             "inputs": _as_strings(inputs),
@@ -95,12 +90,7 @@ def read_records(
 
 def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
     """Raise if options are set that a loaded model has already decided."""
-    problems = []
-    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
-    if given:
-        problems.append(
-            f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"
-        )
+    problems = loading_problems(options)
     if config.run.engine == "ray":
         problems.append(
             "engine is 'ray', whose workers load the model themselves, but the model is loaded already; give "
@@ -108,6 +98,19 @@ def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
         )
     if problems:
         raise ConfigError(*problems)
+
+
+def loading_problems(options: Mapping[str, object]) -> list[str]:
+    """Say which options a loaded model has already decided."""
+    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
+    if not given:
+        return []
+    return [f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"]
+
+
+def plain_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Take the options that are given, as a configuration keeps them: tuples, and no values of NumPy's."""
+    return {name: _frozen(name, value) for name, value in options.items() if value is not None}
 
 
 def _as_strings(value: object) -> tuple[str, ...]:
@@ -122,10 +125,9 @@ def _as_string(value: object) -> str:
 
 
 def _frozen(name: str, value: object) -> object:
-    """Convert an option to what a configuration keeps: tuples, and plain values instead of NumPy's."""
-    if name == "regions":
+    if name in ("layers", "regions"):
         return _as_strings(value)
-    if isinstance(value, list | np.ndarray):
+    if isinstance(value, list | tuple | np.ndarray):
         return tuple(_frozen("", item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 

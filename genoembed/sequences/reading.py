@@ -90,8 +90,8 @@ def read_sequences(
         [('a', b'ACGT', ('upper_cased:4', 'rna')), ('b', b'ACGT', ())]
     """
     policies = Policies(invalid=invalid, duplicates=duplicates, empty=empty, gaps=gaps, keep_case=keep_case)
-    names = _listed(paths)
-    places = None if regions is None else _listed(regions)
+    names = file_names(paths)
+    places = None if regions is None else file_names(regions)
     _check_options(names, places, flank)
     for name in names:
         check_readable(name)
@@ -109,7 +109,8 @@ def read_sequences(
     return _finish(raw, policies, tally)
 
 
-def _listed(paths: PathInput | Sequence[PathInput]) -> list[str]:
+def file_names(paths: PathInput | Iterable[PathInput]) -> list[str]:
+    """List what was given as one file name or several."""
     many = [paths] if isinstance(paths, str | PathLike) else list(paths)
     return [fspath(path) for path in many]
 

@@ -138,7 +138,7 @@ def test_bacterial_genes_are_four_of_each_of_eight_classes():
 def test_ci_runs_the_test_command_of_the_readme():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     command = lines[lines.index("# README-TEST-COMMAND") + 1]
-    assert command.endswith("python -m pytest")
+    assert command.endswith("python -m pytest -n 2")
     assert command in (ROOT / "README.md").read_text().splitlines()
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from genoembed.sequences.compression import InputDigests
 
 
-_LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
+LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:
 
 def loading_problems(options: Mapping[str, object]) -> list[str]:
     """Say which options a loaded model has already decided."""
-    given = [name for name in _LOADING_OPTIONS if options.get(name) is not None]
+    given = [name for name in LOADING_OPTIONS if options.get(name) is not None]
     if not given:
         return []
     return [f"{', '.join(given)}: the model is loaded already; leave it out, or give the model by name"]

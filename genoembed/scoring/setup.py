@@ -14,8 +14,8 @@ from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.config.fields import Config, raise_all, unknown_option
 from genoembed.errors import ConfigError, ModelError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel
-from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
+from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,6 @@ _CHOICES = {
     "on_error": FailurePolicy,
     "pooling": ScorePooling,
 }
-_LOADING = ("revision", "trust_remote_code", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +60,7 @@ class RunOptions:
             if value not in choices:
                 problems.append(f"{name} is {value!r}; set {name} to one of {', '.join(choices)}")
         if not isinstance(self.model, str | PathLike):
-            given = [name for name in _LOADING if getattr(self, name) is not None]
-            if given:
-                problems.append(
-                    f"{', '.join(given)}: the model is loaded already; leave it out, or give model by name"
-                )
+            problems += loading_problems({name: getattr(self, name) for name in LOADING_OPTIONS})
         for build in (self._model_config, lambda: WindowConfig(window=window, stride=stride)):
             try:
                 build()
@@ -97,15 +92,7 @@ class RunOptions:
             raise ModelError(message)
         if not isinstance(self.model, str | PathLike):
             return LanguageModel(self.model)
-        return LanguageModel(
-            load_model(
-                config.model,
-                device=config.device,
-                dtype=config.dtype,
-                trust_remote_code=config.trust_remote_code,
-                revision=config.revision,
-            )
-        )
+        return LanguageModel(load_configured(config))
 
 
 def run_options(

@@ -14,7 +14,7 @@ import click
 import genoembed
 from genoembed.cli.options import check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, echo_result, wrote
+from genoembed.cli.output import count, echo_result, end_incomplete, failure_line, wrote
 from genoembed.config.search import SearchConfig, TransformConfig
 
 if TYPE_CHECKING:
@@ -48,13 +48,14 @@ def search_command(*, as_json: bool, **options: Any) -> None:
         with genoembed.open_embeddings(options["against"]) as database:
             _ = database[options["layer"]]  # here, before a model is loaded for the queries
     report = genoembed.search(**options)
-    for line in _details(report):
+    for line in ([failure_line(report.failed)] if report.failed else []) + _details(report):
         _logger.info("%s", line)
     if options["output"] != "-":
         wrote(options["output"])
     if as_json:
         facts = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
         echo_result({key: value for key, value in facts.items() if key != "hits"}, "", as_json=True)
+    end_incomplete(report.failed)
 
 
 def _details(report: SearchReport) -> list[str]:

@@ -26,7 +26,7 @@ MIN_FOLDS = 3
 TOP = (2, 4)
 FIXED = (
     *("fusion", "fusion_weights", "per_window", "shard", "output", "overwrite", "resume", "inputs"),
-    *("engine", "workers", "ray_address", "certificate", "on_error", "out_dtype"),
+    *("engine", "workers", "ray_address", "certificate", "out_dtype"),
 )
 """Options of an extraction that a probe decides by itself, or has its own of."""
 

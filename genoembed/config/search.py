@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from genoembed.config.choices import (
     DuplicatePolicy,
     EmptyPolicy,
+    FailurePolicy,
     GapPolicy,
     InvalidPolicy,
     Metric,
@@ -154,6 +155,14 @@ class SearchConfig(NeighborConfig):
     )
     gaps: GapPolicy | None = option(
         None, group=QUERIES, shown_default="error", help="Gap letters (- . *): stop, or remove them."
+    )
+    on_error: FailurePolicy | None = option(
+        None,
+        group=QUERIES,
+        basic=True,
+        shown_default="stop",
+        help="A query that fails (values that are not finite, no memory, nothing to pool): stop, or leave it "
+        "out, and exit with 3 at the end.",
     )
     dtype: str | None = option(
         None,

@@ -143,6 +143,10 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) ->
         ],
         dtype=np.int64,
     )
+    if failed := [name for name, lacks in zip(ids, has_failed, strict=True) if lacks]:
+        logger.warning(
+            "%s: %d record(s) without a vector are left out (%s)", file.path, len(failed), _shown(failed)
+        )
     counts = {
         "rows in the file": len(ids),
         "rows without a label": sum(name not in table.labels for name in ids),

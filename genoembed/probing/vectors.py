@@ -136,7 +136,7 @@ def embed_layers(
         resume=True,
         overwrite=overwrite,
         progress=progress,
-        **{"fusion": "none", "on_error": "skip", **options},
+        **{"fusion": "none", **options},
     )
 
 
@@ -180,6 +180,7 @@ def embed_untrained(
         **{**settings.embedding_options(), "layers": file.layers},
         **settings.reading,
         regions=settings.regions or None,
+        on_error="skip",
         **running,
     )
     return output

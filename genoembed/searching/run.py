@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from genoembed.searching.index import Origin, open_index
 from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
 from genoembed.sequences import read_sequences
 from genoembed.store import check_output, open_embeddings
+from genoembed.store.schema import FAILED, has_failed
 from genoembed.store.tables import STDOUT, open_table
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READING_OPTIONS = ("invalid", "duplicates", "empty", "gaps")
-_MODEL_OPTIONS = ("batch_tokens", "dtype", "device", "trust_remote_code")
+_MODEL_OPTIONS = ("on_error", "batch_tokens", "dtype", "device", "trust_remote_code")
 _QUERY_OPTIONS = (*_READING_OPTIONS, *_MODEL_OPTIONS, "threads")
 _HEAD_OPTIONS = ("device", "trust_remote_code")
 _QUERY_BLOCK = 2048
@@ -78,6 +79,8 @@ class SearchReport:
     output: str | None
     """The table that was written; ``-`` is standard output, None is none."""
     num_queries: int
+    failed: Mapping[str, str]
+    """Queries without a vector, by id: why; they have no hits."""
     num_subjects: int
     """Rows of the database."""
     layer: str
@@ -126,8 +129,8 @@ def search(
         **options: Fields of :class:`~genoembed.config.search.NeighborConfig`: ``k``, ``metric``, ``layer``,
             ``exclude_self``, ``transform``, ``approximate``, ``index``, ``effort``, ``measure_recall``,
             ``search_threads``, ``seed``. For sequences also ``invalid``, ``duplicates``, ``empty``, ``gaps``,
-            ``device``, ``threads``, ``batch_tokens``, ``dtype`` and ``trust_remote_code``, as for
-            ``extract``. None stands for the default.
+            ``on_error``, ``device``, ``threads``, ``batch_tokens``, ``dtype`` and ``trust_remote_code``, as
+            for ``extract``; a query that failed has no hits. None stands for the default.
 
     Returns:
         What was found.
@@ -195,6 +198,7 @@ def search(
             hits=hits,
             output=None if output is None else fspath(output),
             num_queries=len(asked.places.ids),
+            failed=asked.failed,
             num_subjects=len(database),
             layer=layer,
             metric=wanted.metric,
@@ -231,6 +235,8 @@ class Queries:
     """How the vectors were made, as ``comparable_settings`` collects it."""
     records: Sequence[str]
     """The record that each query is, or is a window of."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Those that have no vector, by id: why."""
     sequences: Sequence[bytes] = ()
     """As the model saw them; there for hybrid scores only."""
 
@@ -288,9 +294,11 @@ def embed_queries(
         records = _noting(
             read_sequences(names, keep_case=keep_case, **reading), sequences if hybrid else None
         )
-        rows, vectors = [], []
+        rows, vectors, failed = [], [], {}
         for row, found in embedder.rows(records):
             rows.append(row)
+            if has_failed(row.flags):
+                failed[row.id] = row.flags.rpartition(f"{FAILED}:")[2]
             vectors.append(np.asarray(found[layer], np.float32))
     if not rows:
         problem = "no record is left to search for; check the input, or set invalid='mask'"
@@ -308,6 +316,7 @@ def embed_queries(
         matrix=np.stack(vectors),
         settings=made,
         records=places.ids,
+        failed=failed,
         sequences=sequences,
     )
 

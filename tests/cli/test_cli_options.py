@@ -74,17 +74,17 @@ OPTIONS = {
     "search": """
         --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
         --empty --exclude-self --gaps --hybrid --hybrid-weights --index --invalid -k --layer
-        --measure-recall --metric --model --neighbors -o --output --overwrite --search-threads --seed
-        --subject-sequences --threads --transform --trust-remote-code""",
+        --measure-recall --metric --model --neighbors --on-error -o --output --overwrite --search-threads
+        --seed --subject-sequences --threads --transform --trust-remote-code""",
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
         --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --gaps
         --group-column --homolog-identity --id-column --invalid --keep-case --label-column --labels
-        --layer --model --no-baselines --no-plot --no-untrained --num-folds -o --output --overwrite --plot
-        --pool --preset --rc --regions --revision --seed --sequences --skip-first --split --split-column
-        --stride --task --threads --top --transform --trust-remote-code --unit-bases --unmatched --untrained
-        --window""",
+        --layer --model --no-baselines --no-plot --no-untrained --num-folds --on-error -o --output --overwrite
+        --plot --pool --preset --rc --regions --revision --seed --sequences --skip-first --split
+        --split-column --stride --task --threads --top --transform --trust-remote-code --unit-bases
+        --unmatched --untrained --window""",
     "plot": """
         --classes --color --components --config --layer --max-points --method --min-dist
         -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",

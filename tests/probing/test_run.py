@@ -11,7 +11,8 @@ import torch
 
 import genoembed
 from genoembed.cli import main
-from genoembed.errors import ConfigError, StoreError
+from genoembed.errors import ConfigError, NonFiniteError, StoreError
+from genoembed.pipeline.forward import BatchRunner
 from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.vectors import untrained_copy
 from genoembed.sequences.composition import BASELINES
@@ -192,3 +193,20 @@ def test_untrained_copy_is_of_the_same_shape_and_of_its_seed():
     assert not torch.equal(first[weight], other[weight])
     assert not torch.equal(first[weight], before[weight])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
+
+
+def test_record_that_fails_stops_the_probe_or_is_left_out_and_named(data, tmp_path, monkeypatch, caplog):
+    run = BatchRunner._forward
+
+    def spoil(runner, batch):
+        values = run(runner, batch)
+        bad = torch.tensor(batch.rows)[:, None] == 1
+        return {name: torch.where(bad, torch.nan, matrix) for name, matrix in values.items()}
+
+    monkeypatch.setattr(BatchRunner, "_forward", spoil)
+    options = {"inputs": data / "a.fa", "model": model_of(STRIPED), "layers": 1, "plot": False}
+    with pytest.raises(NonFiniteError, match="record 'chr1:1'"):
+        again(data, tmp_path, **options)
+    report = again(data, tmp_path, **options, on_error="skip")
+    assert (report.num_rows, report.counts["rows without a vector"]) == (NUM - 1, 1)
+    assert "1 record(s) without a vector are left out ('chr1:1')" in caplog.text

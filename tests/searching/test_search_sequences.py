@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from genoembed import extract, finetune, open_embeddings, search
-from genoembed.errors import ConfigError, GenoembedError
+from genoembed.errors import ConfigError, GenoembedError, NonFiniteError
 from genoembed.pipeline.embedding_file import read_file_settings
+from genoembed.pipeline.forward import BatchRunner
 from genoembed.retrieval.retriever import load_retriever
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.searching.hybrid import best_matches, shared_terms
@@ -201,3 +203,22 @@ def test_search_takes_queries_from_a_pipe_and_writes_nothing_on_the_way(
     piped = search("-", database, k=3, hybrid=hybrid).hits.columns()
     assert len(piped["score"]) == 6
     assert piped == wanted
+
+
+def test_query_that_fails_stops_the_search_or_is_left_out_and_named(model, tmp_path, monkeypatch):
+    extract(written(tmp_path / "d.fa", DATABASE), model=model, layers=1, output=tmp_path / "d.h5")
+    queries = tmp_path / "q.fa"
+    queries.write_text(f">good\n{DATABASE[0]}\n>spoiled\n{DATABASE[1]}\n")
+    run = BatchRunner._forward
+
+    def spoil(runner, batch):
+        values = run(runner, batch)
+        bad = torch.tensor(batch.rows)[:, None] == 1
+        return {name: torch.where(bad, torch.nan, matrix) for name, matrix in values.items()}
+
+    monkeypatch.setattr(BatchRunner, "_forward", spoil)
+    with pytest.raises(NonFiniteError, match="record 'spoiled'"):
+        search(queries, tmp_path / "d.h5")
+    report = search(queries, tmp_path / "d.h5", k=2, on_error="skip")
+    assert report.failed == {"spoiled": "not finite"}
+    assert set(report.hits.columns()["query"]) == {"good"}

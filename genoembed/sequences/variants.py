@@ -182,9 +182,12 @@ def _contexts(
         variant = _variant(row)
         length = _check_reference(variant, contigs)
         for alt in wanted:
+            found = _show(replace(variant, alt=alt), contigs, length, flank)
+            if found is None:
+                counts.absent += 1
+                continue
             counts.alleles += 1
             counts.refs_filled += "N" in variant.ref
-            found = _show(replace(variant, alt=alt), contigs, length, flank)
             change = (found.normalized.position, found.normalized.ref, found.normalized.alt)
             counts.normalized += change != (variant.position, variant.ref, alt)
             yield found
@@ -321,8 +324,8 @@ def _wrong_reference(variant: Variant, found: bytes, contigs: FastaContigs, leng
     return _error(variant, problem)
 
 
-def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext:
-    """Normalize a variant and cut the stretch around it."""
+def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext | None:
+    """Normalize a variant and cut the stretch around it; None if REF has ``N`` and ALT is the reference's."""
 
     def fetch(start: int, end: int) -> bytes:
         return _fetch(contigs, variant.contig, start, end)
@@ -334,6 +337,8 @@ def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> V
         if not letter == "N" == chr(alt[place]):
             break
         alt[place] = own[place]  # the base before a change, which neither allele names
+    if own == alt:
+        return None
     change = left_align(Change(variant.start, own, bytes(alt)), fetch)
     spelled = anchor(change, fetch)
     start, end = max(0, change.start - flank), min(length, change.end + flank)

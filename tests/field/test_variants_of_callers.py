@@ -37,6 +37,14 @@ def test_ref_n_reads_as_the_base_of_the_reference():
     assert (counts.refs_filled, counts.unknown, counts.symbolic, counts.breakends) == (1, 1, 2, 1)
 
 
+def test_ref_n_whose_alt_is_what_the_reference_has_is_no_change(tmp_path):
+    (tmp_path / "ref.fa").write_text(">chr1\nACGTACGTAC\n")
+    (tmp_path / "a.vcf").write_text("chr1\t2\tsame\tN\tC\nchr1\t2\tother\tN\tT\nchr1\t1\tlong\tNN\tAC\n")
+    found, counts = read(tmp_path / "a.vcf")
+    assert [context.variant.id for context in found] == ["other"]
+    assert (counts.alleles, counts.absent, counts.refs_filled) == (1, 2, 1)
+
+
 def test_alt_of_n_only_has_no_sequence_of_its_own():
     found, counts = read(SV / "delN.vcf")
     assert (found, counts.unknown) == ([], 1)

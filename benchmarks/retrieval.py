@@ -53,8 +53,7 @@ from genoembed.retrieval.m3 import M3Loss, M3Vectors, head_scores, hybrid_scores
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms
 from genoembed.tokenization.hf import build_encoder
-from genoembed.training.encoder import Encoder
-from genoembed.training.saved import load_encoder, load_heads
+from genoembed.training.encoder import Encoder, load_encoder, load_heads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,10 +15,11 @@ from genoembed.cli import main
 from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, PoolingMismatchWarning
 from genoembed.models.trained_folder import read_finetuned
-from genoembed.retrieval.models import ContrastModel, VectorHead
+from genoembed.retrieval.heads import DenseHead
+from genoembed.retrieval.models import ContrastModel
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.encoder import load_encoder, load_heads
 from genoembed.training.inference import SequenceRunner
-from genoembed.training.saved import load_encoder, load_heads
 from tests.finetuning.cases import (
     CONTEXT,
     FAST,
@@ -68,7 +69,7 @@ def trained_vectors(folder):
     facts = read_finetuned(folder)
     genomic = genoembed.load_model(folder, dtype="float32", device="cpu")
     encoder = load_encoder(facts, genomic)
-    head = VectorHead(encoder.width, add_pooler=True, normalize=True)
+    head = DenseHead(encoder.width, add_pooler=True, normalize=True)
     model = ContrastModel(encoder, head, contrast="views", config=ContrastiveConfig())
     load_heads(model, facts)
     runner = SequenceRunner(

@@ -20,7 +20,7 @@ from genoembed.finetuning.models import CausalModel, PredictionModel, new_head
 from genoembed.models.load import load_model, without_progress_bars
 from genoembed.models.trained_folder import FACTS_FILE, FACTS_FORMAT, HEADS_FILE, read_finetuned
 from genoembed.retrieval.models import ContrastModel, RetrievalModel
-from genoembed.training.saved import load_encoder, load_heads
+from genoembed.training.encoder import load_encoder, load_heads
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -37,9 +37,9 @@ from genoembed.finetuning.rows import (
 from genoembed.finetuning.sampling import GroupSampler
 from genoembed.models.behavior import context_length
 from genoembed.models.load import load_model
-from genoembed.retrieval.heads import M3Heads
+from genoembed.retrieval.heads import DenseHead, M3Heads
 from genoembed.retrieval.m3 import M3Loss
-from genoembed.retrieval.models import ContrastModel, RetrievalModel, VectorHead
+from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder
@@ -269,7 +269,7 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
         scope = "symmetric" if contrast == "views" else "one_way"
     # normalized vectors cannot be farther apart than 2: a Euclidean margin needs room
     normalize = not (is_triplet and objective.distance == "euclidean")
-    head = VectorHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalize=normalize)
+    head = DenseHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalize=normalize)
     return ContrastModel(
         base.encoder,
         head,

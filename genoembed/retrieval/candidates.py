@@ -67,6 +67,7 @@ def sequence_identity(sequence: bytes) -> int:
         True
     """
     molecule = min(sequence, reverse_complement(sequence))
+    # not hash(), which differs from process to process; shifted, because int64 has a sign and UNKNOWN is -1
     digest = hashlib.blake2b(molecule, digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -117,28 +118,32 @@ def candidate_masks(ids: PairIds, rows: RankRows, *, group_size: int, device: to
     num_queries = rows.sizes[rows.rank]
     own_B = rows.start + torch.arange(num_queries, device=device)
     targets_B = own_B * group_size
-    kin_BP = torch.zeros(num_queries, rows.total * group_size, dtype=torch.bool, device=device)
-    kin_BQ = torch.zeros(num_queries, rows.total, dtype=torch.bool, device=device)
+    excluded_BP = torch.zeros(num_queries, rows.total * group_size, dtype=torch.bool, device=device)
+    related_BQ = torch.zeros(num_queries, rows.total, dtype=torch.bool, device=device)
     if every.query_labels is not None:
         labels_B = every.query_labels[own_B]
-        kin_BQ |= _same(labels_B, every.query_labels)
+        related_BQ |= _same(labels_B, every.query_labels)
         if every.passage_labels is not None:
-            kin_BP |= _same(labels_B, every.passage_labels)
+            excluded_BP |= _same(labels_B, every.passage_labels)
     sides = ((every.query_ids, 1), (every.passage_ids, group_size))
     # identities of all queries, and of all positives
     known = [ids_N[::step] for ids_N, step in sides if ids_N is not None]
-    for mine_Q in known:
-        for theirs_Q in known:
-            kin_BQ |= _same(mine_Q[own_B], theirs_Q)
+    for own_Q in known:
+        for other_Q in known:
+            related_BQ |= _same(own_Q[own_B], other_Q)
         if every.passage_ids is not None:
-            kin_BP |= _same(mine_Q[own_B], every.passage_ids)
-    kin_BP[:, ::group_size] |= kin_BQ
+            excluded_BP |= _same(own_Q[own_B], every.passage_ids)
+    # of a related query the positive alone: its negatives were given for it, and may be anything to this one
+    excluded_BP[:, ::group_size] |= related_BQ
     is_own_BQ = own_B[:, None] == torch.arange(rows.total, device=device)
-    kin_BP = kin_BP.scatter(1, targets_B[:, None], value=False)
+    # last: the query's own positive shares its label and often its identity, but is what it must find
+    excluded_BP = excluded_BP.scatter(1, targets_B[:, None], value=False)
     real_P = every.passage_mask
-    masked = int((kin_BP if real_P is None else kin_BP & real_P).sum())
-    passages_BP = ~kin_BP if real_P is None else ~kin_BP & real_P
-    return CandidateMasks(passages=passages_BP, pairs=~(kin_BQ | is_own_BQ), targets=targets_B, masked=masked)
+    masked = int((excluded_BP if real_P is None else excluded_BP & real_P).sum())
+    passages_BP = ~excluded_BP if real_P is None else ~excluded_BP & real_P
+    return CandidateMasks(
+        passages=passages_BP, pairs=~(related_BQ | is_own_BQ), targets=targets_B, masked=masked
+    )
 
 
 def _gathered(ids: PairIds, rows: RankRows, group_size: int, device: torch.device) -> PairIds:
@@ -151,5 +156,5 @@ def _gathered(ids: PairIds, rows: RankRows, group_size: int, device: torch.devic
     return replace(ids, **found)
 
 
-def _same(mine_B: Tensor, theirs_N: Tensor) -> Tensor:
-    return (mine_B[:, None] == theirs_N[None, :]) & (mine_B[:, None] != UNKNOWN)
+def _same(own_B: Tensor, other_N: Tensor) -> Tensor:
+    return (own_B[:, None] == other_N[None, :]) & (own_B[:, None] != UNKNOWN)

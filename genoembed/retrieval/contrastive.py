@@ -7,7 +7,7 @@ whoever makes them, where cosines are meant. Sums run in float32 (float64 for fl
 B queries of this rank, Q queries of all ranks, P = Q * G passages of all ranks, D width, N vectors, C
 columns.
 
-Triplet margin losses: an anchor nearer to its positive than to its negative, by a margin.
+Triplet margin losses: an anchor closer to its positive than to its negative, by a margin.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def info_nce(
             ``(B * G, D)``.
         config: What is compared; None is ``ContrastiveConfig()``.
         ids: What identifies false negatives, of this rank.
-        teacher_scores_BG: Scores of a teacher for each query's group, larger is better, shape ``(B, G)``.
+        teacher_scores_BG: Scores of a teacher for each query's group, higher is better, shape ``(B, G)``.
 
     Returns:
         The loss, with parts ``cross_entropy`` and, with a teacher, ``distillation``.
@@ -81,6 +81,7 @@ def info_nce(
     rows = RankRows(len(query_BD), across=config.across_devices, device=query_BD.device)
     masks = candidate_masks(ids, rows, group_size=group_size, device=query_BD.device)
     query_BD, passage_PD = at_least_float32(query_BD), at_least_float32(passage_PD)
+    # gathered with gradient: without it each rank would learn from its own queries alone
     all_queries = rows.gather(query_BD)
     all_passages = rows.gather(passage_PD, group_size=group_size)
     local_BP = query_BD @ all_passages.T / config.temperature
@@ -98,8 +99,9 @@ def info_nce(
         entropy_B = (entropy_B + _backward_entropy(positive_BD, all_queries, masks, rows, config)) / 2
     parts = {"cross_entropy": rows.mean(entropy_B)}
     if teacher_scores_BG is not None:
-        wanted_BG = teacher_probabilities(teacher_scores_BG, scores_BC, masks.targets)
-        parts["distillation"] = rows.mean(group_divergence_rows(scores_BC, wanted_BG, masks.targets))
+        teacher_BG = teacher_probabilities(teacher_scores_BG, scores_BC, masks.targets)
+        parts["distillation"] = rows.mean(group_divergence_rows(scores_BC, teacher_BG, masks.targets))
+    # the smaller of the two: one side that has collapsed is enough to learn nothing
     spread = min(relative_spread(query_BD), relative_spread(positive_BD)) if len(query_BD) > 1 else math.nan
     return LossOutput(
         loss=torch.stack(list(parts.values())).sum(),
@@ -152,9 +154,10 @@ def supervised_contrastive(
 ) -> LossOutput:
     """Pull the members of each class together (Khosla et al. 2020, the loss with the sum outside the log).
 
-    For anchor i with fellows P(i): ``-mean_{p in P(i)} log(exp(s_ip) / sum_{a != i} exp(s_ia))``,
-    ``s = z z^T / temperature``; averaged over anchors. An anchor without a fellow in the batch only serves
-    as a negative; how many there were is in the statistics.
+    For anchor i, with P(i) the others of its class:
+    ``-mean_{p in P(i)} log(exp(s_ip) / sum_{a != i} exp(s_ia))``, ``s = z z^T / temperature``; averaged over
+    anchors. An anchor that is alone in its class in the batch
+    only serves as a negative; how many there were is in the statistics.
 
     Args:
         vectors_ND: Floating, shape ``(N, D)``.
@@ -163,7 +166,7 @@ def supervised_contrastive(
         across_devices: Compare with the vectors of other ranks, too.
 
     Returns:
-        The loss; 0 with a gradient of 0 where no anchor of any rank has a fellow.
+        The loss; 0 with a gradient of 0 where no anchor of any rank has a positive.
 
     Raises:
         ShapeError: If shapes do not belong together.
@@ -184,14 +187,16 @@ def supervised_contrastive(
     own_N = rows.start + torch.arange(len(vectors_ND), device=vectors_ND.device)
     is_self_NC = own_N[:, None] == torch.arange(rows.total, device=vectors_ND.device)
     scores_NC = scores_NC.masked_fill(is_self_NC, -torch.inf)
-    fellow_NC = (labels_N[:, None] == all_labels) & (labels_N[:, None] != UNKNOWN) & ~is_self_NC
-    fellows_N = fellow_NC.sum(dim=1)
-    is_anchor_N = fellows_N > 0
+    positive_NC = (labels_N[:, None] == all_labels) & (labels_N[:, None] != UNKNOWN) & ~is_self_NC
+    positives_N = positive_NC.sum(dim=1)
+    is_anchor_N = positives_N > 0
+    # one vector alone has scores of -inf only, of which log_softmax makes NaN
     log_p_NC = F.log_softmax(scores_NC, dim=1) if rows.total > 1 else scores_NC
-    loss_N = -torch.where(fellow_NC, log_p_NC, 0).sum(dim=1) / fellows_N.clamp(min=1)
+    loss_N = -torch.where(positive_NC, log_p_NC, 0).sum(dim=1) / positives_N.clamp(min=1)
+    # averaged over the anchors of all ranks: ranks may hold different numbers of them
     anchors = int(rows.gather(is_anchor_N).sum())
     loss = rows.mean(loss_N) * (rows.total / max(anchors, 1))
-    statistics = _fellow_statistics(scores_NC, fellow_NC, temperature, relative_spread(vectors_ND))
+    statistics = _class_statistics(scores_NC, positive_NC, temperature, relative_spread(vectors_ND))
     return LossOutput(loss=loss, statistics=statistics)
 
 
@@ -224,27 +229,28 @@ def _backward_entropy(
     rows: RankRows,
     config: ContrastiveConfig,
 ) -> Tensor:
+    # masks.pairs leaves out the query itself, which is the right answer in this direction
     own_B = rows.start + torch.arange(len(positive_BD), device=positive_BD.device)
     allowed_BQ = masks.pairs.scatter(1, own_B[:, None], value=True)
     scores_BQ = _only(positive_BD @ all_queries.T / config.temperature, allowed_BQ)
     return F.cross_entropy(scores_BQ, own_B, reduction="none")
 
 
-def _fellow_statistics(
-    scores_NC: Tensor, fellow_NC: Tensor, temperature: float, spread: float
+def _class_statistics(
+    scores_NC: Tensor, positive_NC: Tensor, temperature: float, spread: float
 ) -> StepStatistics:
     scores_NC = scores_NC.detach()
-    is_anchor_N = fellow_NC.any(dim=1)
-    strangers_NC = scores_NC.isfinite() & ~fellow_NC & is_anchor_N[:, None]
+    is_anchor_N = positive_NC.any(dim=1)
+    negative_NC = scores_NC.isfinite() & ~positive_NC & is_anchor_N[:, None]
     anchors = int(is_anchor_N.sum())
     others = scores_NC.shape[1] - 1
     return StepStatistics(
         queries=anchors,
         left_out=len(scores_NC) - anchors,
-        negatives_per_query=float(strangers_NC.sum()) / max(anchors, 1),
+        negatives_per_query=float(negative_NC.sum()) / max(anchors, 1),
         masked_false_negatives=0,
-        positive_score=_mean_where(scores_NC, fellow_NC) * temperature,
-        negative_score=_mean_where(scores_NC, strangers_NC) * temperature,
+        positive_score=_mean_where(scores_NC, positive_NC) * temperature,
+        negative_score=_mean_where(scores_NC, negative_NC) * temperature,
         chance_loss=math.log(others) if others else math.nan,
         spread=spread,
     )
@@ -297,7 +303,7 @@ def triplet_margin(
 def batch_hard_triplet(
     vectors_ND: Tensor, labels_N: Tensor, *, margin: float = 1.0, distance: Distance = "euclidean"
 ) -> LossOutput:
-    """Take, for each vector, the farthest of its own label and the nearest of others (Hermans et al. 2017).
+    """Take, for each vector, the farthest of its own label and the closest of others (Hermans et al. 2017).
 
     Args:
         vectors_ND: Floating, shape ``(N, D)``.
@@ -325,14 +331,15 @@ def batch_hard_triplet(
         raise ShapeError(message)
     labels_N = labels_N.to(vectors_ND.device)
     wide_ND = _directed(vectors_ND, distance)
-    with torch.no_grad():
+    with torch.no_grad():  # which pair is hardest has no gradient; its distance is taken again below
         is_same_NN = (labels_N[:, None] == labels_N) & (labels_N[:, None] != UNKNOWN)
         is_self_NN = torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
-        fellow_NN, stranger_NN = is_same_NN & ~is_self_NN, ~is_same_NN & ~is_self_NN
+        positive_NN, negative_NN = is_same_NN & ~is_self_NN, ~is_same_NN & ~is_self_NN
+        # only the order counts here, so 1 minus the cosine may lack the 1
         distance_NN = -wide_ND @ wide_ND.T if distance == "cosine" else torch.cdist(wide_ND, wide_ND)
-        farthest_N = distance_NN.masked_fill(~fellow_NN, -torch.inf).argmax(dim=1)
-        nearest_N = distance_NN.masked_fill(~stranger_NN, torch.inf).argmin(dim=1)
-        anchors = (fellow_NN.any(dim=1) & stranger_NN.any(dim=1)).nonzero().flatten()
+        farthest_N = distance_NN.masked_fill(~positive_NN, -torch.inf).argmax(dim=1)
+        nearest_N = distance_NN.masked_fill(~negative_NN, torch.inf).argmin(dim=1)
+        anchors = (positive_NN.any(dim=1) & negative_NN.any(dim=1)).nonzero().flatten()
     near_B = _paired_distance(wide_ND[anchors], wide_ND[farthest_N[anchors]], distance)
     far_B = _paired_distance(wide_ND[anchors], wide_ND[nearest_N[anchors]], distance)
     left_out = len(labels_N) - len(anchors)

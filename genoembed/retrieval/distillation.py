@@ -45,7 +45,7 @@ def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tens
     """Turn the scores of a teacher into probabilities over the candidates that the student compares, too.
 
     Args:
-        teacher_BG: Scores of the teacher for each query's group, larger is better, ``(B, G)``.
+        teacher_BG: Scores of the teacher for each query's group, higher is better, ``(B, G)``.
         scores_BC: Of the student; -inf where a candidate is left out. ``(B, C)``.
         targets_B: Column of each query's positive. int64, ``(B,)``.
 
@@ -67,9 +67,10 @@ def teacher_probabilities(teacher_BG: Tensor, scores_BC: Tensor, targets_B: Tens
             "query's group; give teacher scores for every passage, or none"
         )
         raise ShapeError(message)
+    # a passage that the student leaves out as a false negative must not take probability from the others
     student_BG = group_scores(scores_BC.detach(), targets_B, group_size=shape[1])
-    wanted_BG = teacher_BG.to(scores_BC).masked_fill(~student_BG.isfinite(), -torch.inf)
-    return torch.softmax(wanted_BG, dim=1)
+    target_BG = teacher_BG.to(scores_BC).masked_fill(~student_BG.isfinite(), -torch.inf)
+    return torch.softmax(target_BG, dim=1)
 
 
 def soft_entropy_rows(scores_BC: Tensor, probabilities_BC: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def soft_entropy_rows(scores_BC: Tensor, probabilities_BC: Tensor) -> Tensor:
 
     Args:
         scores_BC: Of the student, over the temperature; -inf where a candidate is left out. ``(B, C)``.
-        probabilities_BC: Wanted, ``(B, C)``; they get no gradient.
+        probabilities_BC: Targets, ``(B, C)``; they get no gradient.
 
     Returns:
         One loss a query, ``(B,)``, in the dtype of the scores.
@@ -86,9 +87,10 @@ def soft_entropy_rows(scores_BC: Tensor, probabilities_BC: Tensor) -> Tensor:
         >>> soft_entropy_rows(torch.tensor([[1.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 0.5, 0.0]]))
         tensor([0.6931])
     """
+    # where, because the logarithm of a candidate that is left out is -inf, and 0 times -inf is NaN
     log_p_BC = F.log_softmax(scores_BC, dim=1)
-    wanted_BC = probabilities_BC.detach()
-    return -(wanted_BC * torch.where(wanted_BC > 0, log_p_BC, 0)).sum(dim=1)
+    target_BC = probabilities_BC.detach()
+    return -(target_BC * torch.where(target_BC > 0, log_p_BC, 0)).sum(dim=1)
 
 
 def group_divergence_rows(scores_BC: Tensor, teacher_BG: Tensor, targets_B: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def cached_backward(
         raise ConfigError(message)
     states: list[_RandomState] = []
     cached: list[dict[str, Tensor]] = []
+    # first pass: values alone, so that a loss over the whole batch needs no graph of the encoder
     with torch.no_grad():
         for chunk in chunks:
             states.append(_RandomState.now())
@@ -79,11 +80,12 @@ def cached_backward(
     with torch.enable_grad():
         output = loss(list(cached))
         backward(output.loss)
+    # what comes later must draw what it would draw after a plain pass, not after the last chunk's second one
     after = _RandomState.now()
     for number, (chunk, state, leaves) in enumerate(zip(chunks, states, cached, strict=True)):
         is_last = number == len(chunks) - 1
         with nullcontext() if is_last else without_sync():
-            state.restore()
+            state.restore()  # the dropout of the first pass, or the gradient would be that of other values
             with torch.enable_grad():
                 _send_back(encode(chunk), leaves)
     after.restore()
@@ -92,6 +94,7 @@ def cached_backward(
 
 def _leaf(value: Tensor) -> Tensor:
     value = value.detach()
+    # integer tensors (terms, masks) can have no gradient
     return value.requires_grad_() if value.is_floating_point() else value
 
 

@@ -1,6 +1,6 @@
 """Heads for retrieval: from hidden states to dense, sparse and multi-vector representations.
 
-In: hidden states of a padded batch, masks, terms. Out: :class:`~genoembed.training.m3_vectors.M3Vectors`.
+In: hidden states of a padded batch, masks, terms. Out: :class:`~genoembed.retrieval.m3.M3Vectors`.
 Promised: no kept token is dropped unless ``skip_first`` says so, and no output depends on padding.
 
 B rows, L padded length, D hidden size, E width of a head's output, T terms, U different terms, M windows.
@@ -47,6 +47,7 @@ class DenseHead(nn.Module):
     ) -> None:
         super().__init__()
         self.pooling, self.normalize = pooling, normalize
+        # as the identity it changes no vector before the first step, so nothing pretrained is lost
         self.pooler = new_linear(width, width) if add_pooler else None
         if self.pooler is not None:
             nn.init.eye_(self.pooler.weight)
@@ -82,7 +83,8 @@ class DenseHead(nn.Module):
         """
         if self.pooler is not None:
             pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
-        return F.normalize(at_least_float32(pooled_BD), dim=-1) if self.normalize else pooled_BD
+        pooled_BD = at_least_float32(pooled_BD)
+        return F.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
 class SparseHead(nn.Module):
@@ -135,6 +137,7 @@ class SparseHead(nn.Module):
         weights_BL = torch.relu(at_least_float32(self.linear(hidden_BLD.to(self.linear.weight.dtype))))[
             ..., 0
         ]
+        # places without a term point at token 0; _strongest takes their weight away
         ids_BU, weights_BU = _strongest(ids_BT, weights_BL.gather(1, positions_BT))
         return ids_BU, F.normalize(weights_BU, dim=-1) if self.normalize else weights_BU
 
@@ -179,6 +182,7 @@ class MultiVectorHead(nn.Module):
             window_BL = ((order_BL - self.skip_first) // self.window).clamp(min=0)
             hidden_BMD, mask_BM = _average_windows(hidden_BLD, mask_BM, window_BL)
         vectors_BME = self.linear(hidden_BMD.to(self.linear.weight.dtype))
+        # masked after the layer: its bias would give padding a vector
         vectors_BME = F.normalize(torch.where(mask_BM[..., None], at_least_float32(vectors_BME), 0), dim=-1)
         return vectors_BME, mask_BM
 
@@ -272,12 +276,14 @@ def set_trainable(encoder: nn.Module, heads: M3Heads) -> None:
 
 def _strongest(ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Keep each term of a row once, with its largest weight."""
+    # fillers get the largest number, so that sorting puts them behind all terms of a row
     last = torch.iinfo(torch.int64).max
     sorted_BT, order_BT = ids_BT.masked_fill(ids_BT == NO_TERM, last).sort(dim=1, stable=True)
     weights_BT = torch.where(sorted_BT == last, 0, weights_BT.gather(1, order_BT))
     is_new_BT = torch.ones_like(sorted_BT, dtype=torch.bool)
     is_new_BT[:, 1:] = sorted_BT[:, 1:] != sorted_BT[:, :-1]
     place_BT = is_new_BT.cumsum(dim=1) - 1
+    # the maximum starts from 0, and no weight is below: they come from relu
     strongest_BT = torch.zeros_like(weights_BT).scatter_reduce(1, place_BT, weights_BT, "amax")
     unique_BT = torch.full_like(sorted_BT, last).scatter(1, place_BT, sorted_BT)
     unique_BT = unique_BT.masked_fill(unique_BT == last, NO_TERM)
@@ -287,6 +293,7 @@ def _strongest(ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def _average_windows(hidden_BLD: Tensor, mask_BL: Tensor, window_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Average the kept tokens of each window."""
+    # replaced rather than multiplied by 0: NaN in padding would stay NaN
     hidden_BLD = torch.where(mask_BL[..., None], at_least_float32(hidden_BLD), 0)
     windows = int(window_BL.max()) + 1
     shape = (len(hidden_BLD), windows, hidden_BLD.shape[2])

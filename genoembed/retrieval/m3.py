@@ -147,6 +147,7 @@ def sparse_scores(
         tensor([[ 5.,  0.],
                 [ 0., 16.]])
     """
+    # columns for the terms at hand: a table of all 4^k would not fit in memory
     every, columns = torch.unique(
         torch.cat([query_ids.flatten(), passage_ids.flatten()]), return_inverse=True
     )
@@ -190,6 +191,7 @@ def multi_vector_scores(
     query_BMD, passage_PMD = at_least_float32(query_BMD), at_least_float32(passage_PMD)
     scores = []
     for query_MD, query_mask_M in zip(query_BMD, query_mask_BM, strict=True):
+        # masked with -inf, not 0: against zero vectors in padding a best score below 0 would rise to 0
         products_MPM = torch.einsum("id,pjd->ipj", query_MD, passage_PMD)
         best_MP = products_MPM.masked_fill(~passage_mask_PM, -torch.inf).max(dim=-1).values
         kept_MP = torch.where(query_mask_M[:, None], best_MP, 0)
@@ -314,7 +316,7 @@ class M3Loss(nn.Module):
             query: Representations of this rank's queries, B rows.
             passage: Of their passages, B * G rows, the positive first in each group.
             ids: What identifies false negatives; they are left out for all heads alike.
-            teacher_scores_BG: Scores of a teacher for each query's group, larger is better, shape ``(B, G)``.
+            teacher_scores_BG: Scores of a teacher for each query's group, higher is better, shape ``(B, G)``.
 
         Returns:
             The loss; its parts are the heads' losses, and ``self_dense`` ... where the ensemble teaches.
@@ -332,8 +334,10 @@ class M3Loss(nn.Module):
         if self._takes_part() and "ensemble" in scores:
             teacher = torch.softmax(scores["ensemble"], dim=1)  # soft_entropy_rows sends it no gradient
             taught = {h: rows.mean(soft_entropy_rows(scores[h], teacher)) for h in HEADS}
+            # L_final of the paper: the mean of the heads' loss and of what the ensemble teaches three heads
             loss = (loss + self._weighed(taught) / 3) / 2
             losses |= {f"self_{name}": value for name, value in taught.items()}
+        # counted in the state, not by the trainer: FlagEmbedding's counter starts anew when a run is resumed
         if self.training:
             self.forwards += 1
         dense = query.dense if query.dense is not None else torch.zeros(1, 1)
@@ -378,8 +382,8 @@ class M3Loss(nn.Module):
     def _head_loss(self, scores_BP: Tensor, targets_B: Tensor, teacher_BG: Tensor | None) -> Tensor:
         if teacher_BG is None:
             return F.cross_entropy(scores_BP, targets_B, reduction="none")
-        wanted_BG = teacher_probabilities(teacher_BG, scores_BP, targets_B)
-        return _DISTILLATIONS[self.config.distillation](scores_BP, wanted_BG, targets_B)
+        target_BG = teacher_probabilities(teacher_BG, scores_BP, targets_B)
+        return _DISTILLATIONS[self.config.distillation](scores_BP, target_BG, targets_B)
 
     def _weighed(self, losses: dict[str, Tensor]) -> Tensor:
         return losses["dense"] + self.config.sparse_in_loss * losses["sparse"] + losses["multi_vector"]

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genoembed.retrieval.candidates import PairIds
@@ -25,35 +24,16 @@ from genoembed.retrieval.contrastive import (
 from genoembed.retrieval.heads import set_trainable
 from genoembed.retrieval.m3 import M3Vectors, join_vectors
 from genoembed.retrieval.terms import TokenTerms
-from genoembed.training.heads import new_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from genoembed.config.choices import Contrast, Distance
     from genoembed.config.retrieval import ContrastiveConfig
-    from genoembed.retrieval.heads import M3Heads
+    from genoembed.retrieval.heads import DenseHead, M3Heads
     from genoembed.retrieval.m3 import M3Loss
     from genoembed.training.encoder import Encoder, Want
     from genoembed.training.log import LossOutput
-
-
-class VectorHead(nn.Module):
-    """From pooled vectors to those that are compared: an optional projection, and length 1."""
-
-    def __init__(self, width: int, *, add_pooler: bool, normalize: bool) -> None:
-        super().__init__()
-        self.normalize = normalize
-        self.pooler = new_linear(width, width) if add_pooler else None
-        if self.pooler is not None:
-            nn.init.eye_(self.pooler.weight)
-
-    def forward(self, pooled_BD: Tensor) -> Tensor:
-        """Project and normalize."""
-        if self.pooler is not None:
-            pooled_BD = self.pooler(pooled_BD.to(self.pooler.weight.dtype))
-        pooled_BD = pooled_BD if pooled_BD.dtype == torch.float64 else pooled_BD.float()
-        return F.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
 class ComparingModel(nn.Module, ABC):
@@ -96,7 +76,7 @@ class ContrastModel(ComparingModel):
     def __init__(
         self,
         encoder: Encoder,
-        head: VectorHead,
+        head: DenseHead,
         *,
         contrast: Contrast,
         config: ContrastiveConfig,
@@ -114,12 +94,14 @@ class ContrastModel(ComparingModel):
 
     def dense(self, fused_ND: Tensor) -> Tensor:
         """Project and normalize; see :class:`ComparingModel`."""
-        return self.head(fused_ND)
+        return self.head.project(fused_ND)
 
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return comparable vectors: ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``."""
         sides = {"rows": ""} if "input_ids" in batch else {"query": "query_", "passage": "passage_"}
-        return {name: self.head(self.encoder.pooled(*_rows(batch, prefix))) for name, prefix in sides.items()}
+        return {
+            name: self.dense(self.encoder.pooled(*_rows(batch, prefix))) for name, prefix in sides.items()
+        }
 
     def contrast_loss(
         self, chunks: Sequence[Mapping[str, Tensor]], batch: Mapping[str, Tensor]
@@ -138,7 +120,7 @@ class ContrastModel(ComparingModel):
                 across_devices=self.comparison.across_devices,
             )
         if self.contrast == "views":
-            pairs = found["rows"].unflatten(0, (-1, 2))
+            pairs = found["rows"].unflatten(0, (-1, 2))  # as ViewCollator pads them: both views of a pair
             return two_view_loss(pairs[:, 0], pairs[:, 1], config=self.comparison, ids_B=batch["ids"])
         if self.margin is not None:
             group = found["passage"].unflatten(0, (len(found["query"]), -1))
@@ -160,6 +142,7 @@ class RetrievalModel(ComparingModel):
     def __init__(self, encoder: Encoder, heads: M3Heads, loss: M3Loss) -> None:
         super().__init__(encoder)
         self.heads, self.loss = heads, loss
+        # other modes leave to the tuning of the encoder what of it learns
         if heads.mode == "fix_encoder":
             set_trainable(encoder, heads)
 

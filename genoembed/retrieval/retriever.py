@@ -25,8 +25,8 @@ from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, collate_terms
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.encoder import load_encoder, load_heads
 from genoembed.training.inference import SequenceRunner
-from genoembed.training.saved import load_encoder, load_heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +84,7 @@ class Retriever:
         heads = self.model.heads
         assert heads.sparse is not None, "load_retriever refuses a model without"
         assert heads.multi_vector is not None, "load_retriever refuses a model without"
+        # one sequence at a time, so that no batch-mate's padding is there to be masked
         hidden_BTD = hidden_TD[None].to(self.genomic.device)
         terms = collate_terms([sequence], self.kmers, base_starts=[starts])
         ids, weights = (values[0].cpu().numpy() for values in heads.sparse(hidden_BTD, terms))
@@ -101,6 +102,7 @@ class Retriever:
 
     def _places(self, sequence: bytes, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where each term first begins."""
+        # unique gives the first place of each term; a term is numbered where its k-mer ends
         ends = self.kmers.of(sequence)
         found, first = np.unique(ends, return_index=True)
         return (first[np.searchsorted(found, ids)] - self.kmers.k + 1).astype(np.int64)

@@ -31,7 +31,7 @@ NO_TERM = -1
 _CODES = np.full(256, -1, dtype=np.int64)
 for _letters, _code in ((b"Aa", 0), (b"Cc", 1), (b"Gg", 2), (b"TtUu", 3)):
     _CODES[list(_letters)] = _code
-_MAX_K = 31
+_MAX_K = 31  # 2 bits a base in an int64 with its sign
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,7 @@ class KmerTerms:
         for offset in range(self.k):
             letters = codes[offset : offset + num_kmers]
             is_term &= letters >= 0
+            # two bits per base, the other strand built from its other end: complement of code c is 3 - c
             forward = (forward << 2) | (letters & 3)
             backward |= (3 - (letters & 3)) << (2 * offset)
         numbered = self._number(np.minimum(forward, backward))
@@ -140,6 +141,7 @@ def collate_terms(
 
 
 def _token_of(bases: NDArray[np.intp], base_start: NDArray[np.int64]) -> NDArray[np.int64]:
+    # the last token that starts at or before the base; special tokens start at -1
     tokens = np.flatnonzero(base_start >= 0)
     last = np.searchsorted(base_start[tokens], bases, side="right") - 1
     return tokens[np.maximum(last, 0)].astype(np.int64)

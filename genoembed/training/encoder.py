@@ -2,6 +2,7 @@
 
 In: padded batches. Out: pooled vectors or hidden states, with gradient. Promised: blocks behind the deepest
 layer never run; pooling and fusion are those of ``extract``, so a saved encoder embeds as it was trained.
+From a saved folder: the encoder that was trained, and the weights of its heads.
 
 B rows, L padded length, D hidden size, K layers.
 """
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genoembed.errors import ConfigError, ModelError, foreign_code
+from genoembed.config.finetune import EncoderConfig
+from genoembed.errors import CheckpointError, ConfigError, ModelError, foreign_code
 from genoembed.models.behavior import forward_arguments
 from genoembed.models.hooks import as_rows, capture
+from genoembed.models.trained_folder import HEADS_FILE, read_heads
 from genoembed.pooling.fuse import fuse
 from genoembed.pooling.reduce import check_pooling, pool
 from genoembed.tokenization.hf import build_encoder
@@ -26,15 +29,16 @@ from genoembed.training.tuning import Tuned, set_up_tuning
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from genoembed.config.finetune import EncoderConfig
     from genoembed.contracts import EncodedSequence
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.trained_folder import FinetunedFacts
 
 
 Want: TypeAlias = Literal["loss", "layers", "hidden", "predict"]
 """What a forward pass of a model around an encoder gives."""
 
 _PROBE = b"ACGT" * 6
+"""Shows widths, and what runs and learns: a few tokens of any tokenizer, 6-mers too."""
 
 
 class Encoder(nn.Module):
@@ -57,6 +61,7 @@ class Encoder(nn.Module):
         self._check()
         self.fusion_logits: nn.Parameter | None = None
         if self.fusion == "weighted":
+            # the softmax of logarithms gives the weights back; a weight of 0 would be -inf, and never learn
             start = torch.tensor(fusion_weights or (1.0,) * len(self.layers)).clamp(min=1e-12).log()
             self.fusion_logits = nn.Parameter(start)
         self._probe_batch = _probe(model)
@@ -136,6 +141,7 @@ class Encoder(nn.Module):
         def take(path: str, activations: Tensor) -> Tensor:
             return reduce(as_rows(activations, attention_mask, path=path))
 
+        # a graph of a frozen backbone would take memory, and nothing would flow through it
         with torch.no_grad() if self.is_frozen else nullcontext():
             with capture(self.backbone, self.layers, reduce=take) as outputs:
                 self.backbone(input_ids, **arguments)
@@ -181,3 +187,35 @@ def _probe(model: GenomicModel) -> tuple[Tensor, Tensor]:
     encoded: EncodedSequence = encoder.encode(_PROBE[:limit])
     ids = torch.from_numpy(np.array(encoded.input_ids, dtype=np.int64))[None]
     return ids, torch.ones_like(ids)
+
+
+def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
+    """Cut and pool a model as it was fine-tuned."""
+    config = EncoderConfig(
+        model=genomic.name,
+        layers=facts.layers,
+        pooling=facts.pooling,  # type: ignore[arg-type]
+        skip_first=facts.skip_first,
+        fusion=facts.fusion,  # type: ignore[arg-type]
+        tuning="frozen",
+    )
+    return Encoder(genomic, config, fusion_weights=facts.fusion_weights or None)
+
+
+def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
+    """Load saved weights into everything but the backbone."""
+    saved = read_heads(facts.folder)
+    expected = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
+    # folders may hold class weights, which only the loss of training needs
+    saved = {
+        name: value for name, value in saved.items() if name in expected or not name.endswith("class_weights")
+    }
+    if set(saved) != expected:
+        names = sorted(set(saved) ^ expected)
+        message = f"weights {', '.join(names[:3])} are missing or have no place; fine-tune again"
+        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE))
+    try:
+        model.load_state_dict(saved, strict=False)
+    except RuntimeError as error:
+        message = f"weights have another shape ({str(error).splitlines()[-1].strip()}); fine-tune again"
+        raise CheckpointError(message, path=str(facts.folder / HEADS_FILE)) from error

@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config.choices import TrainDtype
+    from genoembed.config.finetune import FinetuneRecipe
+    from genoembed.config.pretrain import RecipeConfig
 
 
 logger = logging.getLogger(__name__)
@@ -60,28 +62,9 @@ MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
 
 
-class SharedRecipe(Protocol):
-    """Training settings that every run has, under the names of our configurations."""
-
-    @property
-    def rows_per_device(self) -> int: ...
-    @property
-    def accumulation_steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float | None: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def max_grad_norm(self) -> float: ...
-    @property
-    def logging_steps(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def dtype(self) -> TrainDtype: ...
-
-
-def training_arguments(recipe: SharedRecipe, folder: Path, **others: Any) -> TrainingArguments:
+def training_arguments(
+    recipe: FinetuneRecipe | RecipeConfig, folder: Path, **others: Any
+) -> TrainingArguments:
     """Translate resolved training settings into those of transformers."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -94,20 +77,14 @@ def training_arguments(recipe: SharedRecipe, folder: Path, **others: Any) -> Tra
         bf16=recipe.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         logging_steps=recipe.logging_steps,
-        save_total_limit=2,
+        save_total_limit=2,  # the newest, and with validation the best
         seed=recipe.seed,
         report_to=[],
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # transformers would drop what our forwards take as **batch
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,  # parameters that no gradient reaches do not learn: see tuning
         **others,
     )
-
-
-def has_bfloat16() -> bool:
-    """Return whether the hardware multiplies in bfloat16: elsewhere that is slower than float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return automatic_dtype(device) == torch.bfloat16
 
 
 def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
@@ -119,7 +96,9 @@ def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
     """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if has_bfloat16() else "float32"
+    # where the hardware does not multiply in bfloat16 it is slower than float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bfloat16" if automatic_dtype(device) == torch.bfloat16 else "float32"
 
 
 def is_pole(name: str) -> bool:
@@ -135,6 +114,7 @@ def decaying_parameters(model: nn.Module) -> set[str]:
         >>> decaying_parameters(model)
         {'1.weight'}
     """
+    # norms and biases are vectors; a row of an embedding is not in every batch, and would shrink meanwhile
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return {
         name
@@ -207,6 +187,7 @@ class StopOnSignal(TrainerCallback):
         try:
             yield
         finally:
+            # also after a run that was refused: a caller's own handlers must not be lost
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -320,9 +301,11 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving = None
+            # transformers noted the name under SAVING_FOLDER, which is gone when the run is resumed
             if self.state.best_global_step:
                 best = self.folder / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
+            # every process writes its generators' states into the folder that the first one renames
             wait_for_all()
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
@@ -330,6 +313,7 @@ class ResumableTrainer(Trainer):
                     for path in written.iterdir():
                         path.rename(staged / path.name)
                 shutil.rmtree(written.parent)
+                # only now may an older one go: a kill before this line leaves two, never none
                 rotate_checkpoints(
                     output_dir=str(self.folder),
                     save_total_limit=self.args.save_total_limit,
@@ -365,6 +349,7 @@ class ResumableTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # between backward and the optimizer: scaled by a norm of NaN, every weight would become NaN
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(float(norm)):
             self._diverge(f"the gradient is not finite ({float(norm)})", self.state.global_step + 1)

@@ -40,7 +40,7 @@ class Tuned:
     def merge(self) -> None:
         """Merge adapters into the weights; for the end of training."""
         if self.adapters is not None and not self._is_merged:
-            merge_adapters(self.adapters)
+            self.adapters.merge_and_unload()
             self._is_merged = True
 
 
@@ -86,7 +86,7 @@ def _is_mamba(module: nn.Module) -> bool:
 
 def _run_order(module: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     """List the modules that run, in the order in which they start."""
-    order: dict[str, None] = {}
+    order: dict[str, None] = {}  # a set that keeps order; a module that runs twice counts where it starts
     handles = [
         child.register_forward_pre_hook(lambda _m, _i, path=path: order.setdefault(path))
         for path, child in module.named_modules()
@@ -110,6 +110,7 @@ def _keep_last_blocks(module: nn.Module, order: list[str], last_n: int) -> None:
     if len(blocks) < last_n:
         message = f"last_n is {last_n}, but {len(blocks)} blocks run; set last_n to {len(blocks)} or less"
         raise ConfigError(message)
+    # by the order of running, not of definition: a final norm may be defined before the blocks
     later = set(order[order.index(blocks[-last_n]) :])
     for path, child in module.named_modules():
         for parameter in child.parameters(recurse=False):
@@ -128,6 +129,7 @@ def _stop_unreached(module: nn.Module, run: Callable[[], Tensor]) -> None:
 @contextmanager
 def _quiet(module: nn.Module) -> Iterator[None]:
     """Without dropout, so that no random number is drawn."""
+    # mode by mode: parts of a model may be in another one than the whole
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -158,6 +160,7 @@ def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderCo
         target_modules=targets,
         bias="none",
     )
+    # peft draws from the global generator, which a run leaves as it was
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about kinds of layers that are not ours to choose
         torch.manual_seed(seed)
@@ -168,16 +171,11 @@ def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderCo
             raise ConfigError(message) from error
 
 
-def merge_adapters(tuner: Any) -> None:
-    """Add each adapter's product to the weights of its layer and take it out, in place."""
-    tuner.merge_and_unload()
-
-
-def _targets(linears: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    if not wanted:
+def _targets(linears: Sequence[str], requested: Sequence[str]) -> list[str]:
+    if not requested:
         return list(linears)
     problems = []
-    for end in wanted:
+    for end in requested:
         if not any(_ends(path, end) for path in linears):
             ends = sorted({path.rpartition(".")[2] for path in linears})
             near = difflib.get_close_matches(end, ends, n=1)
@@ -185,7 +183,7 @@ def _targets(linears: Sequence[str], wanted: Sequence[str]) -> list[str]:
             problems.append(f"lora_targets: {end!r} is the end of no linear layer in the blocks; {remedy}")
     if problems:
         raise ConfigError(*problems)
-    return [path for path in linears if any(_ends(path, end) for end in wanted)]
+    return [path for path in linears if any(_ends(path, end) for end in requested)]
 
 
 def _ends(path: str, end: str) -> bool:

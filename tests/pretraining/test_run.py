@@ -316,11 +316,11 @@ def test_gradient_checkpointing_computes_blocks_again():
 @pytest.mark.parametrize(("is_new", "rate"), [(True, 2e-3 / 2), (False, 2e-4 / 2)])
 def test_rate_warmup_and_type_are_filled_in(is_new, rate, monkeypatch):
     model = build_start(StartConfig(like="evo2_7b", hidden_size=512, layers=1), window=32, seed=0)
-    for has_bfloat16 in (True, False):
-        monkeypatch.setattr("genoembed.training.trainer.has_bfloat16", lambda has=has_bfloat16: has)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("genoembed.training.trainer.automatic_dtype", lambda _, dtype=dtype: dtype)
         recipe = pretraining_run._resolved_recipe(RecipeConfig(max_steps=1000), model._replace(is_new=is_new))
         assert recipe.learning_rate == pytest.approx(rate)
-        assert (recipe.warmup_steps, recipe.dtype) == (50, "bfloat16" if has_bfloat16 else "float32")
+        assert (recipe.warmup_steps, recipe.dtype) == (50, str(dtype).removeprefix("torch."))
     given = RecipeConfig(max_steps=10, learning_rate=0.5, warmup_steps=3, dtype="bfloat16")
     recipe = pretraining_run._resolved_recipe(given, model)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.dtype) == (0.5, 3, "bfloat16")

@@ -121,7 +121,9 @@ def measure_command(
         found["left beside it by the kill"] += bool(
             {path.name for path in world.iterdir()} - before - {output}
         )
-        again = starter.run(*words, *more, *(column.resume if not replaces else ()), cwd=world)
+        again = starter.run(
+            *words, *more, *(column.resume if (world / output).exists() and not replaces else ()), cwd=world
+        )
         if again.code != 0 and (world / output).exists() and not replaces:
             again = starter.run(*words, "--overwrite", cwd=world)
         found["reruns that failed"] += again.code != 0

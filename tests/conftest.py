@@ -28,6 +28,11 @@ MAX_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 LOOPBACK = ("127.", "::1", "localhost")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: compressed ones hold the time, and two processes must collect the same."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a test that tries to connect to another machine fail with a message."""

@@ -29,7 +29,7 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Name bytes by their argument: compressed ones hold the time, and two processes must collect the same."""
+    """Name bytes by their argument: compressed, they hold the time, and workers must collect the same."""
     return argname if isinstance(val, bytes) else None
 
 

@@ -20,7 +20,7 @@ import torch
 from describe_machine import describe_machine
 
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
-from genoembed.models.hooks import capture
+from genoembed.models.layers import capture
 
 
 def build_model() -> StripedHyena2ForCausalLM:

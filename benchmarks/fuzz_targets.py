@@ -105,7 +105,7 @@ def _any_blocks(parser: str) -> Callable[[bytes, Path], None]:
     """Read through the door, and again in blocks of a few bytes: the outcome must be the same."""
 
     def run(content: bytes, folder: Path) -> None:
-        from genoembed.sequences import fasta
+        from genoembed.sequences import formats as fasta
 
         parse = getattr(fasta, parser)
         mark = {"iter_fasta": (b">", b";"), "iter_fastq": (b"@",)}[parser]
@@ -344,17 +344,17 @@ def _model_build(content: bytes, folder: Path) -> None:
 
 def _embeddings(content: bytes, folder: Path) -> None:
     """As ``open_embeddings`` and every way to read do, with a fork for the child process: quicker."""
-    from genoembed.store import child_check
+    from genoembed.store import seal
     from genoembed.store.reader import open_embeddings
 
-    child_check.check_in_child = _trial
+    seal.check_in_child = _trial
     with open_embeddings(_put(folder, "vectors.h5", content)) as embeddings:
         _read_all(embeddings)
 
 
 def _trial(path: Path) -> None:
     """What ``check_in_child`` does, of a process with one thread and less time."""
-    from genoembed.store.child_check import walk
+    from genoembed.store.seal import walk
 
     child = os.fork()
     if not child:
@@ -385,9 +385,9 @@ def _transform_file(content: bytes, folder: Path) -> None:
     import numpy as np
 
     from genoembed.pipeline.embedding_file import load_transform
-    from genoembed.store import child_check
+    from genoembed.store import seal
 
-    child_check.check_in_child = _trial
+    seal.check_in_child = _trial
     if zlib.crc32(content) % 2 and content.endswith(b"genoembed-seal-1"):
         content = content[:-64]
     found = load_transform(_put(folder, "transform.h5", content)).transform
@@ -401,11 +401,11 @@ def _storage(content: bytes, folder: Path) -> None:
     """Each byte changes a sound file in one strange way; nothing of another file may ever come out."""
     import h5py
 
-    from genoembed.store import child_check
+    from genoembed.store import seal
     from genoembed.store.reader import open_embeddings
     from tests.store.blocks import pooled_block, write_file
 
-    child_check.check_in_child = str  # no trial: what is made here is strange, not damaged
+    seal.check_in_child = str  # no trial: what is made here is strange, not damaged
     sound, secret, other = folder / "sound.h5", folder / "secret", folder / "other.h5"
     if not other.exists():
         write_file(sound, pooled_block(["a", "b"], ("l", "m")))

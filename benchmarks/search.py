@@ -28,7 +28,7 @@ from genoembed.pipeline.embedding_file import VectorSource
 from genoembed.searching.index import BUILD_EFFORT, CONNECTIVITY, Origin, open_index
 from genoembed.searching.neighbors import exact_neighbors
 from genoembed.searching.run import recall_of
-from genoembed.store.layout import LazyMatrix
+from genoembed.store.schema import LazyMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genoembed import StripedHyena2Config, StripedHyena2Model, load_model
-from genoembed.models.hooks import capture
+from genoembed.models.layers import capture
 from genoembed.models.registry import find_model
 from genoembed.models.striped_hyena2.convert import vortex_arguments
 

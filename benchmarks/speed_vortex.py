@@ -40,7 +40,7 @@ from measuring import (
     use_threads,
 )
 
-from genoembed.models.hooks import capture
+from genoembed.models.layers import capture
 from genoembed.models.striped_hyena2.convert import read_vortex_config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
 from tests.vortex_live import CONSTANTS, HAS_VTX, build_reference, cast_reference, stirred_weights

@@ -19,8 +19,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import MergeConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import EmptyRecordError, Problem, Remedy, StoreError
-from genoembed.pipeline.local import local_engine
-from genoembed.pipeline.provenance import describe_run, file_facts
+from genoembed.pipeline.embedder import describe_run, file_facts, local_engine
 from genoembed.pipeline.request import read_records, read_request
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import PendingUnits, iter_units
@@ -50,8 +49,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Fusion, Pooling
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
-    from genoembed.pipeline.local import UnitEngine
-    from genoembed.pipeline.provenance import RunFacts
+    from genoembed.pipeline.embedder import RunFacts, UnitEngine
     from genoembed.pipeline.request import Request
     from genoembed.pipeline.units import RunStats
 

@@ -19,8 +19,7 @@ import torch
 from genoembed.config.embed import EmbedConfig
 from genoembed.config.fields import named_options
 from genoembed.extraction import check_files, manifest_of
-from genoembed.pipeline.embedder import UnitEmbedder
-from genoembed.pipeline.provenance import peak_memory_mb, run_facts
+from genoembed.pipeline.embedder import UnitEmbedder, peak_memory_mb, run_facts
 from genoembed.pipeline.request import load_configured, read_records, read_request, use_threads
 from genoembed.pipeline.units import iter_units
 from genoembed.sequences import InputCounts

@@ -22,14 +22,15 @@ from genoembed.cli.output import (
     details,
     echo_result,
     end_incomplete,
+    estimate_bases,
     failure_line,
     headline,
     magnitude,
     policy_lines,
+    show_progress,
     wrote,
 )
 from genoembed.cli.output import as_json as report_as_json
-from genoembed.cli.progress import estimate_bases, show_progress
 from genoembed.config.embed import ExtractOptions, embed_config
 from genoembed.config.files import MergeConfig
 

@@ -9,8 +9,7 @@ import click
 
 import genoembed
 from genoembed.cli.options import command
-from genoembed.cli.output import INCOMPLETE, aligned, count, echo_result, wrote
-from genoembed.cli.progress import estimate_bases, show_progress
+from genoembed.cli.output import INCOMPLETE, aligned, count, echo_result, estimate_bases, show_progress, wrote
 from genoembed.config.probe import PROBE_KEYS, ProbeOptions
 
 if TYPE_CHECKING:

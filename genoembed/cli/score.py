@@ -10,8 +10,15 @@ import click
 import genoembed
 from genoembed.cli.options import SPELLING, check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, done_lines, echo_result, end_incomplete, policy_lines
-from genoembed.cli.progress import estimate_bases, show_progress
+from genoembed.cli.output import (
+    count,
+    done_lines,
+    echo_result,
+    end_incomplete,
+    estimate_bases,
+    policy_lines,
+    show_progress,
+)
 from genoembed.config.score import OF_SEQUENCES, OF_VARIANTS, ScoreConfig, ScoreOptions, VariantConfig
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ from genoembed.config.labeled import LabeledConfig
 from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormatError
 from genoembed.finetuning.labels import Label, parse_label
 from genoembed.sequences import InputCounts, Policies
-from genoembed.sequences.alphabet import GAPS
 from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
 from genoembed.sequences.formats import iter_records
 from genoembed.sequences.reading import clean_record, file_names
-from genoembed.sequences.records import Counts, IdRegistry, RawRecord
+from genoembed.sequences.records import GAPS, Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import TableRow, iter_rows
 
 if TYPE_CHECKING:

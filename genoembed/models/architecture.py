@@ -1,16 +1,32 @@
 """From where a model is to what it is: its configuration, the class that loads it, its base module.
 
 Nothing here reads weights. Shared by loading a model and by describing one.
+
+A configuration is data, but transformers acts on it: it fetches kernels that an attention is named after,
+picks quantizers, opens tokenizer files by name, and builds as many layers as it is told. What a stranger's
+folder says is looked at here, before transformers sees it, unless the model's code is trusted anyway: it
+names no code, no other files, and is as large as its weights.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import json
+import logging
+import re
+from contextlib import contextmanager, nullcontext
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -20,14 +36,181 @@ from transformers import (
     PreTrainedModel,
 )
 
-from genoembed.errors import GenoembedError, ModelError, ModelNotFoundError
+from genoembed.errors import CheckpointError, GenoembedError, ModelError, ModelNotFoundError
+from genoembed.models.provenance import weight_files
 from genoembed.models.registry import suggestion
-from genoembed.models.untrusted import bounded_build, check_config, forget_implementations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from genoembed.models.registry import ModelSource
+
+
+_LOG = logging.getLogger(__name__)
+
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "use_kernels")
+_LAYERS = re.compile(r"(^|_)(num|n)_?(\w+_)?(layers?|blocks?)$|^depths?$|^(num|n)_layer")
+_NUMBERS = re.compile(r"(^|_)(num|n)_(?!positions|ctx|embd|vocab)")
+_MOST_LAYERS, _MOST = 10_000, 1_000_000
+# parts and values of a model as built, against those of its weights: loading registers each again
+_TIMES, _MORE_PARTS, _MORE_VALUES = 40, 20_000, 100_000_000
+
+
+class WeightSizes(NamedTuple):
+    """How much a folder's weights can be of."""
+
+    num_tensors: int | None
+    """None where only reading all of a file would tell."""
+    num_values: int
+    """At most."""
+
+
+def weight_sizes(source: ModelSource) -> WeightSizes | None:
+    """Measure the weights of a folder by their headers; None where there are none to be seen."""
+    files = weight_files(Path(source.location)) if source.is_local else ()
+    if not files:
+        return None
+    num_bytes = sum(path.stat().st_size for path in files)  # a value takes a byte at least
+    num_tensors = 0
+    for path in files:
+        if path.suffix != ".safetensors":
+            return WeightSizes(None, num_bytes)
+        try:
+            with safe_open(path, framework="numpy") as weights:
+                num_tensors += len(weights.keys())
+        except (SafetensorError, OSError):  # said where they are loaded
+            return WeightSizes(None, num_bytes)
+    return WeightSizes(num_tensors, num_bytes)
+
+
+def check_config(values: Mapping[str, Any], source: ModelSource) -> None:
+    """Refuse what a ``config.json`` must not say, and say what of it is not taken."""
+    if values.get("quantization_config") is not None:
+        problem = (
+            "its weights are quantized (quantization_config), which other code has to undo and which "
+            "changes vectors; name the model with its full weights, or set trust_remote_code=True"
+        )
+        raise _bad(source, problem)
+    sizes = weight_sizes(source)
+    known = None if sizes is None else sizes.num_tensors
+    for key, value in _items(values):
+        most = _most(key, known)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if most is not None and is_number and value > most:
+            problem = (
+                f"its config.json has {key} {value:.6g}, expected at most {most}, for the weights that "
+                "it has; check that config.json belongs to them"
+            )
+            raise _bad(source, problem)
+    for key in ("dtype", "torch_dtype"):
+        dtype = values.get(key)  # one, or one for each part of the model
+        for name in dtype.values() if isinstance(dtype, dict) else [dtype]:
+            found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+            if name not in (None, "auto") and not isinstance(found, torch.dtype):
+                problem = (
+                    f"its config.json has {key} {name!r}, expected one such as float32; remove that line"
+                )
+                raise _bad(source, problem)
+    if values.get("auto_map") and values.get("model_type") in CONFIG_MAPPING:
+        _LOG.warning(
+            "model %r brings its own code (auto_map), which is not run: it is built by transformers' own "
+            "code for %s; set trust_remote_code=True to run it, once you have read it",
+            source.name,
+            values["model_type"],
+        )
+    if named := [key for key, _ in _items(values) if key in _IMPLEMENTATIONS]:
+        _LOG.warning(
+            "model %r: %s of its config.json is not taken", source.name, ", ".join(sorted(set(named)))
+        )
+
+
+def forget_implementations(config: PreTrainedConfig) -> None:
+    """Have the model computed by what is installed, whatever its configuration names."""
+    config._attn_implementation = None
+    config._experts_implementation = None
+
+
+def check_tokenizer_config(path: Path | None, source: ModelSource) -> None:
+    """Refuse a ``tokenizer_config.json`` that names files elsewhere, and say that its code is not run."""
+    if path is None:
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # said by the tokenizer's loader
+        return
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
+        if key.endswith(("_file", "_files")) and isinstance(value, str) and leads_outside(value):
+            problem = f"it names {value!r} as {key}, expected files in its own folder; remove that line"
+            raise CheckpointError(problem, path=str(path))
+    if values.get("auto_map"):
+        _LOG.warning("model %r: the code that its tokenizer_config.json names is not run", source.name)
+
+
+def leads_outside(name: str) -> bool:
+    """Tell whether a file name leads out of the folder that it is said in."""
+    path = PureWindowsPath(name)  # knows both kinds of slash, and drives
+    return bool(path.drive or path.root) or ".." in path.parts or not path.parts
+
+
+@contextmanager
+def bounded_build(source: ModelSource) -> Iterator[None]:
+    """Stop the building of a model that grows far beyond its weights, whatever setting makes it grow."""
+    sizes = weight_sizes(source)
+    num_tensors = 0 if sizes is None else sizes.num_tensors or 0
+    most_parts = _TIMES * max(num_tensors, _MOST_LAYERS) + _MORE_PARTS
+    most_values = None if sizes is None else _TIMES * sizes.num_values + _MORE_VALUES
+    parts = num_values = 0
+
+    def count(_: torch.nn.Module, name: str, part: object) -> None:
+        nonlocal parts, num_values
+        parts += 1
+        num_values += part.numel() if isinstance(part, torch.Tensor) else 0
+        if parts > most_parts or (most_values is not None and num_values > most_values):
+            problem = (
+                "its config.json describes a model far larger than its weights; check that config.json "
+                "belongs to them"
+            )
+            raise _bad(source, problem)
+
+    hooks = [
+        register(count)
+        for register in (
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+            register_module_module_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _items(values: object, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through nested values; what is in a list has the key of the list."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield str(name), value
+            yield from _items(value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield key, value
+            yield from _items(value, key)
+
+
+def _most(key: str, num_tensors: int | None) -> int | None:
+    """Return the largest number that a setting may have; None for no limit."""
+    if _LAYERS.search(key):
+        return _MOST_LAYERS if num_tensors is None else max(num_tensors, 1)
+    return _MOST if _NUMBERS.search(key) else None
+
+
+def _bad(source: ModelSource, problem: str) -> ModelError:
+    return ModelError(f"model {source.name!r}: {problem}")
+
 
 _AUTO_CLASSES = {
     "AutoModel": AutoModel,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genoembed.models.hooks import first_tensor, hooked
-from genoembed.models.layers import final_candidates
+from genoembed.models.layers import final_candidates, first_tensor, hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

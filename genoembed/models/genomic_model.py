@@ -22,8 +22,7 @@ from genoembed.models.behavior import (
     forward_arguments,
     padding_policy,
 )
-from genoembed.models.hooks import as_rows, capture
-from genoembed.models.layers import FINAL, LayerSpec, list_layers, resolve_layers
+from genoembed.models.layers import FINAL, LayerSpec, as_rows, capture, list_layers, resolve_layers
 from genoembed.models.provenance import (
     CONFIG,
     WEIGHTS,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from genoembed.errors import CheckpointError, GenoembedError, ModelError
 from genoembed.models.architecture import NONSENSE, base_of, first_line
 from genoembed.models.behavior import evaluating, forward_arguments
-from genoembed.models.hooks import first_tensor, hooked
+from genoembed.models.layers import first_tensor, hooked
 from genoembed.models.load import without_progress_bars
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
 

@@ -28,7 +28,10 @@ from genoembed.models.architecture import (
     NONSENSE,
     auto_class,
     base_of,
+    bounded_build,
+    check_tokenizer_config,
     first_line,
+    leads_outside,
     listing,
     needs_trust,
     read_config,
@@ -39,7 +42,6 @@ from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import locate_model, reachable_source
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
-from genoembed.models.untrusted import bounded_build, check_tokenizer_config, leads_outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.contracts import SequenceRecord, TokenBlock
-    from genoembed.pipeline.local import UnitEngine
+    from genoembed.pipeline.embedder import UnitEngine
     from genoembed.store import UnitRows
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import numpy as np
 from genoembed.batching.pad import pool_mask
 from genoembed.contracts import Window
 from genoembed.errors import ConfigError, SequenceLengthError
-from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.records import reverse_complement
 from genoembed.sequences.windows import iter_windows
 
 if TYPE_CHECKING:

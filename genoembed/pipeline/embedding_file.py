@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import ComputeDtype
     from genoembed.contracts import SequenceRecord
     from genoembed.store import EmbeddingFile
-    from genoembed.store.layout import LazyMatrix
+    from genoembed.store.schema import LazyMatrix
 
 
 # ------------------------------------------------------------------------------------- how a file was made

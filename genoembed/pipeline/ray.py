@@ -21,8 +21,7 @@ import torch
 
 from genoembed.errors import ConfigError, GenoembedError, GenoembedWarning, MissingExtraError, ModelError
 from genoembed.models.trained_folder import find_facts
-from genoembed.pipeline.embedder import UNIT_BYTES, UnitEmbedder
-from genoembed.pipeline.provenance import RunFacts, run_facts
+from genoembed.pipeline.embedder import UNIT_BYTES, RunFacts, UnitEmbedder, run_facts
 from genoembed.pipeline.request import load_configured
 from genoembed.pipeline.threads import read_ahead
 from genoembed.pipeline.units import RunStats

@@ -1,6 +1,9 @@
-"""A pretraining run from its corpus to its report: the model, the settings that depend on it, and training.
+"""A pretraining run from its corpus to its report, measured in bits per base.
 
 In: a configuration, files that have been looked at, and a folder that nobody else writes. Out: the report.
+The loop is transformers' Trainer, fed with packed rows.
+
+T targets of a batch, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -11,44 +14,144 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from transformers.integrations import TensorBoardCallback
 
 from genoembed.atomic import partial_of, replacing_folder, reporting_writes
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig
-from genoembed.contracts import FINAL_FOLDER
-from genoembed.errors import ModelError
+from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
+from genoembed.errors import ModelError, foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
 from genoembed.models.locate import model_content
 from genoembed.pipeline.request import use_threads
-from genoembed.pretraining.start import build_start, isolating_inputs
+from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
-from genoembed.pretraining.trainer import ADAM_BETA2, PackedTrainer
 from genoembed.training.distributed import (
+    from_all,
     from_first,
     leave_process_group_at_exit,
     num_processes,
     wait_for_all,
 )
 from genoembed.training.log import MetricsFile
-from genoembed.training.run_folder import (
-    METRICS_FILE,
-    MODEL,
-    ResumeRules,
-    files_digest,
-    steps_of,
-)
-from genoembed.training.trainer import resolved_dtype, training_arguments
+from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
+from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from genoembed.config.pretrain import DataConfig, RecipeConfig
+    from genoembed.pretraining.stream import HeldoutRows
     from genoembed.training.run_folder import RunFolder
     from genoembed.training.start import Start
+
+
+ADAM_BETA2 = 0.98
+"""Shorter memory than AdamW's usual 0.999, as language models are trained."""
+
+
+class PackedTrainer(ResumableTrainer):
+    """A Trainer over :class:`~genoembed.pretraining.stream.PackedStream`."""
+
+    def __init__(
+        self,
+        *,
+        stream: PackedStream,
+        heldout: HeldoutRows,
+        isolating: tuple[str, ...],
+        tokenizer: PreTrainedTokenizerBase,
+        **arguments: Any,
+    ) -> None:
+        self._stream, self._heldout, self._tokenizer = stream, heldout, tokenizer
+        self._fields = ("input_ids", *isolating)
+        self._forward_options = forward_options(isolating)
+        super().__init__(data_collator=self._collate, train_dataset=stream, **arguments)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the tokenizer with the model: each checkpoint is a folder that can be loaded by itself."""
+        super()._save(output_dir, state_dict)
+        self._tokenizer.save_pretrained(output_dir or str(self.folder))
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Read the stream as it is: accelerate would read it in one process and hand rows around."""
+        return DataLoader(
+            self._stream, batch_size=self.args.per_device_train_batch_size, collate_fn=self._collate
+        )
+
+    def _collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.book.padding.add(torch.stack([row["segment_ids"] >= 0 for row in rows]))
+        return {name: torch.stack([row[name] for row in rows]) for name in (*self._fields, "labels")}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Add the options of the forward pass."""
+        with foreign_code("the model's forward pass"):
+            return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure on what is held out, and log it."""
+        model = self.model_wrapped
+        # nats and number of all targets, and of those that are bases
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        with self.evaluating(model):
+            for batch in self._heldout_batches():
+                labels = batch.pop("labels")[:, 1:].to(self.args.device)
+                inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                with self.compute_loss_context_manager():
+                    logits = model(**inputs, **self._forward_options).logits[:, :-1]
+                totals += self._nats(logits.flatten(0, 1), labels.flatten())
+        nats, targets, base_nats, bases = self.accelerator.reduce(totals, "sum").tolist()
+        bits_per_token = base_nats / max(bases, 1) / math.log(2)
+        return self.report_measured(
+            {
+                "eval_loss": nats / max(targets, 1),
+                "eval_bits_per_base": bits_per_token * self._heldout.tokens_per_base,
+            }
+        )
+
+    def _nats(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        nats_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="none")
+        is_target_T = labels_T != IGNORE_INDEX
+        # predicting where documents end is no task of a base model: EOD counts in the loss, not in bits per
+        # base
+        is_base_T = is_target_T & (labels_T != self._heldout.eod_token_id)
+        nats_T = nats_T.double()
+        return torch.stack(
+            [nats_T[is_target_T].sum(), is_target_T.sum(), nats_T[is_base_T].sum(), is_base_T.sum()]
+        )
+
+    def _heldout_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this process's batches: as many as each other has, filled up with rows that take no loss."""
+        rows, world = self.args.per_device_eval_batch_size, self.args.world_size
+        index = torch.arange(-(-len(self._heldout) // (rows * world)) * rows * world)
+        for start in range(self.args.process_index * rows, len(index), rows * world):
+            chosen = index[start : start + rows]
+            batch = {
+                name: self._heldout.tensors[name][chosen % len(self._heldout)]
+                for name in (*self._fields, "labels")
+            }
+            batch["labels"][chosen >= len(self._heldout)] = IGNORE_INDEX
+            yield batch
+
+    def step_metrics(self) -> dict[str, float]:
+        """Return how full the slots were, since the last line and since the run began."""
+        found, stream = super().step_metrics(), self._stream
+        counts = stream.packed.tokens, stream.packed.slots, stream.padded.tokens, stream.padded.slots
+        tokens, slots, padded_tokens, padded_slots = map(sum, zip(*from_all(counts), strict=True))
+        efficiency = tokens / slots
+        return {
+            "tokens_per_second": found["tokens_per_second"],
+            "packing_percent": 100 * efficiency,
+            "padding_percent": found["padding_percent"],
+            "padded_cost": padded_slots / padded_tokens * efficiency if padded_tokens else 1.0,
+            "corpus_epoch": stream.epoch,
+        }
 
 
 logger = logging.getLogger(__name__)

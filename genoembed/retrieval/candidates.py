@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genoembed.errors import ShapeError
-from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.records import reverse_complement
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,8 +24,7 @@ from genoembed.errors import ConfigError, EmptyRecordError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
-from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
-from genoembed.scoring.setup import run_options
+from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, run_options
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.store.tables import open_table
 
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats, WorkUnit
-    from genoembed.scoring.scorer import StrandScore
-    from genoembed.scoring.setup import RunOptions
+    from genoembed.scoring.scorer import RunOptions, StrandScore
     from genoembed.store.tables import TableWriter
 
 

@@ -30,8 +30,7 @@ from genoembed.errors import ConfigError, VariantError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import WorkUnit
-from genoembed.scoring.scorer import ScorerOptions, SequenceScorer
-from genoembed.scoring.setup import run_options, warn_of_precision
+from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, run_options, warn_of_precision
 from genoembed.sequences.records import IdRegistry
 from genoembed.sequences.variants import VariantCounts, read_variants
 from genoembed.store import EmbeddingWriter
@@ -47,8 +46,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import VariantContext
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
-    from genoembed.scoring.scorer import StrandScore
-    from genoembed.scoring.setup import RunOptions
+    from genoembed.scoring.scorer import RunOptions, StrandScore
     from genoembed.store.tables import TableWriter
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from genoembed.errors import ConfigError
 from genoembed.pipeline.embedding_file import read_file_records, read_file_settings
-from genoembed.retrieval.retriever import HeadVectors, Retriever, load_retriever
+from genoembed.retrieval.models import HeadVectors, Retriever, load_retriever
 from genoembed.searching.hits import HybridScores
 from genoembed.searching.neighbors import NO_ROW, Neighbors
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.searching.hits import HybridScores
     from genoembed.store import EmbeddingFile
-    from genoembed.store.layout import LazyMatrix
+    from genoembed.store.schema import LazyMatrix
 
 
 logger = logging.getLogger(__name__)

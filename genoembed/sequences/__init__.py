@@ -6,9 +6,8 @@ constant memory. :func:`iter_windows` cuts a long record so that each base is an
 
 from __future__ import annotations
 
-from genoembed.sequences.alphabet import DNA_IUPAC, reverse_complement
 from genoembed.sequences.reading import read_sequences
-from genoembed.sequences.records import InputCounts, Policies
+from genoembed.sequences.records import DNA_IUPAC, InputCounts, Policies, reverse_complement
 from genoembed.sequences.windows import default_stride, iter_windows
 
 __all__ = [

@@ -1,7 +1,10 @@
-"""Which format a file is in, recognized by its text, and GenBank and EMBL through Biopython.
+"""From a file to raw records: which format it is in, recognized by its text, and the parsers.
 
-In: a file name. Out: raw records, whatever the format. The file's name plays no part. Files that people hand
-in by mistake (SAM, BAM, VCF, a zip archive, a web page) are named in the error, with what to do.
+In: a file name, or blocks of text with ``\\n`` line ends. Out: :class:`RawRecord`, one at a time, in file
+order; only the record in hand is held. FASTA may be wrapped anyhow or not at all; lines that start with ``;``
+are comments. FASTQ may be wrapped too; its qualities are checked and left behind. GenBank and EMBL go through
+Biopython. The file's name plays no part. Files that people hand in by mistake (SAM, BAM, VCF, a zip archive,
+a web page) are named in the error, with what to do.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ import logging
 import re
 import warnings
 from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import chain, count
+from typing import TYPE_CHECKING, NamedTuple
 
 from Bio import BiopythonWarning, SeqIO
 from Bio.Seq import UndefinedSequenceError
@@ -26,13 +29,237 @@ from genoembed.sequences.compression import (
     iter_text,
     max_record_bytes,
 )
-from genoembed.sequences.fasta import iter_fasta, iter_fastq
 from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from genoembed.sequences.compression import InputDigests
+
+
+_MAX_HEADER_BYTES = 1 << 20  # nr's merged headers reach some 100 kB; more is a binary file without line ends
+_INDENTED_HEADER = re.compile(rb"\n[ \t]+>")
+_COMMENT = re.compile(rb"\n[ \t]*;[^\n]*")
+# Tab is white space and Ctrl-A separates merged headers in NCBI's nr and nt; other control bytes mean damage.
+_CONTROL = re.compile(rb"[\x00\x02-\x08\x0b-\x1f\x7f]")
+_QUALITIES = bytes(range(33, 127))
+
+
+def iter_fasta(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse FASTA."""
+    header: Header | None = None
+    pieces: list[tuple[bytes, int | None]] = []
+    limit, held = max_record_bytes(), 0
+    for found in iter_fasta_parts(path, blocks, lines_before=lines_before):
+        if isinstance(found, Header):
+            if header is not None:
+                yield _fasta_record(path, header, pieces)
+            header, pieces, held = found, [], 0
+            continue
+        assert header is not None, "a piece follows a header"
+        held += len(found.letters)
+        check_record_size(held, limit, path=path, line=header.line, record_id=header.id)
+        if found.letters and not found.letters.isspace():  # a comment, however long, is not held
+            pieces.append((found.letters, found.line))
+    if header is not None:
+        yield _fasta_record(path, header, pieces)
+
+
+class Header(NamedTuple):
+    """The line that a record begins with."""
+
+    id: str
+    description: str
+    line: int
+
+
+class Letters(NamedTuple):
+    """A part of a record's sequence, white space and all, and where it stands."""
+
+    letters: bytes
+    line: int
+    offset: int
+    """Byte of the text: what is left out (comments, say) is blank, so places do not move."""
+
+
+def iter_fasta_parts(
+    path: str, blocks: Iterable[bytes], *, lines_before: int = 0
+) -> Iterator[Header | Letters]:
+    """Parse FASTA into headers, each followed by the pieces of its sequence: the one parser."""
+    line = lines_before  # ends of lines seen so far: a header's number, as blocks open with one
+    is_in_record = False
+    offset = -1  # of the block: an end of line is put in front of the first one
+    for block in _whole_headers(blocks):
+        tail, *parts = block.split(b"\n>") if b">" in block else (block,)
+        if is_in_record:
+            yield Letters(tail, line, offset)
+        elif tail.strip(WHITESPACE):
+            raise _no_header(path, line, tail)
+        line += tail.count(b"\n")
+        place = offset + len(tail)
+        for part in parts:
+            line += 1
+            end = part.find(b"\n")  # none: the block ends with the header, its "\n" opens the next block
+            title, body = (part, b"") if end < 0 else (part[:end], part[end:])
+            yield Header(*_parse_header(path, line, title, ">"), line)
+            is_in_record = True
+            yield Letters(body, line, place + len(b"\n>") + len(title))
+            line += body.count(b"\n")
+            place += len(b"\n>") + len(part)
+        offset += len(block)
+
+
+def _fasta_record(path: str, header: Header, pieces: list[tuple[bytes, int | None]]) -> RawRecord:
+    body = iter(pieces) if len(pieces) == 1 else _drain(pieces)
+    return RawRecord(header.id, header.description, path, path, header.line, body)
+
+
+def _drain(pieces: list[tuple[bytes, int | None]]) -> Iterator[tuple[bytes, int | None]]:
+    """Yield pieces and drop them one by one: a long record is not held both raw and clean."""
+    pieces.reverse()
+    while pieces:
+        yield pieces.pop()
+
+
+def _whole_headers(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Re-cut blocks so that each header and comment line is whole and has its ``\\n`` in front.
+
+    Comments become blanks, as long as they were, so that lines and places still count right.
+    """
+    held = b"\n"
+    is_in_comment = False
+    for raw in blocks:
+        if is_in_comment:  # one so long that its beginning is gone
+            end = raw.find(b"\n")
+            blank = b" " * (len(raw) if end < 0 else end)
+            yield blank
+            if end < 0:
+                continue
+            raw, is_in_comment = raw[end:], False
+        block = held + raw
+        cut = _safe_cut(block)
+        if len(block) - cut > _MAX_HEADER_BYTES:
+            opening = block[cut:].lstrip(WHITESPACE)
+            if not opening or len(opening) > _MAX_HEADER_BYTES + 1:  # the mark counted
+                is_in_comment = opening.startswith(b";")
+                cut = len(block)  # given up: _parse_header refuses a header of this length
+        block, held = block[:cut], block[cut:]
+        if block:
+            yield blank_comments(block)
+    yield blank_comments(held)
+
+
+def _safe_cut(block: bytes) -> int:
+    """Where a block can end: not in a header or comment, nor between a line's start and its first letter."""
+    last = block.rfind(b"\n")
+    if last < 0:
+        return len(block)
+    start = block[last : last + 256].lstrip(WHITESPACE) or block[last:].lstrip(WHITESPACE)
+    return last if not start or start[:1] in (b">", b";") else len(block)
+
+
+def blank_comments(block: bytes) -> bytes:
+    """Write blanks over comment lines, and take the blanks before a header to the line above."""
+    # A single byte is found ten times faster than two, and long stretches of sequence have none of these.
+    if (b" " in block and b" >" in block) or (b"\t" in block and b"\t>" in block):
+        block = _INDENTED_HEADER.sub(lambda found: b" " * (len(found[0]) - 2) + b"\n>", block)
+    if b";" in block:
+        block = _COMMENT.sub(lambda found: b"\n" + b" " * (len(found[0]) - 1), block)
+    return block
+
+
+def _no_header(path: str, line: int, text: bytes) -> SequenceFormatError:
+    before = text[: len(text) - len(text.lstrip(WHITESPACE))].count(b"\n")
+    problem = "sequence without a header, expected a line that starts with '>'; add '>id' above it"
+    return SequenceFormatError(problem, path=path, line=line + before)
+
+
+def _parse_header(path: str, line: int, title: bytes, mark: str) -> tuple[str, str]:
+    if len(title) > _MAX_HEADER_BYTES:
+        problem = f"a header line of over {_MAX_HEADER_BYTES} bytes; the file is binary or damaged"
+        raise SequenceFormatError(problem, path=path, line=line)
+    text = decode_text(title, path=path, line=line, what="header")
+    if text.isprintable():
+        words = text.split(None, 1)
+    else:
+        found = _CONTROL.search(title)
+        if found:
+            problem = f"control byte 0x{found[0][0]:02x} in a header; the file is binary or damaged"
+            raise SequenceFormatError(problem, path=path, line=line)
+        words = [word.decode() for word in title.split(None, 1)]
+    if not words:
+        problem = f"a header without an id, expected '{mark}id description'; name the record"
+        raise SequenceFormatError(problem, path=path, line=line)
+    return words[0], words[1].rstrip() if len(words) > 1 else ""
+
+
+def iter_fastq(path: str, blocks: Iterable[bytes], *, lines_before: int = 0) -> Iterator[RawRecord]:
+    """Parse FASTQ, wrapped or not."""
+    lines = zip(count(lines_before + 1), iter_lines(blocks, path=path))
+    for line, raw in lines:
+        title = raw.strip(WHITESPACE)
+        if not title:
+            continue
+        if not title.startswith(b"@"):
+            problem = (
+                "expected a header that starts with '@'; every FASTQ record is header, bases, '+', qualities"
+            )
+            raise SequenceFormatError(problem, path=path, line=line)
+        record_id, description = _parse_header(path, line, title[1:], "@")
+        rows = _fastq_bases(path, line, record_id, title, lines)
+        _skip_qualities(path, record_id, rows, line, lines)
+        yield RawRecord(record_id, description, path, path, line, iter(((b"\n".join(rows), line + 1),)))
+
+
+def _fastq_bases(
+    path: str, line: int, record_id: str, title: bytes, lines: Iterator[tuple[int, bytes]]
+) -> list[bytes]:
+    rows: list[bytes] = []
+    limit, held = max_record_bytes(), 0
+    for number, row in lines:
+        if row.startswith((b"@", b">")):
+            problem = "another header before the '+' line; the file is damaged or no FASTQ"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        if not row.startswith(b"+"):
+            rows.append(row)
+            held += len(row) + 1
+            check_record_size(held, limit, path=path, line=line, record_id=record_id)
+            continue
+        repeated = row[1:].strip(WHITESPACE)
+        if repeated and repeated not in (title[1:].strip(WHITESPACE), record_id.encode()):
+            problem = "the '+' line names another record; lines are missing or out of order"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        return rows
+    raise _cut_short(path, line, record_id, "'+' line")
+
+
+def _cut_short(path: str, line: int, record_id: str, missing: str) -> SequenceFormatError:
+    problem = f"the file ends before the record's {missing}; copy or download the file again"
+    return SequenceFormatError(problem, path=path, line=line, record_id=record_id)
+
+
+def _skip_qualities(
+    path: str, record_id: str, rows: list[bytes], line: int, lines: Iterator[tuple[int, bytes]]
+) -> None:
+    num_bases = sum(len(row.translate(None, WHITESPACE)) for row in rows)
+    num_qualities = 0
+    if not num_bases:  # a blank line of no qualities is skipped with the other blank lines
+        return
+    for number, row in lines:
+        scores = row.strip(WHITESPACE)
+        if scores.translate(None, _QUALITIES):
+            problem = "a quality outside '!' to '~' (33 to 126); the file is damaged or no FASTQ"
+            raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+        num_qualities += len(scores)
+        # Bases on one line have their qualities on one line, so a short one is found at once.
+        if num_qualities >= num_bases or len(rows) == 1:
+            break
+    else:
+        raise _cut_short(path, line, record_id, "qualities")
+    if num_qualities != num_bases:
+        problem = f"{num_qualities} qualities for {num_bases} bases, expected as many; repair the record"
+        raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +285,7 @@ _FOREIGN = (
     (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16 text", "save it as UTF-8"),
     (re.compile(rb"<"), "a web page or XML", "download the FASTA itself"),
 )
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+_CONTROL_IN_ID = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 _TAR = re.compile(rb".{257}ustar", re.DOTALL)
 
 
@@ -179,7 +406,7 @@ def _from_bio(path: str, handle: _LineHandle, record: SeqIO.SeqRecord, form: str
     if not record_id or record_id.split() != [record_id]:
         problem = f"the {form} record has no accession and no name; give it one"
         raise SequenceFormatError(problem, path=path, line=line)
-    if found := _CONTROL.search(record_id.encode()):
+    if found := _CONTROL_IN_ID.search(record_id.encode()):
         problem = f"control byte 0x{found[0][0]:02x} in the id; the file is binary or damaged"
         raise SequenceFormatError(problem, path=path, line=line)
     try:

@@ -17,10 +17,17 @@ from Bio.SeqRecord import SeqRecord
 
 from genoembed.contracts import SequenceRecord
 from genoembed.errors import ConfigError, EmptyRecordError
-from genoembed.sequences.alphabet import CleanedBody, clean_body, reverse_complement
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.formats import iter_records
-from genoembed.sequences.records import IdRegistry, InputCounts, Policies, Span
+from genoembed.sequences.records import (
+    CleanedBody,
+    IdRegistry,
+    InputCounts,
+    Policies,
+    Span,
+    clean_body,
+    reverse_complement,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -43,7 +43,7 @@ from genoembed.sequences.compression import (
     iter_text_blocks,
     joined,
 )
-from genoembed.sequences.fasta import Header, blank_comments, iter_fasta_parts
+from genoembed.sequences.formats import Header, blank_comments, iter_fasta_parts
 from genoembed.sequences.records import RawRecord, Span
 
 if TYPE_CHECKING:

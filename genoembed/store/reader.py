@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
-from genoembed.store.child_check import open_hdf5
-from genoembed.store.layout import closed, read_layout, reading
-from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON
+from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON, closed, read_layout, reading
+from genoembed.store.seal import open_hdf5
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from genoembed.store.layout import LazyMatrix
-    from genoembed.store.schema import Kind
+    from genoembed.store.schema import Kind, LazyMatrix
 
 
 def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) -> EmbeddingFile:

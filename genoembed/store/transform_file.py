@@ -17,9 +17,8 @@ import numpy as np
 
 from genoembed.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.errors import SchemaVersionError, StoreFormatError
-from genoembed.store.child_check import open_hdf5
-from genoembed.store.layout import check_size, reading
-from genoembed.store.seal import number_chunks, write_seal
+from genoembed.store.schema import check_size, reading
+from genoembed.store.seal import number_chunks, open_hdf5, write_seal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genoembed.config.finetune import EncoderConfig
 from genoembed.errors import CheckpointError, ConfigError, ModelError, foreign_code
 from genoembed.models.behavior import forward_arguments
-from genoembed.models.hooks import as_rows, capture
+from genoembed.models.layers import as_rows, capture
 from genoembed.models.trained_folder import HEADS_FILE, read_heads
 from genoembed.pooling.fuse import fuse
 from genoembed.pooling.reduce import check_pooling, pool

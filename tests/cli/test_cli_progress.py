@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from genoembed.cli import progress
-from genoembed.cli.progress import Meter, estimate_bases, show_progress
+from genoembed.cli import output as progress
+from genoembed.cli.output import Meter, estimate_bases, show_progress
 from genoembed.pipeline.units import RunStats
 
 

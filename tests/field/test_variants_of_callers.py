@@ -9,7 +9,7 @@ import pytest
 from genoembed import score_variants
 from genoembed.errors import VariantError
 from genoembed.models.load import load_model
-from genoembed.scoring import setup
+from genoembed.scoring import scorer as setup
 from genoembed.sequences.variants import VariantCounts, read_variants
 
 FIELD = Path(__file__).parent

@@ -10,7 +10,7 @@ import fuzz
 import pytest
 from fuzz_targets import TARGETS, Target, outcome_of
 
-from genoembed.sequences import fasta
+from genoembed.sequences import formats as fasta
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = ROOT / "tests" / "fuzz" / "regressions"

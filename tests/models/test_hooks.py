@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genoembed.errors import LayerError
-from genoembed.models.hooks import capture, first_tensor
+from genoembed.models.layers import capture, first_tensor
 
 
 class Counting(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 from genoembed import StripedHyena2Config, StripedHyena2Model
 from genoembed.models.striped_hyena2 import operators
-from genoembed.models.striped_hyena2.filters import convolution_matrix, modal_matrices
+from genoembed.models.striped_hyena2.operators import convolution_matrix, modal_matrices
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from genoembed.models.striped_hyena2 import blocks, hyena, operators
+from genoembed.models.striped_hyena2 import blocks, operators
+from genoembed.models.striped_hyena2 import blocks as hyena
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 
 if TYPE_CHECKING:

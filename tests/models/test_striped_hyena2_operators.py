@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genoembed.models.striped_hyena2 import operators
-from genoembed.models.striped_hyena2.filters import modal_matrices, toeplitz_matrix
 from genoembed.models.striped_hyena2.operators import (
     CHUNK,
     causal_convolution,
@@ -19,6 +18,8 @@ from genoembed.models.striped_hyena2.operators import (
     depthwise_correlation,
     modal_convolution,
     modal_convolution_from,
+    modal_matrices,
+    toeplitz_matrix,
 )
 
 ALL_LENGTHS = range(1, 301)

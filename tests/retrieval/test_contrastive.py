@@ -15,7 +15,7 @@ from genoembed.config.retrieval import ContrastiveConfig
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.retrieval.candidates import PairIds, sequence_identity
 from genoembed.retrieval.contrastive import info_nce, supervised_contrastive, two_view_loss
-from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.records import reverse_complement
 from genoembed.training.log import gradient_norms, relative_spread
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "values.json"

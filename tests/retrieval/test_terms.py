@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
-from genoembed.sequences.alphabet import reverse_complement
+from genoembed.sequences.records import reverse_complement
 
 CODES = {letter: code for code, letter in enumerate("ACGT")}
 

@@ -14,7 +14,7 @@ from genoembed import extract, finetune, open_embeddings, search
 from genoembed.errors import ConfigError, GenoembedError, NonFiniteError
 from genoembed.pipeline.embedding_file import read_file_settings
 from genoembed.pipeline.forward import BatchRunner
-from genoembed.retrieval.retriever import load_retriever
+from genoembed.retrieval.models import load_retriever
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.searching.hybrid import best_matches, shared_terms
 from tests.finetuning.cases import FAST, build_model, sequences, write_examples, write_fasta

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import GenoembedError, InputFileError
-from genoembed.sequences import compression, fasta, read_sequences
+from genoembed.sequences import compression, read_sequences
+from genoembed.sequences import formats as fasta
 from genoembed.sequences.compression import InputDigests
 from genoembed.sequences.regions import FastaContigs
 

@@ -18,8 +18,9 @@ from genoembed.errors import (
     RegionError,
     SequenceFormatError,
 )
-from genoembed.sequences import InputCounts, compression, fasta, read_sequences
+from genoembed.sequences import InputCounts, compression, read_sequences
 from genoembed.sequences import compression as limits
+from genoembed.sequences import formats as fasta
 from genoembed.sequences.regions import iter_intervals
 from genoembed.sequences.tables import iter_rows
 

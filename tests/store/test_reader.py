@@ -30,7 +30,7 @@ from genoembed.errors import (
     StoreFormatError,
 )
 from genoembed.store import EmbeddingWriter, open_embeddings
-from genoembed.store import layout as matrix
+from genoembed.store import schema as matrix
 from genoembed.store.schema import OBS_COLUMNS, escape_name
 from tests.data.archives import make
 from tests.store.blocks import obs_row, pooled_block, token_block, write_file

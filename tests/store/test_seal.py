@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from genoembed.errors import StoreFormatError
-from genoembed.store import child_check, open_embeddings
+from genoembed.store import open_embeddings, seal
 from genoembed.store.seal import MAGIC, check_seal
 from tests.store.blocks import pooled_block, token_block, write_file
 
@@ -27,7 +27,7 @@ def no_trial(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was tried in a child process")
 
-    monkeypatch.setattr(child_check, "check_in_child", refuse)
+    monkeypatch.setattr(seal, "check_in_child", refuse)
 
 
 def trailer_of(path):
@@ -115,7 +115,7 @@ def test_sealed_file_is_whole_for_anndata(tmp_path):
 
 def test_file_without_a_seal_is_tried_once_and_read(monkeypatch):
     tried = []
-    monkeypatch.setattr(child_check, "check_in_child", tried.append)
+    monkeypatch.setattr(seal, "check_in_child", tried.append)
     with open_embeddings(ARCHIVES / "v1" / "pooled.h5") as embeddings:
         assert len(embeddings.ids) == 3
     assert tried == [ARCHIVES / "v1" / "pooled.h5"]
@@ -123,7 +123,7 @@ def test_file_without_a_seal_is_tried_once_and_read(monkeypatch):
 
 def test_file_from_a_stranger_is_tried_despite_its_seal(tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr(child_check, "check_in_child", tried.append)
+    monkeypatch.setattr(seal, "check_in_child", tried.append)
     path = write_file(tmp_path / "a.h5", pooled_block(["a"]))
     open_embeddings(path).close()
     assert tried == []
@@ -132,7 +132,7 @@ def test_file_from_a_stranger_is_tried_despite_its_seal(tmp_path, monkeypatch):
 
 
 def test_trial_passes_a_sound_file():
-    assert child_check.check_in_child(ARCHIVES / "v1" / "tokens.h5") is None
+    assert seal.check_in_child(ARCHIVES / "v1" / "tokens.h5") is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_trial_passes_a_sound_file():
     ids=["crash", "silent", "exception"],
 )
 def test_trial_that_does_not_end_in_order_is_an_error(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(child_check, "_CHILD", code)
+    monkeypatch.setattr(seal, "_CHILD", code)
     path = shutil.copy(ARCHIVES / "v1" / "pooled.h5", tmp_path / "a.h5")
     with pytest.raises(
         StoreFormatError, match=r"a\.h5: cannot be read: HDF5 crashed or hung on it in a trial"
@@ -154,22 +154,22 @@ def test_trial_that_does_not_end_in_order_is_an_error(tmp_path, monkeypatch, cod
 
 
 def test_trial_that_computes_for_ever_is_ended(tmp_path, monkeypatch):
-    endless = child_check._CHILD.replace("main(sys.argv[2])", "").rstrip("; ")
-    endless += "; import genoembed.store.child_check as q; q._CPU_SECONDS = 1"
+    endless = seal._CHILD.replace("main(sys.argv[2])", "").rstrip("; ")
+    endless += "; import genoembed.store.seal as q; q._CPU_SECONDS = 1"
     endless += "; q.walk = lambda path: [0 for _ in iter(int, 1)]"
-    monkeypatch.setattr(child_check, "_CHILD", endless + "; q.main(sys.argv[2])")
+    monkeypatch.setattr(seal, "_CHILD", endless + "; q.main(sys.argv[2])")
     path = Path(shutil.copy(ARCHIVES / "v1" / "pooled.h5", tmp_path / "a.h5"))
     with pytest.raises(
         StoreFormatError, match=r"HDF5 crashed or hung on it in a trial \(which ended with status -"
     ):
-        child_check.check_in_child(path)
+        seal.check_in_child(path)
 
 
 def test_trial_that_waits_for_ever_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(child_check, "_CHILD", "import time; time.sleep(60)")
-    monkeypatch.setattr(child_check, "_WALL_SECONDS", 0.5)
+    monkeypatch.setattr(seal, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(seal, "_WALL_SECONDS", 0.5)
     with pytest.raises(StoreFormatError, match=r"in a trial \(which took over 0.5 s\)"):
-        child_check.check_in_child(ARCHIVES / "v1" / "pooled.h5")
+        seal.check_in_child(ARCHIVES / "v1" / "pooled.h5")
 
 
 def test_trial_is_left_out_where_there_is_no_python(monkeypatch, caplog):
@@ -181,11 +181,11 @@ def test_trial_is_left_out_where_there_is_no_python(monkeypatch, caplog):
 
 def test_walk_ends_in_order_on_nonsense(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
-    assert child_check.walk(tmp_path / "a.h5") is None
+    assert seal.walk(tmp_path / "a.h5") is None
     with h5py.File(tmp_path / "b.h5", "w") as hdf5:
         hdf5["X"] = np.ones((3, 3))
         hdf5.attrs["x"] = "y"
-    assert child_check.walk(tmp_path / "b.h5") is None
+    assert seal.walk(tmp_path / "b.h5") is None
 
 
 def test_dataset_larger_than_its_file_can_hold_is_refused(tmp_path):

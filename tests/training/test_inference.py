@@ -11,7 +11,7 @@ from genoembed.config.finetune import EncoderConfig
 from genoembed.errors import ModelError, NonFiniteError
 from genoembed.finetuning.models import CausalModel
 from genoembed.finetuning.saved import load_predictor
-from genoembed.retrieval.retriever import load_retriever
+from genoembed.retrieval.models import load_retriever
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder
 from genoembed.training.inference import SequenceRunner

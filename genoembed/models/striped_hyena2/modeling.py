@@ -23,13 +23,13 @@ from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2.blocks import (
     AttentionBlock,
     HyenaBlock,
+    HyenaFilter,
     RMSNorm,
     RotaryEmbedding,
     StreamLinear,
     rotary_frequencies,
 )
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-from genoembed.models.striped_hyena2.hyena import HyenaFilter
 from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
 
 

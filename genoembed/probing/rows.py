@@ -75,10 +75,13 @@ def read_labels(path: str, options: ProbeConfig) -> LabelTable:
             name = row.text(options.id_column, option="id_column")
             if name in labels:
                 sides[name] = _side(row, "split", name)
-    # no record can add a label: what is too little here is too little after the model has run
-    learned = [label for name, label in labels.items() if sides.get(name, "train") == "train"]
-    check_counts(np.array(learned), options.task, None, options.num_folds, name=path)
     return LabelTable(path=path, labels=labels, groups=groups, sides=sides, num_empty=num_empty)
+
+
+def check_labels(table: LabelTable, options: ProbeConfig) -> None:
+    """Raise if there are too few labels to learn from, whatever records there are."""
+    learned = [label for name, label in table.labels.items() if table.sides.get(name, "train") == "train"]
+    check_counts(np.array(learned), options.task, None, options.num_folds, name=table.path)
 
 
 def _number(row: TableRow, label: str, name: str) -> float:

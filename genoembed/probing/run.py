@@ -35,7 +35,7 @@ from genoembed.probing.report import (
     plot_layers,
     verdict,
 )
-from genoembed.probing.rows import read_labels
+from genoembed.probing.rows import check_labels, read_labels
 from genoembed.probing.sweep import choose_inside
 from genoembed.store import open_embeddings
 
@@ -124,6 +124,7 @@ def probe(
     written = [SUMMARY, *(PLOTS if wanted.plot else ())]
     with _claimed(folder, written, overwrite=overwrite) as place:
         table = read_labels(fspath(labels), wanted)
+        check_labels(table, wanted)
         started = time.perf_counter()
         # not at the top: importing torch takes seconds, and all that came before may have been refused
         from genoembed.probing.scoring import ProbeRun

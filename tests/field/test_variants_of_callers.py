@@ -8,8 +8,7 @@ import pytest
 
 from genoembed import score_variants
 from genoembed.errors import VariantError
-from genoembed.models.load import load_model
-from genoembed.scoring import scorer as setup
+from genoembed.scoring import scorer
 from genoembed.sequences.variants import VariantCounts, read_variants
 
 FIELD = Path(__file__).parent
@@ -67,8 +66,7 @@ def test_rows_that_are_skipped_need_not_fit_the_reference():
 def test_a_bad_row_late_in_the_file_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     vcf = tmp_path / "late.vcf"
     vcf.write_text((LATE / "late.vcf").read_text() + "chr1\t101\tbad\tG\tT\n")
-    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(scorer, "load_configured", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(VariantError, match=r"late\.vcf:\d+: record 'bad': REF is 'G'"):
         score_variants(vcf, LATE / "ref.fa", output=tmp_path / "out.tsv")
-    assert load_model is not setup.load_model
     assert [path.name for path in tmp_path.iterdir()] == ["late.vcf"]

@@ -64,8 +64,8 @@ def test_a_package_is_named():
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
-    monkeypatch.delattr(genomic_model, "_as_rows")  # a mistake of ours, called from a hook of the model
-    with pytest.raises(NameError, match="_as_rows"):
+    monkeypatch.delattr(genomic_model, "as_rows")  # a mistake of ours, called from a hook of the model
+    with pytest.raises(NameError, match="as_rows"):
         embed(["ACGTACGT"], model=model_of("llama"))
 
 

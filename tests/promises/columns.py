@@ -141,6 +141,7 @@ COLUMNS = {
         changing=("--seed", "5"),
     ),
     "predict": Column(
+        why_fresh="its input here is one unit; tests/finetuning/test_predict.py changes what it goes on with",
         words=("tuned/final", "queries.fa", *SPEED),
         inputs=("queries.fa",),
         output=("-o", "predicted.tsv"),
@@ -162,6 +163,7 @@ COLUMNS = {
         bad_options=(("--method", "squeeze"), ("--shrinkage", "7")),
     ),
     "probe": Column(
+        why_fresh="its vectors are an output of extract, which has this cell",
         words=(
             "seqs.fa",
             "--labels",
@@ -215,6 +217,7 @@ COLUMNS = {
         bad_options=(("--dtype", "int3"),),
     ),
     "score": Column(
+        why_fresh="its input here is one unit; tests/scoring/test_score_goes_on.py changes what it goes on with",
         requires=False,
         words=("queries.fa", *MODEL, *SPEED),
         inputs=("queries.fa",),
@@ -228,6 +231,7 @@ COLUMNS = {
 }
 
 VARIANTS = Column(
+    why_fresh="its input here is one unit; tests/scoring/test_score_goes_on.py changes what it goes on with",
     requires=False,
     words=("--vcf", "calls.vcf", "--reference", "reference.fa", *MODEL, "--flank", "20", *SPEED),
     inputs=("calls.vcf", "reference.fa"),

@@ -217,7 +217,7 @@ COLUMNS = {
         bad_options=(("--dtype", "int3"),),
     ),
     "score": Column(
-        why_fresh="its input here is one unit; tests/scoring/test_score_goes_on.py changes what it goes on with",
+        why_fresh="one unit here; tests/scoring/test_score_goes_on.py changes what it goes on with",
         requires=False,
         words=("queries.fa", *MODEL, *SPEED),
         inputs=("queries.fa",),
@@ -231,7 +231,7 @@ COLUMNS = {
 }
 
 VARIANTS = Column(
-    why_fresh="its input here is one unit; tests/scoring/test_score_goes_on.py changes what it goes on with",
+    why_fresh="one unit here; tests/scoring/test_score_goes_on.py changes what it goes on with",
     requires=False,
     words=("--vcf", "calls.vcf", "--reference", "reference.fa", *MODEL, "--flank", "20", *SPEED),
     inputs=("calls.vcf", "reference.fa"),

@@ -44,7 +44,7 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
             yield
             sys.stdout.flush()  # here, where a full disk is one line, and not as the interpreter exits
         except GenoembedError as error:
-            _raise_if_interrupted(ctx, signals, error)
+            _raise_if_interrupted(ctx, signals)
             raise click.ClickException(_one_line(error, ctx)) from error
         except KeyboardInterrupt as interruption:
             _end_interrupted(ctx, interruption)
@@ -52,7 +52,7 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
             _write_to_nobody()
             raise click.exceptions.Exit(0) from None
         except OSError as error:
-            _raise_if_interrupted(ctx, signals, error)
+            _raise_if_interrupted(ctx, signals)
             if error.errno is None:
                 raise  # of a library that says more than the system
             _write_to_nobody()
@@ -61,9 +61,12 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
                 f"{visible(str(place))}: {error.strerror}; free space, or check the name and its permissions"
             )
             raise click.ClickException(message) from error
-        except Exception as error:
-            _raise_if_interrupted(ctx, signals, error)
+        except Exception:
+            _raise_if_interrupted(ctx, signals)
             raise
+
+
+_AGAIN_S = 0.01
 
 
 class _StopSignals:
@@ -84,9 +87,20 @@ class _StopSignals:
             return
         handled = [number for number in STOP_SIGNALS if not is_ignored(number)]
         before = {number: signal.signal(number, self._interrupt) for number in handled}
+        unraisable = sys.unraisablehook
+
+        def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+            # callbacks of weak references and finalizers swallow what a signal raises in them: once more
+            if isinstance(lost.exc_value, Interrupted):
+                threading.Timer(_AGAIN_S, os.kill, (os.getpid(), lost.exc_value.number)).start()
+            else:
+                unraisable(lost)
+
+        sys.unraisablehook = interrupt_again
         try:
             yield
         finally:
+            sys.unraisablehook = unraisable
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -95,9 +109,9 @@ class _StopSignals:
         raise Interrupted(number)
 
 
-def _raise_if_interrupted(ctx: click.Context, signals: _StopSignals, error: Exception) -> None:
-    """End as an interruption does, where an error is only what came of a signal."""
-    if signals.received is not None and isinstance(error.__context__, KeyboardInterrupt):
+def _raise_if_interrupted(ctx: click.Context, signals: _StopSignals) -> None:
+    """End as an interruption does, where a signal was received: an error is what libraries made of it."""
+    if signals.received is not None:
         _end_interrupted(ctx, Interrupted(signals.received))
 
 

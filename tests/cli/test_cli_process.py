@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
 import genoembed
+from genoembed.cli.outcome import _StopSignals
+from genoembed.errors import Interrupted
 
 RECORDS_OF_A_UNIT = 20_000
 HEAVY = ("torch", "transformers", "h5py", "rich", "numpy")
@@ -141,3 +144,25 @@ def test_help_answers_at_once():
     started = time.process_time(), os.times().children_user
     subprocess.run([sys.executable, "-m", "genoembed", "extract", "--help"], capture_output=True, check=True)
     assert os.times().children_user - started[1] < 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_that_a_callback_swallows_comes_again(number):
+    class Thing:
+        pass
+
+    def callback(_reference):
+        signal.raise_signal(number)
+        time.sleep(0)  # here the handler runs, and what it raises is ignored
+
+    things = [Thing()]
+    reference = weakref.ref(things[0], callback)
+
+    def work():
+        things.clear()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted) as caught, _StopSignals().taken():
+        work()
+    assert caught.value.number == number
+    assert reference() is None

@@ -169,7 +169,9 @@ def merge(output: str | PathLike[str], *, overwrite: bool = False) -> Merged:
     """
     parts = Parts.find(output)
     if parts is None and (merged := find_merged(output)) is not None and not overwrite:
-        return merged  # a job that is started again after a kill finds its work done
+        # a job that is started again after a kill finds its work done; the file may be of an earlier run, too
+        logger.warning("%s: there are no parts to merge; it was merged before and stays as it is", output)
+        return merged
     if parts is None:
         problem = f"there is no {str(parts_folder(output))!r} to merge; give the output of the extract runs"
         raise StoreError(problem, path=fspath(output))

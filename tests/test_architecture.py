@@ -368,7 +368,7 @@ def _public_names(source: str) -> set[str]:
     return {name for name in found if not name.startswith("_")}
 
 
-EVERYWHERE = {"logger", "main"}
+EVERYWHERE = {"logger"}
 """Names that are no words of ours."""
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -95,21 +94,8 @@ def named(ids: Sequence[str]) -> str:
 
 
 def as_facts(report: Any) -> dict[str, Any]:
-    """Turn a report into what JSON holds; numbers that are not finite become null."""
-    found = _plain(dataclasses.asdict(report))
-    assert isinstance(found, dict)
-    return {**found, "is_within": report.is_within}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        fields = getattr(value, "_asdict", None)
-        return _plain(fields()) if fields is not None else [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    """Turn a report into what ``--json`` prints."""
+    return {**dataclasses.asdict(report), "is_within": report.is_within}
 
 
 @command(

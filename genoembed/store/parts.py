@@ -177,9 +177,8 @@ class Parts:
                 problem = parts._difference(found)
                 if not drop_other:
                     raise StoreError(problem, path=str(parts.folder))
-                for path in parts.folder.glob(
-                    "*.lock"
-                ):  # of units that are to be dropped, none may be in work
+                # of units that are to be dropped, none may be in work
+                for path in parts.folder.glob("*.lock"):
                     if path.stem != "begin":
                         with parts.lock(path.stem):
                             pass

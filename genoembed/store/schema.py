@@ -255,6 +255,10 @@ def _read_offsets(hdf5: h5py.File, num_rows: int, path: str) -> NDArray[np.int64
     return offsets
 
 
+DAMAGE = (OSError, RuntimeError, LookupError, ArithmeticError, ValueError, TypeError, AttributeError)
+"""What h5py and NumPy raise at a damaged file."""
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Report what HDF5 or NumPy say about a damaged file as one error that names the file."""
@@ -262,15 +266,7 @@ def reading(path: str) -> Iterator[None]:
         yield
     except GenoembedError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split())
         problem = f"cannot be read ({reason}), the file is damaged; make it again or restore it from a copy"
         raise StoreFormatError(problem, path=path) from error

@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
-from genoembed.store.schema import check_size, read_layout, reading
+from genoembed.store.schema import DAMAGE, check_size, read_layout, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -181,7 +181,7 @@ _LOG = logging.getLogger(__name__)
 
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from genoembed.store.seal import main; main(sys.argv[2])"
+    "from genoembed.store.seal import walk_in_child as walk; walk(sys.argv[2])"
 )
 _ORDERLY = b"walked through"
 """What the child says at its end: a status of 0 alone could come from any crash handler."""
@@ -189,17 +189,7 @@ _WALL_SECONDS = 600
 """For a child that waits without computing: a disk that does not answer."""
 _CPU_SECONDS, _BYTES_PER_SECOND = 4, 50_000_000
 _SMALL_BYTES = 1 << 20
-_ORDERLY_ERRORS = (
-    OSError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    MemoryError,
-    GenoembedError,
-)
+_ORDERLY_ERRORS = (*DAMAGE, MemoryError, GenoembedError)
 
 
 def open_hdf5(path: Path, *, untrusted: bool = False) -> h5py.File:
@@ -253,7 +243,7 @@ def check_in_child(path: Path) -> None:
         raise StoreFormatError(problem, path=str(path))
 
 
-def main(path: str) -> None:
+def walk_in_child(path: str) -> None:
     """Walk through a file, as the child process: the way it ends is the answer."""
     with suppress(ImportError):
         import resource

@@ -90,3 +90,10 @@ def spawn():
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None and not stream.closed:
                 stream.close()
+
+
+@pytest.fixture
+def run_options() -> set[str]:
+    """Options of a training command that belong to the run, not to its configuration."""
+    messages = {"help_all", "quiet", "verbose", "as_json"}
+    return {"output_dir", "config_file", "resume", "overwrite", "threads", *messages}

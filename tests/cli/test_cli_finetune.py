@@ -23,17 +23,6 @@ from genoembed.config.finetune import (
 from genoembed.config.labeled import AugmentConfig
 
 STAGES = (ObjectiveConfig, FinetuneDataConfig, EncoderConfig, AugmentConfig, FinetuneRecipe)
-RUN_OPTIONS = {
-    "output_dir",
-    "config_file",
-    "help_all",
-    "resume",
-    "overwrite",
-    "threads",
-    "quiet",
-    "verbose",
-    "as_json",
-}
 SEQUENCES = [f"{'ACGGT' * (2 + i % 3)}{'ACGT'[i % 4]}{'GATC' * (i % 5)}" for i in range(30)]
 
 
@@ -51,8 +40,8 @@ def parameters(name="finetune"):
     return {parameter.name: parameter for parameter in found.params}
 
 
-def test_finetune_has_an_option_for_every_key_and_no_other():
-    assert set(parameters()) - RUN_OPTIONS == set(FINETUNE_STAGE)
+def test_finetune_has_an_option_for_every_key_and_no_other(run_options):
+    assert set(parameters()) - run_options == set(FINETUNE_STAGE)
 
 
 def test_finetune_choices_are_those_of_the_configuration():

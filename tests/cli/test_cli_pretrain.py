@@ -15,17 +15,6 @@ from genoembed.cli import main
 from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
 from genoembed.config.pretrain import KEY_STAGE, TrainConfig
 
-RUN_OPTIONS = {
-    "output_dir",
-    "config_file",
-    "help_all",
-    "resume",
-    "overwrite",
-    "threads",
-    "quiet",
-    "verbose",
-    "as_json",
-}
 SHAPE = ["--like", "evo2_7b", "--hidden-size", 32, "--layers", 4, "--window", 32, "--dtype", "float32"]
 
 
@@ -43,8 +32,8 @@ def parameters():
     return {parameter.name: parameter for parameter in found.params}
 
 
-def test_pretrain_has_an_option_for_every_key_and_no_other():
-    assert set(parameters()) - RUN_OPTIONS == set(KEY_STAGE) - {"shape"}
+def test_pretrain_has_an_option_for_every_key_and_no_other(run_options):
+    assert set(parameters()) - run_options == set(KEY_STAGE) - {"shape"}
 
 
 def test_pretrain_choices_are_those_of_the_configuration():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import genoembed
 from genoembed.errors import (
@@ -309,3 +311,19 @@ def test_unknown_policy_for_failures_is_refused(runs, tmp_path):
     fasta = write_fasta(tmp_path / "s.fa", ["ACGT"])
     with pytest.raises(ConfigError, match="on_error is 'never'"):
         genoembed.predict(runs["regression"].output, fasta, on_error="never")
+
+
+def test_units_of_another_head_are_refused(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "final"
+    shutil.copytree(runs["classification"].output, folder)
+    fasta = write_fasta(tmp_path / "s.fa", sequences(7))
+    passes = Passes(monkeypatch)
+    genoembed.predict(folder, fasta, output=tmp_path / "whole.tsv")
+    passes.stop_after = passes.rows // 2
+    with pytest.raises(KeyboardInterrupt):
+        genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
+    passes.stop_after = np.inf
+    heads = load_file(folder / "heads.safetensors")
+    save_file({name: tensor + 1 for name, tensor in heads.items()}, folder / "heads.safetensors")
+    with pytest.raises(StoreError, match="of another run: weights has other content"):
+        genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")

@@ -154,10 +154,10 @@ def test_trial_that_does_not_end_in_order_is_an_error(tmp_path, monkeypatch, cod
 
 
 def test_trial_that_computes_for_ever_is_ended(tmp_path, monkeypatch):
-    endless = seal._CHILD.replace("main(sys.argv[2])", "").rstrip("; ")
+    endless = seal._CHILD.replace("walk(sys.argv[2])", "").rstrip("; ")
     endless += "; import genoembed.store.seal as q; q._CPU_SECONDS = 1"
     endless += "; q.walk = lambda path: [0 for _ in iter(int, 1)]"
-    monkeypatch.setattr(seal, "_CHILD", endless + "; q.main(sys.argv[2])")
+    monkeypatch.setattr(seal, "_CHILD", endless + "; q.walk_in_child(sys.argv[2])")
     path = Path(shutil.copy(ARCHIVES / "v1" / "pooled.h5", tmp_path / "a.h5"))
     with pytest.raises(
         StoreFormatError, match=r"HDF5 crashed or hung on it in a trial \(which ended with status -"

@@ -307,16 +307,22 @@ def _reported(function: Callable[..., Any], *, has_json: bool) -> Callable[..., 
 
 
 def in_command_line_words(message: str, command: click.Command, spelling: Spelling) -> str:
-    """Append which options the keys of a message are, where the message still spells them for Python."""
+    """Spell the keys of a message as options, where it spells them for Python; what is quoted stays.
+
+    Example:
+        >>> from genoembed.cli.extract import extract_command as extract
+        >>> in_command_line_words("set duplicates='suffix', or overwrite=True", extract, extract.option_of)
+        'set --duplicates suffix, or --overwrite'
+    """
     keys = [parameter.name or "" for parameter in command.params if isinstance(parameter, click.Option)]
-    hints = ", ".join(
-        f"{key} is {spelling(key)}"
-        for key in keys
-        if spelling(key) != f"--{key}" and spelling(key) not in message and _names(message, key)
-    )
-    return f"{message} ({hints})" if hints else message
-
-
-def _names(message: str, key: str) -> bool:
-    pattern = rf"\b{key}\b" if "_" in key else rf"\b(set|with) {key}\b|\b{key}=|\b{key} is '"
-    return re.search(pattern, message) is not None
+    for key in sorted(keys, key=len, reverse=True):
+        option = spelling(key)
+        message = re.sub(rf"\bset {key}=True\b", f"add {option}", message)
+        message = re.sub(rf"\b{key}=True\b", option, message)
+        message = re.sub(rf"\b{key}='([^' ]+)'", rf"{option} \1", message)
+        # a word that is a key, too, is one where it is set; names with _ are no words of the language
+        places = rf"(?<=\bset ){key}\b|(?<=\bwith ){key}\b|\b{key}(?= is ')"
+        if "_" in key:
+            places += rf"|(?<![\w'\"./-]){key}(?![\w'\"./=-])"
+        message = re.sub(places, option, message)
+    return message

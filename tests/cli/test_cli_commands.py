@@ -58,9 +58,7 @@ def test_code_of_a_model_runs_only_if_trusted(cli, fasta):
     folder = build_tiny("custom_conv", fasta.parent / "conv")
     refused = cli("extract", fasta, "--model", folder, "--layer", 0, "-q")
     assert refused.exit_code == 1
-    assert refused.stderr.endswith(
-        "read the code, then set trust_remote_code=True (trust_remote_code is --trust-remote-code)\n"
-    )
+    assert refused.stderr.endswith("read the code, then add --trust-remote-code\n")
     trusted = cli("extract", fasta, "--model", folder, "--layer", 0, "--trust-remote-code")
     assert trusted.exit_code == 0, trusted.stderr
 
@@ -115,7 +113,7 @@ def test_model_folder_without_weights_is_one_line(cli, fasta, tiny):
 def test_registry_model_out_of_reach_is_one_line(cli, fasta):
     result = cli("extract", fasta, "--model", "evo2_7b_microviridae", "-q")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "with genoembed convert, and set model to that folder" in result.stderr
+    assert "with genoembed convert, and set --model to that folder" in result.stderr
 
 
 def test_layers_of_an_unknown_model_is_one_line(cli, tmp_path):

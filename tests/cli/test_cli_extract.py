@@ -210,13 +210,13 @@ def test_warnings_are_one_line_and_those_of_others_are_hidden(verbose, shown, cl
             ">a\nACGJ\n",
             "",
             "Error: seqs.fa:2: record 'a': 'J' at position 4 is not in alphabet dna-iupac; "
-            "set invalid='mask' or fix it",
+            "set --invalid mask or fix it",
         ),
         (
             ">a\nAC\n>a\nGT\n",
             "",
             "Error: seqs.fa:3: record 'a': appears again (first at line 1); "
-            "rename one or set duplicates='suffix'",
+            "rename one or set --duplicates suffix",
         ),
         (
             ">a\nACGT\n",
@@ -227,8 +227,8 @@ def test_warnings_are_one_line_and_those_of_others_are_hidden(verbose, shown, cl
         (
             ">a\nACGT\n",
             "--fuse weighted --window 0",
-            "Error: fusion is 'weighted'; set --fusion-weights to one weight per layer, such as 0.2,0.8; "
-            "window is 0; set --window to 1 or more bases (fusion is --fuse)",
+            "Error: --fuse is 'weighted'; set --fusion-weights to one weight per layer, such as 0.2,0.8; "
+            "window is 0; set --window to 1 or more bases",
         ),
         (
             ">a\nACGT\n",
@@ -238,7 +238,7 @@ def test_warnings_are_one_line_and_those_of_others_are_hidden(verbose, shown, cl
         (
             ">a\nACGT\n",
             "-o no/where.h5",
-            "Error: no/where.h5: folder 'NO' does not exist; make it, or set output to another folder",
+            "Error: no/where.h5: folder 'NO' does not exist; make it, or set --output to another folder",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_plot_json_is_the_report(cli, made):
     ("words", "problem"),
     [
         (("--color", "nothing"), "color is 'nothing', which is no column of seqs.h5"),
-        (("-o", "map.gif"), "set output to names that end in .png, .svg, .html, .tsv"),
+        (("-o", "map.gif"), "set --output to names that end in .png, .svg, .html, .tsv"),
         (("--layer", "nothing"), "layer 'nothing' is not among"),
         (("--values", "missing.tsv"), "missing.tsv: file not found"),
     ],
@@ -98,7 +98,7 @@ def test_export_writes_what_the_file_holds(cli, made):
         np.testing.assert_array_equal(found["blocks.2.mlp.l3"], file["blocks.2.mlp.l3"][:])
     refused = cli("export", made, "--to", "csv", "-q")
     assert refused.exit_code == 1
-    assert "holds 2 layers (blocks.0.mlp.l3, blocks.2.mlp.l3), but csv one; set layer" in refused.stderr
+    assert "holds 2 layers (blocks.0.mlp.l3, blocks.2.mlp.l3), but csv one; set --layer" in refused.stderr
     facts = json.loads(
         cli("export", made, "--to", "csv", "--layer", "blocks.2.mlp.l3", "--json", "-q").stdout
     )

@@ -222,8 +222,8 @@ def test_docs_name_no_option_that_is_not_there():
     ("options", "message"),
     [
         (("--stride", "9", "--window", "8"), "; set --stride to the window or less"),
-        (("--fusion-weights", "0.2"), "fusion is 'none'; add --fuse weighted"),
-        (("--pool", "none", "--skip-first", "2"), "but pooling is 'none'; add --skip-first 0"),
+        (("--fusion-weights", "0.2"), "--fuse is 'none'; add --fuse weighted"),
+        (("--pool", "none", "--skip-first", "2"), "but --pool is 'none'; add --skip-first 0"),
         (("--threads", "0"), "threads is 0; set --threads to 1 or more"),
     ],
 )

@@ -76,7 +76,7 @@ def test_pretrain_trains_and_names_the_model(cli, corpus):
     assert "there is a run already" in again.stderr
     other = cli(*words, "--resume", "--seed", 5)
     assert other.exit_code == 1
-    assert "seed: 5, but 0 in run; set seed to 0" in other.stderr
+    assert "seed: 5, but 0 in run; set --seed to 0" in other.stderr
 
 
 def test_pretrain_takes_a_file(cli, corpus):

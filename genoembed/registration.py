@@ -1,7 +1,8 @@
-"""Make transformers know StripedHyena 2, without importing transformers before the user does.
+"""Make transformers know StripedHyena 2 and our ports, without importing transformers before the user does.
 
 The modules that hold transformers' Auto classes are watched for, and so are ours: as soon as both sides are
-there, the Auto class learns ours. Where transformers is imported already, that happens at once.
+there, the Auto class learns ours. Where transformers is imported already, that happens at once. Of a ported
+family, only the name is registered: its module is imported when a folder of it is opened.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+
+    from transformers import PreTrainedConfig
+
+    from genoembed.models.families import Family
 
 
 _AUTO = "transformers.models.auto."
@@ -56,6 +61,28 @@ def _register_what_is_ready() -> None:
         if config is not None and ours is not None:
             key = config.model_type if auto_name == "AutoConfig" else config
             auto_class.register(key, ours, exist_ok=True)
+            if auto_name == "AutoConfig":
+                _register_families(sys.modules[auto_module])
+
+
+def _register_families(auto_module: ModuleType) -> None:
+    for family in importlib.import_module("genoembed.models.families").FAMILIES:
+        if family.port is not None and family.model_type not in auto_module.CONFIG_MAPPING:
+            auto_module.CONFIG_MAPPING.register(family.model_type, _ConfigOnDemand(family))
+
+
+class _ConfigOnDemand:
+    """Stands for the configuration class of a family until it is used."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.__name__ = family.model_type
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._family.config_class(), name)
+
+    def __call__(self, *args: object, **kwargs: object) -> PreTrainedConfig:
+        return self._family.config_class()(*args, **kwargs)
 
 
 class _AutoClassWatcher(importlib.abc.MetaPathFinder):

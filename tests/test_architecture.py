@@ -389,7 +389,6 @@ REASONS = {
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
-    "genoembed.registration": "runs at import of the package, before anything that needs transformers",
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""
 

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from genoembed.errors import CheckpointError, GenoembedError, ModelError, ModelNotFoundError
+from genoembed.models.families import Family, Published, family_of
 from genoembed.models.provenance import weight_files
 from genoembed.models.registry import suggestion
 
@@ -83,7 +84,7 @@ def weight_sizes(source: ModelSource) -> WeightSizes | None:
     return WeightSizes(num_tensors, num_bytes)
 
 
-def check_config(values: Mapping[str, Any], source: ModelSource) -> None:
+def check_config(values: Mapping[str, Any], source: ModelSource, *, family: Family | None = None) -> None:
     """Refuse what a ``config.json`` must not say, and say what of it is not taken."""
     if values.get("quantization_config") is not None:
         problem = (
@@ -111,7 +112,7 @@ def check_config(values: Mapping[str, Any], source: ModelSource) -> None:
                     f"its config.json has {key} {name!r}, expected one such as float32; remove that line"
                 )
                 raise _bad(source, problem)
-    if values.get("auto_map") and values.get("model_type") in CONFIG_MAPPING:
+    if values.get("auto_map") and family is None and values.get("model_type") in CONFIG_MAPPING:
         _LOG.warning(
             "model %r brings its own code (auto_map), which is not run: it is built by transformers' own "
             "code for %s; set trust_remote_code=True to run it, once you have read it",
@@ -232,14 +233,23 @@ NONSENSE = (
 )
 
 
-def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedConfig:
+def find_family(source: ModelSource, values: Mapping[str, Any]) -> Family | None:
+    """Recognize a model's family by its ``config.json``, and by its weights where these are here."""
+    return family_of(Published(values, Path(source.location) if source.is_local else None))
+
+
+def read_config(source: ModelSource, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, Family | None]:
     """Read a model's configuration; of a Hugging Face id, only ``config.json`` is fetched."""
     is_trusted = bool(options.get("trust_remote_code"))
     try:
+        values, _ = PreTrainedConfig.get_config_dict(source.location, revision=options.get("revision"))
+        family = find_family(source, values)
         if not is_trusted:
-            values, _ = PreTrainedConfig.get_config_dict(source.location, revision=options.get("revision"))
-            check_config(values, source)
-        config = AutoConfig.from_pretrained(source.location, **options)
+            check_config(values, source, family=family)
+        if family is not None:
+            config = family.read_config(values)
+        else:
+            config = AutoConfig.from_pretrained(source.location, **options)
         if not is_trusted:
             forget_implementations(config)
     except GenoembedError as error:
@@ -266,7 +276,7 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> PreTrainedCo
             f"({first_line(error)}); check its model_type, or name another model"
         )
         raise ModelError(message) from error
-    return config
+    return config, family
 
 
 def needs_trust(source: ModelSource) -> ModelError:

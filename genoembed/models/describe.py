@@ -79,7 +79,7 @@ def describe_layers(
     if source.entry is not None:
         config = source.entry.build_config()
     else:
-        config = read_config(source, {"trust_remote_code": trust_remote_code, "revision": revision})
+        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": revision})
     module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
     return ModelLayers(
         name=name_or_path,

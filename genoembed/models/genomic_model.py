@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.contracts import Batch, LayerInfo
+    from genoembed.models.families import Family
     from genoembed.models.registry import KnownModel
 
 
@@ -58,6 +59,7 @@ class GenomicModel:
         name: The name it was loaded by.
         location: Folder that holds its files, for the provenance; None for a model that was never on disk.
         entry: The registry's entry of the checkpoint, if it is in the registry.
+        family: The published family that it belongs to, if one of ours.
         untrained: Top-level modules whose weights the checkpoint does not hold; they cannot be captured.
     """
 
@@ -69,6 +71,7 @@ class GenomicModel:
         name: str,
         location: Path | None = None,
         entry: KnownModel | None = None,
+        family: Family | None = None,
         untrained: Iterable[str] = (),
     ) -> None:
         self.module = module.eval()
@@ -76,6 +79,7 @@ class GenomicModel:
         self.name = name
         self.location = location
         self.entry = entry
+        self.family = family
         self.untrained = tuple(untrained)
         self._as_loaded = None if location is None else self._state()
 

@@ -107,6 +107,7 @@ def _load_whole(model: GenomicModel) -> PreTrainedModel:
         with without_progress_bars():
             whole, info = AutoModelForCausalLM.from_pretrained(
                 model.location,
+                config=model.module.config,
                 dtype=model.dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from genoembed.config.choices import ComputeDtype
+    from genoembed.models.families import Family
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -118,7 +119,7 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    config = read_config(source, options)
+    config, family = read_config(source, options)
     _check_folder(source)
     whole, loading_info = _load_weights(source, config, options, dtype=dtype, device_map=device_map)
     module = base_of(whole)
@@ -128,9 +129,10 @@ def _load(
     config_path = _file_of(source, "config.json", options)
     return GenomicModel(
         module,
-        _load_tokenizer(source, config, options),
+        load_tokenizer(source, config, options, family=family),
         name=name,
         location=None if config_path is None else config_path.parent,
+        family=family,
         entry=source.entry or entry_named(getattr(config, "checkpoint_name", None)),
         untrained=untrained,
     )
@@ -298,11 +300,20 @@ def _strip(key: str, prefixes: Iterable[str]) -> str:
     return key
 
 
-def _load_tokenizer(
-    source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any]
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json")
+
+
+def load_tokenizer(
+    source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any], *, family: Family | None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; the byte tokenizer of StripedHyena 2 needs no files."""
-    described = _file_of(source, "tokenizer_config.json", options)
+    """Load the tokenizer; that of a family by our own rules, and that of StripedHyena 2 needs no files."""
+    files = {name: _file_of(source, name, options) for name in _TOKENIZER_FILES}
+    described = files["tokenizer_config.json"]
+    if family is not None and family.tokenizer is not None:
+        folder = next((path.parent for path in files.values() if path is not None), Path(source.location))
+        tokenizer = family.load_tokenizer(folder)
+        if tokenizer is not None:
+            return tokenizer
     if config.model_type == "striped_hyena2" and described is None:
         tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
         if tokenizer_class is not None:

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from genoembed.errors import CheckpointError, ModelError, foreign_code
 from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
-from genoembed.models.load import without_progress_bars
+from genoembed.models.load import load_tokenizer, without_progress_bars
 from genoembed.models.locate import locate_model, reachable_source
 from genoembed.tokenization.char import CharTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.batching.pack import Document
-    from genoembed.models.registry import ModelSource
 
 
 _NAMES_SHOWN = 3
@@ -68,7 +67,7 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    model_config = read_config(source, options)
+    model_config, family = read_config(source, options)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -92,20 +91,7 @@ def _load(
             f"({', '.join(wrong[:_NAMES_SHOWN])}); go on from a causal model with its head"
         )
         raise CheckpointError(message, path=source.location)
-    return model, _tokenizer(source, model_config.model_type, options)
-
-
-def _tokenizer(source: ModelSource, model_type: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    if model_type == "striped_hyena2":
-        return CharTokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(source.location, **options)
-    except (OSError, *NONSENSE) as error:
-        message = (
-            f"model {source.name!r}: no tokenizer could be loaded ({first_line(error)}); "
-            "save the model's tokenizer into its folder"
-        )
-        raise ModelError(message) from error
+    return model, load_tokenizer(source, model_config, options, family=family)
 
 
 def token_rules(tokenizer: PreTrainedTokenizerBase, *, name: str) -> TokenRules:

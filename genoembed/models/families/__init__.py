@@ -1,0 +1,129 @@
+"""The published model families that genoembed runs with code of its own.
+
+Most genomic models were published with Python code for one release of transformers. Here, each such family
+has a module with its configuration, network and heads, under the names that the published weights have. A
+family is recognized by what a folder says and holds, never by a repository's name; the folder's own code
+never runs.
+
+In: a model folder. Out: its `Family`, None where transformers' own classes and tokenizers are enough.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from genoembed.models.provenance import weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model folder as it was published, or what of it is at hand."""
+
+    config: Mapping[str, Any]
+    """What its ``config.json`` says."""
+    folder: Path | None = None
+    """None where only ``config.json`` was fetched."""
+
+    @property
+    def model_type(self) -> str | None:
+        """The kind of model that it says it is; some folders say none."""
+        return self.config.get("model_type")
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """Names of the classes that it was made for, without their modules."""
+        named = [*(self.config.get("architectures") or ()), *(self.config.get("auto_map") or {}).values()]
+        return frozenset(name.rpartition(".")[2] for name in named if isinstance(name, str))
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Names of the modules that its own classes are in."""
+        named = (self.config.get("auto_map") or {}).values()
+        references = [name.rpartition("--")[2] for name in named if isinstance(name, str)]
+        return frozenset(reference.partition(".")[0] for reference in references)
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Names of its weights; empty where they cannot be read, which loading them explains."""
+        names: set[str] = set()
+        for path in weight_files(self.folder) if self.folder is not None else ():
+            try:
+                if path.suffix == ".safetensors":
+                    with safe_open(path, framework="numpy") as file:
+                        names.update(file.keys())
+                else:
+                    names.update(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+            except Exception:  # noqa: BLE001
+                return frozenset()
+        return frozenset(names)
+
+    def has_weight(self, ending: str) -> bool:
+        """Check whether a weight's name ends so."""
+        return any(name.endswith(ending) for name in self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A family of models: how a folder of it is recognized, and what runs it."""
+
+    name: str
+    """As its authors call it."""
+    model_type: str
+    """Type of its configuration here, which is what folders that genoembed saves say."""
+    is_like: Callable[[Published], bool]
+    """Recognizes a published folder."""
+    port: str | None = None
+    """Module here whose ``AUTO_CLASSES`` run it; None where transformers' class for ``model_type`` does."""
+    tokenizer: str | None = None
+    """``module:function`` that builds its tokenizer from a folder; None where `AutoTokenizer` does."""
+
+    def config_class(self) -> type[PreTrainedConfig]:
+        """Return its configuration; from now on, transformers' Auto classes know the family."""
+        if self.port is None:
+            return transformers.CONFIG_MAPPING[self.model_type]
+        classes = importlib.import_module(self.port).AUTO_CLASSES
+        config: type[PreTrainedConfig] = classes["AutoConfig"]
+        for name, ours in classes.items():
+            key = self.model_type if name == "AutoConfig" else config
+            getattr(transformers, name).register(key, ours, exist_ok=True)
+        return config
+
+    def read_config(self, values: Mapping[str, Any]) -> PreTrainedConfig:
+        """Build the configuration of a published folder; what it says of its own code is left out."""
+        left_out = ("auto_map", "model_type")
+        kept = {key: value for key, value in values.items() if key not in left_out}
+        return self.config_class().from_dict(kept)
+
+    def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase | None:
+        """Build the tokenizer of a published folder; None where `AutoTokenizer` is to do it."""
+        described = folder / "tokenizer_config.json"
+        values = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+        # saved by transformers since, with all that it needs
+        if self.tokenizer is None or (folder / "tokenizer.json").is_file():
+            return None
+        module, _, function = self.tokenizer.partition(":")
+        return getattr(importlib.import_module(module), function)(folder, values)
+
+
+FAMILIES: tuple[Family, ...] = ()
+"""In the order of asking: the first that recognizes a folder has it."""
+
+
+def family_of(published: Published) -> Family | None:
+    """Recognize a folder's family."""
+    ours = (family for family in FAMILIES if family.port and family.model_type == published.model_type)
+    return next(ours, None) or next((family for family in FAMILIES if family.is_like(published)), None)

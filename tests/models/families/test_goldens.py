@@ -194,7 +194,7 @@ def test_extract_layers_and_probe_run_on_the_folder(family, fasta, labels, tmp_p
     with open_embeddings(tmp_path / "a.h5") as embeddings:
         assert len(embeddings) == 12
     assert "0" in invoke("layers", model[1]).output
-    invoke("probe", fasta, "--labels", labels, *model, "--layer", "0", "-o", tmp_path / "p", "--num-folds", 2)
+    invoke("probe", fasta, "--labels", labels, *model, "--layer", "0", "-o", tmp_path / "p", "--num-folds", 3)
 
 
 def test_one_step_of_finetune_runs_on_the_folder(family, fasta, labels, tmp_path):

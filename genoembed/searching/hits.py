@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from genoembed.searching.neighbors import NO_ROW, Neighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -128,7 +128,12 @@ class Hits:
         """Return the column names of the table."""
         return ["#query", *COLUMNS[1:], *(HYBRID_COLUMNS if self.hybrid else ())]
 
-    def rows(self) -> Iterator[tuple[object, ...]]:
-        """List the rows of the table."""
-        for hit in self:
-            yield hit[:-1] + (hit.hybrid or ())
+    def rows(self, failed: Container[str] = ()) -> Iterator[tuple[object, ...]]:
+        """List the rows of the table; a query that failed has one, without a subject."""
+        asked, width = self.queries, len(self.header())
+        for query, name in enumerate(asked.ids):
+            if name in failed:
+                place = (int(asked.starts[query]), int(asked.ends[query]))
+                yield (name, None, None, None, *place, *[None] * (width - 6))
+            for hit in self.of_row(query):
+                yield hit[:-1] + (hit.hybrid or ())

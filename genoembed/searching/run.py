@@ -80,7 +80,7 @@ class SearchReport:
     """The table that was written; ``-`` is standard output, None is none."""
     num_queries: int
     failed: Mapping[str, str]
-    """Queries without a vector, by id: why; they have no hits."""
+    """Queries without a vector, by id: why; each has a row without a subject in the table."""
     num_subjects: int
     """Rows of the database."""
     layer: str
@@ -130,7 +130,7 @@ def search(
             ``exclude_self``, ``transform``, ``approximate``, ``index``, ``effort``, ``measure_recall``,
             ``search_threads``, ``seed``. For sequences also ``invalid``, ``duplicates``, ``empty``, ``gaps``,
             ``on_error``, ``device``, ``threads``, ``batch_tokens``, ``dtype`` and ``trust_remote_code``, as
-            for ``extract``; a query that failed has no hits. None stands for the default.
+            for ``extract``; a query that failed has one row, without a subject. None stands for the default.
 
     Returns:
         What was found.
@@ -209,7 +209,7 @@ def search(
         )
     if output is not None:
         with open_table(output, hits.header(), overwrite=overwrite) as table:
-            for row in hits.rows():
+            for row in hits.rows(asked.failed):
                 table.write(row)
     return report
 

@@ -222,3 +222,17 @@ def test_query_that_fails_stops_the_search_or_is_left_out_and_named(model, tmp_p
     report = search(queries, tmp_path / "d.h5", k=2, on_error="skip")
     assert report.failed == {"spoiled": "not finite"}
     assert set(report.hits.columns()["query"]) == {"good"}
+    search(queries, tmp_path / "d.h5", k=2, on_error="skip", output=tmp_path / "hits.tsv")
+    *_, last = (tmp_path / "hits.tsv").read_text().splitlines()
+    assert last.split("\t") == [
+        "spoiled",
+        "NA",
+        "NA",
+        "NA",
+        "0",
+        str(len(DATABASE[1])),
+        "NA",
+        "NA",
+        "NA",
+        "NA",
+    ]

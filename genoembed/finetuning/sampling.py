@@ -8,18 +8,18 @@ once.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch.utils.data import BatchSampler, Sampler
 
 from genoembed.errors import ConfigError, TrainingWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence, Sized
+
+    from numpy.typing import NDArray
 
 
 FILLER = -1
@@ -203,50 +203,82 @@ class LengthGroupedSampler(EpochOrder):
 
 
 class ClassSampler(EpochOrder):
-    """Order rows so that batches hold several rows of each class: four of one class, then four of another.
+    """Order rows so that batches hold several rows of several classes, whatever their sizes.
+
+    Rows come in runs of four of a class, and the runs of each class are spread evenly over the epoch. A batch
+    that still has one class only gets a row of another from a batch that can spare it.
 
     Args:
         labels: Class of each row.
+        batch_size: Rows that are compared together.
         seed: Random seed of the order.
+
+    Example:
+        >>> order = list(ClassSampler(["a"] * 9 + ["b"], batch_size=5, seed=0))
+        >>> 9 in order, len(set(order))
+        (True, 10)
     """
 
-    def __init__(self, labels: Sequence[object], *, seed: int) -> None:
-        by_label: dict[object, list[int]] = defaultdict(list)
-        for index, label in enumerate(labels):
-            by_label[label].append(index)
-        self._classes, self._count, self._seed = list(by_label.values()), len(labels), seed
+    def __init__(self, labels: Sequence[object], *, batch_size: int, seed: int) -> None:
+        codes: dict[object, int] = {}
+        self._codes = np.array([codes.setdefault(label, len(codes)) for label in labels], np.int64)
+        self._batch_size, self._seed = batch_size, seed
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._codes)
 
     def __iter__(self) -> Iterator[int]:
-        # a large prime keeps seed 0 in epoch 1 from having the order of seed 1 in epoch 0
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        rounds: dict[int, list[list[int]]] = defaultdict(list)
-        for members in self._classes:
-            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            for start in range(0, len(order), _ROWS_PER_CLASS):
-                rounds[start].append(order[start : start + _ROWS_PER_CLASS])
-        # a round has four rows of each class that still has some, so neighbors are of different classes
-        for start in sorted(rounds):
-            for index in torch.randperm(len(rounds[start]), generator=generator).tolist():
-                yield from rounds[start][index]
+        rng = np.random.default_rng([self._seed, self.epoch])
+        shuffled = rng.permutation(len(self._codes))
+        rows = shuffled[np.argsort(self._codes[shuffled], kind="stable")]
+        codes, counts = self._codes[rows], np.bincount(self._codes)
+        runs = (np.arange(len(rows)) - (np.cumsum(counts) - counts)[codes]) // _ROWS_PER_CLASS
+        # one offset a class: its runs are equally far apart, so that no stretch of the epoch lacks them
+        places = (runs + rng.random(len(counts))[codes]) / -(-counts // _ROWS_PER_CLASS)[codes]
+        order = rows[np.argsort(places, kind="stable")]
+        batches = [order[at : at + self._batch_size] for at in range(0, len(order), self._batch_size)]
+        _mix(batches, self._codes)
+        return iter(np.concatenate(batches).tolist())
+
+
+def _mix(batches: Sequence[NDArray[np.int64]], codes: NDArray[np.int64]) -> None:
+    """Swap rows until no batch of two rows or more has one class only, as far as there are others to give."""
+    givers: dict[int, Iterator[NDArray[np.int64]]] = {}
+    for batch in batches:
+        code = int(codes[batch[0]])
+        if len(batch) < 2 or (codes[batch] != code).any():
+            continue
+        found = givers.setdefault(code, _able_to_give(batches, codes, code))
+        for giver in found:
+            place = int(np.flatnonzero(codes[giver] != code)[-1])
+            batch[-1], giver[place] = giver[place], batch[-1]
+            break
+
+
+def _able_to_give(
+    batches: Sequence[NDArray[np.int64]], codes: NDArray[np.int64], code: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield batches as often as they have a row of another class than this beyond their last one."""
+    for batch in batches:
+        while int((codes[batch] != code).sum()) > 1:
+            yield batch
 
 
 def new_sampler(
     lengths: Sequence[int],
     *,
     labels: Sequence[object] | None,
-    batch_size: int,
+    rows_per_device: int,
+    world_size: int = 1,
     seed: int,
     mixed_lengths: bool,
 ) -> EpochOrder:
     """Choose the order of rows: by class where there are classes, else by length or at random."""
     if labels is not None:
-        return ClassSampler(labels, seed=seed)
-    if mixed_lengths:
-        return ClassSampler(range(len(lengths)), seed=seed)  # a class for each row: one round, at random
-    return LengthGroupedSampler(lengths, batch_size=batch_size, seed=seed)
+        return ClassSampler(labels, batch_size=rows_per_device, seed=seed)
+    if mixed_lengths:  # a class for each row: at random
+        return ClassSampler(range(len(lengths)), batch_size=rows_per_device, seed=seed)
+    return LengthGroupedSampler(lengths, batch_size=rows_per_device * world_size, seed=seed)
 
 
 class RankBatches(BatchSampler):

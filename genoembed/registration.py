@@ -28,12 +28,14 @@ _OURS = "genoembed.models.striped_hyena2."
 _CONFIGURATION = f"{_OURS}configuration"
 _MODELING = f"{_OURS}modeling"
 _TOKENIZER = "genoembed.tokenization.char"
+_KMERS = "genoembed.tokenization.kmer"
 
 _REGISTRATIONS = (
     (f"{_AUTO}configuration_auto", "AutoConfig", _CONFIGURATION, "StripedHyena2Config"),
     (f"{_AUTO}modeling_auto", "AutoModel", _MODELING, "StripedHyena2Model"),
     (f"{_AUTO}modeling_auto", "AutoModelForCausalLM", _MODELING, "StripedHyena2ForCausalLM"),
     (f"{_AUTO}tokenization_auto", "AutoTokenizer", _TOKENIZER, "CharTokenizer"),
+    (f"{_AUTO}tokenization_auto", "AutoTokenizer", _KMERS, "KmerTokenizer"),
 )
 """Which Auto class, in which module, learns which of our classes, from which module."""
 
@@ -59,10 +61,17 @@ def _register_what_is_ready() -> None:
         config = getattr(importlib.import_module(_CONFIGURATION), "StripedHyena2Config", None)
         ours = getattr(importlib.import_module(our_module), our_name, None)
         if config is not None and ours is not None:
-            key = config.model_type if auto_name == "AutoConfig" else config
+            key = _key(auto_name, ours, config)
             auto_class.register(key, ours, exist_ok=True)
             if auto_name == "AutoConfig":
                 _register_families(sys.modules[auto_module])
+
+
+def _key(auto_name: str, ours: type, config: type[PreTrainedConfig]) -> object:
+    if auto_name == "AutoConfig":
+        return config.model_type
+    # a tokenizer without a model of its own is looked for by its class's name, whatever its key is
+    return ours if ours.__name__ == "KmerTokenizer" else config
 
 
 def _register_families(auto_module: ModuleType) -> None:

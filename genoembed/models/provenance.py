@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# in the order of transformers, which does not look at other tensors beside them
+_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 WEIGHTS, CONFIG = "weights", "config.json"
 """Names of two parts of a model's content; the others have names of files."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+
+from genoembed.tokenization.kmer import read_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +37,33 @@ def hyena_characters(folder: Path, values: Mapping[str, Any]) -> PreTrainedToken
         },
         model_max_length=values.get("model_max_length"),
     )
+
+
+def generator_kmers(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of GENERator: 6-mers side by side, and one token for what remains at the end.
+
+    Letters are read in runs of upper case, k at a time from the left; a word that is not in the vocabulary
+    (the remainder, one with an N) and each other character are ``unk_token``.
+    """
+    vocabulary = read_vocabulary(folder / "vocab.txt")
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    special = [token for token in vocabulary if not token.isalpha()]
+    k = max(len(token) for token in vocabulary if token.isalpha())
+    roles = {"unk_token": "<oov>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    roles |= {"mask_token": "<mask>"}
+    roles |= {role: values[role] for role in roles if isinstance(values.get(role), str)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=roles["unk_token"]))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"[A-Z]{{{k}}}|[A-Z]+|[^A-Z]"), "isolated")
+    before = [roles["bos_token"]] if values.get("add_bos_token", True) else []
+    after = [roles["eos_token"]] if values.get("add_eos_token", False) else []
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join([*before, "$A", *after]),
+            pair=" ".join([*before, "$A", *after, *before, "$B", *after]),
+            special_tokens=[(token, ids[token]) for token in (*before, *after)],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **roles)
 
 
 def characters(

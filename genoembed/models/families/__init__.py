@@ -71,6 +71,23 @@ class Published:
                 return frozenset()
         return frozenset(names)
 
+    @cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Tokens of its ``vocab.txt``, in the order of their ids; empty where there is none."""
+        path = None if self.folder is None else self.folder / "vocab.txt"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path is not None else []
+        except (OSError, ValueError):  # said by the tokenizer's loader
+            return ()
+        return tuple(line.split()[0] for line in lines if line.strip())
+
+    @property
+    def word_length(self) -> int | None:
+        """Length of its words where all have the same, special tokens apart: the k of k-mers."""
+        words = [token for token in self.vocabulary if token[0] + token[-1] not in ("[]", "<>")]
+        lengths = {len(word) for word in words}
+        return lengths.pop() if len(lengths) == 1 and all(word.isalpha() for word in words) else None
+
     def has_weight(self, ending: str) -> bool:
         """Check whether a weight's name ends so."""
         return any(name.endswith(ending) for name in self.weights)
@@ -90,6 +107,8 @@ class Family:
     """Module here whose ``AUTO_CLASSES`` run it; None where transformers' class for ``model_type`` does."""
     tokenizer: str | None = None
     """``module:function`` that builds its tokenizer from a folder; None where `AutoTokenizer` does."""
+    special_tokens: bool = True
+    """Whether its authors embed sequences with the special tokens that its tokenizer adds."""
 
     def config_class(self) -> type[PreTrainedConfig]:
         """Return its configuration; from now on, transformers' Auto classes know the family."""
@@ -119,7 +138,42 @@ class Family:
         return getattr(importlib.import_module(module), function)(folder, values)
 
 
-FAMILIES: tuple[Family, ...] = ()
+def _is_dnabert(published: Published) -> bool:
+    """BERT whose words are k-mers of one length; the published folders do not say what they are."""
+    if published.model_type not in (None, "bert"):
+        return False
+    names_bert = any(name.startswith("Bert") for name in published.classes)
+    if published.folder is None:
+        return names_bert and published.config.get("vocab_size") in _DNABERT_SIZES
+    has_words = (published.word_length or 1) > 1
+    return has_words and (names_bert or published.has_weight("embeddings.token_type_embeddings.weight"))
+
+
+def _is_generator(published: Published) -> bool:
+    """Llama that reads k-mers side by side."""
+    if published.model_type not in (None, "llama"):
+        return False
+    has_words = published.vocabulary[:1] == ("<oov>",) and published.word_length is not None
+    return has_words or "GENERatorForCausalLM" in published.classes
+
+
+_DNABERT_SIZES = frozenset(5 + 4**k for k in range(3, 7))
+"""Special tokens and k-mers of its four vocabularies."""
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="DNABERT",
+        model_type="bert",
+        is_like=_is_dnabert,
+        tokenizer="genoembed.tokenization.kmer:overlapping_kmers",
+    ),
+    Family(
+        name="GENERator",
+        model_type="llama",
+        is_like=_is_generator,
+        tokenizer="genoembed.tokenization.published:generator_kmers",
+    ),
+)
 """In the order of asking: the first that recognizes a folder has it."""
 
 

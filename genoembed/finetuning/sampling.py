@@ -268,17 +268,20 @@ def new_sampler(
     lengths: Sequence[int],
     *,
     labels: Sequence[object] | None,
-    rows_per_device: int,
-    world_size: int = 1,
+    batch_size: int,
     seed: int,
     mixed_lengths: bool,
+    rows_compared: int | None = None,
 ) -> EpochOrder:
-    """Choose the order of rows: by class where there are classes, else by length or at random."""
+    """Choose the order of rows: by class where there are classes, else by length or at random.
+
+    Of ``batch_size`` rows in one step, ``rows_compared`` see each other, or all.
+    """
     if labels is not None:
-        return ClassSampler(labels, batch_size=rows_per_device, seed=seed)
+        return ClassSampler(labels, batch_size=rows_compared or batch_size, seed=seed)
     if mixed_lengths:  # a class for each row: at random
-        return ClassSampler(range(len(lengths)), batch_size=rows_per_device, seed=seed)
-    return LengthGroupedSampler(lengths, batch_size=rows_per_device * world_size, seed=seed)
+        return ClassSampler(range(len(lengths)), batch_size=batch_size, seed=seed)
+    return LengthGroupedSampler(lengths, batch_size=batch_size, seed=seed)
 
 
 class RankBatches(BatchSampler):

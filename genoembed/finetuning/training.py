@@ -172,8 +172,8 @@ class _Run:
             sampler=new_sampler(
                 setup.lengths,
                 labels=setup.classes,
-                rows_per_device=recipe.rows_per_device,
-                world_size=self.arguments.world_size,
+                batch_size=recipe.rows_per_device * self.arguments.world_size,
+                rows_compared=None if self.compares_across else recipe.rows_per_device,
                 seed=recipe.seed,
                 mixed_lengths=recipe.mixed_lengths,
             ),

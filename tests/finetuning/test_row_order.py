@@ -16,8 +16,8 @@ from genoembed.finetuning.sampling import ClassSampler, RankBatches, new_sampler
 def test_every_row_is_in_every_epoch_once_and_orders_repeat(labels, seed, epoch):
     for build in (
         lambda: ClassSampler(labels, batch_size=4, seed=seed),
-        lambda: new_sampler(labels, labels=None, rows_per_device=4, seed=seed, mixed_lengths=True),
-        lambda: new_sampler(labels, labels=None, rows_per_device=4, seed=seed, mixed_lengths=False),
+        lambda: new_sampler(labels, labels=None, batch_size=4, seed=seed, mixed_lengths=True),
+        lambda: new_sampler(labels, labels=None, batch_size=4, seed=seed, mixed_lengths=False),
     ):
         one, other = build(), build()
         one.set_epoch(epoch)

@@ -82,6 +82,7 @@ RULES = {
     "pipeline": Rule(
         internal=("atomic", *STAGES, "config", "registration", "_version", *FLOOR),
         third_party=("torch", "numpy"),
+        type_checking=("transformers",),
         only_in={"ray": "pipeline.ray"},
     ),
     # the verbs
@@ -93,7 +94,7 @@ RULES = {
     "transforms": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
-    "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy"), type_checking=("transformers",)),
+    "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "searching": Rule(
         internal=("extraction", "embedding", "retrieval", *BELOW_VERBS),
         third_party=("numpy", "torch"),

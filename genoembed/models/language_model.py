@@ -9,6 +9,7 @@ B rows, L padded length, C positions of a block, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from genoembed.models.behavior import evaluating, forward_arguments
 from genoembed.models.layers import first_tensor, hooked
 from genoembed.models.load import without_progress_bars
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+from genoembed.models.trained_folder import find_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,18 @@ Take: TypeAlias = "Callable[[str, Tensor, slice], None]"
 
 _CHUNK_VALUES = 1 << 24
 """Logits that are float32 at a time: 64 MiB."""
+
+
+def check_has_head(model: str | PathLike[str] | GenomicModel) -> None:
+    """Raise if a model was trained for something else than the next token; reads no weights."""
+    name = fspath(model) if isinstance(model, str | PathLike) else model
+    if find_facts(name) is not None:
+        shown = name if isinstance(name, str) else name.name
+        message = (
+            f"model {shown!r} was fine-tuned for vectors or labels, so "
+            "its next-token head is no longer of use; set model to the one that it was trained from"
+        )
+        raise ModelError(message)
 
 
 class LanguageModel:

@@ -5,28 +5,33 @@ core counts in exactly one piece of each strand, nothing is truncated.
 
 The reverse complement is cut like a record of its own, so that a sequence and its reverse complement give
 the same pieces, strands swapped. Where each window has its own row, it is cut at the same bases instead.
+
+Also here: which token a sequence starts with, so that a causal model predicts its first base, too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from genoembed.batching.pad import pool_mask
-from genoembed.contracts import Window
+from genoembed.contracts import EncodedSequence, Window
 from genoembed.errors import ConfigError, SequenceLengthError
 from genoembed.sequences.records import reverse_complement
 from genoembed.sequences.windows import iter_windows
+from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
-    from genoembed.contracts import EncodedSequence, SequenceRecord
+    from genoembed.config.choices import StartChoice
+    from genoembed.contracts import SequenceRecord
     from genoembed.tokenization.hf import SequenceEncoder
 
 
@@ -254,3 +259,81 @@ class Cutter:
         else:
             start, end = length - window.end, length - window.start
         return Window(start=start, end=end, core_start=core_start, core_end=core_end)
+
+
+class StartToken(NamedTuple):
+    """What stands before a sequence."""
+
+    id: int | None
+    """None where nothing does."""
+    is_added: bool
+    """Whether it has to be put there: some tokenizers do it by themselves."""
+
+    def __str__(self) -> str:
+        return "none" if self.id is None else str(self.id)
+
+
+def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) -> StartToken:
+    """Find the token that stands before a sequence in training.
+
+    That is what the tokenizer puts there by itself; else its BOS; else its EOS, which ends the document
+    before (EOD, id 0, of Evo 2 and the bundled model).
+
+    Example:
+        >>> from genoembed.tokenization.char import CharTokenizer
+        >>> find_start_token(CharTokenizer(), "auto")
+        StartToken(id=0, is_added=True)
+    """
+    if choice == "none":
+        return StartToken(None, is_added=False)
+    encoded = build_encoder(tokenizer).encode(_PROBE)
+    if encoded.base_start is not None and encoded.base_start[0] < 0:
+        return StartToken(int(encoded.input_ids[0]), is_added=False)
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    token = next((int(index) for index in found if index is not None), None)
+    return StartToken(token, is_added=token is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartingCutter:
+    """A cutter whose pieces begin with the start token, or with their first base."""
+
+    cutter: Cutter
+    start: StartToken
+
+    @property
+    def encoder(self) -> SequenceEncoder:
+        """Makes tokens of bases."""
+        return self.cutter.encoder
+
+    @property
+    def both_strands(self) -> bool:
+        """Whether the reverse complement is cut, too."""
+        return self.cutter.both_strands
+
+    def windows(self, record: SequenceRecord) -> list[Window]:
+        """Cut one record."""
+        return self.cutter.windows(record)
+
+    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
+        """Encode the windows of one record, on one strand or both."""
+        for piece in self.cutter.pieces(record, record_index, windows):
+            yield start_piece(piece, self.start)
+
+
+def start_piece(piece: Piece, start: StartToken) -> Piece:
+    """Prepend the start token to a piece, or remove what the tokenizer has put there.
+
+    Only the first window of a strand starts; the others begin in the middle of a sequence.
+    """
+    ids = piece.encoded.input_ids.astype(np.int64)
+    first, counted = piece.encoded.base_start, piece.pool_mask
+    if first is None:
+        first = np.arange(len(ids), dtype=np.int64)
+    if start.id is None or piece.start > 0:
+        leading = int(np.argmax(first >= 0)) if (first >= 0).any() else 0
+        ids, first, counted = ids[leading:], first[leading:], counted[leading:]
+    elif start.is_added:
+        ids, first = np.append(np.int64(start.id), ids), np.append(np.int64(-1), first)
+        counted = np.append(False, counted)
+    return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)

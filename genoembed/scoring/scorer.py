@@ -1,14 +1,13 @@
 """Run sequences through a causal model: the log-probability of each token, given those before it.
 
 In: records, and options checked before anything is read. Out: for each strand of a record its tokens and
-their log-probabilities, windows joined. Also here: which token a sequence starts with, so that its first base
-has a prediction, too.
+their log-probabilities, windows joined.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -18,13 +17,11 @@ import torch
 from genoembed.config.choices import ComputeDtype, FailurePolicy, ScorePooling, ScoreStrands, StartChoice
 from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.config.fields import Config, raise_all, unknown_option
-from genoembed.contracts import EncodedSequence
-from genoembed.errors import ConfigError, EmptyPoolError, ModelError, PrecisionWarning
-from genoembed.models.language_model import LanguageModel
-from genoembed.models.trained_folder import find_facts
+from genoembed.errors import ConfigError, EmptyPoolError, PrecisionWarning
+from genoembed.models.language_model import LanguageModel, check_has_head
 from genoembed.pipeline.assemble import strand_pieces
 from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
-from genoembed.pipeline.cutting import Cutter
+from genoembed.pipeline.cutting import Cutter, StartingCutter, find_start_token
 from genoembed.pipeline.forward import LOG_PROBS, NextTokenReducer, UnitRunner
 from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems
 from genoembed.pipeline.units import WorkUnit
@@ -32,19 +29,17 @@ from genoembed.sequences.records import reverse_complement
 from genoembed.tokenization.hf import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
-    from genoembed.contracts import SequenceRecord, Window
+    from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.assemble import PieceVectors, Taken
-    from genoembed.pipeline.cutting import Piece
+    from genoembed.pipeline.cutting import StartToken
     from genoembed.pipeline.forward import UnitResults
     from genoembed.pipeline.units import RunStats
-    from genoembed.tokenization.hf import SequenceEncoder
 
 
 _CHOICES = {
@@ -106,17 +101,10 @@ class RunOptions:
 
     def load(self) -> LanguageModel:
         """Load the model and its head."""
-        config = self._model_config()
-        is_name = isinstance(self.model, str | PathLike)
-        if find_facts(config.model if is_name else self.model) is not None:  # type: ignore[arg-type]
-            message = (
-                f"model {config.model!r} was fine-tuned for vectors or labels, so its next-token head is no "
-                "longer of use; set model to the one that it was trained from"
-            )
-            raise ModelError(message)
+        check_has_head(self.model)
         if not isinstance(self.model, str | PathLike):
             return LanguageModel(self.model)
-        return LanguageModel(load_configured(config))
+        return LanguageModel(load_configured(self._model_config()))
 
 
 def run_options(
@@ -134,87 +122,6 @@ def warn_of_precision(model: GenomicModel) -> None:
         name = str(model.dtype).removeprefix("torch.")
         message = f"{model.name} runs in {name}: differences between alleles are rounded; set dtype='float32'"
         warnings.warn(PrecisionWarning(message), stacklevel=4)
-
-
-_PROBE = b"ACGT" * 6
-
-
-class StartToken(NamedTuple):
-    """What stands before a sequence."""
-
-    id: int | None
-    """None where nothing does."""
-    is_added: bool
-    """Whether it has to be put there: some tokenizers do it by themselves."""
-
-    def __str__(self) -> str:
-        return "none" if self.id is None else str(self.id)
-
-
-def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) -> StartToken:
-    """Find the token that stands before a sequence in training.
-
-    That is what the tokenizer puts there by itself; else its BOS; else its EOS, which ends the document
-    before (EOD, id 0, of Evo 2 and the bundled model).
-
-    Example:
-        >>> from genoembed.tokenization.char import CharTokenizer
-        >>> find_start_token(CharTokenizer(), "auto")
-        StartToken(id=0, is_added=True)
-    """
-    if choice == "none":
-        return StartToken(None, is_added=False)
-    encoded = build_encoder(tokenizer).encode(_PROBE)
-    if encoded.base_start is not None and encoded.base_start[0] < 0:
-        return StartToken(int(encoded.input_ids[0]), is_added=False)
-    found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    token = next((int(index) for index in found if index is not None), None)
-    return StartToken(token, is_added=token is not None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartingCutter:
-    """A cutter whose pieces begin with the start token, or with their first base."""
-
-    cutter: Cutter
-    start: StartToken
-
-    @property
-    def encoder(self) -> SequenceEncoder:
-        """Makes tokens of bases."""
-        return self.cutter.encoder
-
-    @property
-    def both_strands(self) -> bool:
-        """Whether the reverse complement is cut, too."""
-        return self.cutter.both_strands
-
-    def windows(self, record: SequenceRecord) -> list[Window]:
-        """Cut one record."""
-        return self.cutter.windows(record)
-
-    def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
-        """Encode the windows of one record, on one strand or both."""
-        for piece in self.cutter.pieces(record, record_index, windows):
-            yield start_piece(piece, self.start)
-
-
-def start_piece(piece: Piece, start: StartToken) -> Piece:
-    """Prepend the start token to a piece, or remove what the tokenizer has put there.
-
-    Only the first window of a strand starts; the others begin in the middle of a sequence.
-    """
-    ids = piece.encoded.input_ids.astype(np.int64)
-    first, counted = piece.encoded.base_start, piece.pool_mask
-    if first is None:
-        first = np.arange(len(ids), dtype=np.int64)
-    if start.id is None or piece.start > 0:
-        leading = int(np.argmax(first >= 0)) if (first >= 0).any() else 0
-        ids, first, counted = ids[leading:], first[leading:], counted[leading:]
-    elif start.is_added:
-        ids, first = np.append(np.int64(start.id), ids), np.append(np.int64(-1), first)
-        counted = np.append(False, counted)
-    return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)
 
 
 _DECIDING = ("rc", "window", "stride", "layers", "pooling")

@@ -285,7 +285,7 @@ def test_rows_that_wait_are_few_and_all_are_scored(tmp_path, monkeypatch):
 
 
 def test_model_that_was_tuned_for_vectors_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.scoring.scorer.find_facts", lambda model: object())
+    monkeypatch.setattr("genoembed.models.language_model.find_facts", lambda model: object())
     with pytest.raises(ModelError, match="was fine-tuned for vectors or labels, so its next-token head"):
         rows_of(tmp_path, "llama")
 

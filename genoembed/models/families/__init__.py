@@ -138,6 +138,19 @@ class Family:
         return getattr(importlib.import_module(module), function)(folder, values)
 
 
+def _is_gena_lm(published: Published) -> bool:
+    """Recognize what calls itself BERT, but has GENA-LM's norms or positions."""
+    if published.model_type not in (None, "bert"):
+        return False
+    config = published.config
+    is_rotary = config.get("position_embedding_type") == "rotary" and "rotary_dim" in config
+    return (
+        bool(config.get("pre_layer_norm"))
+        or is_rotary
+        or published.has_weight("encoder.layer.0.pre_attention_ln.weight")
+    )
+
+
 def _is_dnabert(published: Published) -> bool:
     """BERT whose words are k-mers of one length; the published folders do not say what they are."""
     if published.model_type not in (None, "bert"):
@@ -161,6 +174,12 @@ _DNABERT_SIZES = frozenset(5 + 4**k for k in range(3, 7))
 """Special tokens and k-mers of its four vocabularies."""
 
 FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="GENA-LM",
+        model_type="gena_lm",
+        is_like=_is_gena_lm,
+        port="genoembed.models.families.gena_lm",
+    ),
     Family(
         name="DNABERT",
         model_type="bert",

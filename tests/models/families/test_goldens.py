@@ -92,7 +92,7 @@ def test_every_block_and_final_equal_the_official_code(family, model, outputs):
         blocks, final = states(model, ids[None], torch.ones_like(ids)[None])
         torch.testing.assert_close(final[0], expected["final"], rtol=0, atol=tolerance, msg=name)
         if "hidden_states" in expected:
-            for index, hidden in enumerate(expected["hidden_states"][1 : len(blocks) - 1]):
+            for index, hidden in enumerate(expected["hidden_states"][1:-1]):
                 torch.testing.assert_close(
                     blocks[index][0], hidden, rtol=0, atol=tolerance, msg=f"{name} {index}"
                 )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from genoembed.finetuning.predict import PredictionReport, predict
     from genoembed.finetuning.run import FinetuneReport, finetune
     from genoembed.models.describe import ModelLayers, describe_layers
+    from genoembed.models.geneb import PublishedModel, published_models
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.load import load_model
     from genoembed.models.registry import known_models
@@ -65,6 +66,7 @@ _HOMES = {
     "PredictionReport": "genoembed.finetuning.predict",
     "PretrainReport": "genoembed.pretraining.run",
     "ProbeReport": "genoembed.probing.report",
+    "PublishedModel": "genoembed.models.geneb",
     "RunPlan": "genoembed.planning",
     "ScoreReport": "genoembed.scoring.sequences",
     "SearchReport": "genoembed.searching.run",
@@ -94,6 +96,7 @@ _HOMES = {
     "predict": "genoembed.finetuning.predict",
     "pretrain": "genoembed.pretraining.run",
     "probe": "genoembed.probing.run",
+    "published_models": "genoembed.models.geneb",
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
     "score": "genoembed.scoring.sequences",
@@ -122,6 +125,7 @@ __all__ = [
     "PredictionReport",
     "PretrainReport",
     "ProbeReport",
+    "PublishedModel",
     "RunPlan",
     "ScoreReport",
     "SearchReport",
@@ -152,6 +156,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "published_models",
     "read_sequences",
     "run_doctor",
     "score",

@@ -141,6 +141,8 @@ LAZY = {
     ("probing.run", "probing.scoring"): "torch, after the checks that need no model",
     ("probing.run", "probing.vectors"): "torch, after the checks that need no model",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
+    ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
+    ("models.registry", "models.geneb"): "for suggestions",
     ("sequences.reading", "sequences.regions"): "for --regions",
 }
 """Imports of our own modules inside functions: which, and why most runs need not pay for them."""

@@ -20,7 +20,7 @@ from genoembed.config.files import LayersConfig
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from genoembed import ModelLayers
+    from genoembed import ModelLayers, PublishedModel
 
 
 HEADER = ("name", "layers", "width", "context", "parameters", "license", "needs", "FP8", "what it is")
@@ -52,6 +52,39 @@ def _notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"FP8 {'yes' if needed else 'no'}: {note}." for needed, note in notes.items()]
 
 
+PUBLISHED_HEADER = ("name", "family", "context", "parameters", "license", "repository", "tested here")
+
+
+def _published_line(model: PublishedModel) -> tuple[object, ...]:
+    return (
+        model.name,
+        model.family,
+        "-" if model.context is None else f"{model.context:,}",
+        magnitude(model.num_parameters, "").strip(),
+        model.license,
+        model.repo_id or "-",
+        model.tested,
+    )
+
+
+def _published_facts(model: PublishedModel) -> dict[str, Any]:
+    """Describe a published model, with the keys of the others where they mean the same."""
+    return {
+        "name": model.name,
+        "summary": f"{model.title} ({model.family})",
+        "width": model.width,
+        "context": model.context,
+        "num_parameters": model.num_parameters,
+        "license": model.license,
+        "repo_id": model.repo_id,
+        "revision": model.revision,
+        "family": model.family,
+        "is_run": model.is_run,
+        "tested": model.tested,
+        "geneb": model.rules,
+    }
+
+
 @command(
     "models",
     short_help="List the models with names of their own.",
@@ -60,9 +93,10 @@ def _notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
     is_quiet=True,
 )
 def models_command(*, as_json: bool) -> None:
-    """List the models that have a name here, the bundled one first.
+    """List the models that have a name here: the bundled one, Evo 2, and the 40 of the GENEB benchmark.
 
-    Any other model is named by its local folder or its Hugging Face id.
+    A short name of the second list stands for a Hugging Face repository. Any other model is named by its
+    local folder or its Hugging Face id. docs/MODELS.md says what each family is like.
     """
     models = [
         {
@@ -82,11 +116,14 @@ def models_command(*, as_json: bool) -> None:
         }
         for model in genoembed.known_models()
     ]
+    published = genoembed.published_models()
     if as_json:
-        click.echo(json.dumps(models))
+        click.echo(json.dumps([*models, *map(_published_facts, published)]))
         return
     click.echo(aligned(map(_line, models), header=HEADER))
-    click.echo("\n".join(["", *_notes(models)]))
+    click.echo("\n".join(["", *_notes(models), ""]))
+    click.echo(aligned(map(_published_line, published), header=PUBLISHED_HEADER))
+    click.echo("\nContext in tokens. docs/MODELS.md says more: bases per token, layers, differences.")
 
 
 def layer_table(described: ModelLayers) -> list[dict[str, Any]]:

@@ -59,7 +59,8 @@ def describe_layers(
     trusted). Modules for which a checkpoint holds no weights, such as an untrained pooler, are listed too.
 
     Args:
-        name_or_path: Bundled or registry name, local folder, or Hugging Face id; looked for in this order.
+        name_or_path: Bundled or registry name, local folder, short name of a published model, or Hugging Face
+            id; looked for in this order.
         trust_remote_code: Run code that the model's repository brings.
         revision: Branch, tag or commit of a Hugging Face repository.
 
@@ -75,7 +76,9 @@ def describe_layers(
         >>> described.template, described.num_blocks, described.final
         ('blocks.{index}.mlp.l3', 32, 'norm')
     """
-    source = reachable_source(locate_model(name_or_path, with_weights=False), revision=revision)
+    source = locate_model(name_or_path, with_weights=False)
+    revision = source.revision_for(revision)
+    source = reachable_source(source, revision=revision)
     if source.entry is not None:
         config = source.entry.build_config()
     else:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from genoembed.contracts import Batch, LayerInfo
     from genoembed.models.families import Family
+    from genoembed.models.geneb import PublishedModel
     from genoembed.models.registry import KnownModel
 
 
@@ -60,6 +61,7 @@ class GenomicModel:
         location: Folder that holds its files, for the provenance; None for a model that was never on disk.
         entry: The registry's entry of the checkpoint, if it is in the registry.
         family: The published family that it belongs to, if one of ours.
+        published: The model of the GENEB benchmark that it was named as, if it is one.
         untrained: Top-level modules whose weights the checkpoint does not hold; they cannot be captured.
     """
 
@@ -72,6 +74,7 @@ class GenomicModel:
         location: Path | None = None,
         entry: KnownModel | None = None,
         family: Family | None = None,
+        published: PublishedModel | None = None,
         untrained: Iterable[str] = (),
     ) -> None:
         self.module = module.eval()
@@ -80,6 +83,7 @@ class GenomicModel:
         self.location = location
         self.entry = entry
         self.family = family
+        self.published = published
         self.untrained = tuple(untrained)
         self._as_loaded = None if location is None else self._state()
 
@@ -153,7 +157,11 @@ class GenomicModel:
     def provenance(self) -> Mapping[str, Any]:
         """What an output file says about the model; reads its files once, for their digests."""
         folder, content = self.location, self.content
-        entry_license = self.entry.license if self.entry is not None else None
+        license = self.entry.license if self.entry is not None else "unknown"
+        if self.entry is None and folder is not None:
+            license = read_license(folder)
+        if self.published is not None and license == "unknown":
+            license = self.published.license
         return {
             "id": self.name,
             "class": type(self.module).__name__,
@@ -162,7 +170,7 @@ class GenomicModel:
             "weights_sha256": content[WEIGHTS],
             "content_sha256": content_digest(content),
             "content": content,
-            "license": entry_license or (read_license(folder) if folder is not None else "unknown"),
+            "license": license,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "num_parameters": self.module.num_parameters(),
@@ -170,6 +178,7 @@ class GenomicModel:
             "padding": self.padding,
             "is_causal": self.is_causal,
             "accepts_attention_mask": self.accepts_attention_mask,
+            **({} if self.published is None else {"published": _statement(self.published)}),
         }
 
     def resolve(self, specs: LayerSpec | Sequence[LayerSpec]) -> tuple[LayerInfo, ...]:
@@ -297,6 +306,16 @@ class GenomicModel:
 
     def _is_untrained(self, path: str) -> bool:
         return path.partition(".")[0] in self.untrained
+
+
+def _statement(published: PublishedModel) -> dict[str, Any]:
+    """State which published model it is, and how the GENEB benchmark makes its vectors."""
+    return {
+        "name": published.title,
+        "repository": published.repo_id,
+        "revision_of_known_answers": published.revision,
+        "geneb": published.rules,
+    }
 
 
 def _execution_device(module: nn.Module) -> torch.device:

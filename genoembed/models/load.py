@@ -66,8 +66,9 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        name_or_path: Bundled or registry name, local folder or checkpoint file, or Hugging Face id; looked
-            for in this order. A checkpoint file is converted the first time.
+        name_or_path: Bundled or registry name, local folder or checkpoint file, short name of a published
+            model (`published_models`), or Hugging Face id; looked for in this order. A checkpoint file is
+            converted the first time.
         device: Where to run; None takes CUDA if present, else the CPU; ``auto`` is ``device_map="auto"``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 where the device
             multiplies matrices in it (CUDA from Ampere on, CPUs with AMX), else float32.
@@ -89,7 +90,9 @@ def load_model(
         device, device_map = None, device_map or "auto"
     device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
-    source = reachable_source(locate_model(name_or_path), revision=revision)
+    source = locate_model(name_or_path)
+    revision = source.revision_for(revision)
+    source = reachable_source(source, revision=revision)
     with foreign_code(f"model {name_or_path!r}"):
         model = _load(
             source,
@@ -133,6 +136,7 @@ def _load(
         name=name,
         location=None if config_path is None else config_path.parent,
         family=family,
+        published=source.published,
         entry=source.entry or entry_named(getattr(config, "checkpoint_name", None)),
         untrained=untrained,
     )

@@ -1,8 +1,9 @@
 """Resolve a model's name; fetch, verify and convert what the registry knows.
 
-Names resolve in this order: bundled, registry, local folder or checkpoint file, Hugging Face id. The folder
-of a training run stands for the model in it. Promised: without a network the answer comes within seconds, and
-no file that differs from what the registry records is handed on.
+Names resolve in this order: bundled, registry, local folder or checkpoint file, short name of a published
+model (`genoembed.models.geneb`), Hugging Face id. The folder of a training run stands for the model in it.
+Promised: without a network the answer comes within seconds, and no file that differs from what the registry
+records is handed on.
 """
 
 from __future__ import annotations
@@ -56,9 +57,23 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
     elif _looks_like_path(name_or_path):
         message = f"model {name_or_path!r}: no such file or folder; {suggestion(path.name)}"
         raise ModelNotFoundError(message)
-    else:
-        return ModelSource(name=name_or_path, location=name_or_path, is_local=False)
+    if entry is None:
+        return _published(name_or_path, path)
     return ModelSource(name=name_or_path, location=str(path), is_local=True, entry=entry)
+
+
+def _published(name: str, path: Path) -> ModelSource:
+    """Tell a folder or file from the short name of a published model and from a Hugging Face id."""
+    from genoembed.models.geneb import published_in, published_named, repository_of
+
+    short = published_named(name)
+    if path.exists():
+        if short is not None:
+            message = "model %r: taken from the file or folder of that name, not from %s"
+            _LOG.warning(message, name, short.repo_id)
+        return ModelSource(name=name, location=str(path), is_local=True)
+    location = name if short is None else repository_of(short)
+    return ModelSource(name=name, location=location, is_local=False, published=short or published_in(name))
 
 
 def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSource:
@@ -76,9 +91,13 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
         return source
     config_path = cached_file(source.location, "config.json", revision=revision)
     if config_path is None:
+        what, remedy = "no such model here, it", suggestion(source.name)
+        if source.published is not None:
+            what = source.location
+            remedy = f"download {what} where there is a network, and set model to that folder"
         message = (
-            f"model {source.name!r}: no such model here, it is not in the Hugging Face cache "
-            f"{constants.HF_HUB_CACHE}, and {silence_reason()}; {suggestion(source.name)}"
+            f"model {source.name!r}: {what} is not in the Hugging Face cache "
+            f"{constants.HF_HUB_CACHE}, and {silence_reason()}; {remedy}"
         )
         raise ModelNotFoundError(message)
     return dataclasses.replace(source, location=str(config_path.parent), is_local=True)
@@ -89,7 +108,9 @@ def model_content(name_or_path: str, *, revision: str | None = None) -> dict[str
 
     Equal for a folder under any name; of a Hugging Face repository, the commit.
     """
-    source = reachable_source(locate_model(name_or_path), revision=revision)
+    source = locate_model(name_or_path)
+    revision = source.revision_for(revision)
+    source = reachable_source(source, revision=revision)
     folder = Path(source.location)
     if not source.is_local:
         try:

@@ -19,7 +19,9 @@ from genoembed.errors import ConfigError, ModelNotFoundError
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from genoembed.models.geneb import PublishedModel
 
 BUNDLED_NAME = "genoembed-mini"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -102,6 +104,13 @@ class ModelSource:
     is_local: bool
     entry: KnownModel | None = None
     """The registry's entry, if the name is one."""
+    published: PublishedModel | None = None
+    """The model of the GENEB benchmark that the name stands for, if it is one."""
+
+    def revision_for(self, given: str | None) -> str | None:
+        """Return what to fetch of a repository: what was given, else what a short name stands for."""
+        is_short_name = self.published is not None and self.name != self.location
+        return self.published.branch if given is None and is_short_name and self.published else given
 
 
 def known_models() -> tuple[KnownModel, ...]:
@@ -131,7 +140,8 @@ def find_model(name: str) -> KnownModel:
     """
     if entry := entry_named(name):
         return entry
-    message = f"model {name!r} is not known ({', '.join(m.name for m in known_models())}); {suggestion(name)}"
+    names = [model.name for model in known_models()]
+    message = f"model {name!r} is not known ({', '.join(names)}); {_suggestion(name, names)}"
     raise ModelNotFoundError(message)
 
 
@@ -139,14 +149,20 @@ def suggestion(name: str) -> str:
     """Phrase what to do about a name that nothing answers to.
 
     Example:
-        >>> suggestion("evo2-7b")
-        "did you mean 'evo2_7b'?"
+        >>> suggestion("evo2-7b"), suggestion("dnabert2")
+        ("did you mean 'evo2_7b'?", "did you mean 'dnabert-2' or 'dnabert-s'?")
     """
-    names = [model.name for model in known_models()]
-    near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.7)
+    from genoembed.models.geneb import published_models
+
+    return _suggestion(name, [model.name for model in known_models()], [m.name for m in published_models()])
+
+
+def _suggestion(name: str, names: Sequence[str], more: Sequence[str] = ()) -> str:
+    near = difflib.get_close_matches(name.lower(), [*names, *more], n=2, cutoff=0.7)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"use a local folder, a Hugging Face id, or one of {', '.join(names)}"
+    rest = " and the others of genoembed models" if more else ""
+    return f"use a local folder, a Hugging Face id, or one of {', '.join(names)}{rest}"
 
 
 @cache

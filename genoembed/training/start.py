@@ -63,7 +63,9 @@ def load_causal(name: str, *, revision: str | None = None, trust_remote_code: bo
 def _load(
     name: str, *, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = reachable_source(locate_model(name), revision=revision)
+    source = locate_model(name)
+    revision = source.revision_for(revision)
+    source = reachable_source(source, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision

@@ -140,7 +140,13 @@ def test_models_lists_the_bundled_one_first_and_says_what_fp8_means(cli):
 
 def test_models_json_holds_every_model(cli):
     models = {model["name"]: model for model in json.loads(cli("models", "--json").stdout)}
-    assert set(models) == {model.name for model in genoembed.known_models()}
+    named = (*genoembed.known_models(), *genoembed.published_models())
+    assert set(models) == {model.name for model in named}
+    assert (models["dnabert-2"]["repo_id"], models["dnabert-2"]["geneb"]["pools_special_tokens"]) == (
+        "zhihan1996/DNABERT-2-117M",
+        True,
+    )
+    assert models["enformer"]["tested"].startswith("not run: own architecture")
     assert models["evo2_40b"]["needs_fp8"] is True
     assert models["evo2_40b"]["layers"] == 50
     assert [file["name"] for file in models["evo2_40b"]["files"]] == [

@@ -123,6 +123,8 @@ def _load(
     if revision is not None:
         options["revision"] = revision
     config, family = read_config(source, options)
+    if family is not None:  # run by code that is here, whatever the folder brings
+        trust_remote_code = options["trust_remote_code"] = False
     _check_folder(source)
     whole, loading_info = _load_weights(source, config, options, dtype=dtype, device_map=device_map)
     module = base_of(whole)

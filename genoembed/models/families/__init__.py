@@ -57,19 +57,24 @@ class Published:
         return frozenset(reference.partition(".")[0] for reference in references)
 
     @cached_property
-    def weights(self) -> frozenset[str]:
-        """Names of its weights; empty where they cannot be read, which loading them explains."""
-        names: set[str] = set()
+    def weights(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its weights by name; empty where they cannot be read, which loading them explains."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(self.folder) if self.folder is not None else ():
             try:
                 if path.suffix == ".safetensors":
                     with safe_open(path, framework="numpy") as file:
-                        names.update(file.keys())
+                        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
                 else:
-                    names.update(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+                    stored = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+                    shapes |= {name: tuple(value.shape) for name, value in stored.items()}
             except Exception:  # noqa: BLE001
-                return frozenset()
-        return frozenset(names)
+                return {}
+        return shapes
+
+    def shape_of(self, ending: str) -> tuple[int, ...] | None:
+        """Return the shape of the first weight whose name ends so."""
+        return next((shape for name, shape in self.weights.items() if name.endswith(ending)), None)
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -173,6 +178,33 @@ def _is_generator(published: Published) -> bool:
 _DNABERT_SIZES = frozenset(5 + 4**k for k in range(3, 7))
 """Special tokens and k-mers of its four vocabularies."""
 
+
+def _is_esm(published: Published) -> bool:
+    """Whether a folder is of ESM's kind, for proteins or DNA; published ones do not all say so."""
+    if published.weights and not published.has_weight(".attention.LayerNorm.weight"):
+        return False
+    is_named = any(name.startswith("Esm") for name in published.classes) or "add_bias_fnn" in published.config
+    return published.model_type == "esm" or (
+        published.model_type is None and (is_named or bool(published.weights))
+    )
+
+
+def _is_gated_esm(published: Published) -> bool:
+    """Whether its feed-forward networks are gated: their two matrices tell, or a setting only they have."""
+    if not _is_esm(published):
+        return False
+    widened = published.shape_of("encoder.layer.0.intermediate.dense.weight")
+    narrowed = published.shape_of("encoder.layer.0.output.dense.weight")
+    if widened and narrowed:
+        return widened[0] == 2 * narrowed[-1]
+    return "add_bias_fnn" in published.config or published.modules >= {"esm_config", "modeling_esm"}
+
+
+def _is_six_mer_esm(published: Published) -> bool:
+    """Whether it is ESM as transformers has it, with 4,096 6-mers, five bases and four special tokens."""
+    return _is_esm(published) and published.config.get("vocab_size") == 4**6 + 9
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="GENA-LM",
@@ -192,6 +224,13 @@ FAMILIES: tuple[Family, ...] = (
         is_like=_is_generator,
         tokenizer="genoembed.tokenization.published:generator_kmers",
     ),
+    Family(
+        name="Nucleotide Transformer v2",
+        model_type="nucleotide_transformer",
+        is_like=_is_gated_esm,
+        port="genoembed.models.families.nucleotide_transformer",
+    ),
+    Family(name="Nucleotide Transformer v1", model_type="esm", is_like=_is_six_mer_esm),
 )
 """In the order of asking: the first that recognizes a folder has it."""
 

@@ -97,7 +97,11 @@ class GrowingDataset:
 
     def append(self, rows: NDArray[np.generic]) -> None:
         """Add rows at the end."""
-        self._waiting.append(rows)
+        is_large = len(rows) >= self.chunk_rows
+        if is_large and self._waiting:
+            self._write(self.chunk_rows)
+        # what waits must not change with the caller's array; what is written at once needs no copy
+        self._waiting.append(rows if is_large else np.array(rows, copy=True))
         self._num_waiting += len(rows)
         self.num_rows += len(rows)
         if self._num_waiting >= self.chunk_rows:
@@ -121,7 +125,8 @@ class GrowingDataset:
         if self._waiting:
             written = self._dataset.shape[0]
             self._dataset.resize(self.num_rows, axis=0)
-            self._dataset[written:] = np.concatenate(self._waiting)
+            (rows,) = self._waiting if len(self._waiting) == 1 else (np.concatenate(self._waiting),)
+            self._dataset[written:] = rows
             self._waiting.clear()
             self._num_waiting = 0
         return self._dataset
@@ -455,12 +460,14 @@ class EmbeddingWriter:
         block: EmbeddingBlock | TokenBlock,
         ends: NDArray[np.int64],
     ) -> NDArray[np.floating]:
-        """Copy to the dtype of the file, refusing what is not finite."""
+        """Bring to the dtype of the file, refusing what is not finite."""
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused below
-            converted = np.array(matrix, dtype=self._dtype)
-        finite = np.isfinite(converted)
-        if finite.all():
+            converted = np.asarray(matrix, dtype=self._dtype)
+        # in parts: the tokens of one record may fill most of the memory
+        parts = range(0, len(converted), MAX_CHUNK_ROWS)
+        if all(np.isfinite(converted[start : start + MAX_CHUNK_ROWS]).all() for start in parts):
             return converted
+        finite = np.isfinite(converted)
         if self._kind == "pooled":
             finite |= np.array([[has_failed(row.flags)] for row in block.rows]) & np.isnan(converted)
             if finite.all():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from genoembed.config.finetune import EncoderConfig
-from genoembed.errors import CheckpointError, ConfigError, ModelError, foreign_code
+from genoembed.errors import CheckpointError, ConfigError, foreign_code
 from genoembed.models.behavior import forward_arguments
 from genoembed.models.layers import as_rows, capture
 from genoembed.models.trained_folder import HEADS_FILE, read_heads
@@ -128,12 +128,26 @@ class Encoder(nn.Module):
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        if self.padding == "equal" and not bool(attention_mask.all()):
-            message = (
-                f"batch: rows of different lengths, but {self.name} sees padding (it is neither causal nor "
-                "takes a mask); set rows_per_device to 1, or give sequences of one length"
-            )
-            raise ModelError(message)
+        if self.padding != "equal" or bool(attention_mask.all()):
+            return self._run_batch(input_ids, attention_mask, reduce)
+        # the model would read padding as sequence: a pass for the rows of each length, without any
+        is_real = attention_mask.bool()
+        lengths = is_real.sum(dim=1)
+        found: dict[str, Tensor] = {}
+        for length in lengths.unique().tolist():
+            here = is_real & (lengths == length)[:, None]
+            ids = input_ids[here].view(-1, length)
+            # cloned: without a graph a later block may write into what an earlier one gave
+            for path, hidden in self._run_batch(ids, torch.ones_like(ids), Tensor.clone).items():
+                rows = found.get(path)
+                if rows is None:
+                    rows = hidden.new_zeros(*is_real.shape, hidden.shape[-1])
+                found[path] = rows.masked_scatter(here[..., None], hidden)
+        return {path: reduce(hidden) for path, hidden in found.items()}
+
+    def _run_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         arguments: dict[str, Any] = forward_arguments(
             self.backbone, attention_mask if self.takes_mask else None
         )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import genoembed
+from genoembed.config.finetune import EncoderConfig
 from genoembed.errors import (
     ConfigError,
     DivergenceError,
@@ -25,6 +26,7 @@ from genoembed.errors import (
 )
 from genoembed.finetuning import trainer as finetune_trainer
 from genoembed.finetuning.trainer import FinetuneTrainer
+from genoembed.training.encoder import Encoder
 from tests.finetuning.cases import (
     CONTEXT,
     FAST,
@@ -155,7 +157,7 @@ def test_lora_targets_that_match_nothing_are_named(model, tmp_path):
         )  # fmt: skip
 
 
-def test_code_that_a_model_brings_is_saved_with_it_and_equal_lengths_are_asked_for(tmp_path):
+def test_code_that_a_model_brings_is_saved_with_it(tmp_path):
     folder = str(build_tiny("custom_conv", tmp_path / "conv"))
     rows = [{"sequence": s[:12], "label": i % 2} for i, s in enumerate(sequences(40))]
     path = write_table(tmp_path / "equal.tsv", rows)
@@ -163,9 +165,30 @@ def test_code_that_a_model_brings_is_saved_with_it_and_equal_lengths_are_asked_f
     report = genoembed.finetune(path, tmp_path / "run", **options, **FAST)
     again = genoembed.load_model(report.output, trust_remote_code=True)
     assert type(again.module).__name__ == "TinyConvModel"
-    unequal = write_classes(tmp_path / "c.tsv")
-    with pytest.raises(ModelError, match=r"sees padding .* set rows_per_device to 1"):
-        genoembed.finetune(unequal, tmp_path / "other", **options, **FAST)
+
+
+def test_rows_of_different_lengths_learn_as_alone_where_a_model_sees_padding(tmp_path):
+    folder = build_tiny("custom_conv", tmp_path / "conv")
+    model = genoembed.load_model(str(folder), trust_remote_code=True, dtype="float32")
+    encoder = Encoder(model, EncoderConfig(layers=("final", "0"), fusion="concat"))
+    assert encoder.padding == "equal"
+    ids = torch.randint(5, 10, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) < torch.tensor([9, 4, 9, 6])[:, None]
+    together = encoder.pooled(ids, mask.long(), mask)
+    together.square().sum().backward()
+    gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad()
+    alone = [
+        encoder.pooled(row[None, real], torch.ones(1, int(real.sum()), dtype=torch.long), real[None, real])
+        for row, real in zip(ids, mask, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    torch.cat(alone).square().sum().backward()
+    assert gradients
+    for one, other in zip(
+        gradients, (p.grad for p in encoder.parameters() if p.grad is not None), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

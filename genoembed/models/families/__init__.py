@@ -205,6 +205,14 @@ def _is_six_mer_esm(published: Published) -> bool:
     return _is_esm(published) and published.config.get("vocab_size") == 4**6 + 9
 
 
+def _is_caduceus(published: Published) -> bool:
+    return (
+        any(name.startswith("Caduceus") for name in published.classes)
+        or {"rcps", "bidirectional_weight_tie"} <= set(published.config)
+        or published.has_weight(".mamba_fwd.A_log")
+    )
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="GENA-LM",
@@ -231,6 +239,13 @@ FAMILIES: tuple[Family, ...] = (
         port="genoembed.models.families.nucleotide_transformer",
     ),
     Family(name="Nucleotide Transformer v1", model_type="esm", is_like=_is_six_mer_esm),
+    Family(
+        name="Caduceus",
+        model_type="caduceus",
+        is_like=_is_caduceus,
+        port="genoembed.models.families.caduceus",
+        tokenizer="genoembed.tokenization.published:hyena_characters",
+    ),
 )
 """In the order of asking: the first that recognizes a folder has it."""
 

@@ -143,6 +143,13 @@ class Family:
         return getattr(importlib.import_module(module), function)(folder, values)
 
 
+def _is_hyenadna(published: Published) -> bool:
+    settings = {"hyena_order", "short_filter_order", "filter_order", "d_model"}
+    names = {"HyenaDNAModel", "HyenaDNAForCausalLM", "HyenaDNAForSequenceClassification"}
+    is_said = bool(published.classes & names) or settings <= published.config.keys()
+    return is_said or published.has_weight("mixer.filter_fn.implicit_filter.0.weight")
+
+
 def _is_gena_lm(published: Published) -> bool:
     """Recognize what calls itself BERT, but has GENA-LM's norms or positions."""
     if published.model_type not in (None, "bert"):
@@ -244,6 +251,13 @@ FAMILIES: tuple[Family, ...] = (
         model_type="caduceus",
         is_like=_is_caduceus,
         port="genoembed.models.families.caduceus",
+        tokenizer="genoembed.tokenization.published:hyena_characters",
+    ),
+    Family(
+        name="HyenaDNA",
+        model_type="hyenadna",
+        is_like=_is_hyenadna,
+        port="genoembed.models.families.hyenadna",
         tokenizer="genoembed.tokenization.published:hyena_characters",
     ),
 )

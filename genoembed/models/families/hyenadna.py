@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.models.precision import without_autocast
+from genoembed.models.striped_hyena2.blocks import is_watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,11 +67,6 @@ class HyenaDNAConfig(PreTrainedConfig):
 
     Raises:
         ConfigError: If the fields do not describe a model; all problems at once.
-
-    Example:
-        >>> config = HyenaDNAConfig(d_model=32, max_seq_len=1026)
-        >>> config.hidden_size, config.num_embeddings
-        (32, 16)
     """
 
     model_type = "hyenadna"
@@ -339,7 +335,8 @@ class HyenaMlp(nn.Module):
         """Mix channels."""
         step = max(1, _MOST_VALUES // (self.inner * x_BLD.shape[0]))
         # whole where gradients need all inner states anyway, and where a hook expects one call
-        if x_BLD.shape[1] <= step or torch.is_grad_enabled() or _has_hooks(self):
+        is_seen = is_watched(self.fc1) or is_watched(self.fc2)
+        if x_BLD.shape[1] <= step or torch.is_grad_enabled() or is_seen:
             return self._run(x_BLD)
         y_BLD = torch.empty_like(x_BLD)
         for span in _spans(x_BLD.shape[1], step):
@@ -349,11 +346,6 @@ class HyenaMlp(nn.Module):
     def _run(self, x_BLD: Tensor) -> Tensor:
         y_BLD: Tensor = self.fc2(F.gelu(self.fc1(x_BLD), approximate="tanh"))
         return y_BLD
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    inside = (child for child in module.modules() if child is not module)
-    return any(child._forward_hooks or child._forward_pre_hooks for child in inside)
 
 
 class HyenaDNABlock(GradientCheckpointingLayer):
@@ -458,13 +450,7 @@ class HyenaDNAPreTrainedModel(PreTrainedModel):
 
 
 def position_features(length: int, num: int) -> tuple[Tensor, Tensor]:
-    """Compute what new models start with: time from 0 to 1 and ``(num - 1) / 2`` waves over the context.
-
-    Example:
-        >>> z, t = position_features(3, 3)
-        >>> z.shape, t.flatten().tolist()
-        (torch.Size([1, 3, 3]), [0.0, 0.5, 1.0])
-    """
+    """Compute what new models start with: time from 0 to 1 and ``(num - 1) / 2`` waves over the context."""
     t = torch.linspace(0, 1, length)[None, :, None]
     bands = (num - 1) // 2
     turns = 2 * math.pi * torch.arange(length, dtype=torch.float32)[None, :, None] / length

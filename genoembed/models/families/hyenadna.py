@@ -364,25 +364,13 @@ class HyenaDNABlock(GradientCheckpointingLayer):
         return x_BLD + self.mlp(self.norm2(x_BLD.to(self.norm2.weight.dtype)))
 
 
-class HyenaEmbeddings(nn.Module):
-    """Embedding of tokens."""
-
-    def __init__(self, config: HyenaDNAConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.num_embeddings, config.d_model)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Look up."""
-        x_BLD: Tensor = self.word_embeddings(input_ids)
-        return x_BLD
-
-
 class HyenaBackbone(nn.Module):
     """Embedding, blocks and last norm."""
 
     def __init__(self, config: HyenaDNAConfig) -> None:
         super().__init__()
-        self.embeddings = HyenaEmbeddings(config)
+        words = nn.Embedding(config.num_embeddings, config.d_model)
+        self.embeddings = nn.ModuleDict({"word_embeddings": words})
         self.layers = nn.ModuleList(HyenaDNABlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
@@ -419,12 +407,12 @@ class HyenaDNAPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of tokens."""
-        module: nn.Module = self.base_model.backbone.embeddings.word_embeddings
+        module: nn.Module = self.base_model.backbone.embeddings["word_embeddings"]
         return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of tokens."""
-        self.base_model.backbone.embeddings.word_embeddings = value
+        self.base_model.backbone.embeddings["word_embeddings"] = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -499,7 +487,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             message = "give exactly one of input_ids and inputs_embeds"
             raise ShapeError(message)
-        x_BLD = self.backbone.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if x_BLD.shape[1] > self.config.max_seq_len:
             message = (
                 f"input has {x_BLD.shape[1]} tokens, expected at most {self.config.max_seq_len}, for the "

@@ -171,7 +171,7 @@ class HyenaModulation(nn.Module):
         self.register_buffer("deltas", torch.zeros(1, 1, width))
 
 
-class HyenaFilter(nn.Module):
+class ImplicitFilter(nn.Module):
     """A long filter, computed from positions; float32 whatever the dtype of the model."""
 
     def __init__(self, config: HyenaDNAConfig) -> None:
@@ -239,7 +239,7 @@ class HyenaOperator(nn.Module):
         self.short_filter: nn.Module = nn.Conv1d(
             num_projections, num_projections, config.short_filter_order, padding=2, groups=num_projections
         )
-        self.filter_fn = HyenaFilter(config)
+        self.filter_fn = ImplicitFilter(config)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Mix positions."""
@@ -425,7 +425,7 @@ class HyenaDNAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, HyenaSin) and hasattr(module, "freq"):
             init.constant_(module.freq, module.initial)
-        elif isinstance(module, HyenaFilter):
+        elif isinstance(module, ImplicitFilter):
             init.normal_(module.bias)
         elif isinstance(module, HyenaPositions):
             z, t = position_features(module.z.shape[1], module.z.shape[2])

@@ -1,4 +1,8 @@
-"""Known-answer tests of an installation: a few seconds that say whether vectors can be trusted here."""
+"""Known-answer tests of an installation, or of a published model's weights: can vectors be trusted here?
+
+The bundled model has a known answer beside its weights. For published models, `genoembed.models.geneb` has
+short inputs and the vectors that the real weights give.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,22 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from genoembed.batching.pad import pad_batch, pool_mask
-from genoembed.contracts import EmbeddingBlock, ObsRow
-from genoembed.errors import GenoembedError
+from genoembed.config.fields import named_options
+from genoembed.config.files import DoctorConfig
+from genoembed.contracts import Batch, EmbeddingBlock, ObsRow
+from genoembed.errors import ConfigError, GenoembedError, ModelError
+from genoembed.models.geneb import known_answers, published_in, published_models, published_named
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
 from genoembed.models.provenance import weights_digest
-from genoembed.models.registry import BUNDLED_NAME
+from genoembed.models.registry import BUNDLED_NAME, suggestion
+from genoembed.pipeline.agreement import difference
 from genoembed.pooling.reduce import pool
 from genoembed.store import EmbeddingWriter, open_embeddings
 from genoembed.tokenization.char import CharTokenizer
@@ -29,8 +37,10 @@ from genoembed.tokenization.hf import build_encoder
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from genoembed.models.geneb import KnownAnswer, PublishedModel
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
@@ -42,6 +52,7 @@ KNOWN_ANSWER = "known_answer.json"
 _VECTOR_TOLERANCE = 1e-4
 _INVARIANCE_TOLERANCE = 1e-5
 _BFLOAT16_COSINE = 0.99
+_BASES_SHOWN = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,22 +69,71 @@ class DoctorCheck:
     """Wall time."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedCheck(DoctorCheck):
+    """A published vector, and how far the one computed here is from it."""
+
+    verdict: Literal["met", "missed"]
+    sequence: str
+    absolute: float
+    """Largest difference of a value; infinite where the vectors cannot be compared."""
+    relative: float
+    """The same, relative to the largest value."""
+    cosine: float
+    tolerance: float
+    """Largest relative difference that is met."""
+    revision: str | None
+    """Commit that the weights are of; None where their folder does not say."""
+    known_revision: str
+    """Commit that the published vector is of."""
+    is_known_revision: bool | None
+    """Whether the two are the same; None where the first is unknown."""
+
+
 class _WrongAnswerError(GenoembedError):
     """A test that gave another answer than the known one."""
 
 
+@named_options(DoctorConfig)
 def run_doctor(
-    *, model: str = BUNDLED_NAME, on_check: Callable[[DoctorCheck], None] | None = None
+    *,
+    model: str = BUNDLED_NAME,
+    known_as: str | None = None,
+    tolerance: float | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    on_check: Callable[[DoctorCheck], None] | None = None,
 ) -> list[DoctorCheck]:
-    """Test this installation against known answers.
+    """Test this installation, or the weights of a published model, against known answers.
 
     Args:
-        model: The bundled model, or a folder that holds a known answer next to its weights.
+        model: The bundled model, or a folder that holds a known answer next to its weights: the installation
+            is tested. A published model, by its short name or repository, or a folder with its weights: its
+            vectors are compared with published ones, on the inputs, states and pooling that these have.
+        known_as: Which published model the weights are, as a short name or repository; None takes ``model``.
+        tolerance: Largest difference to a published vector, relative to its largest value; None is 1e-4.
+        revision: Branch, tag or commit of a Hugging Face repository.
+        device: Where a published model runs, in float32; None is the CPU.
         on_check: Called with each result as soon as it is there.
 
     Returns:
-        One result a test; all are run, whatever fails.
+        One result a test; all are run, whatever fails. Those of a published model also say the verdict,
+        differences, tolerance, and the revisions of the weights and of the published vector.
+
+    Raises:
+        ConfigError: If an option is wrong, or nothing says which published model the weights are.
+        ModelError: If no vectors are published of the model, it is not run here, or it cannot be loaded.
     """
+    options = {"known_as": known_as, "tolerance": tolerance, "revision": revision, "device": device}
+    DoctorConfig.build({"model": model, **options})
+    published = _published(model, known_as)
+    if published is not None:
+        return _check_published(
+            published,
+            load_model(model, device=device or "cpu", dtype="float32", revision=revision),
+            tolerance=_VECTOR_TOLERANCE if tolerance is None else tolerance,
+            on_check=on_check,
+        )
     known = _KnownModel(model)
     tests: list[tuple[str, Callable[[], str]]] = [
         ("tokenizer ids", _check_tokenizer),
@@ -99,6 +159,115 @@ def run_doctor(
         if on_check is not None:
             on_check(check)
     return checks
+
+
+def _published(model: str, known_as: str | None) -> PublishedModel | None:
+    """Find which published model is meant; None for a model that brings its own known answer."""
+    folder = Path(model).expanduser()
+    name = known_as if known_as is not None or folder.exists() else model
+    if model == BUNDLED_NAME or (known_as is None and (folder / KNOWN_ANSWER).is_file()):
+        return None
+    found = None if name is None else published_named(name) or published_in(name)
+    with_answers = ", ".join(m.name for m in published_models() if m.is_run and known_answers(m.title))
+    if found is None and name is None:
+        message = (
+            f"model {model!r}: nothing says which published model this folder holds; set known_as to one of "
+            f"{with_answers}"
+        )
+        raise ConfigError(message)
+    if found is None:
+        key = "model" if known_as is None else "known_as"
+        message = f"{key} is {name!r}, which is no model of genoembed models; {suggestion(str(name))}"
+        raise ConfigError(message)
+    if not found.is_run:
+        message = (
+            f"model {found.name!r}: {found.title} is not run here ({found.reason}); choose {with_answers}"
+        )
+        raise ModelError(message)
+    if not known_answers(found.title):
+        message = f"model {found.name!r}: no vectors of {found.title} are known; they are of {with_answers}"
+        raise ModelError(message)
+    return found
+
+
+def _check_published(
+    published: PublishedModel,
+    model: GenomicModel,
+    *,
+    tolerance: float,
+    on_check: Callable[[DoctorCheck], None] | None,
+) -> list[DoctorCheck]:
+    """Compare each published vector of a model with the one that its weights give here."""
+    checks: list[DoctorCheck] = []
+    for answer in known_answers(published.title):
+        check = _check_answer(published, answer, model, tolerance=tolerance)
+        checks.append(check)
+        if on_check is not None:
+            on_check(check)
+    return checks
+
+
+def _check_answer(
+    published: PublishedModel, answer: KnownAnswer, model: GenomicModel, *, tolerance: float
+) -> PublishedCheck:
+    started = time.perf_counter()
+    ids, vector = _published_vector(published, answer, model)
+    found = difference(vector, np.array(answer.values))
+    problems = []
+    if answer.num_tokens not in (None, len(ids)):
+        problems.append(f"the tokenizer gives {len(ids)} tokens, expected {answer.num_tokens}")
+    if len(vector) != len(answer.values):
+        problems.append(f"the vector has {len(vector)} values, expected {len(answer.values)}")
+    elif not found.is_within(tolerance):
+        problems.append(f"the largest difference is {found.absolute:.1e}")
+    is_met = not problems
+    numbers = f"relative {found.relative:.1e}, tolerance {tolerance:.1g}, cosine {found.cosine:.7f}"
+    detail = f"met within {found.absolute:.1e}" if is_met else f"missed: {'; '.join(problems)}"
+    revision = model.provenance["revision"]
+    if revision is None:
+        origin = f"the folder names no revision, the vector is of {answer.revision[:12]}"
+    elif revision == answer.revision:
+        origin = f"revision {answer.revision[:12]} as recorded"
+    else:
+        origin = (
+            f"other revision: the weights are of {revision[:12]}, the vector is of {answer.revision[:12]}"
+        )
+    shown = answer.sequence[:_BASES_SHOWN] + ("..." if len(answer.sequence) > _BASES_SHOWN else "")
+    return PublishedCheck(
+        name=f"{published.title}, {shown} ({len(answer.sequence)} bases)",
+        passed=is_met,
+        detail=f"{detail} ({numbers}); {origin}",
+        seconds=time.perf_counter() - started,
+        verdict="met" if is_met else "missed",
+        sequence=answer.sequence,
+        absolute=found.absolute,
+        relative=found.relative,
+        cosine=found.cosine,
+        tolerance=tolerance,
+        revision=revision,
+        known_revision=answer.revision,
+        is_known_revision=None if revision is None else revision == answer.revision,
+    )
+
+
+def _published_vector(
+    published: PublishedModel, answer: KnownAnswer, model: GenomicModel
+) -> tuple[list[int], NDArray[np.float64]]:
+    """Embed an input as the benchmark does: letters as they are, special tokens counted where it counts them.
+
+    Returns the token ids and the vector.
+    """
+    multiple = published.trim or 1
+    bases = answer.sequence[: len(answer.sequence) // multiple * multiple]
+    ids = model.tokenizer(published.prefix + bases, add_special_tokens=published.adds_special_tokens)[
+        "input_ids"
+    ]
+    mask = torch.ones(1, len(ids), dtype=torch.int64)
+    batch = Batch(input_ids=torch.tensor([ids]), attention_mask=mask, pool_mask=mask.bool(), rows=(0,))
+    [layer] = model.resolve(published.state)
+    hidden_LD = model.forward(batch, [layer.path])[layer.path][0].double().cpu()
+    vector = hidden_LD[0] if published.pooling == "cls" else hidden_LD.mean(0)
+    return ids, vector.numpy()
 
 
 def embed_sequences(model: GenomicModel, sequences: Sequence[bytes], layer: str) -> Tensor:

@@ -14,7 +14,7 @@ from examples.package_mini import KNOWN_SEQUENCE, package
 from genoembed import CharTokenizer, doctor, load_model
 from genoembed.doctor import KNOWN_ANSWER, DoctorCheck, embed_sequences, run_doctor
 from genoembed.models.provenance import weights_digest
-from genoembed.models.registry import BUNDLED_FOLDER
+from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, ModelSource
 from tests.tiny_models import build_striped_hyena
 
 TOKENIZER, DIGEST, VECTOR, INVARIANCE, BFLOAT16, STORE, DEVICE = NAMES = (
@@ -146,15 +146,28 @@ def test_unreadable_known_answer_fails_what_needs_it(folder, text):
     assert all(detail.endswith("; install genoembed again") for detail in found.values())
 
 
-def test_missing_known_answer_is_named(folder):
+@pytest.fixture
+def installed(monkeypatch):
+    """Have the bundled model lie elsewhere, as in a damaged installation."""
+
+    def install(folder):
+        source = ModelSource(name=BUNDLED_NAME, location=str(folder), is_local=True)
+        monkeypatch.setattr(doctor, "locate_model", lambda _name: source)
+
+    return install
+
+
+def test_missing_known_answer_is_named(folder, installed):
     (folder / KNOWN_ANSWER).unlink()
-    found = failures(folder)
+    installed(folder)
+    found = failures(BUNDLED_NAME)
     assert set(found) == {DIGEST, VECTOR, INVARIANCE, BFLOAT16}
     assert set(found.values()) == {f"{folder / KNOWN_ANSWER} is missing; install genoembed again"}
 
 
-def test_missing_folder_leaves_the_tests_that_need_none(tmp_path):
-    assert set(failures(tmp_path / "nowhere")) == {DIGEST, VECTOR, INVARIANCE, BFLOAT16}
+def test_missing_folder_leaves_the_tests_that_need_none(tmp_path, installed):
+    installed(tmp_path / "nowhere")
+    assert set(failures(BUNDLED_NAME)) == {DIGEST, VECTOR, INVARIANCE, BFLOAT16}
 
 
 def test_vectors_that_depend_on_the_batch_are_found(folder, monkeypatch):

@@ -13,6 +13,7 @@ import click
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.output import aligned, count, echo_result
+from genoembed.config.files import DoctorConfig
 from genoembed.errors import visible
 
 if TYPE_CHECKING:
@@ -117,14 +118,22 @@ def show(check: Check) -> None:
 
 @command(
     "doctor",
-    short_help="Test this installation against known answers.",
-    examples="genoembed doctor",
+    DoctorConfig,
+    short_help="Test this installation, or a published model, against known answers.",
+    examples="""
+    genoembed doctor
+    genoembed doctor --model dnabert-2
+    genoembed doctor --model ./downloaded --as nt-v2-50m""",
     has_json=True,
 )
 @click.pass_context
-def doctor_command(ctx: click.Context, *, as_json: bool) -> None:
-    """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails."""
-    checks = genoembed.run_doctor(on_check=None if as_json else show)
+def doctor_command(ctx: click.Context, /, *, as_json: bool, **options: Any) -> None:
+    """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails.
+
+    With --model, the weights of a published model are run on the inputs whose vectors are published, and each
+    vector is compared with the published one.
+    """
+    checks = genoembed.run_doctor(**options, on_check=None if as_json else show)
     failed = sum(not check.passed for check in checks)
     echo_result({"checks": checks}, f"{count(len(checks), 'check')}, {failed} failed", as_json=as_json)
     if failed:

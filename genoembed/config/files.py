@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from genoembed.config.choices import (
     ComputeDtype,
     DuplicatePolicy,
@@ -14,6 +16,9 @@ from genoembed.config.choices import (
 )
 from genoembed.config.embed import DEFAULT_MODEL
 from genoembed.config.fields import Config, option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 LIMITS, CHECKED, MODEL, INPUT, OUTPUT = "What counts as equal", "What is checked", "Model", "Input", "Output"
 
@@ -176,6 +181,41 @@ class ConvertConfig(Config):
         reads=True,
     )
     overwrite: bool = option(False, help="Replace DIR once the new one is complete.")
+
+
+class DoctorConfig(Config):
+    """What is tested against known answers."""
+
+    model: str = option(
+        DEFAULT_MODEL,
+        metavar="NAME",
+        help="Test this model: a short name of 'genoembed models', its repository, or a folder (with --as).",
+        reads="if there",
+    )
+    known_as: str | None = option(
+        None,
+        flag="--as",
+        metavar="NAME",
+        shown_default="what --model names",
+        help="Which published model the weights are, as a short name or repository.",
+    )
+    tolerance: float | None = option(
+        None,
+        ge=0,
+        metavar="X",
+        shown_default="1e-4",
+        help="Largest difference to a published vector, relative to its largest value.",
+    )
+    revision: str | None = option(
+        None, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    )
+    device: str | None = option(None, metavar="DEVICE", shown_default="cpu", help="cpu, cuda, cuda:1 ...")
+
+    def _problems(self) -> Iterable[str]:
+        if self.model == DEFAULT_MODEL and self.known_as is not None:
+            yield f"known_as is {self.known_as!r}, but no model is named; set model to the weights to test"
+        if self.model == DEFAULT_MODEL and self.tolerance is not None:
+            yield f"tolerance is {self.tolerance:g}, but it is for published vectors; set model to one"
 
 
 class LayersConfig(Config):

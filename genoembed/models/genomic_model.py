@@ -33,6 +33,7 @@ from genoembed.models.provenance import (
     memory_content,
     parameters_digest,
     read_license,
+    read_revision,
     weights_checksum,
 )
 
@@ -166,7 +167,7 @@ class GenomicModel:
             "id": self.name,
             "class": type(self.module).__name__,
             "checkpoint": self.entry.name if self.entry is not None else None,
-            "revision": folder.name if folder is not None and folder.parent.name == "snapshots" else None,
+            "revision": None if folder is None else read_revision(folder),
             "weights_sha256": content[WEIGHTS],
             "content_sha256": content_digest(content),
             "content": content,

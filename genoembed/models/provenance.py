@@ -134,6 +134,19 @@ def weights_checksum(module: nn.Module) -> tuple[float, ...]:
         )
 
 
+def read_revision(folder: Path) -> str | None:
+    """Find the commit of a repository that a folder was fetched at; None where nothing says so."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    # what the hub's client leaves in a folder of the user's choice: commit, digest and time, one per line
+    note = folder / ".cache" / "huggingface" / "download" / f"{CONFIG}.metadata"
+    try:
+        commit = note.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, ValueError):
+        return None
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
 def read_license(folder: Path) -> str:
     """Read the license from a folder's model card."""
     for name in ("README.md", "MODEL_CARD.md"):

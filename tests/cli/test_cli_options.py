@@ -101,7 +101,8 @@ OPTIONS = {
         --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
         --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference --revision
         --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
-    "doctor": "",
+    "doctor": """
+        --as --device --model --revision --tolerance""",
 }
 CHOICES = {
     "on_error": FailurePolicy,

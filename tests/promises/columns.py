@@ -227,7 +227,12 @@ COLUMNS = {
         goes_on=True,
         bad_options=(("--window", "8", "--stride", "9"), ("--flank", "3")),
     ),
-    "doctor": Column(requires=False, words=(), runs_forward=True),
+    "doctor": Column(
+        requires=False,
+        words=(),
+        runs_forward=True,
+        bad_options=(("--tolerance", "-1"), ("--as", "nt-v2-50m")),
+    ),
 }
 
 VARIANTS = Column(

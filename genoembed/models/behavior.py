@@ -106,7 +106,7 @@ class Probe:
 
     def accepts_attention_mask(self) -> bool:
         """Check whether the model takes an attention mask and uses it."""
-        if not takes_argument(self.module, "attention_mask"):
+        if not takes_argument(self.module, "attention_mask") or getattr(self.module, "sees_padding", False):
             return False
         if getattr(self.module, "is_causal_by_construction", False):
             return True

@@ -150,6 +150,11 @@ def _is_hyenadna(published: Published) -> bool:
     return is_said or published.has_weight("mixer.filter_fn.implicit_filter.0.weight")
 
 
+def _is_big_bird(published: Published) -> bool:
+    """Recognize BigBird, such as GENA-LM's of 4096 tokens, that does not say what it is."""
+    return published.model_type is None and {"num_random_blocks", "block_size"} <= set(published.config)
+
+
 def _is_gena_lm(published: Published) -> bool:
     """Recognize what calls itself BERT, but has GENA-LM's norms or positions."""
     if published.model_type not in (None, "bert"):
@@ -226,6 +231,12 @@ FAMILIES: tuple[Family, ...] = (
         model_type="gena_lm",
         is_like=_is_gena_lm,
         port="genoembed.models.families.gena_lm",
+    ),
+    Family(
+        name="BigBird",
+        model_type="big_bird",
+        is_like=_is_big_bird,
+        port="genoembed.models.families.big_bird",
     ),
     Family(
         name="DNABERT",

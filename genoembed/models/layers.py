@@ -228,7 +228,10 @@ def _layer_info(module: nn.Module, path: str, blocks_path: str) -> LayerInfo:
 
 
 def _own_width(module: nn.Module, config_width: int | None) -> int | None:
-    """Read a module's output width from its parameters, where they determine it."""
+    """Read a module's output width from its parameters, where they determine it, or where it states it."""
+    stated = getattr(module, "output_width", None)  # ours, whose parameters serve both strands
+    if isinstance(stated, int):
+        return stated
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Embedding):

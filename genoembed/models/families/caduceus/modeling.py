@@ -284,14 +284,15 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         return self.base_model.backbone.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding of a model of one strand."""
-        self._check_one_strand()
+        """Replace the embedding."""
         self.base_model.backbone.embeddings.word_embeddings = value
 
-    def _check_one_strand(self) -> None:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Change the vocabulary of a model of one strand."""
         if self.config.rcps:
             message = "the vocabulary of a model with rcps is fixed: it holds the complement of each token"
             raise NotImplementedError(message)
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -418,8 +419,7 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head of a model of one strand."""
-        self._check_one_strand()
+        """Replace the head."""
         self.lm_head = new_embeddings
 
     def forward(

@@ -225,7 +225,23 @@ def _is_caduceus(published: Published) -> bool:
     )
 
 
+def _is_dnabert2(published: Published) -> bool:
+    """BERT with gates, and one product for queries, keys and values; its like is MosaicBERT."""
+    if published.model_type not in (None, "bert"):
+        return False
+    if published.weights:
+        parts = ("attention.self.Wqkv.weight", "mlp.gated_layers.weight")
+        return all(published.has_weight(f"encoder.layer.0.{part}") for part in parts)
+    return "alibi_starting_size" in published.config or "bert_layers" in published.modules
+
+
 FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="DNABERT-2",
+        model_type="dnabert2",
+        is_like=_is_dnabert2,
+        port="genoembed.models.families.dnabert2",
+    ),
     Family(
         name="GENA-LM",
         model_type="gena_lm",

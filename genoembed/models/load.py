@@ -342,7 +342,34 @@ def load_tokenizer(
             "the model's tokenizer into its folder"
         )
         raise ModelError(message)
+    check_reads_dna(tokenizer, source.name)
     return tokenizer
+
+
+_DNA_TAGS = ("<dna>", "</dna>")
+_NUCLEOTIDES, _AMINO_ACIDS = frozenset("acgtun"), frozenset("ACDEFGHIKLMNPQRSTVWY")
+
+
+def check_reads_dna(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that takes plain upper-case bases for something else, which no output would show."""
+    vocabulary = tokenizer.get_vocab()
+    letters = frozenset(token for token in vocabulary if len(token) == 1 and token.isascii())
+    lower = frozenset(letter for letter in letters if letter.islower())
+    if vocabulary.keys() >= {*_DNA_TAGS}:
+        problem = (
+            "its tokenizer reads DNA between <dna> and </dna> only, and bases without them as other text; "
+            "genoembed adds no such tags"
+        )
+    # all lower-case letters are nucleotides: other tokenizers with both cases have the whole alphabet
+    elif {*"acgt"} <= lower <= _NUCLEOTIDES and letters >= _AMINO_ACIDS:
+        problem = (
+            "its tokenizer reads DNA in lower case, and letters in upper case as protein; genoembed has "
+            "sequences in upper case"
+        )
+    else:
+        return
+    message = f"model {name!r}: {problem}; choose a model that reads plain DNA in upper case"
+    raise ModelError(message)
 
 
 def _file_of(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> Path | None:

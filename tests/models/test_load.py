@@ -10,21 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
     BertForMaskedLM,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from genoembed.errors import CheckpointError, ConfigError, LayerError, ModelError, ModelNotFoundError
 from genoembed.models.describe import describe_layers
-from genoembed.models.load import load_model
+from genoembed.models.load import check_reads_dna, load_model
 from genoembed.models.precision import has_amx
 from tests.models.conftest import make_batch
-from tests.tiny_models import build_config
+from tests.tiny_models import build_config, build_tiny
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -44,6 +46,43 @@ def with_tokenizer(module, folder: Path, tokenizer_from: Path) -> str:
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer_from / name, folder / name)
     return str(folder)
+
+
+def reader_of(*tokens):
+    vocabulary = {token: index for index, token in enumerate(("<unk>", "<pad>", *tokens))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        ((*"ACGTN", "<dna>", "</dna>"), "reads DNA between <dna> and </dna> only, and bases without them as"),
+        (
+            (*"ACDEFGHIKLMNPQRSTVWYXacgt", "<+>", "<->"),
+            "DNA in lower case, and letters in upper case as prot",
+        ),
+    ],
+)
+def test_tokenizer_that_takes_bases_for_something_else_is_refused(tokens, problem, tmp_path):
+    folder = build_tiny("llama", tmp_path / "tiny")
+    reader_of(*tokens).save_pretrained(folder)
+    with pytest.raises(ModelError, match=rf"{problem}.*choose a model that reads plain DNA in upper case"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        "ACGTNacgtn",
+        (*"ACDEFGHIKLMNPQRSTVWY", "<cls>"),
+        map(chr, range(33, 127)),
+        (*"ACGT", "<rna>", "</rna>", "<dna>"),
+    ],
+)
+def test_tokenizers_that_read_bases_are_not_refused(tokens):
+    check_reads_dna(reader_of(*tokens), "x")
 
 
 def test_model_is_in_eval_mode_and_says_what_it_is(tiny_model):

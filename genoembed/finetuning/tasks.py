@@ -346,7 +346,7 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
 def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     recipe, model, sides = config.recipe, config.encoder, found.sides
     start = load_causal(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    max_tokens = context_length(start.model)
+    max_tokens = context_length(start.model, start.tokenizer)
     crop = config.augment.max_crop_bp
     encode = DocumentEncoder(rules=start.rules, max_tokens=max_tokens)
     if max_tokens is not None and crop is None:

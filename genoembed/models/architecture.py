@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from torch.nn.modules.module import (
 )
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -295,13 +297,35 @@ def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[Any
         for name, found in _AUTO_CLASSES.items():
             if name in auto_map:
                 return found
-    return AutoModel
+    return _encoder_class(config) or AutoModel
+
+
+def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Find the class of an encoder alone: one saved without a decoder, or the part that is taken of both.
+
+    Such a folder has the type of the whole model; of what it holds, only ``architectures`` speaks.
+    """
+    whole = MODEL_MAPPING.get(type(config), None)
+    if whole is None:
+        return None
+    home = sys.modules[(whole[0] if isinstance(whole, tuple) else whole).__module__]
+    names = [
+        name for name in config.architectures or () if name.endswith(("Encoder", "EncoderModel", "Stack"))
+    ]
+    if config.is_encoder_decoder:
+        names += [name for name in vars(home) if name.endswith("EncoderModel")]
+    found = (getattr(home, name, None) for name in names)
+    return next(
+        (kind for kind in found if isinstance(kind, type) and issubclass(kind, PreTrainedModel)), None
+    )
 
 
 def base_of(whole: PreTrainedModel) -> PreTrainedModel:
     """Take the base model out of one with a head, and the encoder out of an encoder-decoder."""
     base = whole.base_model
-    if getattr(base.config, "is_encoder_decoder", False):
+    # a model that is an encoder with its embedding says that it is no encoder-decoder
+    is_wrapped = type(base).__name__.endswith("EncoderModel")
+    if getattr(base.config, "is_encoder_decoder", False) or is_wrapped:
         base = base.get_encoder()
     return base
 
@@ -313,6 +337,8 @@ def build_without_weights(
     loader = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"), nullcontext() if trust_remote_code else bounded_build(source):
+            if issubclass(loader, PreTrainedModel):
+                return base_of(loader(config))
             return base_of(loader.from_config(config, trust_remote_code=trust_remote_code))
     except GenoembedError:
         raise

@@ -19,6 +19,7 @@ from genoembed.models.layers import final_candidates, first_tensor, hooked
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from transformers import PreTrainedTokenizerBase
 
 PaddingPolicy: TypeAlias = Literal["mask", "right", "equal"]
 """``mask``: pad on the right and pass the mask; ``right``: padding on the right cannot be seen, because
@@ -34,7 +35,10 @@ _LENGTH_KEYS = (
     "max_sequence_length",
     "seq_length",
     "n_ctx",
+    "max_seqlen",
 )
+_MOST_TOKENS = 10**12
+"""Tokenizers without a limit state numbers beyond this one."""
 
 
 def padding_policy(*, accepts_attention_mask: bool, is_causal: bool) -> PaddingPolicy:
@@ -62,12 +66,21 @@ def forward_arguments(module: nn.Module, attention_mask: Tensor | None) -> dict[
     return arguments
 
 
-def context_length(module: nn.Module) -> int | None:
-    """Read how many tokens (special ones included) a model takes."""
+def context_length(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """Read how many tokens (special ones included) a model takes.
+
+    Its configuration decides; where that has no limit, the tokenizer's counts, if it states one.
+    """
     config = getattr(module, "config", None)
-    values = (getattr(config, key, None) for key in _LENGTH_KEYS)
+    # T5 has no positions to run out of: its n_positions is the length that it was trained with
+    is_relative = isinstance(getattr(config, "relative_attention_num_buckets", None), int)
+    keys = [key for key in _LENGTH_KEYS if not (is_relative and key == "n_positions")]
+    values = (getattr(config, key, None) for key in keys)
     limit = next((value for value in values if isinstance(value, int) and value > 0), None)
-    return None if limit is None else limit - _position_offset(module)
+    if limit is not None:
+        return limit - _position_offset(module)
+    stated = getattr(tokenizer, "model_max_length", None)
+    return int(stated) if isinstance(stated, int | float) and 0 < stated < _MOST_TOKENS else None
 
 
 def _position_offset(module: nn.Module) -> int:

@@ -102,7 +102,7 @@ class GenomicModel:
     @cached_property
     def max_length(self) -> int | None:
         """Longest input in tokens, special tokens included; None where there is no stated limit."""
-        return context_length(self.module)
+        return context_length(self.module, self.tokenizer)
 
     @cached_property
     def is_causal(self) -> bool:

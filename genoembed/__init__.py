@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from genoembed.extraction import ExtractionReport, extract, merge
     from genoembed.finetuning.predict import PredictionReport, predict
     from genoembed.finetuning.run import FinetuneReport, finetune
+    from genoembed.generation.run import GenerationReport, generate
     from genoembed.models.describe import ModelLayers, describe_layers
     from genoembed.models.geneb import PublishedModel, published_models
     from genoembed.models.genomic_model import GenomicModel
@@ -55,6 +56,7 @@ _HOMES = {
     "ExportReport": "genoembed.exporting.files",
     "ExtractionReport": "genoembed.extraction",
     "FinetuneReport": "genoembed.finetuning.run",
+    "GenerationReport": "genoembed.generation.run",
     "GenoembedError": "genoembed.errors",
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.genomic_model",
@@ -87,6 +89,7 @@ _HOMES = {
     "extract": "genoembed.extraction",
     "finetune": "genoembed.finetuning.run",
     "fit_transform": "genoembed.transforms",
+    "generate": "genoembed.generation.run",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
@@ -114,6 +117,7 @@ __all__ = [
     "ExportReport",
     "ExtractionReport",
     "FinetuneReport",
+    "GenerationReport",
     "GenoembedError",
     "GenoembedWarning",
     "GenomicModel",
@@ -147,6 +151,7 @@ __all__ = [
     "extract",
     "finetune",
     "fit_transform",
+    "generate",
     "known_models",
     "load_model",
     "merge",

@@ -95,6 +95,7 @@ RULES = {
     "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
     "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
+    "generation": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "searching": Rule(
         internal=("extraction", "embedding", "retrieval", *BELOW_VERBS),
         third_party=("numpy", "torch"),

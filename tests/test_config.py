@@ -182,6 +182,7 @@ CALLS = {
     "plot": ("a.h5",),
     "score": ("a.fa",),
     "score_variants": ("a.vcf", "a.fa"),
+    "generate": ("a.fa",),
     "compare": ("a.h5", "b.h5"),
     "verify": ("a.h5",),
     "export": ("a.h5", "npz"),

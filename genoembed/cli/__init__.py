@@ -34,6 +34,7 @@ COMMANDS = (
     "export",
     "export-model",
     "score",
+    "generate",
     "doctor",
 )
 """Every command, in the order of the help; each is ``NAME_command`` in its module."""

@@ -30,7 +30,14 @@ from genoembed.errors import GenoembedWarning, visible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from genoembed import ExtractionReport, InputCounts, PredictionReport, ScoreReport, VariantReport
+    from genoembed import (
+        ExtractionReport,
+        GenerationReport,
+        InputCounts,
+        PredictionReport,
+        ScoreReport,
+        VariantReport,
+    )
 
 
 INCOMPLETE = 3
@@ -241,7 +248,9 @@ def details(report: ExtractionReport) -> list[str]:
     ]
 
 
-def done_lines(report: ExtractionReport | PredictionReport | ScoreReport | VariantReport) -> list[str]:
+def done_lines(
+    report: ExtractionReport | GenerationReport | PredictionReport | ScoreReport | VariantReport,
+) -> list[str]:
     """Return lines about what an earlier run had finished, and what failed."""
     stats, failed = report.stats, report.failed
     before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"

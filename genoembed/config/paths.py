@@ -16,7 +16,7 @@ from genoembed.errors import InputFileError, Problem, Remedy, StoreError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-FileKind: TypeAlias = Literal["hdf5", "table", "picture", "export", "index", "folder"]
+FileKind: TypeAlias = Literal["hdf5", "table", "fasta", "picture", "export", "index", "folder"]
 """What an option writes."""
 STANDARD_STREAM = "-"
 _PATH_LIKE = ("./", "../", "/", "~")
@@ -24,6 +24,9 @@ _PATH_LIKE = ("./", "../", "/", "~")
 _HEAD_BYTES = 64
 _SEAL = b"genoembed-seal-1"
 """Last bytes of an HDF5 file that genoembed wrote and nobody has changed since."""
+_GENERATED = b" generated_by=genoembed-"
+"""In the first header of a FASTA file that genoembed wrote."""
+_LONGEST_LINE = 1 << 16
 _MAGIC = {
     b"\x89HDF": "HDF5",
     b"PAR1": "Parquet",
@@ -42,6 +45,7 @@ _MAGIC = {
 _MAY_REPLACE: Mapping[FileKind, frozenset[str]] = {
     "hdf5": frozenset({"HDF5"}),
     "table": frozenset({"text", "Parquet"}),
+    "fasta": frozenset({"sequence"}),
     "picture": frozenset({"PNG", "PDF", "markup", "text"}),
     "export": frozenset({"HDF5", "zip", "Parquet", "text"}),
     "index": frozenset({"binary"}),
@@ -127,6 +131,7 @@ def _check_kind(output: str, kind: FileKind) -> None:
     """Raise where the file that would be replaced is of another kind than what is written."""
     with Path(output).open("rb") as file:
         head = file.read(_HEAD_BYTES)
+        first_line = head.partition(b"\n")[0] + (b"" if b"\n" in head else file.readline(_LONGEST_LINE))
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(_SEAL)))
         tail = file.read()
     if not head:
@@ -138,7 +143,8 @@ def _check_kind(output: str, kind: FileKind) -> None:
             Remedy("output", words="another name"),
         )
         raise StoreError(problem, path=output)
-    if kind == "hdf5" and tail != _SEAL:
+    is_ours = {"hdf5": tail == _SEAL, "fasta": _GENERATED in first_line}.get(kind, True)
+    if not is_ours:
         problem = Problem(
             "was not written by genoembed, or changed since, and is not replaced",
             Remedy("output", words="another name, or remove the file"),

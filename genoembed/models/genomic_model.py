@@ -207,6 +207,11 @@ class GenomicModel:
         return layers
 
     @property
+    def trial_ids(self) -> Tensor:
+        """Some ordinary tokens, to see how the model behaves. int64, shape ``(L,)``."""
+        return self._probe.ids
+
+    @property
     def carries_state(self) -> bool:
         """Whether a sequence may run in blocks, each going on from the state that the one before has left."""
         return bool(getattr(self.module, "carries_state", False))

@@ -1,7 +1,7 @@
-"""The tables that commands write: TSV, CSV or Parquet; a file appears whole or not at all.
+"""The tables that commands write: TSV, CSV or Parquet, and FASTA; a file appears whole or not at all.
 
-In: rows, or columns of some rows at a time. Out: a file, or lines on standard output. Numbers have nine
-significant digits, with which every float32 reads back as it was; what does not exist is ``NA``.
+In: rows, or columns of some rows at a time; or sequences. Out: a file, or lines on standard output. Numbers
+have nine significant digits, with which every float32 reads back as it was; what does not exist is ``NA``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STDOUT = "-"
 _SEPARATORS = str.maketrans("\t\n\r", "   ")
 _ROW_GROUP = 4096
+_FASTA_WIDTH = 80
 
 
 class TableWriter(Protocol):
@@ -141,6 +142,40 @@ class _TextFile(_TextWriter):
     def close(self) -> None:
         with reporting_writes(self._path):
             self._stream.close()
+
+
+class FastaWriter:
+    """Writes sequences in lines of 80 letters."""
+
+    def __init__(self, stream: IO[str], path: str) -> None:
+        self._stream, self._path = stream, path
+
+    def write(self, header: str, sequence: str) -> None:
+        """Write one record; one without letters has a header only."""
+        with reporting_writes(self._path):
+            self._stream.write(f">{visible(header)}\n")
+            for start in range(0, len(sequence), _FASTA_WIDTH):
+                self._stream.write(f"{sequence[start : start + _FASTA_WIDTH]}\n")
+
+
+@contextmanager
+def open_fasta(output: str | PathLike[str], *, overwrite: bool = False) -> Iterator[FastaWriter]:
+    """Open a FASTA file to write; ``-`` is standard output."""
+    name = str(output)
+    if name == STDOUT:
+        yield FastaWriter(sys.stdout, name)
+        return
+    with replacing(name, overwrite=overwrite) as part:
+        with reporting_writes(name):
+            stream = part.open("w", encoding="utf-8", newline="")
+        try:
+            yield FastaWriter(stream, name)
+        except BaseException:
+            with suppress(OSError):  # a full disk shows again as the rest of the buffer is written
+                stream.close()
+            raise
+        with reporting_writes(name):
+            stream.close()
 
 
 class _ParquetWriter:

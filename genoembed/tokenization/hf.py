@@ -219,8 +219,38 @@ class _SlowEncoder:
 
 def _letters(token: str) -> str:
     """Strip the marks of word pieces and ignore case and the difference of T and U."""
-    text = token.removeprefix("##").removesuffix("@@").removesuffix("</w>").strip("▁Ġ ")
-    return text.upper().replace("U", "T")
+    return _without_marks(token).upper().replace("U", "T")
+
+
+def _without_marks(token: str) -> str:
+    return token.removeprefix("##").removesuffix("@@").removesuffix("</w>").strip("▁Ġ ")
+
+
+_DNA_LETTERS = ("ACGT", "ACGU", "acgt", "acgu")
+
+
+def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Find the tokens that are made of the four bases alone, as DNA in upper case, by id.
+
+    Of a vocabulary with several alphabets the first of these counts: DNA, RNA, both in lower case.
+
+    Example:
+        >>> letter_tokens(CharTokenizer())
+        {65: 'A', 67: 'C', 71: 'G', 84: 'T'}
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [index for index in range(len(tokenizer)) if index not in special]
+    tokens = [_without_marks(token or "") for token in tokenizer.convert_ids_to_tokens(ids)]
+    for letters in _DNA_LETTERS:
+        found = {
+            index: token
+            for index, token in zip(ids, tokens, strict=True)
+            if token and not token.strip(letters)
+        }
+        # with one letter lacking, it is another alphabet: A, C and G are in both DNA and RNA
+        if set(letters) <= set("".join(found.values())):
+            return {index: token.upper().replace("U", "T") for index, token in found.items()}
+    return {}
 
 
 def _lay_along(pieces: Sequence[str | None], text: str) -> NDArray[np.int64] | None:

@@ -101,6 +101,11 @@ OPTIONS = {
         --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
         --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference --revision
         --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
+    "generate": """
+        --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --gaps --invalid
+        --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o --on-error --output
+        --overwrite --revision --seed --start-token --stop-at-end --tag --temperature --threads --top-k
+        --top-p --trust-remote-code --with-prompt""",
     "doctor": """
         --as --device --model --revision --tolerance""",
 }

@@ -48,6 +48,7 @@ def run(words):
         ("export a.h5 --to csv -o a.csv", 0, ("a.csv",)),
         ("score in.fa", 0, ()),
         ("score in.fa -o in.tsv --per-base bases.tsv", 0, ("in.tsv", "bases.tsv")),
+        ("generate in.fa --length 2 -o out.fa", 0, ("out.fa",)),
         ("compare a.h5 a.h5 -o c.tsv", 0, ("c.tsv",)),
         ("plot a.h5 -o p.svg -o p.tsv -o p.html --values labels.tsv", 0, ("p.svg", "p.tsv", "p.html")),
         ("probe a.h5 --labels labels.tsv", 1, ()),

@@ -227,6 +227,15 @@ COLUMNS = {
         goes_on=True,
         bad_options=(("--window", "8", "--stride", "9"), ("--flank", "3")),
     ),
+    "generate": Column(
+        why_fresh="one unit here; tests/generation/test_goes_on.py changes what it goes on with",
+        words=("queries.fa", *MODEL, "-n", "2", "--length", "4", *SPEED),
+        inputs=("queries.fa",),
+        output=("-o", "generated.fa"),
+        runs_forward=True,
+        goes_on=True,
+        bad_options=(("--top-p", "0"), ("--temperature", "-1"), ("--length", "0")),
+    ),
     "doctor": Column(
         requires=False,
         words=(),

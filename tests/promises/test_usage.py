@@ -215,6 +215,7 @@ def test_overwrite_replaces_what_the_command_wrote(name, warm, world):
 
 BREAKS = {
     "extract": "seqs.fa", "score": "queries.fa", "predict": "queries.fa", "search": "queries.fa",
+    "generate": "queries.fa",
     "pretrain": "seqs.fa", "probe": "seqs.fa", "finetune": "train.tsv", "score --vcf": "calls.vcf",
 }  # fmt: skip
 

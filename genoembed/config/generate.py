@@ -1,0 +1,127 @@
+"""Options of generation: how prompts are continued."""
+
+from __future__ import annotations
+
+from genoembed.config.choices import ComputeDtype, FailurePolicy, StartChoice
+from genoembed.config.embed import INPUT, MODEL, ModelConfig, PolicyConfig
+from genoembed.config.fields import option
+
+SEQUENCES, DRAWS, OUTPUT = "Sequences", "How tokens are drawn", "Output"
+
+
+class GenerateConfig(ModelConfig, PolicyConfig):
+    """How prompts are continued, and where the sequences go."""
+
+    inputs: tuple[str, ...] = option(
+        argument=True,
+        metavar="PROMPTS",
+        help="Sequence files in any format of extract; - is standard input.",
+        reads=True,
+    )
+    dtype: ComputeDtype = option(
+        "float32",
+        group=MODEL,
+        basic=True,
+        help="Type of weights and activations; in half precision, sequences depend on how many are made "
+        "together.",
+    )
+    num_samples: int = option(
+        1,
+        ge=1,
+        unit="sequences",
+        group=SEQUENCES,
+        basic=True,
+        short="-n",
+        metavar="N",
+        help="Sequences for each prompt.",
+    )
+    length: int = option(
+        500,
+        ge=1,
+        unit="bases",
+        group=SEQUENCES,
+        basic=True,
+        metavar="BASES",
+        help="Bases of a sequence, without its prompt. A token of several bases may go beyond.",
+    )
+    stop_at_end: bool = option(
+        True,
+        group=SEQUENCES,
+        help="End a sequence where the model ends a document; without it that token is never drawn.",
+    )
+    start_token: StartChoice = option(
+        "auto",
+        group=SEQUENCES,
+        help="What the model reads before a prompt: auto takes the token that begins a sequence in training, "
+        "none nothing.",
+    )
+    tag: str | None = option(
+        None,
+        group=SEQUENCES,
+        metavar="TEXT",
+        help="Text that the model reads before each prompt, such as the lineages that Evo models know.",
+    )
+    temperature: float = option(
+        1.0,
+        ge=0,
+        group=DRAWS,
+        basic=True,
+        metavar="X",
+        help="Below 1, likely tokens become likelier; 0 takes the likeliest one.",
+    )
+    top_k: int | None = option(
+        None,
+        ge=1,
+        unit="tokens",
+        group=DRAWS,
+        basic=True,
+        metavar="N",
+        shown_default="all",
+        help="Draw from the N likeliest tokens only.",
+    )
+    top_p: float = option(
+        1.0,
+        gt=0,
+        le=1,
+        group=DRAWS,
+        basic=True,
+        metavar="P",
+        help="Draw from the fewest tokens only whose probabilities sum to P.",
+    )
+    seed: int = option(0, ge=0, group=DRAWS, basic=True, metavar="N", help="Random seed.")
+    batch_rows: int = option(
+        32,
+        ge=1,
+        unit="sequences",
+        group=MODEL,
+        metavar="N",
+        help="Sequences that grow together; fewer need less memory.",
+    )
+    cache: bool = option(
+        True,
+        group=MODEL,
+        help="Go on from the model's state after each token; without it, the model reads everything again.",
+    )
+    on_error: FailurePolicy = option(
+        "stop",
+        group=INPUT,
+        basic=True,
+        help="A prompt that fails (values that are not finite, no memory, too short for a token): stop, or "
+        "write a record without bases and exit with 3 at the end.",
+    )
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        metavar="FILE",
+        shown_default="standard output",
+        help="The FASTA file to write.",
+        writes="fasta",
+    )
+    with_prompt: bool = option(
+        False, group=OUTPUT, help="Write each sequence with the prompt before it, not alone."
+    )
+    overwrite: bool = option(
+        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
+    )

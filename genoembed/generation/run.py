@@ -21,7 +21,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.generate import GenerateConfig
 from genoembed.config.paths import check_paths, path_strings
 from genoembed.errors import ConfigError, EmptyRecordError, visible
-from genoembed.generation.sampler import GeneratorOptions, Sample, SamplingOptions, SequenceGenerator
+from genoembed.generation.sampler import GeneratorOptions, SampledSequence, SamplingOptions, SequenceGenerator
 from genoembed.models.language_model import LanguageModel, check_has_head
 from genoembed.models.provenance import WEIGHTS
 from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems, use_threads
@@ -199,7 +199,9 @@ def generate(
         for unit in iter_units(records, max_records=per_unit):
             values = kept.take(unit, partial(_generate_unit, unit, generator))
             for record, value in zip(unit.records, values, strict=True):
-                outputs.add(record, value if isinstance(value, str) else [Sample(*one) for one in value])
+                outputs.add(
+                    record, value if isinstance(value, str) else [SampledSequence(*one) for one in value]
+                )
         if not outputs.num_prompts:
             problem = f"no record is left to continue ({counts}); check the input"
             raise EmptyRecordError(problem, path=str(inputs))
@@ -286,7 +288,7 @@ def _identity(config: GenerateConfig, generator: SequenceGenerator) -> dict[str,
     }
 
 
-def _generate_unit(unit: WorkUnit, generator: SequenceGenerator) -> list[list[Sample] | str]:
+def _generate_unit(unit: WorkUnit, generator: SequenceGenerator) -> list[list[SampledSequence] | str]:
     generator.stats.units += 1
     return generator.generate(unit.records)
 
@@ -307,7 +309,7 @@ class _Outputs:
         self._generator = generator
         self._made_by = _how_made(config, generator)
 
-    def add(self, record: SequenceRecord, samples: Sequence[Sample] | str) -> None:
+    def add(self, record: SequenceRecord, samples: Sequence[SampledSequence] | str) -> None:
         """Write or keep the sequences of a prompt; text says why it has none."""
         self.num_prompts += 1
         if isinstance(samples, str):

@@ -174,7 +174,7 @@ class Prompt:
     """Whether the context has no room for the whole record."""
 
 
-class Sample(NamedTuple):
+class SampledSequence(NamedTuple):
     """One continuation: what JSON holds."""
 
     sequence: str
@@ -331,9 +331,9 @@ class SequenceGenerator:
             is_windowed=is_windowed,
         )
 
-    def generate(self, records: Sequence[SequenceRecord]) -> list[list[Sample] | str]:
+    def generate(self, records: Sequence[SequenceRecord]) -> list[list[SampledSequence] | str]:
         """Continue a few prompts; of one that fails, where that is allowed, say why."""
-        made: list[list[Sample] | str] = [[] for _ in records]
+        made: list[list[SampledSequence] | str] = [[] for _ in records]
         orders = []
         for index, record in enumerate(records):
             try:
@@ -356,7 +356,7 @@ class SequenceGenerator:
                 made[row.order.record_index] = row.failed
             elif isinstance(samples, list):
                 assert row.ended is not None
-                samples.append(Sample("".join(row.words), row.log_likelihood, row.ended))
+                samples.append(SampledSequence("".join(row.words), row.log_likelihood, row.ended))
         self.stats.records += len(records)
         return made
 

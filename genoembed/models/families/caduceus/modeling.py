@@ -52,7 +52,7 @@ class CaduceusMixer(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         inner_BLE, gate_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
-        u_BLE = F.silu(self._convolve(inner_BLE))
+        u_BLE = F.silu(self._convolve(inner_BLE), inplace=True)
         low, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
         # both in float32, also where the caller computes in another type
         with torch.autocast(x_BLD.device.type, enabled=False):
@@ -72,8 +72,8 @@ class CaduceusMixer(nn.Module):
             taps_KE = taps_KE.flip(0)
         y_BLE = padded[:, : x_BLE.shape[1]] * taps_KE[0]
         for shift in range(1, len(taps_KE)):
-            y_BLE = torch.addcmul(y_BLE, padded[:, shift : shift + x_BLE.shape[1]], taps_KE[shift])
-        return y_BLE if self.conv1d.bias is None else y_BLE + self.conv1d.bias
+            y_BLE.addcmul_(padded[:, shift : shift + x_BLE.shape[1]], taps_KE[shift])
+        return y_BLE if self.conv1d.bias is None else y_BLE.add_(self.conv1d.bias)
 
 
 class CaduceusBothDirections(nn.Module):

@@ -49,11 +49,14 @@ def selective_scan(
     parameters = (A_NE.float(), skip_E.float())
     chunk, num_rows = _tile(A_NE)
     keeps_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (*by_position, *parameters))
+    y_BLE = torch.empty_like(u_BLE, memory_format=torch.contiguous_format)
+    # used by chunk after chunk: to allocate them anew takes longer than to fill them
+    room = torch.empty((2, min(num_rows, len(u_BLE)), chunk, *A_NE.shape), device=A_NE.device)
     starts = range(0, u_BLE.shape[1], chunk)
-    rows_of_y = []
-    for row in range(0, u_BLE.shape[0], num_rows):
+    found = []
+    for row in range(0, len(u_BLE), num_rows):
         rows = slice(row, row + num_rows)
-        state = torch.zeros_like(A_NE, dtype=torch.float32).repeat(len(u_BLE[rows]), 1, 1)
+        state = torch.zeros_like(room[0, : len(u_BLE[rows]), 0])
         pieces = []
         for start in reversed(starts) if reverse else starts:
             span = slice(start, start + chunk)
@@ -64,11 +67,13 @@ def selective_scan(
                 y, state = checkpoint(
                     _scan_chunk, *inputs, *parameters, state, use_reentrant=False, preserve_rng_state=False
                 )
+                pieces.append(y.flip(1) if reverse else y)
             else:
-                y, state = _scan_chunk(*(*inputs, *parameters, state))
-            pieces.append(y.flip(1) if reverse else y)
-        rows_of_y.append(torch.cat(pieces[::-1] if reverse else pieces, dim=1))
-    return torch.cat(rows_of_y)
+                y, state = _scan_chunk(*(*inputs, *parameters, state), room=room)
+                y_BLE[rows, span] = y.flip(1) if reverse else y
+        if keeps_graph:
+            found.append(torch.cat(pieces[::-1] if reverse else pieces, dim=1))
+    return torch.cat(found) if keeps_graph else y_BLE
 
 
 def _tile(A_NE: Tensor) -> tuple[int, int]:
@@ -93,18 +98,24 @@ def _scan_chunk(
     A_NE: Tensor,
     skip_E: Tensor,
     state_BNE: Tensor,
+    *,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a chunk from the state before it; return its outputs and the state after it."""
+    """Run a chunk from the state before it; return its outputs and the state after it.
+
+    Where no gradients are wanted, ``room`` is for its decays and states.
+    """
     dtype = u_BTE.dtype
     u_BTE, step_BTE = u_BTE.float(), F.softplus(raw_step_BTE.float())
-    decay_BTNE = (step_BTE[:, :, None] * A_NE).exp_()
-    inflow_BTNE = (step_BTE * u_BTE)[:, :, None] * B_BTN.float()[..., None]
-    if torch.is_grad_enabled():
+    decays, inflows = (None, None) if room is None else room[:, : u_BTE.shape[0], : u_BTE.shape[1]]
+    decay_BTNE = torch.mul(step_BTE[:, :, None], A_NE, out=decays).exp_()
+    inflow_BTNE = torch.mul((step_BTE * u_BTE)[:, :, None], B_BTN.float()[..., None], out=inflows)
+    if room is None:
         states_BTNE = _LinearRecurrence.apply(decay_BTNE, inflow_BTNE, state_BNE)
     else:
         states_BTNE = _recur(decay_BTNE, inflow_BTNE, state_BNE, inflow_BTNE)
     y_BTE = (C_BTN.float()[:, :, None] @ states_BTNE)[:, :, 0] + u_BTE * skip_E
-    # cloned, or it would hold the states of the whole chunk
+    # cloned: the next chunk writes over the states, or would hold all of them
     return (y_BTE * F.silu(gate_BTE.float())).to(dtype), states_BTNE[:, -1].clone()
 
 

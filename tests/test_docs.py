@@ -138,6 +138,49 @@ def test_reference_has_every_public_name():
     assert set(genoembed.__all__) - named - errors == {"__version__"}
 
 
+def vector_of(model) -> str:
+    """Say how the GENEB benchmark makes a vector, as the table in MODELS.md has it."""
+    counts = ", special tokens count" if model.pools_special_tokens and model.pooling == "mean" else ""
+    parts = [model.pooling + counts]
+    if model.is_run and not model.adds_special_tokens:
+        parts.append("none are added")
+    if model.prefix:
+        parts.append(f"`{model.prefix}` in front")
+    if model.trim:
+        parts.append(f"cut at the end to a multiple of {model.trim}")
+    return "; ".join(parts)
+
+
+def test_models_lists_the_published_models_as_the_table_has_them():
+    page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    expected = [
+        (f"`{m.name}`", f"`{m.repo_id}`" if m.repo_id else "-", m.license, vector_of(m), m.tested)
+        for m in genoembed.published_models()
+    ]
+    assert rows == [f"| {' | '.join(cells)} |" for cells in expected]
+
+
+def test_published_model_of_the_readme_runs_as_it_is_written_there(stage, tmp_path, monkeypatch):
+    """From a local folder in the published layout, of the name that the README gives."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if line.startswith("| Use a published model"))
+    name = re.findall(r"`--model (\S+)`", row)[0]
+    shutil.copytree(ROOT / "tests" / "golden" / "families" / "nt_v2", tmp_path / name)
+    shutil.copy(stage / "genome.fasta", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = next(words for words in command_lines(readme) if words[:2] == ["extract", "genome.fasta"])
+    source, *_ = command[1:]
+    words = [sys.executable, "-m", "genoembed", "extract", source, "--model", name, "-o", "out.h5"]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    with genoembed.open_embeddings("out.h5") as file:
+        assert file.provenance["model"]["class"] == "NucleotideTransformerModel"
+        assert len(file) == 1
+
+
 def test_architecture_names_files_and_names_that_exist():
     page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
     quoted = [text for text in re.findall(r"`([^`\n]+)`", page) if not re.search("NAME|OUTPUT", text)]

@@ -279,6 +279,7 @@ FAMILIES: tuple[Family, ...] = (
         is_like=_is_caduceus,
         port="genoembed.models.families.caduceus",
         tokenizer="genoembed.tokenization.published:hyena_characters",
+        special_tokens=False,
     ),
     Family(
         name="HyenaDNA",
@@ -286,6 +287,7 @@ FAMILIES: tuple[Family, ...] = (
         is_like=_is_hyenadna,
         port="genoembed.models.families.hyenadna",
         tokenizer="genoembed.tokenization.published:hyena_characters",
+        special_tokens=False,
     ),
 )
 """In the order of asking: the first that recognizes a folder has it."""

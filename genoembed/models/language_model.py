@@ -74,7 +74,8 @@ class LanguageModel:
             )
             raise ModelError(message)
         self.model = model
-        self._whole = None if isinstance(model.module, StripedHyena2Model) else _load_whole(model)
+        is_tied = isinstance(model.module, StripedHyena2Model) and model.module.config.tie_word_embeddings
+        self._whole = None if is_tied else _load_whole(model)
         self._base = model.module if self._whole is None else base_of(self._whole)
 
     def log_probs(self, batch: Batch, *, layers: Sequence[str], take: Take, block_tokens: int) -> Tensor:
@@ -178,8 +179,8 @@ class LanguageModel:
         return self._unembed(self._base(ids_BL, **arguments).last_hidden_state)
 
     def _unembed(self, hidden_BLD: Tensor) -> Tensor:
-        """Score every token, as StripedHyena 2 does."""
-        embedding_VD = self._base.get_input_embeddings().weight  # StripedHyena 2 is tied to it
+        """Score every token, as StripedHyena does."""
+        embedding_VD = self._base.get_input_embeddings().weight  # StripedHyena is tied to it
         return F.linear(hidden_BLD.to(embedding_VD.device), embedding_VD)
 
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from genoembed.tokenization.char import CharTokenizer
 from genoembed.tokenization.kmer import read_vocabulary
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def hyena_characters(folder: Path, values: Mapping[str, Any]) -> PreTrainedToken
         },
         model_max_length=values.get("model_max_length"),
     )
+
+
+def evo1_bytes(folder: Path, values: Mapping[str, Any]) -> CharTokenizer:
+    """Build the tokenizer of Evo 1: a byte is a token, as in Evo 2; saved ones keep their settings."""
+    if values.get("tokenizer_class") == CharTokenizer.__name__:
+        return CharTokenizer.from_pretrained(folder)
+    return CharTokenizer()
 
 
 def generator_kmers(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -143,6 +143,13 @@ class Family:
         return getattr(importlib.import_module(module), function)(folder, values)
 
 
+def _is_evo1(published: Published) -> bool:
+    """StripedHyena 1; the second has three kinds of filters, and logarithms of its poles."""
+    settings = {"hyena_layer_idxs", "attn_layer_idxs", "state_size"}
+    is_said = "StripedHyenaModelForCausalLM" in published.classes or settings <= published.config.keys()
+    return is_said or published.has_weight("filter.poles")
+
+
 def _is_hyenadna(published: Published) -> bool:
     settings = {"hyena_order", "short_filter_order", "filter_order", "d_model"}
     names = {"HyenaDNAModel", "HyenaDNAForCausalLM", "HyenaDNAForSequenceClassification"}
@@ -288,6 +295,13 @@ FAMILIES: tuple[Family, ...] = (
         port="genoembed.models.families.hyenadna",
         tokenizer="genoembed.tokenization.published:hyena_characters",
         special_tokens=False,
+    ),
+    Family(
+        name="Evo 1",
+        model_type="stripedhyena",
+        is_like=_is_evo1,
+        port="genoembed.models.families.evo1",
+        tokenizer="genoembed.tokenization.published:evo1_bytes",
     ),
 )
 """In the order of asking: the first that recognizes a folder has it."""

@@ -276,13 +276,17 @@ class RotaryEmbedding(Float32Keeper):
         """Rotate queries or keys to their positions."""
         # Interpolation divides the positions, not the frequencies, as in the original: these are rounded, so
         # the two would differ. Integers up to 2**24 are exact in float32; contexts reach 2**20.
-        angles_BLF = (position_ids_BL.float() / self.factor)[..., None] * self.inv_freq.float()
-        # cos and sin are rounded to the input's dtype, as the original's tables are; the rotation is float32
-        cos = angles_BLF.cos().to(x_BLHE.dtype).float()[:, :, None, :]
-        sin = angles_BLF.sin().to(x_BLHE.dtype).float()[:, :, None, :]
-        first, second = x_BLHE.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-        return rotated.to(x_BLHE.dtype)
+        return rotate(x_BLHE, (position_ids_BL.float() / self.factor)[..., None] * self.inv_freq.float())
+
+
+def rotate(x_BLHE: Tensor, angles_BLF: Tensor) -> Tensor:
+    """Rotate the pairs of an input's first and second half; ``F = E / 2`` angles in float32."""
+    # cos and sin are rounded to the input's dtype, as the original's tables are; the rotation is float32
+    cos = angles_BLF.cos().to(x_BLHE.dtype).float()[:, :, None, :]
+    sin = angles_BLF.sin().to(x_BLHE.dtype).float()[:, :, None, :]
+    first, second = x_BLHE.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.to(x_BLHE.dtype)
 
 
 class Attention(nn.Module):
@@ -297,14 +301,17 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
         self.out_proj = StreamLinear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.rotary_emb: nn.Module = RotaryEmbedding(config)
+
+    def split_heads(self, qkv_BLP: Tensor) -> tuple[Tensor, ...]:
+        """Split a projection into query, key and value, each ``(B, L, H, E)``."""
+        # (heads, 3, size), not (3, heads, size): the released files hold query, key and value head by head
+        return qkv_BLP.unflatten(-1, (self.num_heads, 3, -1)).unbind(dim=3)
 
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Attend to this and earlier positions."""
         batch, length, width = x_BLD.shape
-        # (heads, 3, size), not (3, heads, size): the released files hold query, key and value head by head
-        qkv = self.Wqkv(x_BLD).view(batch, length, self.num_heads, 3, width // self.num_heads)
-        query, key, value = qkv.unbind(dim=3)
+        query, key, value = self.split_heads(self.Wqkv(x_BLD))
         query = self.rotary_emb(query, context.position_ids_BL).transpose(1, 2)
         key = self.rotary_emb(key, context.position_ids_BL).transpose(1, 2)
         value = value.transpose(1, 2)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -53,7 +53,7 @@ class Unembedding(nn.Module):
 class StripedHyena2PreTrainedModel(PreTrainedModel):
     """What transformers needs to know about the family, and initialization."""
 
-    config_class = StripedHyena2Config
+    config_class: type[PreTrainedConfig] = StripedHyena2Config
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -61,7 +61,7 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embedding_layer"
     _no_split_modules: ClassVar[list[str]] = ["HyenaBlock", "AttentionBlock"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq"]
-    embedding_layer_template = "blocks.{index}.mlp.l3"
+    embedding_layer_template: str | None = "blocks.{index}.mlp.l3"
     """What a layer given as an integer means, as in Evo 2's own example."""
     final_layer_path = "norm"
     is_causal_by_construction = True
@@ -98,12 +98,15 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         super().__init__(config)
         self.embedding_layer: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            (AttentionBlock if config.block_kind(index) == "attention" else HyenaBlock)(config, index)
-            for index in range(config.num_hidden_layers)
+            self._build_block(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config)
+        self.norm: nn.Module = RMSNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _build_block(self, config: StripedHyena2Config, index: int) -> nn.Module:
+        kind = AttentionBlock if config.block_kind(index) == "attention" else HyenaBlock
+        return kind(config, index)
 
     def forward(
         self,

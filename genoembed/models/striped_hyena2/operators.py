@@ -68,33 +68,52 @@ class ModalMatrices(NamedTuple):
     inside_DCC: Tensor
     """What input j of a chunk gives to output i, at ``[:, j, i]``."""
     entering_DCS: Tensor
-    """What input j of a chunk adds to the state after it."""
+    """What input j of a chunk adds to the state after it; of complex states, real and imaginary parts."""
     leaving_DSC: Tensor
     """What the state before a chunk gives to output i."""
     decay_DS: Tensor
-    """What is left of a state after a chunk. float32 or float64."""
+    """What is left of a state after a chunk. float32 or float64, or complex of that precision."""
 
 
 def modal_matrices(log_poles: Tensor, residues: Tensor, *, chunk: int, dtype: torch.dtype) -> ModalMatrices:
     """Prepare a modal filter for :func:`modal_convolution`; worth keeping while poles and residues stay."""
     accumulator = _accumulator(dtype)
-    log_poles, residues = log_poles.to(accumulator), residues.to(accumulator)
-    steps = torch.arange(chunk, device=log_poles.device, dtype=accumulator)
-    # Poles are real and stored as logarithms (below 0), so a power is one exp of a product, not a chain of
+    if log_poles.is_complex():
+        # taken as precise as they come: an angle's error grows with the steps
+        kept = accumulator.to_complex()
+    else:
+        kept = accumulator
+        log_poles, residues = log_poles.to(accumulator), residues.to(accumulator)
+    steps = torch.arange(chunk, device=log_poles.device, dtype=log_poles.real.dtype)
+    # Poles come as logarithms (real ones below 0), so a power is one exp of a product, not a chain of
     # rounded products. Entry [d, s, t]: what is left of a mode after t = 0 .. C - 1 steps.
     decay_DSC = torch.exp(log_poles[:, :, None] * steps)
     with without_autocast(log_poles.device):  # it would sum the modes in half precision
-        impulse_DC = torch.bmm(residues[:, None], decay_DSC)[:, 0]
+        impulse_DC = torch.bmm(residues[:, None], decay_DSC)[:, 0].real
     inside_DCC = toeplitz_matrix(impulse_DC, num_rows=chunk, history=0).transpose(1, 2)
     # The state before the chunk is a mode's value at the chunk's last position but one chunk ago: output i is
     # i + 1 steps later, hence the extra pole. Residues weigh here and in `inside`, never in the state itself.
     leaving_DSC = (residues * torch.exp(log_poles))[:, :, None] * decay_DSC
+    # the real part of a product is that of the real parts, less that of the imaginary ones
+    leaving_DCS = _as_values(leaving_DSC.transpose(1, 2).conj())
     return ModalMatrices(
         inside_DCC.to(dtype),
-        decay_DSC.flip(-1).transpose(1, 2).to(dtype),
-        leaving_DSC.to(dtype),
-        torch.exp(log_poles * chunk),
+        _as_values(decay_DSC.flip(-1).transpose(1, 2)).to(dtype),
+        leaving_DCS.transpose(1, 2).to(dtype),
+        torch.exp(log_poles * chunk).to(kept),
     )
+
+
+def _as_values(states: Tensor) -> Tensor:
+    """Return real numbers for a product: of complex ones, real and imaginary parts in turn."""
+    return torch.view_as_real(states.resolve_conj()).flatten(-2) if states.is_complex() else states
+
+
+def _as_states(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `_as_values`, in the dtype of the states."""
+    if not dtype.is_complex:
+        return values.to(dtype)
+    return torch.view_as_complex(values.to(dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -228,7 +247,7 @@ class ModalOutput(NamedTuple):
     output: Tensor
     """Shape ``(B, L, D)``, dtype of the input."""
     state_BDS: Tensor
-    """Every mode's value after the last position. float32 or float64, shape ``(B, D, S)``."""
+    """Every mode's value after the last position. As the decay of `ModalMatrices`, shape ``(B, D, S)``."""
 
 
 def modal_convolution(
@@ -244,7 +263,8 @@ def modal_convolution(
 
     ``h[t] = sum_s residues[s] * exp(log_poles[s] * t)``, ``y = round(h * x) + skip x``: within a chunk a
     Toeplitz product per channel, between chunks the S states that the exponentials carry. ``skip x`` is
-    rounded, too, where half-precision input has float32 products.
+    rounded, too, where half-precision input has float32 products. Of complex poles and residues, the real
+    part of the sum is the filter.
 
     Example:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
@@ -293,6 +313,7 @@ def modal_convolution_from(
         last = length - (rows_DBMC.shape[2] - 1) * chunk
         # they stand first in the chunk; counted back from their end, they have the matrix's last powers
         entered_DBS = torch.bmm(rows_DBMC[:, :, -1, :last], matrices.entering_DCS[:, chunk - last :])
+        entered_DBS = _as_states(entered_DBS, matrices.decay_DS.dtype)
         # not a power of `decay_DS`, which is rounded already
         faded_DS = torch.exp(log_poles.to(matrices.decay_DS.dtype) * last)
         state_DBS = before_DBMS[:, :, -1] * faded_DS[:, None] + entered_DBS
@@ -401,17 +422,17 @@ def _channels_first(x: Tensor, *, chunk: int) -> Tensor:
 
 
 def _enter(rows_DBMC: Tensor, matrices: ModalMatrices) -> Tensor:
-    """What each chunk adds to the states; ``(D, B, M, S)``, float32 or float64."""
+    """What each chunk adds to the states; ``(D, B, M, S)``, in the dtype of the decay."""
     width, batch, num_chunks, _ = rows_DBMC.shape
     entering = torch.bmm(rows_DBMC.flatten(1, 2), matrices.entering_DCS)
-    return entering.view(width, batch, num_chunks, -1).to(matrices.decay_DS.dtype)
+    return _as_states(entering.view(width, batch, num_chunks, -1), matrices.decay_DS.dtype)
 
 
 def _leave(rows_DBMC: Tensor, before_DBMS: Tensor | None, matrices: ModalMatrices, *, like: Tensor) -> Tensor:
     """Filter each chunk, with what the states before it still give; back to ``(B, L, D)``."""
     filtered = torch.bmm(rows_DBMC.flatten(1, 2), matrices.inside_DCC)
     if before_DBMS is not None:
-        before = before_DBMS.flatten(1, 2).to(filtered.dtype)
+        before = _as_values(before_DBMS).flatten(1, 2).to(filtered.dtype)
         filtered = torch.baddbmm(filtered, before, matrices.leaving_DSC)
     batch, length, width = like.shape
     turned: Tensor = _Turned.apply(filtered.view(width, -1))

@@ -1,8 +1,10 @@
-"""Slow, obvious float64 loops that fast code must agree with."""
+"""Slow, obvious loops that fast code must agree with: in float64, or in exact integers."""
 
 from __future__ import annotations
 
 import math
+import struct
+from fractions import Fraction
 
 
 def pool_row(vectors, mask, method):
@@ -55,3 +57,78 @@ def pad_rows(rows, pad, multiple):
     while length % multiple:
         length += 1
     return [list(row) + [pad] * (length - len(row)) for row in rows]
+
+
+def round_float(value, num_bits, lowest):
+    """Round an exact number to the nearest float of so many significant bits, ties to even."""
+    if value == 0:
+        return Fraction(0)
+    step = Fraction(2) ** (max(floor_log2(value), lowest) - num_bits + 1)
+    return round(value / step) * step
+
+
+def floor_log2(value):
+    """Return the exponent of the largest power of two that is not above the magnitude."""
+    magnitude = abs(value)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    return exponent if Fraction(2) ** exponent <= magnitude else exponent - 1
+
+
+def e4m3(value, scale):
+    """Return significand (a signed integer of 4 bits) and exponent of a scaled value; None for NaN."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return int(math.copysign(14, value)), 8
+    scaled = round_float(round_float(Fraction(value), 8, -126) * Fraction(scale), 24, -126)
+    rounded = round_float(max(Fraction(-448), min(Fraction(448), scaled)), 4, -6)
+    exponent = -6 if rounded == 0 else max(-6, floor_log2(rounded))
+    significand = rounded / Fraction(2) ** (exponent - 3)
+    assert significand.denominator == 1
+    return significand.numerator, exponent
+
+
+def hopper_product(left_rows, right_rows, scales):
+    """Multiply rows with rows as FP8 tensor cores of Hopper do, in integers; scales are float32 numbers."""
+    left = [[e4m3(value, scales[0]) for value in row] for row in left_rows]
+    right = [[e4m3(value, scales[1]) for value in row] for row in right_rows]
+    inverses = [round_float(1 / Fraction(scale), 24, -126) for scale in scales]
+    factor = round_float(inverses[0] * inverses[1], 24, -126)
+    return [[scaled_sum(a, b, factor) for b in right] for a in left]
+
+
+def scaled_sum(left, right, factor):
+    """Add up products of E4M3 numbers in integers, cut where the hardware cuts and nowhere else."""
+    if None in left or None in right:
+        return math.nan
+    unit, total = 40, 0
+    for start in range(0, len(left), 32):
+        terms = []  # value in units of 2**-40, exponent
+        for (a, a_exponent), (b, b_exponent) in zip(
+            left[start : start + 32], right[start : start + 32], strict=True
+        ):
+            if a * b:
+                exponent = a_exponent + b_exponent
+                terms.append((a * b << (exponent - 6 + unit), exponent))
+        if total:
+            terms.append((total, abs(total).bit_length() - 1 - unit))
+        if terms:
+            lowest_bit = max(exponent for _, exponent in terms) - 13 + unit
+            total = sum(cut(value, lowest_bit) for value, _ in terms)
+            total = cut(total, max(0, abs(total).bit_length() - 14))
+    return to_bfloat16(round_float(Fraction(total, 1 << unit) * factor, 24, -126))
+
+
+def cut(value, lowest_bit):
+    """Clear the bits of an integer's magnitude below one of them."""
+    kept = abs(value) >> lowest_bit << lowest_bit
+    return kept if value >= 0 else -kept
+
+
+def to_bfloat16(value):
+    """Round an exact number to bfloat16; overflow is infinity."""
+    rounded = round_float(value, 8, -126)
+    try:
+        return struct.unpack("f", struct.pack("f", float(rounded)))[0]
+    except OverflowError:
+        return math.copysign(math.inf, rounded)

@@ -1,0 +1,168 @@
+"""Matrix products as the FP8 tensor cores of NVIDIA Hopper compute them, on any device.
+
+In: activations, weights, and the two fixed scales of a checkpoint. Out: the product in bfloat16, as
+Transformer Engine returns it on Hopper. Promised: every form of the emulation (PyTorch, numba, Triton) equals
+exact integer arithmetic bit for bit, and a row does not depend on the rows beside it.
+
+Evo 2's 1B, 20B and 40B checkpoints were trained with such input projections and give other numbers without
+them. What makes them special is less the eight bits than the sum:
+
+1. The weights are rounded to bfloat16. Weights and activations, times their scales in float32 and clamped to
+   448, are rounded to E4M3: a sign, an exponent of -6 to 8 and a significand of four bits (with exponent -6
+   also one below 1). NaN stays NaN, infinity becomes 448.
+2. The inputs are taken in groups of 32. The products of a group and the sum so far are aligned to the largest
+   of their exponents, where the exponent of a product is the sum of its factors' (products lie in [1, 4): two
+   integer bits) and zeros have none. What each holds below 13 fractional bits is cut off, toward zero. They
+   are added exactly, and of the normalized result 13 fractional bits are kept, again toward zero.
+3. The last sum is multiplied in float32 with the reciprocals of both scales and rounded to bfloat16.
+
+To multiply dequantized values with float32 sums does not give these numbers. The model of the sum is that of
+Khattak and Mikaitis (arXiv 2512.07004) and Xie et al. (arXiv 2511.10909), who measured the hardware.
+
+T rows, K inputs, N outputs, G groups of 32 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from genoembed.models.precision import without_autocast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 32
+"""Inputs that the hardware adds at once."""
+LARGEST = 448.0
+"""Largest number of E4M3."""
+_FRACTION_BITS = 13
+_CUT_BITS = 23 - _FRACTION_BITS
+"""Low bits of a float32 that a sum does not keep."""
+_BIAS = 127
+"""Added to the exponent in a float32."""
+_LOWEST, _HIGHEST = -6, 8
+"""Exponents of E4M3."""
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 18, 1 << 25
+"""Products that the PyTorch form holds at a time, for each thread of a CPU and on another device."""
+
+
+def emulate_product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:
+    """Multiply as Hopper's tensor cores do, in PyTorch.
+
+    Args:
+        x_TK: Activations, rounded to bfloat16 before anything else.
+        weight_NK: Weights, rounded to bfloat16 before anything else.
+        scales: What activations and weights are multiplied with. float32, shape ``(2,)``.
+
+    Returns:
+        bfloat16, shape ``(T, N)``.
+
+    Example:
+        >>> x, scales = torch.tensor([[1.0, 0.5]]), torch.tensor([4.0, 2.0])
+        >>> emulate_product(x, torch.tensor([[2.0, 3.0]]), scales)
+        tensor([[3.5000]], dtype=torch.bfloat16)
+    """
+    rows, columns = _tile_shape(x_TK.device)
+    with without_autocast(x_TK.device):
+        left_TGK = _grouped(round_to_e4m3(x_TK, scales[0]))
+        sums_TN = left_TGK.new_empty(x_TK.shape[0], weight_NK.shape[0])
+        for column in range(0, weight_NK.shape[0], columns):
+            right_NGK = _grouped(round_to_e4m3(weight_NK[column : column + columns], scales[1]))
+            right_GKN = right_NGK.permute(1, 2, 0).contiguous()
+            right_powers_GKN = _powers_of_256(right_GKN)
+            for row in range(0, x_TK.shape[0], rows):
+                sums_TN[row : row + rows, column : column + columns] = _summed(
+                    left_TGK[row : row + rows].transpose(0, 1), right_GKN, right_powers_GKN
+                )
+        return (sums_TN * output_scale(scales)).to(torch.bfloat16)
+
+
+def output_scale(scales: Tensor) -> Tensor:
+    """Return what sums of products are multiplied with: one float32, each step of it rounded."""
+    inverse = scales.float().reciprocal()
+    return inverse[0] * inverse[1]
+
+
+def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """Round scaled values to E4M3, ties to even; float32.
+
+    Example:
+        >>> round_to_e4m3(torch.tensor([1.0625, 1.1875, -1e9, float("inf")]), torch.tensor(2.0)).tolist()
+        [2.0, 2.5, -448.0, 448.0]
+    """
+    # in arithmetic, for not every device knows torch.float8_e4m3fn
+    x = (x.to(torch.bfloat16).float() * scale.float()).clamp_(-LARGEST, LARGEST)
+    # four bits of significand: steps of an eighth of the power of two below the value
+    step = _power_of_two(exponents(x) - 3)
+    return x.div_(step).round_().mul_(step)
+
+
+def exponents(x: Tensor) -> Tensor:
+    """Return the exponents of values of E4M3; those of zero and of small values are the lowest. int32."""
+    exponent = (x.view(torch.int32) >> 23).bitwise_and_(0xFF).sub_(_BIAS)
+    return exponent.clamp_(_LOWEST, _HIGHEST)  # that of NaN as well, whatever it is
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Build float32 powers of two from their bits; exponents of -126 to 127."""
+    return (exponent + _BIAS).bitwise_left_shift_(23).view(torch.float32)
+
+
+def _tile_shape(device: torch.device) -> tuple[int, int]:
+    """Return how many rows and columns are computed at a time."""
+    if device.type != "cpu":
+        return _DEVICE_ELEMENTS // (GROUP * 1024), 1024
+    return _CPU_ELEMENTS * torch.get_num_threads() // (GROUP * 256), 256
+
+
+def _grouped(x_RK: Tensor) -> Tensor:
+    """View a matrix as groups of inputs, zeros behind the last one: ``(R, G, 32)``."""
+    return F.pad(x_RK, (0, -x_RK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _summed(left_GTK: Tensor, right_GKN: Tensor, right_powers_GKN: Tensor) -> Tensor:
+    """Add up the products of a tile, group by group; float32."""
+    left_powers_GTK = _powers_of_256(left_GTK)
+    num_groups, num_rows, _ = left_GTK.shape
+    # the sum so far is one more term of each group
+    terms = left_GTK.new_empty(GROUP + 1, num_rows, right_GKN.shape[2])
+    products, total_TN = terms[:GROUP], terms[GROUP].zero_()
+    bits_TN = total_TN.view(torch.int32)
+    sum_TN, unit_TN = torch.empty_like(total_TN), torch.empty_like(total_TN)
+    # 0-dimensional tensors, for a number would be copied into one each time
+    exponent_mask = bits_TN.new_tensor(0xFF << 23)
+    kept_mask = bits_TN.new_tensor(-1 << _CUT_BITS)
+    last_bit = total_TN.new_tensor(2.0**-_FRACTION_BITS)
+    for group in range(num_groups):
+        if group % GROUP == 0:
+            chunk = slice(group, group + GROUP)
+            units_GTN = _units_of_products(left_powers_GTK[chunk], right_powers_GKN[chunk])
+        torch.bitwise_and(bits_TN, exponent_mask, out=unit_TN.view(torch.int32))
+        unit_TN.mul_(last_bit)
+        torch.maximum(unit_TN, units_GTN[group % GROUP], out=unit_TN)
+        torch.mul(left_GTK[group].t()[:, :, None], right_GKN[group][:, None, :], out=products)
+        # Exact but for the cut: divisions by powers of two, and integers of 15 bits. PyTorch cuts off much
+        # faster within a division than in a pass of its own.
+        torch.div(terms, unit_TN, rounding_mode="trunc", out=terms)
+        torch.sum(terms, dim=0, out=sum_TN)
+        torch.mul(sum_TN, unit_TN, out=total_TN)
+        bits_TN.bitwise_and_(kept_mask)
+    return total_TN
+
+
+def _units_of_products(left_powers_GTK: Tensor, right_powers_GKN: Tensor) -> Tensor:
+    """Return the last fractional bit that the largest product of each group allows; float32 powers of two."""
+    # One matrix product finds the largest sum of two exponents: with 256 to the power of each in the place of
+    # the values, 32 terms add up to less than 256 times the largest. These powers are exact even where
+    # matrix products round their factors to bfloat16 or TF32. No products at all: a unit below all others.
+    sums_GTN = torch.bmm(left_powers_GTK, right_powers_GKN)
+    floor_log2 = (sums_GTN.view(torch.int32) >> 23).sub_(_BIAS - 128)
+    return _power_of_two(floor_log2.bitwise_right_shift_(3).add_(2 - 128 // 8 - _FRACTION_BITS))
+
+
+def _powers_of_256(x: Tensor) -> Tensor:
+    # one less each, so that the powers of all sums, -12 to 16, are in the range of float32
+    return _power_of_two((exponents(x) - 1) * 8).masked_fill_(x == 0, 0.0)

@@ -1,0 +1,175 @@
+"""FP8 products as Hopper computes them: every form equals exact integer arithmetic bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genoembed.models.striped_hyena2.fp8 import emulate_product, round_to_e4m3
+from tests.oracles import hopper_product
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FORMS: dict[str, Callable[..., torch.Tensor]] = {"torch": emulate_product}
+SCALES = torch.tensor([61.189205, 0.37])
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
+    """Each form of the emulation that can run here."""
+    return FORMS[request.param]
+
+
+def assert_equals_oracle(form, x_TK, weight_NK, scales=SCALES):
+    expected = torch.tensor(hopper_product(x_TK.tolist(), weight_NK.tolist(), scales.tolist()))
+    computed = form(x_TK, weight_NK, scales)
+    assert computed.dtype == torch.bfloat16
+    assert computed.shape == (len(x_TK), len(weight_NK))
+    assert torch.equal(computed.isnan(), expected.isnan())
+    assert torch.equal(computed.float().nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+def normal(*shape: int, seed: int = 0, spread: float = 0.0) -> torch.Tensor:
+    """Normal values, times powers of two of this spread."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    return values * torch.exp2(spread * torch.randn(shape, generator=generator).round())
+
+
+def test_every_bfloat16_is_rounded_as_pytorch_rounds_to_e4m3():
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for scale in (1.0, 0.37, 61.189, 1e-3, 1e5):
+        expected = (values.float() * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+        rounded = round_to_e4m3(values, torch.tensor(scale))
+        assert torch.equal(rounded.isnan(), expected.isnan())
+        assert torch.equal(rounded.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("num_inputs", [1, 31, 32, 33, 48, 64, 160])
+def test_sum_of_few_groups(form, num_inputs):
+    assert_equals_oracle(form, normal(5, num_inputs), normal(7, num_inputs, seed=1))
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 6.0])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_long_sum(form, spread, bias):
+    # with a bias the sum grows far above the products, so that it decides what is cut off
+    x = normal(2, 4096, spread=spread) + bias
+    assert_equals_oracle(form, x, normal(3, 4096, seed=1, spread=spread) + bias, torch.tensor([60.0, 57.0]))
+
+
+def test_saturated_values(form):
+    x, weight = normal(3, 70) * 100, normal(4, 70, seed=1) * 1000
+    assert (x.abs() * 60 > 448).float().mean() > 0.8
+    assert_equals_oracle(form, x, weight, torch.tensor([60.0, 57.0]))
+
+
+def test_values_below_the_normal_range(form):
+    # products of these only: their exponents do not go below the lowest of the format
+    x, weight = normal(4, 96) * 2.0**-9, normal(5, 96, seed=1) * 2.0**-8
+    scales = torch.ones(2)
+    assert (round_to_e4m3(x, scales[0]).abs() < 2.0**-6).float().mean() > 0.9
+    assert_equals_oracle(form, x, weight, scales)
+    assert_equals_oracle(form, x, weight * 2.0**12, scales)
+
+
+def test_ties(form):
+    # 17 / 16 lies between 1 and 9 / 8; many sums of these lie between two results in bfloat16
+    values = torch.tensor([17.0, 19.0, 21.0, 9.0, 8.5]) / 16
+    x = values.repeat(13)[None, :64]
+    weight = torch.stack([values.repeat(13)[k : k + 64] * (-1.0) ** torch.arange(64) for k in range(2)])
+    assert_equals_oracle(form, x, weight.abs(), torch.ones(2))
+    assert_equals_oracle(form, x, weight, torch.ones(2))
+
+
+def test_a_value_below_the_normal_range_keeps_the_lowest_exponent(form):
+    # 2**-9 has exponent -6, so its product with 448 cuts off whatever is below 2**(-6 + 8 - 13)
+    x, weight = torch.full((1, 32), 1.125 * 2.0**-6), torch.full((1, 32), 1.125 * 2.0**-6)
+    x[0, 0], weight[0, 0] = 2.0**-9, 448.0
+    assert form(x, weight, torch.ones(2)).item() == 0.875
+    assert (x.double() @ weight.double().T).item() > 0.875 + 2.0**-8
+    assert_equals_oracle(form, x, weight, torch.ones(2))
+
+
+def test_a_sum_that_outgrows_its_products_is_cut_again(form):
+    # 1 + 2**-8 + 2**-14 of products up to 2**-4: the last bit would decide how the tie is rounded
+    x = torch.full((1, 32), 2.0**-2)
+    weight = torch.tensor([[2.0**-2] * 16 + [2.0**-6, 2.0**-12 * 16] + [0.0] * 14])
+    x[0, 17] = 2.0**-6
+    assert (x @ weight.T).item() == 1 + 2.0**-8 + 2.0**-14
+    assert form(x, weight, torch.ones(2)).item() == 1.0
+    assert_equals_oracle(form, x, weight, torch.ones(2))
+
+
+def test_zeros_add_nothing_and_have_no_exponent(form):
+    x, weight = normal(4, 96), normal(5, 96, seed=1)
+    x[0] = 0.0
+    x[1, :32] = 0.0
+    x[2, 64:] = -0.0
+    weight[0] = 0.0
+    weight[1, 1:] = 0.0
+    assert_equals_oracle(form, x, weight)
+    assert not torch.signbit(form(x, weight, SCALES)[0]).any()
+
+
+def test_sum_that_cancels_leaves_what_came_before(form):
+    x = torch.zeros(1, 96)
+    x[0, :2], x[0, 32], x[0, 64] = torch.tensor([400.0, 3.0]), -400.0, 2.0**-6
+    weight = torch.ones(1, 96)
+    weight[0, 0], weight[0, 32], weight[0, 64] = 400.0, 400.0, 2.0**-6
+    assert_equals_oracle(form, x, weight, torch.ones(2))
+
+
+def test_not_a_number_spoils_its_row_or_column_only(form):
+    x, weight = normal(3, 40), normal(4, 40, seed=1)
+    x[1, 39] = torch.nan
+    weight[2, 0] = torch.nan
+    computed = form(x, weight, SCALES)
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[1] = expected[:, 2] = True
+    assert torch.equal(computed.isnan(), expected)
+    assert_equals_oracle(form, x, weight)
+
+
+def test_infinity_is_the_largest_number(form):
+    x, weight = normal(2, 40), normal(3, 40, seed=1)
+    x[0, 3], weight[1, 5] = torch.inf, -torch.inf
+    assert_equals_oracle(form, x, weight)
+
+
+def test_wider_inputs_are_rounded_to_bfloat16_first(form):
+    x, weight = normal(6, 64), normal(6, 64, seed=1)
+    rounded = form(x.bfloat16(), weight.bfloat16(), SCALES)
+    assert torch.equal(form(x, weight, SCALES), rounded)
+    assert torch.equal(form(x.double(), weight, SCALES), rounded)
+
+
+def test_no_rows(form):
+    assert form(torch.empty(0, 40), normal(3, 40), SCALES).shape == (0, 3)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(form):
+    x, weight = normal(300, 96), normal(700, 96, seed=1)
+    whole = form(x, weight, SCALES)
+    assert torch.equal(form(x[100:101], weight, SCALES), whole[100:101])
+    assert torch.equal(form(x, weight[600:], SCALES), whole[:, 600:])
+
+
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_any_codes_equal_the_oracle(seed, data):
+    """Any E4M3 codes, NaN left out: all exponents at once, as no activations have them."""
+    rows, columns, inputs = (data.draw(st.integers(1, high)) for high in (4, 4, 100))
+    rng = np.random.default_rng(seed)
+    codes = [rng.integers(0, 256, size=(count, inputs), dtype=np.uint8) for count in (rows, columns)]
+    x, weight = (
+        torch.from_numpy(np.where(one & 0x7F == 0x7F, 0, one)).view(torch.float8_e4m3fn).float()
+        for one in codes
+    )
+    for form in FORMS.values():
+        assert_equals_oracle(form, x, weight, torch.ones(2))

@@ -389,6 +389,31 @@ def test_file_that_holds_different_ends_of_a_tie_is_run_as_it_is(tmp_path, caplo
     assert mixer.mamba_rev.out_proj.weight is mixer.mamba_fwd.out_proj.weight
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("golden", PUBLISHED)
+def test_adapters_on_tied_weights_merge_into_the_same_model(golden):
+    peft = pytest.importorskip("peft")
+    model = load_model(str(GOLDEN / golden), dtype="float32").module
+    names = ["in_proj", "out_proj", "x_proj", "dt_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=names)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    ids = torch.tensor([[7, 8, 9, 10, 7, 7, 11]])
+    plain = load_model(str(GOLDEN / golden), dtype="float32").module
+    with torch.no_grad():
+        before = adapted(input_ids=ids).last_hidden_state
+        assert (before - plain(ids).last_hidden_state).abs().max() > 0.01
+        # what never runs never learns: here it would, and is left out as training leaves it at zero
+        for name, parameter in adapted.named_parameters():
+            if "mamba_rev" in name and ("in_proj" in name or "out_proj" in name) and "lora_B" in name:
+                parameter.zero_()
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+    assert_tied(merged)
+
+
 def test_weight_that_is_missing_is_refused(tmp_path):
     folder = shutil.copytree(GOLDEN / "caduceus_ph", tmp_path / "x")
     weights = load_file(folder / "model.safetensors")

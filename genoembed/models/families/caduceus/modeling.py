@@ -50,18 +50,19 @@ class CaduceusMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, config.d_model, bias=bias)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        inner_BLE, gate_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
+    def forward(self, projected: Tensor, out_proj: nn.Module) -> Tensor:
+        """Mix what an input projection gives, and give it to an output projection, perhaps the other's."""
+        inner_BLE, gate_BLE = projected.chunk(2, dim=-1)
         u_BLE = F.silu(self._convolve(inner_BLE), inplace=True)
         low, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
         # both in float32, also where the caller computes in another type
-        with torch.autocast(x_BLD.device.type, enabled=False):
+        with torch.autocast(projected.device.type, enabled=False):
             raw_step_BLE = self.dt_proj(low)
             A_NE = -self.A_log.float().exp().t()
             y_BLE = selective_scan(
                 u_BLE, raw_step_BLE, gate_BLE, A_NE, B_BLN, C_BLN, self.D, reverse=self.reverse
             )
-        return self.out_proj(y_BLE)
+        return out_proj(y_BLE)
 
     def _convolve(self, x_BLE: Tensor) -> Tensor:
         """Weigh each position and those before it (from right to left: behind it)."""
@@ -77,7 +78,11 @@ class CaduceusMixer(nn.Module):
 
 
 class CaduceusBothDirections(nn.Module):
-    """A mixer from left to right and, if the model has one, another from right to left."""
+    """A mixer from left to right and, if the model has one, another from right to left.
+
+    Where the two share projections, those of the first run for both: an adapter on them acts on both
+    directions, so that merging it into the one weight changes nothing.
+    """
 
     def __init__(self, config: CaduceusConfig) -> None:
         super().__init__()
@@ -86,10 +91,15 @@ class CaduceusBothDirections(nn.Module):
         self.mamba_rev = CaduceusMixer(config, reverse=True) if config.bidirectional else None
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        forward_BLD = self.mamba_fwd(x_BLD)
-        if self.mamba_rev is None:
+        fwd, rev = self.mamba_fwd, self.mamba_rev
+        projected = fwd.in_proj(x_BLD)
+        forward_BLD = fwd(projected, fwd.out_proj)
+        if rev is None:
             return forward_BLD
-        reverse_BLD = self.mamba_rev(x_BLD)
+        if rev.in_proj.weight is not fwd.in_proj.weight:
+            projected = rev.in_proj(x_BLD)
+        is_tied = rev.out_proj.weight is fwd.out_proj.weight
+        reverse_BLD = rev(projected, fwd.out_proj if is_tied else rev.out_proj)
         return forward_BLD * reverse_BLD if self.multiplies else forward_BLD + reverse_BLD
 
 

@@ -74,7 +74,7 @@ class PublishedModel:
             return f"tiny folder in the published layout ({self.golden})"
         if self.golden:
             return f"same class as a tested folder ({self.golden})"
-        return f"class of transformers ({self.class_name}), tiny models of it"
+        return f"tiny folder of its class ({self.class_name} of transformers)"
 
     @property
     def rules(self) -> dict[str, str | bool | int]:

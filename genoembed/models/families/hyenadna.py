@@ -538,6 +538,28 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Pass the whole sequence at each step of ``generate``, which keeps no state, whatever it is told.
+
+        Args:
+            input_ids: The sequences so far; behind an embedded prompt, what came after it. int64, ``(B, L)``.
+            attention_mask: 1 where a token is real.
+            inputs_embeds: Embedded prompt.
+
+        Returns:
+            Arguments of :meth:`forward`.
+        """
+        if inputs_embeds is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        added = self.get_input_embeddings()(input_ids).to(inputs_embeds.dtype)
+        return {"inputs_embeds": torch.cat((inputs_embeds, added), dim=1), "attention_mask": attention_mask}
+
 
 class HyenaDNAForSequenceClassification(GenericForSequenceClassification, HyenaDNAPreTrainedModel):
     """HyenaDNA with a linear layer on the last token that is no padding."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, EsmModel
 
 from genoembed import doctor
@@ -131,6 +132,31 @@ def test_pooling_and_special_tokens_are_those_of_the_published_vector(known, mon
     assert [check.verdict for check in run_doctor(model=str(FOLDER), known_as="nt-2.5b")] == ["met"]
     rules = dataclasses.replace(rules, adds_special_tokens=False)
     assert [check.verdict for check in run_doctor(model=str(FOLDER), known_as="nt-2.5b")] == ["missed"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("nt_v2", "nt-v2-50m"),
+        ("dnabert2", "dnabert-2"),
+        ("dnabert2", "dnabert-s"),
+        ("hyenadna", "hyenadna-large-1m"),
+    ],
+)
+def test_vectors_of_the_official_code_are_met_by_the_rules_of_the_table(family, name, known):
+    folder = FOLDER.with_name(family)
+    states = load_file(folder / "outputs.safetensors")
+    inputs = json.loads((folder / "inputs.json").read_text())
+    model, given = published_named(name), []
+    for key in ("len7", "len37", "with_n"):
+        final_LD = states[f"{key}.final"]
+        if not model.adds_special_tokens:  # the last of them, which no token before it sees
+            final_LD = final_LD[:-1]
+        vector = final_LD[0] if model.pooling == "cls" else final_LD.mean(0)
+        values, num_tokens = tuple(vector.tolist()), len(final_LD)
+        given.append(KnownAnswer(sequence=inputs[key], revision=COMMIT, num_tokens=num_tokens, values=values))
+    known(*given)
+    assert [check.verdict for check in run_doctor(model=str(folder), known_as=name)] == ["met"] * 3
 
 
 def test_command_says_met_and_missed_and_its_exit_code_follows(known):

@@ -132,3 +132,32 @@ def to_bfloat16(value):
         return struct.unpack("f", struct.pack("f", float(rounded)))[0]
     except OverflowError:
         return math.copysign(math.inf, rounded)
+
+
+def drawable_probabilities(logits, temperature, top_k, top_p):
+    """Probability of each token after temperature, top-k and top-p, as a dict; by loops, in float64."""
+    likeliest_first = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if temperature == 0:
+        return {likeliest_first[0]: 1.0}
+    kept = likeliest_first if top_k is None else likeliest_first[:top_k]
+    largest = logits[kept[0]]
+    weights = {token: math.exp((logits[token] - largest) / temperature) for token in kept}
+    total = math.fsum(weights.values())
+    nucleus, mass = [], 0.0
+    for token in kept:
+        nucleus.append(token)
+        mass += weights[token] / total
+        if mass >= top_p:
+            break
+    total = math.fsum(weights[token] for token in nucleus)
+    return {token: weights[token] / total for token in nucleus}
+
+
+def inverse_cumulative(probabilities, uniform):
+    """Return the first token, in their order, up to which the probabilities sum to more than a number."""
+    mass = 0.0
+    for token in sorted(probabilities):
+        mass += probabilities[token]
+        if mass > uniform:
+            return token
+    return max(probabilities)

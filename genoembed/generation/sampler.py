@@ -248,6 +248,8 @@ class SequenceGenerator:
         # all words of k letters: a k-mer tokenizer, whose words must end where the prompt does
         self._frame = self._longest if widths[self._longest] == 4**self._longest else 1
         self._drawable = np.array(sorted([*self._words, *([] if self._end_id is None else [self._end_id])]))
+        self.is_cached = options.use_cache and model.state_argument is not None
+        """Whether the model carries its state from token to token."""
         self._on_batch = on_batch
         self._max_rows = options.batch_rows
         batch_tokens = options.batch_tokens or default_batch_tokens(model.model.device)
@@ -286,11 +288,6 @@ class SequenceGenerator:
             )
             raise ModelError(message)
         return context - drawn
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether the model carries its state from token to token."""
-        return self.options.use_cache and self.model.state_argument is not None
 
     @property
     def room(self) -> int | None:
@@ -384,6 +381,8 @@ class SequenceGenerator:
         """Make sequences, in halves where memory does not hold all: each begins anew, with the same draws."""
 
         def run(orders: Sequence[_Order]) -> list[_Row]:
+            if len(orders) > self._max_rows:
+                raise MemoryError  # as was seen with others: halved without a pass that fails
             rows = [
                 _Row(order=order, draws=uniforms(self.options.seed, order.content, order.number))
                 for order in orders
@@ -447,9 +446,7 @@ class SequenceGenerator:
         ids_BL = torch.tensor(prompts)
         state = self._timed(
             ids_BL.numel(),
-            partial(
-                self.model.start, ids_BL, block_tokens=self._block_tokens, use_cache=self.options.use_cache
-            ),
+            partial(self.model.start, ids_BL, block_tokens=self._block_tokens, use_cache=self.is_cached),
         )
         places = {ids: place for place, ids in enumerate(prompts)}
         chosen = [places[row.order.prompt.ids] for row in rows]

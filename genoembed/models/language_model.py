@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from genoembed.errors import CheckpointError, GenoembedError, ModelError, is_out_of_memory
+from genoembed.errors import CheckpointError, GenoembedError, ModelError
 from genoembed.models.architecture import NONSENSE, base_of, first_line
 from genoembed.models.behavior import evaluating, forward_arguments, takes_argument
 from genoembed.models.layers import first_tensor, hooked
@@ -119,9 +119,7 @@ class LanguageModel:
             return None
         try:
             difference = self._trial_of_state(name)
-        except (*NONSENSE, RuntimeError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
+        except (*NONSENSE, RuntimeError, AssertionError, MemoryError) as error:
             logger.debug(
                 "%s: no state is carried from token to token (%s)", self.model.name, first_line(error)
             )

@@ -16,7 +16,7 @@ from tests.by_hand import CAUSAL, build_family
 if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
 
-__all__ = ["CAUSAL", "folder_of", "loaded", "log_probs", "start_id"]
+__all__ = ["CAUSAL", "folder_of", "loaded", "log_probs", "plain", "start_id"]
 
 _ROOT = TemporaryDirectory(prefix="genoembed-causal-")
 
@@ -42,7 +42,7 @@ def loaded(family: str) -> GenomicModel:
 
 
 @cache
-def _plain(family: str) -> torch.nn.Module:
+def plain(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.float32).eval()
 
 
@@ -57,6 +57,6 @@ def log_probs(family: str, sequence: str, *, start: bool = True) -> torch.Tensor
     ids = tokenizer(sequence, add_special_tokens=False)["input_ids"]
     row = torch.tensor([[start_id(family), *ids] if start else ids])
     with torch.inference_mode():
-        logits = _plain(family)(row).logits[0].float()
+        logits = plain(family)(row).logits[0].float()
     table = torch.log_softmax(logits, dim=-1)
     return torch.stack([table[at - 1, row[0, at]] for at in range(1, row.shape[1])]).double()

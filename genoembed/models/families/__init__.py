@@ -202,10 +202,11 @@ def _is_esm(published: Published) -> bool:
     """Whether a folder is of ESM's kind, for proteins or DNA; published ones do not all say so."""
     if published.weights and not published.has_weight(".attention.LayerNorm.weight"):
         return False
-    is_named = any(name.startswith("Esm") for name in published.classes) or "add_bias_fnn" in published.config
-    return published.model_type == "esm" or (
-        published.model_type is None and (is_named or bool(published.weights))
-    )
+    is_named = any(name.startswith("Esm") for name in published.classes)
+    if published.classes and not is_named:  # such as SegmentNT, which turns positions otherwise
+        return False
+    is_likely = is_named or "add_bias_fnn" in published.config or bool(published.weights)
+    return published.model_type == "esm" or (published.model_type is None and is_likely)
 
 
 def _is_gated_esm(published: Published) -> bool:

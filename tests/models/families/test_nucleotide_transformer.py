@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
+from genoembed.errors import CheckpointError
 from genoembed.models.families import Published, family_of
 from genoembed.models.families.nucleotide_transformer import (
     NucleotideTransformerConfig,
@@ -238,6 +239,15 @@ def test_plain_esm_stays_as_it_is(tmp_path):
     assert family_of(Published(values, tmp_path / "x")) is None
     named = values | {"auto_map": {"AutoModelForMaskedLM": "modeling_esm.EsmForMaskedLM"}}
     assert family_of(Published(named | {"add_bias_fnn": True}, tmp_path / "x")) is None
+
+
+def test_models_built_on_it_are_not_taken_for_it(tmp_path):
+    values = settings(architectures=["SegmentNT"], auto_map={"AutoModel": "modeling_segment_nt.SegmentNT"})
+    write_folder(tmp_path / "x", values)
+    assert family_of(Published(values)) is None
+    assert family_of(Published(values, tmp_path / "x")) is None
+    with pytest.raises(CheckpointError, match="the repository brings its own code"):
+        load_model(str(tmp_path / "x"), device="cpu")
 
 
 @pytest.mark.parametrize("left_out", [(), ("model_type",), ("model_type", "architectures")])

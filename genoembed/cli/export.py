@@ -53,7 +53,7 @@ def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None
     "export-model",
     ModelExportConfig,
     short_help="Write a model for sentence-transformers.",
-    examples="genoembed export-model zhihan1996/DNABERT-2-117M --trust-remote-code -o dnabert2-sentence",
+    examples="genoembed export-model zhihan1996/DNABERT-2-117M -o dnabert2-sentence",
     has_json=True,
     checks_options=False,
 )

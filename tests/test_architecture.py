@@ -72,6 +72,7 @@ RULES = {
             "huggingface_hub",
             "accelerate",
         ),
+        in_functions=("peft",),
     ),
     "store": Rule(
         internal=("atomic", "config", *FLOOR),
@@ -144,6 +145,8 @@ LAZY = {
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
     ("models.registry", "models.geneb"): "for suggestions",
+    ("models.load", "models.adapters"): "for adapters of peft",
+    ("models.language_model", "models.adapters"): "for adapters of peft",
     ("sequences.reading", "sequences.regions"): "for --regions",
 }
 """Imports of our own modules inside functions: which, and why most runs need not pay for them."""

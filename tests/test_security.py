@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from genoembed.atomic import AtomicFile
-from genoembed.errors import CheckpointError, ModelError, StoreError
+from genoembed.errors import CheckpointError, StoreError
 from genoembed.models.load import load_model
 from tests.tiny_models import build_tiny
 
@@ -167,12 +167,27 @@ def test_security_index_that_is_none_is_one_line(sharded, content):
         load_model(str(folder), device="cpu")
 
 
-def test_security_adapter_that_names_another_model_is_not_followed(sharded, tmp_path):
-    folder = Path(sharded())
-    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "elsewhere")})
+def test_security_model_that_an_adapter_names_is_checked_as_any_other(sharded, tmp_path):
+    base = Path(sharded(first="../elsewhere.safetensors"))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"adapter_config\.json names another model as its base"):
+    (folder / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"expected files in its own folder"):
         load_model(str(folder), device="cpu")
+
+
+def test_security_pickled_adapter_is_not_unpickled(sharded, tmp_path):
+    pytest.importorskip("peft")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": sharded()})
+    (folder / "adapter_config.json").write_text(text)
+    torch.save({"weights": Bomb(str(tmp_path / "harm"))}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="weights of the adapter cannot be read"):
+        load_model(str(folder), device="cpu")
+    assert not (tmp_path / "harm").exists()
 
 
 class Bomb:

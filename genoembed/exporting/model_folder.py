@@ -18,7 +18,7 @@ from genoembed.config.files import ModelExportConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import MissingExtraError, ModelError
 from genoembed.models.load import load_model
-from genoembed.models.trained_folder import read_finetuned
+from genoembed.models.trained_folder import find_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,8 +112,8 @@ def _check(loaded: GenomicModel) -> str:
             "pads; use genoembed.embed, which puts equal lengths together"
         )
         raise ModelError(message)
-    facts = None if loaded.location is None else read_finetuned(loaded.location)
-    if facts is not None and facts.layers:
+    facts = find_facts(loaded)
+    if facts is not None:
         is_plain = facts.layers == (layer,) and facts.pooling == "mean" and facts.finisher is None
         if not is_plain or facts.skip_first:
             message = (

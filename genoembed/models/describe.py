@@ -18,7 +18,7 @@ from genoembed.models.layers import (
     num_blocks,
     number_template,
 )
-from genoembed.models.locate import locate_model, reachable_source
+from genoembed.models.locate import find_source
 from genoembed.models.registry import BUNDLED_NAME
 
 if TYPE_CHECKING:
@@ -76,13 +76,11 @@ def describe_layers(
         >>> described.template, described.num_blocks, described.final
         ('blocks.{index}.mlp.l3', 32, 'norm')
     """
-    source = locate_model(name_or_path, with_weights=False)
-    revision = source.revision_for(revision)
-    source = reachable_source(source, revision=revision)
+    source = find_source(name_or_path, revision=revision, with_weights=False)
     if source.entry is not None:
         config = source.entry.build_config()
     else:
-        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": revision})
+        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": source.revision})
     module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
     return ModelLayers(
         name=name_or_path,

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import Batch, LayerInfo
     from genoembed.models.families import Family
     from genoembed.models.geneb import PublishedModel
-    from genoembed.models.registry import KnownModel
+    from genoembed.models.registry import Adapter, KnownModel
 
 
 class GenomicModel:
@@ -63,6 +63,7 @@ class GenomicModel:
         entry: The registry's entry of the checkpoint, if it is in the registry.
         family: The published family that it belongs to, if one of ours.
         published: The model of the GENEB benchmark that it was named as, if it is one.
+        adapter: What was merged into the weights of its folder, if it was loaded by the name of an adapter.
         untrained: Top-level modules whose weights the checkpoint does not hold; they cannot be captured.
     """
 
@@ -76,6 +77,7 @@ class GenomicModel:
         entry: KnownModel | None = None,
         family: Family | None = None,
         published: PublishedModel | None = None,
+        adapter: Adapter | None = None,
         untrained: Iterable[str] = (),
     ) -> None:
         self.module = module.eval()
@@ -85,6 +87,7 @@ class GenomicModel:
         self.entry = entry
         self.family = family
         self.published = published
+        self.adapter = adapter
         self.untrained = tuple(untrained)
         self._as_loaded = None if location is None else self._state()
 
@@ -149,7 +152,8 @@ class GenomicModel:
     def _folder_content(self) -> dict[str, str]:
         assert self.location is not None
         files = getattr(self.tokenizer, "vocab_files_names", {})
-        return folder_content(self.location, more=files.values())
+        content = folder_content(self.location, more=files.values())
+        return content if self.adapter is None else self.adapter.content(content)
 
     def _state(self) -> tuple[tuple[float, ...], str]:
         return weights_checksum(self.module), config_digest(self.module.config.to_dict())
@@ -180,6 +184,7 @@ class GenomicModel:
             "is_causal": self.is_causal,
             "accepts_attention_mask": self.accepts_attention_mask,
             **({} if self.published is None else {"published": _statement(self.published)}),
+            **({} if self.adapter is None else {"adapter": self.adapter.statement}),
         }
 
     def resolve(self, specs: LayerSpec | Sequence[LayerSpec]) -> tuple[LayerInfo, ...]:

@@ -292,6 +292,10 @@ def _load_whole(model: GenomicModel) -> PreTrainedModel:
             "probabilities would be random; save the model with its head (AutoModelForCausalLM)"
         )
         raise CheckpointError(message, path=str(model.location))
+    if model.adapter is not None:
+        from genoembed.models.adapters import merge_adapter
+
+        merge_adapter(model.adapter, whole)
     prefix = whole.base_model_prefix
     if type(getattr(whole, prefix, None)) is type(model.module):
         setattr(whole, prefix, model.module)

@@ -8,6 +8,7 @@ random.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -39,7 +40,7 @@ from genoembed.models.architecture import (
 )
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
-from genoembed.models.locate import locate_model, reachable_source
+from genoembed.models.locate import find_source
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
 
@@ -90,9 +91,7 @@ def load_model(
         device, device_map = None, device_map or "auto"
     device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
-    source = locate_model(name_or_path)
-    revision = source.revision_for(revision)
-    source = reachable_source(source, revision=revision)
+    source = find_source(name_or_path, revision=revision)
     with foreign_code(f"model {name_or_path!r}"):
         model = _load(
             source,
@@ -100,7 +99,6 @@ def load_model(
             device=device,
             dtype=chosen_dtype,
             trust_remote_code=trust_remote_code,
-            revision=revision,
             device_map=device_map,
         )
     if model.entry is not None and model.entry.needs_fp8:
@@ -116,30 +114,39 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    revision: str | None,
     device_map: str | Mapping[str, Any] | None,
 ) -> GenomicModel:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
+    if source.revision is not None:
+        options["revision"] = source.revision
     config, family = read_config(source, options)
     if family is not None:  # run by code that is here, whatever the folder brings
         trust_remote_code = options["trust_remote_code"] = False
     _check_folder(source)
+    if source.adapter is not None:
+        from genoembed.models.adapters import check_adapter, merge_adapter
+
+        check_adapter(source.adapter)
     whole, loading_info = _load_weights(source, config, options, dtype=dtype, device_map=device_map)
     module = base_of(whole)
     untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
+    if source.adapter is not None:
+        inside = _prefix_in(whole, module)
+        optional = [f"{inside}{name}" for name in _unused_children(module)]
+        merge_adapter(source.adapter, whole, optional=optional)
     if device_map is None:
         module = module.to(device)
     config_path = _file_of(source, "config.json", options)
+    entry = source.entry or entry_named(getattr(config, "checkpoint_name", None))
     return GenomicModel(
         module,
         load_tokenizer(source, config, options, family=family),
         name=name,
         location=None if config_path is None else config_path.parent,
+        adapter=source.adapter,
         family=family,
         published=source.published,
-        entry=source.entry or entry_named(getattr(config, "checkpoint_name", None)),
+        entry=entry if source.adapter is None else None,
         untrained=untrained,
     )
 
@@ -179,12 +186,6 @@ def _check_folder(source: ModelSource) -> None:
     if not source.is_local:
         return
     folder = Path(source.location)
-    if (folder / "adapter_config.json").is_file():
-        message = (
-            f"model {source.name!r}: its adapter_config.json names another model as its base, which is not "
-            "looked for; merge the adapter into its base, and name that folder"
-        )
-        raise ModelError(message)
     for index in sorted(folder.glob("*.index.json")):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -262,7 +263,7 @@ def _check_keys(
     trusted: bool,
 ) -> tuple[str, ...]:
     """Raise if weights do not fit; return the top-level modules that no hidden state depends on."""
-    prefix = next((f"{name}." for name, child in whole.named_modules() if child is module and name), "")
+    prefix = _prefix_in(whole, module)
     families = tuple(dict.fromkeys(filter(None, (prefix, f"{whole.base_model_prefix or ''}.".lstrip(".")))))
     children = [name for name, _ in module.named_children()]
     tail = _unused_children(module)
@@ -291,6 +292,11 @@ def _check_keys(
     return tuple(dict.fromkeys(key.partition(".")[0] for key in sorted(unused)))
 
 
+def _prefix_in(whole: PreTrainedModel, module: PreTrainedModel) -> str:
+    """Return the path of a module in a model, with a dot; empty where it is the model."""
+    return next((f"{name}." for name, child in whole.named_modules() if child is module and name), "")
+
+
 def _unused_children(module: PreTrainedModel) -> set[str]:
     """Return the modules after the blocks that are not the final norm: poolers and the like."""
     children = [name for name, _ in module.named_children()]
@@ -312,7 +318,15 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "voc
 def load_tokenizer(
     source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any], *, family: Family | None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; that of a family by our own rules, and that of StripedHyena 2 needs no files."""
+    """Load the tokenizer; that of a family by our own rules, and that of StripedHyena 2 needs no files.
+
+    Folders of adapters mostly bring the tokenizer that they were made with.
+    """
+    if source.adapter is not None and (source.adapter.folder / "tokenizer_config.json").is_file():
+        source = dataclasses.replace(
+            source, location=str(source.adapter.folder), is_local=True, revision=None
+        )
+        options = {key: value for key, value in options.items() if key != "revision"}
     files = {name: _file_of(source, name, options) for name in _TOKENIZER_FILES}
     described = files["tokenizer_config.json"]
     if family is not None and family.tokenizer is not None:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
@@ -23,11 +24,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
 from genoembed.models.provenance import folder_content
 from genoembed.models.registry import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     BUNDLED_FOLDER,
     BUNDLED_NAME,
+    Adapter,
     KnownModel,
     ModelSource,
     entry_named,
+    read_adapter,
     suggestion,
 )
 from genoembed.models.trained_folder import model_folder
@@ -39,9 +44,64 @@ _LOG = logging.getLogger(__name__)
 
 _CONVERTIBLE = (".pt", ".safetensors")
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
+)
 _ANSWER_TIMEOUT_S = 5.0
 # what the hub's client raises when a connection breaks; its HTTP library is not ours to name
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def find_source(name_or_path: str, *, revision: str | None = None, with_weights: bool = True) -> ModelSource:
+    """Find what a name stands for, as near as it is: `locate_model` and `reachable_source` in one.
+
+    An adapter stands for the model that it changes, and is named with it.
+    """
+    source = locate_model(name_or_path, with_weights=with_weights)
+    revision = source.revision_for(revision)
+    source = dataclasses.replace(reachable_source(source, revision=revision), revision=revision)
+    folder = Path(source.location) if source.is_local else _fetched_adapter(source)
+    adapter = None if folder is None else read_adapter(folder)
+    return source if adapter is None else _on_base(source, adapter, with_weights=with_weights)
+
+
+def _fetched_adapter(source: ModelSource) -> Path | None:
+    """Fetch a repository that holds an adapter and no model of its own."""
+    found = None
+    for name in ("config.json", ADAPTER_CONFIG):
+        with suppress(OSError, ValueError):  # said where the model is loaded
+            found = hf_hub_download(source.location, name, revision=source.revision)
+        if name == "config.json" and found is not None:
+            return None
+    for name in (*ADAPTER_WEIGHTS, *_TOKENIZER_FILES) if found is not None else ():
+        with suppress(OSError, ValueError):
+            hf_hub_download(source.location, name, revision=source.revision)
+    return None if found is None else Path(found).parent
+
+
+def _on_base(source: ModelSource, adapter: Adapter, *, with_weights: bool) -> ModelSource:
+    """Find the model that an adapter changes: by the name that it gives, or as a folder beside it."""
+    beside = [adapter.folder / adapter.base, adapter.folder.parent / Path(adapter.base).name]
+    near = next((str(path) for path in beside if (path / "config.json").is_file()), None)
+    name = adapter.base if near is None or Path(adapter.base).expanduser().exists() else near
+    try:
+        base = find_source(name, revision=adapter.base_revision, with_weights=with_weights)
+    except ModelNotFoundError as error:
+        message = (
+            f"model {source.name!r}: it is an adapter of {adapter.base!r}, which is not found ({error}); put "
+            f"that model's folder beside it, or write where it is as base_model_name_or_path into its "
+            f"{ADAPTER_CONFIG}"
+        )
+        raise ModelNotFoundError(message) from error
+    if base.adapter is not None:
+        message = (
+            f"model {source.name!r}: it is an adapter of {adapter.base!r}, which is an adapter itself; merge "
+            "that one into its model first"
+        )
+        raise ModelError(message)
+    _LOG.info("model %r: an adapter of %s", source.name, base.location)
+    return dataclasses.replace(base, name=source.name, entry=None, published=None, adapter=adapter)
 
 
 def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource:
@@ -89,7 +149,9 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
         raise ModelError(message)
     if source.is_local or hub_answers():
         return source
-    config_path = cached_file(source.location, "config.json", revision=revision)
+    names = ("config.json", ADAPTER_CONFIG)
+    found = (cached_file(source.location, name, revision=revision) for name in names)
+    config_path = next(filter(None, found), None)
     if config_path is None:
         what, remedy = "no such model here, it", suggestion(source.name)
         if source.published is not None:
@@ -108,15 +170,18 @@ def model_content(name_or_path: str, *, revision: str | None = None) -> dict[str
 
     Equal for a folder under any name; of a Hugging Face repository, the commit.
     """
-    source = locate_model(name_or_path)
-    revision = source.revision_for(revision)
-    source = reachable_source(source, revision=revision)
+    source = find_source(name_or_path, revision=revision)
+    content = _source_content(source)
+    return content if source.adapter is None else source.adapter.content(content)
+
+
+def _source_content(source: ModelSource) -> dict[str, str]:
     folder = Path(source.location)
     if not source.is_local:
         try:
-            folder = Path(hf_hub_download(source.location, "config.json", revision=revision)).parent
+            folder = Path(hf_hub_download(source.location, "config.json", revision=source.revision)).parent
         except (OSError, ValueError):  # loading it says why
-            return {"commit": f"{source.location} {revision}"}
+            return {"commit": f"{source.location} {source.revision}"}
     if folder.parent.name == "snapshots":
         return {"commit": folder.name}  # its files are fetched one by one, as they are needed
     return folder_content(folder, more=[path.name for path in folder.glob("*.py")])
@@ -179,7 +244,7 @@ def _joined_digest(files: Iterable[Path]) -> str:
 
 
 def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in _CHECKPOINT_SUFFIXES)
         hint = (
             f"convert {checkpoints[0]} first" if checkpoints else "name a folder written by save_pretrained"

@@ -1,4 +1,4 @@
-"""The models that genoembed knows by name: the bundled one and the official Evo 2 checkpoints.
+"""The models that genoembed knows by name, the bundled one and the official Evo 2 checkpoints; and adapters.
 
 Sizes and digests of the files are as published with another open reader of these checkpoints; parameter
 counts follow from the configurations (tied output embedding counted once).
@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from genoembed.errors import ConfigError, ModelNotFoundError
+from genoembed.errors import CheckpointError, ConfigError, ModelNotFoundError
+from genoembed.models.provenance import CONFIG, WEIGHTS, content_digest, file_digest, folder_content
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 
 if TYPE_CHECKING:
@@ -93,6 +94,71 @@ class KnownModel:
         return StripedHyena2Config(**self.config, checkpoint_name=self.name)
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """A folder of peft."""
+
+    folder: Path
+    values: Mapping[str, Any]
+    """What its ``adapter_config.json`` says."""
+
+    @property
+    def base(self) -> str:
+        """Name of the model that it changes."""
+        return str(self.values["base_model_name_or_path"])
+
+    @property
+    def base_revision(self) -> str | None:
+        """Revision of that model, if one is named."""
+        return self.values.get("revision") or None
+
+    @property
+    def statement(self) -> dict[str, Any]:
+        """What a file says about it."""
+        return {"kind": self.values["peft_type"], "base": self.base, "base_revision": self.base_revision}
+
+    @property
+    def weights(self) -> Path:
+        """File of its weights."""
+        found = [path for name in ADAPTER_WEIGHTS if (path := self.folder / name).is_file()]
+        if not found:
+            message = f"it holds {ADAPTER_CONFIG}, but no {' or '.join(ADAPTER_WEIGHTS)}; fetch it again"
+            raise CheckpointError(message, path=str(self.folder))
+        return found[0]
+
+    def content(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Compute the digests of a model with this adapter; ``base`` are those of the model without."""
+        own = folder_content(self.folder)
+        del own[WEIGHTS]
+        own.pop(CONFIG, None)  # the base's is read
+        weights = content_digest({"base": base.get(WEIGHTS, ""), "adapter": file_digest(self.weights)})
+        return {**base, **own, WEIGHTS: weights}
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """Read what a folder says about the adapter in it; None where there is none."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        base, kind = values["base_model_name_or_path"], values["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        message = f"it describes no adapter ({type(error).__name__}: {error}); fetch the folder again"
+        raise CheckpointError(message, path=str(path)) from error
+    if not (isinstance(base, str) and base and isinstance(kind, str)):
+        message = "it names no base_model_name_or_path; write there which model the adapter is for"
+        raise CheckpointError(message, path=str(path))
+    if values.get("megatron_config"):
+        message = "it names code to import (megatron_config), which is not run; remove that line"
+        raise CheckpointError(message, path=str(path))
+    return Adapter(folder=folder, values=values)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
     """Where a model comes from."""
@@ -106,6 +172,10 @@ class ModelSource:
     """The registry's entry, if the name is one."""
     published: PublishedModel | None = None
     """The model of the GENEB benchmark that the name stands for, if it is one."""
+    revision: str | None = None
+    """What to fetch of a Hugging Face repository; None is its newest state."""
+    adapter: Adapter | None = None
+    """What changes the model that lies at the location, if the name stands for an adapter."""
 
     def revision_for(self, given: str | None) -> str | None:
         """Return what to fetch of a repository: what was given, else what a short name stands for."""

@@ -116,7 +116,7 @@ def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
     if isinstance(model, str):
         folder = None if entry_named(model) else Path(model)
     else:
-        folder = model.location
+        folder = model.location if model.adapter is None else model.adapter.folder
     facts = None if folder is None else read_finetuned(folder)
     return facts if facts is not None and facts.layers else None
 

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from genoembed.errors import CheckpointError, ModelError, foreign_code
+from genoembed.models.adapters import merge_adapter
 from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
 from genoembed.models.load import load_tokenizer, without_progress_bars
-from genoembed.models.locate import locate_model, reachable_source
+from genoembed.models.locate import find_source
 from genoembed.tokenization.char import CharTokenizer
 
 if TYPE_CHECKING:
@@ -63,12 +64,10 @@ def load_causal(name: str, *, revision: str | None = None, trust_remote_code: bo
 def _load(
     name: str, *, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = locate_model(name)
-    revision = source.revision_for(revision)
-    source = reachable_source(source, revision=revision)
+    source = find_source(name, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
+    if source.revision is not None:
+        options["revision"] = source.revision
     model_config, family = read_config(source, options)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -93,6 +92,8 @@ def _load(
             f"({', '.join(wrong[:_NAMES_SHOWN])}); go on from a causal model with its head"
         )
         raise CheckpointError(message, path=source.location)
+    if source.adapter is not None:
+        merge_adapter(source.adapter, model)
     return model, load_tokenizer(source, model_config, options, family=family)
 
 

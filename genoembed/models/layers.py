@@ -223,15 +223,15 @@ def _layer_info(module: nn.Module, path: str, blocks_path: str) -> LayerInfo:
     index = int(inside.group(1)) if inside else None
     is_block = inside is not None and not inside.group(2)
     config_width = _config_number(module, _WIDTH_KEYS)
-    width = config_width if is_block else _own_width(module.get_submodule(path), config_width)
+    part = module.get_submodule(path)
+    # what a module states comes first: parameters may serve both strands, blocks may widen step by step
+    stated = getattr(part, "output_width", None)
+    width = stated or (config_width if is_block else _own_width(part, config_width))
     return LayerInfo(path=path, index=index, width=width)
 
 
 def _own_width(module: nn.Module, config_width: int | None) -> int | None:
-    """Read a module's output width from its parameters, where they determine it, or where it states it."""
-    stated = getattr(module, "output_width", None)  # ours, whose parameters serve both strands
-    if isinstance(stated, int):
-        return stated
+    """Read a module's output width from its parameters, where they determine it."""
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Embedding):
@@ -327,8 +327,11 @@ def hooked(module: nn.Module, paths: Iterable[str], take: Callable[[str, object]
     try:
         for path in paths:
 
-            def hook(_module: nn.Module, _inputs: object, output: object, path: str = path) -> None:
-                take(path, output)  # what a hook returns would replace the module's output
+            def hook(part: nn.Module, inputs: object, output: object, path: str = path) -> None:
+                # a block of shortened sequences says how its vectors stand for the positions of the input
+                spread = getattr(part, "per_position", None)
+                take(path, output if spread is None else spread(inputs, output))
+                # what a hook returns would replace the module's output
 
             handles.append(module.get_submodule(path).register_forward_hook(hook))
         yield

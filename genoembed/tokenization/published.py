@@ -6,6 +6,7 @@ of each token and, once saved, opens with plain `AutoTokenizer`.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+_NTV3_ROLES = ("unk_token", "pad_token", "mask_token", "cls_token", "eos_token", "bos_token")
 _HYENA_SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 
 
@@ -45,6 +47,19 @@ def evo1_bytes(folder: Path, values: Mapping[str, Any]) -> CharTokenizer:
     if values.get("tokenizer_class") == CharTokenizer.__name__:
         return CharTokenizer.from_pretrained(folder)
     return CharTokenizer()
+
+
+def ntv3_characters(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Build the character tokenizer of NTv3 from its ``vocab.json``: upper case, no special tokens added."""
+    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    roles = {role: f"<{role.partition('_')[0]}>" for role in _NTV3_ROLES}
+    roles |= {role: values[role] for role in roles if isinstance(values.get(role), str)}
+    return characters(
+        sorted(ids, key=ids.__getitem__),
+        unk_token=roles.pop("unk_token"),
+        special={role: token for role, token in roles.items() if token in ids},
+        model_max_length=values.get("model_max_length"),
+    )
 
 
 def generator_kmers(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:

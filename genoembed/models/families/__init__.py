@@ -243,6 +243,18 @@ def _is_dnabert2(published: Published) -> bool:
     return "alibi_starting_size" in published.config or "bert_layers" in published.modules
 
 
+def _is_ntv3(published: Published) -> bool:
+    """Recognize the pre-trained models; those trained on tracks have parts that read a species."""
+    if published.model_type not in (None, "ntv3") or "bigwigs_per_species" in published.config:
+        return False
+    keys = {"num_downsamples", "conv_init_embed_dim", "token_embed_dim"}
+    return (
+        any(name.lower().startswith("ntv3pretrained") for name in published.classes)
+        or keys <= set(published.config)
+        or published.has_weight("core.deconv_tower_blocks.0.conv.conv.weight")
+    )
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="DNABERT-2",
@@ -303,6 +315,13 @@ FAMILIES: tuple[Family, ...] = (
         is_like=_is_evo1,
         port="genoembed.models.families.evo1",
         tokenizer="genoembed.tokenization.published:evo1_bytes",
+    ),
+    Family(
+        name="NTv3",
+        model_type="ntv3",
+        is_like=_is_ntv3,
+        port="genoembed.models.families.ntv3",
+        tokenizer="genoembed.tokenization.published:ntv3_characters",
     ),
 )
 """In the order of asking: the first that recognizes a folder has it."""

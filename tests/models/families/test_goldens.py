@@ -26,6 +26,16 @@ TOLERANCES = {"hyenadna": 1e-4, "ntv3_pre": 2e-5}
 CAUSAL = {"hyenadna", "evo1", "generator"}
 ENCODERS_ONLY: set[str] = set()
 """Folders whose weights hold no language-model head."""
+FILLED = {"ntv3_pre"}
+"""Where the official tokenizer fills sequences up to a multiple, which the model does here."""
+SEVERAL_LENGTHS = {
+    "ntv3_pre": [
+        *(f"core.conv_tower_blocks.{i}" for i in range(3)),
+        *(f"core.transformer_blocks.{i}" for i in range(2)),
+        *(f"core.deconv_tower_blocks.{i}" for i in range(3)),
+    ]
+}
+"""Blocks in the order of official hidden states that have lengths of their own."""
 
 
 def outputs_of(family):
@@ -64,7 +74,11 @@ def test_family_is_recognized_without_its_name(family, tmp_path):
 def test_input_ids_equal_the_official_tokenizer(family, model, outputs):
     for name, sequence in inputs_of(family).items():
         ids = model.tokenizer(sequence)["input_ids"]
-        assert ids == outputs[name]["input_ids"].tolist(), name
+        expected = outputs[name]["input_ids"].tolist()
+        if family in FILLED:
+            assert set(expected[len(sequence) :]) <= {model.tokenizer.pad_token_id}
+            expected = expected[: len(sequence)]
+        assert ids == expected, name
 
 
 def states(model, ids_BL, mask_BL=None):
@@ -96,6 +110,19 @@ def test_every_block_and_final_equal_the_official_code(family, model, outputs):
                 torch.testing.assert_close(
                     blocks[index][0], hidden, rtol=0, atol=tolerance, msg=f"{name} {index}"
                 )
+
+
+def test_blocks_of_several_lengths_equal_the_official_code_on_every_position(family, model, outputs):
+    if family not in SEVERAL_LENGTHS:
+        pytest.skip("all official hidden states have the length of the input")
+    for name, expected in outputs.items():
+        ids = expected["input_ids"].long()
+        with torch.inference_mode():
+            found = run(model, ids[None], None, SEVERAL_LENGTHS[family])
+        for index, path in enumerate(SEVERAL_LENGTHS[family]):
+            hidden = expected[f"hidden_states.{index}"]
+            spread = hidden.repeat_interleave(len(ids) // len(hidden), dim=0)
+            torch.testing.assert_close(found[path][0], spread, rtol=0, atol=TOLERANCES[family], msg=name)
 
 
 def test_final_in_batches_equals_the_official_code(family, model, outputs):

@@ -397,7 +397,6 @@ REASONS = {
     "genoembed.finetuning.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
-    "genoembed.tokenization.published": "imported by name, with a model of one of the families",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""

@@ -3,8 +3,8 @@
 A Hyena operator multiplies gates with a convolution over the whole past. The filter of that convolution is
 implicit: a small network with sine activations computes it from positions, which lie in the checkpoint up to
 the context of the model. Convolutions go through FFT in float32, a group of channels at a time, and MLPs a
-stretch of positions at a time: what grows with the length is a handful of tensors of the model's width
-(about ``3 * hyena_order + 4`` values per position and channel), so that a million bases fit into memory.
+stretch of positions at a time. What is held of all positions are about ``hyena_order + 5`` values per channel
+and ``filter_order`` more: a million bases take 1.2 GB at a width of 32, 7.5 GB at a width of 256.
 
 The filter and its positions stay float32 in every dtype of the model: in bfloat16, positions further than a
 few hundred could not be told apart. The residual stream is float32, too, as in the published code.
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
 
-_MOST_VALUES = 1 << 24
-"""Values of the padded rows that are transformed at a time, and of an MLP's inner states: 64 MiB."""
+_MOST_VALUES = 1 << 23
+"""Values of the padded rows that are transformed at a time, and of an MLP's inner states: 32 MiB."""
 
 
 class HyenaDNAConfig(PreTrainedConfig):
@@ -200,14 +200,14 @@ class ImplicitFilter(nn.Module):
         sine = self.implicit_filter[1]
         width = self.implicit_filter[-1].in_features
         assert isinstance(width, int)
-        parts = []
-        # stretch by stretch: only what comes out is held for all positions
-        for span in _spans(length, _MOST_VALUES // width):
-            x_LF = self.pos_emb.z[0, :length][span]
+        z_LE = self.pos_emb.z[0, :length]
+
+        def run(x_LF: Tensor) -> Tensor:
             for linear in linears:
                 x_LF = sine(linear(x_LF))
-            parts.append(x_LF)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return x_LF
+
+        return _by_stretches(run, z_LE, step=_MOST_VALUES // width)
 
     def taps(self, features_LF: Tensor, channels: slice) -> Tensor:
         """Compute the filters of some channels, first tap first; ``(C, L)``."""
@@ -288,6 +288,21 @@ def _spans(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(total, start + step)) for start in range(0, total, step))
 
 
+def _by_stretches(run: Callable[[Tensor], Tensor], x: Tensor, *, step: int) -> Tensor:
+    """Run what is the same at each position, so that what is between is never held for all of them."""
+    length = x.shape[-2]
+    # gradients need all of it anyway
+    if length <= step or torch.is_grad_enabled():
+        return run(x)
+    y: Tensor | None = None
+    for span in _spans(length, step):
+        part = run(x[..., span, :])
+        y = part.new_empty(*x.shape[:-1], part.shape[-1]) if y is None else y
+        y[..., span, :] = part
+    assert y is not None
+    return y
+
+
 def _shifted(span: slice, by: int) -> slice:
     return slice(span.start + by, span.stop + by)
 
@@ -303,15 +318,10 @@ class HyenaMlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Mix channels."""
-        step = max(1, _MOST_VALUES // (self.inner * x_BLD.shape[0]))
-        # whole where gradients need all inner states anyway, and where a hook expects one call
+        step = _MOST_VALUES // (self.inner * x_BLD.shape[0])
+        # a hook expects one call
         is_seen = is_watched(self.fc1) or is_watched(self.fc2)
-        if x_BLD.shape[1] <= step or torch.is_grad_enabled() or is_seen:
-            return self._run(x_BLD)
-        y_BLD = torch.empty_like(x_BLD)
-        for span in _spans(x_BLD.shape[1], step):
-            y_BLD[:, span] = self._run(x_BLD[:, span])
-        return y_BLD
+        return self._run(x_BLD) if is_seen else _by_stretches(self._run, x_BLD, step=step)
 
     def _run(self, x_BLD: Tensor) -> Tensor:
         y_BLD: Tensor = self.fc2(F.gelu(self.fc1(x_BLD), approximate="tanh"))

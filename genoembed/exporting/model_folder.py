@@ -97,7 +97,9 @@ def export_model(
             width=width,
             max_tokens=loaded.max_length,
             special_tokens=tuple(_special_tokens(loaded.tokenizer)),
-            needs_genoembed=loaded.module.config.model_type.startswith("striped_hyena"),
+            needs_genoembed=any(
+                type(part).__module__.startswith("genoembed.") for part in (loaded.module, loaded.tokenizer)
+            ),
         )
         (folder / _README).write_text(_readme(report), encoding="utf-8")
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +51,19 @@ def test_our_architecture_is_exported_and_said_to_need_us(tmp_path):
     assert report.needs_genoembed
     assert "import genoembed" in (tmp_path / "out" / "README.md").read_text()
     expected = embed(SEQUENCES, model=str(tmp_path / "striped"), layers="final", dtype="float32").X
+    np.testing.assert_allclose(encoder(tmp_path / "out")(SEQUENCES), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "is_ours"), [("nt_v1", False), ("nt_v2", True), ("dnabert2", True)])
+def test_published_folders_are_exported(family, is_ours, tmp_path):
+    """One has tokens without an embedding, one no stated length."""
+    pytest.importorskip("sentence_transformers")
+    folder = Path(__file__).parents[1] / "golden" / "families" / family
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = export_model(folder, tmp_path / "out")
+    assert report.needs_genoembed is is_ours
+    expected = embed(SEQUENCES, model=str(folder), layers="final", dtype="float32").X
     np.testing.assert_allclose(encoder(tmp_path / "out")(SEQUENCES), expected, rtol=1e-4, atol=1e-5)
 
 

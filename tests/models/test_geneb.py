@@ -21,7 +21,6 @@ from genoembed.models.registry import known_models, suggestion
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 MODELS = published_models()
-PENDING = {"evo1"}
 
 
 def test_table_has_the_forty_models_once_each():
@@ -51,7 +50,7 @@ def test_row_runs_or_says_why_not(model):
     assert model.golden or not model.has_golden_layout
     if model.class_name != "ours":
         assert hasattr(transformers, model.class_name)
-    if model.golden and model.golden not in PENDING:
+    if model.golden:
         module = load_model(str(FAMILIES / model.golden)).module
         is_native = type(module).__module__.startswith("transformers.")
         assert (type(module).__name__ if is_native else "ours") == model.class_name

@@ -150,6 +150,14 @@ def _is_evo1(published: Published) -> bool:
     return is_said or published.has_weight("filter.poles")
 
 
+def _is_omni_dna(published: Published) -> bool:
+    """OLMo with the names of the ai2-olmo package; transformers' Olmo has others."""
+    if published.weights:
+        return published.has_weight("transformer.blocks.0.att_proj.weight")
+    settings = {"n_layers", "mlp_ratio", "layer_norm_with_affine", "rope_full_precision"}
+    return published.model_type == "olmo-gfm" or settings <= published.config.keys()
+
+
 def _is_hyenadna(published: Published) -> bool:
     settings = {"hyena_order", "short_filter_order", "filter_order", "d_model"}
     names = {"HyenaDNAModel", "HyenaDNAForCausalLM", "HyenaDNAForSequenceClassification"}
@@ -300,6 +308,12 @@ FAMILIES: tuple[Family, ...] = (
         port="genoembed.models.families.caduceus",
         tokenizer="genoembed.tokenization.published:hyena_characters",
         special_tokens=False,
+    ),
+    Family(
+        name="Omni-DNA",
+        model_type="omni_dna",
+        is_like=_is_omni_dna,
+        port="genoembed.models.families.omni_dna",
     ),
     Family(
         name="HyenaDNA",

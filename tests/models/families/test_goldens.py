@@ -23,7 +23,7 @@ from genoembed.store.reader import open_embeddings
 GOLDEN = Path(__file__).parents[2] / "golden" / "families"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 TOLERANCES = {"hyenadna": 1e-4, "ntv3_pre": 2e-5}
-CAUSAL = {"hyenadna", "evo1", "generator"}
+CAUSAL = {"hyenadna", "evo1", "generator", "omni_dna"}
 ENCODERS_ONLY: set[str] = set()
 """Folders whose weights hold no language-model head."""
 FILLED = {"ntv3_pre"}

@@ -62,7 +62,7 @@ class RecordEmbedder:
 
     def __init__(self, model: str | PathLike[str] | GenomicModel = DEFAULT_MODEL, **options: Any) -> None:
         name = fspath(model) if isinstance(model, PathLike) else model
-        facts = find_facts(name)
+        facts = find_facts(name, revision=options.get("revision"))
         self.config: EmbedConfig = _config(name, options, facts)
         """What is done."""
         self.model: GenomicModel = load_configured(self.config.model) if isinstance(name, str) else name

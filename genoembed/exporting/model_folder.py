@@ -17,6 +17,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import ModelExportConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import MissingExtraError, ModelError
+from genoembed.models.layers import FINAL
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
 
@@ -116,7 +117,7 @@ def _check(loaded: GenomicModel) -> str:
         raise ModelError(message)
     facts = find_facts(loaded)
     if facts is not None:
-        is_plain = facts.layers == (layer,) and facts.pooling == "mean" and facts.finisher is None
+        is_plain = facts.layers in ((layer,), (FINAL,)) and facts.pooling == "mean" and facts.finisher is None
         if not is_plain or facts.skip_first:
             message = (
                 f"{loaded.name} was fine-tuned for {facts.pooling} vectors of {', '.join(facts.layers)}"

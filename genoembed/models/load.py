@@ -43,6 +43,7 @@ from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import find_source
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
+from genoembed.models.trained_folder import fetch_sentence_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -137,6 +138,8 @@ def _load(
     if device_map is None:
         module = module.to(device)
     config_path = _file_of(source, "config.json", options)
+    if not source.is_local:
+        fetch_sentence_files(source)
     entry = source.entry or entry_named(getattr(config, "checkpoint_name", None))
     return GenomicModel(
         module,

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 import ssl
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
@@ -32,10 +31,10 @@ from genoembed.models.registry import (
     KnownModel,
     ModelSource,
     entry_named,
+    model_folder,
     read_adapter,
     suggestion,
 )
-from genoembed.models.trained_folder import model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,18 +65,25 @@ def find_source(name_or_path: str, *, revision: str | None = None, with_weights:
     return source if adapter is None else _on_base(source, adapter, with_weights=with_weights)
 
 
+def fetched(source: ModelSource, name: str) -> Path | None:
+    """Fetch a file of a model; None where there is none, or where loading the model will say why."""
+    if source.is_local:
+        path = Path(source.location) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source.location, name, revision=source.revision))
+    except (OSError, ValueError):
+        return None
+
+
 def _fetched_adapter(source: ModelSource) -> Path | None:
     """Fetch a repository that holds an adapter and no model of its own."""
-    found = None
-    for name in ("config.json", ADAPTER_CONFIG):
-        with suppress(OSError, ValueError):  # said where the model is loaded
-            found = hf_hub_download(source.location, name, revision=source.revision)
-        if name == "config.json" and found is not None:
-            return None
+    if fetched(source, "config.json") is not None:
+        return None
+    found = fetched(source, ADAPTER_CONFIG)
     for name in (*ADAPTER_WEIGHTS, *_TOKENIZER_FILES) if found is not None else ():
-        with suppress(OSError, ValueError):
-            hf_hub_download(source.location, name, revision=source.revision)
-    return None if found is None else Path(found).parent
+        fetched(source, name)
+    return None if found is None else found.parent
 
 
 def _on_base(source: ModelSource, adapter: Adapter, *, with_weights: bool) -> ModelSource:

@@ -1,24 +1,33 @@
 """What a model folder was trained as: layers, pooling and fusion of its vectors, and how they are finished.
 
-In: a model folder. Out: :class:`FinetunedFacts`, or None for a folder that was not fine-tuned here. What it
-says fills in the options that a caller leaves out, and another choice warns. Promised: a folder of a newer
-format is rejected, never half understood.
+In: a model folder, fine-tuned here or by sentence-transformers. Out: :class:`FinetunedFacts`, or None for a
+folder that was trained for no vector. What it says fills in the options that a caller leaves out, and another
+choice warns. Promised: a folder of a newer format is rejected, never half understood, and so are modules of
+sentence-transformers that are not run here, unless the caller says which vectors to take.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from genoembed.contracts import FINAL_FOLDER
-from genoembed.errors import CheckpointError, ConfigError, PoolingMismatchWarning
-from genoembed.models.registry import entry_named
+from genoembed.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    ModelNotFoundError,
+    PoolingMismatchWarning,
+)
+from genoembed.models.layers import FINAL
+from genoembed.models.locate import fetched, locate_model, reachable_source
+from genoembed.models.registry import entry_named, model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.registry import ModelSource
 
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"
@@ -55,6 +65,10 @@ class FinetunedFacts:
     """Name of the projection after the pooling among the heads' weights."""
     values: Mapping[str, Any]
     """All that the file says."""
+    unsupported: str | None = None
+    """What of it is not done here."""
+    counts_special: bool = False
+    """Whether special tokens count in its pooling, which they never do here."""
 
     def finish(self, pooled_ND: Tensor) -> Tensor:
         """Project and normalize pooled vectors, as training did."""
@@ -69,14 +83,6 @@ class FinetunedFacts:
     def finisher(self) -> Callable[[Tensor], Tensor] | None:
         """What is done to fused vectors; None if nothing is."""
         return self.finish if self.normalize or self.pooler is not None else None
-
-
-def model_folder(folder: str | PathLike[str]) -> Path:
-    """Return the folder of a model; the folder of a training run stands for its ``final``."""
-    path = Path(folder).expanduser()
-    final = path / FINAL_FOLDER
-    is_run = not (path / "config.json").exists() and (final / "config.json").is_file()
-    return final if is_run else path
 
 
 def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
@@ -111,20 +117,168 @@ def read_finetuned(folder: str | PathLike[str]) -> FinetunedFacts | None:
     return facts
 
 
-def find_facts(model: str | GenomicModel) -> FinetunedFacts | None:
+def find_facts(model: str | GenomicModel, *, revision: str | None = None) -> FinetunedFacts | None:
     """Read what a model was trained as; None where it was trained for no vector."""
-    if isinstance(model, str):
-        folder = None if entry_named(model) else Path(model)
-    else:
+    if not isinstance(model, str):
         folder = model.location if model.adapter is None else model.adapter.folder
-    facts = None if folder is None else read_finetuned(folder)
-    return facts if facts is not None and facts.layers else None
+    elif entry_named(model):
+        folder = None
+    else:
+        folder = Path(model) if Path(model).expanduser().exists() else _fetched_folder(model, revision)
+    if folder is None:
+        return None
+    facts = read_finetuned(folder)
+    if facts is None:
+        return _read_sentence_folder(folder)
+    return facts if facts.layers else None
+
+
+def _fetched_folder(name: str, revision: str | None) -> Path | None:
+    """Fetch what a repository of sentence-transformers says about its vectors; None for any other."""
+    try:
+        source = locate_model(name, with_weights=False)
+        given = source.revision_for(revision)
+        source = dataclasses.replace(reachable_source(source, revision=given), revision=given)
+    except (ModelError, ModelNotFoundError):  # said where the model is loaded
+        return None
+    return fetch_sentence_files(source)
+
+
+def fetch_sentence_files(source: ModelSource) -> Path | None:
+    """Fetch the files that :func:`find_facts` reads in a folder of sentence-transformers."""
+    listed = fetched(source, MODULES_FILE)
+    if listed is None:
+        return None
+    fetched(source, _SENTENCE_CONFIG)
+    for module in _sentence_modules(listed):
+        fetched(source, f"{module.path}/config.json" if module.path else _BERT_CONFIG)
+    return listed.parent
+
+
+MODULES_FILE = "modules.json"
+_SENTENCE_CONFIG, _BERT_CONFIG = "config_sentence_transformers.json", "sentence_bert_config.json"
+_POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "weightedmean": "weighted_mean", "lasttoken": "last"}
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""What older releases wrote instead of a name."""
+
+
+class _SentenceModule(NamedTuple):
+    """A step of a model of sentence-transformers."""
+
+    kind: str
+    """Name of its class; with its module, where that is not of sentence-transformers."""
+    path: str
+
+
+def _sentence_modules(listed: Path) -> list[_SentenceModule]:
+    modules = _read_json(listed)
+    try:
+        named = [(str(module["type"]), str(module["path"])) for module in modules]
+    except (TypeError, KeyError) as error:
+        message = f"it is no list of modules ({type(error).__name__}: {error}); fetch the folder again"
+        raise CheckpointError(message, path=str(listed)) from error
+    for _, path in named:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+            message = f"it names {path!r}, expected folders beside it; fetch the folder again"
+            raise CheckpointError(message, path=str(listed))
+    ours = "sentence_transformers."
+    return [
+        _SentenceModule(kind.rpartition(".")[2] if kind.startswith(ours) else kind, path)
+        for kind, path in named
+    ]
+
+
+def _read_sentence_folder(folder: Path) -> FinetunedFacts | None:
+    """Read which vectors a folder of sentence-transformers makes."""
+    folder = folder.expanduser()
+    outer = folder.parent if folder.name == "0_Transformer" else folder
+    if not (outer / MODULES_FILE).is_file():
+        return None
+    modules = _sentence_modules(outer / MODULES_FILE)
+    settings = [_read_json(outer / module.path / "config.json", default={}) for module in modules]
+    steps = {module.kind: values for module, values in zip(modules, settings, strict=True)}
+    pooling = _sentence_pooling(steps.get("Pooling", {}))
+    normalize = "Normalize" in steps
+    if pooling == "mean_sqrt_len_tokens" and normalize:
+        pooling = "mean"  # they differ in length only
+    problems = [f"its module {kind}" for kind, values in steps.items() if not _is_done_here(kind, values)]
+    if pooling not in _POOLINGS:
+        problems.append(f"its pooling {pooling!r}")
+    bert, prompts = (_read_json(outer / name, default={}) for name in (_BERT_CONFIG, _SENTENCE_CONFIG))
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
+    if prompt:
+        problems.append(f"its prompt {prompt!r}")
+    if bert.get("do_lower_case"):
+        problems.append("lower-casing (do_lower_case)")
+    kinds = [module.kind for module in modules]
+    return FinetunedFacts(
+        folder=outer,
+        task="sentence-transformers",
+        layers=(FINAL,),
+        pooling=_POOLINGS.get(pooling, pooling),
+        skip_first=0,
+        fusion="none",
+        fusion_weights=(),
+        normalize=normalize,
+        pooler=None,
+        values={"task": "sentence-transformers", "modules": kinds, "normalize": normalize, "pooler": None},
+        unsupported=" and ".join(problems) or None,
+        counts_special=pooling != "cls" and "WordWeights" not in steps,
+    )
+
+
+def _sentence_pooling(values: Mapping[str, Any]) -> str:
+    """Return the name of a pooling; several, joined by +, which nothing here does."""
+    named = values.get("pooling_mode")
+    if named is None:
+        flags = [mode for flag, mode in _POOLING_FLAGS.items() if values.get(flag)]
+        named = flags or ["mean"]
+    return named if isinstance(named, str) else "+".join(map(str, named))
+
+
+def _is_done_here(kind: str, values: Mapping[str, Any]) -> bool:
+    """Check that a module is done here, or does nothing when a trained model runs."""
+    if kind == "WordWeights":  # as genoembed exports models: special tokens have weight 0, all others 1
+        weights = values.get("word_weights") or {}
+        only_special = all(weight == 0 and not word.isalpha() for word, weight in weights.items())
+        return only_special and values.get("unknown_word_weight") == 1
+    return kind in ("Transformer", "Pooling", "Normalize", "Dropout")
+
+
+def _read_json(path: Path, *, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"it cannot be read ({type(error).__name__}: {error}); fetch the folder again"
+        raise CheckpointError(message, path=str(path)) from error
+    if default is not None and not isinstance(values, type(default)):
+        message = "it holds no settings; fetch the folder again"
+        raise CheckpointError(message, path=str(path))
+    return values
 
 
 def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -> dict[str, object]:
     """Add to the options that are given those of training."""
     if facts is None:
         return dict(given)
+    if facts.unsupported is not None:
+        if {"layers", "pooling"} <= given.keys():
+            return dict(given)
+        message = (
+            f"model {str(facts.folder)!r}: a model of sentence-transformers whose vectors are not made here: "
+            f"{facts.unsupported}; set layers and pooling to take vectors of the model in it, or use "
+            "sentence-transformers"
+        )
+        raise ModelError(message)
     carried = ["layers", "pooling"]
     if given.get("pooling") != "none":  # tokens are all kept
         carried.append("skip_first")
@@ -138,7 +292,7 @@ def finisher(
     facts: FinetunedFacts | None, embedding: EmbeddingConfig, layers: tuple[str, ...]
 ) -> Callable[[Tensor], Tensor] | None:
     """Return what is to be done to fused vectors; warn of what differs from training."""
-    if facts is None:
+    if facts is None or facts.unsupported is not None:
         return None
     asked = {"layers": layers}
     if embedding.pooling != "none":  # tokens are neither pooled nor fused

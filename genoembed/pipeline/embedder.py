@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
 import sys
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from genoembed.pipeline.threads import Interruption
     from genoembed.pipeline.units import RunStats, WorkUnit
 
+logger = logging.getLogger(__name__)
+
 
 _WIDE = 16384
 _UNIT_VALUES = 1 << 25
@@ -72,6 +75,9 @@ class UnitEmbedder:
         self.config = config
         infos = model.resolve(config.embedding.layers)
         self.layers = tuple(info.path for info in infos)
+        if facts is not None:  # it may say "final"
+            resolved = model.resolve(facts.layers)
+            facts = replace(facts, layers=tuple(info.path for info in resolved))
         self.facts = facts
         self.num_strands = 1 if config.embedding.rc == "none" else 2
         self._stated_widths = {info.path: info.width for info in infos if info.width is not None}
@@ -90,6 +96,9 @@ class UnitEmbedder:
             mirror=config.windows.per_window,
         )
         self._check()
+        if facts is not None and facts.counts_special and self._cutter.encoder.num_special_tokens:
+            message = "model %s: its own %s counts special tokens, too, which are left out here"
+            logger.warning(message, model.name, facts.pooling)
         slabs = SlabBuilder(
             cutter=self._cutter,
             batch_tokens=config.model.batch_tokens or default_batch_tokens(model.device),

@@ -153,7 +153,9 @@ class UnitWorker:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", GenoembedWarning)
             model = load_configured(config.model)
-            self._embedder = UnitEmbedder(model, config, facts=find_facts(config.model.model))
+            self._embedder = UnitEmbedder(
+                model, config, facts=find_facts(config.model.model, revision=config.model.revision)
+            )
             facts = run_facts(config, self._embedder)
         ours = tuple(item.message for item in caught if isinstance(item.message, GenoembedWarning))
         return Started(facts=facts, warned=ours)

@@ -55,7 +55,7 @@ def read_request(
     """Check what a caller says, and fill in what a fine-tuned model was trained with."""
     if isinstance(model, PathLike):
         model = fspath(model)
-    trained = find_facts(model)
+    trained = find_facts(model, revision=options.get("revision"))
     given = plain_options(options | {"layers": layers, "pooling": pooling, "fusion": fusion})
     config = embed_config(
         {

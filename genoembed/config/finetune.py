@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import (
@@ -52,7 +53,10 @@ TASK_METRICS = {
     "lm": ("loss", "bits_per_token"),
     "contrastive": ("mrr", "recall_at_1", "recall_at_10"),
     "triplet": ("mrr", "recall_at_1", "recall_at_10"),
-    "retrieval": ("mrr", "recall_at_1", "recall_at_10"),
+    "retrieval": (
+        *("heads_mrr", "mrr", "dense_mrr", "sparse_mrr", "multi_vector_mrr"),
+        *("recall_at_1", "recall_at_10", "dense_recall_at_1", "dense_recall_at_10"),
+    ),
 }
 """Metrics of each task; the first one stops training unless another is set."""
 SMALLER_IS_BETTER = ("loss", "bits_per_token")
@@ -471,10 +475,32 @@ class FinetuneRecipe(OptimizerConfig):
     schedule: Schedule = option(
         "cosine",
         group=OPTIMIZATION,
-        help="Learning rate after the warm-up; plateau halves it when the metric stops improving.",
+        help="Learning rate after the warm-up; plateau lowers it when the metric stops improving.",
     )
-    warmup_fraction: float = option(
-        0.1, ge=0, lt=1, group=OPTIMIZATION, metavar="SHARE", help="Share of the steps with a rising rate."
+    warmup_fraction: float | None = option(
+        None,
+        ge=0,
+        lt=1,
+        group=OPTIMIZATION,
+        metavar="SHARE",
+        shown_default="0.1; 0 for plateau",
+        help="Share of the steps in which the rate rises, from a tenth of its peak.",
+    )
+    warmup_steps: int | None = option(
+        None, ge=0, group=OPTIMIZATION, metavar="N", help="The same as a number of steps."
+    )
+    min_learning_rate: float = option(
+        0.0, ge=0, group=OPTIMIZATION, metavar="RATE", help="Where cosine, linear and plateau end."
+    )
+    plateau_factor: float = option(
+        0.5, gt=0, lt=1, group=OPTIMIZATION, metavar="X", help="For plateau: the rate is multiplied by it."
+    )
+    plateau_patience: int = option(
+        1,
+        ge=0,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="For plateau: evaluations without a better metric before the rate falls.",
     )
     weight_decay: float = option(
         0.01, ge=0, group=OPTIMIZATION, metavar="X", help="Weight decay of matrices; vectors have none."
@@ -522,6 +548,29 @@ class FinetuneRecipe(OptimizerConfig):
         if self.max_epochs is not None and self.min_epochs > max(self.max_epochs, 1):
             remedy = Remedy("min_epochs", words=f"at most max_epochs, which is {self.max_epochs}")
             yield Problem(f"min_epochs is {self.min_epochs}", remedy)
+        if self.warmup_fraction is not None and self.warmup_steps is not None:
+            yield "warmup_fraction and warmup_steps are both set; leave one out"
+        if self.learning_rate is not None and self.min_learning_rate > self.learning_rate:
+            remedy = Remedy("min_learning_rate", words=f"at most learning_rate, {self.learning_rate:g}")
+            yield Problem(f"min_learning_rate is {self.min_learning_rate:g}", remedy)
+
+    def num_warmup_steps(self, total: int) -> int:
+        """Count the steps with a rising rate.
+
+        Example:
+            >>> [FinetuneRecipe(schedule=name).num_warmup_steps(200) for name in ("cosine", "plateau")]
+            [20, 0]
+        """
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        usual = 0.0 if self.schedule == "plateau" else 0.1
+        return math.ceil((usual if self.warmup_fraction is None else self.warmup_fraction) * total)
+
+    @property
+    def has_steady_rate(self) -> bool:
+        """Whether no step's rate depends on how many steps there are to come."""
+        is_known = self.warmup_steps is not None or self.num_warmup_steps(1) == 0
+        return self.schedule in ("constant", "plateau") and is_known
 
 
 class FinetuneConfig(Config):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -236,11 +237,11 @@ class ExampleMeasure:
         sides = [self._represent(model, side) for side in (self._queries, self._passages)]
         by_head = head_scores(*sides)
         metrics = self._rank(hybrid_scores(*sides))
-        if len(by_head) > 1:
-            for name, scores in by_head.items():
-                found = self._rank(scores)
-                metrics |= {f"{name}_{key}": found[key] for key in found if key != "ranked_queries"}
-        return metrics
+        for name, scores in by_head.items():
+            found = self._rank(scores)
+            metrics |= {f"{name}_{key}": found[key] for key in found if key != "ranked_queries"}
+        # the sum of all scores may be perfect by one head, while another has hardly begun to learn
+        return metrics | {"heads_mrr": fmean(metrics[f"{name}_mrr"] for name in by_head)}
 
     def _rank(self, scores: Tensor) -> dict[str, float]:
         return ranking_metrics(scores, self._relevant, allowed_QP=self._allowed)

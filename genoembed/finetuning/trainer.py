@@ -12,11 +12,13 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Sampler
     from transformers import TrainingArguments
 
@@ -144,6 +148,42 @@ class SetEpoch(TrainerCallback):
             listener.set_epoch(int(state.epoch or 0))
 
 
+_FIRST_SHARE = 0.1
+"""Of the peak rate, in the first step of a warm-up: none at all would waste the step."""
+
+
+def rate_share(step: int, *, recipe: FinetuneRecipe, warmup: int, total: int) -> float:
+    """Compute the learning rate of a step, from 0, as a share of its peak.
+
+    Example:
+        >>> from genoembed.config.finetune import FinetuneRecipe
+        >>> recipe = FinetuneRecipe(schedule="linear", learning_rate=1.0, min_learning_rate=0.2)
+        >>> [round(rate_share(step, recipe=recipe, warmup=3, total=8), 2) for step in range(9)]
+        [0.1, 0.4, 0.7, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]
+    """
+    if step < warmup:
+        return _FIRST_SHARE + (1 - _FIRST_SHARE) * step / warmup
+    assert recipe.learning_rate is not None, "resolve_recipe has set it"
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    least = recipe.min_learning_rate / recipe.learning_rate
+    return least + (1 - least) * left[recipe.schedule]
+
+
+class WarmUp(TrainerCallback):
+    """Raise the rate in the first steps of a schedule that only knows how to lower it."""
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        self._steps, self._peaks = steps, [group["lr"] for group in optimizer.param_groups]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the rates of the step."""
+        if self._steps and state.global_step <= self._steps:
+            share = _FIRST_SHARE + (1 - _FIRST_SHARE) * state.global_step / self._steps
+            for group, peak in zip(kwargs["optimizer"].param_groups, self._peaks, strict=True):
+                group["lr"] = peak * share
+
+
 class StopEarly(TrainerCallback):
     """End training when the metric has not become better for some evaluations.
 
@@ -213,6 +253,8 @@ _SAID = (
 class FinetuneTrainer(ResumableTrainer):
     """A Trainer for models of :mod:`genoembed.finetuning.models` and :mod:`genoembed.retrieval.models`."""
 
+    lr_scheduler: LRScheduler | None
+
     def __init__(
         self,
         *,
@@ -228,6 +270,7 @@ class FinetuneTrainer(ResumableTrainer):
         assert recipe.head_learning_rate is not None, "resolve_recipe has set it"
         self._measures, self._micro_batch = measures, recipe.micro_batch
         self._head_rate = recipe.head_learning_rate
+        self._recipe = recipe
         self._watch = LossWatch()
         self._batches = RankBatches(
             sampler,
@@ -246,6 +289,33 @@ class FinetuneTrainer(ResumableTrainer):
     def rate_of(self, name: str) -> float:
         """Return the peak rate of a parameter: new heads learn faster than what was pretrained."""
         return float(self.args.learning_rate) if _is_pretrained(name) else self._head_rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Build the schedule of the learning rate, once."""
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            assert chosen is not None, "the optimizer is built first"
+            warmup = self._recipe.num_warmup_steps(num_training_steps)
+            if self._recipe.schedule == "plateau":
+                self.add_callback(WarmUp(chosen, warmup))
+                self.lr_scheduler = self._plateau(chosen)
+            else:
+                share = partial(rate_share, recipe=self._recipe, warmup=warmup, total=num_training_steps)
+                self.lr_scheduler = LambdaLR(chosen, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _plateau(self, optimizer: Optimizer) -> LRScheduler:
+        least = self._recipe.min_learning_rate / float(self.args.learning_rate)
+        return ReduceLROnPlateau(
+            optimizer,
+            mode="max" if self.args.greater_is_better else "min",
+            factor=self._recipe.plateau_factor,
+            patience=self._recipe.plateau_patience,
+            # torch's default is relative: of a negative metric, it takes what is worse for an improvement
+            threshold_mode="abs",
+            min_lr=[least * group["lr"] for group in optimizer.param_groups],
+        )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Read the rows of this process: accelerate would fill up a short batch with rows that come again."""

@@ -15,6 +15,7 @@ from transformers.trainer_utils import set_seed
 from genoembed.atomic import replacing_folder, reporting_writes
 from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig
 from genoembed.contracts import FINAL_FOLDER
+from genoembed.errors import ConfigError, Problem, Remedy
 from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
@@ -83,14 +84,13 @@ def _identity(config: FinetuneConfig, rows: TaskRows) -> dict[str, Any]:
 
 
 def _resume_rules(recipe: FinetuneRecipe) -> ResumeRules:
-    # a rate that falls towards the last step was another one in all steps before it
-    is_steady = recipe.schedule == "plateau" or (recipe.schedule == "constant" and not recipe.warmup_fraction)
     return ResumeRules(
         digests={
             "rows": "the rows of train, validation and test are not those of",
         },
         harmless=("logging_steps",),
-        may_grow=("max_steps", "max_epochs") if is_steady else (),
+        # a rate that falls towards the last step was another one in all steps before it
+        may_grow=("max_steps", "max_epochs") if recipe.has_steady_rate else (),
     )
 
 
@@ -232,12 +232,6 @@ _FULL_RATES, _LORA_RATES = (1.5e-3, 3e-5), (4.5e-3, 2e-4)
 """At the width ``_NARROW`` and at ``_WIDE``, for sets that are not small."""
 _HEAD_RATE = 1e-3
 _SMALL_SCALE = 2 / 3
-_SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "plateau": "reduce_lr_on_plateau",
-}
 
 
 def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
@@ -286,12 +280,16 @@ def finetune_arguments(
 ) -> TrainingArguments:
     """Translate resolved settings into arguments of transformers."""
     metric = str(recipe.metric)
+    if recipe.schedule == "plateau" and not has_validation:
+        found = "schedule is 'plateau', which watches a metric, but there are no validation rows to measure"
+        raise ConfigError(Problem(found, Remedy("schedule", "cosine"), ", or give validation rows"))
     is_greater_better = metric not in SMALLER_IS_BETTER
     every = "epoch" if recipe.eval_steps is None else "steps"
     others: dict[str, Any] = dict(
         num_train_epochs=recipe.max_epochs,
         max_steps=recipe.max_steps or -1,
-        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        # the trainer makes its own; transformers asks this one when to look at the metric
+        lr_scheduler_type="reduce_lr_on_plateau" if recipe.schedule == "plateau" else "constant",
         logging_nan_inf_filter=False,
         eval_strategy=every if has_validation else "no",
         save_strategy=every,
@@ -303,14 +301,7 @@ def finetune_arguments(
     )
     if recipe.eval_steps is not None:
         others |= {"eval_steps": recipe.eval_steps, "save_steps": recipe.eval_steps}
-    if recipe.schedule == "plateau":
-        mode = "max" if is_greater_better else "min"
-        others["lr_scheduler_kwargs"] = {"mode": mode, "factor": 0.5, "patience": 1}
-    found = training_arguments(recipe, folder, **others)
-    if recipe.schedule != "plateau":  # it knows only now how many processes there are
-        steps = total_steps(recipe, num_rows=num_rows, world_size=found.world_size)
-        found.warmup_steps = math.ceil(recipe.warmup_fraction * steps)
-    return found
+    return training_arguments(recipe, folder, **others)
 
 
 def total_steps(recipe: FinetuneRecipe, *, num_rows: int, world_size: int = 1) -> int:

@@ -60,14 +60,15 @@ OPTIONS = {
         --in-batch-negatives --invalid --keep-case --label-column --label-delimiter --label-smoothing
         --labels --last-n --layer --learning-rate --logging-steps --lora-alpha --lora-dropout --lora-rank
         --lora-target --margin --max-crop-bp --max-epochs --max-grad-norm --max-steps --metric --micro-batch
-        --min-epochs --mixed-lengths --mode --model --mutation-rate --no-both-strands
-        --no-in-batch-negatives -o --output --overwrite --pad-to-multiple-of --patience --pool --resume
+        --min-epochs --min-learning-rate --mixed-lengths --mode --model --mutation-rate --no-both-strands
+        --no-in-batch-negatives -o --output --overwrite --pad-to-multiple-of --patience --plateau-factor
+        --plateau-patience --pool --resume
         --reverse-complement --revision --rows-per-device --schedule --scope --seed
         --self-distillation-start --sequence-column --several-bases --skip-first --split --split-column
         --task --temperature --term-bases --test --test-fraction --threads --train-group-size
         --trust-remote-code --tuning --unlabeled --validation --validation-fraction --vector-width
         --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
-        --warmup-fraction --weight-decay""",
+        --warmup-fraction --warmup-steps --weight-decay""",
     "predict": """
         --batch-rows --config --device --duplicates --empty --format --gaps --invalid --keep-case
         --on-error -o --output --overwrite --threads --trust-remote-code""",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import (
@@ -16,7 +15,6 @@ from genoembed.config.choices import (
     HomologPolicy,
     LabelKind,
     M3Mode,
-    Schedule,
     ScopeChoice,
     SplitMethod,
     Task,
@@ -26,7 +24,7 @@ from genoembed.config.choices import (
 from genoembed.config.embed import DEFAULT_MODEL, PolicyConfig
 from genoembed.config.fields import Config, option
 from genoembed.config.labeled import SPLIT, AugmentConfig, CleaningConfig, TableColumns, split_problems
-from genoembed.config.training import DATA, OPTIMIZATION, RUN, OptimizerConfig, RunFolderConfig
+from genoembed.config.training import DATA, OPTIMIZATION, RUN, RunFolderConfig, ScheduleConfig
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
@@ -425,7 +423,7 @@ class ObjectiveConfig(Config):
                 yield f"{key} is for {' and '.join(tasks)}, but task is {self.task!r}; leave {key} out"
 
 
-class FinetuneRecipe(OptimizerConfig):
+class FinetuneRecipe(ScheduleConfig):
     """How long and how fast to train."""
 
     max_epochs: int | None = option(
@@ -471,36 +469,6 @@ class FinetuneRecipe(OptimizerConfig):
         metavar="RATE",
         shown_default="1e-3, or the encoder's if higher",
         help="Peak learning rate of the heads.",
-    )
-    schedule: Schedule = option(
-        "cosine",
-        group=OPTIMIZATION,
-        help="Learning rate after the warm-up; plateau lowers it when the metric stops improving.",
-    )
-    warmup_fraction: float | None = option(
-        None,
-        ge=0,
-        lt=1,
-        group=OPTIMIZATION,
-        metavar="SHARE",
-        shown_default="0.1; 0 for plateau",
-        help="Share of the steps in which the rate rises, from a tenth of its peak.",
-    )
-    warmup_steps: int | None = option(
-        None, ge=0, group=OPTIMIZATION, metavar="N", help="The same as a number of steps."
-    )
-    min_learning_rate: float = option(
-        0.0, ge=0, group=OPTIMIZATION, metavar="RATE", help="Where cosine, linear and plateau end."
-    )
-    plateau_factor: float = option(
-        0.5, gt=0, lt=1, group=OPTIMIZATION, metavar="X", help="For plateau: the rate is multiplied by it."
-    )
-    plateau_patience: int = option(
-        1,
-        ge=0,
-        group=OPTIMIZATION,
-        metavar="N",
-        help="For plateau: evaluations without a better metric before the rate falls.",
     )
     weight_decay: float = option(
         0.01, ge=0, group=OPTIMIZATION, metavar="X", help="Weight decay of matrices; vectors have none."
@@ -548,29 +516,10 @@ class FinetuneRecipe(OptimizerConfig):
         if self.max_epochs is not None and self.min_epochs > max(self.max_epochs, 1):
             remedy = Remedy("min_epochs", words=f"at most max_epochs, which is {self.max_epochs}")
             yield Problem(f"min_epochs is {self.min_epochs}", remedy)
-        if self.warmup_fraction is not None and self.warmup_steps is not None:
-            yield "warmup_fraction and warmup_steps are both set; leave one out"
+        yield from super()._problems()
         if self.learning_rate is not None and self.min_learning_rate > self.learning_rate:
             remedy = Remedy("min_learning_rate", words=f"at most learning_rate, {self.learning_rate:g}")
             yield Problem(f"min_learning_rate is {self.min_learning_rate:g}", remedy)
-
-    def num_warmup_steps(self, total: int) -> int:
-        """Count the steps with a rising rate.
-
-        Example:
-            >>> [FinetuneRecipe(schedule=name).num_warmup_steps(200) for name in ("cosine", "plateau")]
-            [20, 0]
-        """
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        usual = 0.0 if self.schedule == "plateau" else 0.1
-        return math.ceil((usual if self.warmup_fraction is None else self.warmup_fraction) * total)
-
-    @property
-    def has_steady_rate(self) -> bool:
-        """Whether no step's rate depends on how many steps there are to come."""
-        is_known = self.warmup_steps is not None or self.num_warmup_steps(1) == 0
-        return self.schedule in ("constant", "plateau") and is_known
 
 
 class FinetuneConfig(Config):

@@ -1,9 +1,15 @@
-"""Options that both kinds of training share: the folder of the run, and what becomes of an earlier one."""
+"""Options that kinds of training share: the folder of the run, the optimizer, the learning rate."""
 
 from __future__ import annotations
 
-from genoembed.config.choices import TrainDtype
+import math
+from typing import TYPE_CHECKING
+
+from genoembed.config.choices import Schedule, TrainDtype
 from genoembed.config.fields import Config, option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 RUN, OPTIMIZATION, DATA, OUTPUT = "The run", "Optimization", "Data", "Output"
 
@@ -50,3 +56,60 @@ class OptimizerConfig(Config):
     logging_steps: int = option(
         10, ge=1, group=RUN, metavar="N", help="Optimizer steps between lines of metrics.jsonl."
     )
+
+
+class ScheduleConfig(OptimizerConfig):
+    """How the learning rate goes."""
+
+    schedule: Schedule = option(
+        "cosine",
+        group=OPTIMIZATION,
+        help="Learning rate after the warm-up; plateau lowers it when the metric stops improving.",
+    )
+    warmup_fraction: float | None = option(
+        None,
+        ge=0,
+        lt=1,
+        group=OPTIMIZATION,
+        metavar="SHARE",
+        shown_default="0.1; 0 for plateau",
+        help="Share of the steps in which the rate rises, from a tenth of its peak.",
+    )
+    warmup_steps: int | None = option(
+        None, ge=0, group=OPTIMIZATION, metavar="N", help="The same as a number of steps."
+    )
+    min_learning_rate: float = option(
+        0.0, ge=0, group=OPTIMIZATION, metavar="RATE", help="Where cosine, linear and plateau end."
+    )
+    plateau_factor: float = option(
+        0.5, gt=0, lt=1, group=OPTIMIZATION, metavar="X", help="For plateau: the rate is multiplied by it."
+    )
+    plateau_patience: int = option(
+        1,
+        ge=0,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="For plateau: evaluations without a better metric before the rate falls.",
+    )
+
+    def _problems(self) -> Iterator[str]:
+        if self.warmup_fraction is not None and self.warmup_steps is not None:
+            yield "warmup_fraction and warmup_steps are both set; leave one out"
+
+    def num_warmup_steps(self, total: int) -> int:
+        """Count the steps with a rising rate.
+
+        Example:
+            >>> [ScheduleConfig(schedule=name).num_warmup_steps(200) for name in ("cosine", "plateau")]
+            [20, 0]
+        """
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        usual = 0.0 if self.schedule == "plateau" else 0.1
+        return math.ceil((usual if self.warmup_fraction is None else self.warmup_fraction) * total)
+
+    @property
+    def has_steady_rate(self) -> bool:
+        """Whether no step's rate depends on how many steps there are to come."""
+        is_known = self.warmup_steps is not None or self.num_warmup_steps(1) == 0
+        return self.schedule in ("constant", "plateau") and is_known

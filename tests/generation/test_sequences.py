@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,10 +171,10 @@ def test_rounding_that_differs_with_the_batch_never_decides(tmp_path, monkeypatc
     model = LanguageModel(loaded("llama"))
     records = list(genoembed.read_sequences(write(tmp_path)))
     found, rescored = [], 0
-    for batch_rows in (1, 7, 64):
+    for batch_rows in (3, 7, 64):
         options = GeneratorOptions(
             length=40,
-            num_samples=60,
+            num_samples=12,
             batch_rows=batch_rows,
             stop_at_end=False,
             sampling=SamplingOptions(top_p=0.9),
@@ -182,17 +183,17 @@ def test_rounding_that_differs_with_the_batch_never_decides(tmp_path, monkeypatc
         found.append([[sample.sequence for sample in samples] for samples in generator.generate(records)])
         rescored += generator.num_rescored
     assert found[0] == found[1] == found[2]
-    assert 0 < rescored < 0.003 * 3 * 240 * 40
+    assert 0 < rescored < 0.005 * 3 * 48 * 40
 
 
 def test_rounding_would_decide_without_the_row_alone(tmp_path, monkeypatch):
-    Noisy(monkeypatch, 1e-2)
+    Noisy(monkeypatch, 5e-2)
     model = LanguageModel(loaded("llama"))
     records = list(genoembed.read_sequences(write(tmp_path)))
     found = []
-    for batch_rows in (1, 64):
+    for batch_rows in (4, 64):
         generator = SequenceGenerator(
-            model, GeneratorOptions(length=40, num_samples=60, batch_rows=batch_rows, stop_at_end=False)
+            model, GeneratorOptions(length=40, num_samples=12, batch_rows=batch_rows, stop_at_end=False)
         )
         generator._tolerance = 0.0
         found.append([[sample.sequence for sample in samples] for samples in generator.generate(records)])
@@ -463,3 +464,22 @@ def test_bundled_model_goes_on_from_a_prompt(tmp_path):
     )
     assert report.rows[0].sequence == report.rows[1].sequence
     assert len(report.rows[0].sequence) == 8
+
+
+@pytest.mark.parametrize(("family", "cached"), [("evo1", True), ("generator", True), ("hyenadna", False)])
+def test_published_families_generate_what_they_score(tmp_path, family, cached):
+    folder = Path(__file__).parents[1] / "golden" / "families" / family
+    model = genoembed.load_model(str(folder), device="cpu", dtype="float32")
+    prompts = {"x": random_dna(36, 1), "y": random_dna(24, 2)}
+    options = {"model": model, "length": 30, "num_samples": 2, "stop_at_end": False}
+    report = generate(tmp_path, prompts=prompts, **options)
+    assert report.cached is cached
+    assert sequences(generate(tmp_path, prompts=prompts, **options, cache=False)) == sequences(report)
+    joined = {row.id: prompts[row.prompt] + row.sequence for row in report.rows}
+    whole, before = (
+        {row.id: row for row in genoembed.score(write(tmp_path, texts), model=model).rows}
+        for texts in (joined, prompts)
+    )
+    for row in report.rows:
+        expected = whole[row.id].log_likelihood - before[row.prompt].log_likelihood
+        assert row.log_likelihood == pytest.approx(expected, abs=2e-4)

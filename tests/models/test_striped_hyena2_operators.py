@@ -366,3 +366,63 @@ def test_modal_matrices_are_float32_under_autocast():
         found = modal_matrices(log_poles, residues, chunk=8, dtype=torch.float32)
     for ours, reference in zip(found, expected, strict=True):
         assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_position_by_position_equals_the_direct_sum(dtype) -> None:
+    torch.manual_seed(0)
+    x, skip = torch.randn(2, 150, WIDTH).to(dtype), torch.randn(WIDTH).to(dtype)
+    short, medium = torch.randn(2, 7).to(dtype), torch.randn(3, MANY_TAPS).to(dtype)
+    log_poles, residues, _ = random_modes(WIDTH, 5)
+    expected = {
+        "fir": slow_correlation(x, short),
+        "convolution": slow_convolution(x, medium, skip),
+        "modal": slow_modal(x, log_poles, residues, skip),
+    }
+    found = {name: [] for name in expected}
+    state = None
+    for t in range(150):
+        here, before = x[:, t : t + 1], x[:, max(0, t - MANY_TAPS + 1) : t]
+        padded = torch.nn.functional.pad(before, (0, 0, MANY_TAPS - 1 - before.shape[1], 0))
+        found["fir"].append(causal_fir(here, short, history=padded[:, -6:]))
+        found["convolution"].append(causal_convolution(here, medium, skip, history=padded))
+        step = modal_convolution_from(here, log_poles, residues, skip, state_BDS=state)
+        state = step.state_BDS
+        found["modal"].append(step.output)
+    tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}[dtype]
+    for name, parts in found.items():
+        joined = torch.cat(parts, dim=1)
+        assert joined.dtype == dtype
+        difference = (joined.double() - expected[name]).abs().max() / expected[name].abs().max()
+        assert difference < tolerance, name
+
+
+def test_steps_of_slow_modes_do_not_drift() -> None:
+    """Ten thousand steps with poles up to 0.99999, against the sum of the geometric series in float64."""
+    log_poles = torch.tensor([[-1e-5, -1e-4, -1e-3]])
+    residues, skip, steps = torch.tensor([[1.0, -2.0, 0.5]]), torch.zeros(1), 10_000
+    one = torch.ones(1, 1, 1)
+    state = None
+    for _ in range(steps):
+        output, state = modal_convolution_from(one, log_poles, residues, skip, state_BDS=state)
+    poles = log_poles.double().exp()
+    expected = (residues.double() * (1 - poles**steps) / (1 - poles)).sum()
+    assert abs(float(output) / float(expected) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_of_complex_modes_are_the_whole_sequence(seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    radius = -torch.rand(WIDTH, 4, generator=generator) * 0.1
+    log_poles = torch.complex(radius, torch.rand(WIDTH, 4, generator=generator) * 6)
+    residues = torch.complex(*torch.randn(2, WIDTH, 4, generator=generator))
+    x, skip = torch.randn(2, 90, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+    whole = modal_convolution(x, log_poles, residues, skip)
+    first = modal_convolution_from(x[:, :30], log_poles, residues, skip, state_BDS=None)
+    outputs, state = [first.output], first.state_BDS
+    for t in range(30, 60):
+        output, state = modal_convolution_from(x[:, t : t + 1], log_poles, residues, skip, state_BDS=state)
+        outputs.append(output)
+    # and a block after the steps
+    outputs.append(modal_convolution_from(x[:, 60:], log_poles, residues, skip, state_BDS=state).output)
+    assert (torch.cat(outputs, dim=1) - whole).abs().max() < 1e-5 * whole.abs().max()

@@ -578,6 +578,17 @@ def test_half_precision_is_near(golden):
 # --- folders --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("golden", PUBLISHED)
+def test_weights_that_wait_on_the_disk_give_the_same(golden):
+    places = {"backbone.embeddings": "cpu", "backbone.layers": "disk", "backbone.norm_f": "cpu"}
+    placed = load_model(str(GOLDEN / golden), device="cpu", dtype="float32", device_map=places).module
+    assert {parameter.device.type for parameter in placed.parameters()} == {"cpu", "meta"}
+    ids = torch.randint(7, 11, (1, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load_model(str(GOLDEN / golden), dtype="float32").module(ids).last_hidden_state
+        assert torch.equal(placed(ids).last_hidden_state, expected)
+
+
 def test_plant_caduceus_is_read_as_published(tmp_path):
     """Encoder only, keys without a prefix, a pickled file with both ends of each tie, its own tokenizer."""
     model = build(RC | {"vocab_size": 7, "complement_map": {3: 6, 4: 5, 5: 4, 6: 3}}, head=Caduceus)

@@ -233,6 +233,7 @@ def test_every_base_has_a_vector_of_every_block(model):
     ids = torch.randint(6, 10, (2, 13), generator=torch.Generator().manual_seed(0))
     config = model.module.config
     strides = {
+        "core.stem": 1,
         **{f"core.conv_tower_blocks.{i}": 2**i for i in range(3)},
         **{f"core.transformer_blocks.{i}": 8 for i in range(2)},
         **{f"core.deconv_tower_blocks.{i}": 4 // 2**i for i in range(3)},
@@ -242,7 +243,7 @@ def test_every_base_has_a_vector_of_every_block(model):
             model.module(ids)
         given = model.module(ids, output_hidden_states=True).hidden_states
     assert len(given) == 2 * config.num_downsamples + config.num_layers + 1
-    for (path, stride), states in zip(strides.items(), given[1:], strict=True):
+    for (path, stride), states in zip(strides.items(), given, strict=True):
         assert states.shape[1] == 16 // stride
         expected = torch.stack([states[:, base // stride] for base in range(13)], dim=1)
         assert torch.equal(found[path], expected), path
@@ -362,6 +363,16 @@ def test_file_that_was_saved_after_a_pass_is_read(model, tmp_path):
     with torch.no_grad():
         found = load_model(str(folder), dtype="float32").module(ids).last_hidden_state
         assert torch.equal(found, model.module(ids).last_hidden_state)
+
+
+def test_weights_that_wait_on_the_disk_give_the_same(model):
+    stages = ("conv_tower_blocks", "transformer_blocks", "deconv_tower_blocks")
+    places = {f"core.{name}": "disk" for name in stages} | {"core.embed_layer": "cpu", "core.stem": "cpu"}
+    placed = load_model(str(GOLDEN), device="cpu", dtype="float32", device_map=places)
+    assert {parameter.device.type for parameter in placed.module.parameters()} == {"cpu", "meta"}
+    ids = torch.randint(6, 10, (1, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(placed.module(ids).last_hidden_state, model.module(ids).last_hidden_state)
 
 
 def published(**changes):

@@ -32,6 +32,21 @@ class CaduceusStepLinear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), bias)
 
 
+class CaduceusConvolution(nn.Conv1d):
+    """Weighs each position and those before it (from right to left: behind it), channels last."""
+
+    def forward(self, x_BLE: Tensor, reverse: bool) -> Tensor:  # type: ignore[override]
+        taps_KE = self.weight[:, 0].t()
+        before = len(taps_KE) - 1
+        padded = F.pad(x_BLE, (0, 0, 0, before) if reverse else (0, 0, before, 0))
+        if reverse:
+            taps_KE = taps_KE.flip(0)
+        y_BLE = padded[:, : x_BLE.shape[1]] * taps_KE[0]
+        for shift in range(1, len(taps_KE)):
+            y_BLE.addcmul_(padded[:, shift : shift + x_BLE.shape[1]], taps_KE[shift])
+        return y_BLE if self.bias is None else y_BLE.add_(self.bias)
+
+
 class CaduceusMixer(nn.Module):
     """Mamba in one direction; from right to left, it gives each position its output just the same."""
 
@@ -41,7 +56,7 @@ class CaduceusMixer(nn.Module):
         self.sizes = (config.mamba("dt_rank"), config.mamba("d_state"), config.mamba("d_state"))
         self.reverse = reverse
         self.in_proj = nn.Linear(config.d_model, 2 * inner, bias=bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = CaduceusConvolution(
             inner, inner, config.mamba("d_conv"), groups=inner, bias=config.mamba("conv_bias")
         )
         self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
@@ -50,31 +65,18 @@ class CaduceusMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, config.d_model, bias=bias)
 
-    def forward(self, projected: Tensor, out_proj: nn.Module) -> Tensor:
-        """Mix what an input projection gives, and give it to an output projection, perhaps the other's."""
+    def forward(self, projected: Tensor) -> Tensor:
+        """Mix what an input projection gives; the output projection is for the caller."""
         inner_BLE, gate_BLE = projected.chunk(2, dim=-1)
-        u_BLE = F.silu(self._convolve(inner_BLE), inplace=True)
+        u_BLE = F.silu(self.conv1d(inner_BLE, self.reverse))
         low, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
         # both in float32, also where the caller computes in another type
         with torch.autocast(projected.device.type, enabled=False):
             raw_step_BLE = self.dt_proj(low)
             A_NE = -self.A_log.float().exp().t()
-            y_BLE = selective_scan(
+            return selective_scan(
                 u_BLE, raw_step_BLE, gate_BLE, A_NE, B_BLN, C_BLN, self.D, reverse=self.reverse
             )
-        return out_proj(y_BLE)
-
-    def _convolve(self, x_BLE: Tensor) -> Tensor:
-        """Weigh each position and those before it (from right to left: behind it)."""
-        taps_KE = self.conv1d.weight[:, 0].t()
-        before = len(taps_KE) - 1
-        padded = F.pad(x_BLE, (0, 0, 0, before) if self.reverse else (0, 0, before, 0))
-        if self.reverse:
-            taps_KE = taps_KE.flip(0)
-        y_BLE = padded[:, : x_BLE.shape[1]] * taps_KE[0]
-        for shift in range(1, len(taps_KE)):
-            y_BLE.addcmul_(padded[:, shift : shift + x_BLE.shape[1]], taps_KE[shift])
-        return y_BLE if self.conv1d.bias is None else y_BLE.add_(self.conv1d.bias)
 
 
 class CaduceusBothDirections(nn.Module):
@@ -93,13 +95,13 @@ class CaduceusBothDirections(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         fwd, rev = self.mamba_fwd, self.mamba_rev
         projected = fwd.in_proj(x_BLD)
-        forward_BLD = fwd(projected, fwd.out_proj)
+        forward_BLD = fwd.out_proj(fwd(projected))
         if rev is None:
             return forward_BLD
         if rev.in_proj.weight is not fwd.in_proj.weight:
             projected = rev.in_proj(x_BLD)
         is_tied = rev.out_proj.weight is fwd.out_proj.weight
-        reverse_BLD = rev(projected, fwd.out_proj if is_tied else rev.out_proj)
+        reverse_BLD = (fwd if is_tied else rev).out_proj(rev(projected))
         return forward_BLD * reverse_BLD if self.multiplies else forward_BLD + reverse_BLD
 
 
@@ -127,6 +129,9 @@ class CaduceusAffine(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
 
 class CaduceusNorm(CaduceusAffine):
     """Add to the residual stream and norm each strand of it; returns both."""
@@ -141,22 +146,25 @@ class CaduceusNorm(CaduceusAffine):
         self.swaps = swaps and config.rcps and config.fused_add_norm
         self.output_width = config.hidden_size
 
-    def forward(self, hidden_BLD: Tensor, residual_BLD: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, hidden_BLD: Tensor, residual_BLD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         width = self.config.d_model
         total_BLD = hidden_BLD.float() if residual_BLD is None else hidden_BLD.float() + residual_BLD.float()
         if self.swaps:
             total_BLD = total_BLD.roll(width, dims=-1)
-        affine: CaduceusAffine = getattr(self, "submodule", self)
+        # called, not read: weights that wait elsewhere are fetched for a call
+        weight, bias = self.submodule() if hasattr(self, "submodule") else super().forward()
         strands = total_BLD.unflatten(-1, (-1, width))
         centered = strands if self.config.rms_norm else strands - strands.mean(-1, keepdim=True)
         normed = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
-        normed_BLD = normed.flatten(-2) * self._by_strand(affine.weight)
-        if affine.bias is not None:
-            normed_BLD = normed_BLD + self._by_strand(affine.bias)
+        normed_BLD = normed.flatten(-2) * self._by_strand(weight)
+        if bias is not None:
+            normed_BLD = normed_BLD + self._by_strand(bias)
         dtype = torch.float32 if self.config.residual_in_fp32 else hidden_BLD.dtype
         return normed_BLD.to(hidden_BLD.dtype), total_BLD.to(dtype)
 
-    def _by_strand(self, weights: nn.Parameter) -> Tensor:
+    def _by_strand(self, weights: Tensor) -> Tensor:
         """Lay out weights for the halves; the channels of the second are reversed."""
         row = weights.float()
         return torch.cat((row, row.flip(0))) if self.config.rcps else row

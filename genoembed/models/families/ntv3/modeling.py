@@ -220,15 +220,14 @@ class Ntv3TransformerBlock(_Stage):
         return x_BSD + self.fc2(F.silu(gate) * value)
 
 
-class Ntv3Stem(nn.Module):
+class Ntv3Stem(_Stage):
     """The first convolution."""
 
     def __init__(self, config: Ntv3Config) -> None:
-        super().__init__()
+        super().__init__(config.conv_init_embed_dim, 1)
         self.conv = Ntv3Convolution(config.token_embed_dim, config.conv_init_embed_dim, 15)
-        self.output_width = config.conv_init_embed_dim
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, length: int) -> Tensor:
         return _gelu(self.conv(x_BLD))
 
 
@@ -278,7 +277,7 @@ class Ntv3Core(nn.Module):
             fill = self.embed_layer.weight[self.config.pad_token_id or 0].to(embedded_BLD.dtype)
             shape = (embedded_BLD.shape[0], missing, -1)
             embedded_BLD = torch.cat((embedded_BLD, fill.expand(shape)), dim=1)
-        x = self.stem(embedded_BLD)
+        x = self.stem(embedded_BLD, length)
         given, skips = [x], []
         for block in self.conv_tower_blocks:
             skips.append(x)

@@ -26,6 +26,7 @@ RUN_HERE = (
     "package_mini.py",
     "nearest_genes.py",
     "score_variants.py",
+    "continue_sequences.py",
     "choose_a_layer.py",
     "sklearn_pipeline.py",
     "map_with_scanpy.py",
@@ -133,6 +134,15 @@ def test_score_variants_scores_every_allele_of_the_file():
     ]
     assert [cell[5] for cell in cells[4:]] == ["28007:TTTA>T", "28384:TA>T"]
     assert all(abs(float(cell[3])) > 0 and float(cell[4]) > 0 for cell in cells)
+
+
+def test_continue_sequences_continues_each_prompt_twice():
+    header, *rows = run_example(EXAMPLES / "continue_sequences.py").splitlines()
+    assert header == "6 sequences for 3 prompts, 360 bases"
+    cells = [row.split() for row in rows]
+    assert [cell[0][-2:] for cell in cells] == ["_1", "_2"] * 3
+    assert all(abs(float(cell[2]) - float(cell[4])) < 0.35 for cell in cells)
+    assert 1 < sum(float(cell[5]) for cell in cells) / 6 < 2
 
 
 def test_choose_a_layer_recommends_one_and_holds_it_against_baselines():

@@ -75,6 +75,16 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "pooling_mode": ("pooling",),
     "torch_compile": ("compile_blocks",),
     "device_map": ("device",),
+    # generate of transformers and of Evo
+    "max_new_tokens": ("length",),
+    "n_tokens": ("length",),
+    "num_return_sequences": ("num_samples",),
+    "n_samples": ("num_samples",),
+    "do_sample": ("temperature",),
+    "use_cache": ("cache",),
+    "cached_generation": ("cache",),
+    "prepend_bos": ("start_token",),
+    "stop_at_eos": ("stop_at_end",),
     # FlagEmbedding and BCEmbedding
     "train_data": ("train",),
     "fix_encoder": ("mode",),

@@ -52,6 +52,8 @@ ScorePooling: TypeAlias = Literal["mean", "max", "last"]
 
 ComputeDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
+Fp8Choice: TypeAlias = Literal["auto", "emulate", "off"]
+
 UnsupportedPolicy: TypeAlias = Literal["skip", "error"]
 
 InvalidPolicy: TypeAlias = Literal["error", "skip", "mask"]

@@ -102,6 +102,12 @@ class GenomicModel:
         """Type of the activations."""
         return self.module.dtype
 
+    @property
+    def fp8(self) -> str | None:
+        """How FP8 projections run: ``native``, ``emulated`` or ``off``; None for a model without them."""
+        form: str | None = getattr(self.module, "fp8_form", None)
+        return form
+
     @cached_property
     def max_length(self) -> int | None:
         """Longest input in tokens, special tokens included; None where there is no stated limit."""
@@ -177,6 +183,7 @@ class GenomicModel:
             "content": content,
             "license": license,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "fp8": self.fp8,
             "device": str(self.device),
             "num_parameters": self.module.num_parameters(),
             "max_length": self.max_length,

@@ -15,7 +15,7 @@ import struct
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from genoembed.config.choices import Fp8Choice
 from genoembed.errors import CheckpointError, GenoembedError, ModelError, PrecisionWarning, foreign_code
 from genoembed.models.architecture import (
     NONSENSE,
@@ -43,13 +44,14 @@ from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import find_source
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
-from genoembed.models.trained_folder import fetch_sentence_files
+from genoembed.models.trained_folder import FACTS_FILE, fetch_sentence_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from genoembed.config.choices import ComputeDtype
     from genoembed.models.families import Family
+    from genoembed.models.registry import KnownModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -64,6 +66,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    fp8: Fp8Choice = "auto",
 ) -> GenomicModel:
     """Load a model and its tokenizer.
 
@@ -78,16 +81,22 @@ def load_model(
         revision: Branch, tag or commit of a Hugging Face repository.
         device_map: Spread the model over devices with accelerate (``auto`` or a mapping); ``device`` then
             only decides about ``dtype``.
+        fp8: Whether the input projections of Evo 2 run in FP8, which some checkpoints need: ``auto`` (those
+            that need it, in hardware on Hopper GPUs and emulated elsewhere), ``emulate`` (all that have the
+            scales, never in hardware) or ``off``.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         ModelNotFoundError: If nothing answers to the name.
-        ModelError: If the model needs code that is not trusted, has no tokenizer, ``dtype`` is unknown, or
-            ``device`` is not there.
-        CheckpointError: If the weights are damaged or do not fit the configuration.
+        ModelError: If the model needs code that is not trusted, has no tokenizer, ``dtype`` or ``fp8`` is
+            unknown or does not suit it, or ``device`` is not there.
+        CheckpointError: If the weights are damaged, do not fit the configuration, or lack FP8 scales.
     """
+    if fp8 not in get_args(Fp8Choice):
+        message = f"fp8 is {fp8!r}, expected one of {', '.join(get_args(Fp8Choice))}; set fp8 to one of them"
+        raise ModelError(message)
     if device == "auto":
         device, device_map = None, device_map or "auto"
     device = _choose_device(device)
@@ -102,10 +111,49 @@ def load_model(
             trust_remote_code=trust_remote_code,
             device_map=device_map,
         )
-    if model.entry is not None and model.entry.needs_fp8:
-        message = f"{model.entry.name}: {model.entry.precision_note}; evo2_7b does not need it"
+    check_scales(model.module, model.entry, model.location, is_off=fp8 == "off")
+    if _use_fp8(model, fp8):
+        message = (
+            f"{name_or_path}: trained with 8-bit (FP8) input projections, but FP8 is off; without them its "
+            "predictions are much worse than published, and its vectors are not those of the original"
+        )
         warnings.warn(PrecisionWarning(message), stacklevel=2)
     return model
+
+
+def check_scales(
+    module: PreTrainedModel, entry: KnownModel | None, folder: Path | None, *, is_off: bool = False
+) -> None:
+    """Raise if a checkpoint needs FP8 scales, and its folder is from a release that did not keep them."""
+    if is_off or entry is None or not entry.needs_fp8 or folder is None:
+        return
+    # a folder that was fine-tuned without them learned to do without
+    if module.config.fp8_projections == "none" and not (folder / FACTS_FILE).is_file():
+        message = (
+            f"it holds no FP8 scales, which {entry.name} needs: it was converted by a release that left them "
+            "out; delete the folder and convert the checkpoint again, or set fp8 to off"
+        )
+        raise CheckpointError(message, path=str(folder))
+
+
+def _use_fp8(model: GenomicModel, choice: Fp8Choice) -> bool:
+    """Switch FP8 on or off; return whether a model that needs it goes without."""
+    if not hasattr(model.module, "set_fp8"):
+        if choice == "emulate":
+            message = f"model {model.name!r}: it has no FP8 projections, as Evo 2 has; leave fp8 out"
+            raise ModelError(message)
+        return False
+    model.module.set_fp8(choice)
+    needs = getattr(model.module.config, "fp8_projections", "none") == "needed"
+    if model.fp8 in (None, "off"):
+        return needs or (choice == "off" and model.entry is not None and model.entry.needs_fp8)
+    if model.dtype == torch.float16:
+        message = (
+            f"model {model.name!r}: dtype is float16, but its FP8 projections multiply bfloat16 weights; set "
+            "dtype to bfloat16 or float32"
+        )
+        raise ModelError(message)
+    return False
 
 
 def _load(

@@ -30,10 +30,10 @@ BUNDLED_NAME = "genoembed-mini"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 _FP8_NEEDED = (
-    "trained with 8-bit (FP8) input projections. Without them the model runs, but its predictions are much "
-    "worse than published and its embeddings differ from the original's: treat them as another model's"
+    "trained with 8-bit (FP8) input projections, without which its predictions are much worse than "
+    "published; they run in hardware on Hopper GPUs, and emulated bit for bit elsewhere, which takes longer"
 )
-_FP8_OPTIONAL = "gives the published numbers in bfloat16; 8-bit (FP8) hardware is not needed"
+_FP8_OPTIONAL = "gives the published numbers in bfloat16, without FP8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class KnownModel:
 
     @property
     def precision_note(self) -> str:
-        """What running without FP8 means."""
+        """What FP8 means for its numbers."""
         if self.repo_id is None:
             return "runs anywhere in float32"
         return _FP8_NEEDED if self.needs_fp8 else _FP8_OPTIONAL

@@ -24,7 +24,7 @@ from tests.models.conftest import make_batch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STYLES = {"a_base": "evo2_golden_7bstyle.pt", "b_1m": "evo2_golden_40bstyle.pt"}
-FLOAT32 = ("log_poles", "residues", "inv_freq")
+FLOAT32 = ("log_poles", "residues", "inv_freq", "fp8_scales")
 
 
 def original(style: str) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from genoembed.models.striped_hyena2.fp8 import fp8_linear
 from genoembed.models.striped_hyena2.operators import (
     FilterCache,
     causal_convolution,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
+    from genoembed.config.choices import Fp8Choice
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.state import BlockContext
 
@@ -139,12 +141,36 @@ def split_projection(weight: Tensor, *, is_interleaved: bool) -> tuple[Tensor, T
     return parts[0], parts[1], parts[2]
 
 
-class Projections(nn.Linear):
-    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved."""
+class Projections(Float32Keeper, nn.Linear):
+    """Linear to both gates and the value, whose parts can be had apart, without ever standing interleaved.
+
+    With the scales of a checkpoint it computes in FP8, if ``fp8`` says so.
+    """
+
+    float32_names = ("fp8_scales",)
+    fp8_scales: Tensor
+    """What inputs and weights are multiplied with before their rounding to E4M3; float32, ``(2,)``."""
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
         self.is_interleaved = config.interleave
+        self.fp8: Fp8Choice = "auto" if config.fp8_projections == "needed" else "off"
+        if config.fp8_projections != "none":
+            self.register_buffer("fp8_scales", torch.ones(2, dtype=torch.float32))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Project to all parts at once."""
+        if self.fp8 == "off":
+            return super().forward(x_BLD)
+        product_BLP = fp8_linear(x_BLD, self.weight, self.fp8_scales, is_native=self.fp8 == "auto")
+        device = x_BLD.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        return product_BLP.to(torch.get_autocast_dtype(device) if is_cast else x_BLD.dtype)
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the parts may be had apart: nobody looks at the whole, and it is an ordinary product."""
+        return self.fp8 == "off" and not is_watched(self)
 
     def project_parts(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to each part."""
@@ -161,7 +187,7 @@ class Projections(nn.Linear):
 def project(projections: nn.Module, x_BLD: Tensor, *, is_interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parts of a projection."""
     # an adapter (another type) or a hook must see the one product it expects
-    if type(projections) is Projections and not is_watched(projections):
+    if type(projections) is Projections and projections.is_separable:
         return projections.project_parts(x_BLD)
     z_BLP = projections(x_BLD)
     parts = z_BLP.unflatten(-1, (-1, 3)).unbind(-1) if is_interleaved else z_BLP.chunk(3, dim=-1)

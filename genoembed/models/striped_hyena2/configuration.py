@@ -7,7 +7,7 @@ family; field names follow transformers where it has a name and the original YAM
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedConfig
 
@@ -15,6 +15,9 @@ from genoembed.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+Fp8Need: TypeAlias = Literal["none", "optional", "needed"]
+"""Whether the projections of Hyena blocks have FP8 scales, and whether they run in FP8 by default."""
 
 BlockKind: TypeAlias = Literal["attention", "hcl", "hcm", "hcs"]
 """Attention, or a Hyena block with a long (modal), medium (128 taps) or short (7 taps) filter."""
@@ -79,6 +82,8 @@ class StripedHyena2Config(PreTrainedConfig):
         hyena_out_proj_bias: Whether a Hyena block's output projection has a bias.
         short_filter_bias: Must be False: no released model has one.
         initializer_range: Standard deviation of the embedding at initialization.
+        fp8_projections: Whether the projections of Hyena blocks have the scales of Evo 2's training in FP8:
+            ``none``; ``optional``, which runs without FP8 unless it is requested; or ``needed``.
         **kwargs: Anything a transformers configuration takes.
 
     Raises:
@@ -122,6 +127,7 @@ class StripedHyena2Config(PreTrainedConfig):
         hyena_out_proj_bias: bool = True,
         short_filter_bias: bool = False,
         initializer_range: float = 0.02,
+        fp8_projections: Fp8Need = "none",
         **kwargs: object,
     ) -> None:
         self.vocab_size = vocab_size
@@ -153,6 +159,7 @@ class StripedHyena2Config(PreTrainedConfig):
         self.hyena_out_proj_bias = hyena_out_proj_bias
         self.short_filter_bias = short_filter_bias
         self.initializer_range = initializer_range
+        self.fp8_projections = fp8_projections
         strangers = [key for key in kwargs if key.endswith("_layer_idxs")]
         kwargs.setdefault("tie_word_embeddings", True)
         kwargs.setdefault("pad_token_id", 1)
@@ -220,6 +227,11 @@ class StripedHyena2Config(PreTrainedConfig):
             problems.append("hcs_filter_length must be below 128 and hcm_filter_length 128 or more")
         if self.mlp_activation not in ("gelu", "silu"):
             problems.append(f"mlp_activation is {self.mlp_activation!r}; it must be 'gelu' or 'silu'")
+        if self.fp8_projections not in get_args(Fp8Need):
+            choices = ", ".join(get_args(Fp8Need))
+            problems.append(f"fp8_projections is {self.fp8_projections!r}; it must be one of {choices}")
+        elif self.fp8_projections != "none" and self.qkv_proj_bias:
+            problems.append("qkv_proj_bias must be False where fp8_projections is not 'none'")
         if self.short_filter_bias:
             problems.append("short_filter_bias must be False: no released StripedHyena 2 model has one")
         if not self.tie_word_embeddings:

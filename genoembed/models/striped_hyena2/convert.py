@@ -17,7 +17,9 @@ import pickle
 import re
 import shutil
 import struct
+import zipfile
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from genoembed.errors import CheckpointError, ConfigError, InputFileError, Model
 from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.blocks import rotary_frequencies
-from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.configuration import Fp8Need, StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
 
 if TYPE_CHECKING:
@@ -44,7 +46,10 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _IGNORED_SUFFIXES = ("_extra_state", "mixer.mixer.filter.t")
-_FLOAT32_SUFFIXES = ("log_poles", "residues", "inv_freq")
+_SCALES = ".projections.fp8_scales"
+_FLOAT32_SUFFIXES = ("log_poles", "residues", "inv_freq", _SCALES)
+_FP8_STATE = re.compile(r"(?P<block>blocks\.\d+)\.projections\._extra_state")
+_MAX_STATE_BYTES = 1 << 20
 _FREQUENCY_SUFFIX = "rotary_emb.inv_freq"
 _EMBEDDING = "embedding_layer.weight"
 _UNEMBEDDING = "unembed.weight"
@@ -97,7 +102,12 @@ def convert_checkpoint(
     entry, model_config = _describe(source, name=name, config=config)
     with replacing_folder(output_dir, overwrite=overwrite) as folder:
         whole = _join_parts(files, folder) if len(files) > 1 else files[0]
-        tensors = _fitted(read_tensors(whole, path=source), model_config, path=source)
+        tensors = read_tensors(whole, path=source)
+        scales = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_SCALES)}
+        tensors = _fitted(tensors, model_config, path=source)
+        model_config.fp8_projections = _fp8_need(scales, model_config, entry, path=source)
+        if model_config.fp8_projections != "none":  # of some blocks they are of no use
+            tensors |= scales
         dtype = torch.bfloat16 if dtype is None else dtype
         _save_shards(tensors, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
         model_config.dtype = dtype
@@ -139,8 +149,9 @@ def read_tensors(whole: Path, *, path: Path) -> dict[str, Callable[[], Tensor]]:
         if whole.suffix != ".safetensors":
             return _open_pickle(whole, path)
         stored = safe_open(whole, framework="pt")
+        states = {key: stored.get_tensor(key) for key in stored.keys() if _FP8_STATE.fullmatch(key)}
         kept = [key for key in stored.keys() if not key.endswith(_IGNORED_SUFFIXES)]
-        return {key: partial(stored.get_tensor, key) for key in kept}
+        return {key: partial(stored.get_tensor, key) for key in kept} | _fp8_scales(states)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # torch's own words advise to run whatever it holds
             reason = "not in PyTorch's format"
@@ -162,7 +173,7 @@ def _unreadable(reason: str, path: Path) -> CheckpointError:
 
 
 def _open_pickle(whole: Path, path: Path) -> dict[str, Callable[[], Tensor]]:
-    # the released files carry 8-bit kernel metadata as byte buffers, which are never opened
+    # the released files carry what their FP8 kernels need as byte buffers
     with torch.serialization.safe_globals([io.BytesIO]):
         stored = torch.load(whole, map_location="cpu", mmap=_is_zip(whole), weights_only=True)
     if isinstance(stored, dict) and isinstance(stored.get("module"), dict):
@@ -170,16 +181,63 @@ def _open_pickle(whole: Path, path: Path) -> dict[str, Callable[[], Tensor]]:
     if not isinstance(stored, dict):
         message = f"holds a {type(stored).__name__}, expected tensors by name; check the file"
         raise CheckpointError(message, path=str(path))
-    kept = {
-        str(key).removeprefix("module."): value
-        for key, value in stored.items()
-        if not str(key).endswith(_IGNORED_SUFFIXES)
-    }
+    found = {str(key).removeprefix("module."): value for key, value in stored.items()}
+    kept = {key: value for key, value in found.items() if not key.endswith(_IGNORED_SUFFIXES)}
     foreign = [key for key, value in kept.items() if not isinstance(value, Tensor)]
     if foreign:
         message = f"{listing(foreign)} hold no tensors, expected tensors only; check the file"
         raise CheckpointError(message, path=str(path))
-    return {key: partial(torch.Tensor.detach, value) for key, value in kept.items()}
+    return {key: partial(torch.Tensor.detach, value) for key, value in kept.items()} | _fp8_scales(found)
+
+
+def _fp8_scales(states: Mapping[str, object]) -> dict[str, Callable[[], Tensor]]:
+    """Read what the projections of Hyena blocks are multiplied with in FP8, by the names of our tensors.
+
+    Blocks whose state cannot be read safely are left out, with a word.
+    """
+    scales: dict[str, Callable[[], Tensor]] = {}
+    for key, state in states.items():
+        if name := _FP8_STATE.fullmatch(key):
+            try:
+                read = _read_scales(state)
+            except pickle.UnpicklingError:  # torch's own words advise to run whatever it holds
+                _LOG.info("%s: its FP8 scales are left out: it holds Python objects other than tensors", key)
+            except (*_DAMAGE_ERRORS, zipfile.BadZipFile) as error:
+                _LOG.info("%s: its FP8 scales are left out: %s", key, first_line(error))
+            else:
+                scales[f"{name['block']}{_SCALES}"] = partial(torch.Tensor.detach, read)
+    return scales
+
+
+def _read_scales(state: object) -> Tensor:
+    """Read the scales of inputs and weights from the state that Transformer Engine keeps for a layer."""
+    # Releases below 2 keep a file of torch.save in a buffer, later ones pickled bytes in a tensor. The latter
+    # are never opened: to unpickle them would run whatever code they hold.
+    if isinstance(state, Tensor):
+        data = bytes(state.flatten().view(torch.uint8)[: _MAX_STATE_BYTES + 1].tolist())
+    elif isinstance(state, io.BytesIO):
+        data = state.getvalue()
+    else:
+        message = f"a {type(state).__name__}, expected the bytes of a file written by torch.save"
+        raise TypeError(message)
+    if len(data) > _MAX_STATE_BYTES or not data.startswith(b"PK"):
+        message = f"{len(data)} bytes that are no small file written by torch.save"
+        raise ValueError(message)
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        if sum(member.file_size for member in members.infolist()) > _MAX_STATE_BYTES:
+            message = "they unpack to far more than scales"
+            raise ValueError(message)
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # of the input and the weight; the third one is for the output, which stays bfloat16
+    scales: Tensor = content["scale_fwd"][:2].clone()
+    if (
+        scales.dtype != torch.float32
+        or scales.shape != (2,)
+        or not bool(((0 < scales) & (scales < inf)).all())
+    ):
+        message = f"scale_fwd is {content['scale_fwd']}, expected float32 numbers above 0"
+        raise ValueError(message)
+    return scales
 
 
 def _is_zip(whole: Path) -> bool:
@@ -207,12 +265,35 @@ def _describe(
     return entries[wanted], entries[wanted].build_config()
 
 
+def _fp8_need(
+    scales: Mapping[str, object], config: StripedHyena2Config, entry: KnownModel | None, *, path: Path
+) -> Fp8Need:
+    """Return whether the projections have scales and need them; raise if a model that needs them has none."""
+    indices = range(config.num_hidden_layers)
+    hyena_blocks = [index for index in indices if config.block_kind(index) != "attention"]
+    absent = [index for index in hyena_blocks if f"blocks.{index}{_SCALES}" not in scales]
+    is_needed = config.fp8_projections == "needed" if entry is None else entry.needs_fp8
+    if hyena_blocks and not absent:
+        return "needed" if is_needed else "optional"
+    if entry is not None and is_needed:
+        names = listing([f"blocks.{index}.projections._extra_state" for index in absent])
+        message = (
+            f"{entry.name} needs FP8 scales, but none can be read of {names}; without them it gives other "
+            "numbers; fetch the checkpoint again"
+        )
+        raise CheckpointError(message, path=str(path))
+    if is_needed:
+        _LOG.warning("%s: no FP8 scales are stored; the projections will run without FP8", path)
+    return "none"
+
+
 def _fitted(
     tensors: dict[str, Callable[[], Tensor]], config: StripedHyena2Config, *, path: Path
 ) -> dict[str, Callable[[], Tensor]]:
     """Check names and shapes against the configuration; drop the tied copy, fill in absent frequencies."""
     with torch.device("meta"):
-        expected = StripedHyena2Model(config).state_dict()
+        state = StripedHyena2Model(config).state_dict()
+    expected = {key: tensor for key, tensor in state.items() if not key.endswith(_SCALES)}
     tensors = dict(tensors)
     unembedding = tensors.pop(_UNEMBEDDING, None)
     absent = [key for key in expected if key not in tensors]
@@ -316,7 +397,7 @@ def _write_card(folder: Path, files: Iterable[Path], entry: KnownModel | None) -
     if entry is not None:
         lines += ["", f"Repository `{entry.repo_id}`: {entry.summary}, context {entry.context} tokens."]
         lines += ["", f"Precision: {entry.precision_note}."]
-    lines += ["", "Tensors keep the original names and row order; scales of 8-bit kernels are not included."]
+    lines += ["", "Tensors keep the original names and row order."]
     lines += ["", "Open it with `import genoembed` and `AutoModelForCausalLM.from_pretrained`.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -355,14 +436,16 @@ _DERIVED = (
     "use_interpolated_rotary_pos_emb",
     "inner_size_multiple_of",
     "model_parallel_size",
+    "model_name",
+    "use_fp8_input_projections",
 )
 _WITHOUT_EFFECT = frozenset(
     (
-        "model_name num_filters hcl_filter_groups hyena_filter_groups mlp_init_method "
+        "num_filters hcl_filter_groups hyena_filter_groups mlp_init_method "
         "mlp_output_init_method make_vocab_size_divisible_by log_intermediate_values "
         "pipe_parallel_size max_batch_size use_flash_attn use_flash_rmsnorm use_flash_depthwise "
-        "use_flashfft use_laughing_hyena use_fp8_input_projections use_hcs_kernel use_hcm_kernel "
-        "use_hcl_kernel inference_mode prefill_style print_activations"
+        "use_flashfft use_laughing_hyena use_hcs_kernel use_hcm_kernel use_hcl_kernel inference_mode "
+        "prefill_style print_activations"
     ).split()
 )
 """How the original trains, prints and runs; nothing here changes a value of the model."""
@@ -409,6 +492,9 @@ def vortex_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
         arguments["rotary_emb_base"] = float(arguments["rotary_emb_base"])
     if content.get("use_interpolated_rotary_pos_emb"):
         arguments["rotary_emb_scaling_factor"] = float(content["rotary_emb_scaling_factor"])
+    # the original's own rule: only models called 7B may run without FP8
+    if content.get("use_fp8_input_projections") and "7b" not in str(content.get("model_name", "")).lower():
+        arguments["fp8_projections"] = "needed"
     if arguments.get("intermediate_size") is None:
         multiple = content.get("inner_size_multiple_of", 64) * content.get("model_parallel_size", 1)
         inner = int(2 * content["hidden_size"] * 4 / 3)

@@ -24,21 +24,27 @@ T rows, K inputs, N outputs, G groups of 32 inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from genoembed.models.precision import without_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Fp8Form: TypeAlias = Literal["native", "emulated", "off"]
+"""How a projection runs: in hardware, in software with the same result, or as an ordinary product."""
+
 GROUP = 32
 """Inputs that the hardware adds at once."""
 LARGEST = 448.0
 """Largest number of E4M3."""
 _FRACTION_BITS = 13
+_HOPPER = 9
+"""Compute capability of the GPUs whose FP8 sums are emulated."""
 _CUT_BITS = 23 - _FRACTION_BITS
 """Low bits of a float32 that a sum does not keep."""
 _BIAS = 127
@@ -47,6 +53,85 @@ _LOWEST, _HIGHEST = -6, 8
 """Exponents of E4M3."""
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 1 << 18, 1 << 25
 """Products that the PyTorch form holds at a time, for each thread of a CPU and on another device."""
+
+
+def fp8_linear(x: Tensor, weight_NK: Tensor, scales: Tensor, *, is_native: bool) -> Tensor:
+    """Multiply activations with weights in FP8.
+
+    Gradients pass straight through: they are those of the product without rounding, as Transformer Engine's
+    are but for the rounding of the gradients themselves. The scales stay as they are.
+
+    Args:
+        x: Activations. Floating, shape ``(..., K)``.
+        weight_NK: Weights.
+        scales: What activations and weights are multiplied with. float32, shape ``(2,)``.
+        is_native: Let GPUs multiply that have these sums in hardware, and emulate them elsewhere.
+
+    Returns:
+        bfloat16, shape ``(..., N)``.
+    """
+    x_TK = x.flatten(0, -2)
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_NK.requires_grad)
+    multiply = _StraightThrough.apply if needs_gradient else _product
+    product_TN: Tensor = multiply(x_TK, weight_NK, scales, is_native)
+    return product_TN.unflatten(0, x.shape[:-1])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product forward; backward that of an ordinary linear layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, scales: Tensor, is_native: bool) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_NK)
+        return _product(x_TK, weight_NK, scales, is_native)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, weight_NK = ctx.saved_tensors
+        x_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = (gradient_TN @ weight_NK.to(gradient_TN.dtype)).to(x_TK.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (gradient_TN.t() @ x_TK.to(gradient_TN.dtype)).to(weight_NK.dtype)
+        return x_gradient, weight_gradient, None, None
+
+
+def _product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, is_native: bool) -> Tensor:
+    fits = all(size % 16 == 0 for size in weight_NK.shape)  # as the kernels need it, and Evo 2 has it
+    if is_native and fits and has_hopper_sums(x_TK.device):
+        return _multiply_natively(x_TK, weight_NK, scales)
+    return emulate_product(x_TK, weight_NK, scales)
+
+
+def has_hopper_sums(device: torch.device) -> bool:
+    """Check whether a device has the tensor cores that are emulated elsewhere: later ones add otherwise."""
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) == _HOPPER
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _multiply_natively(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:
+    """Multiply with the tensor cores of Hopper, summing as Transformer Engine lets them in forward passes."""
+    num_rows = x_TK.shape[0]
+    # the original fills up the sequence with zeros as well: the kernels take multiples of 16 rows
+    left_TK = F.pad(x_TK, (0, 0, 0, -num_rows % 16))
+    left_TK, right_NK = (
+        round_to_e4m3(one, scale).to(torch.float8_e4m3fn)
+        for one, scale in ((left_TK, scales[0]), (weight_NK, scales[1]))
+    )
+    inverse = scales.float().reciprocal()
+    product_TN = torch._scaled_mm(
+        left_TK,
+        right_NK.t(),
+        scale_a=inverse[0],
+        scale_b=inverse[1],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product_TN[:num_rows]
 
 
 def emulate_product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:

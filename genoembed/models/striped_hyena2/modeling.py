@@ -9,7 +9,7 @@ B sequences, L positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,25 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from genoembed.contracts import IGNORE_INDEX
-from genoembed.errors import ShapeError
+from genoembed.errors import ModelError, ShapeError
 from genoembed.models.striped_hyena2.blocks import (
     AttentionBlock,
     HyenaBlock,
     HyenaFilter,
+    Projections,
     RMSNorm,
     RotaryEmbedding,
     StreamLinear,
     rotary_frequencies,
 )
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.fp8 import has_hopper_sums
 from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
+
+if TYPE_CHECKING:
+    from genoembed.config.choices import Fp8Choice
+    from genoembed.models.striped_hyena2.configuration import Fp8Need
+    from genoembed.models.striped_hyena2.fp8 import Fp8Form
 
 
 class Unembedding(nn.Module):
@@ -60,7 +67,7 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _input_embed_layer = "embedding_layer"
     _no_split_modules: ClassVar[list[str]] = ["HyenaBlock", "AttentionBlock"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq", "fp8_scales"]
     embedding_layer_template: str | None = "blocks.{index}.mlp.l3"
     """What a layer given as an integer means, as in Evo 2's own example."""
     final_layer_path = "norm"
@@ -81,6 +88,44 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
             An empty state, for ``past_key_values`` of the first block and all after it.
         """
         return StripedHyena2Cache()
+
+    def set_fp8(self, choice: Fp8Choice) -> None:
+        """Choose whether the projections of Hyena blocks run in FP8; the configuration decided before.
+
+        Args:
+            choice: ``auto`` as the configuration says, ``emulate`` (on GPUs with FP8 sums of their own, too),
+                or ``off``.
+
+        Raises:
+            ModelError: If the projections are to be emulated but have no scales.
+        """
+        need = self._fp8_need
+        if choice == "emulate" and need == "none":
+            message = (
+                "the model has no FP8 scales, so there is nothing to emulate; leave fp8 out, or convert a "
+                "checkpoint that has them"
+            )
+            raise ModelError(message)
+        is_off = choice == "off" or (choice == "auto" and need != "needed")
+        for module in self.modules():
+            if isinstance(module, Projections):
+                module.fp8 = "off" if is_off else choice
+
+    @property
+    def _fp8_need(self) -> Fp8Need:
+        # other families take this class with configurations of their own
+        need: Fp8Need = getattr(self.config, "fp8_projections", "none")
+        return need
+
+    @property
+    def fp8_form(self) -> Fp8Form | None:
+        """How the projections of Hyena blocks run; None where they have no scales."""
+        if self._fp8_need == "none":
+            return None
+        found = next((module for module in self.modules() if isinstance(module, Projections)), None)
+        if found is None or found.fp8 == "off":
+            return "off"
+        return "native" if found.fp8 == "auto" and has_hopper_sums(found.weight.device) else "emulated"
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules only that hold tensors themselves, so for no block
@@ -373,6 +418,8 @@ def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
         init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
         if module.bias is not None:
             init.zeros_(module.bias)
+        if isinstance(module, Projections) and "fp8_scales" in module._buffers:
+            init.ones_(module.fp8_scales)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=config.initializer_range)
     elif isinstance(module, RMSNorm):

@@ -142,6 +142,7 @@ LAZY = {
     ("pretraining.run", "pretraining.training"): "torch, after the checks that need no model",
     ("probing.run", "probing.scoring"): "torch, after the checks that need no model",
     ("probing.run", "probing.vectors"): "torch, after the checks that need no model",
+    ("models.striped_hyena2.blocks", "models.striped_hyena2.fp8"): "for checkpoints trained in FP8",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
     ("models.registry", "models.geneb"): "for suggestions",

@@ -378,7 +378,6 @@ def test_blocks_of_a_sequence_give_what_the_whole_gives(needing):
 def test_hopper_multiplies_itself_unless_told_to_emulate(needing, monkeypatch):
     # PyTorch has the product for CPUs as well, with other sums: close, not equal
     monkeypatch.setattr(fp8_module, "has_hopper_sums", lambda _device: True)
-    monkeypatch.setattr("genoembed.models.striped_hyena2.modeling.has_hopper_sums", lambda _device: True)
     emulated, native = load(needing, fp8="emulate"), load(needing)
     assert (emulated.fp8, native.fp8) == ("emulated", "native")
     x, y = projected(emulated, 0)

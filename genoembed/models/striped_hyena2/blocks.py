@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from genoembed.models.striped_hyena2.fp8 import fp8_linear
 from genoembed.models.striped_hyena2.operators import (
     FilterCache,
     causal_convolution,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from genoembed.config.choices import Fp8Choice
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+    from genoembed.models.striped_hyena2.fp8 import Fp8Form
     from genoembed.models.striped_hyena2.state import BlockContext
 
 
@@ -162,10 +162,21 @@ class Projections(Float32Keeper, nn.Linear):
         """Project to all parts at once."""
         if self.fp8 == "off":
             return super().forward(x_BLD)
+        from genoembed.models.striped_hyena2.fp8 import fp8_linear
+
         product_BLP = fp8_linear(x_BLD, self.weight, self.fp8_scales, is_native=self.fp8 == "auto")
         device = x_BLD.device.type
         is_cast = torch.is_autocast_enabled(device)
         return product_BLP.to(torch.get_autocast_dtype(device) if is_cast else x_BLD.dtype)
+
+    @property
+    def fp8_form(self) -> Fp8Form:
+        """How the product is computed."""
+        if self.fp8 == "off":
+            return "off"
+        from genoembed.models.striped_hyena2.fp8 import has_hopper_sums
+
+        return "native" if self.fp8 == "auto" and has_hopper_sums(self.weight.device) else "emulated"
 
     @property
     def is_separable(self) -> bool:

@@ -31,7 +31,6 @@ from genoembed.models.striped_hyena2.blocks import (
     rotary_frequencies,
 )
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-from genoembed.models.striped_hyena2.fp8 import has_hopper_sums
 from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
 
 if TYPE_CHECKING:
@@ -123,9 +122,7 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
         if self._fp8_need == "none":
             return None
         found = next((module for module in self.modules() if isinstance(module, Projections)), None)
-        if found is None or found.fp8 == "off":
-            return "off"
-        return "native" if found.fp8 == "auto" and has_hopper_sums(found.weight.device) else "emulated"
+        return None if found is None else found.fp8_form
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules only that hold tensors themselves, so for no block

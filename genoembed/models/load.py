@@ -392,7 +392,9 @@ def load_tokenizer(
     if not options["trust_remote_code"]:
         check_tokenizer_config(described, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+        # a ported family's config.json is ours to read: transformers would take it for another model's
+        known = {} if family is None or family.port is None else {"config": config}
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **known, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise needs_trust(source) from error

@@ -183,6 +183,14 @@ def _is_gena_lm(published: Published) -> bool:
     )
 
 
+def _is_mutbert(published: Published) -> bool:
+    """Recognize what calls itself BERT, but has rotary positions and none to add."""
+    if published.model_type not in (None, "bert"):
+        return False
+    names_it = any(name.startswith("RoPEBert") for name in published.classes)
+    return names_it or {"rope_theta", "pooler_type"} <= published.config.keys()
+
+
 def _is_dnabert(published: Published) -> bool:
     """BERT whose words are k-mers of one length; the published folders do not say what they are."""
     if published.model_type not in (None, "bert"):
@@ -275,6 +283,12 @@ FAMILIES: tuple[Family, ...] = (
         model_type="gena_lm",
         is_like=_is_gena_lm,
         port="genoembed.models.families.gena_lm",
+    ),
+    Family(
+        name="MutBERT",
+        model_type="mutbert",
+        is_like=_is_mutbert,
+        port="genoembed.models.families.mutbert",
     ),
     Family(
         name="BigBird",

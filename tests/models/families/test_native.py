@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from genoembed import embed, load_model
-from genoembed.models.geneb import published_models
+from genoembed.models.geneb import OURS, published_models
 
 SEQUENCES = ["ACGTTGCAAGGTACGTTGCATTT", "GGC", "TTGACGATACCAGGCATCGATTACACATGCATTGCGA"]
 _SIZE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
@@ -97,7 +97,7 @@ def folder(name, tmp_path):
 
 
 def test_folders_are_of_the_families_that_have_no_golden_one():
-    run = [model for model in published_models() if model.is_run]
+    run = [model for model in published_models() if model.is_run and model.class_name != OURS]
     here = {model.family for model in run if model.name in MODELS}
     assert here == {model.family for model in run if not model.golden}
 

@@ -138,6 +138,16 @@ class _RegisteringLoader(importlib.abc.Loader):
         return getattr(self._loader, name)
 
 
+def packages_of_others() -> tuple[str, ...]:
+    """List the packages that have registered model types with transformers in this process, ours aside."""
+    auto_module = sys.modules.get(f"{_AUTO}configuration_auto")
+    if auto_module is None:
+        return ()
+    kinds = auto_module.CONFIG_MAPPING._extra_content.values()
+    homes = {kind.__module__.partition(".")[0] for kind in kinds}
+    return tuple(sorted(homes - {"genoembed", "transformers", "transformers_modules", "__main__"}))
+
+
 def install() -> None:
     """Register with transformers, now or when it is imported. Calling it again changes nothing."""
     if not any(isinstance(finder, _AutoClassWatcher) for finder in sys.meta_path):

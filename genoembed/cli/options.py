@@ -7,6 +7,7 @@ is not passed on, so that a file, a fine-tuned model or the default can have its
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import click
 from genoembed.cli.output import reporting
 from genoembed.config.fields import raise_all, read_options, unknown_option
 from genoembed.config.paths import check_paths
+from genoembed.errors import ForeignCodeError, foreign_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ CONFIG_FILE_OPTIONS = 10
 SPELLING = "genoembed.cli.options.spelling"
 """Where the context keeps how the running command spells a key."""
 NOT_GIVEN = (None, ())
+IMPORTED = "imported"
+"""Modules to import; in Python, that is an import statement before the call."""
 
 
 class GroupedOption(click.Option):
@@ -93,8 +97,11 @@ class ConfigCommand(click.Command):
             needed = described is not None and described.required and described.shown_default is None
             if needed and parameter.name not in given:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
+        modules = given.pop(IMPORTED, ())
         self._check_paths(given)
         self._check_options(given)
+        for module in modules:
+            _import_module(module)
         ctx.params = given
         return super().invoke(ctx)
 
@@ -173,6 +180,8 @@ def command(
         params += [
             _option(option) for option in described.values() if not (option.argument or option.in_files_only)
         ]
+        if "trust_remote_code" in described:  # it loads models
+            params.append(_import_option(group=described["trust_remote_code"].group))
         params += _shared_options(
             with_file=len(described) > CONFIG_FILE_OPTIONS, with_json=has_json, is_quiet=is_quiet
         )
@@ -277,6 +286,39 @@ def _shared_options(*, with_file: bool, with_json: bool, is_quiet: bool) -> Iter
         callback=_show_full_help,
         help="Show all options and exit.",
     )
+
+
+def _import_option(*, group: str) -> click.Option:
+    return GroupedOption(
+        ["--import", IMPORTED],
+        group=group,
+        basic=False,
+        multiple=True,
+        default=None,
+        metavar="MODULE",
+        help="Import an installed package first, one that registers its kind of model with transformers; "
+        "repeat it for several. In Python, import it before the call.",
+    )
+
+
+def _import_module(name: str) -> None:
+    """Import what the user names; its own failure is told from its absence."""
+    problem = f"--import {name}"
+    if not all(part.isidentifier() for part in name.split(".")):
+        message = f"{problem}: expected the name of an installed package, such as my_models"
+        raise click.UsageError(message)
+    try:
+        with foreign_code(problem):
+            importlib.import_module(name)
+    except ForeignCodeError as error:
+        missing = getattr(error.__cause__, "name", None)
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            message = f"{problem}: it needs {missing}, which is not installed here; install it"
+            raise click.UsageError(message) from error
+        raise
+    except ModuleNotFoundError as error:
+        message = f"{problem}: no package {error.name} is installed here; install it, or check the name"
+        raise click.UsageError(message) from error
 
 
 def _show_full_help(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:

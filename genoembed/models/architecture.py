@@ -275,7 +275,8 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> tuple[PreTra
             raise needs_trust(source) from error
         message = (
             f"model {source.name!r}: its config.json is of no kind that transformers reads "
-            f"({first_line(error)}); check its model_type, or name another model"
+            f"({first_line(error)}); check its model_type, import the package that registers it, or name "
+            "another model"
         )
         raise ModelError(message) from error
     return config, family

@@ -27,6 +27,7 @@ from genoembed.models.provenance import (
     CONFIG,
     WEIGHTS,
     code_content,
+    code_statement,
     config_digest,
     content_digest,
     folder_content,
@@ -192,6 +193,7 @@ class GenomicModel:
             "accepts_attention_mask": self.accepts_attention_mask,
             **({} if self.published is None else {"published": _statement(self.published)}),
             **({} if self.adapter is None else {"adapter": self.adapter.statement}),
+            **({} if (code := code_statement(self.module)) is None else {"code": code}),
         }
 
     def resolve(self, specs: LayerSpec | Sequence[LayerSpec]) -> tuple[LayerInfo, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,35 @@ def folder_content(folder: Path, *, more: Iterable[str] = ()) -> dict[str, str]:
 
 
 def code_content(*objects: object) -> dict[str, str]:
-    """Compute a digest of each file of remote code that objects are made by, wherever it was fetched from."""
-    packages = {type(thing).__module__.rpartition(".")[0] for thing in objects}
-    packages = {name for name in packages if name.startswith(_REMOTE_CODE)}
+    """Compute a digest of each file of other people's code that objects are made by, wherever it comes from.
+
+    That is remote code, and packages that register kinds of models with transformers.
+    """
+    names = {type(thing).__module__ for thing in objects}
+    packages = {name.rpartition(".")[0] or name for name in names if _is_foreign(name)}
     return {
         Path(file).name: file_digest(Path(file))
         for name, module in sorted(sys.modules.items())
-        if name.rpartition(".")[0] in packages and (file := getattr(module, "__file__", None))
+        if (name in packages or name.rpartition(".")[0] in packages)
+        and (file := getattr(module, "__file__", None))
     }
+
+
+def code_statement(thing: object) -> dict[str, str | None] | None:
+    """State which installed package an object's class is of; None for those of transformers and ours."""
+    name = type(thing).__module__
+    if not _is_foreign(name) or name.startswith(_REMOTE_CODE):
+        return None
+    package = name.partition(".")[0]
+    found = packages_distributions().get(package, [package])[0]
+    try:
+        return {"module": name, "package": found, "version": version(found)}
+    except PackageNotFoundError:  # a folder on the path
+        return {"module": name, "package": package, "version": None}
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] not in ("transformers", "genoembed", "tokenizers")
 
 
 def config_digest(values: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ worker process, and the engine that hands out units. Only this module imports th
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -25,9 +26,10 @@ from genoembed.pipeline.embedder import UNIT_BYTES, RunFacts, UnitEmbedder, run_
 from genoembed.pipeline.request import load_configured
 from genoembed.pipeline.threads import read_ahead
 from genoembed.pipeline.units import RunStats
+from genoembed.registration import packages_of_others
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from genoembed.config.embed import EmbedConfig, ModelConfig
     from genoembed.pipeline.threads import Ahead
@@ -139,8 +141,9 @@ class Finished:
 class UnitWorker:
     """Lives in a worker process and is called from the one that was started."""
 
-    def __init__(self, config: EmbedConfig) -> None:
+    def __init__(self, config: EmbedConfig, packages: Sequence[str] = ()) -> None:
         self._config = config
+        self._packages = packages
         self._embedder: UnitEmbedder | None = None
         self._heard = _Heard()
 
@@ -152,6 +155,8 @@ class UnitWorker:
         logging.getLogger("genoembed").addHandler(self._heard)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", GenoembedWarning)
+            for package in self._packages:
+                importlib.import_module(package)
             model = load_configured(config.model)
             self._embedder = UnitEmbedder(
                 model, config, facts=find_facts(config.model.model, revision=config.model.revision)
@@ -316,7 +321,8 @@ class RayEngine:
         kind = self._ray.remote(concurrency_groups={"look": 1})(UnitWorker)
         options = kind.options(num_cpus=threads, num_gpus=int(self._uses_gpus), max_restarts=0)
         config = self._config.changed(model=found_from_anywhere(self._config.model))
-        return lambda: options.remote(config)
+        packages = packages_of_others()  # whose kinds of models are known here
+        return lambda: options.remote(config, packages)
 
     def _new_worker(self) -> _Worker:
         self._num_made += 1

@@ -33,36 +33,36 @@ MESSAGES = {"-q", "--quiet", "-v", "--verbose", "--json"}
 OPTIONS = {
     "extract": """
         --batch-tokens --certificate --config --device --dry-run --dtype --duplicates --empty --engine
-        --flank --fuse --fusion-weights --gaps --invalid --keep-case --layer --model -o --on-error
-        --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions --resume
-        --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases --window
-        --workers""",
+        --flank --fuse --fusion-weights --gaps --import --invalid --keep-case --layer --model -o
+        --on-error --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions
+        --resume --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases
+        --window --workers""",
     "merge": """
         --overwrite""",
     "layers": """
-        --all --revision --trust-remote-code""",
+        --all --import --revision --trust-remote-code""",
     "models": "",
     "info": "",
     "convert": """
         --name -o --output --overwrite --vortex-config""",
     "pretrain": """
         --accumulation-steps --both-strands --compile-blocks --config --dtype --empty --eval-steps --gaps
-        --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --invalid
-        --isolate --layers --learning-rate --like --logging-steps --max-document-bp --max-grad-norm
-        --max-steps --model --n-run-bp --no-both-strands -o --output --overwrite --packing --pole-rate-scale
-        --resume --revision --rows-per-device --save-steps --seed --shuffle-documents --threads
-        --trust-remote-code --warmup-steps --weight-decay --window""",
+        --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --import
+        --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
+        --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --output --overwrite --packing
+        --pole-rate-scale --resume --revision --rows-per-device --save-steps --seed --shuffle-documents
+        --threads --trust-remote-code --warmup-steps --weight-decay --window""",
     "finetune": """
         --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config
         --conflicts --contrast --crop-fraction --distance --distillation --dropout --dtype
         --duplicate-sequences --duplicates --empty --eval-steps --false-negatives --fuse --gaps
         --group-column --head-learning-rate --homolog-identity --homologs --id-column --ignore-label
-        --in-batch-negatives --invalid --keep-case --label-column --label-delimiter --label-smoothing
-        --labels --last-n --layer --learning-rate --logging-steps --lora-alpha --lora-dropout --lora-rank
-        --lora-target --margin --max-crop-bp --max-epochs --max-grad-norm --max-steps --metric --micro-batch
-        --min-epochs --min-learning-rate --mixed-lengths --mode --model --mutation-rate --no-both-strands
-        --no-in-batch-negatives -o --output --overwrite --pad-to-multiple-of --patience --plateau-factor
-        --plateau-patience --pool --resume
+        --import --in-batch-negatives --invalid --keep-case --label-column --label-delimiter
+        --label-smoothing --labels --last-n --layer --learning-rate --logging-steps --lora-alpha
+        --lora-dropout --lora-rank --lora-target --margin --max-crop-bp --max-epochs --max-grad-norm
+        --max-steps --metric --micro-batch --min-epochs --min-learning-rate --mixed-lengths --mode --model
+        --mutation-rate --no-both-strands --no-in-batch-negatives -o --output --overwrite
+        --pad-to-multiple-of --patience --plateau-factor --plateau-patience --pool --resume
         --reverse-complement --revision --rows-per-device --schedule --scope --seed
         --self-distillation-start --sequence-column --several-bases --skip-first --split --split-column
         --task --temperature --term-bases --test --test-fraction --threads --train-group-size
@@ -70,43 +70,44 @@ OPTIONS = {
         --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
         --warmup-fraction --warmup-steps --weight-decay""",
     "predict": """
-        --batch-rows --config --device --duplicates --empty --format --gaps --invalid --keep-case
+        --batch-rows --config --device --duplicates --empty --format --gaps --import --invalid --keep-case
         --on-error -o --output --overwrite --threads --trust-remote-code""",
     "search": """
         --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
-        --empty --exclude-self --gaps --hybrid --hybrid-weights --index --invalid -k --layer
+        --empty --exclude-self --gaps --hybrid --hybrid-weights --import --index --invalid -k --layer
         --measure-recall --metric --model --neighbors --on-error -o --output --overwrite --search-threads
         --seed --subject-sequences --threads --transform --trust-remote-code""",
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
         --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --gaps
-        --group-column --homolog-identity --id-column --invalid --keep-case --label-column --labels
-        --layer --model --no-baselines --no-plot --no-untrained --num-folds --on-error -o --output --overwrite
-        --plot --pool --preset --rc --regions --revision --seed --sequences --skip-first --split
-        --split-column --stride --task --threads --top --transform --trust-remote-code --unit-bases
-        --unmatched --untrained --window""",
+        --group-column --homolog-identity --id-column --import --invalid --keep-case --label-column
+        --labels --layer --model --no-baselines --no-plot --no-untrained --num-folds --on-error -o
+        --output --overwrite --plot --pool --preset --rc --regions --revision --seed --sequences
+        --skip-first --split --split-column --stride --task --threads --top --transform
+        --trust-remote-code --unit-bases --unmatched --untrained --window""",
     "plot": """
         --classes --color --components --config --layer --max-points --method --min-dist
         -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",
     "compare": """
         --layer -o --output --overwrite --tolerance""",
     "verify": """
-        --batch-tokens --certify --config --device --dtype --model --regions --sample --seed
+        --batch-tokens --certify --config --device --dtype --import --model --regions --sample --seed
         --threads --tolerance --trust-remote-code""",
     "export": """
         --layer -o --output --overwrite --to""",
     "export-model": """
-        --dtype -o --output --overwrite --revision --trust-remote-code""",
+        --dtype --import -o --output --overwrite --revision --trust-remote-code""",
     "score": """
-        --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --invalid --keep-case
-        --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference --revision
-        --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors --window""",
+        --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --import --invalid
+        --keep-case --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference
+        --revision --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors
+        --window""",
     "generate": """
-        --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --gaps --invalid
-        --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o --on-error --output
-        --overwrite --revision --seed --start-token --stop-at-end --tag --temperature --threads --top-k
-        --top-p --trust-remote-code --with-prompt""",
+        --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --gaps --import
+        --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o --on-error
+        --output --overwrite --revision --seed --start-token --stop-at-end --tag --temperature --threads
+        --top-k --top-p --trust-remote-code --with-prompt""",
     "doctor": """
         --as --device --model --revision --tolerance""",
 }
@@ -149,7 +150,7 @@ def test_options_are_these(name):
 
 def test_extract_has_an_option_for_every_configuration_key_and_no_other():
     parameters = {parameter.name: parameter for parameter in command("extract").params}
-    extra = {"as_json", "dry_run", "quiet", "verbose", "config_file", "help_all"}
+    extra = {"imported", "as_json", "dry_run", "quiet", "verbose", "config_file", "help_all"}
     assert set(parameters) - extra == set(OPTION_STAGE)
     described = EmbedConfig.options()
     for key in set(OPTION_STAGE) - {"inputs"}:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Strand: TypeAlias = Literal["+", "-"]
 
+PoolMask: TypeAlias = "NDArray[np.bool_] | NDArray[np.float32]"
+"""True where a token counts in pooling; or how many bases it counts for, 0 where it does not."""
+
 FINAL_FOLDER = "final"
 """Folder of the trained model in that of a training run."""
 IGNORE_INDEX = -100
@@ -131,17 +134,26 @@ class VariantContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedSequence:
-    """Token ids of one window, and which base each token starts at."""
+    """Token ids of one window, and which bases each token stands for."""
 
     input_ids: NDArray[np.integer]
     """Token ids, special tokens included. Any integer dtype, shape ``(L,)``; may be a read-only view."""
     base_start: NDArray[np.int64] | None = None
     """First base of each token, -1 for special tokens, shape ``(L,)``. None: token ``i`` is base ``i``."""
+    base_end: NDArray[np.int64] | None = None
+    """One past the last base of each token, -1 for special tokens; given with ``base_start``. ``(L,)``."""
+    is_unread: NDArray[np.bool_] | None = None
+    """True where a token says only that the vocabulary lacks its bases, shape ``(L,)``. None: nowhere."""
 
     def __post_init__(self) -> None:
-        if self.base_start is not None and self.base_start.shape != self.input_ids.shape:
-            message = f"base_start has shape {self.base_start.shape}, input_ids {self.input_ids.shape}"
+        if (self.base_start is None) != (self.base_end is None):
+            message = "base_start and base_end: expected both or neither"
             raise ShapeError(message)
+        for name in ("base_start", "base_end", "is_unread"):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.input_ids.shape:
+                message = f"{name} has shape {values.shape}, input_ids {self.input_ids.shape}"
+                raise ShapeError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +165,7 @@ class Batch:
     attention_mask: Tensor
     """int64, ``(B, L)``; 1 where a token is real."""
     pool_mask: Tensor
-    """bool, ``(B, L)``; True where a token counts in pooling."""
+    """``(B, L)``: bool, True where a token counts in pooling; or float32, the bases that it counts for."""
     rows: tuple[int, ...]
     """For each row, the caller's index of the piece it holds."""
 
@@ -161,6 +173,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Slots of the batch, padding included."""
         return self.input_ids.shape[0] * self.input_ids.shape[1]
+
+    @property
+    def counted(self) -> Tensor:
+        """bool, ``(B, L)``; True where a token counts in pooling, if only for a part of its bases."""
+        return self.pool_mask != 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,6 +225,8 @@ class ObsRow:
     """Of the sequence as the model saw it."""
     flags: str
     """Comma-separated, empty when nothing happened."""
+    unread: int = -1
+    """Of the bases pooled over, those that the model's tokenizer has no words for; -1 where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,11 +253,16 @@ class TokenBlock:
     """Tokens of each record, ``(N,)``."""
     values: Mapping[str, NDArray[np.floating]]
     """One ``(T, D)`` matrix a kept layer, ``T = lengths.sum()``."""
+    spans: NDArray[np.int64]
+    """Bases of each token, half-open, counted from the row's first; -1 where unknown. ``(T, 2)``."""
 
     def __post_init__(self) -> None:
         total = int(self.lengths.sum())
         if self.lengths.shape != (len(self.rows),):
             message = f"lengths has shape {self.lengths.shape}, expected ({len(self.rows)},)"
+            raise ShapeError(message)
+        if self.spans.shape != (total, 2):
+            message = f"spans has shape {self.spans.shape}, expected ({total}, 2)"
             raise ShapeError(message)
         for name, matrix in self.values.items():
             if matrix.ndim != 2 or matrix.shape[0] != total:

@@ -272,7 +272,7 @@ def _published_vector(
 
 def embed_sequences(model: GenomicModel, sequences: Sequence[bytes], layer: str) -> Tensor:
     """Embed sequences in one batch, mean over bases: the shortest way through the stages."""
-    encoder = build_encoder(model.tokenizer)
+    encoder = build_encoder(model.tokenizer, add_special_tokens=model.special_tokens)
     pieces = [encoder.encode(sequence) for sequence in sequences]
     batch = pad_batch(
         pieces,

@@ -240,6 +240,10 @@ class SequenceLengthError(InputError):
     """A sequence that is longer than the context, or shorter than required."""
 
 
+class UnreadError(InputError):
+    """A sequence that the model's tokenizer has hardly any words for."""
+
+
 class RegionError(InputError):
     """A BED or GFF3 row that does not fit the reference."""
 

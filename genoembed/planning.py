@@ -188,10 +188,10 @@ def _plan(
 
 
 def _vector_bytes(config: EmbedConfig, work: Workload, width: int) -> int:
-    """Size of all matrices: one vector per row, or per token and the offsets of the records."""
-    itemsize = np.dtype(config.output.out_dtype).itemsize
+    """Size of all matrices: one vector per row, or per token with its span, and offsets."""
+    itemsize, place = np.dtype(config.output.out_dtype).itemsize, np.dtype(np.int64).itemsize
     if config.embedding.pooling == "none":
-        return work.kept_tokens * width * itemsize + (work.rows + 1) * np.dtype(np.int64).itemsize
+        return work.kept_tokens * (width * itemsize + 2 * place) + (work.rows + 1) * place
     return math.prod((work.rows, width, itemsize))
 
 
@@ -218,7 +218,7 @@ _BLOCKS = 4
 # HDF5 File Format Specification, III.E: a text in a global heap has a header of 16 bytes, is rounded up to 8,
 # and is referred to by its length (4), the heap's address (8) and its number there (4)
 _HEAP_ALIGNMENT, _HEAP_OVERHEAD, _REFERENCE = 8, 16, 16
-_NUMBERS_BYTES = 4 * 8 + 2 * 4
+_NUMBERS_BYTES = 5 * 8 + 2 * 4
 """Four integers and two codes of a row."""
 _DIGEST_LENGTH = 64
 
@@ -339,7 +339,8 @@ def _count_pieces(slab: Slab, work: Workload) -> int:
     work.repeats += len(slab.repeats)
     batched = (piece for batch in slab.batches for piece in batch.pieces)
     # both strands of a window come to one vector
-    kept = sum(int(piece.pool_mask.sum()) for piece in (*batched, *slab.repeats) if not piece.is_reverse)
+    pieces = (*batched, *slab.repeats)
+    kept = sum(int(np.count_nonzero(piece.pool_mask)) for piece in pieces if not piece.is_reverse)
     work.kept_tokens += kept
     return kept
 
@@ -377,7 +378,7 @@ def _shortened(batch: Batch, embedder: UnitEmbedder) -> Batch:
     if not embedder.model.carries_state or batch.input_ids.shape[1] <= most:
         return batch
     pool_mask = batch.pool_mask[:, :most].clone()
-    pool_mask[:, 0] = True  # a row without any token that counts would give no vector
+    pool_mask[:, 0] = 1  # a row without any token that counts would give no vector
     return replace(
         batch,
         input_ids=batch.input_ids[:, :most].clone(),

@@ -99,17 +99,18 @@ class Reference:
     def num_special(self) -> int:
         return 2 if self.family in HAS_SPECIAL_TOKENS else 0
 
-    def tokens(self, sequence: str) -> tuple[list[int], list[int]]:
-        """Ids of a sequence, and the base each token starts at (-1 for special tokens)."""
+    def tokens(self, sequence: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a sequence, and the bases of each token, half-open (none for special tokens)."""
+        letters = [(base, base + 1) for base in range(len(sequence))]
         if self.family == STRIPED:
-            return list(sequence.encode()), list(range(len(sequence)))
+            return list(sequence.encode()), letters
         if self._tokenizer is not None:
             encoding = self._tokenizer.encode(sequence)
-            return encoding.ids, [start for start, _ in encoding.offsets]
-        ids, starts = [_LETTER_IDS[letter] for letter in sequence], list(range(len(sequence)))
+            return encoding.ids, encoding.offsets
+        ids = [_LETTER_IDS[letter] for letter in sequence]
         if self.num_special:
-            return [_CLS, *ids, _EOS], [-1, *starts, -1]
-        return ids, starts
+            return [_CLS, *ids, _EOS], [(0, 0), *letters, (0, 0)]
+        return ids, letters
 
     @property
     def num_blocks(self) -> int:
@@ -156,17 +157,21 @@ class Reference:
         core: tuple[int, int] | None = None,
         skip_first: int = 0,
     ) -> np.ndarray:
-        """One window's vector: the tokens that start in the core, pooled by a loop."""
+        """One window's vector: the tokens with bases in the core, pooled by a loop."""
         start, end = core or (0, len(sequence))
-        mask = self.mask(sequence, start, end, skip_first)
-        return np.array(pool_row(self.states(sequence)[layer].astype(np.float64).tolist(), mask, method))
+        counts = self.counts(sequence, start, end, skip_first)
+        return np.array(pool_row(self.states(sequence)[layer].astype(np.float64).tolist(), counts, method))
 
-    def mask(self, sequence: str, start: int, end: int, skip_first: int = 0) -> list[bool]:
-        return [max(start, skip_first) <= base < end for base in self.tokens(sequence)[1]]
+    def counts(self, sequence: str, start: int, end: int, skip_first: int = 0) -> list[int]:
+        """For how many bases each token counts."""
+        core = set(range(max(start, skip_first), end))
+        return [len(core & set(range(*span))) for span in self.tokens(sequence)[1]]
 
     def token_vectors(self, sequence: str, layer: str, core: tuple[int, int] | None = None) -> np.ndarray:
         start, end = core or (0, len(sequence))
-        return self.states(sequence)[layer][self.mask(sequence, start, end)].astype(np.float64)
+        return self.states(sequence)[layer][np.array(self.counts(sequence, start, end)) > 0].astype(
+            np.float64
+        )
 
     def windows(self, length: int, window: int, stride: int | None = None) -> list[tuple[int, int, int, int]]:
         """Start, end, first and past-the-last base of the core of each window, base by base."""

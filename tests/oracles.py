@@ -8,7 +8,7 @@ from fractions import Fraction
 
 
 def pool_row(vectors, mask, method):
-    """Pool one sequence, given as a list of vectors and a list of booleans."""
+    """Pool one sequence, given as a list of vectors, and of how much each counts (booleans, or bases)."""
     kept = [vector for vector, is_kept in zip(vectors, mask, strict=True) if is_kept]
     if method == "cls":
         return list(vectors[0])
@@ -18,7 +18,9 @@ def pool_row(vectors, mask, method):
         return list(kept[-1])
     if method == "max":
         return [max(column) for column in zip(*kept, strict=True)]
-    weights = [1] * len(kept) if method == "mean" else list(range(1, len(kept) + 1))
+    weights = [int(weight) for weight in mask if weight]
+    if method == "weighted_mean":
+        weights = [weight * number for number, weight in enumerate(weights, start=1)]
     return [
         math.fsum(weight * value for weight, value in zip(weights, column, strict=True)) / sum(weights)
         for column in zip(*kept, strict=True)

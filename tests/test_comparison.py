@@ -112,7 +112,8 @@ def test_token_files_are_compared_by_their_worst_token(tmp_path):
 
     def tokens(name, lengths, matrix):
         with EmbeddingWriter(tmp_path / name, kind="tokens") as writer:
-            block = TokenBlock(rows=rows("abc"), lengths=np.array(lengths), values={"x": matrix})
+            spans = np.zeros((len(matrix), 2), np.int64)
+            block = TokenBlock(rows=rows("abc"), lengths=np.array(lengths), values={"x": matrix}, spans=spans)
             writer.append(block)
             writer.finish({})
         return tmp_path / name

@@ -167,7 +167,7 @@ def test_strands_of_a_windowed_record_are_symmetric(family, rc, window, tmp_path
     assert_close(found, turned)
 
 
-def test_bpe_windows_count_each_token_once(tmp_path):
+def test_bpe_windows_count_each_base_once(tmp_path):
     reference = reference_of("gpt_neox")
     sequence = LONG["long"]
     assert len(reference.tokens(sequence)[0]) < len(sequence)
@@ -332,11 +332,18 @@ def test_region_longer_than_the_context_pools_its_core_only(strand, genome, tmp_
     assert_close(matrix_of(pooled)[0], matrix_of(tokens).astype(np.float64).mean(axis=0))
 
 
-def test_region_shorter_than_a_token_is_refused_by_name(tmp_path):
+def test_region_shorter_than_a_token_has_the_vector_of_its_token(tmp_path):
     reference = reference_of("gpt_neox")
     sequence = next(
-        text for text in (random_dna(40, seed) for seed in range(100)) if 21 not in reference.tokens(text)[1]
+        text
+        for text in (random_dna(40, seed) for seed in range(100))
+        if 21 not in [start for start, _ in reference.tokens(text)[1]]
     )
     genome = write_fasta(tmp_path / "small.fa", {"chr1": sequence})
-    with pytest.raises(EmptyPoolError, match=r"'chr1:22-22\(\+\)': .*bases 22-22: none of the tokenizer"):
-        embed_files(tmp_path, genome, model_of("gpt_neox"), regions="chr1:22-22", flank=40)
+    found = embed_files(tmp_path, genome, model_of("gpt_neox"), regions="chr1:22-22", flank=40)
+    assert_close(matrix_of(found)[0], reference.pooled(sequence, "final", "mean", core=(21, 22)))
+    tokens = embed_files(
+        tmp_path, genome, model_of("gpt_neox"), regions="chr1:22-22", flank=40, pooling="none"
+    )
+    assert tokens.lengths == [1]
+    assert_close(matrix_of(tokens)[0], matrix_of(found)[0])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.contracts import EncodedSequence
+    from genoembed.contracts import EncodedSequence, PoolMask
 
 
 def plan_batches(
@@ -80,7 +80,7 @@ def plan_batches(
 def pad_batch(
     pieces: Sequence[EncodedSequence],
     *,
-    pool_masks: Sequence[NDArray[np.bool_]],
+    pool_masks: Sequence[PoolMask],
     rows: Sequence[int],
     pad_token_id: int,
     pad_to_multiple_of: int = 1,
@@ -115,7 +115,8 @@ def pad_batch(
     padded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     ids_BL = np.full((len(pieces), padded), pad_token_id, dtype=np.int64)
     attention_BL = np.zeros((len(pieces), padded), dtype=np.int64)
-    pool_BL = np.zeros((len(pieces), padded), dtype=np.bool_)
+    # one kind for all rows: a token that counts for one base weighs the same in either
+    pool_BL = np.zeros((len(pieces), padded), dtype=np.result_type(*pool_masks))
     for row, (piece, mask) in enumerate(zip(pieces, pool_masks, strict=True)):
         length = len(piece.input_ids)
         if mask.shape != (length,):
@@ -132,22 +133,25 @@ def pad_batch(
     )
 
 
-def pool_mask(
-    encoded: EncodedSequence, *, core_start: int, core_end: int, skip_first: int = 0
-) -> NDArray[np.bool_]:
-    """Mark the tokens that count in pooling: those that start inside the core.
+def pool_mask(encoded: EncodedSequence, *, core_start: int, core_end: int, skip_first: int = 0) -> PoolMask:
+    """Mark the tokens that count in pooling, by the bases that they count for.
 
-    A token counts where its first base is in ``[core_start, core_end)`` and not among the ``skip_first``
-    first bases of the piece. So each token of overlapping windows counts once, and special tokens never do.
-    The mask may come out empty; pooling says so (``EmptyPoolError``), not this function.
+    A token counts if one of its bases is in ``[core_start, core_end)`` and not among the ``skip_first`` first
+    bases of the piece: by the number of these bases. A base that several tokens have (overlapping k-mers)
+    counts an equal part for each, so that every base counts once, in whichever windows it is seen. Special
+    tokens never count. The mask may come out empty; pooling says so (``EmptyPoolError``), not this function.
+
+    Returns:
+        Shape ``(L,)``: bool where each token that counts does so for one base, else float32.
 
     Example:
         >>> from genoembed.contracts import EncodedSequence
-        >>> encoded = EncodedSequence(input_ids=np.array([0, 5, 6, 2]), base_start=np.array([-1, 0, 6, -1]))
+        >>> starts, ends = np.array([-1, 0, 6, -1]), np.array([-1, 6, 12, -1])
+        >>> encoded = EncodedSequence(input_ids=np.array([0, 5, 6, 2]), base_start=starts, base_end=ends)
         >>> pool_mask(encoded, core_start=0, core_end=12).tolist()
-        [False, True, True, False]
-        >>> pool_mask(encoded, core_start=0, core_end=12, skip_first=1).tolist()
-        [False, False, True, False]
+        [0.0, 6.0, 6.0, 0.0]
+        >>> pool_mask(encoded, core_start=5, core_end=8).tolist()
+        [0.0, 1.0, 2.0, 0.0]
     """
     if skip_first < 0:
         message = f"skip_first: {skip_first}, expected 0 or more; set skip_first to 0 to keep every base"
@@ -156,8 +160,51 @@ def pool_mask(
         message = f"core {core_start}-{core_end}: expected 0 <= core_start <= core_end"
         raise ShapeError(message)
     first = max(core_start, skip_first)
-    if encoded.base_start is None:
+    if encoded.base_start is None or encoded.base_end is None:
         mask = np.zeros(len(encoded.input_ids), dtype=np.bool_)
         mask[first:core_end] = True
         return mask
-    return (encoded.base_start >= first) & (encoded.base_start < core_end)
+    starts, ends = np.maximum(encoded.base_start, first), np.minimum(encoded.base_end, core_end)
+    counts = ends > starts
+    weights = np.where(counts, ends - starts, 0).astype(np.float64)
+    is_word = encoded.base_end > encoded.base_start
+    if (encoded.base_start[is_word][1:] < encoded.base_end[is_word][:-1]).any():
+        cover = _cover(encoded.base_start[is_word], encoded.base_end[is_word], max(core_end, first))
+        cover[:first] = 0
+        shares = np.append(0, np.cumsum(np.divide(1, cover, out=np.zeros(len(cover)), where=cover > 0)))
+        weights[counts] = shares[ends[counts]] - shares[starts[counts]]
+    stored = weights.astype(np.float32)
+    return counts if (stored[counts] == 1).all() else stored
+
+
+def count_unread(encoded: EncodedSequence, *, core_start: int, core_end: int) -> int:
+    """Count the bases of the core that no token stands for, or only tokens that say nothing about them.
+
+    Example:
+        >>> from genoembed.contracts import EncodedSequence
+        >>> starts, ends = np.array([0, 6]), np.array([6, 12])
+        >>> encoded = EncodedSequence(
+        ...     input_ids=ends, base_start=starts, base_end=ends, is_unread=np.array([False, True])
+        ... )
+        >>> count_unread(encoded, core_start=4, core_end=14)
+        8
+    """
+    if encoded.base_start is None or encoded.base_end is None:
+        return 0
+    is_word = encoded.base_end > encoded.base_start
+    if encoded.is_unread is not None:
+        is_word &= ~encoded.is_unread
+    cover = _cover(encoded.base_start[is_word], encoded.base_end[is_word], core_end)
+    return core_end - core_start - int(np.count_nonzero(cover[core_start:]))
+
+
+def is_mostly_unread(num_unread: int, num_bases: int) -> bool:
+    """Whether a sequence has no vector worth having: it would be that of unknown letters."""
+    return num_unread * 2 > num_bases
+
+
+def _cover(starts: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Count the tokens that stand for each of the first bases."""
+    steps = np.bincount(np.minimum(starts, length), minlength=length + 1)
+    steps -= np.bincount(np.minimum(ends, length), minlength=length + 1)
+    return np.cumsum(steps[:length])

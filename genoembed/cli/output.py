@@ -256,8 +256,14 @@ def done_lines(
     before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
     return [
         *([f"{before} had been finished before and were not run again"] if stats.units_kept else []),
+        *([unread_line(stats.unread)] if stats.unread else []),
         *([failure_line(failed)] if failed else []),
     ]
+
+
+def unread_line(unread: int) -> str:
+    """Return the line about bases that the model cannot read."""
+    return f"{count(unread, 'base')} could not be read: the model's tokenizer has no words for them"
 
 
 def end_incomplete(failed: Mapping[str, str]) -> None:

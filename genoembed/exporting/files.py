@@ -74,14 +74,15 @@ def row_blocks(file: EmbeddingFile, layers: Sequence[str]) -> Iterator[RowBlock]
 
 NUMBERS = ("length", "start", "end", "n_windows")
 """Columns of the records that are taken along."""
-_RESERVED = ("ids", "X", "feature_names", "offsets", "provenance", *NUMBERS)
+_RESERVED = ("ids", "X", "feature_names", "offsets", "spans", "provenance", *NUMBERS)
 
 
 def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
     """Write ``ids``, numbers about the records, ``provenance`` (JSON) and the matrices.
 
     The first matrix is ``X``, every further one has its layer's name. A per-token file has ``offsets``, too:
-    the tokens of record ``i`` are the rows ``offsets[i]`` to ``offsets[i + 1] - 1``. No array needs pickle.
+    the tokens of record ``i`` are the rows ``offsets[i]`` to ``offsets[i + 1] - 1``; and ``spans``, the first
+    base of each token and one past its last (-1 where the file does not say). No array needs pickle.
     """
     taken = [name for name in layers[1:] if name in _RESERVED]
     if taken:
@@ -97,6 +98,7 @@ def write_npz(file: EmbeddingFile, layers: Sequence[str], target: Path) -> None:
             _put(archive, "feature_names", np.array(file.feature_names, dtype=np.str_))
         if file.kind == "tokens":
             _put(archive, "offsets", np.concatenate([[0], np.cumsum(file.num_tokens)]).astype(np.int64))
+            _put(archive, "spans", file.all_spans)
         for index, name in enumerate(layers):
             _put_matrix(archive, name if index else "X", file, name)
 

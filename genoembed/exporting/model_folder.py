@@ -1,7 +1,8 @@
 """``export_model``: a folder that ``SentenceTransformer`` loads, and whose ``encode`` gives our vectors.
 
-In: a Hugging Face model. Out: its weights and tokenizer with a mean over the tokens of the last layer.
-Special tokens get the weight 0, since our means leave them out and those of sentence-transformers do not.
+In: a Hugging Face model. Out: its weights and tokenizer with a mean over the bases of the last layer: a token
+has as much weight as bases. Special tokens get the weight 0, since our means leave them out and those of
+sentence-transformers do not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from genoembed.errors import MissingExtraError, ModelError
 from genoembed.models.layers import FINAL
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
+from genoembed.tokenization.hf import word_length
+from genoembed.tokenization.kmer import KmerTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +65,8 @@ def export_model(
     """Write a model as a folder for sentence-transformers: mean pooling of the last layer.
 
     ``SentenceTransformer(output).encode(sequences)`` equals ``embed(sequences, layers="final",
-    pooling="mean")`` for sequences in upper case that fit the context; longer ones are cut there, and
-    windowed here.
+    pooling="mean")`` for sequences in upper case that fit the context and of which the tokenizer reads every
+    letter; longer ones are cut there, and windowed here.
 
     Args:
         model: Bundled or registry name, local folder, or Hugging Face id.
@@ -115,6 +118,12 @@ def _check(loaded: GenomicModel) -> str:
             "pads; use genoembed.embed, which puts equal lengths together"
         )
         raise ModelError(message)
+    if isinstance(loaded.tokenizer, KmerTokenizer):
+        message = (
+            f"{loaded.name} reads overlapping k-mers, which sentence-transformers cannot weigh by their "
+            "bases; use genoembed.embed"
+        )
+        raise ModelError(message)
     facts = find_facts(loaded)
     if facts is not None:
         is_plain = facts.layers in ((layer,), (FINAL,)) and facts.pooling == "mean" and facts.finisher is None
@@ -154,9 +163,12 @@ def _save(loaded: GenomicModel, folder: Path, *, trust_remote_code: bool) -> int
     num_ids = max(len(tokenizer), int(getattr(loaded.module.config, "vocab_size", 0) or 0))
     vocabulary = [str(tokenizer.convert_ids_to_tokens(index)) for index in range(num_ids)]
     modules = [backbone]
-    special = _special_tokens(tokenizer)
-    if special:
-        modules.append(WordWeights(vocabulary, dict.fromkeys(special, 0.0), unknown_word_weight=1.0))
+    weights = {token: float(max(1, word_length(token))) for token in vocabulary}
+    weights |= dict.fromkeys(_special_tokens(tokenizer), 0.0)
+    if tokenizer.unk_token is not None:
+        weights[str(tokenizer.unk_token)] = 1.0
+    if set(weights.values()) != {1.0}:
+        modules.append(WordWeights(vocabulary, weights, unknown_word_weight=1.0))
     modules.append(Pooling(width, pooling_mode="mean"))
     SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
     shutil.rmtree(plain)
@@ -173,8 +185,8 @@ def _readme(report: ModelExportReport) -> str:
     limit = "" if report.max_tokens is None else f"Longer inputs than {report.max_tokens:,} tokens are cut.\n"
     return (
         f"# {Path(report.model).name} for sentence-transformers\n\n"
-        f"Mean of `{report.layer}` over the tokens of a sequence, special tokens left out; {report.width} "
-        "features. Written by genoembed.\n\n"
+        f"Mean of `{report.layer}` over the bases of a sequence: a token has as much weight as letters, and "
+        f"special tokens have none; {report.width} features. Written by genoembed.\n\n"
         "```python\n"
         f"{first}from sentence_transformers import SentenceTransformer\n\n"
         'vectors = SentenceTransformer("THIS FOLDER").encode(["ACGTACGT"])\n'

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genoembed.config.choices import BaseLabels
+    from genoembed.contracts import PoolMask
     from genoembed.tokenization.hf import SequenceEncoder
 
 
@@ -33,7 +34,7 @@ class EncodedExample:
     """One row of a batch, before padding."""
 
     encoded: EncodedSequence
-    pool_mask: NDArray[np.bool_]
+    pool_mask: PoolMask
     """True where a token counts in pooling. Shape ``(L,)``."""
     label: NDArray[np.int64] | NDArray[np.float32] | None = None
     """Of the sequence, shape ``()`` or ``(C,)``; or of its tokens, int64, shape ``(L,)``."""
@@ -174,9 +175,9 @@ class PaddedCollator:
             examples: Rows of the batch, at least one.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (int64, ``(B, L)``), ``pool_mask`` (bool, ``(B, L)``), and
-            unless ``target`` is ``none`` the ``labels``: ``(B,)`` or ``(B, C)`` of sequences, int64 ``(B,
-            L)`` of tokens.
+            ``input_ids`` and ``attention_mask`` (int64, ``(B, L)``), ``pool_mask`` (``(B, L)``: bool, or
+            float32 where tokens count for several bases), and unless ``target`` is ``none`` the
+            ``labels``: ``(B,)`` or ``(B, C)`` of sequences, int64 ``(B, L)`` of tokens.
 
         Raises:
             ShapeError: If a row has no label of the kind that ``target`` needs.

@@ -21,7 +21,7 @@ from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
-from genoembed.finetuning.rows import check_lengths, group_numbers
+from genoembed.finetuning.rows import check_sequences, group_numbers
 from genoembed.pipeline.forward import run_in_parts
 from genoembed.retrieval.candidates import sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
@@ -98,7 +98,7 @@ class PredictionMeasure:
             outputs = self.runner.tokens(model, [row.sequence for row in part])
             for row, output in zip(part, outputs, strict=True):
                 # a token of several bases is judged by its first, as it learns (several_bases)
-                of_bases = self.space.encode(row.label)[output.starts]
+                of_bases = self.space.encode(row.label)[output.spans[:, 0]]
                 kept = torch.from_numpy(np.flatnonzero(of_bases != IGNORE_INDEX))
                 logits.append(output.values["logits"][kept])
                 predictions.append(output.values["predictions"][kept])
@@ -222,7 +222,7 @@ class ExampleMeasure:
             self._allowed[index, [*out, *([] if itself is None or itself in right else [itself])]] = False
             self._relevant[index, right] = True
         if encoder is not None:
-            check_lengths(
+            check_sequences(
                 [*self._queries, *self._passages],
                 encoder.encoder,
                 max_tokens=encoder.max_tokens,

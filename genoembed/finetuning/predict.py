@@ -27,6 +27,7 @@ from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
 from genoembed.sequences import InputCounts, read_sequences
+from genoembed.store.reader import spread
 from genoembed.store.tables import open_table
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.inference import SequenceRunner
@@ -62,7 +63,7 @@ class PredictionReport:
     num_records: int
     """Records of the table."""
     num_rows: int
-    """Rows of the table: one row per record, or one row per token."""
+    """Rows of the table: one row per record, or one row per base."""
     task: str
     names: tuple[str, ...]
     """Classes, labels or targets."""
@@ -96,8 +97,8 @@ def predict(
 
     Columns are ``id`` and, for classes, ``label`` (the likeliest) and ``p_NAME`` for each; for several
     labels, ``labels`` (those of 0.5 or more, joined by commas) and ``p_NAME``; for numbers, one column a
-    target; for labels of bases, one row per token with ``id``, ``start``, ``end`` (0-based, half-open),
-    ``label`` and ``p_NAME``.
+    target; for labels of bases, one row per base with ``id``, ``start``, ``end`` (0-based, half-open),
+    ``label`` and ``p_NAME``: those of its token, or the mean of its tokens where k-mers overlap.
 
     Args:
         model: Folder of a fine-tuning run, or ``final`` in it.
@@ -145,7 +146,7 @@ def predict(
         # one for all parts: what it learns of short memory holds for those that follow
         runner = SequenceRunner(
             saved.model.encoder,
-            build_encoder(saved.genomic.tokenizer),
+            build_encoder(saved.genomic.tokenizer, add_special_tokens=saved.genomic.special_tokens),
             max_tokens=saved.genomic.max_length,
             skip_first=saved.facts.skip_first,
             max_rows=batch_rows,
@@ -189,12 +190,11 @@ def predict(
 def _predict(
     saved: SavedPredictor, runner: SequenceRunner, records: Sequence[SequenceRecord]
 ) -> list[list[Any] | str]:
-    """Predict a few records: numbers, or first bases of tokens and their numbers; text where one failed."""
+    """Predict a few records: numbers, or bases and their numbers; text where one failed."""
     if saved.space.kind == "token":
         tokens = runner.tokens(saved.model, records)
-        good: Iterator[list[Any]] = iter(
-            [item.starts.tolist(), item.values["predictions"].tolist()] for item in tokens
-        )
+        of_bases = (spread(item.values["predictions"].numpy(), item.spans) for item in tokens)
+        good: Iterator[list[Any]] = iter([item.bases.tolist(), item.values.tolist()] for item in of_bases)
     else:
         vectors = runner.vectors(saved.model, records)
         found = saved.model(vectors=vectors, want="predict")["predictions"] if len(vectors) else vectors
@@ -233,7 +233,7 @@ def _columns(
 def _token_columns(
     names: Sequence[str], records: Sequence[SequenceRecord], values: Sequence[list[Any] | str]
 ) -> dict[str, Sequence[object]]:
-    """Build a row per token; a record that failed has one, of its length and without a label."""
+    """Build a row per base; a record that failed has one, of its length and without a label."""
     ids: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
@@ -243,7 +243,7 @@ def _token_columns(
         first, found = ([0], [[math.nan] * len(names)]) if isinstance(value, str) else value
         ids += [record.id] * len(first)
         starts += first
-        ends += [*first[1:], len(record.sequence)]
+        ends += [len(record.sequence)] if isinstance(value, str) else [base + 1 for base in first]
         rows.append(np.array(found, dtype=np.float32))
         chosen = rows[-1].argmax(axis=1)
         labels += [None] if isinstance(value, str) else [names[index] for index in chosen]

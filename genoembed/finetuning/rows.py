@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch.utils.data import Dataset
 
-from genoembed.errors import SequenceLengthError
+from genoembed.batching.pad import count_unread, is_mostly_unread
+from genoembed.errors import SequenceLengthError, UnreadError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, Group, ViewPair, encode_example, encode_token_example
 from genoembed.finetuning.sampling import FILLER
 from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
+from genoembed.tokenization.hf import unread_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,14 +91,15 @@ class DocumentEncoder:
         return EncodedExample.of_ids(ids)
 
 
-def check_lengths(
+def check_sequences(
     sequences: Sequence[bytes], encoder: SequenceEncoder, *, max_tokens: int | None, max_crop_bp: int | None
 ) -> None:
-    """Raise if a sequence does not fit the context, before the first step."""
-    if max_tokens is None:
-        return
-    bases = encoder.max_bases(max_tokens)
+    """Raise if a sequence does not fit the context or cannot be read, before the first step."""
+    bases = None if max_tokens is None else encoder.max_bases(max_tokens)
     for number, sequence in enumerate(sequences, start=1):
+        _check_read(sequence, encoder, number)
+        if bases is None:
+            continue
         seen = len(sequence) if max_crop_bp is None else min(len(sequence), max_crop_bp)
         if seen <= bases:
             continue
@@ -109,6 +112,15 @@ def check_lengths(
             raise SequenceLengthError(problem)
         # max_bases is a safe bound: a tokenizer of several bases may still fit a longer one, so encode it
         encode_example(sequence, encoder, max_tokens=max_tokens, record_id=f"row {number}")
+
+
+def _check_read(sequence: bytes, encoder: SequenceEncoder, number: int) -> None:
+    if encoder.aligned:
+        return
+    num_unread = count_unread(encoder.encode(sequence), core_start=0, core_end=len(sequence))
+    if is_mostly_unread(num_unread, len(sequence)):
+        problem = unread_problem(encoder, sequence, num_unread=num_unread, num_bases=len(sequence))
+        raise UnreadError(problem, record_id=f"row {number}")
 
 
 _SECOND_VIEW = 1 << 20

@@ -32,7 +32,7 @@ from genoembed.finetuning.rows import (
     LabelEncoder,
     RowDataset,
     ViewDataset,
-    check_lengths,
+    check_sequences,
 )
 from genoembed.finetuning.sampling import GroupSampler
 from genoembed.models.behavior import context_length
@@ -139,7 +139,7 @@ class _Base:
     def check(self, sequences: Sequence[bytes]) -> None:
         """Raise if a sequence does not fit the context."""
         crop = self.config.augment.max_crop_bp
-        check_lengths(sequences, self.tokens, max_tokens=self.genomic.max_length, max_crop_bp=crop)
+        check_sequences(sequences, self.tokens, max_tokens=self.genomic.max_length, max_crop_bp=crop)
 
     def facts(self) -> dict[str, Any]:
         """Return the fields of :class:`TaskSetup` that depend on the model alone."""
@@ -159,7 +159,7 @@ def _load_base(config: FinetuneConfig) -> _Base:
     )
     encoder = Encoder(genomic, start, seed=config.recipe.seed)
     logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
-    tokens = build_encoder(genomic.tokenizer)
+    tokens = build_encoder(genomic.tokenizer, add_special_tokens=genomic.special_tokens)
     runner = SequenceRunner(
         encoder,
         tokens,

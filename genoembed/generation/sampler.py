@@ -230,7 +230,8 @@ class SequenceGenerator:
         self.num_rescored = 0
         """Draws that rounding could have changed, for which a row was scored alone."""
         tokenizer = model.model.tokenizer
-        self.start_token = find_start_token(tokenizer, options.start_token)
+        special_tokens = model.model.special_tokens
+        self.start_token = find_start_token(tokenizer, options.start_token, add_special_tokens=special_tokens)
         with foreign_code("the model's tokenizer"):
             self._words = letter_tokens(tokenizer)
         if not self._words:
@@ -241,7 +242,7 @@ class SequenceGenerator:
             raise ModelError(message)
         end = tokenizer.eos_token_id
         self._end_id = int(end) if options.stop_at_end and end is not None else None
-        self._encoder = build_encoder(tokenizer)
+        self._encoder = build_encoder(tokenizer, add_special_tokens=special_tokens)
         self._tag_ids = self._encode_tag()
         widths = Counter(map(len, self._words.values()))
         self._longest, self._shortest = max(widths), min(widths)

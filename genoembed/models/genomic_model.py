@@ -127,6 +127,11 @@ class GenomicModel:
             return self._probe.accepts_attention_mask()
 
     @property
+    def special_tokens(self) -> bool:
+        """Whether sequences are embedded with the special tokens that the tokenizer adds."""
+        return self.family is None or self.family.special_tokens
+
+    @property
     def padding(self) -> PaddingPolicy:
         """How sequences of different lengths may share a batch."""
         return padding_policy(accepts_attention_mask=self.accepts_attention_mask, is_causal=self.is_causal)
@@ -190,6 +195,7 @@ class GenomicModel:
             "max_length": self.max_length,
             "padding": self.padding,
             "is_causal": self.is_causal,
+            "special_tokens": self.special_tokens,
             "accepts_attention_mask": self.accepts_attention_mask,
             **({} if self.published is None else {"published": _statement(self.published)}),
             **({} if self.adapter is None else {"adapter": self.adapter.statement}),

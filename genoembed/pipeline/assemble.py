@@ -24,12 +24,12 @@ from genoembed.pooling.reduce import merge_windows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from genoembed.config.choices import TokenPooling as PooledBy
     from genoembed.config.embed import EmbeddingConfig
     from genoembed.contracts import SequenceRecord, Window
+    from genoembed.pipeline.cutting import CountedTokens
 
 
 class PieceVectors:
@@ -90,14 +90,18 @@ class Taken:
 
     number: int
     """Of its vectors, among those of the unit."""
-    weight: int
-    """Bases that count in it, at least 1."""
-    spans: NDArray[np.int64] | None
-    """Bases of each token that counts, on its strand, ``(T, 2)``; None where no one needs them."""
+    weight: float
+    """Bases that its tokens count for, above 0."""
+    tokens: CountedTokens | None
+    """What each token that counts stands for, on its strand; None where no one needs it."""
 
 
 TakenPieces: TypeAlias = "Mapping[tuple[int, bool], Mapping[int, Taken]]"
 """Pieces with at least one token that counts, by record and strand (True is reverse), then by window."""
+
+
+UnreadBases: TypeAlias = "Mapping[int, Mapping[int, int]]"
+"""Bases without words, by record, then by window of the forward strand; those of which there are some."""
 
 
 def strand_pieces(taken: TakenPieces, key: tuple[int, bool]) -> list[Taken]:
@@ -112,7 +116,7 @@ def merge_pieces(
     matrix_ND = vectors.pooled(name, [mine[0].number for mine in parts])
     for row, mine in enumerate(parts):
         if len(mine) > 1:
-            # by bases, not by tokens: windows of the same bases may have unequal numbers of tokens
+            # by bases, as in each window: with words of several bases, the mean over bases, not over tokens
             weights = torch.tensor([part.weight for part in mine], dtype=torch.float64)
             windows_KD = vectors.pooled(name, [part.number for part in mine])
             matrix_ND[row] = merge_windows(windows_KD, weights, method=method)
@@ -137,33 +141,40 @@ class RowBuilder:
         vectors: PieceVectors,
         failed: Mapping[int, str] | None = None,
         widths: Mapping[str, int] | None = None,
+        unread: UnreadBases | None = None,
     ) -> EmbeddingBlock | TokenBlock:
         """Build the rows of a unit."""
         rows: list[ObsRow] = []
+        firsts: list[int] = []  # of each row, on its record's sequence
         spoiled: dict[int, ObsRow] = {}
         strands = (False,) if self.embedding.rc == "none" else (False, True)
         parts: dict[bool, list[list[Taken]]] = {is_reverse: [] for is_reverse in strands}
         for index, (record, windows) in enumerate(zip(records, cuts, strict=True)):
             if failed and index in failed:
-                spoiled[len(rows) + len(spoiled)] = _failed_row(record, len(windows), failed[index])
+                row = _failed_row(record, len(windows), failed[index])
+                spoiled[len(rows) + len(spoiled)] = _with_unread(row, unread, index, None)
                 continue
             for number, row in self._rows(record, windows):
-                rows.append(row)
+                rows.append(_with_unread(row, unread, index, number))
+                firsts.append(record.core_start if number is None else windows[number].core_start)
                 for is_reverse in strands:
                     mine = self._parts(taken, (index, is_reverse), number)
                     self._check(mine, record, row, vectors)
                     parts[is_reverse].append(mine)
-        make = self._token_block if self.embedding.pooling == "none" else self._pooled_block
-        if rows or not spoiled:
-            block = make(rows, parts[False], parts.get(True), vectors)
-        else:
+        block: EmbeddingBlock | TokenBlock
+        if spoiled and not rows:
             block = self._no_rows(widths or {})
+        elif self.embedding.pooling == "none":
+            block = self._token_block(rows, firsts, parts[False], parts.get(True), vectors)
+        else:
+            block = self._pooled_block(rows, parts[False], parts.get(True), vectors)
         return _with_rows(block, spoiled) if spoiled else block
 
     def _no_rows(self, widths: Mapping[str, int]) -> EmbeddingBlock | TokenBlock:
         matrices = {name: np.empty((0, width), np.float32) for name, width in widths.items()}
         if self.embedding.pooling == "none":
-            return TokenBlock(rows=(), lengths=np.zeros(0, np.int64), values=matrices)
+            none = np.zeros((0, 2), np.int64)
+            return TokenBlock(rows=(), lengths=none[:, 0], values=matrices, spans=none)
         return EmbeddingBlock(rows=(), matrices=matrices)
 
     def nothing_left(
@@ -249,6 +260,7 @@ class RowBuilder:
     def _token_block(
         self,
         rows: Sequence[ObsRow],
+        firsts: Sequence[int],
         forward: Sequence[Sequence[Taken]],
         reverse: Sequence[Sequence[Taken]] | None,
         vectors: PieceVectors,
@@ -266,11 +278,15 @@ class RowBuilder:
             )
 
         values = self._fused(combined)
-        lengths = [vectors.num_tokens(self.layers[0], [part.number for part in mine]) for mine in forward]
+        spans = [
+            np.concatenate([part.tokens.spans for part in mine if part.tokens is not None]) - first
+            for mine, first in zip(forward, firsts, strict=True)
+        ]
         return TokenBlock(
             rows=tuple(rows),
-            lengths=np.array(lengths, dtype=np.int64),
+            lengths=np.array([len(of_row) for of_row in spans], dtype=np.int64),
             values={name: matrix.numpy() for name, matrix in values.items()},
+            spans=np.concatenate([np.zeros((0, 2), np.int64), *spans]),
         )
 
     def _fused(self, combined: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -284,9 +300,16 @@ def empty_pool_error(record: SequenceRecord, *, start: int, end: int, skip_first
     if skip_first:
         return EmptyPoolError(f"{where}; skip_first is {skip_first}, set it lower or leave the record out")
     return EmptyPoolError(
-        f"{where}: none of the tokenizer's tokens starts there (letters that it does not know, or a region "
-        "shorter than a token); widen the region or leave the record out"
+        f"{where}: the tokenizer has no token there (letters that it does not know, or a sequence shorter "
+        "than its words); leave the record out"
     )
+
+
+def _with_unread(row: ObsRow, unread: UnreadBases | None, index: int, number: int | None) -> ObsRow:
+    found = (unread or {}).get(index)
+    if not found:
+        return row
+    return replace(row, unread=sum(found.values()) if number is None else found.get(number, 0))
 
 
 def _failed_row(record: SequenceRecord, num_windows: int, reason: str) -> ObsRow:
@@ -305,7 +328,7 @@ def _with_rows(
     if isinstance(block, TokenBlock):
         lengths = np.zeros(num_rows, dtype=np.int64)
         lengths[good] = block.lengths
-        return TokenBlock(rows=rows, lengths=lengths, values=block.values)
+        return replace(block, rows=rows, lengths=lengths)
     matrices = {}
     for name, matrix in block.matrices.items():
         matrices[name] = np.full((num_rows, matrix.shape[1]), np.nan, matrix.dtype)
@@ -325,6 +348,7 @@ def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
         n_windows=num_windows,
         sha256=record.sha256,
         flags=",".join(record.flags),
+        unread=0,
     )
 
 
@@ -346,4 +370,5 @@ def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
         n_windows=1,
         sha256=hashlib.sha256(record.sequence[window.start : window.end]).hexdigest(),
         flags=",".join(record.flags),
+        unread=0,
     )

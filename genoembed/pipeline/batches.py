@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from genoembed.batching.pad import pad_batch, plan_batches
-from genoembed.errors import SequenceLengthError, foreign_code
+from genoembed.errors import SequenceLengthError, UnreadError, foreign_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -147,10 +147,10 @@ class SlabBuilder:
         try:
             with foreign_code("the model's tokenizer"):
                 return next(pieces, None)
-        except SequenceLengthError as error:
+        except (SequenceLengthError, UnreadError) as error:
             if not self.skips_failed:
                 raise
-            draft.failed[index] = "too long"
+            draft.failed[index] = "unread" if isinstance(error, UnreadError) else "too long"
             logger.warning("%s: left without a vector", error)
             return None
 

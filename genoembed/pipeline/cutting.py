@@ -12,17 +12,18 @@ Also here: which token a sequence starts with, so that a causal model predicts i
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from genoembed.batching.pad import pool_mask
+from genoembed.batching.pad import count_unread, is_mostly_unread, pool_mask
 from genoembed.contracts import EncodedSequence, Window
-from genoembed.errors import ConfigError, SequenceLengthError
+from genoembed.errors import ConfigError, SequenceLengthError, UnreadError
 from genoembed.sequences.records import reverse_complement
 from genoembed.sequences.windows import iter_windows
-from genoembed.tokenization.hf import build_encoder
+from genoembed.tokenization.hf import build_encoder, unread_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,15 +32,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genoembed.config.choices import StartChoice
-    from genoembed.contracts import SequenceRecord
+    from genoembed.contracts import PoolMask, SequenceRecord
     from genoembed.tokenization.hf import SequenceEncoder
 
+
+logger = logging.getLogger(__name__)
 
 _PROBE = b"ACGT" * 6
 _BASES_PER_TOKEN = 16
 """No tokenizer in use joins more bases on average: longer records are cut without being tried whole."""
-_SHARES = (1.0, 0.95, 0.85, 0.7, 0.5)
+_SHARES = (0.95, 0.85, 0.7, 0.5)
 """Of the bases that fill the context at a record's start; other places may have shorter tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountedTokens:
+    """What the tokens that count stand for, T of them."""
+
+    spans: NDArray[np.int64]
+    """Their bases that count, half-open, ``(T, 2)``."""
+    shares: NDArray[np.float64]
+    """How much of their bases that is, ``(T,)``; above 0, at most 1."""
+    is_unread: NDArray[np.bool_]
+    """Whether they say only that the vocabulary lacks their bases, ``(T,)``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +71,14 @@ class Piece:
     """First base that the model sees, on this strand."""
     end: int
     """One past the last one."""
-    num_bases: int
-    """Bases that count: those of the core that this piece answers for, less those skipped."""
+    core_start: int
+    """First base that counts, on this strand; those skipped do not."""
+    core_end: int
+    """One past the last one."""
     encoded: EncodedSequence
-    pool_mask: NDArray[np.bool_]
+    pool_mask: PoolMask
+    num_unread: int = 0
+    """Of the bases that count, those that the tokenizer has no words for."""
     content: bytes = field(init=False)
     """SHA-256 of the tokens that the model sees and of which of them count; equal for equal vectors."""
 
@@ -69,15 +88,35 @@ class Piece:
         digest.update(self.pool_mask.data)
         object.__setattr__(self, "content", digest.digest())
 
-    def spans(self) -> NDArray[np.int64]:
-        """Find the bases of each token that counts on this strand, half-open; int64, ``(T, 2)``."""
-        first = self.encoded.base_start
-        if first is None:
-            first = np.arange(len(self.encoded.input_ids), dtype=np.int64)
-        has_bases = first >= 0
-        ends = np.zeros_like(first)
-        ends[has_bases] = np.append(first[has_bases][1:], self.end - self.start)
-        return np.stack([first, ends], axis=1)[self.pool_mask] + self.start
+    @property
+    def num_bases(self) -> int:
+        """Bases that count: those of the core that this piece answers for, less those skipped."""
+        return max(0, self.core_end - self.core_start)
+
+    @property
+    def weight(self) -> float:
+        """Bases that the tokens count for: fewer than those that count where some have no token."""
+        if self.pool_mask.dtype == np.bool_:
+            return int(np.count_nonzero(self.pool_mask))
+        return float(self.pool_mask.sum(dtype=np.float64))
+
+    def counted_tokens(self) -> CountedTokens:
+        """Find the bases of each token that counts, on this strand."""
+        counts = self.pool_mask != 0
+        starts, ends = self.encoded.base_start, self.encoded.base_end
+        if starts is None or ends is None:
+            first = np.flatnonzero(counts)
+            starts, ends = first, first + 1
+        else:
+            starts, ends = starts[counts], ends[counts]
+        spans = np.stack([starts, ends], axis=1) + self.start
+        within = spans.clip(self.core_start, self.core_end)
+        unread = self.encoded.is_unread
+        return CountedTokens(
+            spans=within,
+            shares=(within[:, 1] - within[:, 0]) / (spans[:, 1] - spans[:, 0]),
+            is_unread=np.zeros(len(spans), np.bool_) if unread is None else unread[counts],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +138,17 @@ class Cutter:
     """Cut the reverse complement at the same bases as the forward strand."""
 
     def __post_init__(self) -> None:
-        limit = self.context_bases
+        limit, frame = self.context_bases, self.encoder.frame_bp
         problems = []
+        for name, size in (("window", self.window), ("stride", self.stride)):
+            if size is not None and size < frame:
+                problems.append(
+                    f"{name} is {size}, but the model's tokens are words of {frame} bases; "
+                    f"set {name} to {frame} or more"
+                )
+            elif size is not None and size % frame:
+                whole = size // frame * frame
+                logger.warning("%s %d is taken as %d: tokens are words of %d bases", name, size, whole, frame)
         if self.window is not None and limit is not None and self.encoder.aligned and self.window > limit:
             problems.append(
                 f"window is {self.window}, but the model's context holds {limit} bases; "
@@ -129,17 +177,29 @@ class Cutter:
         """Whether each base is a token of its own."""
         if self.encoder.aligned:
             return True
-        starts = self.encoder.encode(_PROBE).base_start
-        return starts is None or starts[starts >= 0].tolist() == list(range(len(_PROBE)))
+        starts, ends = (getattr(self.encoder.encode(_PROBE), name) for name in ("base_start", "base_end"))
+        has_bases = ends > starts
+        places = np.arange(len(_PROBE))
+        return np.array_equal(starts[has_bases], places) and np.array_equal(ends[has_bases], places + 1)
 
     def windows(self, record: SequenceRecord) -> list[Window]:
         """Cut one record."""
         return self._cut(record.sequence, record.core_start, record.core_end)
 
     def pieces(self, record: SequenceRecord, record_index: int, windows: Sequence[Window]) -> Iterator[Piece]:
-        """Encode the windows of one record, on one strand or both."""
+        """Encode the windows of one record, on one strand or both.
+
+        Raises:
+            UnreadError: If more than half of the record cannot be read; after its last piece.
+            SequenceLengthError: If a window does not fit the context.
+        """
+        num_unread = num_bases = 0
         for number, window in enumerate(windows):
-            yield self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
+            piece = self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
+            num_unread, num_bases = num_unread + piece.num_unread, num_bases + piece.num_bases
+            yield piece
+        if is_mostly_unread(num_unread, num_bases):
+            raise self._unread(record, num_unread, num_bases)
         if not self.both_strands:
             return
         backward = reverse_complement(record.sequence)
@@ -150,6 +210,11 @@ class Cutter:
             reverse_windows = self._cut(backward, length - record.core_end, length - record.core_start)
         for number, window in enumerate(reverse_windows):
             yield self._piece(record, backward, window, record_index, number, is_reverse=True)
+
+    def _unread(self, record: SequenceRecord, num_unread: int, num_bases: int) -> UnreadError:
+        core = record.sequence[record.core_start : record.core_end]
+        problem = unread_problem(self.encoder, core, num_unread=num_unread, num_bases=num_bases)
+        return UnreadError(problem, path=record.source or None, line=record.line, record_id=record.id)
 
     def _cut(self, sequence: bytes, core_start: int, core_end: int) -> list[Window]:
         for size in self._sizes(sequence):
@@ -162,6 +227,7 @@ class Cutter:
                     causal=self.is_causal,
                     core_start=core_start,
                     core_end=core_end,
+                    frame_bp=self.encoder.frame_bp,
                 )
             )
             if self._surely_fits(size) or self._fit(sequence, windows):
@@ -170,15 +236,16 @@ class Cutter:
 
     def _sizes(self, sequence: bytes) -> Iterator[int]:
         """Window sizes to try, the largest first; the last one surely fits, or is the user's own."""
-        length, surely = max(len(sequence), 1), self.context_bases
+        length, surely, frame = max(len(sequence), 1), self.context_bases, self.encoder.frame_bp
         if self.window is not None:
-            yield self.window
+            yield self.window // frame * frame
         elif surely is None or length <= surely:
             yield length
         else:
             if not self.encoder.aligned:
-                yield from self._larger_sizes(sequence, surely)
-            yield surely
+                for size in self._larger_sizes(sequence, surely):
+                    yield size if size >= length else size // frame * frame
+            yield max(surely // frame * frame, frame)
 
     def _larger_sizes(self, sequence: bytes, surely: int) -> Iterator[int]:
         """Sizes that fit only if tokens join bases there: all of it, what fills the context at its start."""
@@ -191,8 +258,9 @@ class Cutter:
         if starts is None or (starts >= 0).sum() <= room:
             return
         filled = int(starts[starts >= 0][room])
-        for share in _SHARES:
-            size = int(filled * share)
+        # of words side by side, what is left at the sequence's end may take a token for each base
+        rest = (self.encoder.frame_bp - 1) * self.encoder.frame_bp
+        for size in (filled, filled - rest, *(int(filled * share) for share in _SHARES)):
             if surely < size < len(sequence):
                 yield size
 
@@ -231,22 +299,20 @@ class Cutter:
             raise SequenceLengthError(
                 problem, path=record.source or None, line=record.line, record_id=record.id
             )
-        first = max(window.core_start, window.start + self.skip_first)
-        counted = pool_mask(
-            encoded,
-            core_start=window.core_start - window.start,
-            core_end=window.core_end - window.start,
-            skip_first=self.skip_first,
-        )
+        core_start, core_end = window.core_start - window.start, window.core_end - window.start
+        counted = pool_mask(encoded, core_start=core_start, core_end=core_end, skip_first=self.skip_first)
+        first = min(max(core_start, self.skip_first), core_end)
         return Piece(
             record_index=record_index,
             window_index=window_index,
             is_reverse=is_reverse,
             start=window.start,
             end=window.end,
-            num_bases=max(0, window.core_end - first),
+            core_start=window.start + first,
+            core_end=window.core_end,
             encoded=encoded,
             pool_mask=counted,
+            num_unread=count_unread(encoded, core_start=first, core_end=core_end),
         )
 
     def _mirror(self, window: Window, length: int) -> Window:
@@ -273,7 +339,9 @@ class StartToken(NamedTuple):
         return "none" if self.id is None else str(self.id)
 
 
-def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) -> StartToken:
+def find_start_token(
+    tokenizer: PreTrainedTokenizerBase, choice: StartChoice, *, add_special_tokens: bool = True
+) -> StartToken:
     """Find the token that stands before a sequence in training.
 
     That is what the tokenizer puts there by itself; else its BOS; else its EOS, which ends the document
@@ -286,7 +354,7 @@ def find_start_token(tokenizer: PreTrainedTokenizerBase, choice: StartChoice) ->
     """
     if choice == "none":
         return StartToken(None, is_added=False)
-    encoded = build_encoder(tokenizer).encode(_PROBE)
+    encoded = build_encoder(tokenizer, add_special_tokens=add_special_tokens).encode(_PROBE)
     if encoded.base_start is not None and encoded.base_start[0] < 0:
         return StartToken(int(encoded.input_ids[0]), is_added=False)
     found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -327,13 +395,19 @@ def start_piece(piece: Piece, start: StartToken) -> Piece:
     Only the first window of a strand starts; the others begin in the middle of a sequence.
     """
     ids = piece.encoded.input_ids.astype(np.int64)
-    first, counted = piece.encoded.base_start, piece.pool_mask
-    if first is None:
+    first, past = piece.encoded.base_start, piece.encoded.base_end
+    unread, counted = piece.encoded.is_unread, piece.pool_mask
+    if first is None or past is None:
         first = np.arange(len(ids), dtype=np.int64)
+        past = first + 1
+    if unread is None:
+        unread = np.zeros(len(ids), dtype=np.bool_)
     if start.id is None or piece.start > 0:
-        leading = int(np.argmax(first >= 0)) if (first >= 0).any() else 0
-        ids, first, counted = ids[leading:], first[leading:], counted[leading:]
+        kept = slice(int(np.argmax(first >= 0)) if (first >= 0).any() else 0, None)
+        ids, first, past, unread, counted = ids[kept], first[kept], past[kept], unread[kept], counted[kept]
     elif start.is_added:
-        ids, first = np.append(np.int64(start.id), ids), np.append(np.int64(-1), first)
-        counted = np.append(False, counted)
-    return replace(piece, encoded=EncodedSequence(input_ids=ids, base_start=first), pool_mask=counted)
+        ids, first, past = np.append(start.id, ids), np.append(-1, first), np.append(-1, past)
+        unread = np.append(False, unread)
+        counted = np.concatenate([np.zeros_like(counted, shape=1), counted])
+    encoded = EncodedSequence(input_ids=ids, base_start=first, base_end=past, is_unread=unread)
+    return replace(piece, encoded=encoded, pool_mask=counted)

@@ -86,7 +86,7 @@ class UnitEmbedder:
         large guess."""
         self._skips_failed = config.run.on_error == "skip"
         self._cutter = Cutter(
-            encoder=build_encoder(model.tokenizer),
+            encoder=build_encoder(model.tokenizer, add_special_tokens=model.special_tokens),
             max_tokens=model.max_length,
             is_causal=model.is_causal,
             window=config.windows.window,
@@ -112,7 +112,13 @@ class UnitEmbedder:
         self._reducer = LayerReducer(
             model, self.layers, config.embedding.pooling, fusion=config.embedding.fusion
         )
-        self.runner = UnitRunner(self._reducer, slabs, on_batch=on_batch, interruption=interruption)
+        self.runner = UnitRunner(
+            self._reducer,
+            slabs,
+            on_batch=on_batch,
+            interruption=interruption,
+            keeps_tokens=config.embedding.pooling == "none",
+        )
         self.stats = self.runner.stats
         self._rows = RowBuilder(
             layers=self.layers,
@@ -169,6 +175,7 @@ class UnitEmbedder:
             embedded.vectors,
             failed,
             widths={name: len(columns) for name, columns in names.items()},
+            unread=embedded.unread,
         )
         record = unit.record(
             num_rows=len(block.rows),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.language_model import LanguageModel
-    from genoembed.pipeline.assemble import TakenPieces
+    from genoembed.pipeline.assemble import TakenPieces, UnreadBases
     from genoembed.pipeline.batches import Slab, SlabBuilder
     from genoembed.pipeline.cutting import Piece
     from genoembed.pipeline.units import WorkUnit
@@ -53,7 +53,10 @@ LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
 _LEAST_BLOCK = 64
 """Positions of a block, when memory is short."""
-_COSTS = ("windows", "repeats", "batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings")
+_COSTS = (
+    *("windows", "repeats", "unread"),
+    *("batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings"),
+)
 LOG_PROBS = "log_probs"
 """Under which name :class:`NextTokenReducer` gives log-probabilities."""
 
@@ -132,7 +135,7 @@ class NextTokenReducer:
         log_probs_BL = self._model.log_probs(
             batch, layers=self._layers, take=pooling.take_block, block_tokens=block_tokens
         )
-        predicted_BL = batch.pool_mask.clone()
+        predicted_BL = batch.counted
         predicted_BL[:, 0] = False
         rows = tuple(row[mask] for row, mask in zip(log_probs_BL, predicted_BL, strict=True))
         pooled = {layer: vectors.cpu() for layer, vectors in pooling.joined().items()}
@@ -266,7 +269,7 @@ class _BatchPooling:
         self.seconds = 0.0
         self._method = method
         self._batch = batch
-        self._counts = batch.pool_mask.sum(dim=1).tolist()
+        self._counts = batch.counted.sum(dim=1).tolist()
         self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._running: dict[str, RunningPool] = {}
         self._tokens: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -276,7 +279,7 @@ class _BatchPooling:
         mask_BL, real_BL = self._masks_on(hidden_BLD.device)
         if self._method == "none":
             # to the CPU at once: unlike pooled vectors these would fill the device
-            taken = hidden_BLD[mask_BL].float().cpu()
+            taken = hidden_BLD[mask_BL != 0].float().cpu()
         else:
             # every row has a token; to make sure would stop a GPU at each layer
             taken = pool(hidden_BLD, mask_BL, method=self._method, attention_mask_BL=real_BL, empty="nan")
@@ -288,7 +291,8 @@ class _BatchPooling:
         started = time.perf_counter()
         mask_BC = self._masks_on(hidden_BCD.device)[0][:, span]
         if self._method == "none":
-            tokens = tuple(row[mask].float().cpu() for row, mask in zip(hidden_BCD, mask_BC, strict=True))
+            is_kept_BC = mask_BC != 0
+            tokens = tuple(row[kept].float().cpu() for row, kept in zip(hidden_BCD, is_kept_BC, strict=True))
             self._tokens.setdefault(layer, []).append(tokens)
         else:
             if layer not in self._running:
@@ -396,6 +400,8 @@ class UnitResults:
     vectors: PieceVectors
     failed: Mapping[int, str]
     """Records that have no vector, by index: why."""
+    unread: UnreadBases
+    """Bases that the tokenizer has no words for."""
     stats: Mapping[str, float]
     """What its forward passes cost."""
 
@@ -410,7 +416,7 @@ class UnitRunner:
         *,
         on_batch: Callable[[RunStats], None] | None = None,
         interruption: Interruption | None = None,
-        keeps_spans: bool = False,
+        keeps_tokens: bool = False,
         keeps_nan: bool = False,
     ) -> None:
         self.stats = RunStats()
@@ -424,9 +430,10 @@ class UnitRunner:
             keeps_nan=keeps_nan,
         )
         self._slabs = slabs
-        self._keeps_spans = keeps_spans
+        self._keeps_tokens = keeps_tokens
         self._on_batch = on_batch
         self._interruption = interruption or Interruption()
+        self._has_logged_unread = False
 
     def __call__(self, unit: WorkUnit) -> UnitResults:
         """Run one unit."""
@@ -444,7 +451,7 @@ class UnitRunner:
             if progress is None:
                 num_strands = 2 if self._slabs.cutter.both_strands else 1
                 progress = _UnitProgress(
-                    slab, self.stats, num_strands=num_strands, keeps_spans=self._keeps_spans
+                    slab, self.stats, num_strands=num_strands, keeps_tokens=self._keeps_tokens
                 )
             progress.open(slab)
             for work in slab.batches:
@@ -455,6 +462,7 @@ class UnitRunner:
             if slab.is_last:
                 self.stats.units += 1
                 results = progress.results(slab)
+                self._log_unread(results)
                 progress = None
                 self._report()
                 del slab
@@ -465,6 +473,17 @@ class UnitRunner:
         """Run one batch and keep nothing, to see what it costs."""
         for _ in self._runner.run(work, records):
             pass
+
+    def _log_unread(self, results: UnitResults) -> None:
+        if self._has_logged_unread or not results.unread:
+            return
+        self._has_logged_unread = True
+        index, windows = next(iter(results.unread.items()))
+        logger.warning(
+            "record %r: the tokenizer has no words for %d of its bases; later records are only counted",
+            results.unit.records[index].id,
+            sum(windows.values()),
+        )
 
     def _report(self) -> None:
         if self._on_batch is not None:
@@ -477,15 +496,16 @@ class _UnitProgress:
     A record counts as done in the running totals when its last piece is.
     """
 
-    def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int, keeps_spans: bool) -> None:
+    def __init__(self, slab: Slab, stats: RunStats, *, num_strands: int, keeps_tokens: bool) -> None:
         self._taken: dict[tuple[int, bool], dict[int, Taken]] = defaultdict(dict)
         self._vectors = PieceVectors(sum(map(len, slab.cuts)) * num_strands)
         self._failed: dict[int, str] = {}
+        self._unread: dict[int, dict[int, int]] = defaultdict(dict)
         self._records, self._cuts = slab.unit.records, slab.cuts
         self._stats = stats
         self._before = asdict(stats)
         self._num_strands = num_strands
-        self._keeps_spans = keeps_spans
+        self._keeps_tokens = keeps_tokens
         self._numbers: dict[bytes, int] = {}
         self._followers: dict[bytes, list[Piece]] = defaultdict(list)
         self._spoiled: dict[bytes, str] = {}
@@ -499,6 +519,9 @@ class _UnitProgress:
         batched = (piece for work in slab.batches for piece in work.pieces)
         for piece in (*batched, *slab.repeats, *slab.empty):
             self._waiting[piece.record_index] += 1
+            if piece.num_unread and not piece.is_reverse:
+                self._unread[piece.record_index][piece.window_index] = piece.num_unread
+                self._stats.unread += piece.num_unread
         for index in slab.cut_records:
             self._settle(index, 0)
         for piece in slab.empty:
@@ -534,6 +557,7 @@ class _UnitProgress:
             taken=self._taken,
             vectors=self._vectors,
             failed=self._failed,
+            unread=self._unread,
             stats={name: now[name] - self._before[name] for name in _COSTS},
         )
 
@@ -544,8 +568,8 @@ class _UnitProgress:
     def _keep(self, piece: Piece) -> None:
         self._taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
             number=self._numbers[piece.content],
-            weight=piece.num_bases,
-            spans=piece.spans() if self._keeps_spans else None,
+            weight=piece.weight,
+            tokens=piece.counted_tokens() if self._keeps_tokens else None,
         )
         self._done(piece)
 

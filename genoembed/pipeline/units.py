@@ -114,6 +114,8 @@ class RunStats:
     """Windows cut from them, on one strand."""
     repeats: int = 0
     """Windows (of either strand) that were not run: the model would have seen what it had seen before."""
+    unread: int = 0
+    """Bases that the model's tokenizer has no words for, on one strand."""
     batches: int = 0
     """Forward passes."""
     real_tokens: int = 0

@@ -36,9 +36,10 @@ def pool(
 ) -> Tensor:
     """Reduce the hidden states of the kept tokens of each row to one vector.
 
-    ``mean``, ``max``, ``first`` and ``last`` speak of kept tokens. ``weighted_mean`` weighs the i-th kept
-    token by i, counted from 1, so that tokens which saw more context count more (for causal models). ``cls``
-    is the row's first token, kept or not: the special token that many encoders put there.
+    ``mean``, ``max``, ``first`` and ``last`` speak of kept tokens; ``mean`` weighs them where the mask says
+    how much each counts. ``weighted_mean`` weighs the i-th kept token by i, counted from 1, besides, so that
+    tokens which saw more context count more (for causal models). ``cls`` is the row's first token, kept or
+    not: the special token that many encoders put there.
 
     Sums run in float64 (float32 on devices without it), whatever the input's dtype: a half-precision sum over
     a long sequence overflows. What stands at other positions, NaN and infinity too, has no effect; neither
@@ -46,7 +47,7 @@ def pool(
 
     Args:
         hidden_BLD: Hidden states. Floating, shape ``(B, L, D)``.
-        mask_BL: True where a token is kept. Bool, shape ``(B, L)``.
+        mask_BL: True where a token is kept, shape ``(B, L)``; floating: how much it counts, 0 if not kept.
         method: How to reduce.
         attention_mask_BL: Nonzero where a token is real, shape ``(B, L)``; only ``cls`` looks at it, to find
             the first token under left padding. None: it stands at position 0.
@@ -74,10 +75,9 @@ def pool(
         raise ShapeError(problem)
     mask_BL = mask_BL.to(hidden_BLD.device)
     if method == "cls":
-        mask_BL = (
-            torch.ones_like(mask_BL) if attention_mask_BL is None else attention_mask_BL.to(mask_BL) != 0
-        )
-    has_token_B = mask_BL.any(dim=1)
+        is_real_BL = torch.ones_like(mask_BL) if attention_mask_BL is None else attention_mask_BL.to(mask_BL)
+        mask_BL = is_real_BL != 0
+    has_token_B = (mask_BL != 0).any(dim=1)
     if empty == "error" and not bool(has_token_B.all()):
         rows = (~has_token_B).nonzero().flatten().tolist()
         message = (
@@ -171,8 +171,9 @@ def _shape_problem(hidden_BLD: Tensor, mask_BL: Tensor, attention_mask_BL: Tenso
     shape, expected = tuple(hidden_BLD.shape), tuple(hidden_BLD.shape[:2])
     if len(shape) != 3 or not hidden_BLD.is_floating_point():
         return f"hidden states: {hidden_BLD.dtype} of shape {shape}, expected floating (B, L, D)"
-    if mask_BL.shape != expected or mask_BL.dtype != torch.bool:
-        return f"mask: {mask_BL.dtype} of shape {tuple(mask_BL.shape)}, expected torch.bool of {expected}"
+    if mask_BL.shape != expected or not (mask_BL.dtype == torch.bool or mask_BL.is_floating_point()):
+        found = f"{mask_BL.dtype} of shape {tuple(mask_BL.shape)}"
+        return f"mask: {found}, expected torch.bool of {expected}, or floating weights"
     if attention_mask_BL is not None and attention_mask_BL.shape != expected:
         return f"attention mask: shape {tuple(attention_mask_BL.shape)}, expected {expected}"
     return None
@@ -243,13 +244,29 @@ def _take(hidden_BLD: Tensor, position_B: Tensor) -> Tensor:
     return hidden_BLD[row_B, position_B].to(_result_dtype(hidden_BLD))
 
 
+def _weights(mask_BL: Tensor, *, positions_BL: Tensor | None = None) -> Tensor:
+    """Return how much each token counts, in integers where the mask has no weights."""
+    weights_BL = mask_BL if mask_BL.is_floating_point() else mask_BL.long()
+    return weights_BL if positions_BL is None else weights_BL * positions_BL
+
+
+def _mean_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return _weighted_sum_mean(hidden_BLD, mask_BL != 0, _weights(mask_BL))
+
+
+def _position_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    is_kept_BL = mask_BL != 0
+    weights_BL = _weights(mask_BL, positions_BL=is_kept_BL.cumsum(dim=1))
+    return _weighted_sum_mean(hidden_BLD, is_kept_BL, weights_BL)
+
+
 _REDUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": lambda hidden, mask: _weighted_sum_mean(hidden, mask, torch.ones_like(mask, dtype=torch.int64)),
-    "max": _max_pool,
-    "first": _first_pool,
-    "last": _last_pool,
-    "cls": _first_pool,
-    "weighted_mean": lambda hidden, mask: _weighted_sum_mean(hidden, mask, mask.cumsum(dim=1)),
+    "mean": _mean_pool,
+    "max": lambda hidden, mask: _max_pool(hidden, mask != 0),
+    "first": lambda hidden, mask: _first_pool(hidden, mask != 0),
+    "last": lambda hidden, mask: _last_pool(hidden, mask != 0),
+    "cls": lambda hidden, mask: _first_pool(hidden, mask != 0),
+    "weighted_mean": _position_pool,
 }
 
 
@@ -280,7 +297,7 @@ class RunningPool:
             self._add_sum(hidden_BLD, mask_BL)
             return
         block_BD = pool(hidden_BLD, mask_BL, method=self._method, empty="nan")
-        count_B1 = mask_BL.sum(dim=1, keepdim=True)
+        count_B1 = (mask_BL != 0).sum(dim=1, keepdim=True)
         if self._chosen_BD is None or self._kept_B1 is None:
             self._chosen_BD, self._kept_B1 = block_BD, count_B1
         elif self._method != "cls":  # which is the first token of the first block
@@ -302,13 +319,15 @@ class RunningPool:
         return self._chosen_BD
 
     def _add_sum(self, hidden_BLD: Tensor, mask_BL: Tensor) -> None:
-        count_BL = mask_BL.cumsum(dim=1)
+        is_kept_BL = mask_BL != 0
+        count_BL = is_kept_BL.cumsum(dim=1)
         if self._method == "mean":
-            weights_BL = torch.ones_like(count_BL)
+            weights_BL = _weights(mask_BL)
         else:
             # positions go on counting where the block before ended
-            weights_BL = count_BL if self._kept_B1 is None else count_BL + self._kept_B1
-        sum_BD, weight_B1 = weighted_sum(hidden_BLD, mask_BL, weights_BL)
+            positions_BL = count_BL if self._kept_B1 is None else count_BL + self._kept_B1
+            weights_BL = _weights(mask_BL, positions_BL=positions_BL)
+        sum_BD, weight_B1 = weighted_sum(hidden_BLD, is_kept_BL, weights_BL)
         self._sum_BD = sum_BD if self._sum_BD is None else self._sum_BD + sum_BD
         self._weight_B1 = weight_B1 if self._weight_B1 is None else self._weight_B1 + weight_B1
         block_B1 = count_BL[:, -1:]

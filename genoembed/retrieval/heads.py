@@ -59,7 +59,7 @@ class DenseHead(nn.Module):
 
         Args:
             hidden_BLD: Floating, shape ``(B, L, D)``.
-            mask_BL: True where a token counts. Bool, shape ``(B, L)``.
+            mask_BL: True where a token counts, shape ``(B, L)``; floating: the bases that it counts for.
             attention_mask_BL: Nonzero where a token is real, for ``cls``, shape ``(B, L)``.
 
         Returns:
@@ -169,14 +169,15 @@ class MultiVectorHead(nn.Module):
 
         Args:
             hidden_BLD: Floating, shape ``(B, L, D)``.
-            mask_BL: True where a token counts. Bool, shape ``(B, L)``.
+            mask_BL: True (or above 0) where a token counts, shape ``(B, L)``.
 
         Returns:
             Vectors, zero where the mask is False: float32 (float64 for float64 input), ``(B, M, E)``. The
             mask: bool, ``(B, M)``.
         """
-        order_BL = mask_BL.cumsum(dim=1) - 1
-        mask_BM = mask_BL & (order_BL >= self.skip_first)
+        counts_BL = mask_BL != 0
+        order_BL = counts_BL.cumsum(dim=1) - 1
+        mask_BM = counts_BL & (order_BL >= self.skip_first)
         hidden_BMD = hidden_BLD
         if self.window > 1:
             window_BL = ((order_BL - self.skip_first) // self.window).clamp(min=0)
@@ -231,7 +232,7 @@ class M3Heads(nn.Module):
 
         Args:
             hidden_BLD: Floating, shape ``(B, L, D)``.
-            mask_BL: True where a token counts. Bool, shape ``(B, L)``.
+            mask_BL: True where a token counts, shape ``(B, L)``; floating: the bases that it counts for.
             terms: Of the same rows; without them the sparse head does not run.
             attention_mask_BL: Nonzero where a token is real, for ``cls`` pooling, shape ``(B, L)``.
 

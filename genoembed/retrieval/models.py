@@ -258,25 +258,25 @@ class Retriever:
             return []
         runner = SequenceRunner(
             self.model.encoder,
-            build_encoder(self.genomic.tokenizer),
+            build_encoder(self.genomic.tokenizer, add_special_tokens=self.genomic.special_tokens),
             max_tokens=self.genomic.max_length,
             max_rows=self.batch_rows,
         )
         return [
-            self._of_one(sequence, tokens.starts, tokens.values["states"])
+            self._of_one(sequence, tokens.spans, tokens.values["states"])
             for sequence, tokens in zip(sequences, runner.states(sequences), strict=True)
         ]
 
-    def _of_one(self, sequence: bytes, starts: NDArray[np.int64], hidden_TD: Tensor) -> HeadVectors:
+    def _of_one(self, sequence: bytes, spans_T2: NDArray[np.int64], hidden_TD: Tensor) -> HeadVectors:
         heads = self.model.heads
         assert heads.sparse is not None, "load_retriever refuses a model without"
         assert heads.multi_vector is not None, "load_retriever refuses a model without"
         # one sequence at a time, so that no batch-mate's padding is there to be masked
         hidden_BTD = hidden_TD[None].to(self.genomic.device)
-        terms = collate_terms([sequence], self.kmers, base_starts=[starts])
+        terms = collate_terms([sequence], self.kmers, base_starts=[spans_T2[:, 0]])
         ids, weights = (values[0].cpu().numpy() for values in heads.sparse(hidden_BTD, terms))
         ids, weights = ids[ids != NO_TERM], weights[ids != NO_TERM]
-        is_kept = starts >= self.facts.skip_first
+        is_kept = spans_T2[:, 0] >= self.facts.skip_first
         mask_BT = torch.from_numpy(is_kept)[None].to(self.genomic.device)
         vectors_BME, mask_BM = heads.multi_vector(hidden_BTD, mask_BT)
         return HeadVectors(
@@ -284,7 +284,7 @@ class Retriever:
             term_weights=weights.astype(np.float32),
             term_starts=self._places(sequence, ids),
             vectors=vectors_BME[0][mask_BM[0]].float().cpu().numpy(),
-            spans=_spans(starts[is_kept], len(sequence), heads.config),
+            spans=_spans(spans_T2[is_kept], heads.config),
         )
 
     def _places(self, sequence: bytes, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -332,8 +332,9 @@ def load_retriever(
     )
 
 
-def _spans(starts: NDArray[np.int64], length: int, config: M3HeadsConfig) -> NDArray[np.int64]:
+def _spans(spans_T2: NDArray[np.int64], config: M3HeadsConfig) -> NDArray[np.int64]:
     """Return which bases the vectors of the multi-vector head stand for."""
-    kept = starts[config.skip_first :]
-    first = kept[:: config.vector_window]
-    return np.stack([first, np.append(first[1:], length)], axis=1).astype(np.int64)
+    kept = spans_T2[config.skip_first :]
+    first = np.arange(0, len(kept), config.vector_window)
+    last = np.minimum(first + config.vector_window, len(kept)) - 1
+    return np.stack([kept[first, 0], kept[last, 1]], axis=1)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.assemble import PieceVectors, Taken
-    from genoembed.pipeline.cutting import StartToken
+    from genoembed.pipeline.cutting import CountedTokens, StartToken
     from genoembed.pipeline.forward import UnitResults
     from genoembed.pipeline.units import RunStats
 
@@ -181,21 +181,24 @@ class SequenceScorer:
     ) -> None:
         self.model = model
         self.options = options
-        self.start_token: StartToken = find_start_token(model.model.tokenizer, options.start_token)
+        special_tokens = model.model.special_tokens
+        self.start_token: StartToken = find_start_token(
+            model.model.tokenizer, options.start_token, add_special_tokens=special_tokens
+        )
         context = model.model.max_length
         self._cutter = Cutter(
-            encoder=build_encoder(model.model.tokenizer),
+            encoder=build_encoder(model.model.tokenizer, add_special_tokens=special_tokens),
             max_tokens=None if context is None else context - int(self.start_token.is_added),
             is_causal=True,
             window=options.window,
             stride=options.stride,
             both_strands=options.rc == "mean",
         )
-        size = options.window or self._cutter.context_bases
-        if size is not None and options.stride is not None and options.stride >= size:
+        size, frame = options.window or self._cutter.context_bases, self._cutter.encoder.frame_bp
+        if size is not None and options.stride is not None and options.stride // frame >= size // frame:
             message = (
                 f"stride is {options.stride}, but window is {size}: the first base of a window would have no "
-                f"base before it; set stride to {size - 1} or less"
+                f"base before it; set stride to {size // frame * frame - 1} or less"
             )
             raise ConfigError(message)
         slabs = SlabBuilder(
@@ -207,7 +210,7 @@ class SequenceScorer:
             skips_failed=options.on_error == "skip",
         )
         reducer = NextTokenReducer(model, options.layers, options.pooling)
-        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_spans=True)
+        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_tokens=True)
         self.stats = self._runner.stats
 
     @property
@@ -261,7 +264,11 @@ class SequenceScorer:
             message = f"record {record.id!r}: none of its letters makes a token; leave the record out"
             raise EmptyPoolError(message)
         log_probs = np.concatenate([np.zeros(0), *(_log_probs(part, results.vectors) for part in parts)])
-        spans = np.concatenate([np.zeros((0, 2), np.int64), *(_spans(part) for part in parts)])
+        tokens = [_tokens(part) for part in parts]
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.spans for part in tokens)])
+        # of a token that two windows share, each has as much as it has bases of it
+        log_probs *= np.concatenate([np.zeros(0), *(part.shares for part in tokens)])
+        log_probs[np.concatenate([np.zeros(0, np.bool_), *(part.is_unread for part in tokens)])] = np.nan
         sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
         plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
         starts, ends = spans[:, 0], spans[:, 1]
@@ -272,13 +279,13 @@ class SequenceScorer:
         return StrandScore(starts, ends - starts, log_probs, vectors)
 
 
-def _spans(part: Taken) -> NDArray[np.int64]:
-    assert part.spans is not None, "the runner keeps them"
-    return part.spans
+def _tokens(part: Taken) -> CountedTokens:
+    assert part.tokens is not None, "the runner keeps them"
+    return part.tokens
 
 
 def _log_probs(part: Taken, values: PieceVectors) -> NDArray[np.float64]:
     """Log-probabilities of all tokens of a piece that count: NaN for one that no token precedes."""
     found = values.tokens(LOG_PROBS, [part.number]).numpy()
-    lacking = len(_spans(part)) - len(found)
+    lacking = len(_tokens(part).spans) - len(found)
     return np.concatenate([np.full(lacking, np.nan), found])

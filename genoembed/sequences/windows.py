@@ -33,6 +33,7 @@ def iter_windows(
     causal: bool = False,
     core_start: int = 0,
     core_end: int | None = None,
+    frame_bp: int = 1,
 ) -> Iterator[Window]:
     """Cut a sequence into windows.
 
@@ -43,6 +44,10 @@ def iter_windows(
     the right one. (That the sequence's own ends cost no context does not change this.) A causal model sees
     only what is to the left, so the base belongs to the first window that has it. Windows that answer for no
     base of the core are left out.
+
+    With ``frame_bp``, windows begin, and their shares of the core end, at multiples of it: where tokens are
+    words of so many bases side by side, all windows have the same words. The last window may be a part of a
+    word shorter, then. ``window_bp`` must be a multiple.
 
     Example:
         >>> for w in iter_windows(10, window_bp=6, stride_bp=4):
@@ -69,13 +74,16 @@ def iter_windows(
     if not 0 <= core_start <= end <= length:
         problem = f"core {core_start}-{end} is outside a sequence of {length} bases"
         raise ShapeError(problem)
-    return _windows(length, window_bp, stride, causal, core_start, end)
+    # within a word there is no step, and a sequence shorter than a word has one window anyway
+    stride = max(frame_bp, stride // frame_bp * frame_bp)
+    return _windows(length, window_bp, stride, causal, core_start, end, frame_bp)
 
 
 def _windows(
-    length: int, window_bp: int, stride: int, causal: bool, core_start: int, core_end: int
+    length: int, window_bp: int, stride: int, causal: bool, core_start: int, core_end: int, frame_bp: int
 ) -> Iterator[Window]:
-    last = max(0, length - window_bp)
+    # rounded up, so that no window is longer than asked for
+    last = -(-max(0, length - window_bp) // frame_bp) * frame_bp
     start = begin = 0
     while begin < length:
         end = min(start + window_bp, length)
@@ -83,7 +91,7 @@ def _windows(
         if start == last:
             share = length
         else:  # the next window begins at `following`, this one ends at `end`: they overlap in between
-            share = end if causal else (following + end) // 2
+            share = end if causal else (following + end) // 2 // frame_bp * frame_bp
         first, past = max(begin, core_start), min(share, core_end)
         if first < past:
             yield Window(start=start, end=end, core_start=first, core_end=past)

@@ -10,12 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from genoembed.atomic import check_space
 from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import GenoembedError, StoreError
 from genoembed.store.parts import identity_differences
 from genoembed.store.reader import open_embeddings
-from genoembed.store.schema import OBS_COLUMNS
+from genoembed.store.schema import NOT_KNOWN, OBS_COLUMNS
 from genoembed.store.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from genoembed.store.schema import JSON
 
 _SHOWN = 5
-_COUNTED = ("windows", "repeats", "batches", "real_tokens", "slots")
+_COUNTED = ("windows", "repeats", "unread", "batches", "real_tokens", "slots")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,8 @@ class Merged:
     """Records without a vector, by id: why."""
     num_windows: int
     """Windows that the records were cut into."""
+    num_unread: int
+    """Bases that the model's tokenizer has no words for."""
 
 
 def merge_parts(parts: Parts, *, overwrite: bool = False) -> Merged:
@@ -132,6 +136,7 @@ def _summary(file: EmbeddingFile) -> Merged:
         layers=tuple(file.layers),
         failed=dict(file.provenance.get("failed", {})),
         num_windows=int(file.provenance["counts"]["windows"]),
+        num_unread=int(file.provenance["counts"].get("unread", 0)),
     )
 
 
@@ -178,8 +183,17 @@ def _write(parts: Parts, facts: InputFacts, records: list[UnitRecord], *, overwr
         failed = {name: why for record in records for name, why in record.failed.items()}
         writer.finish(_provenance(parts, facts, records, failed))
         num_rows = writer.num_rows
-    num_windows = sum(int(record.stats.get("windows", 0)) for record in records)
-    return Merged(num_rows=num_rows, width=len(names), layers=layers, failed=failed, num_windows=num_windows)
+    num_windows, num_unread = (
+        sum(int(record.stats.get(name, 0)) for record in records) for name in ("windows", "unread")
+    )
+    return Merged(
+        num_rows=num_rows,
+        width=len(names),
+        layers=layers,
+        failed=failed,
+        num_windows=num_windows,
+        num_unread=num_unread,
+    )
 
 
 def _provenance(
@@ -192,7 +206,12 @@ def _provenance(
         "run": parts.manifest.digest,
         "identity": dict(parts.manifest.identity),
         "policies": dict(parts.manifest.policies),
-        "counts": {**facts.counts, "windows": stats["windows"], "failed": len(failed)},
+        "counts": {
+            **facts.counts,
+            "windows": stats["windows"],
+            "unread": stats["unread"],
+            "failed": len(failed),
+        },
         "inputs": list(facts.inputs),
         "regions": list(facts.regions),
         "stats": stats,
@@ -204,7 +223,9 @@ def _provenance(
 
 def read_block(file: EmbeddingFile) -> EmbeddingBlock | TokenBlock:
     """Read all rows of a file."""
-    columns = [list(file.obs[name]) for name in OBS_COLUMNS]
+    # a file of an earlier schema lacks some
+    unknown = np.full(len(file), NOT_KNOWN)
+    columns = [list(file.obs[name] if name in file.obs else unknown) for name in OBS_COLUMNS]
     rows = tuple(
         ObsRow(id=name, **dict(zip(OBS_COLUMNS, values, strict=True)))
         for name, *values in zip(file.ids, *columns, strict=True)
@@ -212,4 +233,4 @@ def read_block(file: EmbeddingFile) -> EmbeddingBlock | TokenBlock:
     matrices = {layer: file[layer][:] for layer in file.layers}
     if file.kind == "pooled":
         return EmbeddingBlock(rows=rows, matrices=matrices)
-    return TokenBlock(rows=rows, lengths=file.num_tokens, values=matrices)
+    return TokenBlock(rows=rows, lengths=file.num_tokens, values=matrices, spans=file.all_spans)

@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
-from genoembed.store.schema import INDEX, PROVENANCE, PROVENANCE_JSON, closed, read_layout, reading
+from genoembed.store.schema import INDEX, NOT_KNOWN, PROVENANCE, PROVENANCE_JSON, closed, read_layout, reading
 from genoembed.store.seal import open_hdf5
 
 if TYPE_CHECKING:
@@ -225,6 +225,67 @@ class EmbeddingFile:
         self._offsets()
         return self.vectors(self.index_of(record_id), layer)
 
+    def token_spans(self, record_id: str) -> NDArray[np.int64]:
+        """Read which bases each token of a record has.
+
+        Bases are counted from the row's first, in reading order: base ``b`` of a row is ``obs["start"] + b``
+        of its parent, on the reverse strand ``obs["end"] - 1 - b``. A token that reaches beyond the row has
+        the part of its bases that is in the row; overlapping k-mers have bases in common.
+
+        Args:
+            record_id: Its id.
+
+        Returns:
+            Half-open spans, one per token. int64, ``(T, 2)``.
+
+        Raises:
+            StoreError: If the file holds pooled vectors, no such record, or no spans, as files of the first
+                schema do.
+        """
+        row = self.index_of(record_id)
+        spans = self.all_spans[self._tokens_of(row)]
+        if (spans == NOT_KNOWN).any():
+            problem = (
+                "does not say which bases each token has, as an earlier genoembed wrote it; extract again"
+            )
+            raise StoreError(problem, path=str(self.path))
+        return spans
+
+    def bases(self, record_id: str, layer: str | None = None) -> NDArray[np.floating]:
+        """Read one vector per base of a record: that of the token that has the base.
+
+        Args:
+            record_id: Its id.
+            layer: Name of a layer; None for the first.
+
+        Returns:
+            ``(length, D)``, in the dtype of the file; the mean of its tokens for a base of several, as of
+            overlapping k-mers, and NaN for a base without a token.
+
+        Raises:
+            StoreError: As for `token_spans`.
+            LayerError: If the file has no such layer.
+        """
+        values = self.tokens(record_id, layer)
+        found = spread(values, self.token_spans(record_id))
+        length = int(self.obs["length"][self.index_of(record_id)])
+        rows = np.full((length, values.shape[1]), np.nan, values.dtype)
+        rows[found.bases] = found.values
+        return rows
+
+    @cached_property
+    def all_spans(self) -> NDArray[np.int64]:
+        """Bases of each token of all records, ``(T, 2)``; -1 where the file does not say; per-token files."""
+        total = int(self._offsets()[-1])
+        self._open_file()
+        with reading(str(self.path)):
+            parts = [dataset[:] for dataset in self._layout.spans]
+        return np.stack(parts, axis=1) if parts else np.full((total, 2), NOT_KNOWN, np.int64)
+
+    def _tokens_of(self, row: int) -> slice:
+        offsets = self._offsets()
+        return slice(int(offsets[row]), int(offsets[row + 1]))
+
     def _offsets(self) -> NDArray[np.int64]:
         if self._layout.offsets is None:
             problem = "holds one pooled vector a record, and so no tokens; extract with pooling set to none"
@@ -250,8 +311,7 @@ class EmbeddingFile:
             LayerError: If the file has no such layer.
         """
         matrix = self[self.layers[0] if layer is None else layer]
-        offsets = self._layout.offsets
-        return matrix[row] if offsets is None else matrix[int(offsets[row]) : int(offsets[row + 1])]
+        return matrix[row] if self.kind == "pooled" else matrix[self._tokens_of(row)]
 
     def to_anndata(self) -> anndata.AnnData:
         """Read a pooled file into memory as AnnData; the other layers are in ``obsm``.
@@ -323,6 +383,37 @@ class EmbeddingFile:
         name = self.layers[0] if layer is None else layer
         self[name]  # an unknown layer is an error here, not in a worker
         return EmbeddingDataset(self.path, name, torch.from_numpy)
+
+
+class BaseValues(NamedTuple):
+    """Values of the bases that have a token."""
+
+    bases: NDArray[np.int64]
+    """Ascending, each once. ``(K,)``."""
+    values: NDArray[np.floating]
+    """``(K, C)``, in the dtype of the tokens' values."""
+
+
+def spread(values_TC: NDArray[np.floating], spans_T2: NDArray[np.int64]) -> BaseValues:
+    """Repeat the values of each token over its bases; a base of several tokens has their mean.
+
+    Example:
+        >>> spread(np.array([[1.0], [5.0]]), np.array([[0, 3], [2, 4]]))._asdict()
+        {'bases': array([0, 1, 2, 3]), 'values': array([[1.],
+               [1.],
+               [3.],
+               [5.]])}
+    """
+    widths_T = spans_T2[:, 1] - spans_T2[:, 0]
+    token_K = np.repeat(np.arange(len(spans_T2)), widths_T)
+    within_K = np.arange(len(token_K)) - np.repeat(np.cumsum(widths_T) - widths_T, widths_T)
+    bases_K = spans_T2[token_K, 0] + within_K
+    if not len(bases_K) or (np.diff(bases_K) > 0).all():
+        return BaseValues(bases_K, values_TC[token_K])
+    bases, place_K, counts = np.unique(bases_K, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(bases), values_TC.shape[1]))
+    np.add.at(sums, place_K, values_TC[token_K])
+    return BaseValues(bases, (sums / counts[:, None]).astype(values_TC.dtype))
 
 
 def _state(path: Path) -> tuple[int, int]:

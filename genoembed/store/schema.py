@@ -1,4 +1,4 @@
-"""Names, encodings and columns of schema 1, and files held against it; ``docs/FORMAT.md`` says it in words.
+"""Names, encodings and columns of schema 2, and files held against it; ``docs/FORMAT.md`` says it in words.
 
 The parts of a file are checked to belong together, and matrices are read where they are indexed.
 
@@ -39,7 +39,7 @@ class Encoding(NamedTuple):
     version: str
 
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """The version this package writes, and the newest that it reads."""
 SCHEMA_ATTR: Final = "genoembed-schema"
 LAYERS_ATTR: Final = "genoembed-layers"
@@ -73,8 +73,17 @@ OBS_COLUMNS: Final[Mapping[str, ColumnType]] = {
     "n_windows": "integer",
     "sha256": "text",
     "flags": "text",
+    "unread": "integer",
 }
 """Columns of ``/obs``, in order: the fields of ``ObsRow`` after the id."""
+SINCE: Final[Mapping[str, int]] = {"unread": 2}
+"""Columns that the first schema lacks, and the one that they came with."""
+NOT_KNOWN: Final = -1
+"""What stands for a number that a file of an earlier schema does not hold."""
+SPANS: Final = ("start", "end")
+"""Datasets of a per-token file that say which bases each token has; since schema 2."""
+TOKENS_PARTS: Final = ("offsets", *SPANS)
+"""Datasets of a per-token file that no layer may be called like."""
 
 FAILED: Final = "failed"
 """Flag of a row without a vector; a reason may follow after a colon."""
@@ -139,6 +148,8 @@ class Layout:
     """By layer, in the requested order: ``(N, D)``, in per-token files ``(T, D)``."""
     offsets: NDArray[np.int64] | None
     """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
+    spans: tuple[h5py.Dataset, ...]
+    """First base of each token, and one past its last, ``(T,)`` each; empty where the file does not say."""
 
 
 def _refuse(problem: str, path: str) -> NoReturn:
@@ -165,7 +176,7 @@ def read_layout(hdf5: h5py.File, path: str) -> Layout:
         # first of all: a file of a newer format is no damaged one, whatever else is not as expected
         version = _read_version(hdf5, path)
         kind = _read_kind(hdf5, path)
-        num_rows = _check_obs(hdf5, path)
+        num_rows = _check_obs(hdf5, path, version)
         _member(hdf5, f"{PROVENANCE}/{PROVENANCE_JSON}", path)
         layers = [str(name) for name in hdf5.attrs[LAYERS_ATTR]]
         if not layers:
@@ -173,10 +184,20 @@ def read_layout(hdf5: h5py.File, path: str) -> Layout:
         offsets = _read_offsets(hdf5, num_rows, path) if kind == "tokens" else None
         rows = num_rows if offsets is None else int(offsets[-1])
         matrices = {name: _matrix(hdf5, where, rows, path) for name, where in _places(kind, layers).items()}
+        spans = (
+            () if offsets is None or version < 2 else tuple(_span(hdf5, name, rows, path) for name in SPANS)
+        )
         if kind == "pooled":
             width = matrices[layers[0]].shape[1]
             _check_length(_member(hdf5, f"var/{INDEX}", path), width, "features of X", path)
-    return Layout(kind=kind, schema_version=version, num_rows=num_rows, matrices=matrices, offsets=offsets)
+    return Layout(
+        kind=kind,
+        schema_version=version,
+        num_rows=num_rows,
+        matrices=matrices,
+        offsets=offsets,
+        spans=spans,
+    )
 
 
 def _read_version(hdf5: h5py.File, path: str) -> int:
@@ -234,11 +255,13 @@ def _matrix(hdf5: h5py.File, where: str, rows: int, path: str) -> LazyMatrix:
     return LazyMatrix(dataset, path)
 
 
-def _check_obs(hdf5: h5py.File, path: str) -> int:
+def _check_obs(hdf5: h5py.File, path: str, version: int) -> int:
     index = _member(hdf5, f"obs/{INDEX}", path)
     rows = index.shape[0] if index.ndim == 1 else -1
     _check_length(index, rows, "rows", path)
     for name, column_type in OBS_COLUMNS.items():
+        if SINCE.get(name, 1) > version:
+            continue
         where = f"obs/{name}/codes" if column_type == "category" else f"obs/{name}"
         _check_length(_member(hdf5, where, path), rows, "rows of /obs", path)
         if column_type == "category":
@@ -253,6 +276,14 @@ def _read_offsets(hdf5: h5py.File, num_rows: int, path: str) -> NDArray[np.int64
     if offsets[0] != 0 or (np.diff(offsets) < 0).any():
         _refuse("/tokens/offsets does not rise from 0", path)
     return offsets
+
+
+def _span(hdf5: h5py.File, name: str, rows: int, path: str) -> h5py.Dataset:
+    dataset = _member(hdf5, f"tokens/{name}", path)
+    _check_length(dataset, rows, "tokens of all records", path)
+    if dataset.dtype.kind != "i":
+        _refuse(f"{dataset.name} has dtype {dataset.dtype}, expected integers", path)
+    return dataset
 
 
 DAMAGE = (OSError, RuntimeError, LookupError, ArithmeticError, ValueError, TypeError, AttributeError)

@@ -1,6 +1,6 @@
 """Write embedding files: rows in the order they come, complete or not at all.
 
-In: ``EmbeddingBlock`` or ``TokenBlock``. Out: one HDF5 file of schema 1: parts that grow by appending, then
+In: ``EmbeddingBlock`` or ``TokenBlock``. Out: one HDF5 file of schema 2: parts that grow by appending, then
 those written once at its end. Promised: an interrupted or failed run leaves no file behind and an earlier
 file as it was; nothing that is not finite is stored, but for the NaN of records that failed and say so in
 their flags.
@@ -36,9 +36,11 @@ from genoembed.store.schema import (
     ROOT_ENCODINGS,
     SCHEMA_ATTR,
     SCHEMA_VERSION,
+    SPANS,
     STORAGE_DTYPES,
     STRING,
     STRING_ARRAY,
+    TOKENS_PARTS,
     Encoding,
     escape_name,
     has_failed,
@@ -304,7 +306,9 @@ class EmbeddingWriter:
             self._hdf5 = h5py.File(self._file, "w")
             self._obs = ObsWriter(self._hdf5)
             if self._kind == "tokens":
-                self._offsets = GrowingDataset(self._hdf5.create_group("tokens"), "offsets", dtype=INTEGER)
+                tokens = self._hdf5.create_group("tokens")
+                self._spans = [GrowingDataset(tokens, name, dtype=INTEGER) for name in SPANS]
+                self._offsets = GrowingDataset(tokens, "offsets", dtype=INTEGER)
                 self._offsets.append(np.zeros(1, INTEGER))  # one more than rows: a start and all the ends
                 self._num_tokens = 0
         return self
@@ -329,7 +333,9 @@ class EmbeddingWriter:
                 self._matrices = {name: self._new_matrix(hdf5, name) for name in stored}
             for name, matrix in stored.items():
                 self._matrices[name].append(matrix)
-            if self._kind == "tokens":
+            if isinstance(block, TokenBlock):
+                for dataset, places in zip(self._spans, block.spans.T, strict=True):
+                    dataset.append(places.astype(INTEGER))
                 self._offsets.append(ends + self._num_tokens)
                 self._num_tokens += int(lengths.sum())
             self._obs.append(block.rows)
@@ -427,8 +433,8 @@ class EmbeddingWriter:
             )
             raise ShapeError(message)
         for name in widths:
-            if self._kind == "tokens" and name == "offsets":
-                problem = "layer 'offsets' has the name of a part of the file; rename it"
+            if self._kind == "tokens" and name in TOKENS_PARTS:
+                problem = f"layer {name!r} has the name of a part of the file; rename it"
                 raise StoreError(problem, path=self._path)
             if storable_text(name) != name:
                 problem = f"layer {name!r}: holds NUL or is not valid Unicode, which HDF5 refuses; rename it"
@@ -500,7 +506,8 @@ class EmbeddingWriter:
             matrix.close()
         self._obs.close()
         if self._kind == "tokens":
-            self._offsets.close()
+            for part in (self._offsets, *self._spans):
+                part.close()
         else:
             self._complete_anndata(hdf5)
         set_encoding(hdf5.require_group("uns"), DICT)

@@ -1,26 +1,31 @@
-"""Any Hugging Face tokenizer behind one contract: bytes in, token ids and the base each token starts at out.
+"""Any Hugging Face tokenizer behind one contract: bytes in, token ids and the bases of each token out.
 
-Where a token starts comes, in this order, from
+The bases of a token, a half-open span, come, in this order, from
 
-1. the tokenizer: byte view (``CharTokenizer``) or offset mapping (fast tokenizers; letters that get no token
-   belong to none, and are logged once);
+1. the tokenizer: byte view (``CharTokenizer``), one word at every base (``KmerTokenizer``), or offset mapping
+   (fast tokenizers; letters that get no token belong to none; what a tokenizer writes for a run of letters,
+   such as one token for many N, stands for the whole run);
 2. its tokens aligned with the sequence, whatever their marks (``##``, ``@@`` ...) and case; tokens without
    letters of their own, such as ``<unk>``, take one base, or one k-mer, or all up to the next known token:
    the first of these that makes the tokens cover the sequence exactly;
 3. the share of the tokens before it, as if all tokens were equally long (logged once, as it is inexact).
+
+A vocabulary of RNA, with U and without T, is given U for T.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from genoembed.contracts import EncodedSequence
 from genoembed.errors import ConfigError, foreign_code
 from genoembed.tokenization.char import CharTokenizer
+from genoembed.tokenization.kmer import KmerTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +38,10 @@ logger = logging.getLogger(__name__)
 # All bases, so that tokenizers of single bases, k-mers or long words show what they add around a sequence.
 _PROBE = "ACGT" * 6
 _UNKNOWN_RUN = -1
+_TO_RNA = bytes.maketrans(b"Tt", b"Uu")
+# a multiple of all k up to 6, 8 and 10; without a pattern, so that learned words in it differ in length
+_FRAME_PROBE = "".join("ACGT"[(number * 40503 >> 7 ^ number * number) & 3] for number in range(240))
+_LETTERS_SHOWN = 5
 
 
 class SequenceEncoder(Protocol):
@@ -50,14 +59,21 @@ class SequenceEncoder(Protocol):
     def aligned(self) -> bool:
         """Whether token ``i`` is base ``i`` in every sequence."""
 
+    @property
+    def frame_bp(self) -> int:
+        """Bases of a word where words of one length lie side by side: a window holds whole words; else 1."""
+
     def encode(self, sequence: bytes) -> EncodedSequence:
         """Encode one sequence."""
 
     def max_bases(self, max_tokens: int) -> int:
         """Return the longest sequence that is sure to fit, whatever its bases."""
 
+    def why_unread(self, sequence: bytes) -> str:
+        """Say why the vocabulary lacks words for a sequence."""
 
-def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
+
+def build_encoder(tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> SequenceEncoder:
     """Wrap a tokenizer for embedding.
 
     Example:
@@ -68,7 +84,18 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase) -> SequenceEncoder:
     if isinstance(tokenizer, CharTokenizer):
         return _ByteEncoder(tokenizer)
     with foreign_code("the model's tokenizer"):
-        return _FastEncoder(tokenizer) if tokenizer.is_fast else _SlowEncoder(tokenizer)
+        if isinstance(tokenizer, KmerTokenizer):
+            return _KmerEncoder(tokenizer, add_special_tokens)
+        kind = _FastEncoder if tokenizer.is_fast else _SlowEncoder
+        return kind(tokenizer, add_special_tokens)
+
+
+def unread_problem(encoder: SequenceEncoder, sequence: bytes, *, num_unread: int, num_bases: int) -> str:
+    """Phrase why a sequence is refused of which hardly anything can be read."""
+    return (
+        f"{num_unread} of {num_bases} bases cannot be read by the model's tokenizer: "
+        f"{encoder.why_unread(sequence)}; take a model for such sequences, or leave the record out"
+    )
 
 
 class _ByteEncoder:
@@ -76,6 +103,7 @@ class _ByteEncoder:
 
     aligned = True
     num_special_tokens = 0
+    frame_bp = 1
 
     def __init__(self, tokenizer: CharTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -87,35 +115,122 @@ class _ByteEncoder:
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, 0)
 
+    def why_unread(self, sequence: bytes) -> str:
+        return "every byte is a token"
 
-class _FastEncoder:
-    """A tokenizer of the ``tokenizers`` library, which knows where its tokens are."""
+
+class _Spans(NamedTuple):
+    """Bases of tokens that all stand for some."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class _WordEncoder:
+    """A tokenizer with a vocabulary of letters or words."""
 
     aligned = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._has_logged_gaps = False
+        self._adds_special_tokens = add_special_tokens
         self.pad_token_id = _pad_token_id(tokenizer)
+        special = frozenset(tokenizer.all_special_tokens)
+        tokens = [token for token in tokenizer.get_vocab() if token not in special and token[:1] not in "[<"]
+        self._word_lengths = frozenset(len(_letters(token)) for token in tokens if token.isalpha())
+        self._alphabet = frozenset("".join(tokens))
+        self._reads_rna = "U" in self._alphabet and "T" not in self._alphabet
+
+    @cached_property
+    def frame_bp(self) -> int:
+        encoded = self.encode(_FRAME_PROBE.encode())
+        assert encoded.base_start is not None, "only bytes are their own tokens"
+        starts = encoded.base_start[encoded.base_start >= 0]
+        if len(starts) < 2 or starts[0] != 0:
+            return 1
+        frame = int(starts[1])
+        whole = np.arange(len(_FRAME_PROBE) // frame) * frame if frame else starts[:1]
+        is_frame = frame > 1 and np.array_equal(starts[: len(whole)], whole)
+        return frame if is_frame else 1
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        raise NotImplementedError
+
+    def why_unread(self, sequence: bytes) -> str:
+        text = sequence.decode("ascii")
+        lacking = sorted(set(self._spelled(sequence)) - self._alphabet)
+        if lacking and {letter.upper() for letter in lacking} <= self._alphabet:
+            return "they are in lower case, which its vocabulary lacks"
+        if lacking:
+            shown = ", ".join(lacking[:_LETTERS_SHOWN])
+            return f"its vocabulary has no {shown}: it may be one of another kind of sequence"
+        if len(self._word_lengths) == 1 and (k := max(self._word_lengths)) > 1:
+            joint = f"the sequence has {len(text)}" if len(text) < k else "other letters break them"
+            return f"its vocabulary holds words of {k} letters only, and {joint}"
+        return "its vocabulary has few of their words: it may expect blanks between overlapping words"
+
+    def _spelled(self, sequence: bytes) -> str:
+        return (sequence.translate(_TO_RNA) if self._reads_rna else sequence).decode("ascii")
+
+
+class _KmerEncoder(_WordEncoder):
+    """A word at every base."""
+
+    frame_bp = 1
+
+    def __init__(self, tokenizer: KmerTokenizer, add_special_tokens: bool) -> None:
+        super().__init__(tokenizer, add_special_tokens)
+        self._kmers = tokenizer
+        around = tokenizer.build_inputs_with_special_tokens([_UNKNOWN_RUN]) if add_special_tokens else [-1]
+        place = around.index(_UNKNOWN_RUN)
+        self._before, self._after = (np.array(ids, np.int64) for ids in (around[:place], around[place + 1 :]))
+        self.num_special_tokens = len(around) - 1
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        ids = self._kmers.encode_bases(self._spelled(sequence).encode())
+        starts = np.arange(len(ids), dtype=np.int64)
+        none_before, none_after = (np.full(len(special), -1) for special in (self._before, self._after))
+        return EncodedSequence(
+            input_ids=np.concatenate([self._before, ids, self._after]),
+            base_start=np.concatenate([none_before, starts, none_after]),
+            base_end=np.concatenate([none_before, starts + self._kmers.k, none_after]),
+            is_unread=np.concatenate([none_before > 0, ids == self._kmers.unk_token_id, none_after > 0]),
+        )
+
+    def max_bases(self, max_tokens: int) -> int:
+        return _max_bases(max_tokens, self.num_special_tokens) + self._kmers.k - 1
+
+
+class _FastEncoder(_WordEncoder):
+    """A tokenizer of the ``tokenizers`` library, which knows where its tokens are."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
+        super().__init__(tokenizer, add_special_tokens)
+        self._has_logged_gaps = False
         encoding = self._call(_PROBE)
         self.num_special_tokens = sum(encoding["special_tokens_mask"])
         # a base is a token at most, so what a sequence of one base has besides is added to every sequence
         self._num_extra_tokens = max(len(self._call(base)["input_ids"]) for base in "ACGTN") - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        encoding = self._call(sequence.decode("ascii"))
+        text = self._spelled(sequence)
+        encoding = self._call(text)
         ids = np.asarray(encoding["input_ids"], dtype=np.int64)
         starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         has_bases = (ends > starts) & ~np.asarray(encoding["special_tokens_mask"], dtype=np.bool_)
         # A mark of a word's start may claim the base of the token after it; the base is that token's.
         has_bases[:-1] &= ~(has_bases[1:] & (starts[1:] == starts[:-1]))
-        base_start = np.where(has_bases, starts, -1)
-        num_gaps = len(sequence) - int((ends - starts)[has_bases].sum())
-        if num_gaps > 0:
-            self._log_gaps(num_gaps, len(sequence))
-            # The library counts offsets as if letters without a token were not there at all.
-            base_start[has_bases] = self._find(ids[has_bases], sequence, starts[has_bases])
-        return EncodedSequence(input_ids=ids, base_start=base_start)
+        spans = _Spans(starts[has_bases], ends[has_bases])
+        if len(sequence) > int((spans.ends - spans.starts).sum()):
+            spans = self._with_gaps(ids[has_bases], text, spans)
+        base_start, base_end = np.full((2, len(ids)), -1, dtype=np.int64)
+        base_start[has_bases], base_end[has_bases] = spans
+        return EncodedSequence(
+            input_ids=ids,
+            base_start=base_start,
+            base_end=base_end,
+            is_unread=has_bases & (ids == _unknown_id(self._tokenizer)),
+        )
 
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, self._num_extra_tokens)
@@ -123,6 +238,7 @@ class _FastEncoder:
     def _call(self, text: str) -> BatchEncoding:
         return self._tokenizer(
             text,
+            add_special_tokens=self._adds_special_tokens,
             truncation=False,
             padding=False,
             return_offsets_mapping=True,
@@ -130,21 +246,26 @@ class _FastEncoder:
             verbose=False,
         )
 
-    def _find(
-        self, ids: NDArray[np.int64], sequence: bytes, fallback: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Find tokens one after the other; what is between them are letters that no token has."""
-        text = _letters(sequence.decode("ascii"))
-        starts = []
-        position = 0
-        for token in self._tokenizer.convert_ids_to_tokens(ids.tolist()):
-            piece = _letters(token)
-            start = text.find(piece, position)
-            if start < 0:
-                return fallback
-            starts.append(start)
-            position = start + len(piece)
-        return np.array(starts, dtype=np.int64)
+    def _with_gaps(self, ids: NDArray[np.int64], text: str, spans: _Spans) -> _Spans:
+        """Find the tokens of a sequence of which some letters have none."""
+        pieces = [_letters(token) for token in self._tokenizer.convert_ids_to_tokens(ids.tolist())]
+        letters = _letters(text)
+        is_spelled = np.array(
+            [letters[start:end] == piece for piece, start, end in zip(pieces, *spans, strict=True)], np.bool_
+        )
+        unknown = ids == _unknown_id(self._tokenizer)
+        # what the tokenizer writes for a run of letters: it has the place of the run's last, or first
+        is_sign = ~is_spelled & ~unknown & np.array([not piece.isalpha() for piece in pieces], np.bool_)
+        if not (is_spelled | unknown | is_sign).all():
+            # the library counts offsets as if letters without a token were not there at all
+            spans = _found(pieces, letters, spans)
+        elif is_sign.any():
+            before, after = np.append(0, spans.ends[:-1]), np.append(spans.starts[1:], len(text))
+            is_last_sign = is_sign & ~np.append(is_sign[1:], False)
+            spans = _Spans(np.where(is_sign, before, spans.starts), np.where(is_last_sign, after, spans.ends))
+        if num_gaps := len(text) - int((spans.ends - spans.starts).sum()):
+            self._log_gaps(num_gaps, len(text))
+        return spans
 
     def _log_gaps(self, num_gaps: int, num_bases: int) -> None:
         """Log once that some letters have no token: the model's choice, but not a silent one."""
@@ -159,33 +280,42 @@ class _FastEncoder:
         )
 
 
-class _SlowEncoder:
+class _SlowEncoder(_WordEncoder):
     """A tokenizer in Python, which gives ids only: where tokens are is worked out from their text."""
 
-    aligned = False
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
+        super().__init__(tokenizer, add_special_tokens)
         self._has_logged_shares = False
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self.pad_token_id = _pad_token_id(tokenizer)
         self._num_before, self._num_after = self._probe_special_tokens()
         self.num_special_tokens = self._num_before + self._num_after
         self._num_extra_tokens = max(len(self._ids(base)) for base in "ACGTN") - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        text = sequence.decode("ascii")
+        text = self._spelled(sequence)
         ids = self._ids(text)
         inner = slice(self._num_before, len(ids) - self._num_after)
-        base_start = np.full(len(ids), -1, dtype=np.int64)
-        base_start[inner] = self._locate(ids[inner], text)
-        return EncodedSequence(input_ids=np.asarray(ids, dtype=np.int64), base_start=base_start)
+        base_start, base_end = np.full((2, len(ids)), -1, dtype=np.int64)
+        base_start[inner], base_end[inner] = self._locate(ids[inner], text)
+        is_unread = np.isin(ids, list(self._special_ids)) & (base_end > base_start)
+        return EncodedSequence(
+            input_ids=np.asarray(ids, dtype=np.int64),
+            base_start=base_start,
+            base_end=base_end,
+            is_unread=is_unread,
+        )
 
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, self._num_extra_tokens)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=self._adds_special_tokens,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )["input_ids"]
         return ids
 
     def _probe_special_tokens(self) -> tuple[int, int]:
@@ -199,22 +329,33 @@ class _SlowEncoder:
             return 0, 0
         return is_special.index(False), is_special[::-1].index(False)
 
-    def _locate(self, ids: Sequence[int], text: str) -> NDArray[np.int64]:
+    def _locate(self, ids: Sequence[int], text: str) -> _Spans:
         tokens = self._tokenizer.convert_ids_to_tokens(list(ids))
         pieces = [
             None if index in self._special_ids else _letters(token)
             for index, token in zip(ids, tokens, strict=True)
         ]
-        starts = _lay_along(pieces, _letters(text))
-        if starts is not None:
-            return starts
+        spans = _lay_along(pieces, _letters(text))
+        if spans is not None:
+            return spans
         if not self._has_logged_shares:
             self._has_logged_shares = True
             logger.warning(
                 "the tokens of the model's tokenizer do not spell the sequence; where they start is taken "
                 "from their order, as if all were equally long"
             )
-        return np.arange(len(ids), dtype=np.int64) * len(text) // max(1, len(ids))
+        bounds = np.arange(len(ids) + 1, dtype=np.int64) * len(text) // max(1, len(ids))
+        return _Spans(bounds[:-1], bounds[1:])
+
+
+def word_length(token: str) -> int:
+    """Count the bases of a token by its text.
+
+    Example:
+        >>> word_length("##ACG"), word_length("A")
+        (3, 1)
+    """
+    return len(_letters(token))
 
 
 def _letters(token: str) -> str:
@@ -253,20 +394,40 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {}
 
 
-def _lay_along(pieces: Sequence[str | None], text: str) -> NDArray[np.int64] | None:
-    """Find where each piece starts, if the pieces cover the text exactly; None stands for unknown letters."""
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token for what the vocabulary lacks; -1, which no token has, where there is none."""
+    return -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
+
+
+def _found(pieces: Sequence[str], text: str, fallback: _Spans) -> _Spans:
+    """Find tokens one after the other; what is between them are letters that no token has."""
+    starts = []
+    position = 0
+    for piece in pieces:
+        start = text.find(piece, position)
+        if start < 0:
+            return fallback
+        starts.append(start)
+        position = start + len(piece)
+    firsts = np.array(starts, dtype=np.int64)
+    return _Spans(firsts, firsts + np.array([len(piece) for piece in pieces], dtype=np.int64))
+
+
+def _lay_along(pieces: Sequence[str | None], text: str) -> _Spans | None:
+    """Find where each piece is, if the pieces cover the text exactly; None stands for unknown letters."""
     known = Counter(len(piece) for piece in pieces if piece)
     # of a k-mer tokenizer all known tokens but the last have k letters
     kmer = known.most_common(1)[0][0] if known else len(text) // max(1, len(pieces))
     for unknown_width in (1, kmer, _UNKNOWN_RUN):
-        starts = _lay(pieces, text, unknown_width)
-        if starts is not None:
-            return np.array(starts, dtype=np.int64)
+        spans = _lay(pieces, text, unknown_width)
+        if spans is not None:
+            starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+            return _Spans(starts, ends)
     return None
 
 
-def _lay(pieces: Sequence[str | None], text: str, unknown_width: int) -> list[int] | None:
-    starts: list[int] = []
+def _lay(pieces: Sequence[str | None], text: str, unknown_width: int) -> list[tuple[int, int]] | None:
+    spans: list[tuple[int, int]] = []
     position = 0
     index = 0
     while index < len(pieces):
@@ -278,16 +439,16 @@ def _lay(pieces: Sequence[str | None], text: str, unknown_width: int) -> list[in
             if min(widths) < 1:
                 return None
             for width in widths:
-                starts.append(position)
+                spans.append((position, position + width))
                 position += width
             index += run
             continue
         if not text.startswith(piece, position):
             return None
-        starts.append(position if piece else -1)
+        spans.append((position, position + len(piece)) if piece else (-1, -1))
         position += len(piece)
         index += 1
-    return starts if position == len(text) else None
+    return spans if position == len(text) else None
 
 
 def _run_of_unknowns(pieces: Sequence[str | None], index: int) -> int:

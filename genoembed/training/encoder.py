@@ -196,7 +196,7 @@ class Encoder(nn.Module):
 
 
 def _probe(model: GenomicModel) -> tuple[Tensor, Tensor]:
-    encoder = build_encoder(model.tokenizer)
+    encoder = build_encoder(model.tokenizer, add_special_tokens=model.special_tokens)
     limit = len(_PROBE) if model.max_length is None else min(len(_PROBE), encoder.max_bases(model.max_length))
     encoded: EncodedSequence = encoder.encode(_PROBE[:limit])
     ids = torch.from_numpy(np.array(encoded.input_ids, dtype=np.int64))[None]

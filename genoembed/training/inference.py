@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class TokenValues(NamedTuple):
     """What a model says of the tokens of one sequence."""
 
-    starts: NDArray[np.int64]
-    """First base of each token. Shape ``(T,)``."""
+    spans: NDArray[np.int64]
+    """Bases of each token that count, half-open. Shape ``(T, 2)``."""
     values: Mapping[str, Tensor]
     """By name; float32, ``(T, C)``, on the CPU."""
 
@@ -167,7 +167,7 @@ class SequenceRunner:
         if self._runner is None:
             # not sooner: a trainer moves the model to its device after this object is made
             slabs = SlabBuilder(batch_tokens=default_batch_tokens(self._reducer.device), **self._slab_options)
-            self._runner = UnitRunner(self._reducer, slabs, keeps_spans=True, keeps_nan=self._keeps_nan)
+            self._runner = UnitRunner(self._reducer, slabs, keeps_tokens=True, keeps_nan=self._keeps_nan)
         return self._runner
 
 
@@ -200,15 +200,15 @@ class _ModuleReducer:
             return {name: values_BD.cpu() for name, values_BD in output.items()}
         return {
             name: tuple(
-                row_LC[mask_L] for row_LC, mask_L in zip(values.float().cpu(), batch.pool_mask, strict=True)
+                row_LC[kept_L] for row_LC, kept_L in zip(values.float().cpu(), batch.counted, strict=True)
             )
             for name, values in output.items()
         }
 
 
 def _joined(results: UnitResults, pieces: Sequence[Taken]) -> TokenValues:
-    """Join the windows of a sequence; each token counts in one of them."""
+    """Join the windows of a sequence; each base counts in one of them."""
     numbers = [piece.number for piece in pieces]
-    starts = [piece.spans[:, 0] for piece in pieces if piece.spans is not None]
+    spans = [piece.tokens.spans for piece in pieces if piece.tokens is not None]
     values = {name: results.vectors.tokens(name, numbers) for name in results.vectors.names}
-    return TokenValues(np.concatenate(starts), values)
+    return TokenValues(np.concatenate(spans), values)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed.batching.pad import pad_batch, pool_mask
+from genoembed.batching.pad import count_unread, pad_batch, pool_mask
 from genoembed.contracts import EncodedSequence
 from genoembed.errors import ConfigError, ShapeError
 from tests.oracles import pad_rows
@@ -95,24 +95,81 @@ def test_pool_mask_without_base_starts_is_the_mask_with_them(length, core, skip_
     ids = np.full(length, 65, dtype=np.uint8)
     start, end = core
     plain = pool_mask(EncodedSequence(input_ids=ids), core_start=start, core_end=end, skip_first=skip_first)
-    spelled = EncodedSequence(input_ids=ids, base_start=np.arange(length))
+    spelled = EncodedSequence(input_ids=ids, base_start=np.arange(length), base_end=np.arange(length) + 1)
     assert plain.dtype == np.bool_
     assert plain.tolist() == [start <= base < end and base >= skip_first for base in range(length)]
     from_starts = pool_mask(spelled, core_start=start, core_end=end, skip_first=skip_first)
     assert from_starts.tolist() == plain.tolist()
 
 
+def words(*spans, unread=()):
+    starts, ends = np.array(spans).T
+    is_unread = np.array([span in unread for span in spans])
+    return EncodedSequence(
+        input_ids=np.arange(len(spans)), base_start=starts, base_end=ends, is_unread=is_unread
+    )
+
+
+SPECIAL = (-1, -1)
+
+
 def test_pool_mask_never_counts_special_tokens():
-    encoded = EncodedSequence(input_ids=np.array([0, 5, 6, 7, 2]), base_start=np.array([-1, 0, 6, 12, -1]))
-    assert pool_mask(encoded, core_start=0, core_end=18).tolist() == [False, True, True, True, False]
-    assert pool_mask(encoded, core_start=6, core_end=12).tolist() == [False, False, True, False, False]
+    encoded = words(SPECIAL, (0, 6), (6, 12), (12, 18), SPECIAL)
+    assert pool_mask(encoded, core_start=0, core_end=18).tolist() == [0, 6, 6, 6, 0]
+    assert pool_mask(encoded, core_start=6, core_end=12).tolist() == [0, 0, 6, 0, 0]
+    assert pool_mask(encoded, core_start=0, core_end=18, skip_first=8).tolist() == [0, 0, 4, 6, 0]
 
 
-def test_pool_mask_cores_that_share_no_base_share_no_token():
-    encoded = EncodedSequence(input_ids=np.arange(4), base_start=np.array([0, 6, 12, 18]))
+def test_pool_mask_of_a_region_within_a_word():
+    encoded = words((0, 6), (6, 12))
+    assert pool_mask(encoded, core_start=2, core_end=4).tolist() == [2, 0]
+    found = pool_mask(encoded, core_start=2, core_end=3)
+    assert (found.dtype, found.tolist()) == (np.bool_, [True, False])
+
+
+@st.composite
+def encodings(draw):
+    """Words side by side or overlapping, with gaps of letters without a word, special tokens around."""
+    spans, position = [], draw(st.integers(0, 2))
+    overlaps = draw(st.booleans())
+    for width in draw(st.lists(st.integers(1, 6), max_size=12)):
+        spans.append((position, position + width))
+        position += 1 if overlaps else width + draw(st.sampled_from([0, 0, 0, 2]))
+    unread = {span for span in spans if draw(st.sampled_from([False, False, True]))}
+    length = max([end for _, end in spans], default=0) + draw(st.integers(0, 3))
+    return words(SPECIAL, *sorted(spans), SPECIAL, unread=unread), length
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=encodings(), core=st.tuples(st.integers(0, 30), st.integers(0, 30)), skip_first=st.integers(0, 5))
+def test_pool_mask_counts_every_base_once(case, core, skip_first):
+    encoded, length = case
+    start, end = sorted(min(place, length) for place in core)
+    expected = np.zeros(len(encoded.input_ids))
+    num_unread = 0
+    tokens_at = [
+        [
+            t
+            for t, (a, b) in enumerate(zip(encoded.base_start, encoded.base_end, strict=True))
+            if a <= base < b
+        ]
+        for base in range(length)
+    ]
+    for base in range(start, end):
+        num_unread += all(encoded.is_unread[token] for token in tokens_at[base])
+        for token in tokens_at[base] if base >= skip_first else ():
+            expected[token] += 1 / len(tokens_at[base])
+    found = pool_mask(encoded, core_start=start, core_end=end, skip_first=skip_first)
+    np.testing.assert_allclose(found.astype(float), expected, atol=1e-6)
+    assert ((found != 0) == (expected > 0)).all()
+    assert count_unread(encoded, core_start=start, core_end=end) == num_unread
+
+
+def test_pool_mask_cores_that_share_no_base_share_a_word_between_them():
+    encoded = words((0, 6), (6, 12), (12, 18), (18, 24))
     left = pool_mask(encoded, core_start=0, core_end=9)
     right = pool_mask(encoded, core_start=9, core_end=24)
-    assert (left ^ right).all()
+    assert (left + right).tolist() == [6, 6, 6, 6]
 
 
 def test_pool_mask_may_be_empty():

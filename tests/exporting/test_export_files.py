@@ -15,9 +15,11 @@ from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, LayerError, StoreError
 from genoembed.exporting import files as blocks
 from genoembed.store.writer import EmbeddingWriter
+from tests.store.blocks import side_by_side
 
 IDS = ("a/b%", "..", "plain", "Grüße")
 LENGTHS = (3, 0, 1, 4)
+SPANS = side_by_side(LENGTHS)
 GENERATOR = np.random.default_rng(2)
 POOLED = {
     name: GENERATOR.normal(size=(4, width)).astype(np.float32) for name, width in (("x", 3), ("y/z", 2))
@@ -49,7 +51,7 @@ def pooled(tmp_path):
 @pytest.fixture
 def tokens(tmp_path):
     with EmbeddingWriter(tmp_path / "t.h5", kind="tokens", dtype="float16") as writer:
-        writer.append(TokenBlock(rows=obs_rows(), lengths=np.array(LENGTHS), values=TOKENS))
+        writer.append(TokenBlock(rows=obs_rows(), lengths=np.array(LENGTHS), values=TOKENS, spans=SPANS))
         writer.finish(FACTS)
     return tmp_path / "t.h5"
 

@@ -24,8 +24,12 @@ class KmerEncoder:
 
     def encode(self, sequence):
         starts = np.arange(0, len(sequence), self.k)
-        ids = np.concatenate([[2], 10 + starts, [3]])
-        return EncodedSequence(input_ids=ids, base_start=np.concatenate([[-1], starts, [-1]]))
+        ends = np.minimum(starts + self.k, len(sequence))
+        ids, starts, ends = (
+            np.concatenate([[a], part, [b]])
+            for a, part, b in ((2, 10 + starts, 3), (-1, starts, -1), (-1, ends, -1))
+        )
+        return EncodedSequence(input_ids=ids, base_start=starts, base_end=ends)
 
     def max_bases(self, max_tokens):
         return max_tokens - 2
@@ -36,10 +40,8 @@ CHAR = build_encoder(CharTokenizer())
 
 def test_encode_special_tokens_never_count_in_pooling():
     row = encode_example(b"ACGTA", KmerEncoder(2))
-    assert row.pool_mask.tolist() == [False, True, True, True, False]
-    assert encode_example(b"ACGTA", KmerEncoder(2), skip_first=3).pool_mask.tolist() == [
-        False, False, False, True, False,
-    ]  # fmt: skip
+    assert row.pool_mask.tolist() == [0, 2, 2, 1, 0]
+    assert encode_example(b"ACGTA", KmerEncoder(2), skip_first=3).pool_mask.tolist() == [0, 0, 1, 1, 0]
 
 
 def test_encode_first_base_counts_with_a_tokenizer_without_special_tokens():

@@ -23,6 +23,7 @@ class KmerEncoder:
     pad_token_id = 0
     num_special_tokens = 2
     aligned = False
+    frame_bp = 3
 
     def encode(self, sequence: bytes) -> EncodedSequence:
         starts, position = [], 0
@@ -30,8 +31,11 @@ class KmerEncoder:
             starts.append(position)
             kmer = sequence[position : position + 3]
             position += 3 if len(kmer) == 3 and b"N" not in kmer else 1
+        ends = [*starts, len(sequence)][1:]
         return EncodedSequence(
-            input_ids=np.arange(len(starts) + 2), base_start=np.array([-1, *starts, -1], dtype=np.int64)
+            input_ids=np.arange(len(starts) + 2),
+            base_start=np.array([-1, *starts, -1], dtype=np.int64),
+            base_end=np.array([-1, *ends, -1], dtype=np.int64),
         )
 
     def max_bases(self, max_tokens: int) -> int:
@@ -142,21 +146,26 @@ def test_pieces_of_the_reverse_complement_are_the_same_with_strands_swapped(case
     causal=st.booleans(),
     skip_first=st.integers(0, 12),
 )
-def test_kmers_count_where_they_start(length, window, causal, skip_first):
+def test_kmers_count_for_their_bases_in_the_core(length, window, causal, skip_first):
     record = SequenceRecord(id="x", sequence=random_dna(length, 5).encode())
     cutter = Cutter(
         encoder=KmerEncoder(), max_tokens=64, is_causal=causal, window=window, skip_first=skip_first
     )
     windows = cutter.windows(record)
+    assert all(cut.start % 3 == 0 and cut.core_start % 3 == 0 for cut in windows)
+    assert all(cut.end - cut.start <= window for cut in windows)
     pieces = list(cutter.pieces(record, 0, windows))
     for piece, cut in zip(pieces, windows, strict=True):
-        starts = piece.encoded.base_start
         first = max(cut.core_start - cut.start, skip_first)
-        expected = [first <= start < cut.core_end - cut.start for start in starts.tolist()]
-        assert piece.pool_mask.tolist() == expected
+        core = set(range(first, cut.core_end - cut.start))
+        spans = list(zip(piece.encoded.base_start, piece.encoded.base_end, strict=True))
+        assert piece.pool_mask.tolist() == [len(core & set(range(*span))) for span in spans]
         assert not piece.pool_mask[0]
         assert not piece.pool_mask[-1]
-        assert piece.num_bases == max(0, cut.core_end - cut.start - first)
+        assert piece.num_bases == piece.weight == len(core)
+        tokens = piece.counted_tokens()
+        covered = [base for span in tokens.spans.tolist() for base in range(*span)]
+        assert covered == [cut.start + base for base in sorted(core)]
 
 
 def widths(cutter, sequence):
@@ -174,9 +183,9 @@ def test_kmer_windows_fill_the_context():
 
 def test_kmer_windows_shrink_for_a_record_with_short_tokens_somewhere():
     cutter = Cutter(encoder=KmerEncoder(), max_tokens=12, is_causal=False)
-    # 28 = 0.95 of 30 has one token per base at the end: 9 + 1 tokens; runs of N are a token a base
-    assert widths(cutter, b"ACG" * 50 + b"N" + b"ACG" * 50) < {28, 25}
-    assert widths(cutter, b"ACG" * 50 + b"N" * 40 + b"ACG" * 50) == {10}
+    # with two bases before an N, a window of 24 has 7 + 3 tokens; runs of N are a token a base
+    assert max(widths(cutter, b"ACG" * 50 + b"N" + b"ACG" * 50)) == 24
+    assert max(widths(cutter, b"ACG" * 50 + b"N" * 40 + b"ACG" * 50)) == 9
 
 
 @settings(max_examples=80)

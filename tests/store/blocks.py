@@ -19,6 +19,7 @@ def obs_row(record_id, **fields):
         "n_windows": 1,
         "sha256": "ab" * 32,
         "flags": "masked:2",
+        "unread": 4,
     }
     return ObsRow(id=record_id, **{**given, **fields})
 
@@ -36,7 +37,14 @@ def token_block(lengths, layers=("blocks.1",), *, width=3, prefix="r", seed=0):
         rows=tuple(obs_row(f"{prefix}{index}") for index in range(len(lengths))),
         lengths=np.array(lengths, np.int64),
         values={name: generator.normal(size=(total, width)).astype(np.float32) for name in layers},
+        spans=side_by_side(lengths),
     )
+
+
+def side_by_side(lengths):
+    """Spans of two bases for each token of each record."""
+    starts = np.concatenate([np.zeros(0, np.int64), *(2 * np.arange(length) for length in lengths)])
+    return np.stack([starts, starts + 2], axis=1)
 
 
 def write_file(path, *blocks, provenance=None, **options):

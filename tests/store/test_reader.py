@@ -31,10 +31,12 @@ from genoembed.errors import (
 )
 from genoembed.store import EmbeddingWriter, open_embeddings
 from genoembed.store import schema as matrix
+from genoembed.store.merging import read_block
 from genoembed.store.schema import OBS_COLUMNS, escape_name
 from tests.data.archives import make
-from tests.store.blocks import obs_row, pooled_block, token_block, write_file
+from tests.store.blocks import obs_row, pooled_block, side_by_side, token_block, write_file
 
+KINDS = ("pooled", "tokens")
 ARCHIVES = Path(__file__).parents[1] / "data" / "archives"
 WEIRD_IDS = ["a/b", "/", ".", "..", "with space", "tab\tid", "sp|P1|é", "日本語", "%2F", "", "X", "a" * 3000]
 
@@ -64,7 +66,7 @@ layer_lists = st.lists(names, min_size=1, max_size=3, unique=True)
 
 
 def table(embeddings):
-    columns = [embeddings.obs[name] for name in OBS_COLUMNS]
+    columns = [embeddings.obs[name] for name in OBS_COLUMNS if name in embeddings.obs]
     return list(zip(embeddings.ids, *columns, strict=True))
 
 
@@ -113,7 +115,7 @@ def test_token_file_round_trip(tmp_path_factory, data, rows, layers):
     tokens = {
         name: data.draw(hnp.arrays(np.float32, (int(lengths.sum()), 2), elements=values)) for name in layers
     }
-    block = TokenBlock(rows=tuple(rows), lengths=lengths, values=tokens)
+    block = TokenBlock(rows=tuple(rows), lengths=lengths, values=tokens, spans=side_by_side(lengths))
     write_file(path, block)
     with open_embeddings(path) as embeddings:
         assert (embeddings.kind, embeddings.layers, len(embeddings)) == ("tokens", layers, len(rows))
@@ -123,6 +125,7 @@ def test_token_file_round_trip(tmp_path_factory, data, rows, layers):
             for name in layers:
                 found = embeddings.tokens(row.id, name)
                 np.testing.assert_array_equal(found, tokens[name][end - length : end])
+            assert embeddings.token_spans(row.id).tolist() == [[2 * at, 2 * at + 2] for at in range(length)]
     shutil.rmtree(path.parent)
 
 
@@ -224,8 +227,7 @@ def test_example_of_the_format_page_reads_both_kinds():
     page = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text(encoding="utf-8")
     example = {}
     exec(page.split("```python\n")[1].split("```")[0], example)
-    for name in ("pooled.h5", "tokens.h5"):
-        path = ARCHIVES / "v1" / name
+    for path in (ARCHIVES / version / f"{kind}.h5" for version in ("v1", "v2") for kind in KINDS):
         with open_embeddings(path) as embeddings:
             for row, record_id in enumerate(embeddings.ids):
                 for layer in (None, "blocks/10"):
@@ -234,26 +236,57 @@ def test_example_of_the_format_page_reads_both_kinds():
             assert example["read_provenance"](path) == embeddings.provenance
 
 
-@pytest.mark.parametrize("name", ["pooled.h5", "tokens.h5"])
-def test_archived_files_of_schema_1_are_read(name):
-    with open_embeddings(ARCHIVES / "v1" / name) as embeddings:
-        assert embeddings.schema_version == 1
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_archived_files_are_read(kind, version):
+    with open_embeddings(ARCHIVES / f"v{version}" / f"{kind}.h5") as embeddings:
+        assert embeddings.schema_version == version
         assert embeddings.layers == ["blocks.28.mlp.l3", "blocks/10"]
-        assert table(embeddings) == expected_table(make.ROWS)
+        assert ("unread" in embeddings.obs) == (version > 1)
+        assert table(embeddings) == [row[: len(embeddings.obs) + 1] for row in expected_table(make.ROWS)]
         assert embeddings.provenance["note"] == "Grüße"
         rows = 3 if embeddings.kind == "pooled" else 5
         np.testing.assert_array_equal(embeddings["blocks.28.mlp.l3"], make.eighths(rows, 4, -5))
         np.testing.assert_array_equal(embeddings["blocks/10"], make.eighths(rows, 2, 100))
         if embeddings.kind == "tokens":
             np.testing.assert_array_equal(embeddings.tokens("ctg 3"), make.eighths(5, 4, -5)[2:])
+            if version > 1:
+                np.testing.assert_array_equal(embeddings.token_spans("ctg 3"), make.SPANS[2:])
+            else:
+                with pytest.raises(StoreError, match="does not say which bases each token has"):
+                    embeddings.token_spans("ctg 3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_schema_1_are_written_with_what_is_unknown(kind, tmp_path):
+    with open_embeddings(ARCHIVES / "v1" / f"{kind}.h5") as old:
+        write_file(tmp_path / "a.h5", read_block(old))
+    with open_embeddings(tmp_path / "a.h5") as new:
+        assert new.schema_version == 2
+        assert new.obs["unread"].tolist() == [-1, -1, -1]
+        if kind == "tokens":
+            with pytest.raises(StoreError, match="extract again"):
+                new.token_spans("ctg 3")
+            assert len(new.token_spans("sp|P1/2|é ü")) == 0
+
+
+def test_bases_have_the_values_of_their_tokens(tmp_path):
+    rows = (obs_row("a", length=7), obs_row("b", length=5))
+    spans = np.array([[0, 3], [3, 4], [4, 6], [0, 3], [1, 4], [2, 5]])
+    values = {"x": np.arange(6, dtype=np.float32)[:, None]}
+    block = TokenBlock(rows=rows, lengths=np.array([3, 3]), values=values, spans=spans)
+    with open_embeddings(write_file(tmp_path / "a.h5", block)) as embeddings:
+        np.testing.assert_array_equal(embeddings.bases("a")[:, 0], [0, 0, 0, 1, 2, 2, np.nan])
+        np.testing.assert_array_equal(embeddings.bases("b")[:, 0], [3, 3.5, 4, 4.5, 5])
+        np.testing.assert_array_equal(embeddings.token_spans("b"), spans[3:])
 
 
 def test_archives_are_what_the_script_makes_today(tmp_path):
-    """Schema 1 is still what is written: else a new version of the schema is due."""
+    """Schema 2 is still what is written: else a new version of the schema is due."""
     make.make_pooled(tmp_path / "pooled.h5")
     make.make_tokens(tmp_path / "tokens.h5")
     for name in ("pooled.h5", "tokens.h5"):
-        assert described(tmp_path / name) == described(ARCHIVES / "v1" / name)
+        assert described(tmp_path / name) == described(ARCHIVES / "v2" / name)
 
 
 def described(path):
@@ -500,13 +533,13 @@ def test_file_cut_off_anywhere_is_a_store_error(tmp_path):
     assert len(lengths) > 50
 
 
-@pytest.mark.parametrize(("version", "supported"), [(2, 1), (99, 1)])
+@pytest.mark.parametrize(("version", "supported"), [(3, 2), (99, 2)])
 def test_newer_schema_is_refused(tmp_path, version, supported):
     path = write_file(tmp_path / "a.h5", pooled_block(["a"]))
     with h5py.File(path, "a") as hdf5:
         hdf5.attrs["genoembed-schema"] = version
     message = (
-        rf"a\.h5: format version {version} is newer than this genoembed reads \(1-1\); upgrade genoembed"
+        rf"a\.h5: format version {version} is newer than this genoembed reads \(1-2\); upgrade genoembed"
     )
     with pytest.raises(SchemaVersionError, match=message) as caught:
         open_embeddings(path)
@@ -518,7 +551,7 @@ def test_version_that_is_none_is_refused(tmp_path, version):
     path = write_file(tmp_path / "a.h5", pooled_block(["a"]))
     with h5py.File(path, "a") as hdf5:
         hdf5.attrs["genoembed-schema"] = version
-    with pytest.raises(StoreFormatError, match=r"attribute genoembed-schema is .*, expected 1 to 1"):
+    with pytest.raises(StoreFormatError, match=r"attribute genoembed-schema is .*, expected 1 to 2"):
         open_embeddings(path)
 
 

@@ -49,7 +49,7 @@ def test_seal_of_a_written_file_holds_and_needs_no_trial(tmp_path, no_trial, blo
     assert magic == MAGIC
     assert int.from_bytes(content[40:48], "little") == end  # what HDF5 calls the end of the file
     with h5py.File(path) as hdf5:
-        assert hdf5.attrs["genoembed-schema"] == 1
+        assert hdf5.attrs["genoembed-schema"] == 2
 
 
 def test_seal_covers_every_byte_but_the_numbers(tmp_path):
@@ -59,8 +59,8 @@ def test_seal_covers_every_byte_but_the_numbers(tmp_path):
     covered = np.ones(end, bool)
     for offset, size in gaps.tolist():
         covered[offset : offset + size] = False
-    # X, m, and six columns of numbers (two of them codes)
-    assert (~covered).sum() == 40 * (2 * 64 * 4 + 4 * 8 + 2 * 4)
+    # X, m, and seven columns of numbers (two of them codes)
+    assert (~covered).sum() == 40 * (2 * 64 * 4 + 5 * 8 + 2 * 4)
     rng = random.Random(1)
     places = [rng.randrange(len(content)) for _ in range(60)]
     damaged = tmp_path / "damaged.h5"

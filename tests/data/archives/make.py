@@ -1,4 +1,4 @@
-"""Make the files of ``v1``: what schema 1 looked like when it was released.
+"""Make the files of ``v2``: what schema 2 looked like when it was released; those of ``v1`` are as they were.
 
 Every later release reads them, so they are made once a schema version and never again.
 Run from the root: ``python -m tests.data.archives.make FOLDER``. The values are k / 8, exact in float16.
@@ -37,6 +37,7 @@ def obs_row(record_id: str, **fields: object) -> ObsRow:
         "n_windows": 1,
         "sha256": "0f" * 32,
         "flags": "",
+        "unread": 0,
     }
     return ObsRow(id=record_id, **{**given, **fields})
 
@@ -44,8 +45,11 @@ def obs_row(record_id: str, **fields: object) -> ObsRow:
 ROWS = (
     obs_row("chr1", description="first record", flags="masked:12"),
     obs_row("sp|P1/2|é ü", strand="-", start=5, end=15, source="other.fa.gz"),
-    obs_row("ctg 3", n_windows=4, length=40, end=40),
+    obs_row("ctg 3", n_windows=4, length=40, end=40, unread=6),
 )
+
+
+SPANS = np.array([[0, 6], [6, 10], [0, 6], [6, 12], [3, 40]])
 
 
 def eighths(rows: int, width: int, first: int) -> np.ndarray:
@@ -62,7 +66,7 @@ def make_pooled(path: Path) -> None:
 def make_tokens(path: Path) -> None:
     values = {"blocks.28.mlp.l3": eighths(5, 4, -5), "blocks/10": eighths(5, 2, 100)}
     with EmbeddingWriter(path, kind="tokens", dtype="float16") as writer:
-        writer.append(TokenBlock(rows=ROWS, lengths=np.array([2, 0, 3]), values=values))
+        writer.append(TokenBlock(rows=ROWS, lengths=np.array([2, 0, 3]), values=values, spans=SPANS))
         writer.finish({**PROVENANCE, "pooling": "none"})
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# in the order of transformers, which does not look at other tensors beside them
-_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+# as transformers looks for them, which leaves other tensors in the folder alone
+_BACKBONE_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 WEIGHTS, CONFIG = "weights", "config.json"
 """Names of two parts of a model's content; the others have names of files."""
@@ -39,8 +40,17 @@ _REMOTE_CODE = "transformers_modules."
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """List the files that a model folder's weights come from."""
-    for pattern in _WEIGHT_PATTERNS:
+    """List the files that a model folder's weights come from, those of heads of ours among them."""
+    return _first_found(folder, _WEIGHT_PATTERNS)
+
+
+def backbone_files(folder: Path) -> tuple[Path, ...]:
+    """List the files that transformers reads the model itself from."""
+    return _first_found(folder, _BACKBONE_PATTERNS)
+
+
+def _first_found(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
+    for pattern in patterns:
         found = tuple(sorted(folder.glob(pattern)))
         if found:
             return found

@@ -6,7 +6,13 @@ import hashlib
 
 import pytest
 
-from genoembed.models.provenance import file_digest, read_license, weight_files, weights_digest
+from genoembed.models.provenance import (
+    backbone_files,
+    file_digest,
+    read_license,
+    weight_files,
+    weights_digest,
+)
 
 
 def test_digest_of_one_file_is_its_own(tmp_path):
@@ -33,6 +39,12 @@ def test_safetensors_come_before_pickles(tmp_path):
     assert [path.name for path in weight_files(tmp_path)] == ["pytorch_model.bin"]
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+    assert [path.name for path in backbone_files(tmp_path)] == ["model.safetensors"]
+    (tmp_path / "heads.safetensors").write_bytes(b"x")
+    assert len(weight_files(tmp_path)) == 2
+    assert [path.name for path in backbone_files(tmp_path)] == ["model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    assert [path.name for path in backbone_files(tmp_path)] == ["pytorch_model.bin"]
 
 
 def test_cached_file_is_named_by_its_digest(tmp_path):

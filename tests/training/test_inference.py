@@ -97,7 +97,7 @@ def test_token_states_are_those_of_extract(kind, folders, tmp_path):
             expected = file.tokens(f"s{index}")
             assert tokens.values["states"].shape == expected.shape
             np.testing.assert_allclose(tokens.values["states"].numpy(), expected, rtol=1e-5, atol=1e-5)
-            assert (np.diff(tokens.starts) > 0).all()
+            assert (np.diff(tokens.spans[:, 0]) > 0).all()
 
 
 class Allocator:

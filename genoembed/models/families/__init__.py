@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from genoembed.models.provenance import weight_files
+from genoembed.models.provenance import backbone_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ class Published:
     def weights(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its weights by name; empty where they cannot be read, which loading them explains."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for path in weight_files(self.folder) if self.folder is not None else ():
+        for path in backbone_files(self.folder) if self.folder is not None else ():
             try:
                 if path.suffix == ".safetensors":
                     with safe_open(path, framework="numpy") as file:

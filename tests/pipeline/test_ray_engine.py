@@ -71,9 +71,11 @@ class PlayedCluster:
         assert settings == {"concurrency_groups": {"look": 1}}
 
         def decorate(cls):
-            def make(config):
+            def make(config, packages):
                 self.actors.append(
-                    PlayedActor(self, len(self.actors) + 1, cls(pickle.loads(pickle.dumps(config))))
+                    PlayedActor(
+                        self, len(self.actors) + 1, cls(*pickle.loads(pickle.dumps((config, packages))))
+                    )
                 )
                 return self.actors[-1]
 

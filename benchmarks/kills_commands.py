@@ -44,6 +44,9 @@ COMMANDS: dict[str, Column] = {
         COLUMNS["search"], words=(*COLUMNS["search"].words, "--approximate", "--index", "near.index")
     ),
     "convert": COLUMNS["convert"],
+    "generate": replace(
+        COLUMNS["generate"], words=("seqs.fa", *COLUMNS["generate"].words[1:3], "-n", "40", "--length", "8")
+    ),
 }
 MAY_STAY = ("near.index", "near.index.json")
 """Written beside the output on purpose."""

@@ -117,7 +117,10 @@ def test_final_states_equal_plain_transformers_alone_and_in_a_batch(name, folder
         ids = model.tokenizer(sequence, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             hidden = plain(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
-        expected = (hidden[1:-1] if name in ENCLOSED else hidden).mean(0)
+        tokens = model.tokenizer.convert_ids_to_tokens(ids[0])
+        bases = torch.tensor([0 if token.startswith("[") else len(token) for token in tokens])
+        assert bases.sum() == len(sequence)
+        expected = (hidden * bases[:, None]).sum(0) / len(sequence)  # each base counts once
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-5)
         alone = embed([sequence], model=model, layers="final").X[0]
         np.testing.assert_allclose(row, alone, rtol=0, atol=1e-5)

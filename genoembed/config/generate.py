@@ -106,8 +106,8 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         "stop",
         group=INPUT,
         basic=True,
-        help="A prompt that fails (values that are not finite, no memory, too short for a token): stop, or "
-        "write a record without bases and exit with 3 at the end.",
+        help="A prompt that fails (values that are not finite, no memory, too short, mostly unread): stop, "
+        "or write a record without bases and exit with 3 at the end.",
     )
     output: str | None = option(
         None,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
@@ -21,10 +20,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from genoembed.batching.pad import count_unread, is_mostly_unread
 from genoembed.errors import (
     ModelError,
     NonFiniteError,
     SequenceLengthError,
+    UnreadError,
     foreign_code,
     is_out_of_memory,
 )
@@ -32,7 +33,7 @@ from genoembed.pipeline.batches import default_batch_tokens
 from genoembed.pipeline.cutting import find_start_token
 from genoembed.pipeline.forward import LEAST_BLOCK_TOKENS, run_in_parts
 from genoembed.pipeline.units import RunStats
-from genoembed.tokenization.hf import build_encoder, letter_tokens
+from genoembed.tokenization.hf import build_encoder, letter_tokens, unread_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,7 @@ _Result = TypeVar("_Result")
 
 Ending: TypeAlias = Literal["length", "eod"]
 """Why a sequence ends: it is as long as requested, or the model ended it."""
+_PROBE = b"ACGT" * 6
 _SURE = 1e-4
 """Difference of log-probabilities in float32 that a draw must not hang on; twenty times what was measured."""
 _BLOCK = 4096
@@ -172,6 +174,8 @@ class Prompt:
     """One past the last one."""
     is_windowed: bool = False
     """Whether the context has no room for the whole record."""
+    num_unread: int = 0
+    """Bases that the tokenizer has no words for."""
 
 
 class SampledSequence(NamedTuple):
@@ -244,10 +248,8 @@ class SequenceGenerator:
         self._end_id = int(end) if options.stop_at_end and end is not None else None
         self._encoder = build_encoder(tokenizer, add_special_tokens=special_tokens)
         self._tag_ids = self._encode_tag()
-        widths = Counter(map(len, self._words.values()))
-        self._longest, self._shortest = max(widths), min(widths)
-        # all words of k letters: a k-mer tokenizer, whose words must end where the prompt does
-        self._frame = self._longest if widths[self._longest] == 4**self._longest else 1
+        self._shortest = min(map(len, self._words.values()))
+        self._check_words()
         self._drawable = np.array(sorted([*self._words, *([] if self._end_id is None else [self._end_id])]))
         self.is_cached = options.use_cache and model.state_argument is not None
         """Whether the model carries its state from token to token."""
@@ -257,6 +259,17 @@ class SequenceGenerator:
         self._block_tokens = max(batch_tokens, LEAST_BLOCK_TOKENS)
         self._tolerance = _SURE if model.model.dtype == torch.float32 else 0.0
         self._room = self._prompt_tokens()
+
+    def _check_words(self) -> None:
+        """Raise if a word does not go on where the one before it ends."""
+        encoded = self._encoder.encode(_PROBE)
+        first, past = encoded.base_start, encoded.base_end
+        if first is not None and past is not None and (first[first >= 0][1:] < past[first >= 0][:-1]).any():
+            message = (
+                f"model {self.model.model.name!r}: the words of its tokenizer overlap, so one that is drawn "
+                "need not go on where the last one ends; set model to one whose words lie side by side"
+            )
+            raise ModelError(message)
 
     def _encode_tag(self) -> tuple[int, ...]:
         """Encode what stands before each prompt, without what the tokenizer adds."""
@@ -297,7 +310,8 @@ class SequenceGenerator:
 
     def prompt(self, record: SequenceRecord) -> Prompt:
         """Encode a record, the last bases of it where the context has no room for all."""
-        skipped = len(record.sequence) % self._frame
+        # words of one length end where the prompt does; what is left over is at its start
+        skipped = len(record.sequence) % self._encoder.frame_bp
         sequence = record.sequence[skipped:]
         with foreign_code("the model's tokenizer"):
             encoded = self._encoder.encode(sequence)
@@ -308,11 +322,15 @@ class SequenceGenerator:
         if not len(has_bases):
             problem = (
                 f"its {len(record.sequence)} bases make no token to begin with; give a prompt of "
-                f"{self._frame} bases or more"
+                f"{self._encoder.frame_bp} bases or more"
             )
             raise SequenceLengthError(
                 problem, path=record.source or None, line=record.line, record_id=record.id
             )
+        num_unread = count_unread(encoded, core_start=0, core_end=len(sequence))
+        if is_mostly_unread(num_unread, len(sequence)):
+            problem = unread_problem(self._encoder, sequence, num_unread=num_unread, num_bases=len(sequence))
+            raise UnreadError(problem, path=record.source or None, line=record.line, record_id=record.id)
         # what a tokenizer puts behind a sequence ends it; what it puts before is the start token, or none
         ids, first = ids[has_bases[0] : has_bases[-1] + 1], first[has_bases[0] : has_bases[-1] + 1]
         before = (*([] if self.start_token.id is None else [self.start_token.id]), *self._tag_ids)
@@ -327,6 +345,7 @@ class SequenceGenerator:
             start=skipped + int(first[first >= 0][0]),
             end=len(record.sequence),
             is_windowed=is_windowed,
+            num_unread=num_unread,
         )
 
     def generate(self, records: Sequence[SequenceRecord]) -> list[list[SampledSequence] | str]:
@@ -336,12 +355,13 @@ class SequenceGenerator:
         for index, record in enumerate(records):
             try:
                 prompt = self.prompt(record)
-            except SequenceLengthError as error:
+            except (SequenceLengthError, UnreadError) as error:
                 if self.options.on_error == "stop":
                     raise
                 logger.warning("%s: left out", error)
-                made[index] = "too short"
+                made[index] = "unread" if isinstance(error, UnreadError) else "too short"
                 continue
+            self.stats.unread += prompt.num_unread
             orders += [
                 _Order(record_index=index, prompt=prompt, content=record.sequence, number=number)
                 for number in range(1, self.options.num_samples + 1)

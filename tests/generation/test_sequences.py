@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from genoembed.errors import (
     ConfigError,
     ModelError,
     NonFiniteError,
+    UnreadError,
 )
 from genoembed.generation.sampler import (
     GeneratorOptions,
@@ -22,6 +24,7 @@ from genoembed.generation.sampler import (
 )
 from genoembed.models.language_model import Continuation, LanguageModel
 from genoembed.tokenization.hf import letter_tokens
+from genoembed.tokenization.kmer import KmerTokenizer
 from tests.by_hand import random_dna
 from tests.oracles import drawable_probabilities, inverse_cumulative
 from tests.scoring.by_plain_torch import CAUSAL, folder_of, loaded, plain, start_id
@@ -483,3 +486,24 @@ def test_published_families_generate_what_they_score(tmp_path, family, cached):
     for row in report.rows:
         expected = whole[row.id].log_likelihood - before[row.prompt].log_likelihood
         assert row.log_likelihood == pytest.approx(expected, abs=2e-4)
+
+
+def test_words_that_overlap_are_refused(tmp_path):
+    words = ["".join(letters) for letters in itertools.product("ACGT", repeat=2)]
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words)))
+    model = LanguageModel(loaded("llama"))
+    model.model = genoembed.GenomicModel(
+        loaded("llama").module, KmerTokenizer(str(vocabulary)), name="overlapping"
+    )
+    with pytest.raises(ModelError, match="'overlapping': the words of its tokenizer overlap"):
+        SequenceGenerator(model, GeneratorOptions())
+
+
+def test_prompt_of_letters_that_the_vocabulary_lacks_is_counted_or_refused(tmp_path):
+    report = generate(tmp_path, "llama", {"x": "ACGTRACGT"}, length=4)
+    assert (report.stats.unread, report.num_sequences) == (1, 1)
+    prompts = {"r": "ACRRYYRR", "x": "ACGT"}
+    with pytest.raises(UnreadError, match=r"'r': 6 of 8 bases cannot be read .* its vocabulary has no R, Y"):
+        generate(tmp_path, "llama", prompts)
+    assert generate(tmp_path, "llama", prompts, on_error="skip").failed == {"r": "unread"}

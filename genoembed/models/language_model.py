@@ -75,7 +75,7 @@ class LanguageModel:
             raise ModelError(message)
         self.model = model
         is_tied = isinstance(model.module, StripedHyena2Model) and model.module.config.tie_word_embeddings
-        self._whole = None if is_tied else _load_whole(model)
+        self._whole = None if is_tied else load_whole(model, AutoModelForCausalLM, head="next-token head")
         self._base = model.module if self._whole is None else base_of(self._whole)
 
     def log_probs(self, batch: Batch, *, layers: Sequence[str], take: Take, block_tokens: int) -> Tensor:
@@ -85,7 +85,7 @@ class LanguageModel:
         with torch.inference_mode(), evaluating(self._whole or self._base):
             for span, logits_BCV in self._logits(ids_BL, batch, layers, take, block_tokens):
                 targets_BC = ids_BL[:, span.start + 1 : span.stop + 1]
-                found_BL[:, span.start + 1 : span.stop + 1] = _target_log_probs(
+                found_BL[:, span.start + 1 : span.stop + 1] = target_log_probs(
                     logits_BCV[:, : targets_BC.shape[1]], targets_BC
                 )
         return found_BL.masked_fill(batch.attention_mask == 0, torch.nan)
@@ -258,18 +258,23 @@ class Continuation:
         return logits_BV
 
 
-def _load_whole(model: GenomicModel) -> PreTrainedModel:
-    """Load the class with the head; the base that is loaded already takes the place of its own."""
+def load_whole(model: GenomicModel, auto: Any, *, head: str) -> PreTrainedModel:
+    """Load the class with the head; the base that is loaded already takes the place of its own.
+
+    Raises:
+        ModelError: If there is no folder to load it from, or no class with such a head.
+        CheckpointError: If the folder's weights do not hold the head.
+    """
     if model.location is None:
         message = (
-            f"model {model.name!r} was loaded without its next-token head, and is in no folder to fetch it "
+            f"model {model.name!r} was loaded without its {head}, and is in no folder to fetch it "
             "from; give the model by name"
         )
         raise ModelError(message)
     # weights are mapped from their file, so those of the second base are never read
     try:
         with without_progress_bars():
-            whole, info = AutoModelForCausalLM.from_pretrained(
+            whole, info = auto.from_pretrained(
                 model.location,
                 config=model.module.config,
                 dtype=model.dtype,
@@ -281,28 +286,31 @@ def _load_whole(model: GenomicModel) -> PreTrainedModel:
         raise
     except (OSError, ImportError, *NONSENSE) as error:
         message = (
-            f"model {model.name!r}: it has no next-token head ({first_line(error)}); set model to a causal "
-            "language model"
+            f"model {model.name!r}: it has no {head} ({first_line(error)}); set model to one that was "
+            "trained to predict tokens"
         )
         raise ModelError(message) from error
+    prefix = whole.base_model_prefix
+    is_same = type(getattr(whole, prefix, None)) is type(model.module)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if is_same:  # loading the base has looked at these
+        lacking = [key for key in lacking if not key.startswith(f"{prefix}.")]
     if lacking:
         message = (
-            f"the checkpoint holds no next-token head ({lacking[0]} is missing or of another shape), so "
-            "probabilities would be random; save the model with its head (AutoModelForCausalLM)"
+            f"the checkpoint holds no {head} ({lacking[0]} is missing or of another shape), so "
+            f"probabilities would be random; save the model with its head ({auto.__name__})"
         )
         raise CheckpointError(message, path=str(model.location))
     if model.adapter is not None:
         from genoembed.models.adapters import merge_adapter
 
         merge_adapter(model.adapter, whole)
-    prefix = whole.base_model_prefix
-    if type(getattr(whole, prefix, None)) is type(model.module):
+    if is_same:
         setattr(whole, prefix, model.module)
     return whole.to(model.device).eval()
 
 
-def _target_log_probs(logits_BCV: Tensor, targets_BC: Tensor) -> Tensor:
+def target_log_probs(logits_BCV: Tensor, targets_BC: Tensor) -> Tensor:
     """Take the log-softmax at the targets, in float32 and in parts; on the CPU."""
     rows, targets = logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1).to(logits_BCV.device)
     step = max(1, _CHUNK_VALUES // rows.shape[1])

@@ -51,6 +51,8 @@ class CountedTokens:
 
     spans: NDArray[np.int64]
     """Their bases that count, half-open, ``(T, 2)``."""
+    whole: NDArray[np.int64]
+    """All of their bases, half-open, ``(T, 2)``."""
     shares: NDArray[np.float64]
     """How much of their bases that is, ``(T,)``; above 0, at most 1."""
     is_unread: NDArray[np.bool_]
@@ -114,6 +116,7 @@ class Piece:
         unread = self.encoded.is_unread
         return CountedTokens(
             spans=within,
+            whole=spans,
             shares=(within[:, 1] - within[:, 0]) / (spans[:, 1] - spans[:, 0]),
             is_unread=np.zeros(len(spans), np.bool_) if unread is None else unread[counts],
         )

@@ -2,9 +2,9 @@
 
 In: work units. Out: for each unit, what its pieces gave. What is kept of a forward pass is the business of a
 *reducer*: :class:`LayerReducer` keeps pooled vectors or token states, :class:`NextTokenReducer`
-log-probabilities; training adds one for its own modules. Promised: equal pieces run once; of pooled layers no
-activation is kept, so memory does not grow with their number; after an out-of-memory error the result is the
-same.
+log-probabilities, as does that of ``masking`` for masked models; training has one for its own modules.
+Promised: equal pieces run once; of pooled layers no activation is kept, so memory does not grow with their
+number; after an out-of-memory error the result is the same.
 
 B rows, L padded length, D hidden size, T tokens.
 """
@@ -58,7 +58,7 @@ _COSTS = (
     *("batches", "real_tokens", "slots", "forward_s", "pooling_s", "halvings"),
 )
 LOG_PROBS = "log_probs"
-"""Under which name :class:`NextTokenReducer` gives log-probabilities."""
+"""Under which name reducers give log-probabilities."""
 
 RowValues: TypeAlias = "Mapping[str, Tensor | Sequence[Tensor]]"
 """What the rows of a batch give, by name (most often of a layer), on the CPU: one vector per row, ``(B, D)``,
@@ -79,6 +79,10 @@ class Reducer(Protocol):
     def carries_state(self) -> bool:
         """Whether a long row may run in blocks."""
 
+    @property
+    def repeats_rows(self) -> bool:
+        """Whether rows run many times, changed; ``block_tokens`` is then what a pass holds of such copies."""
+
     def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
         """Run a batch; rows longer than ``block_tokens`` in blocks, if the model can."""
 
@@ -93,7 +97,7 @@ class LayerReducer:
         self.widths: dict[str, int] = {}
         """Features of each layer; empty before the first batch."""
         self.device = model.device
-        self.carries_state = model.carries_state
+        self.carries_state, self.repeats_rows = model.carries_state, False
         self._model = model
         self._layers = layers
         self._pooling = pooling
@@ -124,7 +128,7 @@ class NextTokenReducer:
     def __init__(self, model: LanguageModel, layers: Sequence[str], pooling: Pooling) -> None:
         self.pooling_s = 0.0
         self.device = model.model.device
-        self.carries_state = model.model.carries_state
+        self.carries_state, self.repeats_rows = model.model.carries_state, False
         self._model = model
         self._layers = layers
         self._pooling = pooling
@@ -209,14 +213,17 @@ class BatchRunner:
         """Halve what a pass may hold; False where it holds a single piece that cannot be divided."""
         _free_cache(self._reducer.device)
         num_rows, length = part.batch.input_ids.shape
-        if num_rows > 1:
+        copies = self._block_tokens if self._reducer.repeats_rows else 0
+        if copies >= 2 * length:  # a row has about as many copies as tokens
+            self._block_tokens = min(copies, num_rows * length * length) // 2
+        elif num_rows > 1:
             self.max_slots = num_rows * length // 2
         elif self._reducer.carries_state and min(self._block_tokens, length) > _LEAST_BLOCK:
             self._block_tokens = max(_LEAST_BLOCK, min(self._block_tokens, length) // 2)
         else:
             return False
         self._stats.halvings += 1
-        now = self.max_slots if num_rows > 1 else self._block_tokens
+        now = self.max_slots if num_rows > 1 and copies < 2 * length else self._block_tokens
         logger.warning(
             "no memory for a pass of %d x %d tokens on %s: at most %d at a time from here on",
             num_rows,
@@ -381,7 +388,7 @@ def _not_finite(values: RowValues) -> dict[int, str]:
 
 
 def _spoiled(name: str, record: SequenceRecord) -> NonFiniteError:
-    what = "the next-token head" if name == LOG_PROBS else f"layer {name!r}"
+    what = "the model's head" if name == LOG_PROBS else f"layer {name!r}"
     problem = (
         f"{what} gives values that are not finite; set dtype='float32', leave the record out, or "
         "set on_error to skip"
@@ -420,7 +427,7 @@ class UnitRunner:
         keeps_nan: bool = False,
     ) -> None:
         self.stats = RunStats()
-        self.block_tokens = max(slabs.batch_tokens, LEAST_BLOCK_TOKENS)
+        self.block_tokens = max(slabs.batch_tokens, 1 if reducer.repeats_rows else LEAST_BLOCK_TOKENS)
         """Positions of a block, where a long sequence runs in blocks."""
         self._runner = BatchRunner(
             reducer,

@@ -1,13 +1,15 @@
-"""Run sequences through a causal model: the log-probability of each token, given those before it.
+"""Run sequences through a model: the log-probability of each token, given those before it or all others.
 
 In: records, and options checked before anything is read. Out: for each strand of a record its tokens and
-their log-probabilities, windows joined.
+their log-probabilities, windows joined. A causal model gives those of a sequence; of a masked one, each token
+is hidden once, and what it gives is spread evenly over the token's bases.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -19,10 +21,12 @@ from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.config.fields import Config, raise_all, unknown_option
 from genoembed.errors import ConfigError, EmptyPoolError, PrecisionWarning
 from genoembed.models.language_model import LanguageModel, check_has_head
+from genoembed.models.masked_model import MaskedModel
 from genoembed.pipeline.assemble import strand_pieces
 from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
-from genoembed.pipeline.cutting import Cutter, StartingCutter, find_start_token
-from genoembed.pipeline.forward import LOG_PROBS, NextTokenReducer, UnitRunner
+from genoembed.pipeline.cutting import Cutter, StartingCutter, StartToken, find_start_token
+from genoembed.pipeline.forward import LOG_PROBS, LayerReducer, NextTokenReducer, UnitRunner
+from genoembed.pipeline.masking import MaskedReducer
 from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems
 from genoembed.pipeline.units import WorkUnit
 from genoembed.sequences.records import reverse_complement
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.assemble import PieceVectors, Taken
-    from genoembed.pipeline.cutting import CountedTokens, StartToken
+    from genoembed.pipeline.cutting import CountedTokens
     from genoembed.pipeline.forward import UnitResults
     from genoembed.pipeline.units import RunStats
 
@@ -99,12 +103,13 @@ class RunOptions:
             batch_tokens=self.batch_tokens,
         )
 
-    def load(self) -> LanguageModel:
+    def load(self) -> LanguageModel | MaskedModel:
         """Load the model and its head."""
         check_has_head(self.model)
-        if not isinstance(self.model, str | PathLike):
-            return LanguageModel(self.model)
-        return LanguageModel(load_configured(self._model_config()))
+        model = self.model
+        if isinstance(model, str | PathLike):
+            model = load_configured(self._model_config())
+        return LanguageModel(model) if model.is_causal else MaskedModel(model)
 
 
 def run_options(
@@ -125,6 +130,7 @@ def warn_of_precision(model: GenomicModel) -> None:
 
 
 _DECIDING = ("rc", "window", "stride", "layers", "pooling")
+_MASKED_PART_BASES = 1 << 12
 _PLAIN = np.zeros(256, dtype=np.int64)
 _PLAIN[list(b"ACGTacgt")] = 1
 
@@ -146,15 +152,18 @@ class ScorerOptions:
 
 
 class StrandScore(NamedTuple):
-    """One strand of a record: its tokens from left to right, special tokens left out."""
+    """One strand of a record: its tokens from left to right, special tokens left out.
+
+    Of a masked model: its bases, each with an even part of its token's logarithm.
+    """
 
     starts: NDArray[np.int64]
     """First base of each token, on this strand."""
     widths: NDArray[np.int64]
     """Bases of each token."""
     log_probs: NDArray[np.float64]
-    """Natural logarithm of each token's probability; NaN where there is none: no token before it, or a letter
-    other than A, C, G and T in it."""
+    """Natural logarithm of each token's probability; NaN where there is none: no token before it, a letter
+    other than A, C, G and T in it, or nothing that the tokenizer has a word for."""
     vectors: dict[str, Tensor]
     """Pooled activations of the first window by layer. float32, shape ``(D,)``."""
 
@@ -174,42 +183,66 @@ class SequenceScorer:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | MaskedModel,
         options: ScorerOptions,
         *,
         on_batch: Callable[[RunStats], None] | None = None,
     ) -> None:
         self.model = model
         self.options = options
+        self.is_masked = isinstance(model, MaskedModel)
         special_tokens = model.model.special_tokens
         self.start_token: StartToken = find_start_token(
             model.model.tokenizer, options.start_token, add_special_tokens=special_tokens
         )
+        if self.is_masked:
+            if options.start_token == "none":
+                message = (
+                    "start_token is none, but a masked model scores the first base as any other, and reads "
+                    "the tokens around a sequence that its tokenizer adds; leave start_token out"
+                )
+                raise ConfigError(message)
+            if self.start_token.is_added:
+                self.start_token = StartToken(None, is_added=False)
         context = model.model.max_length
         self._cutter = Cutter(
             encoder=build_encoder(model.model.tokenizer, add_special_tokens=special_tokens),
             max_tokens=None if context is None else context - int(self.start_token.is_added),
-            is_causal=True,
+            is_causal=not self.is_masked,
             window=options.window,
             stride=options.stride,
             both_strands=options.rc == "mean",
         )
         size, frame = options.window or self._cutter.context_bases, self._cutter.encoder.frame_bp
-        if size is not None and options.stride is not None and options.stride // frame >= size // frame:
+        is_whole = size and options.stride and options.stride // frame >= size // frame
+        if size is not None and is_whole and not self.is_masked:
             message = (
                 f"stride is {options.stride}, but window is {size}: the first base of a window would have no "
                 f"base before it; set stride to {size // frame * frame - 1} or less"
             )
             raise ConfigError(message)
         slabs = SlabBuilder(
-            cutter=StartingCutter(cutter=self._cutter, start=self.start_token),
+            cutter=self._cutter
+            if self.is_masked
+            else StartingCutter(cutter=self._cutter, start=self.start_token),
             batch_tokens=options.batch_tokens or default_batch_tokens(model.model.device),
             max_tokens=context,
-            equal_lengths=False,  # causal: padding is on the right, where no token sees it
+            # causal: padding is on the right, where no token sees it
+            equal_lengths=self.is_masked and model.model.padding == "equal",
             rounds_lengths=model.model.carries_state,
             skips_failed=options.on_error == "skip",
         )
-        reducer = NextTokenReducer(model, options.layers, options.pooling)
+        self._overlap = 1
+        self._layer_runner: UnitRunner | None = None
+        reducer: NextTokenReducer | MaskedReducer
+        if isinstance(model, MaskedModel):
+            reducer = MaskedReducer(model, self._cutter.encoder)
+            self._overlap = reducer.overlap
+            if options.layers:  # of rows in which nothing is hidden
+                layers = LayerReducer(model.model, options.layers, options.pooling)
+                self._layer_runner = UnitRunner(layers, slabs)
+        else:
+            reducer = NextTokenReducer(model, options.layers, options.pooling)
         self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_tokens=True)
         self.stats = self._runner.stats
 
@@ -220,8 +253,25 @@ class SequenceScorer:
 
     @property
     def has_token_per_base(self) -> bool:
-        """Whether each base is a token of its own."""
-        return self._cutter.has_token_per_base
+        """Whether each base has a score of its own."""
+        return self.is_masked or self._cutter.has_token_per_base
+
+    @property
+    def max_part_bases(self) -> int:
+        """Bases that are scored before any are kept: few where each takes a pass of its own."""
+        return _MASKED_PART_BASES if self.is_masked else sys.maxsize
+
+    def has_same_words(self, first: bytes, second: bytes) -> bool:
+        """Tell whether the tokens of two sequences have the same places, on each strand that is scored."""
+        pairs = [(first, second)]
+        if self.options.rc == "mean":
+            pairs.append((reverse_complement(first), reverse_complement(second)))
+        for pair in pairs:
+            one, other = (self._cutter.encoder.encode(text) for text in pair)
+            for name in ("base_start", "base_end"):
+                if not np.array_equal(getattr(one, name), getattr(other, name)):
+                    return False
+        return True
 
     def num_windows(self, record: SequenceRecord) -> int:
         """Count the windows that a record is cut into."""
@@ -238,45 +288,102 @@ class SequenceScorer:
             **{name: getattr(self.options, name) for name in _DECIDING},
         }
 
-    def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...] | str]:
-        """Score a few records, equal ones once; of one that fails, where that is allowed, say why."""
+    def score(
+        self, records: Sequence[SequenceRecord], *, whole_words: bool = False
+    ) -> list[tuple[StrandScore, ...] | str]:
+        """Score a few records, equal ones once; of one that fails, where that is allowed, say why.
+
+        With ``whole_words``, a masked model's tokens of a record's core count whole, however little of them
+        is in it; vectors are of the whole sequence.
+        """
         if not records:
             return []
-        results = self._runner(WorkUnit(number=0, records=tuple(records)))
+        results = pooled = self._runner(WorkUnit(number=0, records=tuple(records)))
+        if self._layer_runner is not None:
+            whole = tuple(replace(record, core_start=0, core_end=-1) for record in records)
+            pooled = self._layer_runner(WorkUnit(number=0, records=whole))
         strands = (False, True) if self.options.rc == "mean" else (False,)
-        failed = dict(results.failed)
+        failed = {**pooled.failed, **results.failed}
         if self.options.on_error == "skip" and self.options.layers:
             for index in range(len(records)):
-                if not all(strand_pieces(results.taken, (index, is_reverse)) for is_reverse in strands):
+                if not all(strand_pieces(pooled.taken, (index, is_reverse)) for is_reverse in strands):
                     failed.setdefault(index, "nothing to pool")
         return [
             failed[index]
             if index in failed
-            else tuple(self._strand_score(results, index, is_reverse=is_reverse) for is_reverse in strands)
+            else tuple(
+                self._strand_score(results, index, is_reverse=is_reverse, whole_words=whole_words)._replace(
+                    vectors=self._vectors(pooled, index, is_reverse=is_reverse)
+                )
+                for is_reverse in strands
+            )
             for index in range(len(records))
         ]
 
-    def _strand_score(self, results: UnitResults, index: int, *, is_reverse: bool) -> StrandScore:
+    def _vectors(self, pooled: UnitResults, index: int, *, is_reverse: bool) -> dict[str, Tensor]:
+        if not self.options.layers:
+            return {}
+        parts = strand_pieces(pooled.taken, (index, is_reverse))
+        if not parts:
+            record = pooled.unit.records[index]
+            message = f"record {record.id!r}: none of its letters makes a token; leave the record out"
+            raise EmptyPoolError(message)
+        return {layer: pooled.vectors.pooled(layer, [parts[0].number])[0] for layer in self.options.layers}
+
+    def _strand_score(
+        self, results: UnitResults, index: int, *, is_reverse: bool, whole_words: bool
+    ) -> StrandScore:
         """Join the windows of a strand; take out what has letters that are no bases."""
         record = results.unit.records[index]
         parts = strand_pieces(results.taken, (index, is_reverse))
-        if not parts and self.options.layers:
-            message = f"record {record.id!r}: none of its letters makes a token; leave the record out"
-            raise EmptyPoolError(message)
+        sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
+        if self._overlap > 1:
+            return _of_overlapping_words(parts, results.vectors, sequence)
         log_probs = np.concatenate([np.zeros(0), *(_log_probs(part, results.vectors) for part in parts)])
         tokens = [_tokens(part) for part in parts]
-        spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.spans for part in tokens)])
-        # of a token that two windows share, each has as much as it has bases of it
-        log_probs *= np.concatenate([np.zeros(0), *(part.shares for part in tokens)])
+        if whole_words:
+            spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.whole for part in tokens)])
+        else:
+            spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.spans for part in tokens)])
+            # of a token that two windows share, each has as much as it has bases of it
+            log_probs *= np.concatenate([np.zeros(0), *(part.shares for part in tokens)])
         log_probs[np.concatenate([np.zeros(0, np.bool_), *(part.is_unread for part in tokens)])] = np.nan
-        sequence = reverse_complement(record.sequence) if is_reverse else record.sequence
         plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
         starts, ends = spans[:, 0], spans[:, 1]
         log_probs[plain[ends] - plain[starts] != ends - starts] = np.nan
-        vectors = {
-            layer: results.vectors.pooled(layer, [parts[0].number])[0] for layer in self.options.layers
-        }
-        return StrandScore(starts, ends - starts, log_probs, vectors)
+        if self.is_masked and not whole_words:
+            return _per_base(starts, ends - starts, log_probs, num_bases=len(sequence))
+        return StrandScore(starts, ends - starts, log_probs, {})
+
+
+def _per_base(
+    starts: NDArray[np.int64], widths: NDArray[np.int64], log_probs: NDArray[np.float64], *, num_bases: int
+) -> StrandScore:
+    """Spread what tokens have evenly over their bases; NaN at those that no token has."""
+    values = np.full(num_bases, np.nan)
+    places = np.repeat(starts - np.cumsum(widths) + widths, widths) + np.arange(widths.sum())
+    values[places] = np.repeat(log_probs / widths, widths)
+    return StrandScore(np.arange(num_bases), np.ones(num_bases, np.int64), values, {})
+
+
+def _of_overlapping_words(parts: Sequence[Taken], values: PieceVectors, sequence: bytes) -> StrandScore:
+    """Join the bases of the windows of a strand, of a model whose words each begin at the next base."""
+    log_probs = np.full(len(sequence), np.nan)
+    for part in parts:
+        tokens = _tokens(part)
+        first, past = int(tokens.spans[:, 0].min()), int(tokens.spans[:, 1].max())
+        origin = int(tokens.whole[0, 0])
+        found = values.tokens(LOG_PROBS, [part.number]).numpy()
+        log_probs[first:past] = found[first - origin : past - origin]
+        # a base of which all words hold another letter has none to be read off
+        steps = np.zeros(int(tokens.whole[-1, 1]) - origin + 1, np.int64)
+        starts, ends = (tokens.whole[~tokens.is_unread] - origin).T
+        np.add.at(steps, starts, 1)
+        np.add.at(steps, ends, -1)
+        is_read = np.cumsum(steps)[first - origin : past - origin] > 0
+        log_probs[first:past][~is_read] = np.nan
+    log_probs[_PLAIN[np.frombuffer(sequence, dtype=np.uint8)] == 0] = np.nan
+    return StrandScore(np.arange(len(sequence)), np.ones(len(sequence), np.int64), log_probs, {})
 
 
 def _tokens(part: Taken) -> CountedTokens:

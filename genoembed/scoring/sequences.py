@@ -164,7 +164,8 @@ def score(
         )
         started = time.perf_counter()
         start_token = str(scorer.start_token)
-        for unit in iter_units(records, max_bases=PART_BASES, max_records=PART_RECORDS):
+        part_bases = min(PART_BASES, scorer.max_part_bases)
+        for unit in iter_units(records, max_bases=part_bases, max_records=PART_RECORDS):
             make = partial(_score_unit, unit, scorer, with_bases=bases_table is not None)
             for record, value in zip(unit.records, kept.take(unit, make), strict=True):
                 outputs.add(record, None if isinstance(value, str) else _Scored(*value), start_token)

@@ -174,7 +174,7 @@ class SequenceRunner:
 class _ModuleReducer:
     """Runs a module that reduces by itself, through its ``forward``, so that wrappers of it see the call."""
 
-    carries_state = False
+    carries_state = repeats_rows = False
     """Training knows no blocks."""
 
     def __init__(self, encoder: Encoder) -> None:

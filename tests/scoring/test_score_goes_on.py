@@ -173,9 +173,7 @@ def test_record_that_fails_stops_the_run_and_skipping_goes_on_from_there(tmp_pat
     passes.spoiled, name = RECORDS["r5"][:12], "r5"
     if way == "variants":
         passes.spoiled, name = CONTIG[340:349], f"c:350:{CONTIG[349]}>"
-    with pytest.raises(
-        NonFiniteError, match="the next-token head gives values that are not finite"
-    ) as caught:
+    with pytest.raises(NonFiniteError, match="the model's head gives values that are not finite") as caught:
         WAYS[way][0](tmp_path)
     assert name in str(caught.value)
     kept = caught.value.__notes__[0]

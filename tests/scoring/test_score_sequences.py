@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import genoembed
+from genoembed import load_model
 from genoembed.errors import (
     CheckpointError,
     ConfigError,
@@ -214,9 +215,16 @@ def test_tokens_of_several_bases_have_their_bases(tmp_path):
         genoembed.score(write(tmp_path), model=loaded("gpt_neox"), per_base=tmp_path / "x.tsv", rc="mean")
 
 
-def test_masked_model_is_refused_with_the_way_out(tmp_path):
+def test_bidirectional_model_without_masks_is_refused_with_the_way_out(tmp_path):
+    model = load_model(str(build_family("bert", tmp_path / "bert")), device="cpu")
+    model.tokenizer.mask_token = None
+    with pytest.raises(ModelError, match=r"its tokens see what follows them.*set model to a causal one"):
+        genoembed.score(write(tmp_path), model=model)
+
+
+def test_masked_checkpoint_without_its_head_is_refused(tmp_path):
     folder = build_family("bert", tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"its tokens see what follows them.*set model to one such as"):
+    with pytest.raises(CheckpointError, match="holds no masked-language head"):
         genoembed.score(write(tmp_path), model=str(folder), device="cpu")
 
 
@@ -268,7 +276,7 @@ def test_values_that_are_not_finite_name_their_record(tmp_path, monkeypatch):
     scorer = SequenceScorer(LanguageModel(loaded("llama")), ScorerOptions())
     records = list(genoembed.read_sequences(write(tmp_path, {"a": "ACGTA", "b": "GGGTA"})))
     with pytest.raises(
-        NonFiniteError, match=r"record 'b': the next-token head gives values that are not finite"
+        NonFiniteError, match=r"record 'b': the model's head gives values that are not finite"
     ):
         scorer.score(records)
 

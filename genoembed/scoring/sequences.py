@@ -104,17 +104,18 @@ def score(
     progress: Callable[[RunStats], None] | None = None,
     **options: Any,
 ) -> ScoreReport:
-    """Score the sequences of files with a causal model: how likely is each of them?
+    """Score the sequences of files: how likely does a causal or masked model find each of them?
 
     The log-likelihood of a sequence is the sum over its bases of ``ln p(base | all bases before it)``, the
-    log-softmax taken in float32. Letters other than A, C, G and T are context only. Columns of the table are
-    the fields of :class:`SequenceScore`.
+    log-softmax taken in float32; of a masked model, over its tokens of ``ln p(token | all other tokens)``,
+    each token hidden once. Letters other than A, C, G and T are context only. Columns of the table are the
+    fields of :class:`SequenceScore`.
 
     Args:
         inputs: Sequence files in any format of ``extract``; ``-`` is standard input.
-        model: Name or folder of a causal model, or one that is loaded already.
+        model: Name or folder of a causal or masked model, or one that is loaded already.
         output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
-        per_base: A second table, one row per base (per token for models whose tokens have several bases):
+        per_base: A second table, one row per base (per token for causal models whose tokens have several):
             ``id``, ``start``, ``end`` (0-based, half-open), ``bases``, ``log_likelihood``.
         overwrite: Replace existing files, once the new ones are complete.
         window: Bases that the model sees at once; None is what its context holds.
@@ -132,7 +133,7 @@ def score(
 
     Raises:
         ConfigError: If options are wrong, alone or together; all of them in one message.
-        ModelError: If the model is not causal, or has no next-token head.
+        ModelError: If the model has no head to predict tokens with, or sees both sides and has no mask token.
         GenoembedError: If input, model or output fail; outputs are then as they were before, and what was
             scored is kept for the next run of the same call.
     """

@@ -107,7 +107,7 @@ def score_variants(
     Args:
         vcf: Plain or compressed; ``-`` is standard input.
         reference: FASTA that the VCF was called against, plain or bgzip; its index is written next to it.
-        model: Name or folder of a causal model, or one that is loaded already.
+        model: Name or folder of a causal or masked model, or one that is loaded already.
         output: The table; ``-`` is standard output. None writes none and gives the rows in the report.
         flank: Bases on either side of a change, as far as the contig has them.
         unsupported: Alleles without a sequence (symbolic, breakends, ``*``, ``.``): ``skip``, counted, or
@@ -126,7 +126,7 @@ def score_variants(
     Raises:
         ConfigError: If options are wrong, alone or together.
         VariantError: If a row is malformed or does not fit the reference or the model's context.
-        ModelError: If the model is not causal, or has no next-token head.
+        ModelError: If the model has no head to predict tokens with, or sees both sides and has no mask token.
         GenoembedError: If input, model or output fail; outputs are then as they were before, and what was
             scored is kept for the next run of the same call.
     """

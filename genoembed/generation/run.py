@@ -94,6 +94,8 @@ class GenerationReport:
     """Prompts whose first bases were left out so that words of several bases end where they do."""
     cached: bool
     """Whether the model carried its state from token to token."""
+    rescored: int
+    """Draws that rounding could have changed, for which a row was scored alone."""
     start_token: str
     """Id of the token before each prompt, or ``none``."""
     failed: Mapping[str, str]
@@ -217,6 +219,7 @@ def generate(
         windowed=outputs.windowed,
         out_of_frame=outputs.out_of_frame,
         cached=generator.is_cached,
+        rescored=generator.num_rescored,
         start_token=str(generator.start_token),
         failed=kept.failed,
         counts=counts,

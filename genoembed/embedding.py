@@ -138,9 +138,9 @@ def embed(
         pooling: As for ``extract``, but not ``none``.
         fusion: As for ``extract``.
         **options: Other options of ``extract`` that are not about files: ``rc``, ``skip_first``, ``window``,
-            ``stride``, ``batch_tokens``, ``dtype``, ``device``, ``invalid`` (``error`` or ``mask``),
-            ``gaps``, ``keep_case``, ``fusion_weights``, ``revision``, ``trust_remote_code``. None is the
-            default.
+            ``stride``, ``batch_tokens``, ``dtype``, ``fp8``, ``device``, ``invalid`` (``error`` or
+            ``mask``), ``gaps``, ``keep_case``, ``fusion_weights``, ``revision``, ``trust_remote_code``. None
+            is the default.
 
     Returns:
         The vectors, one row per sequence, in the given order.
@@ -210,13 +210,14 @@ def load_for_embedding(
     name: str,
     *,
     dtype: str = "auto",
+    fp8: str = "auto",
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> GenomicModel:
     """Load a model to give to ``embed`` again and again."""
-    given = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    return load_configured(_config(name, given).model)
+    given = {"dtype": dtype, "fp8": fp8, "device": device, "revision": revision}
+    return load_configured(_config(name, {**given, "trust_remote_code": trust_remote_code}).model)
 
 
 def _block_rows(

@@ -109,10 +109,10 @@ def extract(
         progress: Called with the running totals after each forward pass.
         **options: Any other field of :class:`~genoembed.config.embed.EmbedConfig`: ``regions``, ``flank``,
             ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case``, ``revision``,
-            ``trust_remote_code``, ``dtype``, ``device``, ``threads``, ``batch_tokens``, ``skip_first``,
-            ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``, ``overwrite``.
-            None stands for the default. A model that is loaded already takes no ``revision``,
-            ``trust_remote_code``, ``dtype`` or ``device``.
+            ``trust_remote_code``, ``dtype``, ``fp8``, ``device``, ``threads``, ``batch_tokens``,
+            ``skip_first``, ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``,
+            ``overwrite``. None stands for the default. A model that is loaded already takes no ``revision``,
+            ``trust_remote_code``, ``dtype``, ``fp8`` or ``device``.
 
     Returns:
         What was done.

@@ -66,6 +66,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         keep_case: Leave soft-masked bases in lower case.
         batch_tokens: Slots of a forward pass; None takes what is fast on the device.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        fp8: FP8 input projections of Evo 2: ``auto``, ``emulate`` or ``off``.
         device: Torch device; None is CUDA if present, else the CPU.
         revision: Branch, tag or commit of a Hugging Face repository.
         trust_remote_code: Run code that the model's repository brings.
@@ -93,6 +94,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         keep_case: bool = False,
         batch_tokens: int | None = None,
         dtype: str = "auto",
+        fp8: str = "auto",
         device: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -112,6 +114,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.keep_case = keep_case
         self.batch_tokens = batch_tokens
         self.dtype = dtype
+        self.fp8 = fp8
         self.device = device
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -213,6 +216,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             _state(self.model),
             self.revision,
             self.dtype,
+            self.fp8,
             self.device,
             self.trust_remote_code,
         )
@@ -222,6 +226,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
                 _kept[key] = load_for_embedding(
                     self.model,
                     dtype=self.dtype,
+                    fp8=self.fp8,
                     device=self.device,
                     revision=self.revision,
                     trust_remote_code=self.trust_remote_code,

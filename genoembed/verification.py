@@ -127,7 +127,7 @@ def verify(
         model: Instead of the one that the file names: where it is on this machine.
         regions: Instead of the region files that the file names.
         threads: CPU threads of the model; None leaves torch's choice.
-        **options: ``device``, ``dtype``, ``batch_tokens`` and ``trust_remote_code`` of this run.
+        **options: ``device``, ``dtype``, ``fp8``, ``batch_tokens`` and ``trust_remote_code`` of this run.
             None takes what the file says, and the device that there is.
 
     Returns:
@@ -149,7 +149,11 @@ def verify(
             settings.model if model is None else model,
             **settings.embedding_options(),
             per_window=settings.per_window,
-            **({"revision": settings.revision, "dtype": settings.dtype} if is_named else {})
+            **(
+                {"revision": settings.revision, "dtype": settings.dtype, "fp8": settings.fp8}
+                if is_named
+                else {}
+            )
             | {name: value for name, value in options.items() if value is not None},
         )
         compared, others, stored = _compare(file, wanted, records, embedder)

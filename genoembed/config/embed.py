@@ -13,6 +13,7 @@ from genoembed.config.choices import (
     EmptyPolicy,
     Engine,
     FailurePolicy,
+    Fp8Choice,
     Fusion,
     GapPolicy,
     InvalidPolicy,
@@ -109,6 +110,13 @@ class ModelConfig(Config):
         basic=True,
         help="Type of weights and activations. auto is bfloat16 where the device multiplies matrices in it "
         "(CUDA from Ampere on, CPUs with AMX), and float32 elsewhere. The file says which it was.",
+    )
+    fp8: Fp8Choice = option(
+        "auto",
+        group=MODEL,
+        help="FP8 input projections of Evo 2. auto: run by the checkpoints that need them, in hardware on "
+        "Hopper GPUs and emulated elsewhere; emulate: by all that have the scales, never in hardware; off: "
+        "by none.",
     )
     device: str | None = option(
         None,

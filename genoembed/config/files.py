@@ -10,6 +10,7 @@ from genoembed.config.choices import (
     EmptyPolicy,
     ExportFormat,
     FailurePolicy,
+    Fp8Choice,
     GapPolicy,
     InvalidPolicy,
     TableFormat,
@@ -98,6 +99,9 @@ class VerifyConfig(Config):
         group=MODEL,
         shown_default="as FILE.h5 says",
         help="Type of weights and activations.",
+    )
+    fp8: Fp8Choice | None = option(
+        None, group=MODEL, shown_default="as FILE.h5 says", help="FP8 input projections of Evo 2."
     )
     device: str | None = option(
         None,

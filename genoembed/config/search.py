@@ -8,6 +8,7 @@ from genoembed.config.choices import (
     DuplicatePolicy,
     EmptyPolicy,
     FailurePolicy,
+    Fp8Choice,
     GapPolicy,
     InvalidPolicy,
     Metric,
@@ -170,6 +171,9 @@ class SearchConfig(NeighborConfig):
         metavar="TYPE",
         shown_default="as FILE.h5 says",
         help="Type of weights and activations.",
+    )
+    fp8: Fp8Choice | None = option(
+        None, group=QUERIES, shown_default="as FILE.h5 says", help="FP8 input projections of Evo 2."
     )
     device: str | None = option(
         None,

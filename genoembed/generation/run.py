@@ -147,10 +147,10 @@ def generate(
         **options: ``tag`` (text before each prompt), ``start_token`` (``auto``, or ``none``),
             ``stop_at_end``, ``with_prompt`` (write prompts as well), ``cache`` (False reads everything again
             for each token), ``batch_rows``, ``on_error`` (``stop`` at a prompt that fails, or ``skip``),
-            ``revision``, ``trust_remote_code``, ``dtype`` (float32), ``device``, ``threads``,
+            ``revision``, ``trust_remote_code``, ``dtype`` (float32), ``fp8``, ``device``, ``threads``,
             ``batch_tokens``; and ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case`` as for
             ``extract``. A model that is loaded already takes no ``revision``, ``trust_remote_code``,
-            ``dtype`` or ``device``. None stands for the default.
+            ``dtype``, ``fp8`` or ``device``. None stands for the default.
 
     Returns:
         What was done.
@@ -285,6 +285,7 @@ def _identity(config: GenerateConfig, generator: SequenceGenerator) -> dict[str,
         **model.content,
         "model": type(model.module).__name__,
         "dtype": str(model.dtype),
+        "fp8": model.fp8,
         "max_length": model.max_length,
         "start_token": str(generator.start_token),
         **{name: getattr(config, name) for name in _DECIDING},

@@ -138,12 +138,11 @@ def check_scales(
 
 def _use_fp8(model: GenomicModel, choice: Fp8Choice) -> bool:
     """Switch FP8 on or off; return whether a model that needs it goes without."""
-    if not hasattr(model.module, "set_fp8"):
-        if choice == "emulate":
-            message = f"model {model.name!r}: it has no FP8 projections, as Evo 2 has; leave fp8 out"
-            raise ModelError(message)
-        return False
-    model.module.set_fp8(choice)
+    if choice == "emulate" and model.fp8 is None:
+        message = f"model {model.name!r}: it has no FP8 scales, so there is nothing to emulate; leave fp8 out"
+        raise ModelError(message)
+    if model.fp8 is not None:
+        model.module.set_fp8(choice)
     needs = getattr(model.module.config, "fp8_projections", "none") == "needed"
     if model.fp8 in (None, "off"):
         return needs or (choice == "off" and model.entry is not None and model.entry.needs_fp8)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.config.choices import ComputeDtype
+    from genoembed.config.choices import ComputeDtype, Fp8Choice
     from genoembed.contracts import SequenceRecord
     from genoembed.store import EmbeddingFile
     from genoembed.store.schema import LazyMatrix
@@ -48,6 +48,7 @@ class FileSettings:
     revision: str | None
     dtype: ComputeDtype
     """Number type that the model computed in."""
+    fp8: Fp8Choice
     weights_sha256: str | None
     content: Mapping[str, str]
     """Digest of each file of the model; empty for files of vectors from before these were recorded."""
@@ -99,6 +100,8 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
         model=model["model"],
         revision=model.get("revision"),
         dtype=made["dtype"],
+        # files from before the option was there were made without FP8
+        fp8=model.get("fp8", "off"),
         weights_sha256=made.get("weights_sha256"),
         content=_section(made, "content"),
         requested_layers=tuple(embedding["layers"]),
@@ -143,6 +146,8 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     if isinstance(content := model.get("content"), Mapping):
         # weights are compared above; of files that are older than this key, nothing more is known
         settings["model files"] = {name: value for name, value in content.items() if name != "weights"}
+    if model.get("fp8") not in (None, "off"):  # the vectors of the others say nothing, or are older than it
+        settings["fp8"] = "on"
     settings |= {name: embedding[name] for name in _COMPARED if name in embedding}
     if embedding.get("fusion", "none") != "none" and "layers" in provenance:
         settings["layers"] = list(provenance["layers"])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from genoembed.sequences.compression import InputDigests
 
 
-LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "device")
+LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "fp8", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +140,7 @@ def load_configured(config: ModelConfig) -> GenomicModel:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        fp8=config.fp8,
     )
 
 

@@ -211,6 +211,8 @@ def untrained_copy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = kind(config)
+    if hasattr(fresh, "set_fp8"):
+        fresh.set_fp8("off")  # the scales of FP8 projections are the trained weights'
     for key, tensor in _tensors(fresh):
         where, what = places.get(key, (tensor.device, tensor.dtype))
         tensor.data = tensor.data.to(where, what)

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 import torch
 
-from genoembed.config.choices import ComputeDtype, FailurePolicy, ScorePooling, ScoreStrands, StartChoice
+from genoembed.config.choices import (
+    ComputeDtype,
+    FailurePolicy,
+    Fp8Choice,
+    ScorePooling,
+    ScoreStrands,
+    StartChoice,
+)
 from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, WindowConfig
 from genoembed.config.fields import Config, raise_all, unknown_option
 from genoembed.errors import ConfigError, EmptyPoolError, PrecisionWarning
@@ -63,6 +70,7 @@ class RunOptions:
     trust_remote_code: bool | None = None
     dtype: ComputeDtype | None = None
     """None is float32: what is looked at here are small differences."""
+    fp8: Fp8Choice | None = None
     device: str | None = None
     threads: int | None = None
     batch_tokens: int | None = None
@@ -98,6 +106,7 @@ class RunOptions:
             revision=self.revision,
             trust_remote_code=bool(self.trust_remote_code),
             dtype=self.dtype or "float32",
+            fp8=self.fp8 or "auto",
             device=self.device,
             threads=self.threads,
             batch_tokens=self.batch_tokens,
@@ -283,6 +292,7 @@ class SequenceScorer:
             **self.model.model.content,
             "model": type(self.model.model.module).__name__,
             "dtype": str(self.model.model.dtype),
+            "fp8": self.model.model.fp8,
             "max_length": self.model.model.max_length,
             "start_token": str(self.start_token),
             **{name: getattr(self.options, name) for name in _DECIDING},

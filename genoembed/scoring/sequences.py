@@ -124,9 +124,9 @@ def score(
         **options: ``rc`` (``none``, or ``mean`` of both strands), ``start_token`` (``auto``, or ``none`` to
             start with the first base, which then has no prediction), ``on_error`` (``stop`` at a record that
             fails, or ``skip``: its row has no numbers), ``revision``, ``trust_remote_code``, ``dtype``
-            (float32), ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``, ``empty``,
-            ``gaps``, ``keep_case`` as for ``extract``. A model that is loaded already takes no ``revision``,
-            ``trust_remote_code``, ``dtype`` or ``device``. None stands for the default.
+            (float32), ``fp8``, ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``,
+            ``empty``, ``gaps``, ``keep_case`` as for ``extract``. None stands for the default. A model that
+            is loaded already takes no ``revision``, ``trust_remote_code``, ``dtype``, ``fp8`` or ``device``.
 
     Returns:
         What was done.

@@ -118,7 +118,7 @@ def score_variants(
         overwrite: Replace existing files, once the new ones are complete.
         progress: Called with the running totals after each forward pass.
         **options: ``rc``, ``start_token``, ``on_error``, ``revision``, ``trust_remote_code``, ``dtype``
-            (float32), ``device``, ``threads`` and ``batch_tokens``, as for ``score``.
+            (float32), ``fp8``, ``device``, ``threads`` and ``batch_tokens``, as for ``score``.
 
     Returns:
         What was done.

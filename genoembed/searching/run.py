@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READING_OPTIONS = ("invalid", "duplicates", "empty", "gaps")
-_MODEL_OPTIONS = ("on_error", "batch_tokens", "dtype", "device", "trust_remote_code")
+_MODEL_OPTIONS = ("on_error", "batch_tokens", "dtype", "fp8", "device", "trust_remote_code")
 _QUERY_OPTIONS = (*_READING_OPTIONS, *_MODEL_OPTIONS, "threads")
 _HEAD_OPTIONS = ("device", "trust_remote_code")
 _QUERY_BLOCK = 2048
@@ -276,7 +276,7 @@ def embed_queries(
     settings = read_file_settings(database, remedy="give queries as an embedding file")
     loading: dict[str, Any] = {}
     if model is None or isinstance(model, str | PathLike):
-        loading["dtype"] = settings.dtype
+        loading |= {"dtype": settings.dtype, "fp8": settings.fp8}
     if model is None:
         loading["revision"] = settings.revision
     loading |= {name: options[name] for name in _MODEL_OPTIONS if name in options}

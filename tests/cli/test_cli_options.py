@@ -19,6 +19,7 @@ from genoembed.config.choices import (
     EmptyPolicy,
     Engine,
     FailurePolicy,
+    Fp8Choice,
     Fusion,
     GapPolicy,
     InvalidPolicy,
@@ -33,7 +34,7 @@ MESSAGES = {"-q", "--quiet", "-v", "--verbose", "--json"}
 OPTIONS = {
     "extract": """
         --batch-tokens --certificate --config --device --dry-run --dtype --duplicates --empty --engine
-        --flank --fuse --fusion-weights --gaps --import --invalid --keep-case --layer --model -o
+        --flank --fp8 --fuse --fusion-weights --gaps --import --invalid --keep-case --layer --model -o
         --on-error --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions
         --resume --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases
         --window --workers""",
@@ -74,17 +75,17 @@ OPTIONS = {
         --on-error -o --output --overwrite --threads --trust-remote-code""",
     "search": """
         --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
-        --empty --exclude-self --gaps --hybrid --hybrid-weights --import --index --invalid -k --layer
-        --measure-recall --metric --model --neighbors --on-error -o --output --overwrite --search-threads
-        --seed --subject-sequences --threads --transform --trust-remote-code""",
+        --empty --exclude-self --fp8 --gaps --hybrid --hybrid-weights --import --index --invalid -k
+        --layer --measure-recall --metric --model --neighbors --on-error -o --output --overwrite
+        --search-threads --seed --subject-sequences --threads --transform --trust-remote-code""",
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
-        --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --gaps
-        --group-column --homolog-identity --id-column --import --invalid --keep-case --label-column
-        --labels --layer --model --no-baselines --no-plot --no-untrained --num-folds --on-error -o
-        --output --overwrite --plot --pool --preset --rc --regions --revision --seed --sequences
-        --skip-first --split --split-column --stride --task --threads --top --transform
+        --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --fp8
+        --gaps --group-column --homolog-identity --id-column --import --invalid --keep-case
+        --label-column --labels --layer --model --no-baselines --no-plot --no-untrained --num-folds
+        --on-error -o --output --overwrite --plot --pool --preset --rc --regions --revision --seed
+        --sequences --skip-first --split --split-column --stride --task --threads --top --transform
         --trust-remote-code --unit-bases --unmatched --untrained --window""",
     "plot": """
         --classes --color --components --config --layer --max-points --method --min-dist
@@ -92,22 +93,22 @@ OPTIONS = {
     "compare": """
         --layer -o --output --overwrite --tolerance""",
     "verify": """
-        --batch-tokens --certify --config --device --dtype --import --model --regions --sample --seed
-        --threads --tolerance --trust-remote-code""",
+        --batch-tokens --certify --config --device --dtype --fp8 --import --model --regions --sample
+        --seed --threads --tolerance --trust-remote-code""",
     "export": """
         --layer -o --output --overwrite --to""",
     "export-model": """
         --dtype --import -o --output --overwrite --revision --trust-remote-code""",
     "score": """
-        --batch-tokens --config --device --dtype --duplicates --empty --flank --gaps --import --invalid
-        --keep-case --layer --model --on-error -o --output --overwrite --per-base --pool --rc --reference
-        --revision --start-token --stride --threads --trust-remote-code --unsupported --vcf --vectors
-        --window""",
+        --batch-tokens --config --device --dtype --duplicates --empty --flank --fp8 --gaps --import
+        --invalid --keep-case --layer --model --on-error -o --output --overwrite --per-base --pool --rc
+        --reference --revision --start-token --stride --threads --trust-remote-code --unsupported --vcf
+        --vectors --window""",
     "generate": """
-        --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --gaps --import
-        --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o --on-error
-        --output --overwrite --revision --seed --start-token --stop-at-end --tag --temperature --threads
-        --top-k --top-p --trust-remote-code --with-prompt""",
+        --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --fp8 --gaps
+        --import --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o
+        --on-error --output --overwrite --revision --seed --start-token --stop-at-end --tag --temperature
+        --threads --top-k --top-p --trust-remote-code --with-prompt""",
     "doctor": """
         --as --device --model --revision --tolerance""",
 }
@@ -122,6 +123,7 @@ CHOICES = {
     "empty": EmptyPolicy,
     "gaps": GapPolicy,
     "dtype": ComputeDtype,
+    "fp8": Fp8Choice,
     "out_dtype": StorageDtype,
 }
 
@@ -220,7 +222,7 @@ def test_reference_page_is_up_to_date():
 
 
 def test_docs_name_no_option_that_is_not_there():
-    words = set(re.findall(r"`(--[a-z][a-z-]*)", DOCS.read_text()))
+    words = set(re.findall(r"`(--[a-z][a-z0-9-]*)", DOCS.read_text()))
     known = {word for listed in OPTIONS.values() for word in listed.split()}
     assert words <= known | MESSAGES | {"--help", "--help-all", "--version"}
     assert len(words) > 30

@@ -1,0 +1,110 @@
+"""FP8 in files: it is recorded, decides what may be joined and compared, and is repeated by readers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+
+import genoembed
+from genoembed.errors import ConfigError, PrecisionWarning, StoreError
+from genoembed.models.striped_hyena2.convert import convert_checkpoint
+from genoembed.sklearn import SequenceEmbedder
+from tests.models.test_fp8_models import CHECKPOINT, GOLDEN
+
+RECORDS = {"a": "ACGTACGTTTAGGACCA" * 3, "b": "GGGATATTTACCCACAGAGT" * 2, "c": "TTTACGCGAT" * 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose projections need FP8."""
+    root = tmp_path_factory.mktemp("fp8")
+    content = yaml.safe_load((GOLDEN / "config.yml").read_text()) | {"use_fp8_input_projections": True}
+    (root / "config.yml").write_text(yaml.safe_dump(content))
+    return str(convert_checkpoint(CHECKPOINT, root / "model", config=root / "config.yml"))
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("input") / "records.fa"
+    path.write_text("".join(f">{name}\n{bases}\n" for name, bases in RECORDS.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(folder, fasta, tmp_path_factory):
+    """The same vectors with FP8 and without."""
+    root = tmp_path_factory.mktemp("files")
+    options = {"model": folder, "dtype": "float32", "device": "cpu"}
+    genoembed.extract(fasta, output=root / "on.h5", **options)
+    with pytest.warns(PrecisionWarning, match="FP8 is off"):
+        genoembed.extract(fasta, output=root / "off.h5", fp8="off", **options)
+    return root / "on.h5", root / "off.h5"
+
+
+def test_files_say_whether_fp8_was_on(files):
+    for path, requested, found in zip(files, ("auto", "off"), ("emulated", "off"), strict=True):
+        with genoembed.open_embeddings(path) as file:
+            assert file.provenance["config"]["model"]["fp8"] == requested
+            assert file.provenance["model"]["fp8"] == file.provenance["identity"]["fp8"] == found
+
+
+def test_compare_finds_the_difference_and_its_reason(files):
+    report = genoembed.compare(*files)
+    assert not report.is_within
+    assert "fp8: 'on' against nothing recorded" in report.setting_differences
+
+
+def test_verify_repeats_what_the_file_says(files):
+    on, off = files
+    assert genoembed.verify(on).is_within
+    with pytest.warns(PrecisionWarning):
+        assert genoembed.verify(off).is_within
+    assert not genoembed.verify(off, fp8="auto").is_within
+
+
+def test_search_embeds_queries_as_the_file_was(files, fasta):
+    on, off = files
+    with pytest.warns(PrecisionWarning):
+        found = genoembed.search(fasta, off, k=1)
+    assert [hit.score for hit in found.hits] == pytest.approx([1.0] * 3, abs=1e-6)
+    with pytest.raises(ConfigError, match="fp8: 'on' against nothing recorded"):
+        genoembed.search(fasta, off, fp8="auto")
+    assert len(genoembed.search(fasta, on, fp8="emulate").hits) >= 3
+
+
+def test_shards_with_and_without_fp8_never_merge(folder, fasta, tmp_path):
+    options = {"model": folder, "dtype": "float32", "device": "cpu", "output": tmp_path / "out.h5"}
+    genoembed.extract(fasta, shard="1/2", **options)
+    with (
+        pytest.warns(PrecisionWarning),
+        pytest.raises(StoreError, match=r"another run: fp8 was 'emulated' and is 'off'"),
+    ):
+        genoembed.extract(fasta, shard="2/2", fp8="off", **options)
+    # the same numbers under another name of the option
+    genoembed.extract(fasta, shard="2/2", fp8="emulate", **options)
+    assert genoembed.merge(tmp_path / "out.h5").num_rows == len(RECORDS)
+
+
+def test_every_verb_takes_it(folder, fasta):
+    options = {"model": folder, "device": "cpu"}
+    with pytest.warns(PrecisionWarning):
+        off = genoembed.embed(list(RECORDS.values()), fp8="off", dtype="float32", **options)
+    on = genoembed.embed(list(RECORDS.values()), dtype="float32", **options)
+    assert not np.allclose(on.X, off.X, rtol=1e-3)
+    scores = []
+    for choice in ("auto", "emulate"):
+        scores.append([row.log_likelihood for row in genoembed.score(fasta, fp8=choice, **options).rows])
+    with pytest.warns(PrecisionWarning):
+        scores.append([row.log_likelihood for row in genoembed.score(fasta, fp8="off", **options).rows])
+    assert scores[0] == scores[1] != scores[2]
+    estimator = SequenceEmbedder(folder, fp8="emulate", dtype="float32", device="cpu")
+    assert np.allclose(estimator.fit_transform(list(RECORDS.values())), on.X, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loaded_model_has_decided_it(folder):
+    model = genoembed.load_model(folder, device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match="fp8: the model is loaded already"):
+        genoembed.embed(["ACGT"], model=model, fp8="off")
+    with pytest.raises(ConfigError, match="fp8 is 'no'; set fp8 to one of auto, emulate, off"):
+        genoembed.embed(["ACGT"], model=folder, fp8="no")

@@ -388,9 +388,15 @@ def foreign_code(what: str) -> Iterator[None]:
         path, line = found
         text = " ".join(str(error).split()) or "no more is said"
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+        remedy = "report it to those who wrote it, or try another version of it"
+        if _is_remote(path):
+            remedy = (
+                "it may have been written for transformers 4; name a model that runs here without such code, "
+                "or report it to those who wrote it"
+            )
         problem = (
             f"{what}: {_owner(path)} failed at {path}:{line} ({type(error).__name__}: {text}); this is not "
-            "genoembed's code: report it to those who wrote it, or try another version of it"
+            f"genoembed's code: {remedy}"
         )
         raise ForeignCodeError(problem, path=path, line=line) from error
 
@@ -439,8 +445,12 @@ def _package(path: str) -> str | None:
     return parts[places[-1] + 1].removesuffix(".py") if places else None
 
 
+def _is_remote(path: str) -> bool:
+    return "transformers_modules" in Path(path).parts
+
+
 def _owner(path: str) -> str:
-    if "transformers_modules" in Path(path).parts:
+    if _is_remote(path):
         return "the code that it brings"
     package = _package(path)
     return "code outside genoembed" if package is None else f"the package {package}"

@@ -146,6 +146,7 @@ LAZY = {
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
     ("models.registry", "models.geneb"): "for suggestions",
+    ("models.architecture", "models.remote_code"): "for code of model folders, if it is trusted",
     ("models.load", "models.adapters"): "for adapters of peft",
     ("models.language_model", "models.adapters"): "for adapters of peft",
     ("sequences.reading", "sequences.regions"): "for --regions",

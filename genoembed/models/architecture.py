@@ -38,7 +38,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from genoembed.errors import CheckpointError, GenoembedError, ModelError, ModelNotFoundError
+from genoembed.errors import (
+    CheckpointError,
+    ForeignCodeError,
+    GenoembedError,
+    ModelError,
+    ModelNotFoundError,
+)
 from genoembed.models.families import Family, Published, family_of
 from genoembed.models.provenance import weight_files
 from genoembed.models.registry import suggestion
@@ -251,9 +257,12 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> tuple[PreTra
         if family is not None:
             config = family.read_config(values)
         else:
-            config = AutoConfig.from_pretrained(source.location, **options)
+            with trusted_code(source, values, is_trusted=is_trusted):
+                config = AutoConfig.from_pretrained(source.location, **options)
         if not is_trusted:
             forget_implementations(config)
+    except ForeignCodeError:
+        raise
     except GenoembedError as error:
         error.add_note(f"in the config.json of model {source.name!r}")
         raise
@@ -280,6 +289,26 @@ def read_config(source: ModelSource, options: Mapping[str, Any]) -> tuple[PreTra
         )
         raise ModelError(message) from error
     return config, family
+
+
+@contextmanager
+def trusted_code(
+    source: ModelSource, config: PreTrainedConfig | Mapping[str, Any], *, is_trusted: bool
+) -> Iterator[None]:
+    """Let a model's own code run, if it is trusted; what fails in it is said to be that code."""
+    # not to_dict(), which says the release that is installed
+    values = vars(config) if isinstance(config, PreTrainedConfig) else config
+    if not (is_trusted and values.get("auto_map")):
+        yield
+        return
+    from genoembed.models.remote_code import allow_old_code, fill_settings, forget_classes, named_failures
+
+    allow_old_code()
+    if isinstance(config, PreTrainedConfig):
+        fill_settings(config)
+        forget_classes(config)
+    with named_failures(source.name, values):
+        yield
 
 
 def needs_trust(source: ModelSource) -> ModelError:
@@ -336,11 +365,22 @@ def build_without_weights(
 ) -> PreTrainedModel:
     """Build a base model on the meta device: every module and shape, no memory."""
     loader = auto_class(config, trust_remote_code=trust_remote_code)
+
+    def build() -> PreTrainedModel:
+        if issubclass(loader, PreTrainedModel):
+            return base_of(loader(config))
+        return base_of(loader.from_config(config, trust_remote_code=trust_remote_code))
+
+    bound = nullcontext() if trust_remote_code else bounded_build(source)
     try:
-        with torch.device("meta"), nullcontext() if trust_remote_code else bounded_build(source):
-            if issubclass(loader, PreTrainedModel):
-                return base_of(loader(config))
-            return base_of(loader.from_config(config, trust_remote_code=trust_remote_code))
+        with trusted_code(source, config, is_trusted=trust_remote_code), bound:
+            try:
+                with torch.device("meta"):
+                    return build()
+            except NONSENSE:
+                if not trust_remote_code:
+                    raise
+                return build()  # code that asks for values, which take memory
     except GenoembedError:
         raise
     except (*NONSENSE, ImportError) as error:

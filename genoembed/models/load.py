@@ -37,6 +37,7 @@ from genoembed.models.architecture import (
     listing,
     needs_trust,
     read_config,
+    trusted_code,
     unbuildable,
 )
 from genoembed.models.genomic_model import GenomicModel
@@ -262,8 +263,9 @@ def _load_weights(
     """Load through the barest class that the repository offers; report which keys did not fit."""
     extra = {} if device_map is None else {"device_map": device_map}
     try:
-        bound = nullcontext() if options["trust_remote_code"] else bounded_build(source)
-        with without_progress_bars(), bound:
+        is_trusted = options["trust_remote_code"]
+        bound = nullcontext() if is_trusted else bounded_build(source)
+        with without_progress_bars(), bound, trusted_code(source, config, is_trusted=is_trusted):
             return auto_class(config, trust_remote_code=options["trust_remote_code"]).from_pretrained(
                 source.location,
                 config=config,
@@ -394,6 +396,8 @@ def load_tokenizer(
         # a ported family's config.json is ours to read: transformers would take it for another model's
         known = {} if family is None or family.port is None else {"config": config}
         tokenizer = AutoTokenizer.from_pretrained(source.location, **known, **options)
+    except GenoembedError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise needs_trust(source) from error

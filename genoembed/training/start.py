@@ -12,9 +12,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from genoembed.errors import CheckpointError, ModelError, foreign_code
+from genoembed.errors import CheckpointError, GenoembedError, ModelError, foreign_code
 from genoembed.models.adapters import merge_adapter
-from genoembed.models.architecture import NONSENSE, first_line, needs_trust, read_config, unbuildable
+from genoembed.models.architecture import (
+    NONSENSE,
+    first_line,
+    needs_trust,
+    read_config,
+    trusted_code,
+    unbuildable,
+)
 from genoembed.models.load import load_tokenizer, without_progress_bars
 from genoembed.models.locate import find_source
 from genoembed.tokenization.char import CharTokenizer
@@ -70,14 +77,17 @@ def _load(
         options["revision"] = source.revision
     model_config, family = read_config(source, options)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=model_config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **options,
-        )
+        with trusted_code(source, model_config, is_trusted=trust_remote_code):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                config=model_config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
+            )
+    except GenoembedError:
+        raise
     except (OSError, *NONSENSE) as error:
         if "trust_remote_code" in str(error):
             raise needs_trust(source) from error

@@ -45,7 +45,7 @@ def test_a_forward_pass_of_code_that_a_model_brings_is_blamed_on_it(error, broug
 
 def test_building_a_model_of_brought_code_is_blamed_on_it(brought):
     folder = brought("        self.tower = ", "        assert False\n        self.tower = ")
-    with pytest.raises(ForeignCodeError, match=r"it brings failed at .*\.py:\d+ \(AssertionError"):
+    with pytest.raises(ForeignCodeError, match=r"this model's code fails at .*\.py:\d+ \(AssertionError"):
         load_model(str(folder), trust_remote_code=True)
 
 

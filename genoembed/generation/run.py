@@ -382,6 +382,8 @@ def _how_made(config: GenerateConfig, generator: SequenceGenerator) -> str:
         "top_p": f"{config.top_p:g}",
         "seed": config.seed,
     }
+    if model.fp8 is not None:
+        facts["fp8"] = model.fp8
     if config.tag:
         facts["tag"] = config.tag
     if not config.stop_at_end:

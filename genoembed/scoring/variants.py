@@ -1,4 +1,4 @@
-"""What variants change in the eyes of a causal model: VCF and reference in, a table out.
+"""What variants change in the eyes of a model: VCF and reference in, a table out.
 
 Both alleles of a variant are seen in the same stretch of the contig. Promised: REF is checked, changes are
 left-aligned, nothing is cut off, and alleles that cannot be scored are counted.
@@ -54,6 +54,10 @@ logger = logging.getLogger(__name__)
 
 _PART_BASES = 1 << 18
 """Bases whose scores are in memory together."""
+LIKELIHOOD, PSEUDO, MARGINAL = "likelihood", "pseudo-likelihood", "masked-marginal"
+"""How alleles are compared: by all of the stretch, read from the left or hidden token by token; or where they
+differ."""
+TOO_LONG = "too long"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +104,8 @@ def score_variants(
     """Score the alleles of a VCF against the reference.
 
     For each allele the log-likelihood of the stretch of ``flank`` bases on either side is taken with the
-    reference's bases and with the allele's. With ``layer`` both are embedded as well, in the same pass.
+    reference's bases and with the allele's; of a single base and a masked model, only of the words that hold
+    it, hidden from the model. With ``layer`` both are embedded as well.
     Columns of the table are the fields of :class:`~genoembed.scoring.variants.VariantScore`; those of
     vectors are left out without ``layer``.
 
@@ -156,7 +161,7 @@ def score_variants(
             scorer.identity, policies={"on_error": run.on_error}, stats=scorer.stats, drop_other=overwrite
         )
         started = time.perf_counter()
-        for number, part in enumerate(_parts(contexts)):
+        for number, part in enumerate(_parts(contexts, min(_PART_BASES, scorer.max_part_bases))):
             make = partial(_compare_part, part, scorer)
             for context, value in zip(part, kept.take(_unit(number, part), make), strict=True):
                 outputs.add(context, value, scorer)
@@ -270,6 +275,7 @@ class _Compared(NamedTuple):
     cosine_distance: float = math.nan
     delta: str = ""
     """Difference of the pooled vectors, base64 of float32; empty without a layer."""
+    method: str = LIKELIHOOD
 
 
 _FAILED = _Compared(math.nan, math.nan, math.nan, math.nan)
@@ -286,20 +292,49 @@ def _compare_part(part: Sequence[VariantContext], scorer: SequenceScorer) -> lis
     """Score both alleles of some variants."""
     pairs = [allele_records(context) for context in part]
     fits = [_fits(context, pair, scorer) for context, pair in zip(part, pairs, strict=True)]
-    scores = iter(
-        scorer.score([record for pair, fit in zip(pairs, fits, strict=True) if fit for record in pair])
-    )
+    methods = [_method(pair, scorer) if fit else TOO_LONG for pair, fit in zip(pairs, fits, strict=True)]
+    chosen = {
+        name: [pair for pair, method in zip(pairs, methods, strict=True) if method == name]
+        for name in (LIKELIHOOD, PSEUDO, MARGINAL)
+    }
+    chosen[MARGINAL] = [_changed(*pair) for pair in chosen[MARGINAL]]
+    scores = {
+        name: iter(scorer.score([record for pair in mine for record in pair], whole_words=name == MARGINAL))
+        for name, mine in chosen.items()
+    }
     found: list[_Compared | str] = []
-    for context, fit in zip(part, fits, strict=True):
-        if not fit:
-            found.append("too long")
+    for context, method in zip(part, methods, strict=True):
+        if method == TOO_LONG:
+            found.append(TOO_LONG)
             continue
         # an allele is one record: the reference's stretch runs only to be compared with it
         scorer.stats.records -= 1
         scorer.stats.bases -= len(context.ref_sequence)
         scorer.stats.windows -= 1
-        found.append(_compare(next(scores), next(scores), layers=scorer.options.layers))
+        ref, alt = next(scores[method]), next(scores[method])
+        compared = _compare(ref, alt, layers=scorer.options.layers)
+        found.append(compared if isinstance(compared, str) else compared._replace(method=method))
     return found
+
+
+def _method(pair: tuple[SequenceRecord, SequenceRecord], scorer: SequenceScorer) -> str:
+    """Choose how the alleles of a variant are compared."""
+    if not scorer.is_masked:
+        return LIKELIHOOD
+    ref, alt = (record.sequence for record in pair)
+    is_snv = len(ref) == len(alt) and sum(a != b for a, b in zip(ref, alt, strict=True)) == 1
+    return MARGINAL if is_snv and scorer.has_same_words(ref, alt) else PSEUDO
+
+
+def _changed(ref: SequenceRecord, alt: SequenceRecord) -> tuple[SequenceRecord, SequenceRecord]:
+    """Only the changed base counts: its words are hidden, and what is left to see is the same of both."""
+    place = next(
+        at for at, pair in enumerate(zip(ref.sequence, alt.sequence, strict=True)) if len({*pair}) > 1
+    )
+    return (
+        replace(ref, core_start=place, core_end=place + 1, end=-1),
+        replace(alt, core_start=place, core_end=place + 1, end=-1),
+    )
 
 
 def _fits(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> bool:
@@ -318,13 +353,13 @@ def _fits(context: VariantContext, pair: Sequence[SequenceRecord], scorer: Seque
     return False
 
 
-def _parts(contexts: Iterable[VariantContext]) -> Iterator[list[VariantContext]]:
+def _parts(contexts: Iterable[VariantContext], most_bases: int) -> Iterator[list[VariantContext]]:
     part: list[VariantContext] = []
     bases = 0
     for context in contexts:
         part.append(context)
         bases += len(context.ref_sequence) + len(context.alt_sequence)
-        if bases >= _PART_BASES:
+        if bases >= most_bases:
             yield part
             part, bases = [], 0
     if part:
@@ -350,15 +385,18 @@ class VariantScore(NamedTuple):
     window_end: int
     """One past its last base, on the reference."""
     ref_log_likelihood: float
-    """Sum over the stretch with the reference's bases."""
+    """Sum over the stretch with the reference's bases; masked-marginal: the hidden word with its base."""
     alt_log_likelihood: float
-    """Sum over the stretch with the allele's bases."""
+    """Sum over the stretch with the allele's bases; masked-marginal: the hidden word with its base."""
     delta: float
     """``alt_log_likelihood - ref_log_likelihood``: below 0, the model prefers the reference."""
     delta_mean: float
     """The same of the means a scored base, for alleles of unequal length."""
     start_token: str
     """Id of the token before the stretch, or ``none``."""
+    method: str
+    """``likelihood`` of a causal model; of a masked one ``masked-marginal``, where a single base changes and
+    no word's place, else ``pseudo-likelihood``."""
     l2: float
     """Euclidean length of the difference of the pooled vectors, alt - ref; NaN without a layer."""
     cosine_distance: float
@@ -414,6 +452,7 @@ def variant_row(context: VariantContext, compared: _Compared, *, start_token: st
         delta=compared.alt_total - compared.ref_total,
         delta_mean=compared.alt_mean - compared.ref_mean,
         start_token=start_token,
+        method=compared.method,
         l2=compared.l2,
         cosine_distance=compared.cosine_distance,
     )

@@ -13,6 +13,9 @@ from transformers import AutoModelForMaskedLM
 
 import genoembed
 from genoembed import load_model
+from genoembed.errors import ConfigError
+from genoembed.models.masked_model import MaskedModel
+from genoembed.sequences.windows import iter_windows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 FAMILIES = ("nt_v1", "nt_v2", "dnabert2", "dnabert_k6", "gena_lm", "caduceus_ph")
@@ -123,3 +126,141 @@ def test_each_base_has_a_row(tmp_path, family, rc):
         if rc == "none":
             assert found == pytest.approx(by_hand(family, text), abs=1e-5, nan_ok=True)
             assert total(found) == pytest.approx(row.log_likelihood, abs=1e-4)
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+CONTIG = "ACGTTGCAAGGTTTGACGATACCAGGCATCGATTACCACGTTGCAAGGTCATGCATTGCGA"
+FLANK = 15
+
+
+def score_variants(folder, family, rows, **options):
+    reference = folder / "ref.fa"
+    reference.write_text(f">c\n{CONTIG}\n")
+    vcf = folder / "calls.vcf"
+    vcf.write_text("".join(f"c\t{pos}\t.\t{ref}\t{alt}\n" for pos, ref, alt in rows))
+    options = {"flank": FLANK, "threads": 1} | options
+    return genoembed.score_variants(vcf, reference, model=loaded(family), **options)
+
+
+def marginal(family, stretch, place, alt):
+    """Log-probabilities of the hidden word with either base, the mean over those that cover it; or None."""
+    changed = stretch[:place] + alt + stretch[place + 1 :]
+    (ids, spans, _), (others, other_spans, _) = words(family, stretch), words(family, changed)
+    if spans != other_spans:
+        return None
+    places = [at for at, span in enumerate(spans) if span and span[0] <= place < span[1]]
+    row = torch.tensor([ids])
+    row[0, places] = loaded(family).tokenizer.mask_token_id
+    with torch.inference_mode():
+        table = plain(family)(row).logits[0].float().log_softmax(-1)
+    return [sum(float(table[at, mine[at]]) for at in places) / len(places) for mine in (ids, others)]
+
+
+def revcomp(text):
+    return text[::-1].translate(str.maketrans("ACGT", "TGCA"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_bases_are_compared_where_they_are_hidden(tmp_path, family):
+    rows = [
+        (pos, CONTIG[pos - 1], alt) for pos in (1, 9, 30, 31, 60) for alt in "ACGT" if alt != CONTIG[pos - 1]
+    ]
+    report = score_variants(tmp_path, family, rows)
+    alone = score_variants(tmp_path, family, rows[4:5]).rows[0]
+    assert alone.delta == pytest.approx(report.rows[4].delta, abs=1e-5)
+    methods = set()
+    for row in report.rows:
+        stretch, place = CONTIG[row.window_start : row.window_end], row.pos - 1 - row.window_start
+        expected, method = marginal(family, stretch, place, row.alt), "masked-marginal"
+        if expected is None:
+            changed = stretch[:place] + row.alt + stretch[place + 1 :]
+            expected, method = (
+                [total(by_hand(family, text)) for text in (stretch, changed)],
+                "pseudo-likelihood",
+            )
+        methods.add(method)
+        assert row.method == method
+        assert [row.ref_log_likelihood, row.alt_log_likelihood] == pytest.approx(expected, abs=1e-5, rel=1e-6)
+        assert row.delta == pytest.approx(expected[1] - expected[0], abs=1e-5)
+    assert "masked-marginal" in methods or family in ("dnabert2", "gena_lm")
+
+
+@pytest.mark.parametrize("family", ["nt_v2", "dnabert_k6", "caduceus_ph"])
+def test_other_variants_by_the_pseudo_likelihood_of_both_stretches(tmp_path, family):
+    (row,) = score_variants(tmp_path, family, [(30, CONTIG[29:32], CONTIG[29])]).rows
+    stretch = CONTIG[row.window_start : row.window_end]
+    place = int(row.normalized.split(":")[0]) - 1 - row.window_start
+    ref, alt = row.normalized.split(":")[1].split(">")
+    changed = stretch[:place] + alt + stretch[place + len(ref) :]
+    expected = [total(by_hand(family, text)) for text in (stretch, changed)]
+    assert row.method == "pseudo-likelihood"
+    assert [row.ref_log_likelihood, row.alt_log_likelihood] == pytest.approx(expected, abs=1e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["nt_v1", "dnabert_k6"])
+def test_both_strands_count_half(tmp_path, family):
+    alt = next(base for base in "ACGT" if base != CONTIG[29])
+    (row,) = score_variants(tmp_path, family, [(30, CONTIG[29], alt)], rc="mean").rows
+    stretch, place = CONTIG[row.window_start : row.window_end], 29 - row.window_start
+    there = marginal(family, stretch, place, alt)
+    back = marginal(family, revcomp(stretch), len(stretch) - 1 - place, revcomp(alt))
+    assert row.delta == pytest.approx((there[1] - there[0] + back[1] - back[0]) / 2, abs=1e-5)
+
+
+def test_vectors_are_of_the_whole_stretch(tmp_path):
+    alt = next(base for base in "ACGT" if base != CONTIG[29])
+    (row,) = score_variants(tmp_path, "nt_v2", [(30, CONTIG[29], alt)], layer=0).rows
+    stretch = CONTIG[row.window_start : row.window_end]
+    place = 29 - row.window_start
+    pair = write(tmp_path, {"ref": stretch, "alt": stretch[:place] + alt + stretch[place + 1 :]})
+    genoembed.extract(pair, model=loaded("nt_v2"), layers=0, output=tmp_path / "v.h5", threads=1)
+    with genoembed.open_embeddings(tmp_path / "v.h5") as file:
+        ref, alt = torch.from_numpy(file[file.layers[0]][:])
+    assert row.l2 == pytest.approx(float((alt - ref).norm()), rel=1e-4)
+
+
+# --- promises -------------------------------------------------------------------------------------
+
+
+def test_copies_halve_when_memory_is_short_and_scores_are_the_same(tmp_path, monkeypatch, caplog):
+    model = loaded("nt_v2")
+    expected = genoembed.score(write(tmp_path), model=model, threads=1).rows
+    run, sizes = MaskedModel.log_probs, []
+
+    def short(self, ids, attention, hidden):
+        if ids.numel() > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(ids.numel())
+        return run(self, ids, attention, hidden)
+
+    monkeypatch.setattr(MaskedModel, "log_probs", short)
+    report = genoembed.score(write(tmp_path), model=model, threads=1)
+    assert max(sizes) <= 20
+    assert report.stats.halvings > 0
+    assert "no memory for a pass" in caplog.text
+    for row, other in zip(report.rows, expected, strict=True):
+        assert row.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dnabert_k6", "caduceus_ph"])
+def test_windows_score_each_base_once_with_the_context_of_its_window(tmp_path, family):
+    table = tmp_path / "t.tsv"
+    text = RECORDS["long"]
+    records = {"r": text}
+    genoembed.score(write(tmp_path, records), model=loaded(family), per_base=table, window=20, stride=8)
+    with table.open() as stream:
+        found = [float(row["log_likelihood"]) for row in csv.DictReader(stream, delimiter="\t")]
+    cuts = list(iter_windows(len(text), window_bp=20, stride_bp=8, causal=False))
+    assert len(cuts) > 2
+    expected = []
+    for cut in cuts:
+        expected += by_hand(family, text[cut.start : cut.end])[
+            cut.core_start - cut.start : cut.core_end - cut.start
+        ]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_start_token_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="start_token is none, but a masked model"):
+        genoembed.score(write(tmp_path), model=loaded("nt_v2"), start_token="none")

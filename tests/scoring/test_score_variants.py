@@ -141,7 +141,8 @@ def test_table_has_columns_of_vectors_only_with_a_layer(tmp_path, reference):
     with plain.open() as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")
     assert list(row)[:5] == ["chrom", "pos", "id", "ref", "alt"]
-    assert list(row)[-1] == "start_token"
+    assert list(row)[-2:] == ["start_token", "method"]
+    assert row["method"] == "likelihood"
     with with_layer.open() as stream:
         (more,) = csv.DictReader(stream, delimiter="\t")
     assert list(more)[-2:] == ["l2", "cosine_distance"]

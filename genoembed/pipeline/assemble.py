@@ -10,6 +10,7 @@ N rows, P pieces, K windows of a row, D hidden size, T tokens.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,7 +23,7 @@ from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
 from genoembed.pooling.reduce import merge_windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -67,7 +68,14 @@ class PieceVectors:
 
     def tokens(self, layer: str, numbers: Sequence[int]) -> Tensor:
         """Join the token vectors of pieces."""
-        return torch.cat([self._blocks[layer][number] for number in numbers])
+        parts = [self._blocks[layer][number] for number in numbers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def give_up(self, layer: str, numbers: Iterable[int]) -> None:
+        """Forget the token vectors of pieces."""
+        blocks = self._blocks[layer]
+        for number in numbers:
+            blocks[number] = blocks[number].new_empty((0, blocks[number].shape[1]))
 
     def num_tokens(self, layer: str, numbers: Sequence[int]) -> int:
         """Count the token vectors of pieces."""
@@ -265,23 +273,41 @@ class RowBuilder:
         reverse: Sequence[Sequence[Taken]] | None,
         vectors: PieceVectors,
     ) -> TokenBlock:
-        def tokens(layer: str, parts: Sequence[Taken]) -> Tensor:
-            return vectors.tokens(layer, [part.number for part in parts])
+        # equal sequences share their pieces
+        uses = Counter(part.number for mine in (*forward, *(reverse or ())) for part in mine)
+
+        def joined(layer: str, parts: Sequence[Taken]) -> Tensor:
+            numbers = [part.number for part in parts]
+            found = vectors.tokens(layer, numbers)
+            vectors.give_up(layer, (number for number in numbers if uses[number] == 1))
+            return found
+
+        def pieces(layer: str) -> Iterator[Tensor]:
+            if reverse is None:
+                yield from (joined(layer, [part]) for mine in forward for part in mine)
+                return
+            for mine, other in zip(forward, reverse, strict=True):
+                method = self.embedding.rc
+                yield combine_token_strands(joined(layer, mine), joined(layer, other), method=method)
 
         def combined(layer: str) -> Tensor:
-            others = [None] * len(rows) if reverse is None else [tokens(layer, mine) for mine in reverse]
-            return torch.cat(
-                [
-                    combine_token_strands(tokens(layer, mine), other_TD, method=self.embedding.rc)
-                    for mine, other_TD in zip(forward, others, strict=True)
-                ]
-            )
+            # piece by piece into one matrix: the tokens of a long record, held twice, may not fit the memory
+            found: Tensor | None = None
+            done = 0
+            for piece_TD in pieces(layer):
+                if found is None:
+                    found = piece_TD.new_empty((num_tokens, piece_TD.shape[1]))
+                found[done : done + len(piece_TD)] = piece_TD
+                done += len(piece_TD)
+            assert found is not None, "a row has a piece at least"
+            return found
 
-        values = self._fused(combined)
         spans = [
             np.concatenate([part.tokens.spans for part in mine if part.tokens is not None]) - first
             for mine, first in zip(forward, firsts, strict=True)
         ]
+        num_tokens = sum(len(of_row) for of_row in spans)
+        values = self._fused(combined)
         return TokenBlock(
             rows=tuple(rows),
             lengths=np.array([len(of_row) for of_row in spans], dtype=np.int64),

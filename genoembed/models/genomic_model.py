@@ -170,6 +170,14 @@ class GenomicModel:
     def _state(self) -> tuple[tuple[float, ...], str]:
         return weights_checksum(self.module), config_digest(self.module.config.to_dict())
 
+    def _dtypes(self) -> dict[str, int]:
+        """Count the parameters of each type: models keep some in a type of their own, whatever is asked."""
+        counts: dict[str, int] = {}
+        for parameter in self.module.parameters():
+            name = str(parameter.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + parameter.numel()
+        return counts
+
     @property
     def provenance(self) -> Mapping[str, Any]:
         """What an output file says about the model; reads its files once, for their digests."""
@@ -189,6 +197,7 @@ class GenomicModel:
             "content": content,
             "license": license,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if len(dtypes := self._dtypes()) < 2 else {"dtypes": dtypes}),
             "fp8": self.fp8,
             "device": str(self.device),
             "num_parameters": self.module.num_parameters(),

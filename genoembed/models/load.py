@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pickle
 import struct
 import warnings
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from genoembed.config.choices import ComputeDtype
     from genoembed.models.families import Family
     from genoembed.models.registry import KnownModel
+
+_LOG = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -183,6 +186,9 @@ def _load(
         inside = _prefix_in(whole, module)
         optional = [f"{inside}{name}" for name in _unused_children(module)]
         merge_adapter(source.adapter, whole, optional=optional)
+    if all(parameter.dtype != dtype for parameter in module.parameters()):
+        asked, found = (str(kind).removeprefix("torch.") for kind in (dtype, module.dtype))
+        _LOG.warning("model %r: its weights stay in %s, whatever is asked (%s)", name, found, asked)
     if device_map is None:
         module = module.to(device)
     config_path = _file_of(source, "config.json", options)

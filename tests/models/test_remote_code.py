@@ -7,6 +7,7 @@ without values; `expected_states` computes the same with torch alone.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -391,6 +392,28 @@ def test_failing_pass_points_to_models_that_run_without_such_code(tiny_folder, t
         ForeignCodeError, match=r"it brings failed at .*modeling_old\.py:\d+ .*transformers 4"
     ):
         model.is_causal  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype", "dtypes"),
+    [
+        ("[]", "bfloat16", None),
+        ('["norm"]', "bfloat16", {"bfloat16": 3232, "float32": 64}),
+        ('["embed", "layers"]', "float32", None),
+    ],
+)
+def test_types_that_a_model_keeps_are_stated(kept, dtype, dtypes, tiny_folder, tmp_path, caplog):
+    line = '    base_model_prefix = "old"'
+    folder = folder_of(
+        tmp_path,
+        tiny_folder,
+        edit=lambda c: c.replace(line, f"{line}\n    _keep_in_fp32_modules_strict = {kept}"),
+    )
+    with caplog.at_level(logging.WARNING):
+        made = load_model(folder, dtype="bfloat16", device="cpu", trust_remote_code=True).provenance
+    assert (made["dtype"], made.get("dtypes")) == (dtype, dtypes)
+    is_forced = dtype == "float32" and dtypes is None
+    assert ("its weights stay in float32, whatever is asked (bfloat16)" in caplog.text) is is_forced
 
 
 def test_without_trust_nothing_runs_and_nothing_is_changed(tiny_folder, tmp_path):

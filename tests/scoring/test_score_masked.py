@@ -264,3 +264,30 @@ def test_windows_score_each_base_once_with_the_context_of_its_window(tmp_path, f
 def test_start_token_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="start_token is none, but a masked model"):
         genoembed.score(write(tmp_path), model=loaded("nt_v2"), start_token="none")
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("genoembed.scoring.scorer._MASKED_PART_BASES", 20)
+    model, run, calls = loaded("nt_v2"), MaskedModel.log_probs, []
+    expected = genoembed.score(write(tmp_path), model=model, output=tmp_path / "whole.tsv", batch_tokens=16)
+
+    def counting(self, ids, attention, hidden):
+        calls.append(1)
+        if stop and len(calls) > 12:
+            raise KeyboardInterrupt
+        return run(self, ids, attention, hidden)
+
+    monkeypatch.setattr(MaskedModel, "log_probs", counting)
+    stop, table = True, tmp_path / "t.tsv"
+    with pytest.raises(KeyboardInterrupt):
+        genoembed.score(write(tmp_path), model=model, output=table, batch_tokens=16)
+    assert not table.exists()
+    stop = False
+    calls.clear()
+    report = genoembed.score(write(tmp_path), model=model, output=table, batch_tokens=16)
+    resumed = len(calls)
+    calls.clear()
+    genoembed.score(write(tmp_path), model=model, output=table, batch_tokens=16, overwrite=True)
+    assert 0 < resumed < len(calls)
+    assert report.num_rows == expected.num_rows
+    assert table.read_text() == (tmp_path / "whole.tsv").read_text()

@@ -42,6 +42,9 @@ _TO_RNA = bytes.maketrans(b"Tt", b"Uu")
 # a multiple of all k up to 6, 8 and 10; without a pattern, so that learned words in it differ in length
 _FRAME_PROBE = "".join("ACGT"[(number * 40503 >> 7 ^ number * number) & 3] for number in range(240))
 _LETTERS_SHOWN = 5
+_WHOLE = {"truncation": False, "padding": False, "verbose": False}
+_ALL_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_NO_LETTER = -1
 
 
 class SequenceEncoder(Protocol):
@@ -87,7 +90,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: boo
         if isinstance(tokenizer, KmerTokenizer):
             return _KmerEncoder(tokenizer, add_special_tokens)
         kind = _FastEncoder if tokenizer.is_fast else _SlowEncoder
-        return kind(tokenizer, add_special_tokens)
+        encoder = kind(tokenizer, add_special_tokens)
+        return _LetterEncoder.of(encoder) or encoder
 
 
 def unread_problem(encoder: SequenceEncoder, sequence: bytes, *, num_unread: int, num_bases: int) -> str:
@@ -131,13 +135,17 @@ class _WordEncoder:
 
     aligned = False
 
+    num_special_tokens: int
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._adds_special_tokens = add_special_tokens
         self.pad_token_id = _pad_token_id(tokenizer)
+        self.unknown_id = -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
+        """Of what the vocabulary lacks; -1, which no token has, where there is none."""
         special = frozenset(tokenizer.all_special_tokens)
         tokens = [token for token in tokenizer.get_vocab() if token not in special and token[:1] not in "[<"]
-        self._word_lengths = frozenset(len(_letters(token)) for token in tokens if token.isalpha())
+        self.word_lengths = frozenset(len(_letters(token)) for token in tokens if token.isalpha())
         self._alphabet = frozenset("".join(tokens))
         self._reads_rna = "U" in self._alphabet and "T" not in self._alphabet
 
@@ -156,21 +164,87 @@ class _WordEncoder:
     def encode(self, sequence: bytes) -> EncodedSequence:
         raise NotImplementedError
 
+    def max_bases(self, max_tokens: int) -> int:
+        raise NotImplementedError
+
+    def ids(self, text: str) -> list[int]:
+        """Encode a text, special tokens included."""
+        return list(
+            self._tokenizer(text, add_special_tokens=self._adds_special_tokens, **_WHOLE)["input_ids"]
+        )
+
     def why_unread(self, sequence: bytes) -> str:
         text = sequence.decode("ascii")
-        lacking = sorted(set(self._spelled(sequence)) - self._alphabet)
+        lacking = sorted(set(self.spelled(sequence).decode("ascii")) - self._alphabet)
         if lacking and {letter.upper() for letter in lacking} <= self._alphabet:
             return "they are in lower case, which its vocabulary lacks"
         if lacking:
             shown = ", ".join(lacking[:_LETTERS_SHOWN])
             return f"its vocabulary has no {shown}: it may be one of another kind of sequence"
-        if len(self._word_lengths) == 1 and (k := max(self._word_lengths)) > 1:
+        if len(self.word_lengths) == 1 and (k := max(self.word_lengths)) > 1:
             joint = f"the sequence has {len(text)}" if len(text) < k else "other letters break them"
             return f"its vocabulary holds words of {k} letters only, and {joint}"
         return "its vocabulary has few of their words: it may expect blanks between overlapping words"
 
-    def _spelled(self, sequence: bytes) -> str:
-        return (sequence.translate(_TO_RNA) if self._reads_rna else sequence).decode("ascii")
+    def spelled(self, sequence: bytes) -> bytes:
+        """Write a sequence in the letters of the vocabulary: RNA in those of RNA."""
+        return sequence.translate(_TO_RNA) if self._reads_rna else sequence
+
+
+class _LetterEncoder:
+    """A tokenizer of single letters as a table of their ids: a megabase takes milliseconds, not seconds."""
+
+    aligned = False
+    frame_bp = 1
+
+    def __init__(self, whole: _WordEncoder, table: NDArray[np.int64], place: int) -> None:
+        self._whole = whole
+        self.pad_token_id = whole.pad_token_id
+        self.num_special_tokens = whole.num_special_tokens
+        around = np.array(whole.ids("A"))
+        self._before, self._after = around[:place], around[place + 1 :]
+        self._table = table
+        self._unread = table == whole.unknown_id
+
+    @classmethod
+    def of(cls, whole: _WordEncoder) -> _LetterEncoder | None:
+        """Make the table, if each letter has its token whatever stands beside it; else None."""
+        if whole.word_lengths != {1}:
+            return None
+        around, first = whole.ids("A"), whole.encode(b"A").base_start
+        if first is None or (first >= 0).sum() != 1:
+            return None
+        place = int(np.argmax(first >= 0))
+        table = np.full(256, _NO_LETTER)
+        for letter in _ALL_LETTERS:
+            ids = whole.ids(letter)
+            if len(ids) != len(around):
+                return None
+            table[ord(letter)] = ids[place]
+        encoder = cls(whole, table, place)
+        mixed = "".join((_ALL_LETTERS, _ALL_LETTERS[::-3], "N" * 40, _ALL_LETTERS[1::2], "acgt" * 3))
+        is_same = encoder.encode(mixed.encode()).input_ids.tolist() == whole.ids(mixed)
+        return encoder if is_same else None
+
+    def encode(self, sequence: bytes) -> EncodedSequence:
+        letters = np.frombuffer(self._whole.spelled(sequence), dtype=np.uint8)
+        ids = self._table[letters]
+        if (ids == _NO_LETTER).any():
+            return self._whole.encode(sequence)
+        starts = np.arange(len(ids), dtype=np.int64)
+        none_before, none_after = (np.full(len(special), -1) for special in (self._before, self._after))
+        return EncodedSequence(
+            input_ids=np.concatenate([self._before, ids, self._after]),
+            base_start=np.concatenate([none_before, starts, none_after]),
+            base_end=np.concatenate([none_before, starts + 1, none_after]),
+            is_unread=np.concatenate([none_before > 0, self._unread[letters], none_after > 0]),
+        )
+
+    def max_bases(self, max_tokens: int) -> int:
+        return self._whole.max_bases(max_tokens)
+
+    def why_unread(self, sequence: bytes) -> str:
+        return self._whole.why_unread(sequence)
 
 
 class _KmerEncoder(_WordEncoder):
@@ -187,7 +261,7 @@ class _KmerEncoder(_WordEncoder):
         self.num_special_tokens = len(around) - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        ids = self._kmers.encode_bases(self._spelled(sequence).encode())
+        ids = self._kmers.encode_bases(self.spelled(sequence))
         starts = np.arange(len(ids), dtype=np.int64)
         none_before, none_after = (np.full(len(special), -1) for special in (self._before, self._after))
         return EncodedSequence(
@@ -213,7 +287,7 @@ class _FastEncoder(_WordEncoder):
         self._num_extra_tokens = max(len(self._call(base)["input_ids"]) for base in "ACGTN") - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        text = self._spelled(sequence)
+        text = self.spelled(sequence).decode("ascii")
         encoding = self._call(text)
         ids = np.asarray(encoding["input_ids"], dtype=np.int64)
         starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
@@ -229,7 +303,7 @@ class _FastEncoder(_WordEncoder):
             input_ids=ids,
             base_start=base_start,
             base_end=base_end,
-            is_unread=has_bases & (ids == _unknown_id(self._tokenizer)),
+            is_unread=has_bases & (ids == self.unknown_id),
         )
 
     def max_bases(self, max_tokens: int) -> int:
@@ -239,11 +313,9 @@ class _FastEncoder(_WordEncoder):
         return self._tokenizer(
             text,
             add_special_tokens=self._adds_special_tokens,
-            truncation=False,
-            padding=False,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
-            verbose=False,
+            **_WHOLE,
         )
 
     def _with_gaps(self, ids: NDArray[np.int64], text: str, spans: _Spans) -> _Spans:
@@ -253,7 +325,7 @@ class _FastEncoder(_WordEncoder):
         is_spelled = np.array(
             [letters[start:end] == piece for piece, start, end in zip(pieces, *spans, strict=True)], np.bool_
         )
-        unknown = ids == _unknown_id(self._tokenizer)
+        unknown = ids == self.unknown_id
         # what the tokenizer writes for a run of letters: it has the place of the run's last, or first
         is_sign = ~is_spelled & ~unknown & np.array([not piece.isalpha() for piece in pieces], np.bool_)
         if not (is_spelled | unknown | is_sign).all():
@@ -289,11 +361,11 @@ class _SlowEncoder(_WordEncoder):
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._num_before, self._num_after = self._probe_special_tokens()
         self.num_special_tokens = self._num_before + self._num_after
-        self._num_extra_tokens = max(len(self._ids(base)) for base in "ACGTN") - 1
+        self._num_extra_tokens = max(len(self.ids(base)) for base in "ACGTN") - 1
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        text = self._spelled(sequence)
-        ids = self._ids(text)
+        text = self.spelled(sequence).decode("ascii")
+        ids = self.ids(text)
         inner = slice(self._num_before, len(ids) - self._num_after)
         base_start, base_end = np.full((2, len(ids)), -1, dtype=np.int64)
         base_start[inner], base_end[inner] = self._locate(ids[inner], text)
@@ -308,22 +380,11 @@ class _SlowEncoder(_WordEncoder):
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, self._num_extra_tokens)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(
-            text,
-            add_special_tokens=self._adds_special_tokens,
-            truncation=False,
-            padding=False,
-            verbose=False,
-        )["input_ids"]
-        return ids
-
     def _probe_special_tokens(self) -> tuple[int, int]:
         """Count the special tokens before and after a sequence (custom code often has no mask of them)."""
         # the unknown token is among the special ones, but stands for letters
         is_special = [
-            index in self._special_ids and index != self._tokenizer.unk_token_id
-            for index in self._ids(_PROBE)
+            index in self._special_ids and index != self._tokenizer.unk_token_id for index in self.ids(_PROBE)
         ]
         if all(is_special):
             return 0, 0
@@ -392,11 +453,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
         if set(letters) <= set("".join(found.values())):
             return {index: token.upper().replace("U", "T") for index, token in found.items()}
     return {}
-
-
-def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token for what the vocabulary lacks; -1, which no token has, where there is none."""
-    return -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
 
 
 def _found(pieces: Sequence[str], text: str, fallback: _Spans) -> _Spans:

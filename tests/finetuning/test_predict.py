@@ -35,6 +35,7 @@ from tests.finetuning.cases import (
     write_fasta,
     write_table,
 )
+from tests.tiny_models import build_six_mers
 
 TASKS = ("classification", "multilabel", "regression", "token")
 
@@ -327,3 +328,21 @@ def test_units_of_another_head_are_refused(runs, tmp_path, monkeypatch):
     save_file({name: tensor + 1 for name, tensor in heads.items()}, folder / "heads.safetensors")
     with pytest.raises(StoreError, match="of another run: weights has other content"):
         genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
+
+
+def test_values_of_a_word_are_repeated_over_its_bases(tmp_path):
+    found = sequences(12, seed=3)
+    names = str.maketrans("ACGT", "0110")
+    table = write_table(tmp_path / "t.tsv", [{"sequence": s, "label": s.translate(names)} for s in found])
+    model = build_six_mers("bert", tmp_path / "model")
+    report = genoembed.finetune(
+        table, tmp_path / "run", task="token", model=str(model), several_bases="first", max_steps=1, **FAST
+    )
+    sequence = "ACGTTGCATTAGACCA"
+    fasta = write_fasta(tmp_path / "s.fa", [sequence])
+    genoembed.predict(report.output, fasta, output=tmp_path / "p.tsv")
+    rows = table_of(tmp_path / "p.tsv")
+    assert rows["start"].tolist() == list(range(16))
+    assert (rows["end"] - rows["start"] == 1).all()
+    shares = rows["p_0"].tolist()
+    assert [len(set(shares[:6])), len(set(shares[6:12])), len(set(shares[12:]))] == [1, 1, 4]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from hypothesis import given, settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import EsmTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from genoembed.contracts import EncodedSequence
@@ -302,3 +302,33 @@ def test_max_bases_is_kept_and_every_base_has_a_token(sequence):
         starts = encoded.base_start[encoded.base_start >= 0]
         assert starts[0] == 0
         assert (np.diff(starts) > 0).all()
+
+
+@pytest.mark.parametrize("letters", ["ACGTN", "ACGUN", "ARNDCQEGHILKMFPSTWYV", "Aa*-"])
+@given(sequence=dna(letters="ACGTNRacgu*-", max_size=30))
+def test_single_letters_by_table_are_those_of_the_tokenizer(letters, sequence):
+    tokenizer = fast_tokenizer(
+        models.WordLevel(vocab=vocabulary(*letters), unk_token="<unk>"),
+        pre_tokenizer=pre_tokenizers.Split("", "isolated"),
+    )
+    encoder = build_encoder(tokenizer)
+    is_rna = "U" in letters and "T" not in letters
+    text = sequence.decode().translate(str.maketrans("Tt", "Uu")) if is_rna else sequence.decode()
+    expected = tokenizer(text).input_ids
+    encoded = encoder.encode(sequence)
+    assert encoded.input_ids.tolist() == expected
+    assert encoded.base_start.tolist() == [-1, *range(len(sequence)), -1]
+    assert encoded.base_end.tolist() == [-1, *range(1, len(sequence) + 1), -1]
+    assert encoded.is_unread.tolist() == [index == tokenizer.unk_token_id for index in expected]
+    bare = build_encoder(tokenizer, add_special_tokens=False).encode(sequence)
+    assert bare.input_ids.tolist() == expected[1:-1]
+
+
+def test_sign_for_a_run_of_letters_has_the_run():
+    vocab = vocabulary("A", "C", "G", "T", "N", "-")
+    tokenizer = fast_tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("N{3,}"), "-")
+    encoded = build_encoder(tokenizer).encode(b"NNNNACNNNNNGNNTNNN")
+    spans = list(zip(encoded.base_start.tolist(), encoded.base_end.tolist(), strict=True))[1:-1]
+    assert spans == [(0, 4), (4, 5), (5, 6), (6, 11), (11, 12), (12, 13), (13, 14), (14, 15), (15, 18)]
+    assert not encoded.is_unread.any()

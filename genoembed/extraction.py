@@ -279,7 +279,7 @@ def _run(
     if merged is not None:
         # by whoever embedded the units, in an earlier run perhaps
         counts.windows = merged.num_windows
-        engine.stats.unread = merged.num_unread
+        counts.unread = engine.stats.unread = merged.num_unread
     return _report(config, engine, counts, merged, seconds=time.perf_counter() - started)
 
 

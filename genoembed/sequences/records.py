@@ -108,6 +108,8 @@ class InputCounts(Counts):
     """Records whose id was taken and got a suffix."""
     windows: int = 0
     """Windows cut; extraction fills it in."""
+    unread: int = 0
+    """Bases that the model's tokenizer has no words for; extraction fills it in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from transformers import (
 
 from genoembed.cli import main
 from genoembed.errors import CheckpointError, MissingExtraError, ModelError, ModelNotFoundError
+from genoembed.models import locate
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from genoembed.models.locate import model_content
@@ -362,3 +363,47 @@ def test_scores_are_those_of_the_adapted_model(tmp_path, tiny_folder):
         tables.append((tmp_path / f"{name}.tsv").read_text())
     assert tables[0] == tables[1]
     assert tables[0] != tables[2]
+
+
+def hub_with(monkeypatch, folders):
+    """Play a hub that has these repositories; returns what it was asked for."""
+    asked = []
+
+    def download(repository, name, revision=None):
+        asked.append((repository, name, revision))
+        path = folders.get(repository, folders[next(iter(folders))].parent / "none") / name
+        if not path.is_file():
+            raise OSError(name)
+        return str(path)
+
+    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(locate, "hf_hub_download", download)
+    return asked
+
+
+def test_adapter_of_the_hub_is_fetched_and_its_base_found(adapted, monkeypatch):
+    folder, _ = adapted(LORA(r=2, target_modules=["query"]))
+    expected = load_model(str(folder), device="cpu", dtype="float32")
+    asked = hub_with(monkeypatch, {"some/adapter": folder})
+    model = load_model("some/adapter", device="cpu", dtype="float32", revision="abc")
+    assert model.name == "some/adapter"
+    assert model.content["weights"] == expected.content["weights"]
+    assert ("some/adapter", "adapter_model.safetensors", "abc") in asked
+    with torch.inference_mode():
+        assert torch.equal(model.module(IDS).last_hidden_state, expected.module(IDS).last_hidden_state)
+
+
+def test_cached_adapter_and_base_load_without_a_network(adapted, tmp_path, monkeypatch):
+    folder, _ = adapted(LORA(r=2, target_modules=["query"]))
+    expected = load_model(str(folder), device="cpu", dtype="float32")
+    rename_base(folder, "some/base")
+    for name, source in (("adapter", folder), ("base", folder.parent / "base")):
+        repository = tmp_path / "hub" / f"models--some--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(source, repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    model = load_model("some/adapter", device="cpu", dtype="float32")
+    with torch.inference_mode():
+        assert torch.equal(model.module(IDS).last_hidden_state, expected.module(IDS).last_hidden_state)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 import genoembed
 from genoembed.cli import main
 from genoembed.errors import CheckpointError, ModelError, PoolingMismatchWarning
+from genoembed.models import locate
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
 from genoembed.store.reader import open_embeddings
@@ -239,3 +241,33 @@ def test_folder_of_sentence_transformers_itself_is_read(mode, tiny_folder, tmp_p
     if mode == "cls":
         found = vectors(SEQUENCES, model=str(tmp_path / "x"), dtype="float32")
         np.testing.assert_allclose(found, theirs.encode(SEQUENCES), rtol=0, atol=1e-5)
+
+
+def test_cached_repository_is_read_without_a_network(sentence_folder, tmp_path, monkeypatch):
+    folder = sentence_folder(("Pooling", new("cls")), ("Normalize", None))
+    expected = vectors(SEQUENCES, model=folder)
+    repository = tmp_path / "hub" / "models--some--thing"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    np.testing.assert_array_equal(vectors(SEQUENCES, model="some/thing"), expected)
+
+
+def test_files_of_a_repository_are_fetched_before_the_model_is(sentence_folder, monkeypatch):
+    folder = Path(sentence_folder(("Pooling", new("cls")), ("Normalize", None)))
+    asked = []
+
+    def download(repository, name, revision=None):
+        asked.append((repository, name, revision))
+        if not (folder / name).is_file():
+            raise OSError(name)
+        return str(folder / name)
+
+    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(locate, "hf_hub_download", download)
+    facts = find_facts("some/thing", revision="abc")
+    assert (facts.pooling, facts.normalize) == ("cls", True)
+    assert ("some/thing", "1_Pooling/config.json", "abc") in asked
+    assert not any(name.endswith("safetensors") for _, name, _ in asked)

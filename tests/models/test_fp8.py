@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,13 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genoembed.errors import MissingExtraError
+from genoembed.models.striped_hyena2 import fp8
 from genoembed.models.striped_hyena2.fp8 import emulate_product, round_to_e4m3
 from tests.oracles import hopper_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FORMS: dict[str, Callable[..., torch.Tensor]] = {"torch": emulate_product}
+FORMS: dict[str, Callable[..., torch.Tensor]] = {
+    name: partial(emulate_product, form=name)
+    for name, package in (("torch", "torch"), ("numba", "numba"))
+    if importlib.util.find_spec(package) is not None
+}
 SCALES = torch.tensor([61.189205, 0.37])
 
 
@@ -159,6 +168,30 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(form):
     whole = form(x, weight, SCALES)
     assert torch.equal(form(x[100:101], weight, SCALES), whole[100:101])
     assert torch.equal(form(x, weight[600:], SCALES), whole[:, 600:])
+
+
+def test_threads_change_nothing(form):
+    x, weight = normal(40, 96), normal(900, 96, seed=1)
+    alone, before = form(x, weight, SCALES), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(form(x, weight, SCALES), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numba_is_taken_on_cpus_where_it_works(monkeypatch):
+    name = "genoembed.models.striped_hyena2.fp8_numba"
+    expected = "numba" if "numba" in FORMS else "torch"
+    assert fp8.emulation_form(torch.device("cpu")) == expected
+    monkeypatch.setitem(sys.modules, name, None)  # as where it is absent, or is not for this NumPy
+    fp8._numba_sums.cache_clear()
+    try:
+        assert fp8.emulation_form(torch.device("cpu")) == "torch"
+        with pytest.raises(MissingExtraError, match=r"genoembed\[fp8\]"):
+            emulate_product(normal(1, 3), normal(2, 3), SCALES, form="numba")
+    finally:
+        fp8._numba_sums.cache_clear()
 
 
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())

@@ -24,19 +24,26 @@ T rows, K inputs, N outputs, G groups of 32 inputs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from genoembed.errors import MissingExtraError
 from genoembed.models.precision import without_autocast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 Fp8Form: TypeAlias = Literal["native", "emulated", "off"]
 """How a projection runs: in hardware, in software with the same result, or as an ordinary product."""
+
+EmulationForm: TypeAlias = Literal["torch", "numba"]
+"""What computes the emulation."""
 
 GROUP = 32
 """Inputs that the hardware adds at once."""
@@ -47,6 +54,8 @@ _HOPPER = 9
 """Compute capability of the GPUs whose FP8 sums are emulated."""
 _CUT_BITS = 23 - _FRACTION_BITS
 """Low bits of a float32 that a sum does not keep."""
+NO_EXPONENT = -64
+"""Exponent of zeros: less than that of any product, even beside the largest number."""
 _BIAS = 127
 """Added to the exponent in a float32."""
 _LOWEST, _HIGHEST = -6, 8
@@ -134,13 +143,33 @@ def _multiply_natively(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tenso
     return product_TN[:num_rows]
 
 
-def emulate_product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:
-    """Multiply as Hopper's tensor cores do, in PyTorch.
+def emulation_form(device: torch.device) -> EmulationForm:
+    """Choose the fastest form of the emulation that runs on a device."""
+    if device.type == "cpu" and _numba_sums() is not None:
+        return "numba"
+    return "torch"
+
+
+@cache
+def _numba_sums() -> Callable[..., Any] | None:
+    """Return the sums that numba compiles; None where it is not installed, or not for this NumPy."""
+    try:
+        from genoembed.models.striped_hyena2.fp8_numba import sum_products
+    except ImportError:
+        return None
+    return sum_products
+
+
+def emulate_product(
+    x_TK: Tensor, weight_NK: Tensor, scales: Tensor, *, form: EmulationForm | None = None
+) -> Tensor:
+    """Multiply as Hopper's tensor cores do.
 
     Args:
         x_TK: Activations, rounded to bfloat16 before anything else.
         weight_NK: Weights, rounded to bfloat16 before anything else.
         scales: What activations and weights are multiplied with. float32, shape ``(2,)``.
+        form: What computes; None takes the fastest that there is. All give the same bits.
 
     Returns:
         bfloat16, shape ``(T, N)``.
@@ -150,19 +179,52 @@ def emulate_product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:
         >>> emulate_product(x, torch.tensor([[2.0, 3.0]]), scales)
         tensor([[3.5000]], dtype=torch.bfloat16)
     """
-    rows, columns = _tile_shape(x_TK.device)
+    sum_products = _FORMS[form or emulation_form(x_TK.device)]
     with without_autocast(x_TK.device):
         left_TGK = _grouped(round_to_e4m3(x_TK, scales[0]))
-        sums_TN = left_TGK.new_empty(x_TK.shape[0], weight_NK.shape[0])
-        for column in range(0, weight_NK.shape[0], columns):
-            right_NGK = _grouped(round_to_e4m3(weight_NK[column : column + columns], scales[1]))
-            right_GKN = right_NGK.permute(1, 2, 0).contiguous()
-            right_powers_GKN = _powers_of_256(right_GKN)
-            for row in range(0, x_TK.shape[0], rows):
-                sums_TN[row : row + rows, column : column + columns] = _summed(
-                    left_TGK[row : row + rows].transpose(0, 1), right_GKN, right_powers_GKN
-                )
+        sums_TN = sum_products(left_TGK, weight_NK, scales[1])
         return (sums_TN * output_scale(scales)).to(torch.bfloat16)
+
+
+def _sum_in_torch(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
+    """Add up products in PyTorch, a tile of rows and columns at a time."""
+    rows, columns = _tile_shape(left_TGK.device)
+    sums_TN = left_TGK.new_empty(left_TGK.shape[0], weight_NK.shape[0])
+    for column in range(0, weight_NK.shape[0], columns):
+        right_NGK = _grouped(round_to_e4m3(weight_NK[column : column + columns], scale))
+        right_GKN = right_NGK.permute(1, 2, 0).contiguous()
+        right_powers_GKN = _powers_of_256(right_GKN)
+        for row in range(0, left_TGK.shape[0], rows):
+            sums_TN[row : row + rows, column : column + columns] = _sum_tile(
+                left_TGK[row : row + rows].transpose(0, 1), right_GKN, right_powers_GKN
+            )
+    return sums_TN
+
+
+def _sum_with_numba(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
+    """Add up products in code that numba compiles."""
+    sum_products = _numba_sums()
+    if sum_products is None:
+        raise MissingExtraError(package="numba", extra="fp8", purpose="this form of FP8")
+    left_exponents_TGK = exponents(left_TGK).masked_fill_(left_TGK == 0, NO_EXPONENT).to(torch.int8)
+    sums = sum_products(
+        left_TGK.numpy(),
+        left_exponents_TGK.numpy(),
+        weight_NK.detach().to(torch.bfloat16).view(torch.int16).numpy(),
+        float(scale),
+        num_threads=torch.get_num_threads(),
+    )
+    sums_TN = torch.from_numpy(sums)
+    has_nan_T = left_TGK.isnan().flatten(1).any(1)
+    if bool(has_nan_T.any()):  # integers do not carry it
+        sums_TN[has_nan_T] = torch.nan
+    return sums_TN
+
+
+_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch": _sum_in_torch,
+    "numba": _sum_with_numba,
+}
 
 
 def output_scale(scales: Tensor) -> Tensor:
@@ -208,7 +270,7 @@ def _grouped(x_RK: Tensor) -> Tensor:
     return F.pad(x_RK, (0, -x_RK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
 
 
-def _summed(left_GTK: Tensor, right_GKN: Tensor, right_powers_GKN: Tensor) -> Tensor:
+def _sum_tile(left_GTK: Tensor, right_GKN: Tensor, right_powers_GKN: Tensor) -> Tensor:
     """Add up the products of a tile, group by group; float32."""
     left_powers_GTK = _powers_of_256(left_GTK)
     num_groups, num_rows, _ = left_GTK.shape

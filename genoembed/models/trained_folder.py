@@ -67,8 +67,8 @@ class FinetunedFacts:
     """All that the file says."""
     unsupported: str | None = None
     """What of it is not done here."""
-    counts_special: bool = False
-    """Whether special tokens count in its pooling, which they never do here."""
+    counts_tokens: bool = False
+    """Whether each token counts once in its pooling, special ones too; here bases count."""
 
     def finish(self, pooled_ND: Tensor) -> Tensor:
         """Project and normalize pooled vectors, as training did."""
@@ -230,7 +230,7 @@ def _read_sentence_folder(folder: Path) -> FinetunedFacts | None:
         pooler=None,
         values={"task": "sentence-transformers", "modules": kinds, "normalize": normalize, "pooler": None},
         unsupported=" and ".join(problems) or None,
-        counts_special=pooling != "cls" and "WordWeights" not in steps,
+        counts_tokens=pooling != "cls" and "WordWeights" not in steps,
     )
 
 
@@ -245,10 +245,13 @@ def _sentence_pooling(values: Mapping[str, Any]) -> str:
 
 def _is_done_here(kind: str, values: Mapping[str, Any]) -> bool:
     """Check that a module is done here, or does nothing when a trained model runs."""
-    if kind == "WordWeights":  # as genoembed exports models: special tokens have weight 0, all others 1
+    if kind == "WordWeights":  # as genoembed exports models: words weigh their bases, special tokens nothing
         weights = values.get("word_weights") or {}
-        only_special = all(weight == 0 and not word.isalpha() for word, weight in weights.items())
-        return only_special and values.get("unknown_word_weight") == 1
+        by_bases = all(
+            not word.isalpha() if weight == 0 else weight in range(1, len(word) + 1)
+            for word, weight in weights.items()
+        )
+        return by_bases and values.get("unknown_word_weight") == 1
     return kind in ("Transformer", "Pooling", "Normalize", "Dropout")
 
 

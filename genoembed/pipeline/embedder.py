@@ -96,8 +96,10 @@ class UnitEmbedder:
             mirror=config.windows.per_window,
         )
         self._check()
-        if facts is not None and facts.counts_special and self._cutter.encoder.num_special_tokens:
-            message = "model %s: its own %s counts special tokens, too, which are left out here"
+        encoder = self._cutter.encoder
+        counts_otherwise = encoder.num_special_tokens or not self._cutter.has_token_per_base
+        if facts is not None and facts.counts_tokens and counts_otherwise:
+            message = "model %s: its own %s counts every token once, special ones too; here, bases count"
             logger.warning(message, model.name, facts.pooling)
         slabs = SlabBuilder(
             cutter=self._cutter,

@@ -180,7 +180,7 @@ def test_model_in_a_folder_of_its_own_is_found(sentence_folder, tiny_folder):
     np.testing.assert_array_equal(vectors(SEQUENCES, model=folder), plain)
 
 
-def test_special_tokens_that_would_count_are_said(sentence_folder, caplog):
+def test_tokens_that_would_count_otherwise_are_said(sentence_folder, caplog):
     for number, (modules, is_said) in enumerate(
         (
             ([("Pooling", new("mean"))], True),
@@ -197,7 +197,7 @@ def test_special_tokens_that_would_count_are_said(sentence_folder, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             vectors(SEQUENCES, model=sentence_folder(*modules, name=f"x{number}"))
-        assert ("counts special tokens" in caplog.text) is is_said
+        assert ("counts every token once, special ones too" in caplog.text) is is_said
 
 
 def test_extract_states_it_in_the_file_and_verify_agrees(sentence_folder, tmp_path):

@@ -96,4 +96,4 @@ def spawn():
 def run_options() -> set[str]:
     """Options of a training command that belong to the run, not to its configuration."""
     messages = {"help_all", "quiet", "verbose", "as_json"}
-    return {"output_dir", "config_file", "resume", "overwrite", "threads", *messages}
+    return {"output_dir", "config_file", "resume", "overwrite", "threads", "imported", *messages}

@@ -248,11 +248,14 @@ def _mix(batches: Sequence[NDArray[np.int64]], codes: NDArray[np.int64]) -> None
         code = int(codes[batch[0]])
         if len(batch) < 2 or (codes[batch] != code).any():
             continue
-        found = givers.setdefault(code, _able_to_give(batches, codes, code))
-        for giver in found:
+        giver = next(givers.setdefault(code, _able_to_give(batches, codes, code)), None)
+        if giver is None:
+            # swaps for other classes may have brought more: look through all of them once again
+            givers[code] = _able_to_give(batches, codes, code)
+            giver = next(givers[code], None)
+        if giver is not None:
             place = int(np.flatnonzero(codes[giver] != code)[-1])
             batch[-1], giver[place] = giver[place], batch[-1]
-            break
 
 
 def _able_to_give(

@@ -29,6 +29,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from genoembed.errors import ConfigError
 from genoembed.models.fft import fft_convolution
@@ -475,6 +476,7 @@ class Evo1ForCausalLM(Evo1PreTrainedModel, GenerationMixin):
         """Replace the embedding of tokens."""
         self.backbone.embedding_layer = value
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -488,7 +490,6 @@ class Evo1ForCausalLM(Evo1PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **_: object,
     ) -> CausalLMOutputWithPast:
         """Score the next token at every position.
@@ -505,7 +506,6 @@ class Evo1ForCausalLM(Evo1PreTrainedModel, GenerationMixin):
             output_hidden_states: See there.
             logits_to_keep: Score only this many last positions; 0 scores all.
             num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
-            return_dict: False returns a plain tuple; None asks the configuration.
 
         Returns:
             ``logits`` of shape ``(B, L, V)``, ``loss`` in nats where labels are given, ``hidden_states`` and
@@ -537,8 +537,7 @@ class Evo1ForCausalLM(Evo1PreTrainedModel, GenerationMixin):
             hidden_states=found.hidden_states,
             past_key_values=found.past_key_values,
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return output
 
     prepare_inputs_for_generation = StripedHyena2ForCausalLM.prepare_inputs_for_generation
 

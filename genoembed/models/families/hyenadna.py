@@ -29,6 +29,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.models.fft import fft_convolution, fft_length
@@ -438,12 +439,12 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         self.backbone = HyenaBackbone(config)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -453,7 +454,6 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             output_hidden_states: Whether to return the residual stream before each block and after the last,
                 and the normed end: ``n_layer + 2`` tensors. None asks the configuration.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **others: An ``attention_mask`` must mark no padding before a token: it would be seen. Padding on
                 the right changes nothing and needs no mask. Other arguments do nothing.
 
@@ -488,8 +488,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=x_BLD, hidden_states=(*streams, x_BLD) if output_hidden_states else None
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return output
 
 
 class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
@@ -505,6 +504,7 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.d_model, config.num_embeddings, bias=False)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -513,7 +513,6 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Score the next token at every position.
@@ -525,7 +524,6 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
             output_hidden_states: Whether to return the residual streams; None asks the configuration.
             logits_to_keep: Score only this many last positions; 0 scores all.
             num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **others: As in :meth:`HyenaDNAModel.forward`.
 
         Returns:
@@ -545,8 +543,7 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
                 logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
             )
         output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return output
 
     def prepare_inputs_for_generation(
         self,

@@ -26,7 +26,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.olmo.modeling_olmo import eager_attention_forward, rotate_half
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 if TYPE_CHECKING:
@@ -341,6 +341,7 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
         self.model = OmniDnaModel(config)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -359,8 +360,7 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
         Returns:
             Logits, and the loss if there are labels.
         """
-        kwargs.pop("return_dict", None)
-        outputs = self.model(input_ids, **kwargs)
+        outputs = self.model(input_ids, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BLD = outputs.last_hidden_state[:, kept]
         parts = self.model.transformer

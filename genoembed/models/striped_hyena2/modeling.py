@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ModelError, ShapeError
@@ -150,6 +151,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         kind = AttentionBlock if config.block_kind(index) == "attention" else HyenaBlock
         return kind(config, index)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -160,7 +162,6 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         past_key_values: StripedHyena2Cache | None = None,
         use_cache: bool = False,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **_: object,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -183,7 +184,6 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             use_cache: Start such a state if none is given.
             output_hidden_states: Whether to return the residual stream before each block and the normed end;
                 None asks the configuration.
-            return_dict: False returns a plain tuple; None asks the configuration.
 
         Returns:
             ``last_hidden_state`` (after the final norm), shape ``(B, L, D)``; ``hidden_states`` and
@@ -200,7 +200,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=x_BLD, hidden_states=streams, past_key_values=cache
         )
-        return self._as_asked(output, return_dict)
+        return output
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -231,10 +231,6 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             x_BLD = context.segments.collect(x_BLD)
             streams = [context.segments.collect(stream) for stream in streams]
         return x_BLD, tuple(streams) or None
-
-    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
 
 
 def _build_context(
@@ -306,7 +302,8 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         super().__init__(config)
         self.unembed = Unembedding()
 
-    def forward(  # type: ignore[override]
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -319,7 +316,6 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **_: object,
     ) -> CausalLMOutputWithPast:
         """Score the next token at every position.
@@ -339,7 +335,6 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
             output_hidden_states: Whether to return the residual streams; None asks the configuration.
             logits_to_keep: Score only this many last positions; 0 scores all.
             num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
-            return_dict: False returns a plain tuple; None asks the configuration.
 
         Returns:
             ``logits`` of shape ``(B, L, V)``, ``loss`` in nats where labels are given, ``hidden_states`` and
@@ -360,7 +355,7 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=streams, past_key_values=cache
         )
-        return self._as_asked(output, return_dict)
+        return output
 
     def prepare_inputs_for_generation(
         self,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.models.families.caduceus.configuration import CaduceusConfig
@@ -371,12 +371,12 @@ class Caduceus(CaduceusPreTrainedModel):
         self.backbone = CaduceusBackbone(config)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the blocks over sequences of one length: what padding there is, is read as sequence.
@@ -387,7 +387,6 @@ class Caduceus(CaduceusPreTrainedModel):
             output_hidden_states: Whether to return the embedding, what each block but the last gives, and
                 the final states; None asks the configuration. (Official code leaves out the final states of
                 models without ``fused_add_norm``.)
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: What heads and trainers pass to any model; a mask is not used, and warned about if it
                 masks.
 
@@ -412,7 +411,7 @@ class Caduceus(CaduceusPreTrainedModel):
         )
         states = (*before, hidden_BLD) if wants_states else None
         output = BaseModelOutput(last_hidden_state=hidden_BLD, hidden_states=states)
-        return _as_asked(output, self.config, return_dict)
+        return output
 
 
 class CaduceusForMaskedLM(CaduceusPreTrainedModel):
@@ -440,13 +439,13 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
         """Replace the head."""
         self.lm_head = new_embeddings
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Score the token at every position.
@@ -456,7 +455,6 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Tokens to recover; -100 takes no part. int64, shape ``(B, L)``.
             output_hidden_states: As for :class:`Caduceus`.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: As for :class:`Caduceus`; ``num_items_in_batch`` divides the summed loss.
 
         Returns:
@@ -477,7 +475,7 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return _as_asked(output, self.config, return_dict)
+        return output
 
 
 class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
@@ -497,13 +495,13 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Score the classes.
@@ -513,7 +511,6 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Class or values of each sequence, as ``problem_type`` has it.
             output_hidden_states: As for :class:`Caduceus`.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: As for :class:`Caduceus`.
 
         Returns:
@@ -534,15 +531,10 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return _as_asked(output, self.config, return_dict)
+        return output
 
 
 class CaduceusForTokenClassification(GenericForTokenClassification, CaduceusPreTrainedModel):
     """Caduceus with a class of each token."""
 
     base_model_prefix = "caduceus"
-
-
-def _as_asked(output: Any, config: CaduceusConfig, return_dict: bool | None) -> Any:
-    wants_dict = config.return_dict if return_dict is None else return_dict
-    return output if wants_dict else output.to_tuple()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from genoembed.errors import ShapeError
 from genoembed.models.families.ntv3.configuration import Ntv3Config
@@ -314,10 +315,6 @@ class Ntv3PreTrainedModel(PreTrainedModel):
         """Replace the embedding."""
         self.base_model.core.embed_layer = value
 
-    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
@@ -362,12 +359,12 @@ class Ntv3Model(Ntv3PreTrainedModel):
         )
         return f"core.{name}"
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the blocks over sequences of one length: what padding there is, is read as sequence.
@@ -377,7 +374,6 @@ class Ntv3Model(Ntv3PreTrainedModel):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             output_hidden_states: Whether to return what the stem and each block give, at their own lengths;
                 None asks the configuration. (The official ones begin with the first block.)
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: What heads and trainers pass to any model; not used.
 
         Returns:
@@ -390,7 +386,7 @@ class Ntv3Model(Ntv3PreTrainedModel):
         output = BaseModelOutput(
             last_hidden_state=x_BLD, hidden_states=self._wanted(given, output_hidden_states)
         )
-        return self._as_asked(output, return_dict)
+        return output
 
     def _run(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         if (input_ids is None) == (inputs_embeds is None):
@@ -423,13 +419,13 @@ class Ntv3ForMaskedLM(Ntv3Model):
         """Replace the last layer of the head."""
         self.core.lm_head.head = new_embeddings  # type: ignore[assignment]
 
-    def forward(  # type: ignore[override]
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Score the token at every position.
@@ -439,7 +435,6 @@ class Ntv3ForMaskedLM(Ntv3Model):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Tokens to recover; -100 takes no part. int64, shape ``(B, L)``.
             output_hidden_states: As for :class:`Ntv3Model`.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: ``num_items_in_batch`` divides the summed loss; nothing else is used.
 
         Returns:
@@ -456,7 +451,7 @@ class Ntv3ForMaskedLM(Ntv3Model):
             num_items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(logits, labels, self.config.alphabet_size, num_items_in_batch=num_items)
         states = self._wanted(given, output_hidden_states)
-        return self._as_asked(MaskedLMOutput(loss=loss, logits=logits, hidden_states=states), return_dict)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
 
 
 class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
@@ -473,13 +468,13 @@ class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
         self.score = nn.Linear(config.conv_init_embed_dim, config.num_labels)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Score the classes.
@@ -489,7 +484,6 @@ class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
             inputs_embeds: Embedded tokens instead of ids. Floating, shape ``(B, L, D)``.
             labels: Class or values of each sequence, as ``problem_type`` has it.
             output_hidden_states: As for :class:`Ntv3Model`.
-            return_dict: False returns a plain tuple; None asks the configuration.
             **kwargs: Not used.
 
         Returns:
@@ -509,7 +503,7 @@ class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
-        return self._as_asked(output, return_dict)
+        return output
 
 
 class Ntv3ForTokenClassification(GenericForTokenClassification, Ntv3PreTrainedModel):

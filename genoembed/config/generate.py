@@ -6,7 +6,7 @@ from genoembed.config.choices import ComputeDtype, FailurePolicy, StartChoice
 from genoembed.config.embed import INPUT, MODEL, ModelConfig, PolicyConfig
 from genoembed.config.fields import option
 
-SEQUENCES, DRAWS, OUTPUT = "Sequences", "How tokens are drawn", "Output"
+SEQUENCES, DRAWS, OUTPUT = "Sequences", "Sampling", "Output"
 
 
 class GenerateConfig(ModelConfig, PolicyConfig):
@@ -42,12 +42,13 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         group=SEQUENCES,
         basic=True,
         metavar="BASES",
-        help="Bases of a sequence, without its prompt. A token of several bases may go beyond.",
+        help="Bases of a sequence, without its prompt; a last token of several bases may exceed it.",
     )
     stop_at_end: bool = option(
         True,
         group=SEQUENCES,
-        help="End a sequence where the model ends a document; without it that token is never drawn.",
+        help="End a sequence where the model predicts the end of a document; without it, that token is "
+        "never sampled.",
     )
     start_token: StartChoice = option(
         "auto",
@@ -67,7 +68,7 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         group=DRAWS,
         basic=True,
         metavar="X",
-        help="Below 1, likely tokens become likelier; 0 takes the likeliest one.",
+        help="Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token.",
     )
     top_k: int | None = option(
         None,
@@ -77,7 +78,7 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         basic=True,
         metavar="N",
         shown_default="all",
-        help="Draw from the N likeliest tokens only.",
+        help="Sample from the N most likely tokens only.",
     )
     top_p: float = option(
         1.0,
@@ -86,7 +87,7 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         group=DRAWS,
         basic=True,
         metavar="P",
-        help="Draw from the fewest tokens only whose probabilities sum to P.",
+        help="Sample from the smallest set of tokens whose probabilities sum to P.",
     )
     seed: int = option(0, ge=0, group=DRAWS, basic=True, metavar="N", help="Random seed.")
     batch_rows: int = option(
@@ -95,12 +96,13 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         unit="sequences",
         group=MODEL,
         metavar="N",
-        help="Sequences that grow together; fewer need less memory.",
+        help="Sequences that are generated together; fewer need less memory.",
     )
     cache: bool = option(
         True,
         group=MODEL,
-        help="Go on from the model's state after each token; without it, the model reads everything again.",
+        help="Keep the model's state (key-value cache) between tokens; without it, each token takes a pass "
+        "over the whole sequence.",
     )
     on_error: FailurePolicy = option(
         "stop",

@@ -76,10 +76,18 @@ class ScheduleConfig(OptimizerConfig):
         help="Share of the steps in which the rate rises, from a tenth of its peak.",
     )
     warmup_steps: int | None = option(
-        None, ge=0, group=OPTIMIZATION, metavar="N", help="The same as a number of steps."
+        None,
+        ge=0,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="Number of steps in which the rate rises, instead of a share.",
     )
     min_learning_rate: float = option(
-        0.0, ge=0, group=OPTIMIZATION, metavar="RATE", help="Where cosine, linear and plateau end."
+        0.0,
+        ge=0,
+        group=OPTIMIZATION,
+        metavar="RATE",
+        help="Learning rate at the end of cosine and linear, and the lowest one of plateau.",
     )
     plateau_factor: float = option(
         0.5, gt=0, lt=1, group=OPTIMIZATION, metavar="X", help="For plateau: the rate is multiplied by it."

@@ -126,7 +126,7 @@ def generate(
 ) -> GenerationReport:
     """Continue the sequences of files with a causal model.
 
-    Only tokens made of A, C, G and T can be drawn, and the token that ends a document. The same prompt and
+    Only tokens made of A, C, G and T can be sampled, and the token that ends a document. The same prompt and
     seed give the same sequences in float32, whatever their number, batch and order; the first two of four are
     those of two.
 
@@ -139,9 +139,9 @@ def generate(
         overwrite: Replace a file that ``generate`` has written, once the new one is complete.
         num_samples: Sequences for each prompt.
         length: Bases of a sequence; its last token may go beyond.
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_k: Draw from so many of the likeliest tokens only; None is all.
-        top_p: Of these, draw from the fewest only whose probabilities sum to this.
+        temperature: Logits are divided by it; 0 is greedy: always the most likely token.
+        top_k: Sample from this number of most likely tokens only; None for all.
+        top_p: Of these, sample from the smallest set whose probabilities sum to this.
         seed: Random seed, 0 or more.
         progress: Called with the running totals after each forward pass.
         **options: ``tag`` (text before each prompt), ``start_token`` (``auto``, or ``none``),

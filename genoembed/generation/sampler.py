@@ -58,19 +58,19 @@ _SURE = 1e-4
 _BLOCK = 4096
 """Positions of a pass that scores one row alone: always the same, so that its rounding is."""
 _GONE_SHARE = 2
-"""Rows that have ended leave the batch when those that go on are fewer than one in so many."""
+"""Rows that have ended are taken out when at most one of this many still grows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """From which tokens one is drawn, and how likely each is."""
+    """Which tokens are sampled, with which probabilities."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Logits are divided by it; 0 is greedy: always the most likely token."""
     top_k: int | None = None
-    """Only so many of the likeliest tokens; None is all."""
+    """Number of most likely tokens to sample from; None for all."""
     top_p: float = 1.0
-    """Of these, only the fewest whose probabilities sum to this or more."""
+    """Of these, the smallest set whose probabilities sum to at least this."""
 
 
 class Draw(NamedTuple):
@@ -263,13 +263,13 @@ class SequenceGenerator:
         self._room = self._prompt_tokens()
 
     def _check_words(self) -> None:
-        """Raise if a word does not go on where the one before it ends."""
+        """Raise if tokens overlap: the next one would not begin where the last one ends."""
         encoded = self._encoder.encode(_PROBE)
         first, past = encoded.base_start, encoded.base_end
         if first is not None and past is not None and (first[first >= 0][1:] < past[first >= 0][:-1]).any():
             message = (
-                f"model {self.model.model.name!r}: the words of its tokenizer overlap, so one that is drawn "
-                "need not go on where the last one ends; set model to one whose words lie side by side"
+                f"model {self.model.model.name!r}: its tokens are overlapping k-mers, so a sampled one need "
+                "not continue the one before it; set model to one with non-overlapping tokens"
             )
             raise ModelError(message)
 
@@ -386,7 +386,7 @@ class SequenceGenerator:
         for order in orders:
             lengths.setdefault(len(order.prompt.ids), []).append(order)
         for length, group in lengths.items():
-            # a prompt is read once for all its samples, and only so many prompts fit a pass
+            # a prompt is read once for all its samples; the token budget limits the prompts of a pass
             num_prompts = max(1, self._block_tokens // length)
             batch: list[_Order] = []
             seen: set[tuple[int, ...]] = set()

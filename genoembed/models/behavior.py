@@ -33,7 +33,6 @@ _LENGTH_KEYS = (
     "max_seq_len",
     "max_seq_length",
     "max_sequence_length",
-    "max_seqlen",
     "seq_length",
     "n_ctx",
     "max_seqlen",

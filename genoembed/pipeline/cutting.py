@@ -261,7 +261,7 @@ class Cutter:
         if starts is None or (starts >= 0).sum() <= room:
             return
         filled = int(starts[starts >= 0][room])
-        # of words side by side, what is left at the sequence's end may take a token for each base
+        # of non-overlapping k-mers, the remainder at the sequence's end may take one token per base
         rest = (self.encoder.frame_bp - 1) * self.encoder.frame_bp
         for size in (filled, filled - rest, *(int(filled * share) for share in _SHARES)):
             if surely < size < len(sequence):

@@ -46,8 +46,8 @@ def iter_windows(
     base of the core are left out.
 
     With ``frame_bp``, windows begin, and their shares of the core end, at multiples of it: where tokens are
-    words of so many bases side by side, all windows have the same words. The last window may be a part of a
-    word shorter, then. ``window_bp`` must be a multiple.
+    non-overlapping k-mers of this length, all windows have the same k-mers. The last window may then be
+    shorter by a part of one. ``window_bp`` must be a multiple.
 
     Example:
         >>> for w in iter_windows(10, window_bp=6, stride_bp=4):

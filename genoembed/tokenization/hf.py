@@ -64,7 +64,7 @@ class SequenceEncoder(Protocol):
 
     @property
     def frame_bp(self) -> int:
-        """Bases of a word where words of one length lie side by side: a window holds whole words; else 1."""
+        """Length of non-overlapping k-mers, in bases: a window holds whole ones; else 1."""
 
     def encode(self, sequence: bytes) -> EncodedSequence:
         """Encode one sequence."""

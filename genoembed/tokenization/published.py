@@ -63,7 +63,7 @@ def ntv3_characters(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokeni
 
 
 def generator_kmers(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of GENERator: 6-mers side by side, and one token for what remains at the end.
+    """Build the tokenizer of GENERator: non-overlapping 6-mers, and one token for what remains at the end.
 
     Letters are read in runs of upper case, k at a time from the left; a word that is not in the vocabulary
     (the remainder, one with an N) and each other character are ``unk_token``.

@@ -129,7 +129,7 @@ def test_pool_mask_of_a_region_within_a_word():
 
 @st.composite
 def encodings(draw):
-    """Words side by side or overlapping, with gaps of letters without a word, special tokens around."""
+    """Non-overlapping or overlapping words, with gaps of letters without a word, special tokens around."""
     spans, position = [], draw(st.integers(0, 2))
     overlaps = draw(st.booleans())
     for width in draw(st.lists(st.integers(1, 6), max_size=12)):

@@ -496,7 +496,7 @@ def test_words_that_overlap_are_refused(tmp_path):
     model.model = genoembed.GenomicModel(
         loaded("llama").module, KmerTokenizer(str(vocabulary)), name="overlapping"
     )
-    with pytest.raises(ModelError, match="'overlapping': the words of its tokenizer overlap"):
+    with pytest.raises(ModelError, match="'overlapping': its tokens are overlapping k-mers"):
         SequenceGenerator(model, GeneratorOptions())
 
 

@@ -1,6 +1,6 @@
 """Words of bases against a slow oracle: windows, regions, pooling, spans, values of bases.
 
-Four kinds of tokens: bytes, words side by side, words of a learned vocabulary, words at every base. The
+Four kinds of tokens: bytes, non-overlapping words, words of a learned vocabulary, words at every base. The
 oracle splits each window into tokens letter by letter, runs it alone, and goes from base to base.
 """
 

@@ -1,4 +1,4 @@
-"""Tokenizers of overlapping k-mers (DNABERT) and of k-mers side by side (GENERator)."""
+"""Tokenizers of overlapping k-mers (DNABERT) and of non-overlapping k-mers (GENERator)."""
 
 from __future__ import annotations
 

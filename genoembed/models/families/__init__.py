@@ -203,7 +203,7 @@ def _is_dnabert(published: Published) -> bool:
 
 
 def _is_generator(published: Published) -> bool:
-    """Llama that reads k-mers side by side."""
+    """Llama that reads non-overlapping k-mers."""
     if published.model_type not in (None, "llama"):
         return False
     has_words = published.vocabulary[:1] == ("<oov>",) and published.word_length is not None

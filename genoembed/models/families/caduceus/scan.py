@@ -145,7 +145,7 @@ def _recur(decay_BTNE: Tensor, inflow_BTNE: Tensor, start_BNE: Tensor, out_BTNE:
 
     Nothing is divided and no exponential of a sum is taken, so that no decay, however fast, overflows. Step
     after step on a CPU, where a step costs what its values cost. Elsewhere a step costs a launch: there,
-    blocks of positions run side by side from zero, and then each gets what is left of the state before it.
+    blocks of positions run in parallel from zero, and then each gets what is left of the state before it.
     """
     length = decay_BTNE.shape[1]
     block = length if decay_BTNE.device.type == "cpu" else math.isqrt(length - 1) + 1

@@ -52,7 +52,7 @@ def test_files_say_whether_fp8_was_on(files):
 def test_compare_finds_the_difference_and_its_reason(files):
     report = genoembed.compare(*files)
     assert not report.is_within
-    assert "fp8: 'on' against nothing recorded" in report.setting_differences
+    assert "fp8: 'on' against 'off'" in report.setting_differences
 
 
 def test_verify_repeats_what_the_file_says(files):
@@ -68,7 +68,7 @@ def test_search_embeds_queries_as_the_file_was(files, fasta):
     with pytest.warns(PrecisionWarning):
         found = genoembed.search(fasta, off, k=1)
     assert [hit.score for hit in found.hits] == pytest.approx([1.0] * 3, abs=1e-6)
-    with pytest.raises(ConfigError, match="fp8: 'on' against nothing recorded"):
+    with pytest.raises(ConfigError, match="fp8: 'on' against 'off'"):
         genoembed.search(fasta, off, fp8="auto")
     assert len(genoembed.search(fasta, on, fp8="emulate").hits) >= 3
 

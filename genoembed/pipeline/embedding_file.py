@@ -146,8 +146,8 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     if isinstance(content := model.get("content"), Mapping):
         # weights are compared above; of files that are older than this key, nothing more is known
         settings["model files"] = {name: value for name, value in content.items() if name != "weights"}
-    if model.get("fp8") not in (None, "off"):  # the vectors of the others say nothing, or are older than it
-        settings["fp8"] = "on"
+    if "weights_sha256" in model:  # files from before FP8 could be on say nothing about it
+        settings["fp8"] = "off" if model.get("fp8") in (None, "off") else "on"
     settings |= {name: embedding[name] for name in _COMPARED if name in embedding}
     if embedding.get("fusion", "none") != "none" and "layers" in provenance:
         settings["layers"] = list(provenance["layers"])

@@ -6,6 +6,7 @@ left random, and what is not causal is refused.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,9 @@ from genoembed.models.architecture import (
     trusted_code,
     unbuildable,
 )
-from genoembed.models.load import load_tokenizer, without_progress_bars
+from genoembed.models.load import check_scales, load_tokenizer, without_progress_bars
 from genoembed.models.locate import find_source
+from genoembed.models.registry import entry_named
 from genoembed.tokenization.char import CharTokenizer
 
 if TYPE_CHECKING:
@@ -102,6 +104,9 @@ def _load(
             f"({', '.join(wrong[:_NAMES_SHOWN])}); go on from a causal model with its head"
         )
         raise CheckpointError(message, path=source.location)
+    if source.is_local:
+        entry = source.entry or entry_named(getattr(model_config, "checkpoint_name", None))
+        check_scales(model, entry, Path(source.location))
     if source.adapter is not None:
         merge_adapter(source.adapter, model)
     return model, load_tokenizer(source, model_config, options, family=family)

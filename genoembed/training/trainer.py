@@ -236,6 +236,13 @@ class ResumableTrainer(Trainer):
             **arguments,
         )
         self.remove_callback(PrinterCallback)
+        forms = (getattr(module, "fp8_form", None) for module in self.model.modules())
+        if running := next((form for form in forms if form in ("native", "emulated")), None):
+            logger.warning(
+                "input projections run in FP8 (%s), in training as well: the loss is that of the rounded "
+                "products, the gradients are those of products without rounding",
+                running,
+            )
 
     @property
     def folder(self) -> Path:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from genoembed.errors import CheckpointError, ConfigError, ModelError, PrecisionWarning
 from genoembed.models import registry
@@ -27,6 +27,8 @@ from genoembed.models.striped_hyena2 import convert as convert_module
 from genoembed.models.striped_hyena2 import fp8 as fp8_module
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.convert import convert_checkpoint, read_vortex_config, vortex_arguments
+from genoembed.training.start import load_causal
+from genoembed.training.trainer import ResumableTrainer
 from tests.models.conftest import make_batch
 from tests.oracles import hopper_product
 
@@ -282,6 +284,19 @@ def test_folder_of_an_earlier_release_is_to_be_converted_again(outdated):
         load(outdated)
     with pytest.warns(PrecisionWarning, match="much worse"):
         assert load(outdated, fp8="off").fp8 is None
+
+
+def test_pretraining_does_not_go_on_from_a_folder_of_an_earlier_release(outdated):
+    with pytest.raises(CheckpointError, match="no FP8 scales, which evo2_tiny needs"):
+        load_causal(str(outdated))
+
+
+def test_training_in_fp8_says_so(needing, optional, tmp_path, caplog):
+    for folder, is_said in ((needing, True), (optional, False)):
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        ResumableTrainer(model=load_causal(str(folder)).model, args=arguments, callbacks=[])
+        assert ("input projections run in FP8 (emulated), in training as well" in caplog.text) is is_said
+        caplog.clear()
 
 
 def test_folder_that_was_fine_tuned_without_scales_goes_on_without(outdated):

@@ -1,8 +1,8 @@
 """Matrix products as the FP8 tensor cores of NVIDIA Hopper compute them, on any device.
 
 In: activations, weights, and the two fixed scales of a checkpoint. Out: the product in bfloat16, as
-Transformer Engine returns it on Hopper. Promised: every form of the emulation (PyTorch, numba, Triton) equals
-exact integer arithmetic bit for bit, and a row does not depend on the rows beside it.
+Transformer Engine returns it on Hopper. Promised: both forms of the emulation (PyTorch, numba) equal exact
+integer arithmetic bit for bit, and a row does not depend on the rows beside it.
 
 Evo 2's 1B, 20B and 40B checkpoints were trained with such input projections and give other numbers without
 them. What makes them special is less the eight bits than the sum:

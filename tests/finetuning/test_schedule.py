@@ -37,6 +37,12 @@ def test_plateau_lowers_the_rate_while_a_metric_below_zero_falls():
     assert [rate for rate, _ in rates] == [1.0, 1.0, 0.5, 0.5, 0.25]
 
 
+def test_plateau_lowers_the_rate_while_a_metric_below_zero_stands_still():
+    for greater_is_better in (True, False):
+        rates = plateau(values=[-0.5] * 5, greater_is_better=greater_is_better)
+        assert [rate for rate, _ in rates] == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
 def test_plateau_keeps_the_rate_while_a_metric_below_zero_gets_better():
     assert [rate for rate, _ in plateau(values=[-0.5, -0.4, -0.3, -0.2], greater_is_better=True)] == [1.0] * 4
     assert [rate for rate, _ in plateau(values=[-1.0, -2.0, -3.0], greater_is_better=False)] == [1.0] * 3

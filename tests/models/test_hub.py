@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import ssl
@@ -11,12 +12,14 @@ from contextlib import contextmanager
 from urllib.error import URLError
 
 import pytest
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from genoembed.errors import CheckpointError, ModelNotFoundError
-from genoembed.models import locate
+from genoembed.models import load, locate
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from genoembed.models.locate import hub_answers, silence_reason
+from tests.tiny_models import build_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,40 @@ def server(answer: bytes | None):
         finally:
             stop.set()
             thread.join()
+
+
+def test_revision_reaches_all_that_transformers_fetches(tmp_path, monkeypatch):
+    folder = build_tiny("llama", tmp_path / "llama")
+    values = json.loads((folder / "config.json").read_text())
+    asked = []
+
+    def watch(kind):
+        original = kind.from_pretrained.__func__
+
+        def from_pretrained(cls, name, *args, revision=None, **kwargs):
+            asked.append((kind.__name__, name, revision))
+            return original(cls, str(folder), *args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
+
+    def get_config_dict(name, revision=None, **others):
+        if name != str(folder):
+            asked.append(("config.json", name, revision))
+        return dict(values), others
+
+    for kind in (AutoConfig, AutoModel, AutoTokenizer):
+        watch(kind)
+    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", get_config_dict)
+    monkeypatch.setattr(load, "cached_file", lambda *args, **kwargs: None)
+
+    def download(repository, name, revision=None):
+        raise OSError(name)
+
+    monkeypatch.setattr(locate, "hf_hub_download", download)
+    load_model("some/model", device="cpu", dtype="float32", revision="abc")
+    assert {kind for kind, _, _ in asked} == {"config.json", "AutoConfig", "AutoModel", "AutoTokenizer"}
+    assert {(name, revision) for _, name, revision in asked} == {("some/model", "abc")}
 
 
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "401 Unauthorized"])

@@ -168,6 +168,19 @@ def test_equal_sequences_run_once_and_each_has_its_row(family, slab_batches, poo
             np.testing.assert_array_equal(matrix[2], matrix[5])
 
 
+def test_token_vectors_are_given_up_as_they_are_joined():
+    """A record's tokens may fill most of the memory: they are never held twice."""
+    records = tuple(SequenceRecord(id=str(n), sequence=random_dna(40, n).encode()) for n in range(3))
+    embedder = embedder_of("esm", pooling="none", layers=("0", "final"), window=20, stride=16)
+    results = embedder.runner(WorkUnit(number=0, records=records))
+    block = embedder.rows(results).block
+    assert len(block.lengths) == 3
+    pieces = [number for windows in results.taken.values() for number in windows.values()]
+    for layer in results.vectors.names:
+        assert len(block.values[layer]) == block.lengths.sum() > 0
+        assert results.vectors.num_tokens(layer, [piece.number for piece in pieces]) == 0
+
+
 def test_equal_windows_of_one_record_run_once(monkeypatch):
     seen = watched_batches(monkeypatch, "llama")
     embedder = embedder_of("llama", window=10, stride=10, per_window=True)

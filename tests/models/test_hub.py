@@ -67,7 +67,8 @@ def test_revision_reaches_all_that_transformers_fetches(tmp_path, monkeypatch):
         original = kind.from_pretrained.__func__
 
         def from_pretrained(cls, name, *args, revision=None, **kwargs):
-            asked.append((kind.__name__, name, revision))
+            if name != str(folder):  # what transformers calls itself then
+                asked.append((kind.__name__, name, revision))
             return original(cls, str(folder), *args, **kwargs)
 
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))

@@ -136,7 +136,7 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     Example:
         >>> made = {"model": {"weights_sha256": "ab"}, "config": {"embedding": {"rc": "none"}}}
         >>> comparable_settings(made, "blocks.1")
-        {'layer': 'blocks.1', 'model': 'ab', 'rc': 'none'}
+        {'layer': 'blocks.1', 'model': 'ab', 'fp8': 'off', 'rc': 'none'}
     """
     model, config = _section(provenance, "model"), _section(provenance, "config")
     embedding, trained = _section(config, "embedding"), _section(provenance, "finetuned")

@@ -28,6 +28,7 @@ from genoembed.training.distributed import (
     num_processes,
     wait_for_all,
 )
+from genoembed.training.rates import FEW_ROWS, HEAD_RATE, encoder_rate
 from genoembed.training.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -141,11 +142,13 @@ class _Run:
             with reporting_writes(self.folder.target):
                 write_json(self.folder.path / CONFIG_FILE, self.requested.to_flat())
         checkpoint = from_first(checkpoint)
-        recipe = self.config.recipe
+        recipe, num_rows = self.config.recipe, len(self.setup.dataset)
+        chosen = encoder_rate(self.setup.width, tuning=self.config.encoder.tuning, num_rows=num_rows)
         logger.info(
-            "training for %d steps at most, rate %.2g, of heads %.2g",
-            total_steps(recipe, num_rows=len(self.setup.dataset), world_size=self.arguments.world_size),
+            "training for %d steps at most, rate %.2g (%s), of heads %.2g",
+            total_steps(recipe, num_rows=num_rows, world_size=self.arguments.world_size),
             recipe.learning_rate,
+            chosen.why if self.requested.recipe.learning_rate is None else "as set",
             recipe.head_learning_rate,
         )
         trainer.train_from(checkpoint)
@@ -220,18 +223,8 @@ def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:
     return {name.removeprefix(side): value for name, value in metrics.items() if name.startswith(side)}
 
 
-# Sources of the defaults: epochs, Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for
-# large ones); rate of all weights, 3e-5 at width 768 (Zhou et al. 2024, DNABERT-2), above it in inverse
-# proportion to the width (Yang et al. 2022); adapters, 2e-4 (Hu et al. 2022); both a third less below 2,000
-# rows (Mosbach et al. 2021: small steps). At width 128 these are too low: 1e-3 and 3e-3 on 700 rows did
-# better (benchmarks/results/finetuning.md); between the widths, rates lie on a line in logarithms. New heads,
-# 1e-3 (Kingma and Ba 2015, Adam's own).
-_SMALL, _LARGE = 2_000, 20_000
-_NARROW, _WIDE = 128, 768
-_FULL_RATES, _LORA_RATES = (1.5e-3, 3e-5), (4.5e-3, 2e-4)
-"""At the width ``_NARROW`` and at ``_WIDE``, for sets that are not small."""
-_HEAD_RATE = 1e-3
-_SMALL_SCALE = 2 / 3
+# Epochs: Mosbach et al. 2021 (small sets need 20) and Devlin et al. 2019 (3 for large ones)
+_LARGE = 20_000
 
 
 def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
@@ -246,33 +239,16 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
     """
     recipe, task = config.recipe, config.objective.task
     metric = recipe.metric or TASK_METRICS[task][0]
-    epochs = 20 if num_rows < _SMALL else 10 if num_rows < _LARGE else 3
-    rate = recipe.learning_rate or default_rate(
-        width, uses_adapters=config.encoder.tuning == "lora", num_rows=num_rows
-    )
+    epochs = 20 if num_rows < FEW_ROWS else 10 if num_rows < _LARGE else 3
+    rate = recipe.learning_rate or encoder_rate(width, tuning=config.encoder.tuning, num_rows=num_rows).value
     resolved = recipe.changed(
         max_epochs=recipe.max_epochs or epochs,
         learning_rate=rate,
-        head_learning_rate=recipe.head_learning_rate or max(_HEAD_RATE, rate),
+        head_learning_rate=recipe.head_learning_rate or max(HEAD_RATE, rate),
         metric=metric,
         dtype=resolved_dtype(recipe.dtype),
     )
     return config.changed(recipe=resolved)
-
-
-def default_rate(width: int, *, uses_adapters: bool, num_rows: int) -> float:
-    """Compute the peak rate of an encoder for which none is set.
-
-    Example:
-        >>> [round(default_rate(w, uses_adapters=False, num_rows=500), 6) for w in (128, 768, 4096)]
-        [0.001, 2e-05, 4e-06]
-    """
-    narrow, wide = _LORA_RATES if uses_adapters else _FULL_RATES
-    share = math.log(max(width, _NARROW) / _NARROW) / math.log(_WIDE / _NARROW)
-    rate = narrow * (wide / narrow) ** min(share, 1.0)
-    if width > _WIDE and not uses_adapters:
-        rate *= _WIDE / width
-    return rate * (_SMALL_SCALE if num_rows < _SMALL else 1.0)
 
 
 def finetune_arguments(

@@ -37,6 +37,7 @@ from genoembed.training.distributed import (
     wait_for_all,
 )
 from genoembed.training.log import MetricsFile
+from genoembed.training.rates import pretraining_rate
 from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
 from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
 
@@ -156,7 +157,6 @@ class PackedTrainer(ResumableTrainer):
 
 logger = logging.getLogger(__name__)
 
-_BASE_RATE, _BASE_WIDTH = 2e-3, 128
 _MAX_WARMUP = 200
 _RULES = ResumeRules(
     digests={
@@ -320,11 +320,14 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 def _resolved_recipe(recipe: RecipeConfig, start: Start) -> RecipeConfig:
     """Fill in what goes by model and hardware."""
-    width = getattr(start.model.config, "hidden_size", None) or _BASE_WIDTH
-    rate = _BASE_RATE * math.sqrt(_BASE_WIDTH / max(width, _BASE_WIDTH)) * (1 if start.is_new else 0.1)
+    chosen = pretraining_rate(getattr(start.model.config, "hidden_size", None), is_new=start.is_new)
+    rate, why = (
+        (chosen.value, chosen.why) if recipe.learning_rate is None else (recipe.learning_rate, "as set")
+    )
+    logger.info("training for %d steps, rate %.2g (%s)", recipe.max_steps, rate, why)
     warmup = min(_MAX_WARMUP, recipe.max_steps // 20)
     return recipe.changed(
-        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
+        learning_rate=rate,
         warmup_steps=warmup if recipe.warmup_steps is None else recipe.warmup_steps,
         dtype=resolved_dtype(recipe.dtype),
     )

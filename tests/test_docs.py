@@ -1,8 +1,10 @@
 """What README and docs tell people to type: commands exist as written, and blocks run.
 
-Blocks marked ``bash`` and ``python`` run, page by page, top to bottom, in a folder with a few small files. In
-all other blocks, each ``genoembed`` command line must be one that the command takes, and each Python call
-(``py``) one that the function takes: they need models, data or hours that a test has not.
+Blocks marked ``bash`` and ``python`` run, page by page, top to bottom, in a folder with a few small files;
+``python`` blocks that follow each other are one program, and ``title="needs PACKAGE"`` leaves one out where
+the package is not installed. In all other blocks, each ``genoembed`` command line must be one that the
+command takes, and each Python call (``py``) one that the function takes: they need models, data or hours that
+a test has not.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import pytest
 
 import genoembed
+import genoembed.training
 from genoembed.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.M | re.S)
 RUN = ("bash", "python")
 BINARIES = Path(sys.executable).parent
 
@@ -34,7 +38,21 @@ BINARIES = Path(sys.executable).parent
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
     """Return language and text of a page's blocks."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [(language, text) for language, text in found if not languages or language in languages]
+    return [(language, text) for language, _, text in found if not languages or language in languages]
+
+
+def programs(page: Path) -> list[tuple[str, str]]:
+    """Return what runs of a page: its ``bash`` blocks, and ``python`` blocks, neighbors joined."""
+    found: list[tuple[str, str]] = []
+    for language, rest, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        needed = re.search(r'title="needs (\w+)"', rest)
+        if language not in RUN or (needed and find_spec(needed[1]) is None):
+            continue
+        if language == "python" and found and found[-1][0] == language:
+            found[-1] = (language, found[-1][1] + text)
+        else:
+            found.append((language, text))
+    return found
 
 
 def command_lines(text: str) -> list[list[str]]:
@@ -124,7 +142,7 @@ def test_blocks_of_a_page_run(page, stage, tmp_path):
         "MPLBACKEND": "agg",
         "PYTHONPATH": str(ROOT),
     }
-    for language, text in blocks(page, *RUN):
+    for language, text in programs(page):
         words = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
             [*words, text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -136,6 +154,12 @@ def test_reference_has_every_public_name():
     named = set(re.findall(r"^::: genoembed\.(\w+)$", (ROOT / "docs" / "API.md").read_text(), flags=re.M))
     errors = {"GenoembedError", "GenoembedWarning"}  # in the tree of errors
     assert set(genoembed.__all__) - named - errors == {"__version__"}
+
+
+def test_reference_has_every_public_part_of_training():
+    page = (ROOT / "docs" / "API.md").read_text()
+    named = re.findall(r"^::: genoembed\.training\.(\w+)$", page, flags=re.M)
+    assert sorted(named) == sorted(genoembed.training.__all__)
 
 
 def vector_of(model) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import genoembed
+import genoembed.training
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
@@ -27,13 +28,13 @@ PARTS = (
     "genoembed.sklearn",
     "genoembed.training.heads",
 )
-"""Modules of which users take parts into their own loops, beside the names of ``genoembed.__all__``."""
+"""Modules of which users take parts, beside the public names of ``genoembed`` and its ``training``."""
 
 
 def public_objects() -> dict[str, set[str]]:
     """Return the public functions and classes of each file."""
     found: dict[str, set[str]] = {}
-    objects = [getattr(genoembed, name) for name in genoembed.__all__]
+    objects = [getattr(home, name) for home in (genoembed, genoembed.training) for name in home.__all__]
     for part in PARTS:
         module = importlib.import_module(part)
         objects += [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from genoembed.config.choices import Distance
 from genoembed.config.retrieval import ContrastiveConfig
@@ -35,6 +36,8 @@ from genoembed.training.heads import at_least_float32
 from genoembed.training.log import LossOutput, StepStatistics, relative_spread, score_statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 
@@ -114,6 +117,60 @@ def info_nce(
         ),
         parts={name: float(value.detach()) for name, value in parts.items()},
     )
+
+
+class SentenceContrastiveLoss(nn.Module):
+    """:func:`info_nce` as a loss of sentence-transformers, for its ``SentenceTransformerTrainer``.
+
+    Columns of the data are in its order: query, positive, and any number of negatives.
+
+    Args:
+        model: A ``SentenceTransformer``, or what like it returns ``sentence_embedding`` for its inputs.
+        config: What is compared; None is ``ContrastiveConfig()``.
+
+    Example:
+        >>> class Doubled(torch.nn.Module):
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": features["input_ids"].float()}
+        >>> queries, positives = {"input_ids": torch.eye(2)}, {"input_ids": torch.eye(2)}
+        >>> loss = SentenceContrastiveLoss(Doubled(), ContrastiveConfig(temperature=1.0))
+        >>> loss([queries, positives], None)
+        tensor(0.3133)
+    """
+
+    def __init__(self, model: nn.Module, config: ContrastiveConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, config or ContrastiveConfig()
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed each column, scale vectors to length 1, and take the loss.
+
+        Args:
+            sentence_features: Inputs of the model, one mapping a column: queries, positives, negatives, each
+                of the same number of rows B.
+            labels: Not looked at: each query has its own positive.
+
+        Returns:
+            Scalar, float32 (float64 for float64 vectors).
+
+        Raises:
+            ShapeError: If there are no positives, or columns differ in their rows.
+        """
+        columns = [self.model(dict(features))["sentence_embedding"] for features in sentence_features]
+        if len({column.shape for column in columns}) != 1 or len(columns) < 2:
+            message = f"columns: {[tuple(c.shape) for c in columns]}, expected the same (B, D) twice or more"
+            raise ShapeError(message)
+        query_BD, *passages = (F.normalize(at_least_float32(column), dim=-1) for column in columns)
+        # group by group, the positive first
+        return info_nce(query_BD, torch.stack(passages, dim=1).flatten(0, 1), config=self.config).loss
+
+    def get_config_dict(self) -> dict[str, object]:
+        """Return what sentence-transformers writes about the loss into its model card.
+
+        Returns:
+            The settings by name.
+        """
+        return self.config.to_dict()
 
 
 def two_view_loss(

@@ -57,6 +57,13 @@ class KmerTerms:
     def of(self, sequence: bytes) -> NDArray[np.int64]:
         """Number the k-mer that ends at each base.
 
+        Args:
+            sequence: Letters, one byte a base; U is T, and case does not count.
+
+        Returns:
+            Terms, ``NO_TERM`` at the first ``k - 1`` bases and for k-mers with another letter. int64,
+            shape ``(len(sequence),)``.
+
         Example:
             >>> KmerTerms(k=3).of(b"ACGT").tolist()
             [-1, -1, 6, 6]
@@ -119,6 +126,18 @@ def collate_terms(
     base_starts: Sequence[NDArray[np.int64] | None] | None = None,
 ) -> TokenTerms:
     """Stack the terms of several sequences.
+
+    Args:
+        sequences: Letters, one byte a base.
+        kmers: Which k-mers are terms.
+        base_starts: First base of each token of each sequence, -1 for special tokens, int64, shape ``(L,)``;
+            None stands for one token per base.
+
+    Returns:
+        Terms, and the token that carries each.
+
+    Raises:
+        ShapeError: If there are not as many ``base_starts`` as sequences.
 
     Example:
         >>> terms = collate_terms([b"ACGT", b"NACG"], KmerTerms(k=3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genoembed.config.choices import (
     ComputeDtype,
@@ -21,7 +21,7 @@ from genoembed.config.choices import (
     StorageDtype,
     Strands,
 )
-from genoembed.config.fields import Config, option
+from genoembed.config.fields import Config, option, same_option
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
@@ -144,6 +144,27 @@ class ModelConfig(Config):
         shown_default="2048 on a CPU, 16384 elsewhere",
         help="Tokens of one forward pass, padding included; fewer need less memory.",
     )
+
+
+_OF_FILE: dict[str, Any] = {"shown_default": "as FILE.h5 says", "basic": False}
+
+
+class FileModel(Config):
+    """The model that made an embedding file: where it is now, and how it runs."""
+
+    model: str | None = same_option(
+        ModelConfig, "model", None, help="Where the model of FILE.h5 is now.", **_OF_FILE
+    )
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
+    dtype: ComputeDtype | None = same_option(
+        ModelConfig, "dtype", None, help="Type of weights and activations.", **_OF_FILE
+    )
+    fp8: Fp8Choice | None = same_option(
+        ModelConfig, "fp8", None, help="FP8 input projections of Evo 2.", **_OF_FILE
+    )
+    device: str | None = same_option(ModelConfig, "device", basic=False)
+    threads: int | None = same_option(ModelConfig, "threads")
+    batch_tokens: int | None = same_option(ModelConfig, "batch_tokens", basic=False)
 
 
 class EmbeddingConfig(Config):
@@ -278,6 +299,24 @@ class OutputConfig(Config):
         basic=True,
         help="If FILE is complete and this very run made it, keep it and stop. A run that was cut off always "
         "continues where it was.",
+    )
+
+
+class TableOutput(Config):
+    """Where a table goes."""
+
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        short="-o",
+        metavar="FILE",
+        shown_default="standard output",
+        help="The table to write.",
+        writes="table",
+    )
+    overwrite: bool = option(
+        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
     )
 
 

@@ -174,6 +174,33 @@ def option(  # noqa: PLR0913 - all that is known about an option
     return field(default, description=help, json_schema_extra={"option": facts}, **bounds)
 
 
+def same_option(config: type[Config], key: str, *default: object, **changes: object) -> Any:
+    """Describe an option as another configuration does, but for its default and what else is given.
+
+    Example:
+        >>> class Read(Config):
+        ...     threads: int = option(4, ge=1, metavar="N", help="CPU threads.")
+        >>> class Write(Config):
+        ...     threads: int | None = same_option(Read, "threads", None, shown_default="all")
+        >>> found = Write.options()["threads"]
+        >>> found.default, found.help, found.metavar, dict(found.bounds)
+        (None, 'CPU threads.', 'N', {'ge': 1})
+    """
+    field = config.model_fields[key]
+    extra: Any = field.json_schema_extra
+    facts = extra["option"] | _bounds(field) | {"help": field.description} | changes
+    return option(*(default or (... if field.is_required() else field.default,)), **facts)
+
+
+def _bounds(field: FieldInfo) -> dict[str, float]:
+    return {
+        name: found
+        for name in _BOUNDS
+        for item in field.metadata
+        if (found := getattr(item, name, None)) is not None
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
     """One option as the help, the command line and messages need it."""
@@ -366,12 +393,6 @@ def _described(key: str, field: FieldInfo) -> Option:
         optional = True
     if get_origin(kind) is tuple:
         kind, several = get_args(kind)[0], True
-    bounds = {
-        name: found
-        for name in _BOUNDS
-        for item in field.metadata
-        if (found := getattr(item, name, None)) is not None
-    }
     default = None if field.is_required() else field.default
     return Option(
         key=key,
@@ -381,7 +402,7 @@ def _described(key: str, field: FieldInfo) -> Option:
         default=default,
         required=field.is_required(),
         help=field.description or "",
-        bounds=bounds,
+        bounds=_bounds(field),
         **facts,
     )
 

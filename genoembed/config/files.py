@@ -6,22 +6,26 @@ from typing import TYPE_CHECKING
 
 from genoembed.config.choices import (
     ComputeDtype,
-    DuplicatePolicy,
-    EmptyPolicy,
     ExportFormat,
     FailurePolicy,
-    Fp8Choice,
-    GapPolicy,
-    InvalidPolicy,
     TableFormat,
 )
-from genoembed.config.embed import DEFAULT_MODEL
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import (
+    DEFAULT_MODEL,
+    INPUT,
+    MODEL,
+    OUTPUT,
+    FileModel,
+    ModelConfig,
+    PolicyConfig,
+    TableOutput,
+)
+from genoembed.config.fields import Config, option, same_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LIMITS, CHECKED, MODEL, INPUT, OUTPUT = "What counts as equal", "What is checked", "Model", "Input", "Output"
+LIMITS, CHECKED = "What counts as equal", "What is checked"
 
 
 class MergeConfig(Config):
@@ -55,7 +59,7 @@ class CompareConfig(Config):
     overwrite: bool = option(False, group=OUTPUT, help="Replace FILE.")
 
 
-class VerifyConfig(Config):
+class VerifyConfig(FileModel):
     """How a sample of a file is embedded again."""
 
     sample: int = option(
@@ -82,49 +86,6 @@ class VerifyConfig(Config):
         metavar="FILE",
         help="Where the files of regions are now. Repeatable.",
         reads="if there",
-    )
-    model: str | None = option(
-        None,
-        group=MODEL,
-        metavar="NAME",
-        shown_default="as FILE.h5 says",
-        help="Where the model is now.",
-        reads="if there",
-    )
-    trust_remote_code: bool = option(
-        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
-    )
-    dtype: ComputeDtype | None = option(
-        None,
-        group=MODEL,
-        shown_default="as FILE.h5 says",
-        help="Type of weights and activations.",
-    )
-    fp8: Fp8Choice | None = option(
-        None, group=MODEL, shown_default="as FILE.h5 says", help="FP8 input projections of Evo 2."
-    )
-    device: str | None = option(
-        None,
-        group=MODEL,
-        metavar="DEVICE",
-        shown_default="cuda if present, else cpu",
-        help="cpu, cuda, cuda:1 ...",
-    )
-    threads: int | None = option(
-        None,
-        ge=1,
-        group=MODEL,
-        metavar="N",
-        shown_default="PyTorch decides",
-        help="CPU threads of the model.",
-    )
-    batch_tokens: int | None = option(
-        None,
-        ge=1,
-        unit="tokens",
-        group=MODEL,
-        metavar="N",
-        help="Tokens of one forward pass, padding included.",
     )
 
 
@@ -159,12 +120,8 @@ class ModelExportConfig(Config):
     )
     overwrite: bool = option(False, group=OUTPUT, help="Replace DIR once the new one is complete.")
     dtype: ComputeDtype = option("float32", group=MODEL, help="Type of the weights.")
-    revision: str | None = option(
-        None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
-    )
-    trust_remote_code: bool = option(
-        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
-    )
+    revision: str | None = same_option(ModelConfig, "revision")
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
 
 
 class ConvertConfig(Config):
@@ -210,10 +167,10 @@ class DoctorConfig(Config):
         shown_default="1e-4",
         help="Largest difference to a published vector, relative to its largest value.",
     )
-    revision: str | None = option(
-        None, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
+    revision: str | None = same_option(ModelConfig, "revision", group="Options")
+    device: str | None = same_option(
+        ModelConfig, "device", group="Options", basic=False, shown_default="cpu", help="cpu, cuda, cuda:1 ..."
     )
-    device: str | None = option(None, metavar="DEVICE", shown_default="cpu", help="cpu, cuda, cuda:1 ...")
 
     def _problems(self) -> Iterable[str]:
         if self.model == DEFAULT_MODEL and self.known_as is not None:
@@ -237,15 +194,11 @@ class LayersConfig(Config):
         flag="--all",
         help="List every module that can be captured, not only those with short names.",
     )
-    revision: str | None = option(
-        None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
-    )
-    trust_remote_code: bool = option(
-        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
-    )
+    revision: str | None = same_option(ModelConfig, "revision")
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
 
 
-class PredictConfig(Config):
+class PredictConfig(TableOutput, PolicyConfig):
     """How a fine-tuned model predicts."""
 
     inputs: tuple[str, ...] = option(
@@ -254,35 +207,9 @@ class PredictConfig(Config):
         help="Sequence files in any format of extract; - is standard input.",
         reads=True,
     )
-    output: str | None = option(
-        None,
-        group=OUTPUT,
-        basic=True,
-        short="-o",
-        metavar="FILE",
-        shown_default="standard output",
-        help="The table to write.",
-        writes="table",
-    )
     format: TableFormat = option("auto", group=OUTPUT, help="Kind of table; auto decides by the name.")
-    overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
-    )
-    invalid: InvalidPolicy = option(
-        "error",
-        group=INPUT,
-        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
-    )
-    duplicates: DuplicatePolicy = option(
-        "error", group=INPUT, help="An id that appears again: stop, or append _2, _3 ..."
-    )
-    empty: EmptyPolicy = option("error", group=INPUT, help="A record without bases: stop, or skip it.")
-    gaps: GapPolicy = option("error", group=INPUT, help="Gap letters (- . *): stop, or remove them.")
-    keep_case: bool | None = option(
-        None,
-        group=INPUT,
-        shown_default="as in training",
-        help="Leave soft-masked bases in lower case.",
+    keep_case: bool | None = same_option(  # type: ignore[assignment]
+        PolicyConfig, "keep_case", None, shown_default="as in training"
     )
     on_error: FailurePolicy = option(
         "stop",
@@ -292,21 +219,8 @@ class PredictConfig(Config):
         "NA in its row and exit with 3 at the end.",
     )
     batch_rows: int = option(16, ge=1, group=MODEL, metavar="N", help="Windows of one forward pass.")
-    device: str | None = option(
-        None,
-        group=MODEL,
-        metavar="DEVICE",
-        shown_default="cuda if present, else cpu",
-        help="cpu, cuda, cuda:1 ...",
-    )
-    threads: int | None = option(
-        None,
-        ge=1,
-        group=MODEL,
-        metavar="N",
-        shown_default="PyTorch decides",
-        help="CPU threads of the model.",
-    )
-    trust_remote_code: bool = option(
-        False, group=MODEL, help="Run the Python code that DIR contains. Read it first."
+    device: str | None = same_option(ModelConfig, "device", basic=False, help="cpu, cuda, cuda:1 ...")
+    threads: int | None = same_option(ModelConfig, "threads")
+    trust_remote_code: bool = same_option(
+        ModelConfig, "trust_remote_code", help="Run the Python code that DIR contains. Read it first."
     )

@@ -16,14 +16,20 @@ from genoembed.config.choices import (
     LabelKind,
     M3Mode,
     ScopeChoice,
-    SplitMethod,
     Task,
     TokenPooling,
     Tuning,
 )
 from genoembed.config.embed import DEFAULT_MODEL, PolicyConfig
 from genoembed.config.fields import Config, option
-from genoembed.config.labeled import SPLIT, AugmentConfig, CleaningConfig, TableColumns, split_problems
+from genoembed.config.labeled import (
+    SPLIT,
+    AugmentConfig,
+    CleaningConfig,
+    SplitShares,
+    TableColumns,
+    split_problems,
+)
 from genoembed.config.training import DATA, OPTIMIZATION, RUN, RunFolderConfig, ScheduleConfig
 from genoembed.errors import Problem, Remedy
 
@@ -184,7 +190,7 @@ class EncoderConfig(Config):
                 yield Problem(found, Remedy("tuning", tuning), f", or leave {key} out")
 
 
-class FinetuneDataConfig(TableColumns, CleaningConfig, PolicyConfig):
+class FinetuneDataConfig(TableColumns, CleaningConfig, SplitShares, PolicyConfig):
     """Which sequences and labels, what is done with rows that are not clean, and how rows are divided."""
 
     train: tuple[str, ...] = option(
@@ -226,30 +232,6 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, PolicyConfig):
         group=DATA,
         help="A negative of a retrieval example that is its own query or positive: stop, drop it, or "
         "keep it.",
-    )
-    split: SplitMethod = option(
-        "stratified",
-        group=SPLIT,
-        basic=True,
-        help="How rows are divided where no files are given: at random; keeping the shares of labels; "
-        "keeping "
-        "homologs together; or by a column.",
-    )
-    validation_fraction: float = option(
-        0.1,
-        ge=0,
-        lt=1,
-        group=SPLIT,
-        metavar="SHARE",
-        help="Share of the rows that stops training and chooses the best step; 0 for none.",
-    )
-    test_fraction: float = option(
-        0.1,
-        ge=0,
-        lt=1,
-        group=SPLIT,
-        metavar="SHARE",
-        help="Share of the rows that is evaluated once, at the end; 0 for none.",
     )
     homologs: HomologPolicy = option(
         "ignore",

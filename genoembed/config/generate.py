@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from genoembed.config.choices import ComputeDtype, FailurePolicy, StartChoice
-from genoembed.config.embed import INPUT, MODEL, ModelConfig, PolicyConfig
-from genoembed.config.fields import option
+from genoembed.config.embed import INPUT, MODEL, OUTPUT, ModelConfig, PolicyConfig, TableOutput
+from genoembed.config.fields import option, same_option
 
-SEQUENCES, DRAWS, OUTPUT = "Sequences", "Sampling", "Output"
+SEQUENCES, DRAWS = "Sequences", "Sampling"
 
 
 class GenerateConfig(ModelConfig, PolicyConfig):
@@ -111,19 +111,8 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         help="A prompt that fails (values that are not finite, no memory, too short, mostly unread): stop, "
         "or write a record without bases and exit with 3 at the end.",
     )
-    output: str | None = option(
-        None,
-        group=OUTPUT,
-        basic=True,
-        short="-o",
-        metavar="FILE",
-        shown_default="standard output",
-        help="The FASTA file to write.",
-        writes="fasta",
-    )
+    output: str | None = same_option(TableOutput, "output", help="The FASTA file to write.", writes="fasta")
     with_prompt: bool = option(
         False, group=OUTPUT, help="Write each sequence with the prompt before it, not alone."
     )
-    overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
-    )
+    overwrite: bool = same_option(TableOutput, "overwrite")

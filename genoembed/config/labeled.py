@@ -146,7 +146,7 @@ class LabeledConfig(TableColumns):
             yield f"columns {', '.join(named)}: one is named twice; name each column once"
 
 
-class SplitConfig(Config):
+class SplitShares(Config):
     """How rows are divided into train, validation and test."""
 
     split: SplitMethod = option(
@@ -154,8 +154,7 @@ class SplitConfig(Config):
         group=SPLIT,
         basic=True,
         help="How rows are divided where no files are given: at random; keeping the shares of labels; "
-        "keeping "
-        "homologs together; or by a column.",
+        "keeping homologs together; or by a column.",
     )
     validation_fraction: float = option(
         0.1,
@@ -173,6 +172,11 @@ class SplitConfig(Config):
         metavar="SHARE",
         help="Share of the rows that is evaluated once, at the end; 0 for none.",
     )
+
+
+class SplitConfig(SplitShares):
+    """How rows are divided, and with which seed."""
+
     seed: int = option(0, ge=0, help="Random seed: which rows.")
 
     def _problems(self) -> Iterator[str]:

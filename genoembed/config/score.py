@@ -12,14 +12,14 @@ from genoembed.config.choices import (
     StartChoice,
     UnsupportedPolicy,
 )
-from genoembed.config.embed import INPUT, MODEL, ModelConfig, PolicyConfig
+from genoembed.config.embed import INPUT, MODEL, OUTPUT, ModelConfig, PolicyConfig, TableOutput
 from genoembed.config.fields import Config, option
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCORES, VARIANTS, OUTPUT = "Scores", "Variants (with --vcf)", "Output"
+SCORES, VARIANTS = "Scores", "Variants (with --vcf)"
 DEFAULT_FLANK = 512
 
 
@@ -107,7 +107,7 @@ class VariantConfig(ScoreRunConfig):
     )
 
 
-class ScoreFiles(Config):
+class ScoreFiles(TableOutput):
     """What scoring reads and writes."""
 
     inputs: tuple[str, ...] = option(
@@ -133,16 +133,6 @@ class ScoreFiles(Config):
         help="With --vcf: the sequences it was called against.",
         reads=True,
     )
-    output: str | None = option(
-        None,
-        group=OUTPUT,
-        basic=True,
-        short="-o",
-        metavar="FILE",
-        shown_default="standard output",
-        help="The table to write.",
-        writes="table",
-    )
     per_base: str | None = option(
         None,
         group=OUTPUT,
@@ -157,9 +147,6 @@ class ScoreFiles(Config):
         metavar="FILE",
         help="With --vcf and --layer: HDF5 file of differences of vectors.",
         writes="hdf5",
-    )
-    overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Replace existing files once the new ones are complete."
     )
 
 

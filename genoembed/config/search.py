@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genoembed.config.choices import (
     DuplicatePolicy,
     EmptyPolicy,
     FailurePolicy,
-    Fp8Choice,
     GapPolicy,
     InvalidPolicy,
     Metric,
     TransformAxes,
     TransformMethod,
 )
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import OUTPUT, FileModel, PolicyConfig, TableOutput
+from genoembed.config.fields import Config, option, same_option
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NEAR, INDEX, HYBRID = "Neighbors", "Approximate search", "Hybrid search"
-QUERIES, OUTPUT, FIT = "Queries", "Output", "The transform"
+QUERIES, FIT = "Queries", "The transform"
+_POLICY: dict[str, Any] = {"group": QUERIES, "basic": False, "shown_default": "error"}
 
 
 class NeighborConfig(Config):
@@ -98,7 +99,7 @@ class NeighborConfig(Config):
                 )
 
 
-class SearchConfig(NeighborConfig):
+class SearchConfig(TableOutput, FileModel, NeighborConfig):
     """One search: the query files and what they are embedded with, the heads, and where the table goes."""
 
     against: str = option(
@@ -128,35 +129,10 @@ class SearchConfig(NeighborConfig):
         help="Sequence files, or one embedding file; - is standard input.",
         reads=True,
     )
-    model: str | None = option(
-        None,
-        group=QUERIES,
-        metavar="NAME",
-        shown_default="as FILE.h5 says",
-        help="Model for the queries.",
-        reads="if there",
-    )
-    trust_remote_code: bool = option(
-        False, group=QUERIES, help="Run the Python code that the model's repository contains. Read it first."
-    )
-    invalid: InvalidPolicy | None = option(
-        None,
-        group=QUERIES,
-        shown_default="error",
-        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
-    )
-    duplicates: DuplicatePolicy | None = option(
-        None,
-        group=QUERIES,
-        shown_default="error",
-        help="An id that appears again: stop, or append _2, _3 ...",
-    )
-    empty: EmptyPolicy | None = option(
-        None, group=QUERIES, shown_default="error", help="A record without bases: stop, or skip it."
-    )
-    gaps: GapPolicy | None = option(
-        None, group=QUERIES, shown_default="error", help="Gap letters (- . *): stop, or remove them."
-    )
+    invalid: InvalidPolicy | None = same_option(PolicyConfig, "invalid", None, **_POLICY)
+    duplicates: DuplicatePolicy | None = same_option(PolicyConfig, "duplicates", None, **_POLICY)
+    empty: EmptyPolicy | None = same_option(PolicyConfig, "empty", None, **_POLICY)
+    gaps: GapPolicy | None = same_option(PolicyConfig, "gaps", None, **_POLICY)
     on_error: FailurePolicy | None = option(
         None,
         group=QUERIES,
@@ -164,52 +140,6 @@ class SearchConfig(NeighborConfig):
         shown_default="stop",
         help="A query that fails (values that are not finite, no memory, nothing to pool): stop, or leave it "
         "out, and exit with 3 at the end.",
-    )
-    dtype: str | None = option(
-        None,
-        group=QUERIES,
-        metavar="TYPE",
-        shown_default="as FILE.h5 says",
-        help="Type of weights and activations.",
-    )
-    fp8: Fp8Choice | None = option(
-        None, group=QUERIES, shown_default="as FILE.h5 says", help="FP8 input projections of Evo 2."
-    )
-    device: str | None = option(
-        None,
-        group=QUERIES,
-        metavar="DEVICE",
-        shown_default="cuda if present, else cpu",
-        help="cpu, cuda, cuda:1 ...",
-    )
-    threads: int | None = option(
-        None,
-        ge=1,
-        group=QUERIES,
-        metavar="N",
-        shown_default="PyTorch decides",
-        help="CPU threads of the model.",
-    )
-    batch_tokens: int | None = option(
-        None,
-        ge=1,
-        unit="tokens",
-        group=QUERIES,
-        metavar="N",
-        help="Tokens of one forward pass, padding included.",
-    )
-    output: str | None = option(
-        None,
-        group=OUTPUT,
-        basic=True,
-        short="-o",
-        metavar="FILE",
-        shown_default="standard output",
-        help="The table to write.",
-        writes="table",
-    )
-    overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
     )
 
 

@@ -404,7 +404,6 @@ REASONS = {
     "genoembed.finetuning.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
-    "genoembed.pipeline.masking": "a reducer beside those of forward, which a file cannot hold as well",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""

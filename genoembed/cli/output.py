@@ -349,6 +349,11 @@ class Reading:
     left_s: float | None
     """None where the size of the input is not known."""
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything is done."""
+        return self.records > 0 or self.bases > 0
+
     def __str__(self) -> str:
         clock = (
             f"{duration(self.elapsed_s)} elapsed" if self.left_s is None else f"{duration(self.left_s)} left"
@@ -408,7 +413,8 @@ def _lines(meter: Meter, *, clock: Callable[[], float] = time.perf_counter) -> C
     def on_totals(totals: RunTotals) -> None:
         nonlocal last
         reading = meter.read(totals)
-        if clock() - last >= LINE_INTERVAL_S:
+        # loading a model takes time as well: a line that counts nothing would only look like a run that hangs
+        if reading.has_begun and clock() - last >= LINE_INTERVAL_S:
             last = clock()
             _logger.info("%s", reading)
 

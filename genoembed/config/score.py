@@ -37,8 +37,9 @@ class ScoreRunConfig(ModelConfig):
     start_token: StartChoice = option(
         "auto",
         group=SCORES,
-        help="What the model reads before the first base, so that this base is scored as well: auto "
-        "takes the token that begins a sequence in training; with none the first base has no score.",
+        help="What a causal model reads before the first base, so that this base is scored as well: auto "
+        "takes the token that begins a sequence in training; with none the first base has no score. Masked "
+        "models score the first base in any case, read what their tokenizer adds, and take auto only.",
     )
     on_error: FailurePolicy = option(
         "stop",

@@ -22,7 +22,7 @@ from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.rows import check_sequences, group_numbers
-from genoembed.pipeline.forward import run_in_parts
+from genoembed.pipeline.batches import run_in_parts
 from genoembed.retrieval.candidates import sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
 

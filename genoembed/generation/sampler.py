@@ -29,9 +29,9 @@ from genoembed.errors import (
     foreign_code,
     is_out_of_memory,
 )
-from genoembed.pipeline.batches import default_batch_tokens
+from genoembed.pipeline.batches import default_batch_tokens, run_in_parts
 from genoembed.pipeline.cutting import find_start_token
-from genoembed.pipeline.forward import LEAST_BLOCK_TOKENS, run_in_parts
+from genoembed.pipeline.forward import LEAST_BLOCK_TOKENS
 from genoembed.pipeline.units import RunStats
 from genoembed.tokenization.hf import build_encoder, letter_tokens, unread_problem
 

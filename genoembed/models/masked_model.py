@@ -51,10 +51,29 @@ class MaskedModel:
         Returns:
             Of each hidden token, row by row. float32, shape ``(M,)``, on the CPU.
         """
+        logits_MV, targets_M = self._hidden_logits(ids_BL, attention_BL, hidden_BL)
+        return target_log_probs(logits_MV[None], targets_M[None])[0]
+
+    def word_log_probs(self, ids_BL: Tensor, attention_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+        """Score all words of the vocabulary in the place of the hidden tokens of each row.
+
+        Args:
+            ids_BL: Token ids, none hidden. int64, shape ``(B, L)``.
+            attention_BL: 1 where a token is real. int64, shape ``(B, L)``.
+            hidden_BL: True where a token is hidden from the model. bool, shape ``(B, L)``.
+
+        Returns:
+            Of each hidden token, row by row. float32, shape ``(M, V)``, on the CPU.
+        """
+        return self._hidden_logits(ids_BL, attention_BL, hidden_BL)[0].float().log_softmax(dim=-1).cpu()
+
+    def _hidden_logits(
+        self, ids_BL: Tensor, attention_BL: Tensor, hidden_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
         device = self.model.device
         ids_BL, hidden_BL = ids_BL.to(device), hidden_BL.to(device)
         mask_BL = attention_BL.to(device) if self.model.accepts_attention_mask else None
         arguments = forward_arguments(self._whole, mask_BL)
         with torch.inference_mode(), evaluating(self._whole):
             logits_BLV = self._whole(ids_BL.masked_fill(hidden_BL, self._mask_id), **arguments).logits
-            return target_log_probs(logits_BLV[hidden_BL][None], ids_BL[hidden_BL][None])[0]
+            return logits_BLV[hidden_BL], ids_BL[hidden_BL]

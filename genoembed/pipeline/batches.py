@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from genoembed.batching.pad import pad_batch, plan_batches
-from genoembed.errors import SequenceLengthError, UnreadError, foreign_code
+from genoembed.errors import SequenceLengthError, UnreadError, foreign_code, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 BATCH_TOKENS = {"cpu": 2048}
 """Slots of a forward pass where the user names none, by kind of device. On a CPU few are faster, as what one
@@ -205,3 +208,25 @@ class SlabBuilder:
         step = _STEP if length > _SHORT else _SHORT_STEP
         rounded = -(-length // step) * step
         return rounded if self.max_tokens is None else max(length, min(rounded, self.max_tokens))
+
+
+def run_in_parts(items: Sequence[_Item], run: Callable[[Sequence[_Item]], _Result]) -> Iterator[_Result]:
+    """Run a batch of a caller's own making at once, or in halves where memory does not hold it.
+
+    Example:
+        >>> list(run_in_parts([1, 2, 3], sum))
+        [6]
+    """
+    waiting = [items]
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = run(part)
+        except (RuntimeError, MemoryError) as error:
+            if len(part) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            yield result
+            continue
+        half = len(part) // 2
+        waiting += [part[half:], part[:half]]

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 LEAST_BLOCK_TOKENS = 512
 """A long sequence runs in blocks of a batch's size, but not of fewer positions: each is a pass of its own."""
@@ -81,7 +78,8 @@ class Reducer(Protocol):
 
     @property
     def repeats_rows(self) -> bool:
-        """Whether rows run many times, changed; ``block_tokens`` is then what a pass holds of such copies."""
+        """Whether rows run many times, changed; ``block_tokens`` is then what a pass holds of such copies,
+        and the reducer counts the passes."""
 
     def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
         """Run a batch; rows longer than ``block_tokens`` in blocks, if the model can."""
@@ -263,6 +261,8 @@ class BatchRunner:
         pooling_s = self._reducer.pooling_s - pooled_before
         self._stats.forward_s += time.perf_counter() - started - pooling_s
         self._stats.pooling_s += pooling_s
+        if self._reducer.repeats_rows:
+            return values  # which counts its passes by itself
         self._stats.batches += 1
         self._stats.slots += batch.num_tokens
         self._stats.real_tokens += int(batch.attention_mask.sum())
@@ -324,28 +324,6 @@ class _BatchPooling:
         if device not in self._masks:
             self._masks[device] = self._batch.pool_mask.to(device), self._batch.attention_mask.to(device)
         return self._masks[device]
-
-
-def run_in_parts(items: Sequence[_Item], run: Callable[[Sequence[_Item]], _Result]) -> Iterator[_Result]:
-    """Run a batch of a caller's own making at once, or in halves where memory does not hold it.
-
-    Example:
-        >>> list(run_in_parts([1, 2, 3], sum))
-        [6]
-    """
-    waiting = [items]
-    while waiting:
-        part = waiting.pop()
-        try:
-            result = run(part)
-        except (RuntimeError, MemoryError) as error:
-            if len(part) == 1 or not is_out_of_memory(error):
-                raise
-        else:
-            yield result
-            continue
-        half = len(part) // 2
-        waiting += [part[half:], part[:half]]
 
 
 def _rows_of(work: PieceBatch, rows: range) -> PieceBatch:
@@ -425,8 +403,9 @@ class UnitRunner:
         interruption: Interruption | None = None,
         keeps_tokens: bool = False,
         keeps_nan: bool = False,
+        stats: RunStats | None = None,
     ) -> None:
-        self.stats = RunStats()
+        self.stats = stats or RunStats()
         self.block_tokens = max(slabs.batch_tokens, 1 if reducer.repeats_rows else LEAST_BLOCK_TOKENS)
         """Positions of a block, where a long sequence runs in blocks."""
         self._runner = BatchRunner(

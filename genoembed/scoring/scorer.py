@@ -33,9 +33,9 @@ from genoembed.pipeline.assemble import strand_pieces
 from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
 from genoembed.pipeline.cutting import Cutter, StartingCutter, StartToken, find_start_token
 from genoembed.pipeline.forward import LOG_PROBS, LayerReducer, NextTokenReducer, UnitRunner
-from genoembed.pipeline.masking import MaskedReducer
+from genoembed.pipeline.masking import HiddenWordsReducer, MaskedReducer
 from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems
-from genoembed.pipeline.units import WorkUnit
+from genoembed.pipeline.units import RunStats, WorkUnit
 from genoembed.sequences.records import reverse_complement
 from genoembed.tokenization.hf import build_encoder
 
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from genoembed.pipeline.assemble import PieceVectors, Taken
     from genoembed.pipeline.cutting import CountedTokens
     from genoembed.pipeline.forward import UnitResults
-    from genoembed.pipeline.units import RunStats
 
 
 _CHOICES = {
@@ -243,17 +242,24 @@ class SequenceScorer:
         )
         self._overlap = 1
         self._layer_runner: UnitRunner | None = None
+        self._word_runner: UnitRunner | None = None
+        self.stats = RunStats()
         reducer: NextTokenReducer | MaskedReducer
         if isinstance(model, MaskedModel):
             reducer = MaskedReducer(model, self._cutter.encoder)
+            reducer.count_copies(self.stats, num_strands=1 + (options.rc == "mean"), on_batch=on_batch)
             self._overlap = reducer.overlap
+            self._word_runner = UnitRunner(
+                HiddenWordsReducer(model), slabs, on_batch=on_batch, keeps_tokens=True, stats=self.stats
+            )
             if options.layers:  # of rows in which nothing is hidden
                 layers = LayerReducer(model.model, options.layers, options.pooling)
                 self._layer_runner = UnitRunner(layers, slabs)
         else:
             reducer = NextTokenReducer(model, options.layers, options.pooling)
-        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_tokens=True)
-        self.stats = self._runner.stats
+        unknown = model.model.tokenizer.unk_token_id
+        self._unknown = -1 if unknown is None else int(unknown)
+        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_tokens=True, stats=self.stats)
 
     @property
     def context_bases(self) -> int | None:
@@ -283,8 +289,11 @@ class SequenceScorer:
         return True
 
     def num_windows(self, record: SequenceRecord) -> int:
-        """Count the windows that a record is cut into."""
-        return len(self._cutter.windows(record))
+        """Count the windows that a record is cut into, on the strand that has more."""
+        strands = [record]
+        if self.options.rc == "mean":
+            strands.append(replace(record, sequence=reverse_complement(record.sequence)))
+        return max(len(self._cutter.windows(strand)) for strand in strands)
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores of a record; two runs with the same may share finished units."""
@@ -298,37 +307,77 @@ class SequenceScorer:
             **{name: getattr(self.options, name) for name in _DECIDING},
         }
 
-    def score(
-        self, records: Sequence[SequenceRecord], *, whole_words: bool = False
-    ) -> list[tuple[StrandScore, ...] | str]:
-        """Score a few records, equal ones once; of one that fails, where that is allowed, say why.
-
-        With ``whole_words``, a masked model's tokens of a record's core count whole, however little of them
-        is in it; vectors are of the whole sequence.
-        """
+    def score(self, records: Sequence[SequenceRecord]) -> list[tuple[StrandScore, ...] | str]:
+        """Score a few records, equal ones once; of one that fails, where that is allowed, say why."""
         if not records:
             return []
-        results = pooled = self._runner(WorkUnit(number=0, records=tuple(records)))
-        if self._layer_runner is not None:
-            whole = tuple(replace(record, core_start=0, core_end=-1) for record in records)
-            pooled = self._layer_runner(WorkUnit(number=0, records=whole))
-        strands = (False, True) if self.options.rc == "mean" else (False,)
-        failed = {**pooled.failed, **results.failed}
-        if self.options.on_error == "skip" and self.options.layers:
-            for index in range(len(records)):
-                if not all(strand_pieces(pooled.taken, (index, is_reverse)) for is_reverse in strands):
-                    failed.setdefault(index, "nothing to pool")
+        results = self._runner(WorkUnit(number=0, records=tuple(records)))
+        pooled = results if self._layer_runner is None else self._layer_runner(results.unit)
+        failed = {**self._without_vectors(pooled), **pooled.failed, **results.failed}
         return [
             failed[index]
             if index in failed
             else tuple(
-                self._strand_score(results, index, is_reverse=is_reverse, whole_words=whole_words)._replace(
+                self._strand_score(results, index, is_reverse=is_reverse)._replace(
                     vectors=self._vectors(pooled, index, is_reverse=is_reverse)
                 )
-                for is_reverse in strands
+                for is_reverse in self._strands
             )
             for index in range(len(records))
         ]
+
+    def score_hidden(
+        self, pairs: Sequence[tuple[SequenceRecord, SequenceRecord]]
+    ) -> list[tuple[tuple[StrandScore, ...], tuple[StrandScore, ...]] | str]:
+        """Score alleles that differ in one base by the words that hold it, hidden from a masked model.
+
+        What is left to see is the same of all alleles of a base, so that one pass is enough for them. Vectors
+        are of the whole sequences, nothing hidden. Of a pair that fails, where that is allowed, say why.
+        """
+        if not pairs:
+            return []
+        assert self._word_runner is not None, "only masked models hide words"
+        places = [_first_difference(ref.sequence, alt.sequence) for ref, alt in pairs]
+        # a base in words that the tokenizer does not know has no score, and nothing to run for
+        run = [n for n, place in enumerate(places) if self._words(pairs[n][0].sequence, place).is_read.any()]
+        cores = (replace(pairs[n][0], core_start=places[n], core_end=places[n] + 1, end=-1) for n in run)
+        hidden = self._word_runner(WorkUnit(number=0, records=tuple(cores)))
+        alleles = WorkUnit(number=0, records=tuple(record for pair in pairs for record in pair))
+        pooled = None if self._layer_runner is None else self._layer_runner(alleles)
+        failed = {} if pooled is None else {**self._without_vectors(pooled), **pooled.failed}
+        row_of = {number: row for row, number in enumerate(run)}
+
+        def scored(number: int, allele: int) -> tuple[StrandScore, ...]:
+            sequence, index = pairs[number][allele].sequence, 2 * number + allele
+            row = row_of.get(number)
+            return tuple(
+                self._hidden_score(hidden, row, sequence, places[number], is_reverse=is_reverse)._replace(
+                    vectors={} if pooled is None else self._vectors(pooled, index, is_reverse=is_reverse)
+                )
+                for is_reverse in self._strands
+            )
+
+        found: list[tuple[tuple[StrandScore, ...], tuple[StrandScore, ...]] | str] = []
+        for number in range(len(pairs)):
+            why = failed.get(2 * number) or failed.get(2 * number + 1)
+            if number in row_of:
+                why = hidden.failed.get(row_of[number]) or why
+            found.append(why or (scored(number, 0), scored(number, 1)))
+        return found
+
+    @property
+    def _strands(self) -> tuple[bool, ...]:
+        return (False, True) if self.options.rc == "mean" else (False,)
+
+    def _without_vectors(self, pooled: UnitResults) -> dict[int, str]:
+        """Find records of which nothing can be pooled, where that is no error."""
+        if self.options.on_error == "stop" or not self.options.layers:
+            return {}
+        return {
+            index: "nothing to pool"
+            for index in range(len(pooled.unit.records))
+            if not all(strand_pieces(pooled.taken, (index, is_reverse)) for is_reverse in self._strands)
+        }
 
     def _vectors(self, pooled: UnitResults, index: int, *, is_reverse: bool) -> dict[str, Tensor]:
         if not self.options.layers:
@@ -340,9 +389,7 @@ class SequenceScorer:
             raise EmptyPoolError(message)
         return {layer: pooled.vectors.pooled(layer, [parts[0].number])[0] for layer in self.options.layers}
 
-    def _strand_score(
-        self, results: UnitResults, index: int, *, is_reverse: bool, whole_words: bool
-    ) -> StrandScore:
+    def _strand_score(self, results: UnitResults, index: int, *, is_reverse: bool) -> StrandScore:
         """Join the windows of a strand; take out what has letters that are no bases."""
         record = results.unit.records[index]
         parts = strand_pieces(results.taken, (index, is_reverse))
@@ -351,19 +398,70 @@ class SequenceScorer:
             return _of_overlapping_words(parts, results.vectors, sequence)
         log_probs = np.concatenate([np.zeros(0), *(_log_probs(part, results.vectors) for part in parts)])
         tokens = [_tokens(part) for part in parts]
-        if whole_words:
-            spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.whole for part in tokens)])
-        else:
-            spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.spans for part in tokens)])
-            # of a token that two windows share, each has as much as it has bases of it
-            log_probs *= np.concatenate([np.zeros(0), *(part.shares for part in tokens)])
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *(part.spans for part in tokens)])
+        # of a token that two windows share, each has as much as it has bases of it
+        log_probs *= np.concatenate([np.zeros(0), *(part.shares for part in tokens)])
         log_probs[np.concatenate([np.zeros(0, np.bool_), *(part.is_unread for part in tokens)])] = np.nan
-        plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
         starts, ends = spans[:, 0], spans[:, 1]
-        log_probs[plain[ends] - plain[starts] != ends - starts] = np.nan
-        if self.is_masked and not whole_words:
+        log_probs[~_are_plain(sequence, starts, ends)] = np.nan
+        if self.is_masked:
             return _per_base(starts, ends - starts, log_probs, num_bases=len(sequence))
         return StrandScore(starts, ends - starts, log_probs, {})
+
+    def _hidden_score(
+        self, results: UnitResults, row: int | None, sequence: bytes, place: int, *, is_reverse: bool
+    ) -> StrandScore:
+        """Read off what the hidden words have with this allele in them: the words, or one base of several."""
+        if is_reverse:
+            sequence, place = reverse_complement(sequence), len(sequence) - 1 - place
+        words = self._words(sequence, place)
+        widths = words.ends - words.starts
+        parts = [] if row is None else strand_pieces(results.taken, (row, is_reverse))
+        if not parts:
+            return StrandScore(words.starts, widths, np.full(len(widths), np.nan), {})
+        words_PV = results.vectors.tokens(LOG_PROBS, [part.number for part in parts]).numpy()
+        log_probs = words_PV[np.arange(len(words.ids)), words.ids].astype(np.float64)
+        if self._overlap > 1:
+            is_base = _PLAIN[sequence[place]] and words.is_read.any()
+            mean = np.array([log_probs[words.is_read].mean() if is_base else np.nan])
+            return StrandScore(np.array([place]), np.ones(1, np.int64), mean, {})
+        log_probs[~words.is_read | ~_are_plain(sequence, words.starts, words.ends)] = np.nan
+        return StrandScore(words.starts, widths, log_probs, {})
+
+    def _words(self, sequence: bytes, place: int) -> _Words:
+        """Find the tokens that hold a base."""
+        encoded = self._cutter.encoder.encode(sequence)
+        starts, ends = encoded.base_start, encoded.base_end
+        if starts is None or ends is None:
+            starts = np.arange(len(encoded.input_ids))
+            ends = starts + 1
+        columns = np.flatnonzero((starts <= place) & (ends > place))
+        ids = np.asarray(encoded.input_ids)[columns].astype(np.int64)
+        is_read = ids != self._unknown
+        if encoded.is_unread is not None:
+            is_read &= ~encoded.is_unread[columns]
+        return _Words(ids, starts[columns], ends[columns], is_read)
+
+
+class _Words(NamedTuple):
+    """Tokens of a sequence, P of them."""
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    is_read: NDArray[np.bool_]
+
+
+def _first_difference(first: bytes, second: bytes) -> int:
+    pairs = enumerate(zip(first, second, strict=True))
+    return next(place for place, (one, other) in pairs if one != other)
+
+
+def _are_plain(sequence: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tell of spans whether all of their letters are A, C, G or T."""
+    plain = np.append(0, np.cumsum(_PLAIN[np.frombuffer(sequence, dtype=np.uint8)]))
+    are_plain: NDArray[np.bool_] = plain[ends] - plain[starts] == ends - starts
+    return are_plain
 
 
 def _per_base(

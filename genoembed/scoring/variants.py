@@ -3,33 +3,40 @@
 Both alleles of a variant are seen in the same stretch of the contig. Promised: REF is checked, changes are
 left-aligned, nothing is cut off, and alleles that cannot be scored are counted.
 
-From the scores of both alleles to a row, and from their vectors to a file of differences.
+How alleles are compared is in ``alleles``; here are the call, and the file of differences of vectors.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from genoembed._version import __version__
 from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.score import DEFAULT_FLANK, VariantConfig
-from genoembed.contracts import EmbeddingBlock, ObsRow, SequenceRecord
+from genoembed.contracts import EmbeddingBlock, ObsRow
 from genoembed.errors import ConfigError, VariantError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
-from genoembed.pipeline.units import WorkUnit
+from genoembed.scoring.alleles import (
+    COLUMNS_WITHOUT_VECTORS,
+    FAILED_ALLELE,
+    Compared,
+    VariantScore,
+    allele_unit,
+    compare_part,
+    iter_parts,
+    variant_row,
+)
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, run_options, warn_of_precision
 from genoembed.sequences.records import IdRegistry
 from genoembed.sequences.variants import VariantCounts, read_variants
@@ -37,27 +44,19 @@ from genoembed.store import EmbeddingWriter
 from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from genoembed.config.choices import ScorePooling, UnsupportedPolicy
-    from genoembed.contracts import VariantContext
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
-    from genoembed.scoring.scorer import RunOptions, StrandScore
+    from genoembed.scoring.alleles import Allele
+    from genoembed.scoring.scorer import RunOptions
     from genoembed.store.tables import TableWriter
 
 
 logger = logging.getLogger(__name__)
-
-_PART_BASES = 1 << 18
-"""Bases whose scores are in memory together."""
-LIKELIHOOD, PSEUDO, MARGINAL = "likelihood", "pseudo-likelihood", "masked-marginal"
-"""How alleles are compared: by all of the stretch, read from the left or hidden token by token; or where they
-differ."""
-TOO_LONG = "too long"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +105,7 @@ def score_variants(
     For each allele the log-likelihood of the stretch of ``flank`` bases on either side is taken with the
     reference's bases and with the allele's; of a single base and a masked model, only of the words that hold
     it, hidden from the model. With ``layer`` both are embedded as well.
-    Columns of the table are the fields of :class:`~genoembed.scoring.variants.VariantScore`; those of
+    Columns of the table are the fields of :class:`~genoembed.scoring.alleles.VariantScore`; those of
     vectors are left out without ``layer``.
 
     Args:
@@ -161,10 +160,10 @@ def score_variants(
             scorer.identity, policies={"on_error": run.on_error}, stats=scorer.stats, drop_other=overwrite
         )
         started = time.perf_counter()
-        for number, part in enumerate(_parts(contexts, min(_PART_BASES, scorer.max_part_bases))):
-            make = partial(_compare_part, part, scorer)
-            for context, value in zip(part, kept.take(_unit(number, part), make), strict=True):
-                outputs.add(context, value, scorer)
+        for number, part in enumerate(iter_parts(contexts, scorer)):
+            values = kept.take(allele_unit(number, part), partial(compare_part, part, scorer))
+            for allele, value in zip(part, values, strict=True):
+                outputs.add(allele, value, scorer)
         if outputs.num_rows == len(kept.failed) and vector_file is not None:
             problem = f"no allele is left to score ({counts}), so there is no vector; leave vectors out"
             raise VariantError(problem, path=fspath(vcf))
@@ -232,18 +231,18 @@ class _Outputs:
             writer = EmbeddingWriter(vector_file, kind="pooled", overwrite=overwrite)
             self._deltas = DeltaFile(stack.enter_context(writer))
 
-    def add(self, context: VariantContext, value: Sequence[Any] | str, scorer: SequenceScorer) -> None:
+    def add(self, allele: Allele, value: Sequence[Any] | str, scorer: SequenceScorer) -> None:
         """Write or keep the rows of an allele; text says why it failed."""
         self.num_rows += 1
-        compared = _FAILED if isinstance(value, str) else _Compared(*value)
-        row = variant_row(context, compared, start_token=str(scorer.start_token))
+        compared = FAILED_ALLELE if isinstance(value, str) else Compared(*value)
+        row = variant_row(allele.context, compared, start_token=str(scorer.start_token))
         if self._writer is None:
             self.rows.append(row)
         else:
             self._writer.write(row[: self._width])
         if self._deltas is not None:
             flags = f"failed:{value}" if isinstance(value, str) else ""
-            self._deltas.add(context, compared.delta, layer=scorer.options.layers[0], flags=flags)
+            self._deltas.add(allele, compared.delta, layer=scorer.options.layers[0], flags=flags)
 
     def finish(self, inputs: dict[str, object], counts: VariantCounts, scorer: SequenceScorer) -> None:
         """Complete the file of vectors; the table is complete when its stack ends."""
@@ -264,215 +263,7 @@ class _Outputs:
         )
 
 
-class _Compared(NamedTuple):
-    """What is kept of an allele until the outputs are complete: what JSON holds."""
-
-    ref_total: float
-    ref_mean: float
-    alt_total: float
-    alt_mean: float
-    l2: float = math.nan
-    cosine_distance: float = math.nan
-    delta: str = ""
-    """Difference of the pooled vectors, base64 of float32; empty without a layer."""
-    method: str = LIKELIHOOD
-
-
-_FAILED = _Compared(math.nan, math.nan, math.nan, math.nan)
-
-
-def _unit(number: int, part: Sequence[VariantContext]) -> WorkUnit:
-    # an allele is one record, and it depends on the reference's stretch as well
-    pairs = map(allele_records, part)
-    records = [replace(alt, description=ref.sequence.decode("ascii")) for ref, alt in pairs]
-    return WorkUnit(number=number, records=tuple(records))
-
-
-def _compare_part(part: Sequence[VariantContext], scorer: SequenceScorer) -> list[_Compared | str]:
-    """Score both alleles of some variants."""
-    pairs = [allele_records(context) for context in part]
-    fits = [_fits(context, pair, scorer) for context, pair in zip(part, pairs, strict=True)]
-    methods = [_method(pair, scorer) if fit else TOO_LONG for pair, fit in zip(pairs, fits, strict=True)]
-    chosen = {
-        name: [pair for pair, method in zip(pairs, methods, strict=True) if method == name]
-        for name in (LIKELIHOOD, PSEUDO, MARGINAL)
-    }
-    chosen[MARGINAL] = [_changed(*pair) for pair in chosen[MARGINAL]]
-    scores = {
-        name: iter(scorer.score([record for pair in mine for record in pair], whole_words=name == MARGINAL))
-        for name, mine in chosen.items()
-    }
-    found: list[_Compared | str] = []
-    for context, method in zip(part, methods, strict=True):
-        if method == TOO_LONG:
-            found.append(TOO_LONG)
-            continue
-        # an allele is one record: the reference's stretch runs only to be compared with it
-        scorer.stats.records -= 1
-        scorer.stats.bases -= len(context.ref_sequence)
-        scorer.stats.windows -= 1
-        ref, alt = next(scores[method]), next(scores[method])
-        compared = _compare(ref, alt, layers=scorer.options.layers)
-        found.append(compared if isinstance(compared, str) else compared._replace(method=method))
-    return found
-
-
-def _method(pair: tuple[SequenceRecord, SequenceRecord], scorer: SequenceScorer) -> str:
-    """Choose how the alleles of a variant are compared."""
-    if not scorer.is_masked:
-        return LIKELIHOOD
-    ref, alt = (record.sequence for record in pair)
-    is_snv = len(ref) == len(alt) and sum(a != b for a, b in zip(ref, alt, strict=True)) == 1
-    return MARGINAL if is_snv and scorer.has_same_words(ref, alt) else PSEUDO
-
-
-def _changed(ref: SequenceRecord, alt: SequenceRecord) -> tuple[SequenceRecord, SequenceRecord]:
-    """Only the changed base counts: its words are hidden, and what is left to see is the same of both."""
-    place = next(
-        at for at, pair in enumerate(zip(ref.sequence, alt.sequence, strict=True)) if len({*pair}) > 1
-    )
-    return (
-        replace(ref, core_start=place, core_end=place + 1, end=-1),
-        replace(alt, core_start=place, core_end=place + 1, end=-1),
-    )
-
-
-def _fits(context: VariantContext, pair: Sequence[SequenceRecord], scorer: SequenceScorer) -> bool:
-    """Tell whether no windows are needed: the alleles of a variant would be cut at different places."""
-    if all(scorer.num_windows(record) == 1 for record in pair):
-        return True
-    variant, longest = context.variant, max(len(record.sequence) for record in pair)
-    problem = (
-        f"the stretch around {variant.contig}:{variant.position} has {longest} bases, but the model's "
-        f"context holds {scorer.context_bases}; set flank lower, or leave long variants out"
-    )
-    error = VariantError(problem, path=variant.path, line=variant.line, record_id=variant.id or None)
-    if scorer.options.on_error == "stop":
-        raise error
-    logger.warning("%s: left without numbers", error)
-    return False
-
-
-def _parts(contexts: Iterable[VariantContext], most_bases: int) -> Iterator[list[VariantContext]]:
-    part: list[VariantContext] = []
-    bases = 0
-    for context in contexts:
-        part.append(context)
-        bases += len(context.ref_sequence) + len(context.alt_sequence)
-        if bases >= most_bases:
-            yield part
-            part, bases = [], 0
-    if part:
-        yield part
-
-
 _BLOCK_ROWS = 256
-
-
-class VariantScore(NamedTuple):
-    """One row of the table: an allele."""
-
-    chrom: str
-    pos: int
-    """As in the VCF, as are ``id``, ``ref`` and ``alt``."""
-    id: str
-    ref: str
-    alt: str
-    normalized: str
-    """``pos:ref>alt`` of the change, left-aligned and trimmed."""
-    window_start: int
-    """First base of the stretch that the model sees, 0-based."""
-    window_end: int
-    """One past its last base, on the reference."""
-    ref_log_likelihood: float
-    """Sum over the stretch with the reference's bases; masked-marginal: the hidden word with its base."""
-    alt_log_likelihood: float
-    """Sum over the stretch with the allele's bases; masked-marginal: the hidden word with its base."""
-    delta: float
-    """``alt_log_likelihood - ref_log_likelihood``: below 0, the model prefers the reference."""
-    delta_mean: float
-    """The same of the means a scored base, for alleles of unequal length."""
-    start_token: str
-    """Id of the token before the stretch, or ``none``."""
-    method: str
-    """``likelihood`` of a causal model; of a masked one ``masked-marginal``, where a single base changes and
-    no word's place, else ``pseudo-likelihood``."""
-    l2: float
-    """Euclidean length of the difference of the pooled vectors, alt - ref; NaN without a layer."""
-    cosine_distance: float
-    """1 - cosine of the two vectors; NaN without a layer."""
-
-
-COLUMNS_WITHOUT_VECTORS = VariantScore._fields[:-2]
-
-
-def allele_records(context: VariantContext) -> tuple[SequenceRecord, SequenceRecord]:
-    """Return the stretch with either allele."""
-    variant = context.variant
-    name = f"{variant.contig}:{variant.position}:{variant.ref}>{variant.alt}"
-    return (
-        SequenceRecord(id=name, sequence=context.ref_sequence, source=variant.path, line=variant.line),
-        SequenceRecord(id=name, sequence=context.alt_sequence, source=variant.path, line=variant.line),
-    )
-
-
-def _compare(
-    ref: Sequence[StrandScore] | str, alt: Sequence[StrandScore] | str, *, layers: Sequence[str]
-) -> _Compared | str:
-    """Compare the alleles of a variant; text says why one failed."""
-    if isinstance(ref, str) or isinstance(alt, str):
-        return ref if isinstance(ref, str) else str(alt)
-    means = (*_means(ref), *_means(alt))
-    if not layers:
-        return _Compared(*means)
-    ref_D, alt_D = (_vector(strands, layers[0]) for strands in (ref, alt))
-    delta_D = alt_D - ref_D
-    return _Compared(
-        *means,
-        l2=float(torch.linalg.vector_norm(delta_D)),
-        cosine_distance=_cosine_distance(ref_D, alt_D),
-        delta=b64encode(delta_D.float().numpy().astype("<f4").tobytes()).decode("ascii"),
-    )
-
-
-def variant_row(context: VariantContext, compared: _Compared, *, start_token: str) -> VariantScore:
-    """Build the table's row of an allele."""
-    variant, normalized = context.variant, context.normalized
-    return VariantScore(
-        chrom=variant.contig,
-        pos=variant.position,
-        id=variant.id or ".",
-        ref=variant.ref,
-        alt=variant.alt,
-        normalized=f"{normalized.position}:{normalized.ref}>{normalized.alt}",
-        window_start=context.start,
-        window_end=context.end,
-        ref_log_likelihood=compared.ref_total,
-        alt_log_likelihood=compared.alt_total,
-        delta=compared.alt_total - compared.ref_total,
-        delta_mean=compared.alt_mean - compared.ref_mean,
-        start_token=start_token,
-        method=compared.method,
-        l2=compared.l2,
-        cosine_distance=compared.cosine_distance,
-    )
-
-
-def _means(strands: Sequence[StrandScore]) -> tuple[float, float]:
-    """Total of a stretch, the mean of its strands, and the mean a scored base."""
-    total = sum(strand.log_likelihood for strand in strands) / len(strands)
-    bases = sum(strand.scored_bases for strand in strands) / len(strands)
-    return total, total / bases if bases else float("nan")
-
-
-def _vector(strands: Sequence[StrandScore], layer: str) -> Tensor:
-    return torch.stack([strand.vectors[layer].double() for strand in strands]).mean(dim=0)
-
-
-def _cosine_distance(first_D: Tensor, second_D: Tensor) -> float:
-    """1 - cosine, from the difference of the unit vectors: exact where the cosine rounds to 1."""
-    unit_1, unit_2 = (vector / torch.linalg.vector_norm(vector) for vector in (first_D, second_D))
-    return float(((unit_1 - unit_2) ** 2).sum() / 2)
 
 
 class DeltaFile:
@@ -485,9 +276,9 @@ class DeltaFile:
         self._rows: list[ObsRow] = []
         self._deltas: list[NDArray[np.float32]] = []
 
-    def add(self, context: VariantContext, delta: str, *, layer: str, flags: str) -> None:
+    def add(self, allele: Allele, delta: str, *, layer: str, flags: str) -> None:
         """Take a row in."""
-        record = allele_records(context)[1]
+        context, record = allele.context, allele.alt
         self._rows.append(
             ObsRow(
                 id=self._ids.admit(record.id, path=record.source, line=record.line),

@@ -75,3 +75,14 @@ def test_closed_standard_error_shows_nothing(caplog, monkeypatch):
     with show_progress(None) as on_totals:
         assert on_totals is not None
         on_totals(totals(records=2, bases=10, forward_s=1.0))
+
+
+def test_no_line_while_nothing_is_done(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
+    caplog.set_level(logging.INFO, logger="genoembed")
+    with show_progress(None) as on_totals:
+        assert on_totals is not None
+        on_totals(totals(real_tokens=10, forward_s=1.0))
+        assert not caplog.records
+        on_totals(totals(bases_under_way=7, real_tokens=10, forward_s=2.0))
+    assert [record.getMessage().split(",")[:2] for record in caplog.records] == [["0 records", " 7 b"]]

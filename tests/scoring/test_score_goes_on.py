@@ -14,7 +14,7 @@ import torch
 import genoembed
 from genoembed.errors import InputError, Interrupted, NonFiniteError, StoreError, VariantError
 from genoembed.models.language_model import LanguageModel
-from genoembed.scoring import sequences, variants
+from genoembed.scoring import alleles, sequences
 from tests.by_hand import random_dna
 from tests.scoring.by_plain_torch import CAUSAL, loaded
 
@@ -56,7 +56,7 @@ WAYS = {"sequences": (score, "bases.tsv"), "variants": (score_variants, "deltas.
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     monkeypatch.setattr(sequences, "PART_RECORDS", 2)
-    monkeypatch.setattr(variants, "_PART_BASES", 150)
+    monkeypatch.setattr(alleles, "PART_BASES", 150)
 
 
 @pytest.fixture

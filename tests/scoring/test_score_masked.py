@@ -157,6 +157,29 @@ def marginal(family, stretch, place, alt):
     return [sum(float(table[at, mine[at]]) for at in places) / len(places) for mine in (ids, others)]
 
 
+def test_one_pass_is_enough_for_all_bases_of_a_place(tmp_path, monkeypatch):
+    run, rows = MaskedModel.word_log_probs, []
+
+    def counting(self, ids, attention, hidden):
+        rows.append(len(ids))
+        return run(self, ids, attention, hidden)
+
+    monkeypatch.setattr(MaskedModel, "word_log_probs", counting)
+    changes = [(pos, CONTIG[pos - 1], alt) for pos in (20, 30) for alt in "ACGT" if alt != CONTIG[pos - 1]]
+    report = score_variants(tmp_path, "dnabert_k6", changes)
+    assert {row.method for row in report.rows} == {"masked-marginal"}
+    assert (sum(rows), report.num_rows, report.stats.records) == (2, 6, 6)
+
+
+def test_base_in_words_that_the_model_cannot_read_has_no_score(tmp_path):
+    reference, vcf = tmp_path / "ref.fa", tmp_path / "calls.vcf"
+    contig = CONTIG[:28] + "NN" + CONTIG[30:]
+    reference.write_text(f">c\n{contig[:34]}NNNNN\n")
+    vcf.write_text(f"c\t31\t.\t{contig[30]}\t{'ACGT'['ACGT'.index(contig[30]) - 1]}\n")
+    (row,) = genoembed.score_variants(vcf, reference, model=loaded("dnabert_k6"), flank=15).rows
+    assert math.isnan(row.delta)
+
+
 def revcomp(text):
     return text[::-1].translate(str.maketrans("ACGT", "TGCA"))
 
@@ -241,6 +264,34 @@ def test_copies_halve_when_memory_is_short_and_scores_are_the_same(tmp_path, mon
     assert "no memory for a pass" in caplog.text
     for row, other in zip(report.rows, expected, strict=True):
         assert row.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+
+
+@pytest.mark.parametrize(("family", "rc"), [("nt_v2", "none"), ("dnabert_k6", "mean")])
+def test_totals_count_the_copies_of_a_row_as_they_run(tmp_path, monkeypatch, family, rc):
+    run, shapes, seen = MaskedModel.log_probs, [], []
+
+    def counting(self, ids, attention, hidden):
+        shapes.append((ids.numel(), int(attention.sum())))
+        return run(self, ids, attention, hidden)
+
+    def on_batch(totals):
+        seen.append((totals.batches, totals.slots, totals.bases + totals.bases_under_way))
+
+    monkeypatch.setattr(MaskedModel, "log_probs", counting)
+    records = {"a": RECORDS["long"], "b": RECORDS["short"]}
+    stats = genoembed.score(
+        write(tmp_path, records), model=loaded(family), rc=rc, batch_tokens=16, progress=on_batch
+    ).stats
+    num_bases = sum(map(len, records.values()))
+    assert len(shapes) > 4
+    assert (stats.batches, stats.slots, stats.real_tokens) == (
+        len(shapes),
+        *map(sum, zip(*shapes, strict=True)),
+    )
+    bases = [found[2] for found in seen]
+    assert bases == sorted(bases)
+    assert len(set(bases)) > 3
+    assert (stats.bases, stats.bases_under_way) == (num_bases, 0)
 
 
 @pytest.mark.parametrize("family", ["dnabert_k6", "caduceus_ph"])

@@ -10,9 +10,9 @@ ranking:
 - *family*: with that document left out, where the first other one of its family stands (only queries that
   have such).
 
-Beside the heads (dense, sparse, multi-vector, and hybrid at two sets of weights) stands the Jaccard index
-of sets of canonical k-mers, for several k, on the same queries and documents. What is measured is kept in the
-cache folder.
+Beside the heads (dense, sparse, multi-vector, and their sum at BGE-M3's weights and at those chosen by
+validation queries) stands the Jaccard index of sets of canonical k-mers, for several k, on the same queries
+and documents. What is measured is kept in the cache folder.
 
 Example::
 
@@ -28,6 +28,7 @@ import logging
 import shutil
 import time
 import warnings
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,9 +50,10 @@ from genoembed.finetuning.evaluation import ranking_metrics
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.probing.cross_validation import split_folds
 from genoembed.retrieval.heads import M3Heads
-from genoembed.retrieval.m3 import M3Loss, M3Vectors, head_scores, hybrid_scores, join_vectors
-from genoembed.retrieval.models import RetrievalModel
+from genoembed.retrieval.m3 import M3Loss, M3Vectors, add_scores, head_scores, join_vectors
+from genoembed.retrieval.models import RetrievalModel, saved_weights
 from genoembed.retrieval.terms import NO_TERM, KmerTerms
+from genoembed.retrieval.weights import HybridWeights, choose_weights
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import Encoder, load_encoder, load_heads
 
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("retrieval")
 
-RATES = (0.05, 0.1, 0.2, 0.3)
+RATES = (0.05, 0.15, 0.3)
 JACCARD_KS = (5, 7, 9, 11)
 MODES: dict[str, dict[str, Any]] = {
     "all heads": {"mode": "all"},
@@ -77,8 +79,8 @@ RECIPE: dict[str, Any] = {
     "layers": "blocks.16.pre_norm",
     "learning_rate": 5e-4,
 }
-HYBRIDS = {"hybrid": (1.0, 0.3, 1.0), "hybrid, sparse first": (0.3, 1.0, 0.3)}
-"""Weights of dense, sparse and multi-vector: the package's, and what counts words more."""
+USUAL, OWN = "hybrid, 1 : 0.3 : 1", "hybrid, own weights"
+"""Names of the sums: at BGE-M3's weights, and at those that validation queries chose."""
 TEST_FOLDS, VALIDATION_FOLDS = 5, 8
 ROWS_AT_ONCE = 32
 
@@ -267,6 +269,7 @@ class Retriever:
         self.model = RetrievalModel(encoder, heads, M3Loss())
         if facts is not None:
             load_heads(self.model, facts)
+            self.model.hybrid_weights = saved_weights(facts)
         self.model.eval()
         self._tokens = build_encoder(genomic.tokenizer)
         self._collate = GroupCollator(
@@ -307,12 +310,40 @@ def measure_heads(
     Returns:
         As :func:`measure_ranking`, by head.
     """
-    asked = retriever.represent([query.sequence for query in queries])
-    there = retriever.represent(documents)
-    scores = head_scores(asked, there)
-    if len(scores) > 1:
-        scores |= {name: hybrid_scores(asked, there, weights=w) for name, w in HYBRIDS.items()}
+    by_head = score_heads(retriever, [query.sequence for query in queries], documents)
+    scores = dict(by_head)
+    if len(by_head) > 1:
+        scores[USUAL] = add_scores(by_head, HybridWeights())
+        scores[OWN] = add_scores(by_head, retriever.model.hybrid_weights)
     return {name: measure_ranking(values, queries, groups) for name, values in scores.items()}
+
+
+def score_heads(
+    retriever: Retriever, queries: Sequence[bytes], documents: Sequence[bytes]
+) -> dict[str, torch.Tensor]:
+    """Score documents with every head."""
+    return head_scores(retriever.represent(queries), retriever.represent(documents))
+
+
+def choose_own_weights(
+    retriever: Retriever, examples: Path, documents: Sequence[bytes], rows: NDArray[np.int64]
+) -> HybridWeights:
+    """Choose by validation queries how heads of a model that nothing was trained of are added.
+
+    Args:
+        retriever: The model.
+        examples: Of :func:`write_examples`.
+        documents: All of them.
+        rows: Those that the queries were cut from, and search.
+
+    Returns:
+        The weights.
+    """
+    asked = [json.loads(line) for line in examples.read_text().splitlines()]
+    there = [documents[row] for row in rows]
+    by_head = score_heads(retriever, [example["query"].encode() for example in asked], there)
+    relevant = torch.tensor([[text.decode() in example["pos"] for text in there] for example in asked])
+    return choose_weights(lambda w: ranking_metrics(add_scores(by_head, w), relevant)["mrr"]).weights
 
 
 def test_queries(
@@ -350,8 +381,6 @@ def train_and_measure(
             for k in JACCARD_KS
         }
     recipe = RECIPE | options.recipe
-    if mode == "before":
-        return measure_heads(Retriever(options.model, layers=recipe["layers"]), queries, documents, groups)
     folder = options.cache / "run-retrieval"
     shutil.rmtree(folder, ignore_errors=True)
     files = {
@@ -361,6 +390,13 @@ def train_and_measure(
         )
         for side, rows in (("train", sides.train), ("validation", sides.validation))
     }  # fmt: skip
+    if mode == "before":
+        retriever = Retriever(options.model, layers=recipe["layers"])
+        retriever.model.hybrid_weights = choose_own_weights(
+            retriever, files["validation"], documents, sides.validation
+        )
+        heads = measure_heads(retriever, queries, documents, groups)
+        return {"heads": heads, "spent": {"hybrid_weights": astuple(retriever.model.hybrid_weights)}}
     started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", genoembed.errors.GenoembedWarning)
@@ -380,6 +416,7 @@ def train_and_measure(
         "validation": report.validation,
         "steps": report.steps,
         "best_step": report.best_step,
+        "hybrid_weights": report.hybrid_weights,
     }
     found = measure_heads(Retriever(report.output), queries, documents, groups)
     shutil.rmtree(folder)
@@ -399,7 +436,8 @@ def measure_all(labeled: LabeledSet, options: argparse.Namespace) -> dict[str, l
         options: Of the command.
 
     Returns:
-        Metrics by head by seed, for k-mers, before, and each mode; ``spent`` for what training took.
+        Metrics by head by seed, for k-mers, before, and each mode; ``spent`` for what training took, and the
+        weights that were chosen.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     told = [labeled.name, labeled.digest, options.document_bases, options.query_bases]
@@ -413,8 +451,9 @@ def measure_all(labeled: LabeledSet, options: argparse.Namespace) -> dict[str, l
                 options,
                 lambda m=mode, s=seed: train_and_measure(labeled, m, s, options),
             )
-            found.setdefault(mode, []).append(run["heads"] if trains else run)
-            if trains:
+            has_model = "spent" in run
+            found.setdefault(mode, []).append(run["heads"] if has_model else run)
+            if has_model:
                 found.setdefault(f"{mode}, spent", []).append(run["spent"])
             best = {head: values["source"]["all"]["mrr"] for head, values in found[mode][-1].items()}
             logger.info("%s, seed %d: MRR %s", mode, seed, best)

@@ -108,10 +108,11 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
     hybrid: bool = option(
         False, group=HYBRID, help="Score the hits again with the heads of a retrieval model."
     )
-    hybrid_weights: tuple[float, ...] = option(
-        (1.0, 0.3, 1.0),
+    hybrid_weights: tuple[float, ...] | None = option(
+        None,
         group=HYBRID,
         metavar="W,W,W",
+        shown_default="as the model's training chose them, else 1,0.3,1",
         help="Weights of the dense, sparse and multi-vector scores.",
     )
     depth: int = option(100, ge=1, group=HYBRID, metavar="N", help="Hits per query that are scored again.")

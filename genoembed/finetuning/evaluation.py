@@ -24,7 +24,9 @@ from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_
 from genoembed.finetuning.rows import check_sequences, group_numbers
 from genoembed.pipeline.batches import run_in_parts
 from genoembed.retrieval.candidates import sequence_identity
-from genoembed.retrieval.m3 import M3Vectors, head_scores, hybrid_scores, join_vectors
+from genoembed.retrieval.m3 import M3Vectors, add_scores, head_scores, join_vectors
+from genoembed.retrieval.models import RetrievalModel
+from genoembed.retrieval.weights import ChosenWeights, choose_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from genoembed.finetuning.models import CausalModel, PredictionModel
     from genoembed.finetuning.pairs import RetrievalExample
     from genoembed.finetuning.rows import LabelEncoder
-    from genoembed.retrieval.models import ContrastModel, RetrievalModel
+    from genoembed.retrieval.models import ContrastModel
     from genoembed.training.inference import SequenceRunner
     from genoembed.training.start import TokenRules
 
@@ -234,14 +236,23 @@ class ExampleMeasure:
         if self._collate is None:
             query, passage = (_vectors(model, self._runner, side) for side in (self._queries, self._passages))
             return self._rank(_similarities(model, query, passage))
-        sides = [self._represent(model, side) for side in (self._queries, self._passages)]
-        by_head = head_scores(*sides)
-        metrics = self._rank(hybrid_scores(*sides))
+        assert isinstance(model, RetrievalModel), "only retrieval heads collate"
+        by_head = self._by_head(model)
+        metrics = self._rank(add_scores(by_head, model.hybrid_weights))
         for name, scores in by_head.items():
             found = self._rank(scores)
             metrics |= {f"{name}_{key}": found[key] for key in found if key != "ranked_queries"}
         # the sum of all scores may be perfect by one head, while another has hardly begun to learn
         return metrics | {"heads_mrr": fmean(metrics[f"{name}_mrr"] for name in by_head)}
+
+    def choose_weights(self, model: RetrievalModel) -> tuple[ChosenWeights, dict[str, float]]:
+        """Choose how scores are added by these rows; return how well the sum then ranks, too."""
+        by_head = self._by_head(model)
+        chosen = choose_weights(lambda weights: self._rank(add_scores(by_head, weights))["mrr"])
+        return chosen, self._rank(add_scores(by_head, chosen.weights))
+
+    def _by_head(self, model: RetrievalModel) -> dict[str, Tensor]:
+        return head_scores(*(self._represent(model, side) for side in (self._queries, self._passages)))
 
     def _rank(self, scores: Tensor) -> dict[str, float]:
         return ranking_metrics(scores, self._relevant, allowed_QP=self._allowed)

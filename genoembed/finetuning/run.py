@@ -49,6 +49,9 @@ class FinetuneReport:
     """JSON-lines file with the whole curve."""
     config: str
     """JSON file that runs the same training again."""
+    hybrid_weights: tuple[float, ...] | None = None
+    """Of the dense, sparse and multi-vector scores of a retrieval model; the ``mrr`` and ``recall`` of both
+    sides are those of their sum."""
 
 
 @named_options(FinetuneConfig)

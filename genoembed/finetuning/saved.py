@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -111,6 +111,7 @@ def _facts(
             "term_bases": objective.term_bases,
             "vector_width": objective.vector_width,
             "vector_window": objective.vector_window,
+            "hybrid_weights": list(astuple(model.hybrid_weights)),
         }
         if isinstance(model, RetrievalModel)
         else None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,15 @@ from genoembed.atomic import replacing_folder, reporting_writes
 from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ConfigError, Problem, Remedy
+from genoembed.finetuning.evaluation import ExampleMeasure
 from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.models.locate import model_content
 from genoembed.pipeline.request import use_threads
+from genoembed.retrieval.models import RetrievalModel
+from genoembed.retrieval.weights import HybridWeights
 from genoembed.training.distributed import (
     from_first,
     leave_process_group_at_exit,
@@ -190,6 +194,7 @@ class _Run:
     def _finish(self, trainer: FinetuneTrainer) -> dict[str, Any]:
         state, metric = trainer.state, str(self.config.recipe.metric)
         trainer.check_weights()
+        chosen = self._choose_hybrid_weights(trainer)
         test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
         best = int(state.best_global_step or state.global_step)
         lines = (line for line in reversed(state.log_history) if line.get("step") == best)
@@ -199,11 +204,13 @@ class _Run:
             "steps": int(state.global_step),
             "best_step": best,
             "metric": metric,
-            "validation": _bare(validation, "eval_"),
+            "validation": _bare(validation, "eval_") | chosen,
             "test": _bare(test, "test_"),
         }
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if _has_all_heads(model):
+            report["hybrid_weights"] = astuple(model.hybrid_weights)
         if self.arguments.process_index == 0:
-            model: Any = trainer.accelerator.unwrap_model(trainer.model)
             final = self.folder.path / FINAL_FOLDER
             with reporting_writes(self.folder.target), replacing_folder(final, overwrite=True) as staged:
                 save_finetuned(
@@ -217,6 +224,39 @@ class _Run:
             self.folder.finish(report)
         wait_for_all()
         return report
+
+    def _choose_hybrid_weights(self, trainer: FinetuneTrainer) -> dict[str, float]:
+        """Choose how scores of heads are added, by validation rows; return how well that ranks them."""
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if not _has_all_heads(model):
+            return {}
+        measure = self.setup.measures.get("eval")
+        if not isinstance(measure, ExampleMeasure):
+            logger.info(
+                "hybrid weights stay %s (dense : sparse : multi-vector): there are no validation rows to "
+                "choose them by",
+                model.hybrid_weights,
+            )
+            return {}
+        with trainer.evaluating(model), trainer.compute_loss_context_manager():
+            # every process has all rows; that all add alike must not hang on a last bit
+            chosen, metrics = from_first(measure.choose_weights(model))
+        model.hybrid_weights = chosen.weights
+        logger.info(
+            "hybrid weights %s (dense : sparse : multi-vector), chosen by %d validation queries: MRR %.3f, "
+            "with %s %.3f, and alone %s",
+            chosen.weights,
+            metrics["ranked_queries"],
+            chosen.metric,
+            HybridWeights(),
+            chosen.usual,
+            ", ".join(f"{head.replace('_', '-')} {value:.3f}" for head, value in chosen.alone.items()),
+        )
+        return metrics
+
+
+def _has_all_heads(model: object) -> bool:
+    return isinstance(model, RetrievalModel) and model.heads.mode != "dense"
 
 
 def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:

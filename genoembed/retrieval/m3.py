@@ -29,6 +29,7 @@ from genoembed.retrieval.distillation import (
     teacher_probabilities,
 )
 from genoembed.retrieval.terms import NO_TERM
+from genoembed.retrieval.weights import HEADS, HybridWeights
 from genoembed.training.distributed import RankRows
 from genoembed.training.heads import at_least_float32
 from genoembed.training.log import LossOutput, relative_spread, score_statistics
@@ -221,14 +222,15 @@ def hybrid_scores(
         tensor([[2.]])
     """
     found = head_scores(query, passage)
-    by_name = dict(zip(HEADS, weights, strict=True))
     if not found:
         message = "hybrid: query and passage have no representation in common, expected at least one"
         raise ShapeError(message)
-    return torch.stack([by_name[name] * scores for name, scores in found.items()]).sum(dim=0)
+    return add_scores(found, HybridWeights(*weights))
 
 
-HEADS = ("dense", "sparse", "multi_vector")
+def add_scores(by_head: Mapping[str, Tensor], weights: HybridWeights) -> Tensor:
+    """Add the scores of :func:`head_scores`, those of one head at least."""
+    return torch.stack([weights.of(name) * scores for name, scores in by_head.items()]).sum(dim=0)
 
 
 def head_scores(query: M3Vectors, passage: M3Vectors) -> dict[str, Tensor]:

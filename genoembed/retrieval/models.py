@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from genoembed.config.retrieval import M3HeadsConfig
-from genoembed.errors import ConfigError
+from genoembed.errors import CheckpointError, ConfigError
 from genoembed.models.load import load_model
-from genoembed.models.trained_folder import read_finetuned
+from genoembed.models.trained_folder import FACTS_FILE, read_finetuned
 from genoembed.retrieval.candidates import PairIds
 from genoembed.retrieval.contrastive import (
     batch_hard_triplet,
@@ -37,6 +37,7 @@ from genoembed.retrieval.contrastive import (
 from genoembed.retrieval.heads import M3Heads, set_trainable
 from genoembed.retrieval.m3 import M3Loss, M3Vectors, join_vectors
 from genoembed.retrieval.terms import NO_TERM, KmerTerms, TokenTerms, collate_terms
+from genoembed.retrieval.weights import HybridWeights
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import load_encoder, load_heads
 from genoembed.training.inference import SequenceRunner
@@ -162,6 +163,8 @@ class RetrievalModel(ComparingModel):
     def __init__(self, encoder: Encoder, heads: M3Heads, loss: M3Loss) -> None:
         super().__init__(encoder)
         self.heads, self.loss = heads, loss
+        self.hybrid_weights = HybridWeights()
+        """How scores are added where sequences are searched; chosen when a run ends."""
         # other modes leave to the tuning of the encoder what of it learns
         if heads.mode == "fix_encoder":
             set_trainable(encoder, heads)
@@ -322,6 +325,7 @@ def load_retriever(
     )
     model = RetrievalModel(encoder, M3Heads(encoder.width, config, mode=shape["mode"]), M3Loss())
     load_heads(model, facts)
+    model.hybrid_weights = saved_weights(facts)
     model.to(genomic.device).eval()
     return Retriever(
         facts=facts,
@@ -330,6 +334,16 @@ def load_retriever(
         kmers=KmerTerms(k=shape["term_bases"]),
         batch_rows=batch_rows,
     )
+
+
+def saved_weights(facts: FinetunedFacts) -> HybridWeights:
+    """Return how a folder adds the scores of its heads; folders of earlier versions say nothing of it."""
+    found = facts.values["retrieval"].get("hybrid_weights")
+    try:
+        return HybridWeights() if found is None else HybridWeights(*map(float, found))
+    except (TypeError, ValueError, ConfigError) as error:
+        message = f"hybrid_weights is {found!r}, expected three numbers; fine-tune again"
+        raise CheckpointError(message, path=str(facts.folder / FACTS_FILE)) from error
 
 
 def _spans(spans_T2: NDArray[np.int64], config: M3HeadsConfig) -> NDArray[np.int64]:

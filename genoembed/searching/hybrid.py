@@ -10,6 +10,7 @@ Score what a dense search found once more, with the sparse and multi-vector head
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,34 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genoembed.retrieval.weights import HybridWeights
     from genoembed.store import EmbeddingFile
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HybridWeights:
-    """How the three scores are added; the defaults are those of BGE-M3."""
-
-    dense: float = 1.0
-    sparse: float = 0.3
-    multi_vector: float = 1.0
-
-    def __post_init__(self) -> None:
-        given = (self.dense, self.sparse, self.multi_vector)
-        if not (all(0 <= weight < np.inf for weight in given) and any(given)):
-            message = (
-                f"hybrid_weights is {list(given)}; set hybrid_weights to three finite numbers, none below 0 "
-                "and not all 0"
-            )
-            raise ConfigError(message)
-
-    def total(self, *, dense: float, sparse: float, multi_vector: float) -> float:
-        """Add scores.
-
-        Example:
-            >>> HybridWeights().total(dense=1.0, sparse=1.0, multi_vector=0.5)
-            1.8
-        """
-        return self.dense * dense + self.sparse * sparse + self.multi_vector * multi_vector
 
 
 class SharedTerms(NamedTuple):
@@ -115,6 +90,8 @@ def best_matches(query: NDArray[np.floating], subject: NDArray[np.floating]) -> 
     return BestMatches(float(similarities.mean()), best, similarities)
 
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 5
 """Matching places and terms that are named."""
 _ENCODED_TOGETHER = 64
@@ -125,7 +102,8 @@ _KEPT_BYTES = 1 << 28
 class HybridOptions:
     """What is scored again."""
 
-    weights: HybridWeights
+    weights: HybridWeights | None = None
+    """None takes those of the model."""
     depth: int = 100
     """Rows per query."""
     subject_sequences: tuple[str, ...] = ()
@@ -160,6 +138,7 @@ def rescore(
             "the model that it was embedded with"
         )
         raise ConfigError(message)
+    weights = _weights(options.weights, retriever)
     rows = np.unique(found.rows[found.rows != NO_ROW]).tolist()
     sequences = read_file_records(database, rows, paths=options.subject_sequences, option="subject_sequences")
     subjects = _Encoded(
@@ -177,12 +156,26 @@ def rescore(
         for row, theirs in subjects.take(near):
             assert mine is not None, "a query with neighbors was encoded"
             dense = float(found.scores[query][near.index(row)])
-            scored.append((*_score(mine, theirs, dense, options.weights, queries[query], retriever, row),))
+            scored.append((*_score(mine, theirs, dense, weights, queries[query], retriever, row),))
         scored.sort(key=lambda item: (-item[0], item[1]))
         for place, (score, row, part) in enumerate(scored[:k]):
             ranked.rows[query, place], ranked.scores[query, place] = row, score
             parts[query, row] = part
     return ranked, parts
+
+
+def _weights(requested: HybridWeights | None, retriever: Retriever) -> HybridWeights:
+    """Choose how scores are added, and say it."""
+    own = retriever.model.hybrid_weights
+    if requested is None or requested == own:
+        logger.info("hybrid weights %s (dense : sparse : multi-vector), those of the model", own)
+        return own
+    logger.info(
+        "hybrid weights %s (dense : sparse : multi-vector), as requested; those of the model are %s",
+        requested,
+        own,
+    )
+    return requested
 
 
 def _score(

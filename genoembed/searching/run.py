@@ -23,7 +23,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.search import NeighborConfig, SearchConfig
 from genoembed.embedding import RecordEmbedder
-from genoembed.errors import ConfigError, EmptyRecordError
+from genoembed.errors import ConfigError, EmptyRecordError, Problem, Remedy
 from genoembed.pipeline.embedding_file import (
     VectorSource,
     check_comparable,
@@ -36,8 +36,9 @@ from genoembed.pipeline.embedding_file import (
 )
 from genoembed.pipeline.request import use_threads
 from genoembed.pooling.transform import usable_rows
+from genoembed.retrieval.weights import HybridWeights
 from genoembed.searching.hits import Hits, Places
-from genoembed.searching.hybrid import HybridOptions, HybridWeights, check_whole_records, rescore
+from genoembed.searching.hybrid import HybridOptions, check_whole_records, rescore
 from genoembed.searching.index import Origin, open_index
 from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners, exact_neighbors
 from genoembed.sequences import read_sequences
@@ -105,7 +106,7 @@ def search(
     overwrite: bool = False,
     model: str | PathLike[str] | GenomicModel | None = None,
     hybrid: bool = False,
-    hybrid_weights: Sequence[float] = (1.0, 0.3, 1.0),
+    hybrid_weights: Sequence[float] | None = None,
     depth: int = 100,
     subject_sequences: Sequence[str | PathLike[str]] = (),
     progress: Callable[[int], None] | None = None,
@@ -121,7 +122,8 @@ def search(
         overwrite: Replace an existing table.
         model: To embed sequences with, if it is not where the database says. Its weights must be the same.
         hybrid: Score the nearest rows again with the sparse and multi-vector heads of a retrieval model.
-        hybrid_weights: Of dense, sparse and multi-vector scores.
+        hybrid_weights: Of dense, sparse and multi-vector scores; None takes those that the model's training
+            chose by validation queries, or 1, 0.3 and 1 where it had none.
         depth: Rows per query that ``hybrid`` scores again.
         subject_sequences: Where ``hybrid`` finds the database's sequences; empty takes the files that it
             names.
@@ -143,10 +145,15 @@ def search(
     embedding = {name: given.pop(name) for name in _QUERY_OPTIONS if name in given}
     wanted = NeighborConfig.build(given)
     heads = HybridOptions(
-        weights=_weights(hybrid_weights),
+        weights=None if hybrid_weights is None else _weights(hybrid_weights),
         depth=depth,
         subject_sequences=tuple(fspath(path) for path in subject_sequences),
     )
+    if not hybrid and (hybrid_weights is not None or heads.subject_sequences):
+        unused = "subject_sequences" if hybrid_weights is None else "hybrid_weights"
+        raise ConfigError(
+            Problem(f"{unused} is for a hybrid search", Remedy("hybrid", True), f", or leave {unused} out")
+        )
     if hybrid and wanted.metric == "euclidean":
         message = (
             "metric is 'euclidean', but hybrid adds scores that grow with likeness; set metric to 'cosine'"

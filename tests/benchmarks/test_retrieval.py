@@ -103,11 +103,12 @@ def test_benchmark_trains_and_measures_before_and_after(model_folder, tmp_path, 
     table.with_suffix(".groups").write_text("\n".join(groups) + "\n")
     retrieval.main(arguments)
     found = json.loads(out.read_text())["found"]
-    assert set(found) == {"k-mers", "before", "all heads", "all heads, spent"}
+    assert set(found) == {"k-mers", "before", "before, spent", "all heads", "all heads, spent"}
     assert set(found["before"][0]) == set(found["all heads"][0]) == {
-        "dense", "sparse", "multi_vector", *retrieval.HYBRIDS,
+        "dense", "sparse", "multi_vector", retrieval.USUAL, retrieval.OWN,
     }  # fmt: skip
     # before training, the sparse head weighs all terms alike
     assert found["before"][0]["sparse"]["source"]["5%"]["recall_at_1"] > 0.8
     assert found["all heads, spent"][0]["steps"] == 2
-    assert "| all heads | hybrid |" in capsys.readouterr().out
+    assert len(found["all heads, spent"][0]["hybrid_weights"]) == 3
+    assert "| all heads | hybrid, own weights |" in capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 
 from genoembed.errors import ConfigError
 from genoembed.retrieval.m3 import multi_vector_scores, sparse_scores
-from genoembed.searching.hybrid import HybridWeights, best_matches, shared_terms
+from genoembed.retrieval.weights import HybridWeights
+from genoembed.searching.hybrid import best_matches, shared_terms
 
 
 def test_shared_terms_score_as_in_training():

@@ -235,6 +235,8 @@ def test_search_refuses_files_of_token_vectors(files, tmp_path):
         ({"invalid": "mask"}, "invalid: the queries are embedded already"),
         ({"hybrid": True, "metric": "euclidean"}, "set metric to 'cosine'"),
         ({"hybrid_weights": (1.0,)}, "set hybrid_weights to three"),
+        ({"hybrid_weights": (1.0, 1.0, 1.0)}, "hybrid_weights is for a hybrid search"),
+        ({"subject_sequences": ["a.fa"]}, "subject_sequences is for a hybrid search"),
         ({"depth": 0}, "depth is 0"),
     ],
 )

@@ -222,6 +222,8 @@ _FIND = {
     _DAMAGE: re.compile(b"[" + re.escape(_DAMAGED_BYTES) + b"]"),
     _GAP: re.compile(b"[" + re.escape(GAPS) + b"]"),
 }
+_NO_CODE = frozenset(b"EFILPQ")  # amino acids whose letter is no IUPAC code of bases
+_LETTERS_TO_JUDGE = 4096
 _COMPLEMENT = bytes.maketrans(b"ACGTURYSWKMBDHVNacgturyswkmbdhvn", b"TGCAAYRSWMKVHDBNtgcaayrswmkvhdbn")
 
 
@@ -273,6 +275,8 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
                 raise _error(record, raw, place, _INVALID)
             if policies.invalid == "skip":
                 return None
+            if is_protein(raw):  # of which masking would leave little but N
+                raise _error(record, raw, place, _INVALID)
             masked += text.count(_INVALID)
             text = text.replace(_INVALID, b"N")
         # in the raw letters: after the translation a U is a T like any other
@@ -282,6 +286,18 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
             upper_cased += _count_lower(raw)
         pieces.append(text)
     return CleanedBody(pieces, masked, gaps, rna, upper_cased)
+
+
+def is_protein(letters: bytes) -> bool:
+    """Say whether letters read like amino acids: half of them are no bases, one of them is no IUPAC code.
+
+    Example:
+        >>> is_protein(b"MKVLAAGWWLKE*"), is_protein(b"ACGTRYKLACGTACGT")
+        (True, False)
+    """
+    letters = letters[:_LETTERS_TO_JUDGE].upper().translate(None, WHITESPACE + GAPS)
+    residues = letters.translate(None, b"ACGTUN")
+    return letters.isalpha() and 2 * len(residues) >= len(letters) and not _NO_CODE.isdisjoint(residues)
 
 
 def _count_lower(raw: bytes) -> int:
@@ -311,6 +327,11 @@ def _error(
     if record.span is not None:
         where = f"position {record.span.fetch_start + position} of {record.span.contig!r}"
     problem = f"{shown} at {where} is not in alphabet {ALPHABET_NAME}; set invalid='mask' or fix it"
-    if mark == _GAP:
+    if is_protein(raw):
+        problem = (
+            f"{shown} at {where}: the letters are those of a protein, and the models read DNA or RNA; "
+            "give the gene's own sequence, or set invalid='skip'"
+        )
+    elif mark == _GAP:
         problem = f"gap {shown} at {where} is not in alphabet {ALPHABET_NAME}; set gaps='strip' or fix it"
     return AlphabetError(problem, path=record.path, line=line, record_id=record.id)

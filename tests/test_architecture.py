@@ -73,7 +73,10 @@ RULES = {
             "accelerate",
         ),
         in_functions=("peft",),
-        only_in={"numba": "models.striped_hyena2.fp8_numba"},
+        only_in={
+            "numba": "models.striped_hyena2.fp8_numba",
+            "triton": "models.striped_hyena2.fp8_triton",
+        },
     ),
     "store": Rule(
         internal=("atomic", "config", *FLOOR),
@@ -145,6 +148,7 @@ LAZY = {
     ("probing.run", "probing.vectors"): "torch, after the checks that need no model",
     ("models.striped_hyena2.blocks", "models.striped_hyena2.fp8"): "for checkpoints trained in FP8",
     ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_numba"): "an optional extra, for CPUs",
+    ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_triton"): "for GPUs",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
     ("models.registry", "models.geneb"): "for suggestions",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genoembed.errors import MissingExtraError
+from genoembed.errors import MissingExtraError, ModelError
 from genoembed.models.striped_hyena2 import fp8
 from genoembed.models.striped_hyena2.fp8 import emulate_product, round_to_e4m3
 from tests.oracles import hopper_product
@@ -21,11 +24,21 @@ from tests.oracles import hopper_product
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FORMS: dict[str, Callable[..., torch.Tensor]] = {
-    name: partial(emulate_product, form=name)
-    for name, package in (("torch", "torch"), ("numba", "numba"))
-    if importlib.util.find_spec(package) is not None
-}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_CUDA = torch.cuda.is_available()
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def with_triton(*operands):
+    computed = emulate_product(*(one.cuda() if HAS_CUDA else one for one in operands), form="triton")
+    return computed.cpu()
+
+
+FORMS: dict[str, Callable[..., torch.Tensor]] = {"torch": partial(emulate_product, form="torch")}
+if importlib.util.find_spec("numba") is not None:
+    FORMS["numba"] = partial(emulate_product, form="numba")
+if HAS_TRITON and (HAS_CUDA or IS_INTERPRETED):
+    FORMS["triton"] = with_triton
 SCALES = torch.tensor([61.189205, 0.37])
 
 
@@ -35,8 +48,13 @@ def form(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
     return FORMS[request.param]
 
 
+# the forms take turns with the same operands
+expected_product = cache(hopper_product)
+
+
 def assert_equals_oracle(form, x_TK, weight_NK, scales=SCALES):
-    expected = torch.tensor(hopper_product(x_TK.tolist(), weight_NK.tolist(), scales.tolist()))
+    rows, columns = (tuple(map(tuple, one.tolist())) for one in (x_TK, weight_NK))
+    expected = torch.tensor(expected_product(rows, columns, tuple(scales.tolist())))
     computed = form(x_TK, weight_NK, scales)
     assert computed.dtype == torch.bfloat16
     assert computed.shape == (len(x_TK), len(weight_NK))
@@ -69,8 +87,8 @@ def test_sum_of_few_groups(form, num_inputs):
 @pytest.mark.parametrize("bias", [0.0, 1.0])
 def test_long_sum(form, spread, bias):
     # with a bias the sum grows far above the products, so that it decides what is cut off
-    x = normal(2, 4096, spread=spread) + bias
-    assert_equals_oracle(form, x, normal(3, 4096, seed=1, spread=spread) + bias, torch.tensor([60.0, 57.0]))
+    x = normal(1, 4096, spread=spread) + bias
+    assert_equals_oracle(form, x, normal(2, 4096, seed=1, spread=spread) + bias, torch.tensor([60.0, 57.0]))
 
 
 def test_saturated_values(form):
@@ -206,3 +224,140 @@ def test_any_codes_equal_the_oracle(seed, data):
     )
     for form in FORMS.values():
         assert_equals_oracle(form, x, weight, torch.ones(2))
+
+
+# Triton
+
+
+@pytest.mark.skipif(not HAS_TRITON or "triton" in FORMS, reason="Triton is absent, or tested as other forms")
+def test_triton_without_gpus_equals_the_oracle_in_its_interpreter():
+    chosen = "(triton and not threads and not beside) or any_codes"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert " passed" in ran.stdout
+
+
+@pytest.mark.skipif(not HAS_TRITON or IS_INTERPRETED, reason="Triton is absent, or interprets")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_gpus_that_are_not_here(capability, tmp_path, monkeypatch):
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from genoembed.models.striped_hyena2.fp8_triton import _sum_tile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kinds = ["*fp32", "*bf16", "*fp32", "*fp32", "i32", "i32", "i32", "constexpr", "constexpr"]
+    source = ASTSource(
+        fn=_sum_tile,
+        signature=dict(zip(_sum_tile.arg_names, kinds, strict=True)),
+        constexprs={(7,): 8, (8,): 32},
+    )
+    compiled = compile_kernel(
+        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}
+    )
+    assert "cvt.rzi.s32.f32" in compiled.asm["ptx"]  # toward zero, as the hardware cuts
+    assert "fma" not in compiled.asm["ptx"]
+
+
+@pytest.fixture
+def triton_sums(monkeypatch):
+    """Stands for what Triton compiles; calls are counted, and what it does can be changed."""
+    sums = mock.Mock(side_effect=fp8._sum_in_torch)
+    monkeypatch.setattr(fp8, "_triton_sums", lambda: sums)
+    monkeypatch.setattr(fp8, "_triton_works", cache(fp8._triton_works.__wrapped__))
+    return sums
+
+
+def works_with_triton() -> bool:
+    return fp8._triton_works(torch.device("cpu"))
+
+
+def test_triton_is_taken_where_it_gives_the_sums_of_pytorch(triton_sums, monkeypatch):
+    assert works_with_triton()
+    assert works_with_triton()
+    assert triton_sums.call_count == 1
+    assert fp8.emulation_form(torch.device("cpu")) != "triton"
+    monkeypatch.setattr(fp8, "_triton_works", lambda _device: True)
+    assert fp8.emulation_form(torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("effect", "reason"),
+    [
+        (lambda *given: fp8._sum_in_torch(*given) + 2**-9, "gives other sums"),
+        (
+            RuntimeError("Failed to find C compiler.\nSet CC"),
+            "fails: RuntimeError: Failed to find C compiler.",
+        ),
+    ],
+)
+def test_pytorch_emulates_where_triton_does_not(triton_sums, effect, reason, caplog, monkeypatch):
+    triton_sums.side_effect = effect
+    assert not works_with_triton()
+    assert caplog.messages == [f"FP8 is emulated by PyTorch, which takes longer, for Triton {reason}"]
+    monkeypatch.setattr(fp8, "_triton_works", lambda _device: False)
+    assert fp8.emulation_form(torch.device("cuda")) == "torch"
+
+
+def test_no_memory_left_says_nothing_about_triton(triton_sums):
+    triton_sums.side_effect = torch.OutOfMemoryError
+    with pytest.raises(torch.OutOfMemoryError):
+        works_with_triton()
+    triton_sums.side_effect = fp8._sum_in_torch
+    assert works_with_triton()
+
+
+def test_where_triton_is_absent_pytorch_emulates(monkeypatch, caplog):
+    monkeypatch.setattr(fp8, "_triton_sums", lambda: None)
+    monkeypatch.setattr(fp8, "_triton_works", fp8._triton_works.__wrapped__)
+    assert fp8.emulation_form(torch.device("cuda")) == "torch"
+    assert caplog.messages == []
+    with pytest.raises(ModelError, match=r"needs Triton, .* take another form"):
+        emulate_product(normal(1, 3), normal(2, 3), SCALES, form="triton")
+
+
+# Hopper
+
+
+def scaled_product(left, right, *, scale_a, scale_b, out_dtype, use_fast_accum):
+    """What `torch._scaled_mm` takes on Hopper, and gives but for rounding."""
+    for operand in (left, right):
+        assert operand.dtype == torch.float8_e4m3fn
+        assert all(size % 16 == 0 for size in operand.shape)
+    assert left.is_contiguous()
+    assert right.t().is_contiguous()  # column by column
+    for scale in (scale_a, scale_b):
+        assert (scale.dtype, scale.numel()) == (torch.float32, 1)
+    assert use_fast_accum
+    assert left.shape[1] == right.shape[0]
+    return (left.double() @ right.double() * scale_a.double() * scale_b.double()).to(out_dtype)
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 48), (5, 33, 7), (1, 1, 1), (17, 64, 16), (0, 32, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operands_of_the_hardware(shape, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    num_rows, num_inputs, num_outputs = shape
+    x = normal(num_rows, num_inputs).to(dtype)
+    weight = normal(num_outputs, num_inputs, seed=1).to(dtype)
+    computed = fp8._multiply_natively(x, weight, SCALES)
+    assert (computed.dtype, computed.shape) == (torch.bfloat16, (num_rows, num_outputs))
+    expected = emulate_product(x, weight, SCALES, form="torch").float()
+    # products are of this size; the sums of the emulation cut off more
+    assert torch.allclose(computed.float(), expected, rtol=2**-7, atol=1e-3 * num_inputs)
+
+
+def test_hardware_takes_what_pytorch_takes():
+    # for CPUs PyTorch has the same product, with other sums
+    x, weight = normal(5, 40), normal(18, 40, seed=1)
+    x[1, 2], weight[3, 4] = torch.nan, torch.inf
+    computed = fp8._multiply_natively(x, weight, SCALES)
+    expected = emulate_product(x, weight, SCALES, form="torch")
+    assert torch.equal(computed.isnan(), expected.isnan())
+    assert torch.allclose(computed.float(), expected.float(), rtol=2**-6, atol=0.02, equal_nan=True)

@@ -1,8 +1,8 @@
 """Matrix products as the FP8 tensor cores of NVIDIA Hopper compute them, on any device.
 
 In: activations, weights, and the two fixed scales of a checkpoint. Out: the product in bfloat16, as
-Transformer Engine returns it on Hopper. Promised: both forms of the emulation (PyTorch, numba) equal exact
-integer arithmetic bit for bit, and a row does not depend on the rows beside it.
+Transformer Engine returns it on Hopper. Promised: all forms of the emulation (PyTorch, numba on CPUs, Triton
+on GPUs) equal exact integer arithmetic bit for bit, and a row does not depend on the rows beside it.
 
 Evo 2's 1B, 20B and 40B checkpoints were trained with such input projections and give other numbers without
 them. What makes them special is less the eight bits than the sum:
@@ -24,6 +24,7 @@ T rows, K inputs, N outputs, G groups of 32 inputs.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from genoembed.errors import MissingExtraError
+from genoembed.errors import MissingExtraError, ModelError
 from genoembed.models.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
+
 Fp8Form: TypeAlias = Literal["native", "emulated", "off"]
 """How a projection runs: in hardware, in software with the same result, or as an ordinary product."""
 
-EmulationForm: TypeAlias = Literal["torch", "numba"]
+EmulationForm: TypeAlias = Literal["torch", "numba", "triton"]
 """What computes the emulation."""
 
 GROUP = 32
@@ -107,8 +110,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, is_native: bool) -> Tensor:
-    fits = all(size % 16 == 0 for size in weight_NK.shape)  # as the kernels need it, and Evo 2 has it
-    if is_native and fits and has_hopper_sums(x_TK.device):
+    if is_native and has_hopper_sums(x_TK.device):
         return _multiply_natively(x_TK, weight_NK, scales)
     return emulate_product(x_TK, weight_NK, scales)
 
@@ -124,29 +126,35 @@ def _capability(device: torch.device) -> int:
 
 def _multiply_natively(x_TK: Tensor, weight_NK: Tensor, scales: Tensor) -> Tensor:
     """Multiply with the tensor cores of Hopper, summing as Transformer Engine lets them in forward passes."""
-    num_rows = x_TK.shape[0]
-    # the original fills up the sequence with zeros as well: the kernels take multiples of 16 rows
-    left_TK = F.pad(x_TK, (0, 0, 0, -num_rows % 16))
-    left_TK, right_NK = (
-        round_to_e4m3(one, scale).to(torch.float8_e4m3fn)
-        for one, scale in ((left_TK, scales[0]), (weight_NK, scales[1]))
-    )
     inverse = scales.float().reciprocal()
     product_TN = torch._scaled_mm(
-        left_TK,
-        right_NK.t(),
+        _encode(x_TK, scales[0]),
+        _encode(weight_NK, scales[1]).t(),  # the second factor must lie in memory column by column
         scale_a=inverse[0],
         scale_b=inverse[1],
         out_dtype=torch.bfloat16,
+        # Without it, sums are moved to float32 registers now and then, and are less cut off: in backward
+        # passes only.
         use_fast_accum=True,
     )
-    return product_TN[:num_rows]
+    return product_TN[: x_TK.shape[0], : weight_NK.shape[0]]
+
+
+def _encode(x_RK: Tensor, scale: Tensor) -> Tensor:
+    """Round scaled values to E4M3, with zeros up to the multiples of 16 that the hardware takes."""
+    num_rows, num_inputs = x_RK.shape
+    if num_rows % 16 or num_inputs % 16:
+        x_RK = F.pad(x_RK, (0, -num_inputs % 16, 0, -num_rows % 16))
+    x_RK = x_RK.to(torch.bfloat16).float().mul_(scale)
+    return x_RK.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def emulation_form(device: torch.device) -> EmulationForm:
     """Choose the fastest form of the emulation that runs on a device."""
     if device.type == "cpu" and _numba_sums() is not None:
         return "numba"
+    if device.type == "cuda" and _triton_works(device):
+        return "triton"
     return "torch"
 
 
@@ -158,6 +166,42 @@ def _numba_sums() -> Callable[..., Any] | None:
     except ImportError:
         return None
     return sum_products
+
+
+@cache
+def _triton_sums() -> Callable[..., Tensor] | None:
+    """Return the sums that Triton compiles; None where it is not installed."""
+    from genoembed.models.striped_hyena2.fp8_triton import IS_INSTALLED, sum_on_gpu
+
+    return sum_on_gpu if IS_INSTALLED else None
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Check, once, that Triton compiles for a device and that its sums are those of PyTorch.
+
+    It needs a C compiler, which is often missing, and drivers for its version.
+    """
+    if _triton_sums() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    # three groups, the last one in part, and tiles in part
+    x_TK, weight_NK = (torch.randn(size, 70, generator=generator).to(device) for size in (11, 37))
+    scale = torch.tensor(40.0, device=device)
+    left_TK = round_to_e4m3(x_TK, scale)
+    try:
+        sums_TN = _sum_with_triton(left_TK, weight_NK, scale)
+        if torch.equal(sums_TN, _sum_in_torch(left_TK, weight_NK, scale)):
+            return True
+    except torch.OutOfMemoryError:  # says nothing about Triton
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever Triton lacks, PyTorch gives the same numbers
+        _LOG.debug("Triton fails on %s", device, exc_info=True)
+        reason = f"fails: {type(error).__name__}: {error}".splitlines()[0]
+    else:
+        reason = "gives other sums"
+    _LOG.warning("FP8 is emulated by PyTorch, which takes longer, for Triton %s", reason)
+    return False
 
 
 def emulate_product(
@@ -181,13 +225,13 @@ def emulate_product(
     """
     sum_products = _FORMS[form or emulation_form(x_TK.device)]
     with without_autocast(x_TK.device):
-        left_TGK = _grouped(round_to_e4m3(x_TK, scales[0]))
-        sums_TN = sum_products(left_TGK, weight_NK, scales[1])
+        sums_TN = sum_products(round_to_e4m3(x_TK, scales[0]), weight_NK, scales[1])
         return (sums_TN * output_scale(scales)).to(torch.bfloat16)
 
 
-def _sum_in_torch(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
+def _sum_in_torch(left_TK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
     """Add up products in PyTorch, a tile of rows and columns at a time."""
+    left_TGK = _grouped(left_TK)
     rows, columns = _tile_shape(left_TGK.device)
     sums_TN = left_TGK.new_empty(left_TGK.shape[0], weight_NK.shape[0])
     for column in range(0, weight_NK.shape[0], columns):
@@ -201,11 +245,12 @@ def _sum_in_torch(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
     return sums_TN
 
 
-def _sum_with_numba(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
+def _sum_with_numba(left_TK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
     """Add up products in code that numba compiles."""
     sum_products = _numba_sums()
     if sum_products is None:
         raise MissingExtraError(package="numba", extra="fp8", purpose="this form of FP8")
+    left_TGK = _grouped(left_TK)
     left_exponents_TGK = exponents(left_TGK).masked_fill_(left_TGK == 0, NO_EXPONENT).to(torch.int8)
     sums = sum_products(
         left_TGK.numpy(),
@@ -221,9 +266,22 @@ def _sum_with_numba(left_TGK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tenso
     return sums_TN
 
 
+def _sum_with_triton(left_TK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
+    """Add up products in code that Triton compiles."""
+    sum_products = _triton_sums()
+    if sum_products is None:
+        message = (
+            "this form of FP8 needs Triton, which comes with PyTorch for CUDA on Linux; take another form"
+        )
+        raise ModelError(message)
+    sums_TN: Tensor = sum_products(left_TK, weight_NK.to(torch.bfloat16), scale.float())
+    return sums_TN
+
+
 _FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "torch": _sum_in_torch,
     "numba": _sum_with_numba,
+    "triton": _sum_with_triton,
 }
 
 

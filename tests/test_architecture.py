@@ -124,7 +124,7 @@ RULES = {
     "training": Rule(
         internal=BELOW_VERBS,
         third_party=("torch", "transformers", "numpy", "safetensors", "accelerate"),
-        in_functions=("peft",),
+        in_functions=("peft", "bitsandbytes", "wandb"),
     ),
     "pretraining": Rule(
         internal=("training", *BELOW_VERBS), third_party=("torch", "transformers", "numpy", "safetensors")
@@ -408,6 +408,7 @@ REASONS = {
     "genoembed.finetuning.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
+    "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""

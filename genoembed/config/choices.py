@@ -84,7 +84,9 @@ Engine: TypeAlias = Literal["local", "ray"]
 
 Packing: TypeAlias = Literal["stream", "bins"]
 
-TrainDtype: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Optim: TypeAlias = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
+
+Reporter: TypeAlias = Literal["auto", "none", "tensorboard", "wandb"]
 
 Task: TypeAlias = Literal[
     "classification", "multilabel", "regression", "token", "lm", "contrastive", "triplet", "retrieval"

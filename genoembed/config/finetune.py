@@ -529,6 +529,9 @@ class FinetuneConfig(Config):
                 Remedy("add_pooler", True),
                 ", or tuning to 'full', 'last_n' or 'lora'",
             )
+        if tuning == "frozen" and self.recipe.gradient_checkpointing:
+            remedy = Remedy("gradient_checkpointing", False)
+            yield Problem("tuning is 'frozen', so there is no backward pass to save memory in", remedy)
         several = len(self.encoder.layers) > 1
         if task == "retrieval" and several and "max" in (self.encoder.fusion, self.encoder.pooling):
             yield (

@@ -211,11 +211,6 @@ class RecipeConfig(OptimizerConfig):
     compile_blocks: bool = option(
         False, group=OPTIMIZATION, help="Compile each block with torch.compile; no gain on CPUs."
     )
-    gradient_checkpointing: bool = option(
-        False,
-        group=OPTIMIZATION,
-        help="Compute activations again in the backward pass: less memory, a third more time.",
-    )
     seed: int = option(
         0,
         ge=0,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from genoembed.config.choices import Schedule, TrainDtype
+from genoembed.config.choices import ComputeDtype, Optim, Reporter, Schedule
 from genoembed.config.fields import Config, option
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,14 +49,39 @@ class OptimizerConfig(Config):
     max_grad_norm: float = option(
         1.0, gt=0, group=OPTIMIZATION, metavar="X", help="Clip gradients to this norm."
     )
-    dtype: TrainDtype = option(
+    dtype: ComputeDtype = option(
         "auto",
         group=OPTIMIZATION,
-        help="Type of matrix products; weights are float32. auto is bfloat16 where the device has it.",
+        help="Type of matrix products; what learns is float32. auto is bfloat16 where the device has it; "
+        "float16 is for older GPUs.",
+    )
+    optim: Optim = option(
+        "adamw",
+        group=OPTIMIZATION,
+        help="Optimizer: AdamW; AdamW with 8-bit states, by bitsandbytes; Adafactor, whose states take "
+        "almost no memory; or SGD with momentum, which has no default rate.",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        group=OPTIMIZATION,
+        help="Compute activations again in the backward pass: less memory, a third more time.",
     )
     logging_steps: int = option(
         10, ge=1, group=RUN, metavar="N", help="Optimizer steps between lines of metrics.jsonl."
     )
+    report_to: tuple[Reporter, ...] = option(
+        ("auto",),
+        group=RUN,
+        help="Where the same lines go besides: TensorBoard files in DIR, Weights & Biases, or nowhere. auto "
+        "is tensorboard where it is installed. Repeatable.",
+    )
+
+    def _problems(self) -> Iterator[str]:
+        if self.optim == "sgd" and getattr(self, "learning_rate", None) is None:
+            remedy = Remedy("learning_rate", words="a rate, such as 0.01")
+            yield Problem("optim is 'sgd', which has no default rate", remedy)
+        if len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}:
+            yield f"report_to names {' and '.join(self.report_to)}; name auto or none alone"
 
 
 class ScheduleConfig(OptimizerConfig):
@@ -101,6 +127,7 @@ class ScheduleConfig(OptimizerConfig):
     )
 
     def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
         if self.warmup_fraction is not None and self.warmup_steps is not None:
             yield "warmup_fraction and warmup_steps are both set; leave one out"
 

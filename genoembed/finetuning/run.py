@@ -16,6 +16,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, finetune_config
 from genoembed.config.paths import path_strings
 from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
+from genoembed.training.packages import check_packages
 from genoembed.training.run_folder import claimed_run
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def finetune(
     settings = finetune_config(keys, file=config)
     if settings.objective.task in PREDICTION_TASKS:
         check_metrics_installed()
+    check_packages(settings.recipe)
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         rows = read_task_rows(settings)
         # not at the top: importing torch takes seconds, and all that came before may have been refused

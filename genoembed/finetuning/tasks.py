@@ -42,6 +42,7 @@ from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.checkpointing import checkpoint_activations
 from genoembed.training.encoder import Encoder
 from genoembed.training.heads import RegressionHead
 from genoembed.training.inference import SequenceRunner
@@ -158,6 +159,8 @@ def _load_base(config: FinetuneConfig) -> _Base:
         start.model, dtype="float32", trust_remote_code=start.trust_remote_code, revision=start.revision
     )
     encoder = Encoder(genomic, start, seed=config.recipe.seed)
+    if config.recipe.gradient_checkpointing:
+        checkpoint_activations(encoder.backbone, captured=encoder.layers)
     logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
     tokens = build_encoder(genomic.tokenizer, add_special_tokens=genomic.special_tokens)
     runner = SequenceRunner(
@@ -361,6 +364,8 @@ def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
         config=model,
         seed=recipe.seed,
     )
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(start.model)
     measures: dict[str, Measure[Any]] = {
         side: CausalMeasure(
             rows=rows,

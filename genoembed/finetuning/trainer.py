@@ -247,6 +247,7 @@ _SAID = (
     "negatives_per_query",
     "positive_score",
     "negative_score",
+    "skipped_steps",
 )
 
 
@@ -280,7 +281,11 @@ class FinetuneTrainer(ResumableTrainer):
             world_size=args.world_size,
         )
         super().__init__(
-            args=args, train_dataset=dataset, callbacks=[*callbacks, SetEpoch(dataset, sampler)], **arguments
+            args=args,
+            train_dataset=dataset,
+            recipe=recipe,
+            callbacks=[*callbacks, SetEpoch(dataset, sampler)],
+            **arguments,
         )
         # each batch gives a mean of its own
         self.loss_is_scaled_for_ga = False
@@ -361,7 +366,11 @@ class FinetuneTrainer(ResumableTrainer):
 
         def encode(piece: dict[str, Tensor]) -> dict[str, Tensor]:
             with self.compute_loss_context_manager():
-                return model(**piece, want="hidden")
+                outputs = model(**piece, want="hidden")
+            # as accelerate does with bfloat16: the loss adds up many scores
+            return {
+                name: value.float() if value.is_floating_point() else value for name, value in outputs.items()
+            }
 
         def backward(loss: Tensor) -> None:
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)

@@ -32,6 +32,7 @@ from genoembed.training.distributed import (
     num_processes,
     wait_for_all,
 )
+from genoembed.training.log import reporters
 from genoembed.training.rates import FEW_ROWS, HEAD_RATE, encoder_rate
 from genoembed.training.run_folder import (
     CONFIG_FILE,
@@ -93,7 +94,7 @@ def _resume_rules(recipe: FinetuneRecipe) -> ResumeRules:
         digests={
             "rows": "the rows of train, validation and test are not those of",
         },
-        harmless=("logging_steps",),
+        harmless=("logging_steps", "report_to", "gradient_checkpointing"),
         # a rate that falls towards the last step was another one in all steps before it
         may_grow=("max_steps", "max_epochs") if recipe.has_steady_rate else (),
     )
@@ -161,7 +162,11 @@ class _Run:
     def _trainer(self) -> FinetuneTrainer:
         recipe, setup = self.config.recipe, self.setup
         shown = (str(recipe.metric), *TASK_METRICS[self.config.objective.task][:2], "loss")
-        callbacks: list[TrainerCallback] = [FinetuneLog(self.folder.path / METRICS_FILE, shown=shown)]
+        folder = self.folder.path
+        callbacks: list[TrainerCallback] = [
+            FinetuneLog(folder / METRICS_FILE, shown=shown),
+            *reporters(recipe.report_to, folder, self.config.to_flat()),
+        ]
         if "eval" in setup.measures:
             callbacks.append(
                 StopEarly(

@@ -16,6 +16,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.paths import path_strings
 from genoembed.config.pretrain import TrainConfig, train_config
 from genoembed.pretraining.corpus import check_corpus
+from genoembed.training.packages import check_packages
 from genoembed.training.run_folder import claimed_run
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def pretrain(
         "heldout": (path_strings(options.get("heldout")) or None),
     }
     settings = train_config(keys, file=config)
+    check_packages(settings.recipe)
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         check_corpus(settings.data)
         # not at the top: importing torch takes seconds, and all that came before may have been refused

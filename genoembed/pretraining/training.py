@@ -11,24 +11,23 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers.integrations import TensorBoardCallback
 
 from genoembed.atomic import partial_of, replacing_folder, reporting_writes
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
-from genoembed.errors import ModelError, foreign_code
+from genoembed.errors import foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
 from genoembed.models.locate import model_content
 from genoembed.pipeline.request import use_threads
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
+from genoembed.training.checkpointing import checkpoint_activations
 from genoembed.training.distributed import (
     from_all,
     from_first,
@@ -36,7 +35,7 @@ from genoembed.training.distributed import (
     num_processes,
     wait_for_all,
 )
-from genoembed.training.log import MetricsFile
+from genoembed.training.log import MetricsFile, reporters
 from genoembed.training.rates import pretraining_rate
 from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
 from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from genoembed.config.pretrain import DataConfig, RecipeConfig
     from genoembed.pretraining.stream import HeldoutRows
@@ -164,7 +163,14 @@ _RULES = ResumeRules(
         "heldout": "contents or order of the files are not those of",
     },
     # how often something is saved or measured, and how a step is computed; not what it learns
-    harmless=("logging_steps", "save_steps", "eval_steps", "compile_blocks", "gradient_checkpointing"),
+    harmless=(
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "report_to",
+        "compile_blocks",
+        "gradient_checkpointing",
+    ),
 )
 
 
@@ -236,7 +242,7 @@ class _Run:
         logger.info("held out: %d rows of %d documents", len(heldout), heldout.documents)
         recipe, model = self.recipe, self.start.model
         if recipe.gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         if recipe.compile_blocks:
             for block in model.get_submodule(find_blocks(model)).children():
                 block.compile(dynamic=False)
@@ -247,6 +253,7 @@ class _Run:
             heldout=heldout,
             isolating=self.isolating,
             tokenizer=self.start.tokenizer,
+            recipe=recipe,
             pole_rate_scale=recipe.pole_rate_scale,
             callbacks=self._callbacks(),
         )
@@ -271,12 +278,8 @@ class _Run:
         )
 
     def _callbacks(self) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = [MetricsFile(self.folder.path / METRICS_FILE)]
-        if find_spec("tensorboard") is not None:
-            board = TensorBoardCallback()
-            board.logging_dir = str(self.folder.path / "tensorboard")
-            callbacks.append(board)
-        return callbacks
+        others = reporters(self.recipe.report_to, self.folder.path, self.config.to_flat())
+        return [MetricsFile(self.folder.path / METRICS_FILE), *others]
 
     def _finish(self, trainer: PackedTrainer) -> dict[str, Any]:
         trainer.check_weights()
@@ -303,19 +306,6 @@ class _Run:
             self.folder.finish(report)
         wait_for_all()
         return report
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        message = (
-            f"gradient_checkpointing: {type(model).__name__} does not offer it; set "
-            "gradient_checkpointing to False, and fewer rows_per_device with more accumulation_steps"
-        )
-        raise ModelError(message)
-    # the newer name of the same method
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _resolved_recipe(recipe: RecipeConfig, start: Start) -> RecipeConfig:

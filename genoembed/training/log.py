@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import uuid
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from genoembed.atomic import reporting_writes, write_text
+from genoembed.errors import foreign_code
 from genoembed.training.distributed import from_all
-from genoembed.training.run_folder import finite_json
+from genoembed.training.run_folder import BOARD_FOLDER, WANDB_FOLDER, finite_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
+
+    from genoembed.config.choices import Reporter
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +91,61 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(finite_json(line), allow_nan=False) + "\n")
 
 
+_PROJECT = "genoembed"
+_RUN_ID = "run_id"
+
+
+class WandbLog(TrainerCallback):
+    """Send settings and lines to Weights & Biases; a run that goes on adds to the one that it began."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self._folder, self._settings = folder, settings
+        self._run: Any = None
+
+    def on_train_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        """Begin, or go on."""
+        if not state.is_world_process_zero:
+            return
+        import wandb
+
+        path = self._folder / WANDB_FOLDER / _RUN_ID
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, uuid.uuid4().hex)
+        with foreign_code("report_to 'wandb'"):
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", _PROJECT),
+                name=self._folder.name,
+                id=path.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(self._folder),
+                config=json.loads(json.dumps(self._settings, default=str)),
+            )
+
+    def on_log(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
+        """Send a line."""
+        if self._run is not None:
+            self._run.log(finite_json(kwargs["logs"]), step=state.global_step)
+
+    def on_train_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        """Close the run: the process may do others."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def reporters(
+    named: Sequence[Reporter], folder: Path, settings: Mapping[str, object]
+) -> list[TrainerCallback]:
+    """Build the callbacks that send what the trainer logs elsewhere."""
+    found: list[TrainerCallback] = []
+    if "tensorboard" in named or ("auto" in named and find_spec("tensorboard")):
+        board = TensorBoardCallback()
+        board.logging_dir = str(folder / BOARD_FOLDER)
+        found.append(board)
+    return [*found, WandbLog(folder, settings)] if "wandb" in named else found
+
+
 def describe_line(line: Mapping[str, float]) -> str:
     """Format a line of ``metrics.jsonl`` as text for a terminal.
 
@@ -105,6 +167,7 @@ _WORDS = {
     "packing_percent": "packing %.1f %%",
     "padding_percent": "padding %.1f %%",
     "padded_cost": "padded batches would cost %.2fx",
+    "skipped_steps": "%d steps overflowed",
     "train_runtime": "%.0f s in all",
 }
 

@@ -51,7 +51,8 @@ SAVING_FOLDER = ".saving"
 """Where transformers writes a checkpoint before it gets its name."""
 _REPLACEMENT = ".replacement"
 """In a run that is to replace another: it tells the new run from the old one, whichever name each has."""
-_OWN = (RUN_FILE, REPORT_FILE, CONFIG_FILE, METRICS_FILE, FINAL_FOLDER, "tensorboard")
+BOARD_FOLDER, WANDB_FOLDER = "tensorboard", "wandb"
+_OWN = (RUN_FILE, REPORT_FILE, CONFIG_FILE, METRICS_FILE, FINAL_FOLDER, BOARD_FOLDER, WANDB_FOLDER)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _LEFTOVER = re.compile(
     rf"\.(checkpoint-\d+|{'|'.join(map(re.escape, _OWN))})\.(partial|old)|{re.escape(SAVING_FOLDER)}"

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,23 +41,29 @@ from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.distributed import wait_for_all
 from genoembed.training.log import StepBook
+from genoembed.training.optimizers import (
+    POLE_RATE_SCALE,
+    LossScaler,
+    build_optimizer,
+    is_pole,
+    parameter_groups,
+)
 from genoembed.training.run_folder import SAVING_FOLDER, is_complete, newest_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import FrameType
 
     from torch import Tensor
 
-    from genoembed.config.choices import TrainDtype
+    from genoembed.config.choices import ComputeDtype, Optim
     from genoembed.config.finetune import FinetuneRecipe
     from genoembed.config.pretrain import RecipeConfig
+    from genoembed.config.training import OptimizerConfig
 
 
 logger = logging.getLogger(__name__)
 
-POLE_RATE_SCALE = 0.1
-"""Poles of long filters move this much slower than everything else."""
 MAX_LOG_POLE = -1e-4
 """Modes of the long filter must decay: at this bound one fades over 10,000 bases."""
 
@@ -87,7 +93,7 @@ def training_arguments(
     )
 
 
-def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
+def resolved_dtype(dtype: ComputeDtype) -> ComputeDtype:
     """Choose the type of matrix products where the settings leave that to the hardware.
 
     Example:
@@ -99,50 +105,6 @@ def resolved_dtype(dtype: TrainDtype) -> TrainDtype:
     # where the hardware does not multiply in bfloat16 it is slower than float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return "bfloat16" if automatic_dtype(device) == torch.bfloat16 else "float32"
-
-
-def is_pole(name: str) -> bool:
-    """Return whether a parameter holds poles of a long filter."""
-    return name.endswith("log_poles")
-
-
-def decaying_parameters(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that weight decay applies to: matrices.
-
-    Example:
-        >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
-        >>> decaying_parameters(model)
-        {'1.weight'}
-    """
-    # norms and biases are vectors; a row of an embedding is not in every batch, and would shrink meanwhile
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 2
-        and id(parameter) not in embeddings
-        and ".filter." not in name
-        and not is_pole(name)
-    }
-
-
-def parameter_groups(
-    model: nn.Module, *, rate_of: Callable[[str], float], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Split the parameters that learn by rate and weight decay, for AdamW.
-
-    Example:
-        >>> groups = parameter_groups(nn.Linear(2, 2), rate_of=lambda name: 0.5, weight_decay=0.1)
-        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
-        [(1, 0.5, 0.1), (1, 0.5, 0.0)]
-    """
-    decaying = decaying_parameters(model)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if name in decaying else 0.0
-            groups.setdefault((rate_of(name), decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 class ClampPoles(TrainerCallback):
@@ -217,14 +179,20 @@ class StopOnSignal(TrainerCallback):
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer with AdamW over our groups, which measures in its own way and ends on a signal."""
+    """A Trainer with an optimizer over our groups, which measures in its own way and ends on a signal."""
 
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self, *, callbacks: list[TrainerCallback], pole_rate_scale: float = POLE_RATE_SCALE, **arguments: Any
+        self,
+        *,
+        callbacks: list[TrainerCallback],
+        recipe: OptimizerConfig | None = None,
+        pole_rate_scale: float = POLE_RATE_SCALE,
+        **arguments: Any,
     ) -> None:
         self._pole_rate_scale = pole_rate_scale
+        self._optim: Optim = "adamw" if recipe is None else recipe.optim
         self.book = StepBook()
         """What was trained on since the last line of the log."""
         self._stop = StopOnSignal()
@@ -236,6 +204,10 @@ class ResumableTrainer(Trainer):
             **arguments,
         )
         self.remove_callback(PrinterCallback)
+        self._scaler: LossScaler | None = None
+        if recipe is not None and recipe.dtype == "float16":
+            # accelerate does float16 on GPUs alone; given a scaler, it uses that on any device
+            self._scaler = self.accelerator.scaler = LossScaler(self.args.device.type)
         forms = (getattr(module, "fp8_form", None) for module in self.model.modules())
         if running := next((form for form in forms if form in ("native", "emulated")), None):
             logger.warning(
@@ -349,6 +321,13 @@ class ResumableTrainer(Trainer):
                 Problem(found, Remedy("rows_per_device", words=f"below {rows}"), more)
             ) from error
 
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Compute in float16 where that is asked for; accelerate does so for bfloat16."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self._scaler is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.float16))
+        return stack
+
     def checked_loss(self, loss: Tensor) -> Tensor:
         """End the run if a loss is not a number: the weights are still those of the step before."""
         if not bool(torch.isfinite(loss)):
@@ -357,7 +336,14 @@ class ResumableTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # between backward and the optimizer: scaled by a norm of NaN, every weight would become NaN
+        if self._scaler is not None:
+            wrapped: Any = self.optimizer  # by accelerate
+            self._scaler.unscale_(wrapped.optimizer)
         norm = super()._clip_grad_norm(model)
+        if self._scaler is not None and self._scaler.count(norm):
+            # the scaler leaves the step out and halves the scale; at 1 nothing is scaled any more
+            if self._scaler.get_scale() > 1:
+                return norm
         if norm is not None and not math.isfinite(float(norm)):
             self._diverge(f"the gradient is not finite ({float(norm)})", self.state.global_step + 1)
         return norm
@@ -371,8 +357,11 @@ class ResumableTrainer(Trainer):
     def _diverge(self, found: str, step: int) -> NoReturn:
         kept = newest_checkpoint(self.folder)
         where = f"{kept} is the last good one" if kept else "no checkpoint was saved before"
-        rate = Remedy("learning_rate", words=f"below {self.args.learning_rate:g}")
-        problem = Problem(f"{found}, so training cannot go on ({where})", rate, " and start again")
+        more, remedy = "", Remedy("learning_rate", words=f"below {self.args.learning_rate:g}")
+        if self._scaler is not None:
+            more, remedy = "; float16 ends at 65504", Remedy("dtype", "float32")
+        found = f"{found}{more}, so training cannot go on ({where})"
+        problem = Problem(found, remedy, " and start again")
         raise DivergenceError(problem, step=step)
 
     def rate_of(self, name: str) -> float:
@@ -380,7 +369,7 @@ class ResumableTrainer(Trainer):
         return float(self.args.learning_rate)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW, once."""
+        """Build the optimizer, once."""
         if self.optimizer is None:
             args = self.args
             groups = parameter_groups(
@@ -388,12 +377,8 @@ class ResumableTrainer(Trainer):
                 rate_of=lambda name: self.rate_of(name) * (self._pole_rate_scale if is_pole(name) else 1),
                 weight_decay=args.weight_decay,
             )
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-            )
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = build_optimizer(self._optim, groups, betas=betas, eps=args.adam_epsilon)
         return self.optimizer
 
     @contextmanager
@@ -427,6 +412,9 @@ class ResumableTrainer(Trainer):
         """Add what the steps were to a line about training."""
         if "loss" in logs:
             logs |= self.step_metrics()
+            if self._scaler is not None:
+                scaled = {"loss_scale": self._scaler.get_scale(), "skipped_steps": self._scaler.num_skipped}
+                logs |= scaled
             self.book = StepBook()
         super().log(logs, start_time)
 

@@ -50,25 +50,25 @@ OPTIONS = {
         --accumulation-steps --both-strands --compile-blocks --config --dtype --empty --eval-steps --gaps
         --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --import
         --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
-        --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --output --overwrite --packing
-        --pole-rate-scale --resume --revision --rows-per-device --save-steps --seed --shuffle-documents
-        --threads --trust-remote-code --warmup-steps --weight-decay --window""",
+        --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --optim --output --overwrite
+        --packing --pole-rate-scale --report-to --resume --revision --rows-per-device --save-steps --seed
+        --shuffle-documents --threads --trust-remote-code --warmup-steps --weight-decay --window""",
     "finetune": """
         --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config
         --conflicts --contrast --crop-fraction --distance --distillation --dropout --dtype
         --duplicate-sequences --duplicates --empty --eval-steps --false-negatives --fuse --gaps
-        --group-column --head-learning-rate --homolog-identity --homologs --id-column --ignore-label
-        --import --in-batch-negatives --invalid --keep-case --label-column --label-delimiter
-        --label-smoothing --labels --last-n --layer --learning-rate --logging-steps --lora-alpha
-        --lora-dropout --lora-rank --lora-target --margin --max-crop-bp --max-epochs --max-grad-norm
-        --max-steps --metric --micro-batch --min-epochs --min-learning-rate --mixed-lengths --mode --model
-        --mutation-rate --no-both-strands --no-in-batch-negatives -o --output --overwrite
-        --pad-to-multiple-of --patience --plateau-factor --plateau-patience --pool --resume
-        --reverse-complement --revision --rows-per-device --schedule --scope --seed
-        --self-distillation-start --sequence-column --several-bases --skip-first --split --split-column
-        --task --temperature --term-bases --test --test-fraction --threads --train-group-size
-        --trust-remote-code --tuning --unlabeled --validation --validation-fraction --vector-width
-        --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
+        --gradient-checkpointing --group-column --head-learning-rate --homolog-identity --homologs
+        --id-column --ignore-label --import --in-batch-negatives --invalid --keep-case --label-column
+        --label-delimiter --label-smoothing --labels --last-n --layer --learning-rate --logging-steps
+        --lora-alpha --lora-dropout --lora-rank --lora-target --margin --max-crop-bp --max-epochs
+        --max-grad-norm --max-steps --metric --micro-batch --min-epochs --min-learning-rate
+        --mixed-lengths --mode --model --mutation-rate --no-both-strands --no-in-batch-negatives -o
+        --optim --output --overwrite --pad-to-multiple-of --patience --plateau-factor --plateau-patience
+        --pool --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
+        --seed --self-distillation-start --sequence-column --several-bases --skip-first --split
+        --split-column --task --temperature --term-bases --test --test-fraction --threads
+        --train-group-size --trust-remote-code --tuning --unlabeled --validation --validation-fraction
+        --vector-width --vector-window --view-crop-fraction --view-mutation-rate --view-reverse-complement
         --warmup-fraction --warmup-steps --weight-decay""",
     "predict": """
         --batch-rows --config --device --duplicates --empty --format --gaps --import --invalid --keep-case

@@ -20,6 +20,7 @@ from genoembed.errors import ConfigError, DivergenceError, GenoembedError, Model
 from genoembed.pretraining import training as pretraining_run
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
+from genoembed.training.checkpointing import checkpoint_activations
 from genoembed.training.run_folder import newest_checkpoint
 from genoembed.training.trainer import StopOnSignal
 from tests.pretraining.test_start import save_causal
@@ -310,7 +311,7 @@ def test_gradient_checkpointing_computes_blocks_again():
         calls.clear()
         model(input_ids=ids, labels=ids).loss.backward()
         assert len(calls) == expected
-        pretraining_run._checkpoint_activations(model)
+        checkpoint_activations(model)
 
 
 @pytest.mark.parametrize(("is_new", "rate"), [(True, 2e-3 / 2), (False, 2e-4 / 2)])

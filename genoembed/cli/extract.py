@@ -27,6 +27,7 @@ from genoembed.cli.output import (
     headline,
     magnitude,
     policy_lines,
+    rough_duration,
     show_progress,
     wrote,
 )
@@ -99,10 +100,6 @@ def merge_command(output: str, *, as_json: bool, **options: Any) -> None:
     end_incomplete(merged.failed)
 
 
-_HOUR_S = 3600.0
-_DAY_H = 48.0
-
-
 def say_plan(plan: RunPlan, *, as_json: bool) -> None:
     """Print a plan, and warn of what there is no room for."""
     for line in policy_lines(plan.counts):
@@ -124,7 +121,7 @@ def _rows(plan: RunPlan) -> list[tuple[str, str]]:
     counts = plan.counts
     share = "" if plan.shard is None else f" in share {plan.shard}"
     finished = f", {plan.units_finished:,} of them finished" if plan.units_finished else ""
-    free = "" if plan.free_bytes is None else f", {_gigabytes(plan.free_bytes)} free"
+    free = "" if plan.free_bytes is None else f", {magnitude(plan.free_bytes, 'B')} free"
     return [
         ("input", f"{count(counts.records, 'record')}, {count(counts.bases, 'base')}"),
         ("work", f"{count(plan.units, 'unit')}{share}{finished}, {count(plan.windows, 'window')}"),
@@ -134,7 +131,7 @@ def _rows(plan: RunPlan) -> list[tuple[str, str]]:
             f"{plan.padding_share:.1%} padding",
         ),
         ("output", _output(plan)),
-        ("disk", f"{_gigabytes(plan.disk_bytes)} until the units are joined{free}"),
+        ("disk", f"{magnitude(plan.disk_bytes, 'B')} until the units are joined{free}"),
         ("memory", _memory(plan)),
         ("time", _time(plan)),
     ]
@@ -142,26 +139,20 @@ def _rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _output(plan: RunPlan) -> str:
     widths = ", ".join(f"{name} x {width:,}" for name, width in plan.widths.items())
-    return f"{plan.output}: {_gigabytes(plan.output_bytes)}, {count(plan.rows, 'row')}: {widths or '-'}"
+    return f"{plan.output}: {magnitude(plan.output_bytes, 'B')}, {count(plan.rows, 'row')}: {widths or '-'}"
 
 
 def _memory(plan: RunPlan) -> str:
-    process = "not known" if plan.memory_bytes is None else f"about {_gigabytes(plan.memory_bytes)}"
-    device = "" if plan.device_bytes is None else f", {_gigabytes(plan.device_bytes)} on {plan.device}"
+    process = "not known" if plan.memory_bytes is None else f"about {magnitude(plan.memory_bytes, 'B')}"
+    device = "" if plan.device_bytes is None else f", {magnitude(plan.device_bytes, 'B')} on {plan.device}"
     return process + device
 
 
 def _time(plan: RunPlan) -> str:
     if plan.seconds is None or plan.tokens_per_s is None:
         return "nothing to measure"
-    hours = plan.seconds / _HOUR_S
-    about = f"{hours / 24:,.1f} days" if hours > _DAY_H else f"{hours:.3g} hours"
     workers = f", {plan.workers} workers" if plan.workers > 1 else ""
     return (
-        f"about {about} ({plan.tokens_per_s:,.0f} tokens/s on {plan.device}{workers}, "
+        f"about {rough_duration(plan.seconds)} ({plan.tokens_per_s:,.0f} tokens/s on {plan.device}{workers}, "
         f"measured on {count(plan.measured_batches, 'batch', 'batches')})"
     )
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:,.3f} GB"

@@ -1,4 +1,4 @@
-"""``genoembed models``: the models with names of their own.
+"""``genoembed models``: the models that have short names.
 
 ``genoembed layers``: what can be captured in a model, and what a layer number means.
 """
@@ -87,7 +87,7 @@ def _published_facts(model: PublishedModel) -> dict[str, Any]:
 
 @command(
     "models",
-    short_help="List the models with names of their own.",
+    short_help="List the models that have short names.",
     examples="genoembed models",
     has_json=True,
     is_quiet=True,

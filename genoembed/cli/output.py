@@ -172,6 +172,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+_UNITS = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"), (0, 1, "s"))
+"""From how many seconds on a time is told in a unit, the seconds of that unit, and its name."""
+
+
+def rough_duration(seconds: float) -> str:
+    """Write a time that was estimated.
+
+    Example:
+        >>> [rough_duration(seconds) for seconds in (2.21, 600, 40_000, 5_000_000)]
+        ['2.2 s', '10 minutes', '11 hours', '58 days']
+    """
+    number, unit = next((seconds / size, name) for least, size, name in _UNITS if seconds >= least)
+    return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
 def aligned(rows: Iterable[Sequence[object]], *, header: Sequence[str] | None = None) -> str:
     """Align rows in columns, two spaces apart.
 

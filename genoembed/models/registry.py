@@ -198,7 +198,7 @@ def model_folder(folder: str | PathLike[str]) -> Path:
 
 
 def known_models() -> tuple[KnownModel, ...]:
-    """List the models with names of their own, the bundled one first.
+    """List the models that have short names, the bundled one first.
 
     Returns:
         All of them.

@@ -6,7 +6,9 @@ none), pooling in float64 by loops.
 
 from __future__ import annotations
 
+import gzip
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from genoembed import extract, load_model, open_embeddings
+from genoembed import extract, load_model, open_embeddings, read_sequences
 from tests.oracles import pool_row
 from tests.tiny_models import FAMILIES, build_tiny
 
@@ -243,6 +245,16 @@ def write_fasta(path: Path, records: dict[str, str] | list[tuple[str, str]], wid
             lines = [sequence[start : start + width] for start in range(0, len(sequence), width)]
             file.write("\n".join([f">{name}", *lines]) + "\n")
     return path
+
+
+def shorten_fasta(path: Path, *, records: int | None = None, bases: int) -> None:
+    """Keep the first records of a file, and the first bases of each."""
+    kept = [
+        f">{record.id} {record.description}\n{record.sequence[:bases].decode()}\n"
+        for record in islice(read_sequences(path), records)
+    ]
+    content = "".join(kept).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @cache

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.promises.warm import WarmStarter
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -78,3 +80,11 @@ def device(request: pytest.FixtureRequest) -> str:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmStarter]:
+    """Start commands, scripts and code as real processes, quickly."""
+    starter = WarmStarter()
+    yield starter
+    starter.close()

@@ -1,4 +1,4 @@
-"""A folder with all that commands read, a fresh copy for each test, and a process that starts them warm."""
+"""A folder with all that commands read, and a fresh copy for each test."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.promises.columns import build_world
-from tests.promises.warm import WarmStarter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[WarmStarter]:
-    """Start commands as real processes, quickly."""
-    starter = WarmStarter()
-    yield starter
-    starter.close()
+    from tests.promises.warm import WarmStarter
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""Run commands as real processes that start warm.
+"""Run commands, scripts and code as real processes that start warm.
 
-A command of its own takes seconds to import torch; a matrix of commands would take minutes. So one process
+A process of its own takes seconds to import torch; a matrix of commands would take minutes. So one process
 imports everything once, and each run is a fork of it: a real process with its own signals, limits, files and
-exit status.
+exit status. What depends on the order of imports needs a fresh interpreter instead.
 
 Run as a script, this file is that process: a JSON request a line in, a JSON answer a line out.
 """
@@ -18,7 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 READY = "ready"
 
@@ -61,7 +64,8 @@ class WarmStarter:
         """Start a command.
 
         ``stdin``, ``stdout``: names of files; ``max_file_bytes``: no file may grow larger, as on a full disk;
-        ``patch``: a Python statement that runs first, in the new process.
+        ``patch``: a Python statement that runs first, in the new process; ``env``: variables to set;
+        ``script``: a Python file to run with the words, ``code``: a program to run, instead of a command.
         """
         scratch = cwd.parent / f".{cwd.name}-{os.urandom(4).hex()}"
         request = {
@@ -131,7 +135,8 @@ def _fork(request: dict[str, Any]) -> int:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-        sys.argv = ["genoembed", *request["words"]]
+        os.environ.update(request.get("env", {}))
+        sys.argv = [request.get("script", "genoembed"), *request["words"]]
         if "patch" in request:  # from a file, as the code of a model is
             place = Path(request["stderr"]).with_suffix(".py")
             place.write_text(request["patch"])
@@ -140,7 +145,7 @@ def _fork(request: dict[str, Any]) -> int:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             limit = request["max_file_bytes"]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        status = _main()
+        status = _main(_program(request))
     finally:
         os._exit(status)
 
@@ -157,11 +162,24 @@ def _copied_to(file: int) -> int:
     return writing
 
 
-def _main() -> int:
-    """Do what the interpreter does around a console script, exit status included."""
-    import traceback
+def _program(request: dict[str, Any]) -> Callable[[], object]:
+    """Return what is run: a file, code, or a command of genoembed."""
+    import runpy
 
     from genoembed.__main__ import run
+
+    if "script" in request:
+        sys.path.insert(0, str(Path(request["script"]).parent))
+        return lambda: runpy.run_path(request["script"], run_name="__main__")
+    if "code" in request:
+        sys.path.insert(0, "")
+        return lambda: exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})
+    return run
+
+
+def _main(run: Callable[[], object]) -> int:
+    """Do what the interpreter does around a program, exit status included."""
+    import traceback
 
     status = 0
     try:

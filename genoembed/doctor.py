@@ -1,7 +1,8 @@
 """Known-answer tests of an installation, or of a published model's weights: can vectors be trusted here?
 
 The bundled model has a known answer beside its weights. For published models, `genoembed.models.geneb` has
-short inputs and the vectors that the real weights give.
+short inputs and the vectors that the real weights give. For Evo 2 checkpoints, whose vectors are not known,
+the FP8 product that some of them need is tested, and that their scales are there.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import logging
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from genoembed.batching.pad import pad_batch, pool_mask
 from genoembed.config.fields import named_options
@@ -26,8 +28,10 @@ from genoembed.errors import ConfigError, GenoembedError, ModelError
 from genoembed.models.geneb import known_answers, published_in, published_models, published_named
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
-from genoembed.models.provenance import weights_digest
-from genoembed.models.registry import BUNDLED_NAME, suggestion
+from genoembed.models.provenance import weight_files, weights_digest
+from genoembed.models.registry import BUNDLED_NAME, entry_named, model_folder, suggestion
+from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.fp8 import emulate_product, emulation_form, fp8_linear, has_hopper_sums
 from genoembed.pipeline.agreement import difference
 from genoembed.pooling.reduce import pool
 from genoembed.store import EmbeddingWriter, open_embeddings
@@ -53,6 +57,19 @@ _VECTOR_TOLERANCE = 1e-4
 _INVARIANCE_TOLERANCE = 1e-5
 _BFLOAT16_COSINE = 0.99
 _BASES_SHOWN = 15
+
+_FP8_SCALES = (60.0, 57.0)
+_FP8_PRODUCT = [[390.0, 378.0, 382.0, 382.0], [380.0, 390.0, 378.0, 382.0]]
+"""What exact integers give for `_fp8_operands`: sums that are not cut off as Hopper's are give others."""
+_FASTER_CPU = (
+    "numba would take a seventh of the time, and is not installed or does not work here: "
+    "pip install 'genoembed[fp8]'"
+)
+_FP8_FORMS = {
+    "numba": "emulated by numba",
+    "triton": "emulated by Triton",
+    "torch": "emulated by PyTorch",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +126,8 @@ def run_doctor(
     Args:
         model: The bundled model, or a folder that holds a known answer next to its weights: the installation
             is tested. A published model, by its short name or repository, or a folder with its weights: its
-            vectors are compared with published ones, on the inputs, states and pooling that these have.
+            vectors are compared with published ones, on the inputs, states and pooling that these have. An
+            Evo 2 checkpoint, by its name or folder: the FP8 product is tested, and that its scales are there.
         known_as: Which published model the weights are, as a short name or repository; None takes ``model``.
         tolerance: Largest difference to a published vector, relative to its largest value; None is 1e-4.
         revision: Branch, tag or commit of a Hugging Face repository.
@@ -134,16 +152,41 @@ def run_doctor(
             tolerance=_VECTOR_TOLERANCE if tolerance is None else tolerance,
             on_check=on_check,
         )
+    for key, value in (("tolerance", tolerance), ("revision", revision)):
+        if value is not None:
+            message = f"{key} is {value!r}, but no vectors are published of {model!r}; leave {key} out"
+            raise ConfigError(message)
+    return _run_tests(_tests_of(model, device), on_check)
+
+
+_Tests: TypeAlias = "list[tuple[str, Callable[[], str]]]"
+
+
+def _tests_of(model: str, device: str | None) -> _Tests:
+    """List the tests of an installation, or of a checkpoint whose vectors are not known."""
+    fp8 = ("FP8 of Evo 2", partial(_check_fp8, device))
+    if (described := _described_evo2(model)) is not None:
+        return [
+            ("tokenizer ids", _check_tokenizer),
+            fp8,
+            ("FP8 scales", partial(_check_scales, *described)),
+            ("device", _describe_device),
+        ]
     known = _KnownModel(model)
-    tests: list[tuple[str, Callable[[], str]]] = [
+    return [
         ("tokenizer ids", _check_tokenizer),
         ("bundled weights", known.check_digest),
         ("bundled model's vector", known.check_vector),
         ("batch and padding invariance", known.check_invariance),
         ("bfloat16 against float32", known.check_bfloat16),
         ("embedding file", _check_store),
+        fp8,
         ("device", _describe_device),
     ]
+
+
+def _run_tests(tests: _Tests, on_check: Callable[[DoctorCheck], None] | None) -> list[DoctorCheck]:
+    """Run all tests, whatever fails."""
     checks = []
     for name, test in tests:
         started = time.perf_counter()
@@ -166,6 +209,8 @@ def _published(model: str, known_as: str | None) -> PublishedModel | None:
     folder = Path(model).expanduser()
     name = known_as if known_as is not None or folder.exists() else model
     if model == BUNDLED_NAME or (known_as is None and (folder / KNOWN_ANSWER).is_file()):
+        return None
+    if known_as is None and _described_evo2(model) is not None:
         return None
     found = None if name is None else published_named(name) or published_in(name)
     with_answers = ", ".join(m.name for m in published_models() if m.is_run and known_answers(m.title))
@@ -397,6 +442,83 @@ def _check_store() -> str:
             _compare("the stored ids", stored.ids, ["a/b", "c"])
             _compare("the stored values", stored.X[:].tolist(), values.tolist())
     return "written and read back"
+
+
+def _check_fp8(device: str | None) -> str:
+    """Compare an FP8 product with exact integers; say what computes it here."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    x_TK, weight_NK = (one.to(place) for one in _fp8_operands())
+    scales = torch.tensor(_FP8_SCALES, device=place)
+    form = emulation_form(place)
+    emulated = emulate_product(x_TK, weight_NK, scales, form=form).tolist()
+    _compare("an FP8 product", emulated, _FP8_PRODUCT)
+    if has_hopper_sums(place):
+        computed = fp8_linear(x_TK, weight_NK, scales, is_native=True).tolist()
+        if computed != _FP8_PRODUCT:
+            message = f"this GPU gives {computed}, expected {_FP8_PRODUCT}; set fp8 to emulate here"
+            raise _WrongAnswerError(message)
+        return f"in hardware, and {_FP8_FORMS[form]}, with the sums of exact integers"
+    detail = f"{_FP8_FORMS[form]}, with the sums of exact integers"
+    if form != "torch":
+        return detail
+    if place.type == "cpu":
+        return f"{detail}; {_FASTER_CPU}"
+    return f"{detail}; Triton would take less time, and is not installed or does not work here"
+
+
+def _fp8_operands() -> tuple[Tensor, Tensor]:
+    """Make activations and weights by a rule that gives the same everywhere: 1000 inputs."""
+    x_TK, weight_NK = (
+        ((torch.arange(rows * 1000).view(rows, 1000) * step % 97) - 8) / 64
+        for rows, step in ((2, 31), (4, 57))
+    )
+    return x_TK, weight_NK
+
+
+def _described_evo2(model: str) -> tuple[str, Path, str] | None:
+    """Find an Evo 2 checkpoint that has no known answer: its name, folder, and what FP8 is to it."""
+    entry = entry_named(model)
+    if model == BUNDLED_NAME:
+        return None
+    if entry is not None:
+        return model, Path(locate_model(model, with_weights=False).location), _need(entry.needs_fp8)
+    folder = model_folder(model)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, need = values["model_type"], values["fp8_projections"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_evo2 = kind == StripedHyena2Config.model_type and need in ("optional", "needed")
+    return (model, folder, _need(need == "needed")) if is_evo2 else None
+
+
+def _need(is_needed: bool) -> str:
+    return "needs FP8" if is_needed else "does without FP8, and has scales for it"
+
+
+def _check_scales(name: str, folder: Path, need: str) -> str:
+    """Check that each projection of a checkpoint that runs in FP8 has its scales."""
+    files = weight_files(folder)
+    if not files:
+        return f"{name} {need}; its weights are not here yet, so that its scales were not looked at"
+    num_projections, scales = 0, []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as weights:
+                keys = [key for key in weights.keys() if ".projections." in key]
+                num_projections += sum(key.endswith(".weight") for key in keys)
+                scales += [weights.get_tensor(key) for key in keys if key.endswith(".fp8_scales")]
+        except (OSError, SafetensorError) as error:
+            message = f"{path} cannot be read ({error}); convert the checkpoint again"
+            raise _WrongAnswerError(message) from error
+    usable = sum(bool((one.isfinite() & (one > 0)).all()) for one in scales)
+    if usable < num_projections or not scales:
+        message = (
+            f"{name} {need}, but {num_projections - usable} of {num_projections} input projections have no "
+            "scales that can be used; convert the checkpoint again"
+        )
+        raise _WrongAnswerError(message)
+    return f"{name} {need}; all {num_projections} input projections have their scales"
 
 
 def _describe_device() -> str:

@@ -97,7 +97,7 @@ RULES = {
     "comparison": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "verification": Rule(internal=("extraction", "embedding", *BELOW_VERBS), third_party=("numpy", "torch")),
     "transforms": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
-    "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
+    "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy", "safetensors")),
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
     "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "generation": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from examples.package_mini import KNOWN_SEQUENCE, package
 from genoembed import CharTokenizer, doctor, load_model
 from genoembed.doctor import KNOWN_ANSWER, DoctorCheck, embed_sequences, run_doctor
+from genoembed.errors import ConfigError, GenoembedError
 from genoembed.models.provenance import weights_digest
 from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, ModelSource
+from genoembed.models.striped_hyena2.fp8 import round_to_e4m3
+from tests.oracles import hopper_product
 from tests.tiny_models import build_striped_hyena
 
-TOKENIZER, DIGEST, VECTOR, INVARIANCE, BFLOAT16, STORE, DEVICE = NAMES = (
+TOKENIZER, DIGEST, VECTOR, INVARIANCE, BFLOAT16, STORE, FP8, DEVICE = NAMES = (
     "tokenizer ids",
     "bundled weights",
     "bundled model's vector",
     "batch and padding invariance",
     "bfloat16 against float32",
     "embedding file",
+    "FP8 of Evo 2",
     "device",
 )
 LAYER = "blocks.2.mlp.l3"
@@ -278,3 +284,93 @@ def test_known_sequence_is_the_start_of_the_phage_of_the_examples(pytestconfig):
     first = phages.split(">")[1]
     assert first.startswith("NC_001422")
     assert first.partition("\n")[2].replace("\n", "").startswith(KNOWN_SEQUENCE)
+
+
+# FP8
+
+
+def found_of(name: str, checks: list[DoctorCheck]) -> str:
+    [check] = [check for check in checks if check.name == name]
+    assert check.passed, check.detail
+    return check.detail
+
+
+def test_fp8_is_compared_with_exact_integers():
+    x, weight = doctor._fp8_operands()
+    expected = hopper_product(x.tolist(), weight.tolist(), list(doctor._FP8_SCALES))
+    assert expected == doctor._FP8_PRODUCT
+    # to multiply values rounded to E4M3 in float32 gives other numbers, all of them
+    scales = torch.tensor(doctor._FP8_SCALES)
+    left, right = round_to_e4m3(x, scales[0]), round_to_e4m3(weight, scales[1])
+    plain = ((left @ right.T) / (scales[0] * scales[1])).bfloat16().float()
+    assert not (plain == torch.tensor(expected)).any()
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("numba", "emulated by numba, with the sums of exact integers"),
+        ("torch", r"emulated by PyTorch, .*; numba would .*: pip install 'genoembed\[fp8\]'"),
+    ],
+)
+def test_doctor_says_what_computes_fp8(form, said, monkeypatch):
+    monkeypatch.setattr(doctor, "emulation_form", lambda _device: form)
+    assert re.fullmatch(said, doctor._check_fp8("cpu"))
+
+
+def test_wrong_sums_in_hardware_are_found(monkeypatch):
+    monkeypatch.setattr(doctor, "has_hopper_sums", lambda _device: True)
+    assert doctor._check_fp8("cpu").startswith("in hardware, and emulated by ")  # here it is emulated as well
+    monkeypatch.setattr(doctor, "fp8_linear", lambda x, *_args, **_options: x.new_zeros(2, 4))
+    with pytest.raises(GenoembedError, match=r"this GPU gives .* set fp8 to emulate here"):
+        doctor._check_fp8("cpu")
+
+
+def test_wrong_sums_of_the_emulation_are_found(monkeypatch):
+    monkeypatch.setattr(doctor, "emulate_product", lambda x, *_args, **_options: x.new_zeros(2, 4))
+    with pytest.raises(GenoembedError, match=r"an FP8 product: \[\[0\.0, .*, expected \[\[390\.0, "):
+        doctor._check_fp8("cpu")
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory):
+    """A small Evo 2 whose projections need FP8."""
+    folder = tmp_path_factory.mktemp("fp8") / "evo2"
+    build_striped_hyena(fp8_projections="needed").save_pretrained(folder)
+    return folder
+
+
+def test_folder_that_needs_fp8_says_so(fp8_folder):
+    checks = run_doctor(model=str(fp8_folder))
+    assert [check.name for check in checks] == [TOKENIZER, FP8, "FP8 scales", DEVICE]
+    assert found_of("FP8 scales", checks) == (
+        f"{fp8_folder} needs FP8; all 3 input projections have their scales"
+    )
+    with pytest.raises(ConfigError, match=r"tolerance is 0\.1, but no vectors are published of .*evo2"):
+        run_doctor(model=str(fp8_folder), tolerance=0.1)
+
+
+@pytest.mark.parametrize("value", [None, 0.0, math.nan])
+def test_missing_scales_are_found(value, fp8_folder, tmp_path):
+    folder = shutil.copytree(fp8_folder, tmp_path / "evo2")
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in weights if key.endswith("fp8_scales"))
+    if value is None:
+        del weights[key]
+    else:
+        weights[key][1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    [problem] = [check.detail for check in run_doctor(model=str(folder)) if not check.passed]
+    assert "needs FP8, but 1 of 3 input projections have no scales that can be used; convert" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("evo2_1b_base", "evo2_1b_base needs FP8; its weights are not here yet"),
+        ("evo2_7b", "evo2_7b does without FP8, and has scales for it; its weights are not here yet"),
+    ],
+)
+def test_checkpoint_that_is_not_here_yet(name, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    assert found_of("FP8 scales", run_doctor(model=name)).startswith(said)

@@ -35,6 +35,8 @@ from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from genoembed.models.striped_hyena2.configuration import Fp8Need
+
 FAMILIES = ("bert", "esm", "modernbert", "llama", "mistral", "gpt_neox", "mamba", "custom_conv")
 """Names that `build_tiny` takes."""
 NATIVE_FAMILIES = FAMILIES[:-1]
@@ -125,11 +127,12 @@ def build_tiny(family: str, folder: Path) -> Path:
     return folder
 
 
-def build_striped_hyena(*, seed: int = 0) -> StripedHyena2ForCausalLM:
+def build_striped_hyena(*, seed: int = 0, fp8_projections: Fp8Need = "none") -> StripedHyena2ForCausalLM:
     """Build a StripedHyena 2 model of the first four blocks of Evo 2 7B's pattern, one of each kind.
 
     Args:
         seed: Of the weights; the global generator is left alone.
+        fp8_projections: Whether its projections have FP8 scales (of 1) and need them.
 
     Returns:
         The model, in train mode.
@@ -143,6 +146,7 @@ def build_striped_hyena(*, seed: int = 0) -> StripedHyena2ForCausalLM:
         hcm_layer_idxs=[1],
         hcl_layer_idxs=[2],
         attn_layer_idxs=[3],
+        fp8_projections=fp8_projections,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -150,7 +150,8 @@ class DoctorConfig(Config):
     model: str = option(
         DEFAULT_MODEL,
         metavar="NAME",
-        help="Test this model: a short name of 'genoembed models', its repository, or a folder (with --as).",
+        help="Test this model: a name of 'genoembed models', its repository, or a folder (of a published "
+        "model with --as).",
         reads="if there",
     )
     known_as: str | None = option(

@@ -407,7 +407,6 @@ SMALL = 120
 REASONS = {
     "genoembed.finetuning.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
-    "genoembed.models.describe": "public: reads no weights, so that listing layers needs no loading code",
     "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
 }

@@ -293,7 +293,7 @@ def test_stray_key_in_a_section_is_answered_with_the_nearest(tmp_path):
         ({"margin": 2.0}, "^margin is for triplet, but task is 'classification'; leave margin out$"),
         (
             {"lora_rank": 4},
-            "^lora_rank is for tuning 'lora', but tuning is 'full'; set tuning='lora', or leave",
+            "^lora_rank is for tuning 'lora', but tuning is not given; set tuning='lora', or leave",
         ),
     ],
 )

@@ -140,10 +140,11 @@ class EncoderConfig(Config):
     add_pooler: bool = option(
         False, group=ENCODER, help="Put a linear projection, which starts as the identity, after the pooling."
     )
-    tuning: Tuning = option(
-        "full",
+    tuning: Tuning | None = option(
+        None,
         group=TUNING,
         basic=True,
+        shown_default="full; lora for models of a billion parameters and more",
         help="What learns: all weights; the heads alone; the last blocks before the cut; or LoRA adapters.",
     )
     last_n: int = option(
@@ -186,7 +187,8 @@ class EncoderConfig(Config):
         needed = {"last_n": "last_n", **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), "lora")}
         for key, tuning in (needed | {"lora_targets": "lora"}).items():
             if self.tuning != tuning and getattr(self, key) != type(self).own_options()[key].default:
-                found = f"{key} is for tuning {tuning!r}, but tuning is {self.tuning!r}"
+                found = f"{key} is for tuning {tuning!r}, but tuning is "
+                found += "not given" if self.tuning is None else repr(self.tuning)
                 yield Problem(found, Remedy("tuning", tuning), f", or leave {key} out")
 
 

@@ -47,7 +47,8 @@ from genoembed.training.encoder import Encoder
 from genoembed.training.heads import RegressionHead
 from genoembed.training.inference import SequenceRunner
 from genoembed.training.start import load_causal
-from genoembed.training.tuning import set_up_tuning
+from genoembed.training.trainer import resolved_dtype
+from genoembed.training.tuning import frozen_dtype, set_up_tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from genoembed.config.choices import Contrast
+    from genoembed.config.choices import ComputeDtype, Contrast
     from genoembed.config.finetune import FinetuneConfig
     from genoembed.finetuning.collate import LabelTarget
     from genoembed.finetuning.evaluation import Measure
@@ -154,9 +155,12 @@ class _Base:
 def _load_base(config: FinetuneConfig) -> _Base:
     """Load the model that a run starts from."""
     start = config.encoder
-    # float32 weights whatever the run's dtype: autocast computes in it, the optimizer must not
+    # what learns is float32 whatever the run's dtype: autocast computes in it, the optimizer must not
     genomic = load_model(
-        start.model, dtype="float32", trust_remote_code=start.trust_remote_code, revision=start.revision
+        start.model,
+        dtype=_weights_dtype(config),
+        trust_remote_code=start.trust_remote_code,
+        revision=start.revision,
     )
     encoder = Encoder(genomic, start, seed=config.recipe.seed)
     if config.recipe.gradient_checkpointing:
@@ -172,6 +176,10 @@ def _load_base(config: FinetuneConfig) -> _Base:
         keeps_nan=True,  # a loss that diverges is the trainer's to report
     )
     return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner, config=config)
+
+
+def _weights_dtype(config: FinetuneConfig) -> ComputeDtype:
+    return frozen_dtype(config.encoder.tuning, resolved_dtype(config.recipe.dtype))
 
 
 def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
@@ -348,7 +356,12 @@ def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
 
 def _language_model(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     recipe, model, sides = config.recipe, config.encoder, found.sides
-    start = load_causal(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    start = load_causal(
+        model.model,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=_weights_dtype(config),
+    )
     max_tokens = context_length(start.model, start.tokenizer)
     crop = config.augment.max_crop_bp
     encode = DocumentEncoder(rules=start.rules, max_tokens=max_tokens)

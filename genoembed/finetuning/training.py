@@ -42,6 +42,7 @@ from genoembed.training.run_folder import (
     write_json,
 )
 from genoembed.training.trainer import resolved_dtype, training_arguments
+from genoembed.training.tuning import describe_weights, with_tuning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +65,7 @@ def run_finetuning(
     config: FinetuneConfig, rows: TaskRows, folder: RunFolder, *, resume: bool, threads: int | None
 ) -> dict[str, Any]:
     """Train, or return the report of the run that is there if it is this one and complete."""
+    config = config.changed(encoder=with_tuning(config.encoder))
     compared = _identity(config, rows)
     if resume:
         report = folder.resume(compared, _resume_rules(config.recipe))
@@ -117,13 +119,7 @@ class _Run:
         set_seed(config.recipe.seed)
         self.requested, self.folder, self.compared = config, folder, compared
         self.setup = set_up_task(config, rows)
-        parameters = list(self.setup.model.parameters())
-        logger.info(
-            "tuning %s: %d of %d parameters learn",
-            config.encoder.tuning,
-            sum(p.numel() for p in parameters if p.requires_grad),
-            sum(p.numel() for p in parameters),
-        )
+        logger.info("tuning %s: %s", config.encoder.tuning, describe_weights(self.setup.model))
         num_rows = len(self.setup.dataset)
         self.config = resolve_recipe(config, num_rows=num_rows, width=self.setup.width)
         recipe = self.config.recipe

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from genoembed.models.architecture import build_without_weights, read_config
+from genoembed.models.architecture import build_without_weights, read_config, weight_sizes
 from genoembed.models.behavior import Probe
 from genoembed.models.layers import (
     has_numbered_blocks,
@@ -22,7 +22,10 @@ from genoembed.models.locate import find_source
 from genoembed.models.registry import BUNDLED_NAME
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from genoembed.contracts import LayerInfo
+    from genoembed.models.registry import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +80,7 @@ def describe_layers(
         ('blocks.{index}.mlp.l3', 32, 'norm')
     """
     source = find_source(name_or_path, revision=revision, with_weights=False)
-    if source.entry is not None:
-        config = source.entry.build_config()
-    else:
-        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": source.revision})
-    module = build_without_weights(source, config, trust_remote_code=trust_remote_code)
+    module = _build(source, trust_remote_code=trust_remote_code)
     return ModelLayers(
         name=name_or_path,
         layers=list_layers(module),
@@ -89,3 +88,23 @@ def describe_layers(
         num_blocks=num_blocks(module),
         final=Probe(module, special_ids=(), pad_token_id=None).final_path(),
     )
+
+
+def count_up_to(
+    name: str, limit: int, *, trust_remote_code: bool = False, revision: str | None = None
+) -> int:
+    """Count the parameters of a model without its weights; below the limit, a number that may be too high."""
+    source = find_source(name, revision=revision, with_weights=False)
+    sizes = None if source.entry is not None else weight_sizes(source)
+    if sizes is not None and sizes.num_values < limit:
+        return sizes.num_values  # bytes, of which a parameter takes one or more: no need to build it
+    module = _build(source, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _build(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedModel:
+    if source.entry is not None:
+        config: PreTrainedConfig = source.entry.build_config()
+    else:
+        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": source.revision})
+    return build_without_weights(source, config, trust_remote_code=trust_remote_code)

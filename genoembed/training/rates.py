@@ -41,7 +41,7 @@ class Rate(NamedTuple):
     """What it was chosen by."""
 
 
-def encoder_rate(width: int, *, tuning: Tuning, num_rows: int) -> Rate:
+def encoder_rate(width: int, *, tuning: Tuning | None, num_rows: int) -> Rate:
     """Choose the rate of a model that is fine-tuned.
 
     Example:
@@ -50,6 +50,7 @@ def encoder_rate(width: int, *, tuning: Tuning, num_rows: int) -> Rate:
         >>> print(encoder_rate(1024, tuning="full", num_rows=100_000).why)
         width 1024, tuning full; x 0.5 for 100,000 rows
     """
+    tuning = tuning or "full"  # as with_tuning says of all but large models
     uses_adapters = tuning == "lora"
     narrow, wide = _LORA_RATES if uses_adapters else _FULL_RATES
     place = math.log(max(width, _NARROW) / _NARROW) / math.log(_WIDE / _NARROW)

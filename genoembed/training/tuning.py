@@ -9,6 +9,7 @@ Low-rank adapters, through peft: the one place that imports it.
 from __future__ import annotations
 
 import difflib
+import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.models.describe import count_up_to
 from genoembed.models.layers import find_blocks
 
 if TYPE_CHECKING:
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from genoembed.config.choices import ComputeDtype, Tuning
     from genoembed.config.finetune import EncoderConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,8 +46,63 @@ class Tuned:
     def merge(self) -> None:
         """Merge adapters into the weights; for the end of training."""
         if self.adapters is not None and not self._is_merged:
+            # a frozen weight of 16 bits would round away most of what its adapter learned
+            self.module.float()
             self.adapters.merge_and_unload()
             self._is_merged = True
+
+
+_LARGE = 10**9
+"""Parameters from which on adapters are the default: training all takes 16 bytes for each."""
+
+
+def with_tuning(config: EncoderConfig) -> EncoderConfig:
+    """Choose what learns where the settings leave that to the size of the model."""
+    if config.tuning is not None:
+        return config
+    count = count_up_to(
+        config.model, _LARGE, trust_remote_code=config.trust_remote_code, revision=config.revision
+    )
+    if count < _LARGE:
+        return config.changed(tuning="full")
+    logger.info(
+        "tuning lora: %s has %.1f billion parameters, and training all of them takes about %.0f GB; set "
+        "tuning to full for that",
+        *(config.model, count / 1e9, count * 16 / 1e9),
+    )
+    return config.changed(tuning="lora")
+
+
+def frozen_dtype(tuning: Tuning | None, dtype: ComputeDtype) -> ComputeDtype:
+    """Return the type that weights are loaded in: what learns is float32, for its steps are small.
+
+    Example:
+        >>> frozen_dtype("lora", "bfloat16"), frozen_dtype("full", "bfloat16")
+        ('bfloat16', 'float32')
+    """
+    return dtype if tuning in ("lora", "frozen") else "float32"
+
+
+def describe_weights(module: nn.Module) -> str:
+    """Say how many weights learn, and what all of them take.
+
+    Example:
+        >>> frozen = nn.Linear(1000, 1000, bias=False).bfloat16().requires_grad_(False)
+        >>> describe_weights(nn.Sequential(frozen, nn.Linear(1000, 2)))
+        '2,002 of 1,002,002 parameters learn; weights take 2 MB (bfloat16, float32)'
+    """
+    weights = list(module.parameters())
+    learning, total = (sum(p.numel() for p in part) for part in (filter(_learns, weights), weights))
+    num_bytes = sum(p.numel() * p.element_size() for p in weights)
+    dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in weights)
+    return (
+        f"{learning:,} of {total:,} parameters learn; weights take {num_bytes / 1e6:,.0f} MB "
+        f"({', '.join(dtypes)})"
+    )
+
+
+def _learns(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def set_up_tuning(module: nn.Module, run: Callable[[], Tensor], *, config: EncoderConfig, seed: int) -> Tuned:
@@ -165,10 +226,13 @@ def add_adapters(module: nn.Module, linears: Sequence[str], *, config: EncoderCo
         warnings.simplefilter("ignore")  # advice about kinds of layers that are not ours to choose
         torch.manual_seed(seed)
         try:
-            return LoraModel(module, lora, "default")
+            adapted = LoraModel(module, lora, "default")
         except ValueError as error:
             message = f"tuning 'lora': {str(error).splitlines()[0]}; name others in lora_targets"
             raise ConfigError(message) from error
+    for adapter in filter(_learns, module.parameters()):
+        adapter.data = adapter.data.float()  # peft gives them the type of the weights that they change
+    return adapted
 
 
 def _targets(linears: Sequence[str], requested: Sequence[str]) -> list[str]:

@@ -282,7 +282,7 @@ def test_a_query_alone_is_refused(model, tmp_path):
         ("classification", {"tuning": "lora", "lora_dropout": 0.2, "reverse_complement": 0.5}),
         ("classification", {"schedule": "plateau", "accumulation_steps": 2}),
         ("classification", {"optim": "adafactor", "gradient_checkpointing": True, "dropout": 0.3}),
-        ("classification", {"optim": "sgd", "learning_rate": 0.05, "dtype": "float16"}),
+        ("classification", {"optim": "sgd", "learning_rate": 0.05, "dtype": "float16", "tuning": "lora"}),
         ("retrieval", {"train_group_size": 2, "self_distillation_start": 4, "micro_batch": 3}),
     ],
 )

@@ -55,11 +55,11 @@ TASK_METRICS = {
     "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),
     "regression": ("spearman", "pearson", "r2", "loss"),
     "lm": ("loss", "bits_per_token"),
-    "contrastive": ("mrr", "recall_at_1", "recall_at_10"),
-    "triplet": ("mrr", "recall_at_1", "recall_at_10"),
+    "contrastive": ("mrr", "recall_at_1", "recall_at_10", "loss"),
+    "triplet": ("mrr", "recall_at_1", "recall_at_10", "loss"),
     "retrieval": (
         *("heads_mrr", "mrr", "dense_mrr", "sparse_mrr", "multi_vector_mrr"),
-        *("recall_at_1", "recall_at_10", "dense_recall_at_1", "dense_recall_at_10"),
+        *("recall_at_1", "recall_at_10", "dense_recall_at_1", "dense_recall_at_10", "loss"),
     ),
 }
 """Metrics of each task; the first one stops training unless another is set."""

@@ -12,7 +12,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +22,15 @@ from genoembed.errors import ConfigError
 from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.rows import check_sequences, group_numbers
+from genoembed.finetuning.sampling import ClassSampler
 from genoembed.pipeline.batches import run_in_parts
-from genoembed.retrieval.candidates import sequence_identity
+from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, add_scores, head_scores, join_vectors
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.weights import ChosenWeights, choose_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -151,15 +152,23 @@ class LabelMeasure:
 
     rows: Sequence[LabeledSequence]
     runner: SequenceRunner
+    batch_rows: int
+    """Rows that the loss compares, as in training."""
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
         """Measure."""
         vectors = _vectors(model, self.runner, [row.sequence for row in self.rows])
         _, numbers = np.unique([str(row.label) for row in self.rows], return_inverse=True)
         labels = torch.from_numpy(numbers)
+        # batches of several rows of several classes, as training has them
+        order = torch.tensor(list(ClassSampler(numbers.tolist(), batch_size=self.batch_rows, seed=0)))
+        loss = _mean_loss(
+            model,
+            [({"rows": vectors[part]}, {"labels": labels[part]}) for part in _even(order, self.batch_rows)],
+        )
         is_same = labels[:, None] == labels[None]
         others = ~torch.eye(len(labels), dtype=torch.bool)  # a sequence finds itself first
-        return ranking_metrics(_similarities(model, vectors, vectors), is_same, allowed_QP=others)
+        return ranking_metrics(_similarities(model, vectors, vectors), is_same, allowed_QP=others) | loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +179,8 @@ class ViewMeasure:
     runner: SequenceRunner
     other: AugmentConfig
     seed: int
+    batch_rows: int
+    """Sequences that the loss compares, as in training."""
 
     def __call__(self, model: ContrastModel) -> dict[str, float]:
         """Measure."""
@@ -184,7 +195,13 @@ class ViewMeasure:
         first = _vectors(model, self.runner, [row.sequence for row in self.rows])
         second = _vectors(model, self.runner, views)
         identities = torch.tensor([sequence_identity(row.sequence) for row in self.rows])
-        return ranking_metrics(_similarities(model, second, first), identities[:, None] == identities[None])
+        pairs = torch.stack([first, second], dim=1)
+        parts = _even(torch.arange(len(pairs)), self.batch_rows)
+        loss = _mean_loss(
+            model, [({"rows": pairs[part].flatten(0, 1)}, {"ids": identities[part]}) for part in parts]
+        )
+        is_same = identities[:, None] == identities[None]
+        return ranking_metrics(_similarities(model, second, first), is_same) | loss
 
 
 class ExampleMeasure:
@@ -198,6 +215,8 @@ class ExampleMeasure:
         rows: Sequence[RetrievalExample],
         runner: SequenceRunner,
         *,
+        batch_rows: int,
+        group_size: int,
         encoder: LabelEncoder | None = None,
         collate: GroupCollator | None = None,
     ) -> None:
@@ -210,6 +229,8 @@ class ExampleMeasure:
                 by_identity.setdefault(sequence_identity(sequence), sequence)
         self._passages = list(by_identity.values())
         column = {identity: index for index, identity in enumerate(by_identity)}
+        self._batch_rows = batch_rows
+        self._groups = _first_passages(rows, column, size=group_size)
         self._relevant = torch.zeros(len(rows), len(column), dtype=torch.bool)
         self._allowed = torch.ones(len(rows), len(column), dtype=torch.bool)
         groups = group_numbers(rows)
@@ -235,10 +256,17 @@ class ExampleMeasure:
         """Measure."""
         if self._collate is None:
             query, passage = (_vectors(model, self._runner, side) for side in (self._queries, self._passages))
-            return self._rank(_similarities(model, query, passage))
+            loss = self._loss(model, {"query": query}, {"passage": passage})
+            return self._rank(_similarities(model, query, passage)) | loss
         assert isinstance(model, RetrievalModel), "only retrieval heads collate"
-        by_head = self._by_head(model)
-        metrics = self._rank(add_scores(by_head, model.hybrid_weights))
+        query_side, passage_side = self._sides(model)
+        by_head = head_scores(query_side, passage_side)
+        metrics = self._loss(
+            model,
+            {f"query.{name}": value for name, value in query_side.tensors().items()},
+            {f"passage.{name}": value for name, value in passage_side.tensors().items()},
+        )
+        metrics |= self._rank(add_scores(by_head, model.hybrid_weights))
         for name, scores in by_head.items():
             found = self._rank(scores)
             metrics |= {f"{name}_{key}": found[key] for key in found if key != "ranked_queries"}
@@ -247,12 +275,29 @@ class ExampleMeasure:
 
     def choose_weights(self, model: RetrievalModel) -> tuple[ChosenWeights, dict[str, float]]:
         """Choose how scores are added by these rows; return how well the sum then ranks, too."""
-        by_head = self._by_head(model)
+        by_head = head_scores(*self._sides(model))
         chosen = choose_weights(lambda weights: self._rank(add_scores(by_head, weights))["mrr"])
         return chosen, self._rank(add_scores(by_head, chosen.weights))
 
-    def _by_head(self, model: RetrievalModel) -> dict[str, Tensor]:
-        return head_scores(*(self._represent(model, side) for side in (self._queries, self._passages)))
+    def _sides(self, model: RetrievalModel) -> tuple[M3Vectors, M3Vectors]:
+        return self._represent(model, self._queries), self._represent(model, self._passages)
+
+    def _loss(
+        self,
+        model: ContrastModel | RetrievalModel,
+        query: Mapping[str, Tensor],
+        passage: Mapping[str, Tensor],
+    ) -> dict[str, float]:
+        """Take the loss of batches as training has them, each query with its first passages."""
+        batches = []
+        for part in _even(torch.arange(len(self._queries)), self._batch_rows):
+            batch = {name: value[part].flatten() for name, value in self._groups.items()}
+            if "teacher_scores" in batch:
+                batch["teacher_scores"] = batch["teacher_scores"].unflatten(0, (len(part), -1))
+            columns = batch.pop("columns")
+            chunk = {name: value[part] for name, value in query.items()}
+            batches.append((chunk | {name: value[columns] for name, value in passage.items()}, batch))
+        return _mean_loss(model, batches)
 
     def _rank(self, scores: Tensor) -> dict[str, float]:
         return ranking_metrics(scores, self._relevant, allowed_QP=self._allowed)
@@ -279,6 +324,50 @@ class ExampleMeasure:
         back = torch.tensor(order).argsort()
         joined = join_vectors(chunks).tensors()
         return M3Vectors(**{name: value[back] for name, value in joined.items()})
+
+
+def _first_passages(
+    rows: Sequence[RetrievalExample], column: Mapping[int, int], *, size: int
+) -> dict[str, Tensor]:
+    """Group each query with its first positive and first negatives, in the words of :class:`PairIds`."""
+    found: dict[str, list[Any]] = {name: [] for name in ("columns", "query_ids", "query_labels")}
+    found |= {"passage_ids": [], "passage_labels": [], "passage_mask": [], "teacher_scores": []}
+    for row, label in zip(rows, group_numbers(rows), strict=True):
+        negatives = row.neg[: size - 1]
+        blank = size - 1 - len(negatives)  # filled up with the positive, which the mask leaves out
+        known = [sequence_identity(sequence) for sequence in (row.pos[0], *negatives)]
+        found["columns"].append([column[identity] for identity in known + known[:1] * blank])
+        found["query_ids"].append(sequence_identity(row.query))
+        found["query_labels"].append(label)
+        found["passage_ids"].append(known + [UNKNOWN] * blank)
+        found["passage_labels"].append([label] + [UNKNOWN] * (size - 1))
+        found["passage_mask"].append([True] * len(known) + [False] * blank)
+        if row.teacher_scores:
+            taught = [row.teacher_scores[0], *row.teacher_scores[len(row.pos) :][: len(negatives)]]
+            found["teacher_scores"].append(taught + [0.0] * blank)
+    # rows with and without a teacher cannot share a batch
+    if len(found["teacher_scores"]) < len(rows):
+        del found["teacher_scores"]
+    return {name: torch.tensor(values) for name, values in found.items()}
+
+
+def _even(order: Tensor, batch_rows: int) -> Sequence[Tensor]:
+    """Cut into batches of at most so many rows, and of like sizes: one row by itself has no negative."""
+    return order.tensor_split(-(-len(order) // batch_rows))
+
+
+def _mean_loss(
+    model: ContrastModel | RetrievalModel, batches: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]
+) -> dict[str, float]:
+    """Average the loss over the queries that were compared with anything."""
+    total, count = 0.0, 0
+    for chunk, batch in batches:
+        with torch.no_grad():
+            output = model.contrast_loss([chunk], batch)
+        if output.statistics.queries:
+            total += float(output.loss) * output.statistics.queries
+            count += output.statistics.queries
+    return {"loss": total / count} if count else {}
 
 
 def _vectors(

@@ -248,12 +248,21 @@ def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     measures: dict[str, Measure[Any]] = {}
     if contrast == "labels":
         dataset, collate = RowDataset(**own, encode=base.label_encoder(found.space)), rows
-        measures |= {side: LabelMeasure(rows=held, runner=base.runner) for side, held in sides.held_out()}
+        measures |= {
+            side: LabelMeasure(rows=held, runner=base.runner, batch_rows=recipe.rows_per_device)
+            for side, held in sides.held_out()
+        }
     else:
         dataset = ViewDataset(**own, encode=base.label_encoder(), other=other)
         collate = ViewCollator(rows=rows)
         measures |= {
-            side: ViewMeasure(rows=held, runner=base.runner, other=other, seed=recipe.seed)
+            side: ViewMeasure(
+                rows=held,
+                runner=base.runner,
+                other=other,
+                seed=recipe.seed,
+                batch_rows=recipe.rows_per_device,
+            )
             for side, held in sides.held_out()
         }
     return TaskSetup(
@@ -312,9 +321,10 @@ def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
     base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)])
     encoder, collate = base.label_encoder(), GroupCollator(rows=base.collator("none"), terms=terms)
-    heads_need: dict[str, Any] = {"encoder": encoder, "collate": collate} if is_retrieval else {}
+    measured: dict[str, Any] = {"batch_rows": recipe.rows_per_device, "group_size": sampler.group_size}
+    measured |= {"encoder": encoder, "collate": collate} if is_retrieval else {}
     measures: dict[str, Measure[Any]] = {
-        side: ExampleMeasure(rows, base.runner, **heads_need) for side, rows in sides.held_out()
+        side: ExampleMeasure(rows, base.runner, **measured) for side, rows in sides.held_out()
     }
     return TaskSetup(
         model=_retrieval_model(base, config) if is_retrieval else _contrast_model(base, config, "examples"),

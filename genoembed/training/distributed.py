@@ -86,7 +86,9 @@ class RankRows:
     """
 
     def __init__(self, num_rows: int, *, across: bool, device: torch.device) -> None:
-        together = across and dist.is_available() and dist.is_initialized()
+        # a loss without gradient is one that is measured, by each process on all rows
+        is_learning = across and torch.is_grad_enabled()
+        together = is_learning and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if together else 1
         self.sizes = (num_rows,)
         self.rank = dist.get_rank() if together else 0

@@ -6,6 +6,7 @@ What a training step of an encoder reports, in addition to its loss.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -89,6 +90,49 @@ class MetricsFile(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite_json(line), allow_nan=False) + "\n")
+
+
+_RISES = 3
+
+
+class OverfittingHint(TrainerCallback):
+    """Say once that the training loss falls while the held-out loss rises.
+
+    It looks at the whole log each time and keeps nothing, so a run that goes on does not say it again.
+    """
+
+    def on_evaluate(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        """Look at the last evaluations."""
+        history = state.log_history
+        places = [place for place, line in enumerate(history) if "eval_loss" in line]
+        found = [_overfits(history[: place + 1]) for place in places]
+        if found and found[-1] and not any(found[:-1]) and state.is_world_process_zero:
+            logger.warning(
+                "the training loss falls, but the held-out loss has risen for %d evaluations, to %.4g: rows "
+                "are learned by heart; more rows, augmentation, a lower rate, fewer epochs or adapters help",
+                _RISES,
+                history[places[-1]]["eval_loss"],
+            )
+
+
+def _overfits(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the held-out loss rose at each of the last evaluations, and the training loss fell meanwhile.
+
+    Example:
+        >>> lines = [{"loss": 1 / n} if n % 2 else {"eval_loss": float(n)} for n in range(1, 9)]
+        >>> _overfits(lines), _overfits(lines[:-2])
+        (True, False)
+    """
+    places = [place for place, line in enumerate(history) if "eval_loss" in line][-1 - _RISES :]
+    held_out = [history[place]["eval_loss"] for place in places]
+    if len(held_out) <= _RISES or held_out != sorted(set(held_out)):
+        return False
+    between = [
+        [line["loss"] for line in history[start:end] if "loss" in line]
+        for start, end in itertools.pairwise(places)
+    ]
+    first, last = between[0], between[-1]
+    return bool(first and last) and sum(last) / len(last) < sum(first) / len(first)
 
 
 _PROJECT = "genoembed"

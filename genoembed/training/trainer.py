@@ -40,7 +40,7 @@ from genoembed.errors import (
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.distributed import wait_for_all
-from genoembed.training.log import StepBook
+from genoembed.training.log import OverfittingHint, StepBook
 from genoembed.training.optimizers import (
     POLE_RATE_SCALE,
     LossScaler,
@@ -200,7 +200,7 @@ class ResumableTrainer(Trainer):
         super().__init__(
             # Trainer asks for one before it measures; ours measure what they were given themselves
             eval_dataset=[],
-            callbacks=[ClampPoles(), *callbacks, self._stop, _Stopwatch(self)],
+            callbacks=[ClampPoles(), OverfittingHint(), *callbacks, self._stop, _Stopwatch(self)],
             **arguments,
         )
         self.remove_callback(PrinterCallback)

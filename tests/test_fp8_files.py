@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import genoembed
 from genoembed.errors import ConfigError, PrecisionWarning, StoreError
+from genoembed.models.striped_hyena2.blocks import Projections
 from genoembed.models.striped_hyena2.convert import convert_checkpoint
 from genoembed.sklearn import SequenceEmbedder
 from tests.models.test_fp8_models import CHECKPOINT, GOLDEN
+from tests.oracles import hopper_product
 
 RECORDS = {"a": "ACGTACGTTTAGGACCA" * 3, "b": "GGGATATTTACCCACAGAGT" * 2, "c": "TTTACGCGAT" * 4}
 
@@ -47,6 +52,31 @@ def test_files_say_whether_fp8_was_on(files):
         with genoembed.open_embeddings(path) as file:
             assert file.provenance["config"]["model"]["fp8"] == requested
             assert file.provenance["model"]["fp8"] == file.provenance["identity"]["fp8"] == found
+
+
+def test_vectors_are_those_of_exact_integers(folder, tmp_path, monkeypatch):
+    fasta = tmp_path / "short.fa"
+    fasta.write_text(">a\nACGT\n")
+    options = {"model": folder, "layers": "final", "dtype": "float32", "device": "cpu"}
+    found = {}
+    for fp8 in ("auto", "off"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrecisionWarning)
+            genoembed.extract(fasta, output=tmp_path / f"{fp8}.h5", fp8=fp8, **options)
+        with genoembed.open_embeddings(tmp_path / f"{fp8}.h5") as file:
+            found[fp8] = file.X[0]
+
+    def multiply(projections, x_BLD):
+        operands = x_BLD[0].tolist(), projections.weight.tolist(), projections.fp8_scales.tolist()
+        return torch.tensor([hopper_product(*operands)])
+
+    model = genoembed.load_model(folder, device="cpu", dtype="float32")
+    monkeypatch.setattr(Projections, "forward", multiply)
+    with torch.inference_mode():
+        states = model.module(torch.tensor([list(b"ACGT")])).last_hidden_state
+    expected = states[0].mean(0).numpy()
+    assert np.allclose(found["auto"], expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found["off"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_compare_finds_the_difference_and_its_reason(files):

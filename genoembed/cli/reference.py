@@ -51,8 +51,8 @@ def _rows(command: click.Command) -> Iterator[tuple[str, str, str]]:
     for parameter in command.params:
         key = parameter.name or ""
         if isinstance(parameter, click.Argument):
-            help = described[key].help if key in described else "see above"
-            yield f"`{parameter.make_metavar(click.Context(command))}`", f"`{key}`", _cell(help)
+            meaning = described[key].help if key in described else "see above"
+            yield f"`{parameter.make_metavar(click.Context(command))}`", f"`{key}`", _cell(meaning)
         elif isinstance(parameter, GroupedOption):
             names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
             value = "" if parameter.is_flag else f" `{parameter.make_metavar(click.Context(command))}`"

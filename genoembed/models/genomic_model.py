@@ -178,15 +178,17 @@ class GenomicModel:
             counts[name] = counts.get(name, 0) + parameter.numel()
         return counts
 
+    def _stated_license(self) -> str:
+        """Return what the registry, the folder's model card, or else the table of published models says."""
+        if self.entry is not None:
+            return self.entry.license
+        stated = "unknown" if self.location is None else read_license(self.location)
+        return self.published.license if stated == "unknown" and self.published is not None else stated
+
     @property
     def provenance(self) -> Mapping[str, Any]:
         """What an output file says about the model; reads its files once, for their digests."""
         folder, content = self.location, self.content
-        license = self.entry.license if self.entry is not None else "unknown"
-        if self.entry is None and folder is not None:
-            license = read_license(folder)
-        if self.published is not None and license == "unknown":
-            license = self.published.license
         return {
             "id": self.name,
             "class": type(self.module).__name__,
@@ -195,7 +197,7 @@ class GenomicModel:
             "weights_sha256": content[WEIGHTS],
             "content_sha256": content_digest(content),
             "content": content,
-            "license": license,
+            "license": self._stated_license(),
             "dtype": str(self.dtype).removeprefix("torch."),
             **({} if len(dtypes := self._dtypes()) < 2 else {"dtypes": dtypes}),
             "fp8": self.fp8,

@@ -34,6 +34,8 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from genoembed.models.inputs import embed_inputs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -139,7 +141,7 @@ class DnaBert2Embeddings(nn.Module):
     def forward(
         self, input_ids: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> Tensor:
-        words_BLD = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        words_BLD = embed_inputs(self.word_embeddings, input_ids, inputs_embeds)
         types = self.token_type_embeddings
         types_BLD = types.weight[0] if token_type_ids is None else types(token_type_ids)
         embedded: Tensor = self.dropout(self.LayerNorm(words_BLD + types_BLD))
@@ -310,11 +312,8 @@ class DnaBert2Model(DnaBert2PreTrainedModel):
             Hidden states, and with a pooler its output.
 
         Raises:
-            ValueError: If there are both ids and embedded tokens, or neither.
+            ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "expected either input_ids or inputs_embeds"
-            raise ValueError(message)
         x_BLD = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         bias = AttentionBias(self.config.num_attention_heads, x_BLD, attention_mask)
         x_BLD = self.encoder(x_BLD, bias)

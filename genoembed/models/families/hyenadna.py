@@ -33,6 +33,7 @@ from transformers.utils import can_return_tuple
 
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.models.fft import fft_convolution, fft_length
+from genoembed.models.inputs import embed_inputs
 from genoembed.models.precision import without_autocast
 from genoembed.models.striped_hyena2.blocks import is_watched
 
@@ -464,10 +465,7 @@ class HyenaDNAModel(HyenaDNAPreTrainedModel):
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, if there are more
                 than ``max_seq_len`` tokens, or padding on the left.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "give exactly one of input_ids and inputs_embeds"
-            raise ShapeError(message)
-        x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BLD = embed_inputs(self.get_input_embeddings(), input_ids, inputs_embeds)
         if x_BLD.shape[1] > self.config.max_seq_len:
             message = (
                 f"input has {x_BLD.shape[1]} tokens, expected at most {self.config.max_seq_len}, for the "

@@ -29,6 +29,8 @@ from transformers.models.olmo.modeling_olmo import eager_attention_forward, rota
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from genoembed.models.inputs import embed_inputs
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -291,12 +293,9 @@ class OmniDnaModel(OmniDnaPreTrainedModel):
             Hidden states after the last norm, and keys and values if requested.
 
         Raises:
-            ValueError: If there are both ids and embedded tokens, or neither.
+            ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "expected either input_ids or inputs_embeds"
-            raise ValueError(message)
-        x_BLD = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        x_BLD = embed_inputs(self.transformer["wte"], input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ModelError, ShapeError
+from genoembed.models.inputs import embed_inputs
 from genoembed.models.striped_hyena2.blocks import (
     AttentionBlock,
     HyenaBlock,
@@ -203,11 +204,7 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         return output
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "give exactly one of input_ids and inputs_embeds"
-            raise ShapeError(message)
-        embedded: Tensor = self.embedding_layer(input_ids) if inputs_embeds is None else inputs_embeds
-        return embedded
+        return embed_inputs(self.embedding_layer, input_ids, inputs_embeds)
 
     def _run_blocks(
         self, x_BLD: Tensor, context: BlockContext, keep_hidden_states: bool | None

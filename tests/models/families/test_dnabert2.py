@@ -208,7 +208,7 @@ def test_ids_and_embedded_tokens_exclude_each_other():
     one, two = module(IDS[None]), module(inputs_embeds=embedded)
     assert torch.equal(one.last_hidden_state, two.last_hidden_state)
     for arguments in ({}, {"input_ids": IDS[None], "inputs_embeds": embedded}):
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             module(**arguments)
 
 

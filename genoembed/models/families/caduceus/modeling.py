@@ -17,9 +17,10 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple, logging
 
-from genoembed.errors import ConfigError, ShapeError
+from genoembed.errors import ConfigError
 from genoembed.models.families.caduceus.configuration import CaduceusConfig
 from genoembed.models.families.caduceus.scan import selective_scan
+from genoembed.models.inputs import embed_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -231,7 +232,7 @@ class CaduceusBackbone(nn.Module):
         self.norm_f = CaduceusNorm(config, swaps=False)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        hidden_BLD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_BLD = embed_inputs(self.embeddings, input_ids, inputs_embeds)
         before, residual_BLD = [], None
         for layer in self.layers:
             before.append(hidden_BLD)
@@ -396,9 +397,6 @@ class Caduceus(CaduceusPreTrainedModel):
         Raises:
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "give exactly one of input_ids and inputs_embeds"
-            raise ShapeError(message)
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             logger.warning_once(

@@ -17,8 +17,8 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from genoembed.errors import ShapeError
 from genoembed.models.families.ntv3.configuration import Ntv3Config
+from genoembed.models.inputs import embed_inputs
 
 _CONV_EPS = 1e-5
 """Of the norms before convolutions; ``layer_norm_eps`` is for the transformer alone."""
@@ -389,10 +389,7 @@ class Ntv3Model(Ntv3PreTrainedModel):
         return output
 
     def _run(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        if (input_ids is None) == (inputs_embeds is None):
-            message = "give exactly one of input_ids and inputs_embeds"
-            raise ShapeError(message)
-        return self.core(self.core.embed_layer(input_ids) if inputs_embeds is None else inputs_embeds)
+        return self.core(embed_inputs(self.core.embed_layer, input_ids, inputs_embeds))
 
     def _wanted(self, given: list[Tensor], output_hidden_states: bool | None) -> tuple[Tensor, ...] | None:
         wants = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

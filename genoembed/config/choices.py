@@ -88,6 +88,8 @@ Optim: TypeAlias = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
 
 Reporter: TypeAlias = Literal["auto", "none", "tensorboard", "wandb"]
 
+Distributed: TypeAlias = Literal["ddp", "fsdp"]
+
 Task: TypeAlias = Literal[
     "classification", "multilabel", "regression", "token", "lm", "contrastive", "triplet", "retrieval"
 ]

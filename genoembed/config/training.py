@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from genoembed.config.choices import ComputeDtype, Optim, Reporter, Schedule
+from genoembed.config.choices import ComputeDtype, Distributed, Optim, Reporter, Schedule
 from genoembed.config.fields import Config, option
 from genoembed.errors import Problem, Remedy
 
@@ -66,6 +66,12 @@ class OptimizerConfig(Config):
         group=OPTIMIZATION,
         help="Compute activations again in the backward pass: less memory, a third more time.",
     )
+    distributed: Distributed = option(
+        "ddp",
+        group=RUN,
+        help="Under torchrun: each process holds the whole model (ddp); or a part of it (fsdp), for models "
+        "that do not fit one GPU.",
+    )
     logging_steps: int = option(
         10, ge=1, group=RUN, metavar="N", help="Optimizer steps between lines of metrics.jsonl."
     )
@@ -80,6 +86,12 @@ class OptimizerConfig(Config):
         if self.optim == "sgd" and getattr(self, "learning_rate", None) is None:
             remedy = Remedy("learning_rate", words="a rate, such as 0.01")
             yield Problem("optim is 'sgd', which has no default rate", remedy)
+        if self.distributed == "fsdp" and self.optim not in ("adamw", "sgd"):
+            found = f"optim {self.optim!r} needs whole matrices, but distributed 'fsdp' cuts them"
+            yield Problem(found, Remedy("optim", "adamw"))
+        if self.distributed == "fsdp" and self.dtype == "float16":
+            found = "dtype 'float16' scales the loss in each process by itself, which distributed 'fsdp' is not for"
+            yield Problem(found, Remedy("dtype", "bfloat16"))
         if len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}:
             yield f"report_to names {' and '.join(self.report_to)}; name auto or none alone"
 

@@ -17,7 +17,7 @@ from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, finetune
 from genoembed.config.paths import path_strings
 from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
 from genoembed.training.packages import check_packages
-from genoembed.training.run_folder import claimed_run
+from genoembed.training.run_folder import check_processes, claimed_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -106,6 +106,7 @@ def finetune(
     if settings.objective.task in PREDICTION_TASKS:
         check_metrics_installed()
     check_packages(settings.recipe)
+    check_processes(settings.recipe.distributed)
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         rows = read_task_rows(settings)
         # not at the top: importing torch takes seconds, and all that came before may have been refused

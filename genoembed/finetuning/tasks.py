@@ -43,6 +43,7 @@ from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.checkpointing import checkpoint_activations
+from genoembed.training.distributed import load_device
 from genoembed.training.encoder import Encoder
 from genoembed.training.heads import RegressionHead
 from genoembed.training.inference import SequenceRunner
@@ -158,6 +159,7 @@ def _load_base(config: FinetuneConfig) -> _Base:
     # what learns is float32 whatever the run's dtype: autocast computes in it, the optimizer must not
     genomic = load_model(
         start.model,
+        device=load_device(config.recipe.distributed),
         dtype=_weights_dtype(config),
         trust_remote_code=start.trust_remote_code,
         revision=start.revision,

@@ -41,6 +41,7 @@ from genoembed.training.run_folder import (
     ResumeRules,
     write_json,
 )
+from genoembed.training.sharding import gather
 from genoembed.training.trainer import resolved_dtype, training_arguments
 from genoembed.training.tuning import describe_weights, with_tuning
 
@@ -211,6 +212,7 @@ class _Run:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         if _has_all_heads(model):
             report["hybrid_weights"] = astuple(model.hybrid_weights)
+        gather(model, is_kept=self.arguments.process_index == 0)
         if self.arguments.process_index == 0:
             final = self.folder.path / FINAL_FOLDER
             with reporting_writes(self.folder.target), replacing_folder(final, overwrite=True) as staged:

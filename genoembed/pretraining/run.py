@@ -17,7 +17,7 @@ from genoembed.config.paths import path_strings
 from genoembed.config.pretrain import TrainConfig, train_config
 from genoembed.pretraining.corpus import check_corpus
 from genoembed.training.packages import check_packages
-from genoembed.training.run_folder import claimed_run
+from genoembed.training.run_folder import check_processes, claimed_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,6 +84,7 @@ def pretrain(
     }
     settings = train_config(keys, file=config)
     check_packages(settings.recipe)
+    check_processes(settings.recipe.distributed)
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:
         check_corpus(settings.data)
         # not at the top: importing torch takes seconds, and all that came before may have been refused

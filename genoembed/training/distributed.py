@@ -18,6 +18,8 @@ from genoembed.errors import ShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genoembed.config.choices import Distributed
+
 
 ValueT = TypeVar("ValueT")
 
@@ -38,6 +40,17 @@ def leave_process_group_at_exit() -> None:
 def num_processes() -> int:
     """Count the processes of a run, before they have formed their group, too."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def load_device(distributed: Distributed) -> str | None:
+    """Return where a process loads the model; None leaves the choice to the loader.
+
+    A model that is to be spread over devices may fit none of them, so it is loaded beside them.
+    """
+    if distributed == "fsdp":
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 
 
 def wait_for_all() -> None:
@@ -72,6 +85,25 @@ def from_first(value: ValueT) -> ValueT:
     found: list[Any] = [value]
     dist.broadcast_object_list(found)
     return found[0]
+
+
+def whole(values: Any, *, is_kept: bool = True) -> Any:
+    """Make tensors whole of which each process holds a part, on the CPU, in mappings and lists too.
+
+    A collective call. Where they are not kept, None stands for each: one process alone needs the memory.
+
+    Example:
+        >>> whole({"lr": 0.5, "moments": [torch.zeros(1)]})
+        {'lr': 0.5, 'moments': [tensor([0.])]}
+    """
+    if isinstance(values, dict):
+        return {name: whole(value, is_kept=is_kept) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(whole(value, is_kept=is_kept) for value in values)
+    if not isinstance(values, torch.Tensor):
+        return values
+    found = values.full_tensor() if hasattr(values, "full_tensor") else values
+    return found.detach().cpu() if is_kept else None
 
 
 class RankRows:

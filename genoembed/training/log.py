@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 
 from genoembed.atomic import reporting_writes, write_text
 from genoembed.errors import foreign_code
-from genoembed.training.distributed import from_all
+from genoembed.training.distributed import from_all, whole
 from genoembed.training.run_folder import BOARD_FOLDER, WANDB_FOLDER, finite_json
 
 if TYPE_CHECKING:
@@ -440,7 +440,7 @@ def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
     for name, module in modules.items():
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         squares = [grad.to(torch.float32).square().sum() for grad in grads]
-        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        norms[name] = float(whole(torch.stack(squares).sum()).sqrt()) if squares else 0.0
     return norms
 
 

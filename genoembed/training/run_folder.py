@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
     from os import PathLike
 
+    from genoembed.config.choices import Distributed
+
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
@@ -258,6 +260,20 @@ def _what_is_kept(folder: RunFolder) -> str:
 def _is_first() -> bool:
     """Whether this is the first of several processes that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_processes(distributed: Distributed) -> None:
+    """Raise if one process is to hold a model that is for several, or accelerate would spread it, too."""
+    if distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        found = "distributed is 'fsdp', which spreads the model over several processes, but there is one"
+        raise ConfigError(Problem(found, Remedy("distributed", "ddp"), ", or start several with torchrun"))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        found = (
+            "accelerate is set to use FSDP of its own, which parts the embedding from the scores of tokens"
+        )
+        raise ConfigError(
+            Problem(found, Remedy("distributed", "fsdp"), ", and leave --use_fsdp of accelerate launch out")
+        )
 
 
 def _place(target: Path, *, resume: bool, overwrite: bool) -> RunFolder:

@@ -14,13 +14,14 @@ import signal
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -39,7 +40,7 @@ from genoembed.errors import (
 )
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
-from genoembed.training.distributed import wait_for_all
+from genoembed.training.distributed import wait_for_all, whole
 from genoembed.training.log import OverfittingHint, StepBook
 from genoembed.training.optimizers import (
     POLE_RATE_SCALE,
@@ -49,6 +50,7 @@ from genoembed.training.optimizers import (
     parameter_groups,
 )
 from genoembed.training.run_folder import SAVING_FOLDER, is_complete, newest_checkpoint
+from genoembed.training.sharding import shard, spread_states_on_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,6 +193,10 @@ class ResumableTrainer(Trainer):
         pole_rate_scale: float = POLE_RATE_SCALE,
         **arguments: Any,
     ) -> None:
+        self._is_spread = recipe is not None and recipe.distributed == "fsdp"
+        if self._is_spread:
+            # before the Trainer, which would move the whole model to the device
+            shard(arguments["model"], arguments["args"].device)
         self._pole_rate_scale = pole_rate_scale
         self._optim: Optim = "adamw" if recipe is None else recipe.optim
         self.book = StepBook()
@@ -208,6 +214,9 @@ class ResumableTrainer(Trainer):
         if recipe is not None and recipe.dtype == "float16":
             # accelerate does float16 on GPUs alone; given a scaler, it uses that on any device
             self._scaler = self.accelerator.scaler = LossScaler(self.args.device.type)
+        if self._is_spread:
+            # only autocast around it: gradients are averaged already, and DDP takes no model in parts
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         forms = (getattr(module, "fp8_form", None) for module in self.model.modules())
         if running := next((form for form in forms if form in ("native", "emulated")), None):
             logger.warning(
@@ -300,6 +309,27 @@ class ResumableTrainer(Trainer):
                 )
             wait_for_all()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, whole; a collective call if it is spread over processes."""
+        if not self._is_spread:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole(self.model.state_dict(), is_kept=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None, "training has begun"
+        # whole, as one process writes it: any number of processes can read it
+        state = whole(self.optimizer.state_dict(), is_kept=self.args.should_save)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         """Do forward and backward of a batch."""
         with self.stepping():
@@ -344,14 +374,15 @@ class ResumableTrainer(Trainer):
             # the scaler leaves the step out and halves the scale; at 1 nothing is scaled any more
             if self._scaler.get_scale() > 1:
                 return norm
-        if norm is not None and not math.isfinite(float(norm)):
-            self._diverge(f"the gradient is not finite ({float(norm)})", self.state.global_step + 1)
+        norm = None if norm is None else float(whole(norm))
+        if norm is not None and not math.isfinite(norm):
+            self._diverge(f"the gradient is not finite ({norm})", self.state.global_step + 1)
         return norm
 
     def check_weights(self) -> None:
         """End the run before weights that are not numbers are measured or saved."""
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            if parameter.requires_grad and not bool(whole(torch.isfinite(parameter).all())):
                 self._diverge(f"the weights of {name} are not finite", self.state.global_step)
 
     def _diverge(self, found: str, step: int) -> NoReturn:
@@ -379,6 +410,8 @@ class ResumableTrainer(Trainer):
             )
             betas = (args.adam_beta1, args.adam_beta2)
             self.optimizer = build_optimizer(self._optim, groups, betas=betas, eps=args.adam_epsilon)
+            if self._is_spread:
+                spread_states_on_load(self.optimizer)
         return self.optimizer
 
     @contextmanager

@@ -90,7 +90,7 @@ class OptimizerConfig(Config):
             found = f"optim {self.optim!r} needs whole matrices, but distributed 'fsdp' cuts them"
             yield Problem(found, Remedy("optim", "adamw"))
         if self.distributed == "fsdp" and self.dtype == "float16":
-            found = "dtype 'float16' scales the loss in each process by itself, which distributed 'fsdp' is not for"
+            found = "dtype 'float16' scales the loss in each process by itself, not for distributed 'fsdp'"
             yield Problem(found, Remedy("dtype", "bfloat16"))
         if len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}:
             yield f"report_to names {' and '.join(self.report_to)}; name auto or none alone"

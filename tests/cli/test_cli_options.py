@@ -51,7 +51,7 @@ OPTIONS = {
         --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --import
         --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
         --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --optim --output --overwrite
-        --packing --pole-rate-scale --report-to --resume --revision --rows-per-device --save-steps --seed
+        --packing --pole-rate-scale --distributed --report-to --resume --revision --rows-per-device --save-steps --seed
         --shuffle-documents --threads --trust-remote-code --warmup-steps --weight-decay --window""",
     "finetune": """
         --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config
@@ -64,7 +64,7 @@ OPTIONS = {
         --max-grad-norm --max-steps --metric --micro-batch --min-epochs --min-learning-rate
         --mixed-lengths --mode --model --mutation-rate --no-both-strands --no-in-batch-negatives -o
         --optim --output --overwrite --pad-to-multiple-of --patience --plateau-factor --plateau-patience
-        --pool --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
+        --pool --distributed --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
         --seed --self-distillation-start --sequence-column --several-bases --skip-first --split
         --split-column --task --temperature --term-bases --test --test-fraction --threads
         --train-group-size --trust-remote-code --tuning --unlabeled --validation --validation-fraction

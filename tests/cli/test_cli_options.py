@@ -47,13 +47,15 @@ OPTIONS = {
     "convert": """
         --name -o --output --overwrite --vortex-config""",
     "pretrain": """
+        --distributed
         --accumulation-steps --both-strands --compile-blocks --config --dtype --empty --eval-steps --gaps
         --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --import
         --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
         --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --optim --output --overwrite
-        --packing --pole-rate-scale --distributed --report-to --resume --revision --rows-per-device --save-steps --seed
+        --packing --pole-rate-scale --report-to --resume --revision --rows-per-device --save-steps --seed
         --shuffle-documents --threads --trust-remote-code --warmup-steps --weight-decay --window""",
     "finetune": """
+        --distributed
         --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config
         --conflicts --contrast --crop-fraction --distance --distillation --dropout --dtype
         --duplicate-sequences --duplicates --empty --eval-steps --false-negatives --fuse --gaps
@@ -64,7 +66,7 @@ OPTIONS = {
         --max-grad-norm --max-steps --metric --micro-batch --min-epochs --min-learning-rate
         --mixed-lengths --mode --model --mutation-rate --no-both-strands --no-in-batch-negatives -o
         --optim --output --overwrite --pad-to-multiple-of --patience --plateau-factor --plateau-patience
-        --pool --distributed --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
+        --pool --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
         --seed --self-distillation-start --sequence-column --several-bases --skip-first --split
         --split-column --task --temperature --term-bases --test --test-fraction --threads
         --train-group-size --trust-remote-code --tuning --unlabeled --validation --validation-fraction

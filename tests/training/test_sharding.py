@@ -139,6 +139,7 @@ def test_one_process_cannot_share_a_model(files, tmp_path):
             tmp_path / "run",
             like="evo2_7b",
             heldout=files / "heldout.fa",
+            max_steps=1,
             distributed="fsdp",
         )
     assert not (tmp_path / "run").exists()

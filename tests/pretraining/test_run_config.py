@@ -55,7 +55,7 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
         ({"max_steps": 0}, "set max_steps to 1 or more"),
         ({"learning_rate": 0.0}, "set learning_rate above 0"),
         ({"weight_decay": -1.0}, "set weight_decay to 0 or more"),
-        ({"dtype": "float16"}, "set dtype to one of auto, float32, bfloat16"),
+        ({"dtype": "float64"}, "set dtype to one of auto, float32, bfloat16, float16"),
     ],
 )
 def test_train_config_refuses(options, message):

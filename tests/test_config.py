@@ -229,16 +229,17 @@ def test_sequence_embedder_answers_an_unknown_key_with_the_nearest():
     [
         ("num_train_epochs", "max_epochs"),
         ("per_device_train_batch_size", "rows_per_device"),
-        ("fix_encoder", "mode"),
+        ("fix_encoder", "mode fix_encoder"),
         ("gradient_accumulation_steps", "accumulation_steps"),
         ("negatives_cross_device", "across_devices"),
         ("sentence_pooling_method", "pooling"),
-        ("own_negatives_only", "in_batch_negatives"),
-        ("kin_identity", "homolog_identity"),
+        ("fp16", "dtype float16"),
+        ("query_max_len", "max_crop_bp"),
+        ("save_steps", "eval_steps"),
     ],
 )
 def test_names_of_other_toolkits_are_answered_with_ours(foreign, ours, tmp_path):
-    sentence = f"'{foreign}' is no option; did you mean '{ours}'?"
+    sentence = f"'{foreign}' is no option; here that is '{ours}'"
     with pytest.raises(ConfigError) as caught:
         genoembed.finetune("a.tsv", "run", task="retrieval", **{foreign: 1})
     assert caught.value.problems == (sentence,)
@@ -247,6 +248,14 @@ def test_names_of_other_toolkits_are_answered_with_ours(foreign, ours, tmp_path)
     with pytest.raises(ConfigError) as caught:
         finetune_config({}, file=file)
     assert caught.value.problems == (f"{file}: {sentence}",)
+
+
+@pytest.mark.parametrize(
+    ("former", "today"), [("own_negatives_only", "in_batch_negatives"), ("kin_identity", "homolog_identity")]
+)
+def test_former_names_are_answered_as_the_nearest_are(former, today):
+    with pytest.raises(ConfigError, match=f"'{former}' is no option; did you mean '{today}'"):
+        finetune_config({"task": "retrieval", "train": "a.tsv", former: 1})
 
 
 VALUES = {"train": ["a.tsv"], "task": "classification", "layers": [2, "final"], "learning_rate": 0.001}

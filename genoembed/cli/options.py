@@ -80,7 +80,7 @@ class ConfigCommand(click.Command):
                 {**self.described, **names},
                 spelling=lambda key: names.get(key) or self.option_of(key),
             )
-            if "did you mean" not in message:
+            if message.endswith("is no option"):
                 raise
             raise click.UsageError(message, ctx=ctx) from error
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from genoembed.config.foreign import NOT_OPTIONS, known_elsewhere
 from genoembed.errors import ConfigError, InputFileError, Problem, Remedy, python_spelling
 
 if TYPE_CHECKING:
@@ -32,88 +33,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Config")
 Function = TypeVar("Function", bound="Callable[..., Any]")
-
-FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
-    # transformers.TrainingArguments and sentence-transformers
-    "num_train_epochs": ("max_epochs",),
-    "epochs": ("max_epochs",),
-    "per_device_train_batch_size": ("rows_per_device",),
-    "per_device_eval_batch_size": ("rows_per_device",),
-    "per_gpu_train_batch_size": ("rows_per_device",),
-    "train_batch_size": ("rows_per_device",),
-    "batch_size": ("batch_tokens", "rows_per_device", "batch_rows"),
-    "gradient_accumulation_steps": ("accumulation_steps",),
-    "mini_batch_size": ("micro_batch",),
-    "sub_batch_size": ("micro_batch",),
-    "lr": ("learning_rate",),
-    "lr_scheduler_type": ("schedule",),
-    "warmup_ratio": ("warmup_fraction", "warmup_steps"),
-    "eta_min": ("min_learning_rate",),
-    "min_lr": ("min_learning_rate",),
-    "lr_factor": ("plateau_factor",),
-    "lr_patience": ("plateau_patience",),
-    "label_smoothing_factor": ("label_smoothing",),
-    "metric_for_best_model": ("metric",),
-    "early_stopping_patience": ("patience",),
-    "eval_strategy": ("eval_steps",),
-    "evaluation_strategy": ("eval_steps",),
-    "save_strategy": ("save_steps", "eval_steps"),
-    "bf16": ("dtype",),
-    "fp16": ("dtype",),
-    "torch_dtype": ("dtype",),
-    "model_name_or_path": ("model",),
-    "pretrained_model_name_or_path": ("model",),
-    "model_name": ("model",),
-    "config_name": ("like",),
-    "resume_from_checkpoint": ("resume",),
-    "overwrite_output_dir": ("overwrite",),
-    "output_dir": ("output",),
-    "train_file": ("train", "corpus"),
-    "validation_file": ("validation", "heldout"),
-    "max_seq_length": ("window",),
-    "max_length": ("window",),
-    "pooling_mode": ("pooling",),
-    "torch_compile": ("compile_blocks",),
-    "device_map": ("device",),
-    # generate of transformers and of Evo
-    "max_new_tokens": ("length",),
-    "n_tokens": ("length",),
-    "num_return_sequences": ("num_samples",),
-    "n_samples": ("num_samples",),
-    "do_sample": ("temperature",),
-    "use_cache": ("cache",),
-    "cached_generation": ("cache",),
-    "prepend_bos": ("start_token",),
-    "stop_at_eos": ("stop_at_end",),
-    # FlagEmbedding and BCEmbedding
-    "train_data": ("train",),
-    "fix_encoder": ("mode",),
-    "unified_finetuning": ("mode",),
-    "use_self_distill": ("self_distillation_start",),
-    "self_distill_start_step": ("self_distillation_start",),
-    "knowledge_distillation": ("distillation",),
-    "kd_loss_type": ("distillation",),
-    "negatives_cross_device": ("across_devices",),
-    "negatives_x_device": ("across_devices",),
-    "sentence_pooling_method": ("pooling",),
-    "pooling_method": ("pooling",),
-    "pooler": ("pooling",),
-    "use_inbatch_neg": ("in_batch_negatives",),
-    "no_in_batch_neg_flag": ("in_batch_negatives",),
-    "sub_batch": ("micro_batch",),
-    # words of this project's own that have become others
-    "layer": ("layers",),
-    "pool": ("pooling",),
-    "fuse": ("fusion",),
-    "kin_identity": ("homolog_identity",),
-    "own_negatives_only": ("in_batch_negatives",),
-    "one_strand": ("both_strands",),
-    "neighbors": ("k",),
-    "neighbours": ("neighbors", "k"),
-    "top_k": ("k", "top"),
-}
-"""What other toolkits call an option, and what it is called here; the first name that a command has
-counts."""
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 _BOUNDS = ("ge", "gt", "le", "lt")
@@ -448,6 +367,10 @@ def missing_option(described: Option) -> Problem:
     return Problem(f"{described.key} is missing", remedy)
 
 
+_OF_TRAINING = "accumulation_steps"
+"""A command with this option trains."""
+
+
 def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = python_spelling) -> str:
     """Return the message for an unknown option, with the nearest name.
 
@@ -455,12 +378,17 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
         >>> unknown_option("windw", ["window", "stride"])
         "'windw' is no option; did you mean 'window'?"
         >>> unknown_option("num_train_epochs", ["max_epochs", "max_steps"])
-        "'num_train_epochs' is no option; did you mean 'max_epochs'?"
+        "'num_train_epochs' is no option; here that is 'max_epochs'"
     """
     names = tuple(known)
     plain = key.lstrip("-").replace("-", "_")
-    near = [name for name in FOREIGN_NAMES.get(plain, ()) if name in names][:1]
-    near = near or difflib.get_close_matches(plain, names, n=1)
+    answer = known_elsewhere(plain, names)
+    if answer is not None and answer.source != "genoembed":
+        value = f" {answer.value}" if answer.value else ""
+        return f"{key!r} is no option; here that is {spelling(answer.key) + value!r}"
+    if plain in NOT_OPTIONS and _OF_TRAINING in names:
+        return f"{key!r} is no option; {NOT_OPTIONS[plain]}"
+    near = [answer.key] if answer is not None else difflib.get_close_matches(plain, names, n=1)
     return f"{key!r} is no option" + (f"; did you mean {spelling(near[0])!r}?" if near else "")
 
 
@@ -490,13 +418,24 @@ def read_options(path: str | PathLike[str], config: type[Config], problems: list
         section = config.sections().get(key)
         if section is not None and isinstance(value, dict):
             stray = [inner for inner in value if inner not in section.options()]
-            problems += [f"{fspath(path)}: {unknown_option(inner, section.options())}" for inner in stray]
+            problems += [f"{fspath(path)}: {_stray(inner, key, config)}" for inner in stray]
             values |= {inner: item for inner, item in value.items() if inner not in stray}
+        elif section is not None and key not in known:
+            found = f"{key!r} is a section, expected keys and values in it, found {value!r}"
+            problems.append(f"{fspath(path)}: {found}")
         elif key not in known:
             problems.append(f"{fspath(path)}: {unknown_option(key, known)}")
         else:
             values[key] = value
     return values
+
+
+def _stray(key: str, section: str, config: type[Config]) -> str:
+    """Return the message for a key in a section that is not its own, or that is none at all."""
+    own = next((name for name, found in config.sections().items() if key in found.options()), None)
+    if own is not None:
+        return f"{key!r} is no option of {section!r}; move it to {own!r}"
+    return unknown_option(key, config.options())
 
 
 def read_config_file(path: Path) -> dict[str, object]:

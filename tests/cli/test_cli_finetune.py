@@ -46,7 +46,12 @@ def test_finetune_has_an_option_for_every_key_and_no_other(run_options):
 
 def test_finetune_choices_are_those_of_the_configuration():
     hints = {name: hint for cls in STAGES for name, hint in get_type_hints(cls).items()}
-    wanted = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    # several of them, or none, may be meant: the words are those of the Literal inside
+    inner = {
+        name: next((a for a in (hint, *get_args(hint)) if get_origin(a) is Literal), None)
+        for name, hint in hints.items()
+    }
+    wanted = {name: get_args(literal) for name, literal in inner.items() if literal is not None}
     found = {
         name: tuple(p.type.choices) for name, p in parameters().items() if isinstance(p.type, click.Choice)
     }

@@ -12,7 +12,15 @@ import click
 import pytest
 
 from genoembed.cli import main
-from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing, TrainDtype
+from genoembed.config.choices import (
+    ComputeDtype,
+    EmptyPolicy,
+    GapPolicy,
+    InvalidPolicy,
+    Optim,
+    Packing,
+    Reporter,
+)
 from genoembed.config.pretrain import KEY_STAGE, TrainConfig
 
 SHAPE = ["--like", "evo2_7b", "--hidden-size", 32, "--layers", 4, "--window", 32, "--dtype", "float32"]
@@ -45,7 +53,9 @@ def test_pretrain_choices_are_those_of_the_configuration():
         "invalid": InvalidPolicy,
         "empty": EmptyPolicy,
         "gaps": GapPolicy,
-        "dtype": TrainDtype,
+        "dtype": ComputeDtype,
+        "optim": Optim,
+        "report_to": Reporter,
     }
     assert found == {name: get_args(kind) for name, kind in kinds.items()}
 
@@ -59,6 +69,7 @@ def test_pretrain_help_shows_the_defaults_of_the_configuration():
     defaults = {key: found.default for key, found in TrainConfig.options().items()}
     plain = {name: text for name, text in shown.items() if defaults.get(name) is not None}
     assert len(plain) > 15
+    assert plain.pop("report_to") == "auto"  # of which there may be several
     for name, text in plain.items():
         assert text == {"True": "on"}.get(str(defaults[name]), str(defaults[name]).removesuffix(".0")), name
 

@@ -62,6 +62,12 @@ class CandidateMasks:
 def sequence_identity(sequence: bytes) -> int:
     """Assign equal numbers to equal sequences and to the two strands of one molecule, for ``PairIds``.
 
+    Args:
+        sequence: Letters, one byte a base.
+
+    Returns:
+        A number from 0 to 2**63 - 1, the same in every process.
+
     Example:
         >>> sequence_identity(b"AAC") == sequence_identity(b"GTT")
         True

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from genoembed.finetuning.row_collators import PackedCollator, PairCollator, RowCollator
     from genoembed.finetuning.sampling import ClassSampler, GroupSampler, LengthGroupedSampler, RankBatches
     from genoembed.pooling.reduce import pool
-    from genoembed.retrieval.candidates import PairIds
+    from genoembed.retrieval.candidates import PairIds, sequence_identity
     from genoembed.retrieval.contrastive import (
         SentenceContrastiveLoss,
         batch_hard_triplet,
@@ -77,6 +77,7 @@ _HOMES = {
     "pack_stream": "genoembed.batching.pack",
     "pool": "genoembed.pooling.reduce",
     "regression_loss": "genoembed.training.heads",
+    "sequence_identity": "genoembed.retrieval.candidates",
     "set_trainable": "genoembed.retrieval.heads",
     "supervised_contrastive": "genoembed.retrieval.contrastive",
     "token_classification_loss": "genoembed.training.heads",
@@ -121,6 +122,7 @@ __all__ = [
     "pack_stream",
     "pool",
     "regression_loss",
+    "sequence_identity",
     "set_trainable",
     "supervised_contrastive",
     "token_classification_loss",

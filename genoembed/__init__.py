@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from genoembed.models.geneb import PublishedModel, published_models
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.load import load_model
+    from genoembed.models.names import check_model_name, model_names
     from genoembed.models.registry import known_models
     from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.convert import convert_checkpoint
@@ -80,6 +81,7 @@ _HOMES = {
     "VariantReport": "genoembed.scoring.variants",
     "VerifyReport": "genoembed.verification",
     "certify": "genoembed.verification",
+    "check_model_name": "genoembed.models.names",
     "compare": "genoembed.comparison",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
     "describe_layers": "genoembed.models.describe",
@@ -93,6 +95,7 @@ _HOMES = {
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
+    "model_names": "genoembed.models.names",
     "open_embeddings": "genoembed.store",
     "plan": "genoembed.planning",
     "plot": "genoembed.plotting.run",
@@ -142,6 +145,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "certify",
+    "check_model_name",
     "compare",
     "convert_checkpoint",
     "describe_layers",
@@ -155,6 +159,7 @@ __all__ = [
     "known_models",
     "load_model",
     "merge",
+    "model_names",
     "open_embeddings",
     "plan",
     "plot",

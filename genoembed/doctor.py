@@ -28,8 +28,9 @@ from genoembed.errors import ConfigError, GenoembedError, ModelError
 from genoembed.models.geneb import known_answers, published_in, published_models, published_named
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
+from genoembed.models.names import BUNDLED_NAME, suggestion
 from genoembed.models.provenance import weight_files, weights_digest
-from genoembed.models.registry import BUNDLED_NAME, entry_named, model_folder, suggestion
+from genoembed.models.registry import entry_named, model_folder
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.fp8 import emulate_product, emulation_form, fp8_linear, has_hopper_sums
 from genoembed.pipeline.agreement import difference

@@ -150,8 +150,6 @@ LAZY = {
     ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_numba"): "an optional extra, for CPUs",
     ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_triton"): "for GPUs",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
-    ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
-    ("models.registry", "models.geneb"): "for suggestions",
     ("models.architecture", "models.remote_code"): "for code of model folders, if it is trusted",
     ("models.load", "models.adapters"): "for adapters of peft",
     ("models.language_model", "models.adapters"): "for adapters of peft",

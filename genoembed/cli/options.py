@@ -12,7 +12,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
+import genoembed
 from genoembed.cli.output import reporting
 from genoembed.config.fields import raise_all, read_options, unknown_option
 from genoembed.config.paths import check_paths
@@ -100,6 +102,8 @@ class ConfigCommand(click.Command):
         modules = given.pop(IMPORTED, ())
         self._check_paths(given)
         self._check_options(given)
+        if "model" in given:
+            genoembed.check_model_name(given["model"])
         for module in modules:
             _import_module(module)
         ctx.params = given
@@ -208,7 +212,16 @@ def _indented(examples: str) -> str:
 def _argument(described: Option) -> click.Argument:
     metavar = f"{described.metavar}..." if described.several else described.metavar
     nargs = -1 if described.several else 1
-    return click.Argument([described.key], metavar=metavar, required=False, nargs=nargs)
+    settings: dict[str, Any] = {"shell_complete": _complete_model} if described.key == "model" else {}
+    return click.Argument([described.key], metavar=metavar, required=False, nargs=nargs, **settings)
+
+
+def _complete_model(
+    _ctx: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the names of models; files and folders where no name begins so."""
+    named = [CompletionItem(name) for name in genoembed.model_names() if name.startswith(incomplete)]
+    return named or [CompletionItem(incomplete, type="file")]
 
 
 def _option(described: Option) -> click.Option:
@@ -223,6 +236,8 @@ def _option(described: Option) -> click.Option:
             names[-1] = f"{described.name}/--no-{described.name.removeprefix('--')}"
     if described.several:
         settings["multiple"] = True
+    if described.key == "model":
+        settings["shell_complete"] = _complete_model
     if described.several and described.kind is float:
         settings |= {"type": str, "callback": _numbers}
     return GroupedOption(

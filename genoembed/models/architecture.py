@@ -46,8 +46,8 @@ from genoembed.errors import (
     ModelNotFoundError,
 )
 from genoembed.models.families import Family, Published, family_of
+from genoembed.models.names import suggestion
 from genoembed.models.provenance import weight_files
-from genoembed.models.registry import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -19,7 +19,7 @@ from genoembed.models.layers import (
     number_template,
 )
 from genoembed.models.locate import find_source
-from genoembed.models.registry import BUNDLED_NAME
+from genoembed.models.names import BUNDLED_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

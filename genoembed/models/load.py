@@ -44,8 +44,9 @@ from genoembed.models.architecture import (
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import find_source
+from genoembed.models.names import BUNDLED_NAME
 from genoembed.models.precision import automatic_dtype
-from genoembed.models.registry import BUNDLED_NAME, ModelSource, entry_named
+from genoembed.models.registry import ModelSource, entry_named
 from genoembed.models.trained_folder import FACTS_FILE, fetch_sentence_files
 
 if TYPE_CHECKING:

@@ -21,19 +21,19 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
+from genoembed.models.geneb import published_in, published_named, repository_of
+from genoembed.models.names import BUNDLED_NAME, CHECKPOINT_SUFFIXES, check_model_name, suggestion
 from genoembed.models.provenance import folder_content
 from genoembed.models.registry import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BUNDLED_FOLDER,
-    BUNDLED_NAME,
     Adapter,
     KnownModel,
     ModelSource,
     entry_named,
     model_folder,
     read_adapter,
-    suggestion,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _CONVERTIBLE = (".pt", ".safetensors")
-_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -120,9 +119,8 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
         path = _converted_file(path)
     elif path.exists():
         _check_folder(path)
-    elif _looks_like_path(name_or_path):
-        message = f"model {name_or_path!r}: no such file or folder; {suggestion(path.name)}"
-        raise ModelNotFoundError(message)
+    else:
+        check_model_name(name_or_path)
     if entry is None:
         return _published(name_or_path, path)
     return ModelSource(name=name_or_path, location=str(path), is_local=True, entry=entry)
@@ -130,8 +128,6 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
 
 def _published(name: str, path: Path) -> ModelSource:
     """Tell a folder or file from the short name of a published model and from a Hugging Face id."""
-    from genoembed.models.geneb import published_in, published_named, repository_of
-
     short = published_named(name)
     if path.exists():
         if short is not None:
@@ -251,21 +247,12 @@ def _joined_digest(files: Iterable[Path]) -> str:
 
 def _check_folder(path: Path) -> None:
     if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in _CHECKPOINT_SUFFIXES)
+        checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
         hint = (
             f"convert {checkpoints[0]} first" if checkpoints else "name a folder written by save_pretrained"
         )
         message = f"model {str(path)!r}: a folder without config.json; {hint}"
         raise ModelError(message)
-
-
-def _looks_like_path(name: str) -> bool:
-    return (
-        name.startswith(("/", ".", "~"))
-        or name.count("/") > 1
-        or "\\" in name
-        or name.endswith(_CHECKPOINT_SUFFIXES)
-    )
 
 
 def hub_answers() -> bool:

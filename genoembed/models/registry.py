@@ -6,7 +6,6 @@ counts follow from the configurations (tied output embedding counted once).
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from dataclasses import dataclass
@@ -17,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import CheckpointError, ConfigError, ModelNotFoundError
+from genoembed.models.names import BUNDLED_NAME, suggestion
 from genoembed.models.provenance import CONFIG, WEIGHTS, content_digest, file_digest, folder_content
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from os import PathLike
 
     from genoembed.models.geneb import PublishedModel
 
-BUNDLED_NAME = "genoembed-mini"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 _FP8_NEEDED = (
@@ -225,28 +224,8 @@ def find_model(name: str) -> KnownModel:
     if entry := entry_named(name):
         return entry
     names = [model.name for model in known_models()]
-    message = f"model {name!r} is not known ({', '.join(names)}); {_suggestion(name, names)}"
+    message = f"model {name!r} is not known ({', '.join(names)}); {suggestion(name, is_converted=True)}"
     raise ModelNotFoundError(message)
-
-
-def suggestion(name: str) -> str:
-    """Phrase what to do about a name that nothing answers to.
-
-    Example:
-        >>> suggestion("evo2-7b"), suggestion("dnabert2")
-        ("did you mean 'evo2_7b'?", "did you mean 'dnabert-2' or 'dnabert-s'?")
-    """
-    from genoembed.models.geneb import published_models
-
-    return _suggestion(name, [model.name for model in known_models()], [m.name for m in published_models()])
-
-
-def _suggestion(name: str, names: Sequence[str], more: Sequence[str] = ()) -> str:
-    near = difflib.get_close_matches(name.lower(), [*names, *more], n=2, cutoff=0.7)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    rest = " and the others of genoembed models" if more else ""
-    return f"use a local folder, a Hugging Face id, or one of {', '.join(names)}{rest}"
 
 
 @cache

@@ -374,10 +374,13 @@ def test_unknown_name_gets_near_names(monkeypatch):
         raise OSError(message)
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(
-        ModelNotFoundError, match=r"'evo2-7b': no such model here, .*offline mode .* did you mean 'evo2_7b'"
-    ):
+    with pytest.raises(ModelNotFoundError, match=r"'evo2-7b': no such model here, .* did you mean 'evo2_7b'"):
         load_model("evo2-7b")
+    with pytest.raises(
+        ModelNotFoundError,
+        match=r"'a/evo2-7b': no such model .*offline mode .* did you mean 'evo2_7b'",
+    ):
+        load_model("a/evo2-7b")
 
 
 def test_forward_reduces_on_the_fly(tiny_model, padded_batch):

@@ -17,7 +17,6 @@ from genoembed.models.registry import (
     count_parameters,
     find_model,
     known_models,
-    suggestion,
 )
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.modeling import StripedHyena2ForCausalLM
@@ -106,7 +105,6 @@ def test_long_context_models_interpolate_positions():
 def test_unknown_name_gets_near_names():
     with pytest.raises(ModelNotFoundError, match=r"model 'evo2_7B_bas' is not known .*'evo2_7b_base'"):
         find_model("evo2_7B_bas")
-    assert suggestion("xyz").startswith("use a local folder, a Hugging Face id, or one of genoembed-mini")
 
 
 def test_bundled_model_has_the_default_shape_where_its_folder_is_empty(tmp_path):

@@ -109,6 +109,22 @@ def test_bad_option_is_seen_before_torch_is_imported(name, options, world):
     assert sorted(world.iterdir()) == before
 
 
+NAMING = [name for name, column in ALL.items() if "--model" in column.words]
+
+
+@pytest.mark.promise(2)
+@pytest.mark.parametrize("name", NAMING)
+def test_unknown_model_is_seen_before_torch_is_imported(name, world):
+    words = ALL[name].call(command_of(name))
+    words[words.index("--model") + 1] = "evo2-7b"
+    ran = run_cold(words, world)
+    assert ran.returncode == 1, ran.stderr
+    *said, loaded = ran.stderr.splitlines()
+    assert said[-1].startswith("Error: model 'evo2-7b': no such model here")
+    assert said[-1].endswith("did you mean 'evo2_7b'?")
+    assert loaded == "LOADED []"
+
+
 def outputs() -> list[tuple[str, str, str]]:
     """Each option that names an output, with each file that is read."""
     found = []

@@ -86,7 +86,7 @@ RULES = {
     ),
     "pipeline": Rule(
         internal=("atomic", *STAGES, "config", "registration", "_version", *FLOOR),
-        third_party=("torch", "numpy"),
+        third_party=("torch", "numpy", "safetensors"),
         type_checking=("transformers",),
         only_in={"ray": "pipeline.ray"},
     ),
@@ -118,7 +118,7 @@ RULES = {
         internal=BELOW_VERBS,
         third_party=("numpy", "h5py"),
         type_checking=("transformers",),
-        in_functions=("anndata", "sentence_transformers", "pyarrow"),
+        in_functions=("anndata", "pyarrow"),
     ),
     # training and its three users; fine-tuning trains retrieval models too
     "training": Rule(

@@ -7,7 +7,6 @@ sentence-transformers do not.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,12 +16,12 @@ from genoembed.atomic import check_folder, replacing_folder
 from genoembed.config.fields import named_options
 from genoembed.config.files import ModelExportConfig
 from genoembed.config.paths import check_paths
-from genoembed.errors import MissingExtraError, ModelError
+from genoembed.errors import ModelError
 from genoembed.models.layers import FINAL
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
-from genoembed.tokenization.hf import word_length
-from genoembed.tokenization.kmer import KmerTokenizer
+from genoembed.pipeline.sentence_folder import why_other_vectors, write_sentence_modules
+from genoembed.tokenization.published import opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +80,6 @@ def export_model(
 
     Raises:
         ConfigError: If the folder exists and must stay.
-        MissingExtraError: If sentence-transformers is not installed.
         ModelError: If the model cannot be loaded, sees padding, or was fine-tuned for other vectors than the
             mean of its last layer.
         StoreError: If the folder cannot be written.
@@ -93,7 +91,7 @@ def export_model(
     )
     layer = _check(loaded)
     with replacing_folder(output, overwrite=overwrite) as folder:
-        width = _save(loaded, folder, trust_remote_code=trust_remote_code)
+        width = _save(loaded, folder)
         report = ModelExportReport(
             output=target,
             model=loaded.name,
@@ -118,11 +116,9 @@ def _check(loaded: GenomicModel) -> str:
             "pads; use genoembed.embed, which puts equal lengths together"
         )
         raise ModelError(message)
-    if isinstance(loaded.tokenizer, KmerTokenizer):
-        message = (
-            f"{loaded.name} reads overlapping k-mers, which sentence-transformers cannot weigh by their "
-            "bases; use genoembed.embed"
-        )
+    reason = why_other_vectors(loaded.tokenizer)
+    if reason is not None:
+        message = f"{loaded.name}: {reason}; use genoembed.embed"
         raise ModelError(message)
     facts = find_facts(loaded)
     if facts is not None:
@@ -137,41 +133,20 @@ def _check(loaded: GenomicModel) -> str:
     return layer
 
 
-def _save(loaded: GenomicModel, folder: Path, *, trust_remote_code: bool) -> int:
-    """Write the model, and build and write the sentence model around it; gives its width."""
-    try:
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer, WordWeights
-    except ImportError as error:
-        raise MissingExtraError(
-            package="sentence-transformers", extra="sentence-transformers", purpose="export_model"
-        ) from error
-    plain = folder / "plain"
-    loaded.module.save_pretrained(plain)
-    tokenizer = loaded.tokenizer
-    tokenizer.padding_side = "right"  # exact for causal models
-    tokenizer.save_pretrained(plain)
-    trust = {"trust_remote_code": trust_remote_code}
-    backbone = Transformer(
-        str(plain),
-        max_seq_length=loaded.max_length,
-        model_kwargs=dict(trust),
-        processor_kwargs=dict(trust),
-        config_kwargs=dict(trust),
+def _save(loaded: GenomicModel, folder: Path) -> int:
+    """Write the model, and the modules of the sentence model around it; return its width."""
+    loaded.module.save_pretrained(folder)
+    tokenizer = opened(loaded.tokenizer, add_special_tokens=loaded.special_tokens, keep_case=False)
+    tokenizer.save_pretrained(folder)
+    width = loaded.resolve(FINAL)[0].width or int(loaded.module.get_input_embeddings().weight.shape[1])
+    vocab_size = int(getattr(loaded.module.config, "vocab_size", 0) or 0)
+    write_sentence_modules(
+        folder,
+        tokenizer,
+        width=width,
+        num_ids=max(len(tokenizer), vocab_size),
+        max_tokens=loaded.max_length,
     )
-    width = int(backbone.get_word_embedding_dimension())
-    num_ids = max(len(tokenizer), int(getattr(loaded.module.config, "vocab_size", 0) or 0))
-    vocabulary = [str(tokenizer.convert_ids_to_tokens(index)) for index in range(num_ids)]
-    modules = [backbone]
-    weights = {token: float(max(1, word_length(token))) for token in vocabulary}
-    weights |= dict.fromkeys(_special_tokens(tokenizer), 0.0)
-    if tokenizer.unk_token is not None:
-        weights[str(tokenizer.unk_token)] = 1.0
-    if set(weights.values()) != {1.0}:
-        modules.append(WordWeights(vocabulary, weights, unknown_word_weight=1.0))
-    modules.append(Pooling(width, pooling_mode="mean"))
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
-    shutil.rmtree(plain)
     return width
 
 

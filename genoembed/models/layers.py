@@ -47,7 +47,7 @@ ALL = "all"
 _NUMBER = re.compile(r"[+-]?\d+")
 _GLOB_CHARACTERS = frozenset("*?[")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _WIDTH_KEYS = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim")
 
 
@@ -61,7 +61,7 @@ def find_blocks(module: nn.Module) -> str:
     if not lists:
         message = f"{type(module).__name__}: it holds no list of blocks; name layers of another model"
         raise ModelError(message)
-    depth = _config_number(module, _DEPTH_KEYS)
+    depth = _config_number(module, DEPTH_KEYS)
 
     def rank(path: str) -> tuple[bool, bool, int, int]:
         child = lists[path]
@@ -121,7 +121,7 @@ def number_template(module: nn.Module) -> str:
 
 def has_numbered_blocks(module: nn.Module) -> bool:
     """Check whether layer numbers mean something: not where the blocks share one module."""
-    return (_config_number(module, _DEPTH_KEYS) or num_blocks(module)) == num_blocks(module)
+    return (_config_number(module, DEPTH_KEYS) or num_blocks(module)) == num_blocks(module)
 
 
 def resolve_layers(
@@ -152,7 +152,7 @@ class _Resolver:
         self.final_path = final_path
         self.blocks_path = find_blocks(module)
         self.depth = len(_blocks(module, self.blocks_path))
-        self.stated_depth = _config_number(module, _DEPTH_KEYS) or self.depth
+        self.stated_depth = _config_number(module, DEPTH_KEYS) or self.depth
         self.template = number_template(module)
         self.known = {info.path: info for info in list_layers(module)}
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from genoembed.models.registry import KnownModel
 
 _LOG = logging.getLogger(__name__)
+_REPORTER = logging.getLogger("transformers.modeling_utils")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # stored by older releases, computed from the configuration today
@@ -303,12 +304,17 @@ def _load_weights(
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing on standard error, which belongs to the caller."""
-    was_enabled = is_progress_bar_enabled()
+    """Keep transformers from drawing on standard error, which belongs to the caller.
+
+    Nor does it list weights that do not fit: those that matter are refused by name, and heads are no fault.
+    """
+    was_enabled, level = is_progress_bar_enabled(), _REPORTER.level
     disable_progress_bar()
+    _REPORTER.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:
+        _REPORTER.setLevel(level)
         if was_enabled:
             enable_progress_bar()
 

@@ -95,7 +95,8 @@ def folder_content(folder: Path, *, more: Iterable[str] = ()) -> dict[str, str]:
     found = {WEIGHTS: weights_digest(folder)}
     if (folder / CONFIG).is_file():
         found[CONFIG] = config_digest(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    names = sorted({*_FILES, *more})
+    projections = [f"{path.parent.name}/{path.name}" for path in folder.glob("*_Dense/model.safetensors")]
+    names = sorted({*_FILES, *projections, *more})
     return found | {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
 
 

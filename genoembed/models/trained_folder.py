@@ -27,6 +27,7 @@ from genoembed.errors import (
 )
 from genoembed.models.layers import FINAL
 from genoembed.models.locate import fetched, locate_model, reachable_source
+from genoembed.models.provenance import backbone_files
 from genoembed.models.registry import entry_named, model_folder
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 FACTS_FILE = "genoembed_finetuned.json"
 HEADS_FILE = "heads.safetensors"
 FACTS_FORMAT = 1
+HEAD_PREFIX = "head."
+"""Begins the names of a predicting head's weights."""
+PROJECTION_PATTERN, _PROJECTION = "*_Dense/model.safetensors", "linear."
+"""Where sentence-transformers looks for a projection behind the pooling, and how its weights' names begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +155,7 @@ def fetch_sentence_files(source: ModelSource) -> Path | None:
     if listed is None:
         return None
     fetched(source, _SENTENCE_CONFIG)
+    fetched(source, FACTS_FILE)
     for module in _sentence_modules(listed):
         fetched(source, f"{module.path}/config.json" if module.path else _BERT_CONFIG)
     return listed.parent
@@ -322,18 +328,30 @@ def _said(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
-def read_heads(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read weights of heads."""
+def read_heads(folder: Path, prefix: str = "", *, pooler: str | None = None) -> dict[str, Tensor]:
+    """Read weights of heads; ``pooler`` is the name of the projection, which has a file of its own."""
     path = folder / HEADS_FILE
+    whole = _read_tensors(path) if path.is_file() else {}
+    if not any(name.startswith(HEAD_PREFIX) for name in whole):
+        # heads that predict are with the weights of the model, where transformers looks for them
+        for weights in backbone_files(folder):
+            if weights.suffix == ".safetensors" and weights.name != HEADS_FILE:
+                whole |= _read_tensors(weights, HEAD_PREFIX)
+    for weights in folder.glob(PROJECTION_PATTERN) if pooler or prefix else ():
+        tensors = _read_tensors(weights, _PROJECTION)
+        whole |= {f"{pooler or prefix}.{name.removeprefix(_PROJECTION)}": tensors[name] for name in tensors}
     start = f"{prefix}." if prefix else ""
+    names = sorted((name for name in whole if name.startswith(start)), reverse=True)
+    if not names:
+        message = f"no weights of {prefix or 'heads'!r}; fine-tune again, or fetch the folder again"
+        raise CheckpointError(message, path=str(path))
+    return {name.removeprefix(start): whole[name] for name in names}
+
+
+def _read_tensors(path: Path, start: str = "") -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = sorted((name for name in file.keys() if name.startswith(start)), reverse=True)
-            found = {name.removeprefix(start): file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(start)}
     except (OSError, SafetensorError) as error:
         message = f"heads cannot be read ({error}); fine-tune again, or fetch the folder again"
         raise CheckpointError(message, path=str(path)) from error
-    if prefix and not found:
-        message = f"no weights of {prefix!r}; fine-tune again, or fetch the folder again"
-        raise CheckpointError(message, path=str(path))
-    return found

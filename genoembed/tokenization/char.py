@@ -25,7 +25,7 @@ _NUM_BYTES = 256
 
 
 class CharTokenizer(PreTrainedTokenizer):
-    """One byte, one token, for DNA and any other text (as UTF-8); case is kept.
+    """One byte, one token, for DNA and any other text (as UTF-8); case is kept, unless told otherwise.
 
     Nothing is added to a sequence unless ``add_eos`` is set, nothing is ever split off, and
     ``model_max_length`` is unlimited. ``tokenizer.pad_token = tokenizer.eos_token`` is allowed and makes
@@ -33,6 +33,7 @@ class CharTokenizer(PreTrainedTokenizer):
 
     Args:
         add_eos: Whether calls end each sequence with EOS (id 0). ``encode_bytes`` never does.
+        upper_case: Whether calls read lower case as upper case. ``encode_bytes`` never does.
         eos_token: Text of the end token; leave as it is.
         pad_token: Text of the padding token; leave as it is, or set to ``eos_token``.
         **kwargs: What every Hugging Face tokenizer takes (``padding_side``, ``model_max_length`` ...).
@@ -51,13 +52,16 @@ class CharTokenizer(PreTrainedTokenizer):
         self,
         *,
         add_eos: bool = False,
+        upper_case: bool = False,
         eos_token: str = chr(EOD_TOKEN_ID),
         pad_token: str = chr(PAD_TOKEN_ID),
         **kwargs: Any,
     ) -> None:
         kwargs["special_tokens_pattern"] = "eos" if add_eos else "none"
+        if upper_case:  # said in saved files only where it is set
+            kwargs["upper_case"] = True
         super().__init__(add_eos=add_eos, eos_token=eos_token, pad_token=pad_token, **kwargs)
-        self.add_eos = add_eos
+        self.add_eos, self.upper_case = add_eos, upper_case
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +138,7 @@ class CharTokenizer(PreTrainedTokenizer):
         return super().tokenize(text, **kwargs)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return list(text.encode().decode("latin-1"))
+        return list((text.upper() if self.upper_case else text).encode().decode("latin-1"))
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Look up the ids of tokens.

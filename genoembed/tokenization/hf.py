@@ -419,6 +419,23 @@ def word_length(token: str) -> int:
     return len(_letters(token))
 
 
+def count_bases(tokenizer: PreTrainedTokenizerBase, num_ids: int) -> list[int]:
+    """Count the bases that each token stands for, by its text: 0 for special tokens, 1 for unknown letters.
+
+    Example:
+        >>> count_bases(CharTokenizer(), 512)[:3]
+        [0, 0, 1]
+    """
+    known = min(num_ids, len(tokenizer))
+    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(known)))]
+    special = set(tokenizer.all_special_tokens)
+    unknown = tokenizer.k if isinstance(tokenizer, KmerTokenizer) else 1
+    counts = [0 if token in special else max(1, word_length(token)) for token in tokens]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < known:
+        counts[tokenizer.unk_token_id] = unknown
+    return [*counts, *[1] * (num_ids - known)]
+
+
 def _letters(token: str) -> str:
     """Strip the marks of word pieces and ignore case and the difference of T and U."""
     return _without_marks(token).upper().replace("U", "T")

@@ -38,7 +38,7 @@ def _is_special(token: str) -> bool:
 
 
 class KmerTokenizer(PreTrainedTokenizer):
-    """Overlapping k-mers, one at every base; letters are taken as they are, case included.
+    """Overlapping k-mers, one at every base; letters keep their case, unless told otherwise.
 
     Blanks end a word, as in the k-mer text that DNABERT was published with: each word gives its own k-mers,
     so that ``ACGTAC CGTACG`` and ``ACGTACG`` give the same tokens.
@@ -51,6 +51,7 @@ class KmerTokenizer(PreTrainedTokenizer):
         pad_token: Pads.
         cls_token: Begins a sequence.
         mask_token: Stands for a hidden k-mer.
+        upper_case: Whether calls read lower case as upper case. ``encode_bases`` never does.
         **kwargs: What every Hugging Face tokenizer takes (``padding_side``, ``model_max_length`` ...).
     """
 
@@ -66,6 +67,7 @@ class KmerTokenizer(PreTrainedTokenizer):
         pad_token: str = "[PAD]",
         cls_token: str = "[CLS]",
         mask_token: str = "[MASK]",
+        upper_case: bool = False,
         **kwargs: Any,
     ) -> None:
         tokens = read_vocabulary(Path(vocab_file))
@@ -81,6 +83,9 @@ class KmerTokenizer(PreTrainedTokenizer):
         self._sorted_words = words[self._order]
         self._word_ids = np.array([self._ids[word.decode()] for word in words], dtype=np.int64)[self._order]
         kwargs["special_tokens_pattern"] = "cls_sep"
+        if upper_case:
+            kwargs["upper_case"] = True
+        self.upper_case = upper_case
         super().__init__(
             unk_token=unk_token,
             sep_token=sep_token,
@@ -119,6 +124,7 @@ class KmerTokenizer(PreTrainedTokenizer):
         return np.where(is_known, self._word_ids[places], self.unk_token_id)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        text = text.upper() if self.upper_case else text
         return [
             word[start : start + self.k] for word in text.split() for start in range(len(word) - self.k + 1)
         ]

@@ -1,11 +1,13 @@
-"""Tokenizers of published models whose repositories bring code for them, built from the same vocabularies.
+"""Tokenizers of published models whose repositories bring code for them, and those of fine-tuned folders.
 
 In: a model folder and what its ``tokenizer_config.json`` says. Out: a fast tokenizer, which knows the bases
 of each token and, once saved, opens with plain `AutoTokenizer`.
+A fine-tuned folder's tokenizer reads sequences by itself as training read them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,13 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from genoembed.tokenization.char import CharTokenizer
-from genoembed.tokenization.kmer import read_vocabulary
+from genoembed.tokenization.kmer import KmerTokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
 _NTV3_ROLES = ("unk_token", "pad_token", "mask_token", "cls_token", "eos_token", "bos_token")
 _HYENA_SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
@@ -87,6 +91,79 @@ def generator_kmers(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokeni
             special_tokens=[(token, ids[token]) for token in (*before, *after)],
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **roles)
+
+
+_CODES = "ACGTUNRYSWKMBDHV"
+_PLAIN = ("ACGTACGTTGCANNACGRTTAG", "GATTACANTTGACCATGCATGCATTTGCAGN", "T", "NNN", "ACGTAC", "CCGATATWSKN")
+
+
+def opened(
+    tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool, keep_case: bool
+) -> PreTrainedTokenizerBase:
+    """Copy a tokenizer so that a plain call of it reads sequences as genoembed has read them in training.
+
+    It pads on the right, adds no special tokens where the model was trained without, and reads lower case as
+    upper case unless that is another letter.
+
+    Args:
+        tokenizer: Of the trained model; it is not changed.
+        add_special_tokens: Whether sequences had those that it adds.
+        keep_case: Whether lower case was kept.
+
+    Returns:
+        A tokenizer to save beside the model.
+    """
+    made = copy.deepcopy(tokenizer)
+    made.padding_side = "right"  # exact for causal models
+    if isinstance(made, CharTokenizer | KmerTokenizer):
+        if not keep_case:
+            made.upper_case = made.init_kwargs["upper_case"] = True
+        return made
+    if not keep_case and not made.is_fast:
+        made = _fast_words(made) or made
+    if not made.is_fast:
+        return made
+    core = made.backend_tokenizer
+    if not keep_case:
+        steps = [normalizers.Replace(code.lower(), code) for code in _CODES]
+        core.normalizer = normalizers.Sequence([*steps, *filter(None, [core.normalizer])])
+    if not add_special_tokens:
+        core.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return made
+
+
+def _fast_words(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast | None:
+    """Build a fast tokenizer of words of letters, the longest first, if it reads as a slow one does."""
+    vocabulary = tokenizer.get_vocab()
+    special = [token for token in vocabulary if token[0] + token[-1] in ("<>", "[]")]
+    words = [token for token in vocabulary if token not in special]
+    lengths = sorted({len(word) for word in words}, reverse=True)
+    around = tokenizer("A")["input_ids"]
+    if tokenizer.unk_token is None or vocabulary.get("A") not in around or not all(map(str.isalpha, words)):
+        return None
+    letters = {
+        length: "".join(sorted(set("".join(w for w in words if len(w) == length)))) for length in lengths
+    }
+    pattern = "|".join(f"[{letters[length]}]{{{length}}}" for length in lengths)
+    core = Tokenizer(WordLevel(vocabulary, unk_token=tokenizer.unk_token))
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    names = ["$A" if index == vocabulary["A"] else tokenizer.convert_ids_to_tokens(index) for index in around]
+    core.post_processor = processors.TemplateProcessing(
+        single=" ".join(names),
+        pair=" ".join([*names, *(name.replace("$A", "$B") for name in names)]),
+        special_tokens=[(name, vocabulary[name]) for name in names if name != "$A"],
+    )
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        padding_side="right",
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        **roles,
+    )
+    is_same = all(made(text)["input_ids"] == tokenizer(text)["input_ids"] for text in _PLAIN)
+    return made if is_same else None
 
 
 def characters(

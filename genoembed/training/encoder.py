@@ -9,7 +9,7 @@ B rows, L padded length, D hidden size, K layers.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from genoembed.config.finetune import EncoderConfig
-from genoembed.errors import CheckpointError, ConfigError, foreign_code
+from genoembed.errors import CheckpointError, ConfigError, LayerError, foreign_code
 from genoembed.models.behavior import forward_arguments
-from genoembed.models.layers import as_rows, capture
+from genoembed.models.layers import FINAL, as_rows, capture
 from genoembed.models.trained_folder import HEADS_FILE, read_heads
 from genoembed.pooling.fuse import fuse
 from genoembed.pooling.reduce import check_pooling, pool
@@ -29,7 +29,9 @@ from genoembed.training.tuning import Tuned, set_up_tuning
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from genoembed.config.choices import Fusion, TokenPooling
     from genoembed.contracts import EncodedSequence
+    from genoembed.models.behavior import PaddingPolicy
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
 
@@ -41,52 +43,34 @@ _PROBE = b"ACGT" * 6
 """Shows widths, and what runs and learns: a few tokens of any tokenizer, 6-mers too."""
 
 
-class Encoder(nn.Module):
-    """A backbone, where it is cut, and how its layers become vectors."""
+class LayerEncoder(nn.Module):
+    """How the layers of a model become vectors, and the passes that give them."""
+
+    backbone: nn.Module
+    """Set by the subclass: its own module, or one that another module holds."""
+    fusion_logits: nn.Parameter | None
 
     def __init__(
         self,
-        model: GenomicModel,
-        config: EncoderConfig,
+        layers: tuple[str, ...],
         *,
-        seed: int = 0,
-        fusion_weights: tuple[float, ...] | None = None,
+        pooling: TokenPooling,
+        fusion: Fusion,
+        padding: PaddingPolicy,
+        takes_mask: bool,
+        weights: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
-        self.backbone: nn.Module = model.module
-        self.layers = tuple(info.path for info in model.resolve(config.layers))
-        self.pooling, self.fusion = config.pooling, config.fusion
-        self.padding, self.is_causal, self.name = model.padding, model.is_causal, model.name
-        self.takes_mask = model.accepts_attention_mask
-        self._check()
-        self.fusion_logits: nn.Parameter | None = None
-        if self.fusion == "weighted":
-            # the softmax of logarithms gives the weights back; a weight of 0 would be -inf, and never learn
-            start = torch.tensor(fusion_weights or (1.0,) * len(self.layers)).clamp(min=1e-12).log()
-            self.fusion_logits = nn.Parameter(start)
-        self._probe_batch = _probe(model)
-        self.widths = self._find_widths()
-        self.width = self._fused_width()
-        self.tuned: Tuned = set_up_tuning(self.backbone, self._run_probe, config=config, seed=seed)
+        self.weights = weights
+        """Of the layers, for ``weighted``, where they are not learned."""
+        self.layers, self.pooling, self.fusion = layers, pooling, fusion
+        self.padding, self.takes_mask = padding, takes_mask
+        self.register_parameter("fusion_logits", None)
 
     @property
     def is_frozen(self) -> bool:
         """Whether nothing of the backbone learns."""
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
-
-    @property
-    def fusion_weights(self) -> tuple[float, ...]:
-        """Weights of the layers, as ``extract`` takes them; empty unless they are learned."""
-        if self.fusion_logits is None:
-            return ()
-        return tuple(torch.softmax(self.fusion_logits.detach().double(), dim=0).tolist())
-
-    def train(self, mode: bool = True) -> Encoder:
-        """Set the mode; a backbone that does not learn stays without dropout."""
-        super().train(mode)
-        if self.is_frozen:
-            self.backbone.eval()
-        return self
 
     def pooled_layers(
         self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
@@ -108,12 +92,17 @@ class Encoder(nn.Module):
             stacked = torch.stack(values, dim=-1)
             return (stacked.to(torch.promote_types(stacked.dtype, weights_K.dtype)) * weights_K).sum(dim=-1)
         flat = {path: value.flatten(end_dim=-2) for path, value in layers.items()}
-        (fused,) = fuse(flat, method=self.fusion).values()
+        (fused,) = fuse(flat, method=self.fusion, weights=self.weights or None).values()
         return fused.unflatten(0, values[0].shape[:-1])
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
         """Return one vector per row: the layers of :meth:`pooled_layers`, fused."""
         return self.fuse(self.pooled_layers(input_ids, attention_mask, pool_mask))
+
+    def layer_states(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Return the hidden states of each layer, without a graph."""
+        with torch.no_grad():
+            return self._run(input_ids, attention_mask, Tensor.clone)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the fused hidden states."""
@@ -128,7 +117,7 @@ class Encoder(nn.Module):
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        if self.padding != "equal" or bool(attention_mask.all()):
+        if not self._sees_padding(attention_mask):
             return self._run_batch(input_ids, attention_mask, reduce)
         # the model would read padding as sequence: a pass for the rows of each length, without any
         is_real = attention_mask.bool()
@@ -161,6 +150,61 @@ class Encoder(nn.Module):
                 self.backbone(input_ids, **arguments)
         return outputs
 
+    def _sees_padding(self, attention_mask: Tensor) -> bool:
+        if self.padding == "right":  # hidden by causality, unless it is before a token
+            return bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
+        return self.padding == "equal" and not bool(attention_mask.all())
+
+
+class Encoder(LayerEncoder):
+    """A backbone, where it is cut, and how its layers become vectors."""
+
+    def __init__(
+        self,
+        model: GenomicModel,
+        config: EncoderConfig,
+        *,
+        seed: int = 0,
+        fusion_weights: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(
+            tuple(info.path for info in model.resolve(config.layers)),
+            pooling=config.pooling,
+            fusion=config.fusion,
+            padding=model.padding,
+            takes_mask=model.accepts_attention_mask,
+        )
+        self.backbone: nn.Module = model.module
+        self.is_causal, self.name = model.is_causal, model.name
+        self.special_tokens, self.max_tokens = model.special_tokens, model.max_length
+        self.final_path: str | None = None
+        """Module that returns the model's last hidden states; None where none does."""
+        with suppress(LayerError):
+            self.final_path = model.resolve(FINAL)[0].path
+        self._check()
+        if self.fusion == "weighted":
+            # the softmax of logarithms gives the weights back; a weight of 0 would be -inf, and never learn
+            start = torch.tensor(fusion_weights or (1.0,) * len(self.layers)).clamp(min=1e-12).log()
+            self.fusion_logits = nn.Parameter(start)
+        self.probe_batch = _probe(model)
+        self.widths = self._find_widths()
+        self.width = self._fused_width()
+        self.tuned: Tuned = set_up_tuning(self.backbone, self._run_probe, config=config, seed=seed)
+
+    @property
+    def fusion_weights(self) -> tuple[float, ...]:
+        """Weights of the layers, as ``extract`` takes them; empty unless they are learned."""
+        if self.fusion_logits is None:
+            return ()
+        return tuple(torch.softmax(self.fusion_logits.detach().double(), dim=0).tolist())
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set the mode; a backbone that does not learn stays without dropout."""
+        super().train(mode)
+        if self.is_frozen:
+            self.backbone.eval()
+        return self
+
     def _check(self) -> None:
         check_pooling(self.pooling, is_causal=self.is_causal)
         several = len(self.layers) > 1
@@ -177,13 +221,13 @@ class Encoder(nn.Module):
 
     def _run_probe(self) -> Tensor:
         device = next(self.backbone.parameters()).device
-        ids, mask = (tensor.to(device) for tensor in self._probe_batch)
+        ids, mask = (tensor.to(device) for tensor in self.probe_batch)
         found = self._run(ids, mask, lambda hidden: hidden.float())
         return torch.stack([value.square().mean() for value in found.values()])
 
     def _find_widths(self) -> dict[str, int]:
         device = next(self.backbone.parameters()).device
-        ids, mask = (tensor.to(device) for tensor in self._probe_batch)
+        ids, mask = (tensor.to(device) for tensor in self.probe_batch)
         self.backbone.eval()
         with torch.no_grad(), foreign_code("a trial pass of the model"):
             found = self._run(ids, mask, lambda hidden: hidden)
@@ -218,7 +262,7 @@ def load_encoder(facts: FinetunedFacts, genomic: GenomicModel) -> Encoder:
 
 def load_heads(model: nn.Module, facts: FinetunedFacts) -> None:
     """Load saved weights into everything but the backbone."""
-    saved = read_heads(facts.folder)
+    saved = read_heads(facts.folder, pooler=facts.pooler)
     expected = {name for name in model.state_dict() if not name.startswith("encoder.backbone.")}
     # folders may hold class weights, which only the loss of training needs
     saved = {

@@ -82,7 +82,7 @@ def test_predictions_are_the_saved_head_on_the_vectors_of_the_folder(run):
     rows = read_predictions(output)
     assert (told.num_records, [row["id"] for row in rows]) == (8, [name for name, _, _ in held_out])
 
-    heads = load_file(Path(report.output) / "heads.safetensors")
+    heads = load_file(Path(report.output) / "model.safetensors")
     _, vectors = matrix_of(folder, fasta, "vectors.h5", model=report.output)
     standard = (torch.from_numpy(vectors) - heads["head.input_mean"]) / heads["head.input_deviation"]
     logits = standard @ heads["head.output.weight"].T + heads["head.output.bias"]

@@ -209,9 +209,7 @@ def test_folders_that_do_not_predict_are_refused(runs, tmp_path):
     ):
         genoembed.predict("genoembed-mini", fasta)
     folder = tmp_path / "final"
-    folder.mkdir()
-    for path in Path(runs["classification"].output).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(runs["classification"].output, folder)
     facts = json.loads((folder / "genoembed_finetuned.json").read_text())
     for change, match in (
         ({"format": 9}, r"format 9 is newer than this genoembed reads \(1-1\)"),
@@ -225,8 +223,12 @@ def test_folders_that_do_not_predict_are_refused(runs, tmp_path):
     with pytest.raises(CheckpointError, match="it is damaged"):
         read_finetuned(folder)
     (folder / "genoembed_finetuned.json").write_text(json.dumps(facts))
-    (folder / "heads.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="heads cannot be read"):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"weights head.input_deviation, .* are missing .*; fine-tune again"
+    ):
         genoembed.predict(folder, fasta)
 
 
@@ -324,8 +326,9 @@ def test_units_of_another_head_are_refused(runs, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
     passes.stop_after = np.inf
-    heads = load_file(folder / "heads.safetensors")
-    save_file({name: tensor + 1 for name, tensor in heads.items()}, folder / "heads.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    weights["head.output.bias"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StoreError, match="of another run: weights has other content"):
         genoembed.predict(folder, fasta, output=tmp_path / "p.tsv")
 

@@ -62,7 +62,7 @@ def test_saved_head_knows_mean_and_deviation_of_the_vectors_it_learned_from(mode
         layers="blocks.1", split="column", split_column="side", tuning="frozen", **FAST,
     )  # fmt: skip
     pooled = torch.stack([h.mean(0) for h in hidden_of(model, "blocks.1", sequences(40))])
-    heads = load_file(tmp_path / "run" / "final" / "heads.safetensors")
+    heads = load_file(tmp_path / "run" / "final" / "model.safetensors")
     torch.testing.assert_close(heads["head.input_mean"], pooled.mean(0), rtol=1e-4, atol=1e-2)
     deviation = pooled.std(0, unbiased=False)
     torch.testing.assert_close(heads["head.input_deviation"], deviation, rtol=1e-3, atol=1e-2)
@@ -79,5 +79,5 @@ def test_head_of_bases_is_fitted_to_states_of_bases(model, tmp_path):
         **FAST,
     )  # fmt: skip
     states = torch.cat(hidden_of(model, "blocks.0", found))
-    heads = load_file(tmp_path / "run" / "final" / "heads.safetensors")
+    heads = load_file(tmp_path / "run" / "final" / "model.safetensors")
     torch.testing.assert_close(heads["head.input_mean"], states.mean(0), rtol=1e-3, atol=0.05)

@@ -62,7 +62,8 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     """What transformers needs to know about the family, and initialization."""
 
     config_class: type[PreTrainedConfig] = StripedHyena2Config
-    base_model_prefix = ""
+    # of models with a head beside this one; with its weights, a file may name them so
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True

@@ -302,19 +302,24 @@ def _load_weights(
         raise unbuildable(source, error) from error
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing on standard error, which belongs to the caller.
 
     Nor does it list weights that do not fit: those that matter are refused by name, and heads are no fault.
     """
-    was_enabled, level = is_progress_bar_enabled(), _REPORTER.level
+    was_enabled = is_progress_bar_enabled()
     disable_progress_bar()
-    _REPORTER.setLevel(max(level, logging.ERROR))
+    # not its level: transformers reads that, and looks for more to warn of
+    _REPORTER.addFilter(_is_error)
     try:
         yield
     finally:
-        _REPORTER.setLevel(level)
+        _REPORTER.removeFilter(_is_error)
         if was_enabled:
             enable_progress_bar()
 

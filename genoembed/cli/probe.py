@@ -25,6 +25,7 @@ _logger = logging.getLogger(__name__)
     ProbeOptions,
     short_help="Find the layer that carries a label.",
     examples="""
+    genoembed probe promoters.tsv
     genoembed probe promoters.fa --labels promoters.tsv
     genoembed probe genes.fa --labels genes.tsv --cv homology --model evo2_7b -o genes.probe
     genoembed probe genes.probe/embeddings.h5 --labels other.tsv --label-column host -o host.probe""",
@@ -32,7 +33,8 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Measure which layer of a model predicts a label: INPUT are sequence files, or one embedding file.
+    """Measure which layer of a model predicts a label: INPUT are sequence files, a table of
+    sequences and labels, or one embedding file.
 
     One pass takes all layers; each, and fusions of them, get the same cross-validated linear probe. Standard
     output gets the table, the layer to use, and whether k-mers or an untrained copy do as well; DIR gets

@@ -156,13 +156,16 @@ class ProbeFiles(Config):
     inputs: tuple[str, ...] = option(
         argument=True,
         metavar="INPUT",
-        help="Sequence files, or one embedding file, whose layers are probed.",
+        help="Sequence files; a table of sequences and labels, as finetune takes it; or one embedding file, "
+        "whose layers are probed.",
         reads=True,
     )
-    labels: str = option(
+    labels: str | None = option(
+        None,
         group=LABELS,
         basic=True,
         metavar="FILE",
+        shown_default="INPUT, where it is a table with a column sequence",
         help="Table with one row per record: TSV, CSV, JSON lines or Parquet.",
         reads=True,
     )

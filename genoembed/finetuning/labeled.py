@@ -19,7 +19,7 @@ from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormat
 from genoembed.finetuning.labels import Label, parse_label
 from genoembed.sequences import InputCounts, Policies
 from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
-from genoembed.sequences.formats import iter_records
+from genoembed.sequences.formats import iter_records, row_record
 from genoembed.sequences.reading import clean_record, file_names
 from genoembed.sequences.records import GAPS, Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import TableRow, iter_rows
@@ -187,18 +187,7 @@ class _Reader:
 
     def _row(self, row: TableRow, number: int) -> LabeledSequence | None:
         record_id = self._id(row) if self._config.id_column else f"row_{number}"
-        value = row.cell(self._config.sequence_column, option="sequence_column")
-        if value is not None and not isinstance(value, str):
-            problem = f"the sequence is {value!r}, expected text; fix the row or set sequence_column"
-            raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=record_id)
-        raw = RawRecord(
-            id=record_id,
-            description="",
-            path=row.path,
-            source=row.path,
-            line=row.line,
-            body=iter([((value or "").encode(), row.line)]),
-        )
+        raw = row_record(row, column=self._config.sequence_column, record_id=record_id)
         return self._finish(raw, self._cells(row, record_id))
 
     def _cells(self, row: TableRow, record_id: str) -> _Cells:

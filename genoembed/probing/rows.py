@@ -16,6 +16,7 @@ import numpy as np
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError
 from genoembed.pipeline.embedding_file import read_file_records
 from genoembed.probing.cross_validation import check_counts
+from genoembed.sequences.formats import SEQUENCE_COLUMN, row_id
 from genoembed.sequences.homology import HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows, parse_split
 
@@ -44,8 +45,8 @@ class LabelTable:
     """Rows without a label, which count as absent."""
 
 
-def read_labels(path: str, options: ProbeConfig) -> LabelTable:
-    """Read a table of labels."""
+def read_labels(path: str, options: ProbeConfig, *, has_sequences: bool = False) -> LabelTable:
+    """Read a table of labels; one that has the sequences as well may number its rows, as finetune does."""
     group_column = (options.group_column or "group") if options.cv == "grouped" else None
     split_column = None
     if options.preset != "none" and options.split is None:
@@ -56,7 +57,11 @@ def read_labels(path: str, options: ProbeConfig) -> LabelTable:
     seen: set[str] = set()
     num_empty = 0
     for row in iter_rows(path):
-        name = row.text(options.id_column, option="id_column")
+        if has_sequences:
+            row.cell(SEQUENCE_COLUMN, option="labels")
+            name = row_id(row, column=options.id_column)
+        else:
+            name = row.text(options.id_column, option="id_column")
         if name in seen:
             problem = f"id {name!r} appears twice, expected one row per record; remove one"
             raise LabelError(problem, path=row.path, line=row.line, record_id=name)

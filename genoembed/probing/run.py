@@ -80,7 +80,7 @@ _OWN = re.compile(
 def probe(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
-    labels: str | PathLike[str],
+    labels: str | PathLike[str] | None = None,
     model: str | PathLike[str] | GenomicModel | None = None,
     layers: int | str | Sequence[int | str] | None = None,
     output: str | PathLike[str] | None = None,
@@ -96,7 +96,8 @@ def probe(
 
     Args:
         inputs: Sequence files, or one pooled embedding file, whose layers are probed as they are.
-        labels: Table with one row per record: TSV, CSV, JSON lines or Parquet.
+        labels: Table with one row per record: TSV, CSV, JSON lines or Parquet. None where ``inputs`` is such
+            a table, with a column ``sequence``, as ``finetune`` takes it.
         model: As for ``extract``; for an embedding file, where the untrained copy's configuration is, if not
             where the file says.
         layers: As for ``extract``; None is ``all``. For an embedding file, names of its layers.
@@ -123,7 +124,7 @@ def probe(
     _check_packages(wanted)
     written = [SUMMARY, *(PLOTS if wanted.plot else ())]
     with _claimed(folder, written, overwrite=overwrite) as place:
-        table = read_labels(fspath(labels), wanted)
+        table = read_labels(_table_of(names, labels, given), wanted, has_sequences=labels is None)
         check_labels(table, wanted)
         started = time.perf_counter()
         # not at the top: importing torch takes seconds, and all that came before may have been refused
@@ -173,6 +174,16 @@ def probe(
             # last: a folder with this file is complete
             write_text(place / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")
     return report
+
+
+def _table_of(names: Sequence[str], labels: str | PathLike[str] | None, given: Path | None) -> str:
+    """Return the table that has the labels: the one that is named, or the input itself."""
+    if labels is not None:
+        return fspath(labels)
+    if len(names) > 1 or given is not None:
+        message = "labels is missing, and inputs is no table that has them"
+        raise ConfigError(Problem(message, Remedy("labels", words="the table of their labels")))
+    return names[0]
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 In: a file name, or blocks of text with ``\\n`` line ends. Out: :class:`RawRecord`, one at a time, in file
 order; only the record in hand is held. FASTA may be wrapped anyhow or not at all; lines that start with ``;``
 are comments. FASTQ may be wrapped too; its qualities are checked and left behind. GenBank and EMBL go through
-Biopython. The file's name plays no part. Files that people hand in by mistake (SAM, BAM, VCF, a zip archive,
-a web page) are named in the error, with what to do.
+Biopython. A table with a column ``sequence`` is a file of sequences. The file's name plays no part. Files
+that people hand in by mistake (SAM, BAM, VCF, a zip archive, a web page) are named in the error, with advice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import warnings
 from functools import partial
 from itertools import chain, count
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from Bio import BiopythonWarning, SeqIO
@@ -30,11 +31,13 @@ from genoembed.sequences.compression import (
     max_record_bytes,
 )
 from genoembed.sequences.records import RawRecord
+from genoembed.sequences.tables import PARQUET_MAGIC, iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from genoembed.sequences.compression import InputDigests
+    from genoembed.sequences.tables import TableRow
 
 
 _MAX_HEADER_BYTES = 1 << 20  # nr's merged headers reach some 100 kB; more is a binary file without line ends
@@ -297,11 +300,45 @@ def iter_records(path: str, *, digests: InputDigests | None = None) -> Iterator[
         head = block.lstrip(WHITESPACE)
         lines_before += block.count(b"\n", 0, len(block) - len(head))
         if head:
+            if _is_table(path, head):  # read from its beginning: Parquet has no lines to go on with
+                rows = iter_rows(path, digests=digests)
+                yield from (row_record(row, column=SEQUENCE_COLUMN, record_id=row_id(row)) for row in rows)
+                return
             parse = _choose_parser(path, head, lines_before + 1)
             yield from parse(path, chain((head,), blocks), lines_before=lines_before)
             return
     problem = f"the file is empty, {_EXPECTED}; check the step that wrote it"
     raise SequenceFormatError(problem, path=path)
+
+
+SEQUENCE_COLUMN, ID_COLUMN = "sequence", "id"
+"""Columns of a table that is given in place of sequence files."""
+
+
+def _is_table(path: str, head: bytes) -> bool:
+    """Return whether a file is a table with a column of sequences, by its first line."""
+    if head.startswith(tuple(_PARSERS)) or not Path(path).is_file():  # a pipe cannot be read again
+        return False
+    line = head.split(b"\n", maxsplit=1)[0]
+    if line.startswith(b"{"):
+        return f'"{SEQUENCE_COLUMN}"'.encode() in line
+    cells = {cell.strip(b' \t"') for cell in re.split(rb"[\t,;]", line)}
+    return head.startswith(PARQUET_MAGIC) or SEQUENCE_COLUMN.encode() in cells
+
+
+def row_id(row: TableRow, *, column: str = ID_COLUMN) -> str:
+    """Return what a row is called: its id, or its number where the table has none."""
+    return (row.text(column, option="id_column") if column in row.values else "") or row.name
+
+
+def row_record(row: TableRow, *, column: str, record_id: str) -> RawRecord:
+    """Take the sequence out of a row of a table."""
+    value = row.cell(column, option="sequence_column")
+    if value is not None and not isinstance(value, str):
+        problem = f"the sequence is {value!r}, expected text; fix the row or set sequence_column"
+        raise SequenceFormatError(problem, path=row.path, line=row.line, record_id=record_id)
+    body = iter([((value or "").encode(), row.line)])
+    return RawRecord(id=record_id, description="", path=row.path, source=row.path, line=row.line, body=body)
 
 
 def _choose_parser(path: str, head: bytes, line: int) -> Callable[..., Iterator[RawRecord]]:

@@ -35,6 +35,8 @@ from genoembed.sequences.compression import (
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
+    from genoembed.sequences.compression import InputDigests
+
 
 PARQUET_MAGIC = b"PAR1"
 EXPECTED = "expected TSV, CSV, JSON lines or Parquet"
@@ -123,11 +125,14 @@ def parse_split(
     return side
 
 
-def iter_rows(path: str, *, ids: Container[str] = ()) -> Iterator[TableRow]:
+def iter_rows(
+    path: str, *, ids: Container[str] = (), digests: InputDigests | None = None
+) -> Iterator[TableRow]:
     """Read the rows of a table.
 
     Args:
         path: File name, or ``-``.
+        digests: Takes the file's SHA-256.
         ids: Ids of records. A TSV or CSV whose first cell is one of them has no header: its columns are
             then called ``column_1``, ``column_2`` ...
 
@@ -141,7 +146,7 @@ def iter_rows(path: str, *, ids: Container[str] = ()) -> Iterator[TableRow]:
         [(2, 'ACGT', '1'), (4, 'GG', '0')]
     """
     check_readable(path)
-    blocks = iter_decompressed(path)
+    blocks = iter_decompressed(path, digests=digests)
     first = next(blocks, b"")
     while len(first) < len(PARQUET_MAGIC) and (more := next(blocks, b"")):
         first += more

@@ -14,6 +14,7 @@ import pytest
 from genoembed.cli import main
 from genoembed.config.choices import (
     ComputeDtype,
+    Distributed,
     EmptyPolicy,
     GapPolicy,
     InvalidPolicy,
@@ -55,6 +56,7 @@ def test_pretrain_choices_are_those_of_the_configuration():
         "gaps": GapPolicy,
         "dtype": ComputeDtype,
         "optim": Optim,
+        "distributed": Distributed,
         "report_to": Reporter,
     }
     assert found == {name: get_args(kind) for name, kind in kinds.items()}

@@ -14,7 +14,8 @@ from hypothesis import settings
 from tests.promises.warm import WarmStarter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # Before anything imports transformers: hub and datasets must not be asked for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -88,3 +89,18 @@ def warm() -> Iterator[WarmStarter]:
     starter = WarmStarter()
     yield starter
     starter.close()
+
+
+@pytest.fixture(scope="session")
+def run_example(warm: WarmStarter, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a script, or without one a command, and return what it prints."""
+    folder = tmp_path_factory.mktemp("examples") / "here"
+    folder.mkdir()
+
+    def run(script: Path | None, *words: object) -> str:
+        program = {} if script is None else {"script": script}
+        ran = warm.run(*words, cwd=folder, timeout_s=300, env={"MPLBACKEND": "agg"}, **program)
+        assert ran.code == 0, ran.err
+        return ran.out
+
+    return run

@@ -144,7 +144,7 @@ def test_blocks_of_a_page_run(page, stage, tmp_path, warm):
     shutil.copytree(stage, folder)
     for language, text in programs(page):
         if language == "python":
-            done = warm.run(cwd=folder, code=text, env={"MPLBACKEND": "agg"})
+            done = warm.run(cwd=folder, code=text, timeout_s=300, env={"MPLBACKEND": "agg"})
             assert done.code == 0, f"{text}\n{done.out}\n{done.err}"
             continue
         for is_plain, lines in groupby(text.splitlines(), key=PLAIN.fullmatch):
@@ -153,8 +153,8 @@ def test_blocks_of_a_page_run(page, stage, tmp_path, warm):
 
 def run_plain(line: re.Match[str], folder: Path, warm) -> None:
     """Run a command of genoembed in a process that need not import everything again."""
-    output = {"stdout": folder / line[2]} if line[2] else {}
-    done = warm.run(*shlex.split(line[1]), cwd=folder, env={"MPLBACKEND": "agg"}, **output)
+    options = {"env": {"MPLBACKEND": "agg"}, **({"stdout": folder / line[2]} if line[2] else {})}
+    done = warm.run(*shlex.split(line[1]), cwd=folder, timeout_s=300, **options)
     assert done.code == 0, f"{line[0]}\n{done.out}\n{done.err}"
 
 

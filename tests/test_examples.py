@@ -1,10 +1,11 @@
-"""Every example is run, as a user would run it: in a process of its own."""
+"""Every example is run in a process of its own: one in a fresh interpreter, the others as forks."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from genoembed import load_model, read_sequences
 from genoembed.config.pretrain import train_config
 from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
 from genoembed.models.registry import BUNDLED_FOLDER
+from tests.by_hand import shorten_fasta
 from tests.plotting.map_file import write_map_file
 
 ROOT = Path(__file__).parents[1]
@@ -36,26 +38,20 @@ RUN_BY_THE_GALLERY = ("coding_along_a_genome.py", "rrna_map.py", "promoters_by_l
 """In ``tests/test_gallery.py``."""
 
 
-def run_example(*words: object) -> str:
-    ran = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+def copy_examples(folder: Path, **kept: int) -> Path:
+    """Copy the examples, with the first bases of the first genes only."""
+    copied = shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    shorten_fasta(copied / "data" / "bacterial_genes.fa.gz", **kept)
+    return copied
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(run_example, tmp_path_factory):
     """The recipe of the bundled model, cut to two steps of short rows."""
     folder = tmp_path_factory.mktemp("mini")
     data = EXAMPLES / "data"
     run_example(
-        "-m", "genoembed", "pretrain", data / "virus.fa", "--heldout", data / "bacterial_genes.fa.gz",
+        None, "pretrain", data / "virus.fa", "--heldout", data / "bacterial_genes.fa.gz",
         "--config", EXAMPLES / "mini.toml", "-o", folder, "--threads", 1,
         "--max-steps", 2, "--warmup-steps", 1, "--window", 64, "--heldout-rows", 4, "--eval-steps", 1,
     )  # fmt: skip
@@ -89,7 +85,7 @@ def test_mini_recipe_trains_a_model_of_the_bundled_shape(trained):
     assert {name: made[name] for name in fields} == {name: bundled[name] for name in fields}
 
 
-def test_package_mini_packages_a_model_whose_known_answer_holds(trained, tmp_path):
+def test_package_mini_packages_a_model_whose_known_answer_holds(run_example, trained, tmp_path):
     target = tmp_path / "packaged"
     shown = run_example(EXAMPLES / "package_mini.py", trained / "final", target)
     size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
@@ -110,8 +106,14 @@ def test_package_mini_packages_a_model_whose_known_answer_holds(trained, tmp_pat
     assert [check.name for check in run_doctor(model=str(target)) if not check.passed] == []
 
 
-def test_nearest_genes_names_a_neighbor_of_every_gene():
-    header, *rows = run_example(EXAMPLES / "nearest_genes.py").splitlines()
+def test_nearest_genes_names_a_neighbor_of_every_gene(tmp_path):
+    """In a fresh interpreter: nothing is imported but what the script imports."""
+    copied = copy_examples(tmp_path, bases=60)
+    words = [sys.executable, str(copied / "nearest_genes.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    header, *rows = ran.stdout.splitlines()
     assert header == "32 genes, 128 features from blocks.28.mlp.l3"
     names = {record.id for record in read_sequences(EXAMPLES / "data" / "bacterial_genes.fa.gz")}
     pairs = [row.split() for row in rows]
@@ -120,7 +122,7 @@ def test_nearest_genes_names_a_neighbor_of_every_gene():
     assert all(-1 < float(cosine) <= 1 for _, _, cosine in pairs)
 
 
-def test_score_variants_scores_every_allele_of_the_file():
+def test_score_variants_scores_every_allele_of_the_file(run_example):
     header, *rows = run_example(EXAMPLES / "score_variants.py").splitlines()
     assert header == "6 alleles, vectors of blocks.28.mlp.l3"
     cells = [row.split() for row in rows]
@@ -136,7 +138,7 @@ def test_score_variants_scores_every_allele_of_the_file():
     assert all(abs(float(cell[3])) > 0 and float(cell[4]) > 0 for cell in cells)
 
 
-def test_continue_sequences_continues_each_prompt_twice():
+def test_continue_sequences_continues_each_prompt_twice(run_example):
     header, *rows = run_example(EXAMPLES / "continue_sequences.py").splitlines()
     assert header == "6 sequences for 3 prompts, 360 bases"
     cells = [row.split() for row in rows]
@@ -145,16 +147,17 @@ def test_continue_sequences_continues_each_prompt_twice():
     assert 1 < sum(float(cell[5]) for cell in cells) / 6 < 2
 
 
-def test_choose_a_layer_recommends_one_and_holds_it_against_baselines():
-    header, recommendation, *baselines, verdict = run_example(EXAMPLES / "choose_a_layer.py").splitlines()
-    assert header == "96 pieces of 32 genes, 32 layers"
+def test_choose_a_layer_recommends_one_and_holds_it_against_baselines(run_example, tmp_path):
+    copied = copy_examples(tmp_path, records=12, bases=270)
+    header, recommendation, *baselines, verdict = run_example(copied / "choose_a_layer.py").splitlines()
+    assert header == "36 pieces of 12 genes, 32 layers"
     assert re.match(r"use layer \d+ \(blocks\.\d+\.mlp\.l3\), mean pooling: MCC 0\.\d+ \+- ", recommendation)
     names = {"4-mer counts", "6-mer counts", "GC content and length", "one-hot letters", "the untrained copy"}
     assert {line[:24].strip() for line in baselines} == names
     assert verdict.startswith("the probe (MCC 0.")
 
 
-def test_sklearn_pipeline_searches_over_layers_and_poolings():
+def test_sklearn_pipeline_searches_over_layers_and_poolings(run_example):
     *rows, best = run_example(EXAMPLES / "sklearn_pipeline.py").splitlines()
     cells = [row.split() for row in rows]
     candidates = [("4", "mean"), ("4", "max"), ("28", "mean"), ("28", "max")]
@@ -164,7 +167,7 @@ def test_sklearn_pipeline_searches_over_layers_and_poolings():
     assert best in ("best: blocks.4.mlp.l3", "best: blocks.28.mlp.l3")
 
 
-def test_map_with_scanpy_clusters_an_embedding_file(tmp_path):
+def test_map_with_scanpy_clusters_an_embedding_file(run_example, tmp_path):
     for package in ("scanpy", "leidenalg", "igraph"):
         pytest.importorskip(package)
     write_map_file(tmp_path / "a.h5")
@@ -177,7 +180,7 @@ def test_map_with_scanpy_clusters_an_embedding_file(tmp_path):
     assert len(set.union(*clusters)) == 3
 
 
-def test_to_other_libraries_opens_one_file_in_three(tmp_path):
+def test_to_other_libraries_opens_one_file_in_three(run_example, tmp_path):
     vectors = write_map_file(tmp_path / "a.h5")
     lines = run_example(EXAMPLES / "to_other_libraries.py", tmp_path / "a.h5").splitlines()
     assert lines[0] == "pandas: 60 rows x 12 features, first r0"

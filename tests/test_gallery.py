@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_examples import run_example
-
 ROOT = Path(__file__).parents[1]
 DATA, SCRIPTS = ROOT / "examples" / "data", ROOT / "examples" / "gallery"
 STORIES = ("coding_along_a_genome", "rrna_map", "promoters_by_layer")
@@ -29,7 +27,7 @@ def reference() -> str:
     return "".join((DATA / "umaydis.fa").read_text().splitlines()[1:])
 
 
-def test_coding_along_a_genome_leaves_out_pieces_of_the_region(tmp_path, reference):
+def test_coding_along_a_genome_leaves_out_pieces_of_the_region(run_example, tmp_path, reference):
     pytest.importorskip("sklearn")
     reverse = reference[::-1].translate(str.maketrans("ACGT", "TGCA"))
     inside = [f"{reference[2000:2110]}\tcds", f"{reverse[900:1010]}\tintergenic"]
@@ -53,7 +51,7 @@ def test_coding_along_a_genome_leaves_out_pieces_of_the_region(tmp_path, referen
     assert_is_picture(tmp_path / "made" / "coding_along_a_genome.png")
 
 
-def test_rrna_map_scores_embeddings_and_kmers(tmp_path):
+def test_rrna_map_scores_embeddings_and_kmers(run_example, tmp_path):
     pytest.importorskip("sklearn")
     first, header, *rows = run_example(
         SCRIPTS / "rrna_map.py", DATA / "rrna_windows.tsv", *LAYERS, "-o", tmp_path
@@ -69,7 +67,7 @@ def test_rrna_map_scores_embeddings_and_kmers(tmp_path):
     assert_is_picture(tmp_path / "rrna_map.png")
 
 
-def test_promoters_by_layer_keeps_groups_together(tmp_path):
+def test_promoters_by_layer_keeps_groups_together(run_example, tmp_path):
     pytest.importorskip("sklearn")
     table = tmp_path / "windows.tsv"
     table.write_bytes((DATA / "rrna_windows.tsv").read_bytes())

@@ -49,20 +49,17 @@ def place(tmp_path_factory):
     return root
 
 
-def run(place, *words):
-    path = os.pathsep.join([str(place / "site"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "genoembed", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=place,
-        timeout=120,
-    )
+@pytest.fixture
+def run(place, warm):
+    """Run a command where the package is installed."""
+
+    def run(*words):
+        return warm.run(*words, cwd=place, patch=f"import sys; sys.path.insert(0, {str(place / 'site')!r})")
+
+    return run
 
 
-def test_kind_of_a_package_loads_and_the_file_says_whose_it_is(place):
+def test_kind_of_a_package_loads_and_the_file_says_whose_it_is(place, run):
     output = place / "a.h5"
     words = ("extract", place / "in.fa", "--model", "model", "-o", output, "--overwrite")
     without = CliRunner().invoke(
@@ -70,20 +67,20 @@ def test_kind_of_a_package_loads_and_the_file_says_whose_it_is(place):
     )
     assert without.exit_code == 1
     assert "import the package that registers it" in without.output
-    found = run(place, *words, "--import", "their_models")
-    assert found.returncode == 0, found.stderr
+    found = run(*words, "--import", "their_models")
+    assert found.code == 0, found.err
     with open_embeddings(output) as embeddings:
         made = embeddings.provenance["model"]
     assert made["code"] == {"module": "their_models.network", "package": "their_models", "version": None}
     assert {"__init__.py", "network.py"} <= set(made["content"])
-    checked = run(place, "verify", output, "in.fa", "--import", "their_models")
-    assert checked.returncode == 0, checked.stderr
+    checked = run("verify", output, "in.fa", "--import", "their_models")
+    assert checked.code == 0, checked.err
 
 
-def test_training_imports_it_too(place):
+def test_training_imports_it_too(run):
     learn = ("finetune", "in.fa", "--task", "classification", "--labels", "labels.tsv", "--model", "model")
-    found = run(place, *learn, "--max-steps", 1, "-o", "run", "--import", "their_models")
-    assert found.returncode == 0, found.stderr
+    found = run(*learn, "--max-steps", 1, "-o", "run", "--import", "their_models")
+    assert found.code == 0, found.err
 
 
 @pytest.mark.parametrize(

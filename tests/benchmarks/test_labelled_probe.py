@@ -30,6 +30,12 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def few_folds(monkeypatch):
+    """Three folds instead of five: penalties are chosen inside each, so time grows with the square."""
+    monkeypatch.setattr(labelled_probe, "NUM_FOLDS", 3)
+
+
+@pytest.fixture
 def labeled_folder(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "labeled"
@@ -114,7 +120,7 @@ def test_untrained_copy_is_seeded_and_another_model(model_folder):
 
 
 def test_benchmark_measures_once_and_goes_on_where_it_was(
-    model_folder, labeled_folder, tmp_path, capsys, monkeypatch
+    model_folder, labeled_folder, few_folds, tmp_path, capsys, monkeypatch
 ):
     out, table = tmp_path / "out.json", tmp_path / "out.md"
     arguments = [str(labeled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder),
@@ -137,7 +143,9 @@ def test_benchmark_measures_once_and_goes_on_where_it_was(
     assert "| at | 60 | grouped |" in capsys.readouterr().out
 
 
-def test_benchmark_measures_values_of_sequences_of_many_lengths(model_folder, labeled_folder, tmp_path):
+def test_benchmark_measures_values_of_sequences_of_many_lengths(
+    model_folder, labeled_folder, few_folds, tmp_path
+):
     out = tmp_path / "out.json"
     places = [str(labeled_folder), "--cache", str(tmp_path / "kept"), "--model", str(model_folder)]
     labelled_probe.main([*places, "--dtype", "float32", "--sets", "length", "--json", str(out)])

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from genoembed.pretraining.run import PretrainReport, pretrain
     from genoembed.probing.report import ProbeReport
     from genoembed.probing.run import probe
+    from genoembed.scoring.mutagenesis import MutationReport, score_mutations
     from genoembed.scoring.sequences import ScoreReport, score
     from genoembed.scoring.variants import VariantReport, score_variants
     from genoembed.searching.run import SearchReport, search
@@ -65,6 +66,7 @@ _HOMES = {
     "Merged": "genoembed.store",
     "ModelExportReport": "genoembed.exporting.model_folder",
     "ModelLayers": "genoembed.models.describe",
+    "MutationReport": "genoembed.scoring.mutagenesis",
     "PlotReport": "genoembed.plotting.run",
     "PredictionReport": "genoembed.finetuning.predict",
     "PretrainReport": "genoembed.pretraining.run",
@@ -106,6 +108,7 @@ _HOMES = {
     "read_sequences": "genoembed.sequences",
     "run_doctor": "genoembed.doctor",
     "score": "genoembed.scoring.sequences",
+    "score_mutations": "genoembed.scoring.mutagenesis",
     "score_variants": "genoembed.scoring.variants",
     "search": "genoembed.searching.run",
     "verify": "genoembed.verification",
@@ -128,6 +131,7 @@ __all__ = [
     "Merged",
     "ModelExportReport",
     "ModelLayers",
+    "MutationReport",
     "PlotReport",
     "PredictionReport",
     "PretrainReport",
@@ -170,6 +174,7 @@ __all__ = [
     "read_sequences",
     "run_doctor",
     "score",
+    "score_mutations",
     "score_variants",
     "search",
     "verify",

@@ -43,6 +43,8 @@ class SequenceRecord:
     """ASCII letters, one byte per base, after all policies; reverse-complemented if ``strand`` is ``-``."""
     description: str = ""
     """The header after the id."""
+    contig: str = ""
+    """The sequence that ``start`` and ``end`` count on: of a region its contig, else the record itself."""
     source: str = ""
     """File name as the user gave it (``-`` for standard input)."""
     line: int | None = None

@@ -99,7 +99,7 @@ RULES = {
     "transforms": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "doctor": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy", "safetensors")),
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
-    "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
+    "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy"), in_functions=("matplotlib",)),
     "generation": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "searching": Rule(
         internal=("extraction", "embedding", "retrieval", *BELOW_VERBS),

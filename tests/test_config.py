@@ -181,6 +181,7 @@ CALLS = {
     "fit_transform": ("a.h5",),
     "plot": ("a.h5",),
     "score": ("a.fa",),
+    "score_mutations": ("a.fa",),
     "score_variants": ("a.vcf", "a.fa"),
     "generate": ("a.fa",),
     "compare": ("a.h5", "b.h5"),

@@ -128,6 +128,7 @@ class ConfigCommand(click.Command):
             named([*self.reads, *(option.key for option in options if option.reads is True)]),
             [(name, option.writes) for option in options if option.writes for name in named([option.key])],
             may_read=named(option.key for option in options if option.reads == "if there"),
+            places=named(option.key for option in options if option.reads == "or a place"),
             overwrite=given.get("overwrite", False),
         )
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ExtractionReport,
         GenerationReport,
         InputCounts,
+        MutationReport,
         PredictionReport,
         ScoreReport,
         VariantReport,
@@ -264,7 +265,12 @@ def details(report: ExtractionReport) -> list[str]:
 
 
 def done_lines(
-    report: ExtractionReport | GenerationReport | PredictionReport | ScoreReport | VariantReport,
+    report: ExtractionReport
+    | GenerationReport
+    | MutationReport
+    | PredictionReport
+    | ScoreReport
+    | VariantReport,
 ) -> list[str]:
     """Return lines about what an earlier run had finished, and what failed."""
     stats, failed = report.stats, report.failed

@@ -19,10 +19,12 @@ from genoembed.cli.output import (
     policy_lines,
     show_progress,
 )
-from genoembed.config.score import OF_SEQUENCES, OF_VARIANTS, ScoreConfig, ScoreOptions, VariantConfig
+from genoembed.config.score import SCORE_TASKS, ScoreOptions
 
 if TYPE_CHECKING:
-    from genoembed import ScoreReport, VariantReport
+    from collections.abc import Callable
+
+    from genoembed import MutationReport, ScoreReport, VariantReport
 
 _logger = logging.getLogger(__name__)
 
@@ -34,46 +36,53 @@ _logger = logging.getLogger(__name__)
     examples="""
     genoembed score genes.fa.gz -o genes.tsv
     genoembed score genes.fa --rc mean --per-base bases.tsv -o genes.tsv
-    genoembed score --vcf calls.vcf.gz --reference genome.fa --layer 28 -o effects.tsv""",
+    genoembed score --vcf calls.vcf.gz --reference genome.fa --layer 28 -o effects.tsv
+    genoembed score --mutagenesis genome.fa --regions chr1:1001-1300 --heat-map map.png -o changes.tsv""",
     has_json=True,
     checks_options=False,
 )
 def score_command(*, as_json: bool, **options: Any) -> None:
     """Compute the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
-    --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference.
+    --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference; or, with
+    --mutagenesis, that of every change of a single base of INPUT.
 
-    The table has sums and means of natural logarithms, perplexity and bits per base; for variants both sums,
-    their difference, and with --layer how far apart the vectors are.
+    The table has sums and means of natural logarithms, perplexity and bits per base; for variants and changes
+    both sums, their difference, and with --layer how far apart the vectors are.
     """
-    _check_usage(options)
+    task = _task(options)
+    options.pop("mutagenesis", None)
     options.setdefault("output", "-")
     if options["output"] != "-":
         promise_output(options["output"])
-    kind = VariantConfig if "vcf" in options else ScoreConfig
-    kind.build({key: value for key, value in options.items() if key in kind.options()})
+    config = SCORE_TASKS[task].config
+    config.build({key: value for key, value in options.items() if key in config.options()})
     check_json_has_room(options, as_json=as_json)
-    report = _score_variants(options) if "vcf" in options else _score_sequences(options)
+    report = _SCORE[task](options)
     if as_json:
         echo_result(report, "", as_json=True)
     end_incomplete(report.failed)
 
 
-def _check_usage(options: dict[str, Any]) -> None:
-    """Reject sequences and variants together, neither, and options of the one with the other."""
+def _task(options: dict[str, Any]) -> str:
+    """Choose what is scored; reject two of them together, none, and options of the one with another."""
     context = click.get_current_context()
+    if options.get("mutagenesis") and ("inputs" not in options or "vcf" in options):
+        message = "--mutagenesis makes all changes of INPUT by itself: give INPUT files, and no --vcf"
+        raise click.UsageError(message)
     if ("inputs" in options) == ("vcf" in options):
         message = "give INPUT files to score sequences, or --vcf and --reference to score variants"
         raise click.UsageError(message)
     if "vcf" in options and "reference" not in options:
         message = "--vcf needs --reference, the FASTA that it was called against"
         raise click.UsageError(message)
-    for key in OF_SEQUENCES if "vcf" in options else OF_VARIANTS:
-        if key in options:
-            name = context.meta[SPELLING](key)
-            message = (
-                f"{name} is for {'sequences, not for --vcf' if 'vcf' in options else 'variants (--vcf)'}"
-            )
+    task = "variants" if "vcf" in options else "mutations" if options.get("mutagenesis") else "sequences"
+    for key in options:
+        takers = [name for name, other in SCORE_TASKS.items() if key in other.keys]
+        if takers and task not in takers and options[key] is not False:
+            words = " and ".join(SCORE_TASKS[name].words for name in takers)
+            message = f"{context.meta[SPELLING](key)} is for {words}, not for {SCORE_TASKS[task].words}"
             raise click.UsageError(message)
+    return task
 
 
 def _score_sequences(options: dict[str, Any]) -> ScoreReport:
@@ -108,3 +117,29 @@ def _score_variants(options: dict[str, Any]) -> VariantReport:
         report.output,
     )
     return report
+
+
+def _score_mutations(options: dict[str, Any]) -> MutationReport:
+    with show_progress(None) as on_totals:
+        report = genoembed.score_mutations(progress=on_totals, **options)
+    for line in (*policy_lines(report.counts), *done_lines(report)):
+        _logger.info("%s", line)
+    methods = ", ".join(f"{number:,} by {name}" for name, number in report.methods.items())
+    _logger.info(
+        "%s of %s in %s scored%s, start token %s, %.1f s: %s",
+        count(report.num_rows, "change"),
+        count(report.num_positions, "position"),
+        count(report.num_records, "record"),
+        f" ({methods})" if methods else "",
+        report.start_token,
+        report.seconds,
+        ", ".join(name for name in (report.output, report.matrix, report.heat_map) if name is not None),
+    )
+    return report
+
+
+_SCORE: dict[str, Callable[[dict[str, Any]], ScoreReport | VariantReport | MutationReport]] = {
+    "sequences": _score_sequences,
+    "variants": _score_variants,
+    "mutations": _score_mutations,
+}

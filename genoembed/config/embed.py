@@ -70,7 +70,7 @@ class InputConfig(PolicyConfig):
         metavar="PLACE",
         help="Embed only these regions of one FASTA file: a BED or GFF3 file, or a place such as "
         "chr1:1001-2000 (both ends included). Repeatable.",
-        reads="if there",
+        reads="or a place",
     )
     flank: int = option(
         0,

@@ -51,7 +51,7 @@ def option(  # noqa: PLR0913 - all that is known about an option
     argument: bool = False,
     in_files_only: bool = False,
     shown_default: str | None = None,
-    reads: bool | Literal["if there"] = False,
+    reads: bool | Literal["if there", "or a place"] = False,
     writes: FileKind | None = None,
     **bounds: float,
 ) -> Any:
@@ -144,7 +144,7 @@ class Option:
     argument: bool
     in_files_only: bool
     shown_default: str | None
-    reads: bool | Literal["if there"]
+    reads: bool | Literal["if there", "or a place"]
     writes: FileKind | None
 
     @property

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 FileKind: TypeAlias = Literal["hdf5", "table", "fasta", "picture", "export", "index", "folder"]
 """What an option writes."""
 STANDARD_STREAM = "-"
+# Greedy: names of contigs may have colons and digits themselves, such as HLA-A*01:01.
+PLACE_PATTERN = re.compile(r"(?P<contig>.+):(?P<first>[0-9,]+)-(?P<last>[0-9,]+)(\((?P<strand>[+-])\))?")
+_SHOWN_TEXT = 200
 _PATH_LIKE = ("./", "../", "/", "~")
 """How a name begins that can only be a path."""
 _HEAD_BYTES = 64
@@ -58,6 +61,7 @@ def check_paths(
     writes: Iterable[tuple[str | os.PathLike[str] | None, FileKind]] = (),
     *,
     may_read: Iterable[str | os.PathLike[str]] = (),
+    places: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> None:
     """Raise if an input is missing, an output is an input, or an output that is there must stay.
@@ -65,7 +69,8 @@ def check_paths(
     Args:
         reads: Files and folders that are read; ``-`` is standard input.
         writes: What is written, and of what kind it is; ``-`` is standard output, None is nothing.
-        may_read: Names that may be files or folders, and may be something else: models, regions.
+        may_read: Names that may be files or folders, and may be something else: models.
+        places: Files of regions, or places such as ``chr1:1001-2000``.
         overwrite: Whether files that are there may be replaced. Folders are checked by who writes them.
 
     Raises:
@@ -77,6 +82,11 @@ def check_paths(
         if not Path(name).exists():
             problem = "file not found; check the name and the current folder"
             raise InputFileError(problem, path=name)
+    regions = [os.fspath(name) for name in places]
+    for name in regions:
+        if name != STANDARD_STREAM and not _exists(name) and PLACE_PATTERN.fullmatch(name) is None:
+            problem = "no such file, and not a place such as chr1:1001-2000; check regions"
+            raise InputFileError(problem, path=name[:_SHOWN_TEXT])
     uncertain = [os.fspath(name) for name in may_read]
     for name in uncertain:
         if name.startswith(_PATH_LIKE) and not Path(name).expanduser().exists():
@@ -86,12 +96,24 @@ def check_paths(
     outputs = [(path, kind) for path, kind in outputs if path != STANDARD_STREAM]
     _check_apart([path for path, _ in outputs])
     for output, kind in outputs:
-        for name in (*inputs, *uncertain):
+        for name in (*inputs, *uncertain, *regions):
             if _is_within(output, name):
                 problem = Problem(f"is what is read as {name!r}", Remedy("output", words="another name"))
                 raise StoreError(problem, path=output)
         if kind != "folder" and overwrite and Path(output).is_file():
             _check_kind(output, kind)
+
+
+def is_place(text: str) -> bool:
+    """Return whether a text is a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)``, no file."""
+    return PLACE_PATTERN.fullmatch(text) is not None and not _exists(text)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than any file name, say
+        return False
 
 
 def _check_apart(outputs: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.config.choices import (
     ComputeDtype,
@@ -12,14 +12,14 @@ from genoembed.config.choices import (
     StartChoice,
     UnsupportedPolicy,
 )
-from genoembed.config.embed import INPUT, MODEL, OUTPUT, ModelConfig, PolicyConfig, TableOutput
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import INPUT, MODEL, OUTPUT, InputConfig, ModelConfig, PolicyConfig, TableOutput
+from genoembed.config.fields import option, same_option
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCORES, VARIANTS = "Scores", "Variants (with --vcf)"
+SCORES, VARIANTS = "Scores", "Variants (with --vcf or --mutagenesis)"
 DEFAULT_FLANK = 512
 
 
@@ -81,8 +81,8 @@ class ScoreConfig(ScoreRunConfig, PolicyConfig):
             )
 
 
-class VariantConfig(ScoreRunConfig):
-    """How variants are scored."""
+class AlleleConfig(ScoreRunConfig):
+    """How alleles are scored, wherever they come from."""
 
     flank: int = option(
         DEFAULT_FLANK,
@@ -93,15 +93,53 @@ class VariantConfig(ScoreRunConfig):
         metavar="BASES",
         help="Bases on each side of a change that the model reads and scores with it.",
     )
+
+
+class MutationConfig(AlleleConfig, PolicyConfig):
+    """How all changes of single bases are scored."""
+
+    regions: tuple[str, ...] = same_option(
+        InputConfig,
+        "regions",
+        help="With --mutagenesis: change only the bases of these regions of one FASTA file: a BED or GFF3 "
+        "file, or a place such as chr1:1001-2000 (both ends included). Repeatable.",
+    )
+    heat_map: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        metavar="FILE",
+        help="With --mutagenesis: picture of the scores (PNG).",
+        writes="picture",
+    )
+
+    def _problems(self) -> Iterator[str]:
+        if self.heat_map is not None and not self.heat_map.lower().endswith(".png"):
+            yield Problem(
+                f"heat_map is {self.heat_map!r}", Remedy("heat_map", words="a name that ends in .png")
+            )
+        if self.regions and self.gaps == "strip":
+            yield Problem(
+                "gaps is 'strip', but places in regions are counted with the gaps",
+                Remedy("gaps", "error"),
+                " and remove them from the file first",
+            )
+
+
+class VariantConfig(AlleleConfig):
+    """How variants are scored."""
+
     unsupported: UnsupportedPolicy = option(
-        "skip", group=VARIANTS, help="Alleles without a sequence (symbolic, breakends, *): skip, or stop."
+        "skip",
+        group=VARIANTS,
+        help="With --vcf: alleles without a sequence (symbolic, breakends, *): skip, or stop.",
     )
     layer: str | None = option(
         None,
         group=VARIANTS,
         basic=True,
         metavar="SPEC",
-        help="Compare the vectors of this layer as well, specified as for extract.",
+        help="With --vcf: compare the vectors of this layer as well, specified as for extract.",
     )
     pooling: ScorePooling = option(
         "mean", group=VARIANTS, flag="--pool", help="How the tokens of a stretch become one vector."
@@ -117,6 +155,12 @@ class ScoreFiles(TableOutput):
         metavar="INPUT",
         help="Sequence files in any format of extract; - is standard input.",
         reads=True,
+    )
+    mutagenesis: bool = option(
+        False,
+        group=INPUT,
+        basic=True,
+        help="Score every change of a single base of INPUT, or of its --regions.",
     )
     vcf: str | None = option(
         None,
@@ -149,19 +193,46 @@ class ScoreFiles(TableOutput):
         help="With --vcf and --layer: HDF5 file of differences of vectors.",
         writes="hdf5",
     )
+    matrix: str | None = option(
+        None,
+        group=OUTPUT,
+        basic=True,
+        metavar="FILE",
+        help="With --mutagenesis: HDF5 file of the scores, one row per position, one column per base.",
+        writes="hdf5",
+    )
 
 
-class ScoreOptions(ScoreFiles, VariantConfig, ScoreConfig):
-    """All that the command line and a file may say, about sequences or about variants."""
+class ScoreOptions(ScoreFiles, MutationConfig, VariantConfig, ScoreConfig):
+    """All that the command line and a file may say, about sequences, variants or mutations."""
 
     def _problems(self) -> Iterator[str]:
         return iter(())
 
 
-def _only(config: type[Config], other: type[Config]) -> tuple[str, ...]:
-    return tuple(key for key in config.options() if key not in other.options())
+class ScoreTask(NamedTuple):
+    """One way of scoring."""
+
+    words: str
+    """What is scored, and how that is requested."""
+    config: type[ScoreRunConfig]
+    files: tuple[str, ...]
+    """Which of the options of files it takes."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All options that it takes."""
+        return (*self.files, *self.config.options())
 
 
-OF_SEQUENCES = ("per_base", *_only(ScoreConfig, VariantConfig))
-OF_VARIANTS = ("reference", "vectors", *_only(VariantConfig, ScoreConfig))
-"""Options of the one way of scoring that the other does not take."""
+SCORE_TASKS = {
+    "sequences": ScoreTask("sequences", ScoreConfig, ("inputs", "output", "per_base", "overwrite")),
+    "variants": ScoreTask(
+        "variants (--vcf)", VariantConfig, ("vcf", "reference", "output", "vectors", "overwrite")
+    ),
+    "mutations": ScoreTask(
+        "mutations (--mutagenesis)",
+        MutationConfig,
+        ("inputs", "mutagenesis", "output", "matrix", "overwrite"),
+    ),
+}

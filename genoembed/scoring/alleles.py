@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from genoembed.contracts import SequenceRecord
-from genoembed.errors import VariantError
+from genoembed.errors import ConfigError, VariantError
 from genoembed.pipeline.units import WorkUnit
+from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, warn_of_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
+    from genoembed.config.choices import ScorePooling
     from genoembed.contracts import VariantContext
-    from genoembed.scoring.scorer import SequenceScorer, StrandScore
+    from genoembed.pipeline.units import RunStats
+    from genoembed.scoring.scorer import RunOptions, StrandScore
 
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,30 @@ class Compared(NamedTuple):
 
 
 FAILED_ALLELE = Compared(math.nan, math.nan, math.nan, math.nan)
+
+
+def build_allele_scorer(
+    run: RunOptions,
+    layer: int | str | None,
+    pooling: ScorePooling,
+    progress: Callable[[RunStats], None] | None,
+) -> SequenceScorer:
+    """Load the model, and make what scores alleles with it."""
+    loaded = run.load()
+    warn_of_precision(loaded.model)
+    layers = () if layer is None else tuple(info.path for info in loaded.model.resolve(layer))
+    if len(layers) > 1:
+        message = f"layer {layer!r} means {len(layers)} layers; set layer to one of them"
+        raise ConfigError(message)
+    options = ScorerOptions(
+        rc=run.rc,
+        start_token=run.start_token,
+        batch_tokens=run.batch_tokens,
+        layers=layers,
+        pooling=pooling,
+        on_error=run.on_error,
+    )
+    return SequenceScorer(loaded, options, on_batch=progress)
 
 
 def iter_parts(contexts: Iterable[VariantContext], scorer: SequenceScorer) -> Iterator[list[Allele]]:
@@ -146,8 +173,7 @@ def allele_unit(number: int, part: Sequence[Allele]) -> WorkUnit:
 def compare_part(part: Sequence[Allele], scorer: SequenceScorer) -> list[Compared | str]:
     """Score both alleles of some variants; text says why one failed."""
     layers = scorer.options.layers
-    whole = [allele for allele in part if allele.method in (LIKELIHOOD, PSEUDO)]
-    scores = iter(scorer.score([record for allele in whole for record in (allele.ref, allele.alt)]))
+    pairs = iter(scorer.score_pairs([(a.ref, a.alt) for a in part if a.method in (LIKELIHOOD, PSEUDO)]))
     hidden = iter(scorer.score_hidden([(a.ref, a.alt) for a in part if a.method == MARGINAL]))
     found: list[Compared | str] = []
     for allele in part:
@@ -158,11 +184,7 @@ def compare_part(part: Sequence[Allele], scorer: SequenceScorer) -> list[Compare
             pair = next(hidden)
             compared = pair if isinstance(pair, str) else _compare_strands(*pair, layers=layers)
         else:
-            # an allele is one record: the reference's stretch runs only to be compared with it
-            scorer.stats.records -= 1
-            scorer.stats.bases -= len(allele.ref.sequence)
-            scorer.stats.windows -= 1
-            compared = _compare_strands(next(scores), next(scores), layers=layers)
+            compared = _compare_strands(*next(pairs), layers=layers)
         found.append(compared if isinstance(compared, str) else compared._replace(method=allele.method))
     return found
 

@@ -138,6 +138,7 @@ def warn_of_precision(model: GenomicModel) -> None:
 
 
 _DECIDING = ("rc", "window", "stride", "layers", "pooling")
+_HALVED = ("records", "bases", "bases_under_way", "windows")
 _MASKED_PART_BASES = 1 << 12
 _PLAIN = np.zeros(256, dtype=np.int64)
 _PLAIN[list(b"ACGTacgt")] = 1
@@ -244,13 +245,15 @@ class SequenceScorer:
         self._layer_runner: UnitRunner | None = None
         self._word_runner: UnitRunner | None = None
         self.stats = RunStats()
+        self._on_batch = on_batch
+        self._before_pairs: RunStats | None = None
         reducer: NextTokenReducer | MaskedReducer
         if isinstance(model, MaskedModel):
             reducer = MaskedReducer(model, self._cutter.encoder)
-            reducer.count_copies(self.stats, num_strands=1 + (options.rc == "mean"), on_batch=on_batch)
+            reducer.count_copies(self.stats, num_strands=1 + (options.rc == "mean"), on_batch=self._report)
             self._overlap = reducer.overlap
             self._word_runner = UnitRunner(
-                HiddenWordsReducer(model), slabs, on_batch=on_batch, keeps_tokens=True, stats=self.stats
+                HiddenWordsReducer(model), slabs, on_batch=self._report, keeps_tokens=True, stats=self.stats
             )
             if options.layers:  # of rows in which nothing is hidden
                 layers = LayerReducer(model.model, options.layers, options.pooling)
@@ -259,7 +262,7 @@ class SequenceScorer:
             reducer = NextTokenReducer(model, options.layers, options.pooling)
         unknown = model.model.tokenizer.unk_token_id
         self._unknown = -1 if unknown is None else int(unknown)
-        self._runner = UnitRunner(reducer, slabs, on_batch=on_batch, keeps_tokens=True, stats=self.stats)
+        self._runner = UnitRunner(reducer, slabs, on_batch=self._report, keeps_tokens=True, stats=self.stats)
 
     @property
     def context_bases(self) -> int | None:
@@ -325,6 +328,35 @@ class SequenceScorer:
             )
             for index in range(len(records))
         ]
+
+    def score_pairs(
+        self, pairs: Sequence[tuple[SequenceRecord, SequenceRecord]]
+    ) -> list[tuple[tuple[StrandScore, ...] | str, tuple[StrandScore, ...] | str]]:
+        """Score alleles with their reference; each counts as one record, and so does its progress."""
+        self._before_pairs = replace(self.stats)
+        try:
+            found = self.score([record for pair in pairs for record in pair])
+        finally:
+            half = self._halved(self.stats)
+            self._before_pairs = None
+        for name in _HALVED:
+            setattr(self.stats, name, getattr(half, name))
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _halved(self, stats: RunStats) -> RunStats:
+        """Count pairs as one: the reference's stretch runs only to be compared with."""
+        before = self._before_pairs
+        if before is None:
+            return stats
+        counted = {
+            name: getattr(before, name) + (getattr(stats, name) - getattr(before, name)) // 2
+            for name in _HALVED
+        }
+        return replace(stats, **counted)
+
+    def _report(self, stats: RunStats) -> None:
+        if self._on_batch is not None:
+            self._on_batch(self._halved(stats))
 
     def score_hidden(
         self, pairs: Sequence[tuple[SequenceRecord, SequenceRecord]]

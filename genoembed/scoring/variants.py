@@ -33,11 +33,12 @@ from genoembed.scoring.alleles import (
     Compared,
     VariantScore,
     allele_unit,
+    build_allele_scorer,
     compare_part,
     iter_parts,
     variant_row,
 )
-from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, run_options, warn_of_precision
+from genoembed.scoring.scorer import SequenceScorer, run_options
 from genoembed.sequences.records import IdRegistry
 from genoembed.sequences.variants import VariantCounts, read_variants
 from genoembed.store import EmbeddingWriter
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
     from genoembed.scoring.alleles import Allele
-    from genoembed.scoring.scorer import RunOptions
     from genoembed.store.tables import TableWriter
 
 
@@ -155,7 +155,7 @@ def score_variants(
         stack.enter_context(use_threads(run.threads))
         kept = stack.enter_context(keeping_units(table))
         outputs = _Outputs(stack, table, vector_file, has_layer=layer is not None, overwrite=overwrite)
-        scorer = _build_scorer(run, layer, pooling, progress)
+        scorer = build_allele_scorer(run, layer, pooling, progress)
         kept.begin(
             scorer.identity, policies={"on_error": run.on_error}, stats=scorer.stats, drop_other=overwrite
         )
@@ -182,29 +182,6 @@ def score_variants(
         stats=scorer.stats,
         seconds=time.perf_counter() - started,
     )
-
-
-def _build_scorer(
-    run: RunOptions,
-    layer: int | str | None,
-    pooling: ScorePooling,
-    progress: Callable[[RunStats], None] | None,
-) -> SequenceScorer:
-    loaded = run.load()
-    warn_of_precision(loaded.model)
-    layers = () if layer is None else tuple(info.path for info in loaded.model.resolve(layer))
-    if len(layers) > 1:
-        message = f"layer {layer!r} means {len(layers)} layers; set layer to one of them"
-        raise ConfigError(message)
-    options = ScorerOptions(
-        rc=run.rc,
-        start_token=run.start_token,
-        batch_tokens=run.batch_tokens,
-        layers=layers,
-        pooling=pooling,
-        on_error=run.on_error,
-    )
-    return SequenceScorer(loaded, options, on_batch=progress)
 
 
 class _Outputs:

@@ -242,6 +242,7 @@ def clean_record(
         id=name,
         sequence=sequence,
         description=raw.description,
+        contig=name if raw.span is None else span.contig,
         source=raw.source,
         line=raw.line,
         start=span.start,

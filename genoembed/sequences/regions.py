@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from genoembed.config.paths import PLACE_PATTERN, check_paths, is_place
 from genoembed.errors import (
     ConfigError,
     DuplicateIdError,
@@ -280,9 +281,6 @@ def _from_first_header(blocks: Iterator[bytes]) -> Iterator[bytes]:
             yield from blocks
 
 
-# Greedy: names of contigs may have colons and digits themselves, such as HLA-A*01:01.
-_PLACE = re.compile(r"(?P<contig>.+):(?P<first>[0-9,]+)-(?P<last>[0-9,]+)(\((?P<strand>[+-])\))?")
-_SHOWN_TEXT = 200
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _BED_NOT_ROWS = ("#", "track ", "track\t", "browser ", "browser\t")
@@ -312,31 +310,16 @@ class Interval(NamedTuple):
         return f"{self.contig}:{self.start + 1}-{self.end}({self.strand})"
 
 
-def is_place(text: str) -> bool:
-    """Return whether a text is a place such as ``chr1:1001-2000`` or ``chr1:1,001-2,000(-)``, no file."""
-    return _PLACE.fullmatch(text) is not None and not _exists(text)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # longer than any file name, say
-        return False
-
-
 def check_regions(text: str) -> None:
     """Make sure that a region file can be opened; a place needs no file."""
-    if is_place(text):
-        return
-    if text != STDIN and not _exists(text):
-        problem = "no such file, and not a place such as chr1:1001-2000; check regions"
-        raise InputFileError(problem, path=text[:_SHOWN_TEXT])
-    check_readable(text)
+    check_paths(places=[text])
+    if not is_place(text):
+        check_readable(text)
 
 
 def iter_intervals(text: str, *, digests: InputDigests | None = None) -> Iterator[Interval]:
     """Read the intervals of a region file, or the one that a place names."""
-    found = _PLACE.fullmatch(text) if is_place(text) else None
+    found = PLACE_PATTERN.fullmatch(text) if is_place(text) else None
     if found is not None:
         first, last = found["first"].replace(",", ""), found["last"].replace(",", "")
         strand = found["strand"] or "+"

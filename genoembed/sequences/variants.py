@@ -1,10 +1,10 @@
-"""Variants of a VCF against an indexed FASTA, each allele with the bases around it.
+"""Variants of a VCF against an indexed FASTA, or all of a region's own, each allele with the bases around it.
 
 In: a VCF (plain or compressed, a file or standard input), read row by row, and the reference it was called
-against. Out: one :class:`~genoembed.contracts.VariantContext` an allele. Promised: REF is what the reference
-has, or the row is refused; both sequences are the same stretch of the contig; alleles that have no sequence
-of their own are counted, never dropped in silence. Each change has one spelling: alleles are trimmed and
-moved to the left, as variant callers compare them.
+against; or a record. Out: one :class:`~genoembed.contracts.VariantContext` an allele. Promised: REF is what
+the reference has, or the row is refused; both sequences are the same stretch of the contig; alleles that have
+no sequence of their own are counted, never dropped in silence. Each change has one spelling: alleles are
+trimmed and moved to the left, as variant callers compare them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, decode_text, iter_lines, iter_text
-from genoembed.sequences.records import Counts
+from genoembed.sequences.records import Counts, reverse_complement
 from genoembed.sequences.regions import FastaContigs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from genoembed.config.choices import UnsupportedPolicy
+    from genoembed.contracts import SequenceRecord
 
 
 _LOG = logging.getLogger(__name__)
 
 
+BASES = (b"A", b"C", b"G", b"T")
 _COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT")
 _REF = re.compile(r"[ACGTNRYSWKMBDHV]+")
 _ALT = re.compile(r"[ACGTN]+")
@@ -324,6 +326,77 @@ def _wrong_reference(variant: Variant, found: bytes, contigs: FastaContigs, leng
     return _error(variant, problem)
 
 
+def iter_substitutions(record: SequenceRecord, *, flank: int) -> Iterator[VariantContext]:
+    """Yield every change of a single base of a record's core, in the order of the contig.
+
+    Places and letters are those of the contig's forward strand, as in a VCF; the stretches are as the record
+    reads. A letter other than A, C, G and T has no changes.
+
+    Example:
+        >>> from genoembed.contracts import SequenceRecord
+        >>> record = SequenceRecord(id="r", contig="c", sequence=b"AACNT", start=7, strand="-", core_start=1)
+        >>> found = list(iter_substitutions(record, flank=1))
+        >>> [(change.variant.position, change.variant.ref, change.variant.alt) for change in found[:4]]
+        [(8, 'A', 'C'), (8, 'A', 'G'), (8, 'A', 'T'), (10, 'G', 'A')]
+        >>> found[3].ref_sequence, found[3].alt_sequence, found[3].start, found[3].end
+        (b'ACN', b'ATN', 8, 11)
+    """
+    length, is_reverse = len(record.sequence), record.strand == "-"
+    # where the sequence begins on the contig, flanks included
+    origin = record.start - (length - record.core_end if is_reverse else record.core_start)
+
+    def fetch(start: int, end: int) -> bytes:
+        return record.sequence[start:end]
+
+    for number in range(record.core_end - record.core_start):
+        place = record.core_end - 1 - number if is_reverse else record.core_start + number
+        own = fetch(place, place + 1)
+        letter = reverse_complement(own.upper()) if is_reverse else own.upper()
+        if letter not in BASES:
+            continue
+        for base in BASES:
+            if base == letter:
+                continue
+            alt = reverse_complement(base) if is_reverse else base
+            variant = Variant(
+                contig=record.contig or record.id,
+                position=record.start + number + 1,
+                ref=letter.decode(),
+                alt=base.decode(),
+                id=record.id,
+                path=record.source,
+                line=record.line,
+            )
+            # soft-masked letters, where they are kept, stay soft-masked when they change
+            change = Change(place, own, alt.lower() if own.islower() else alt)
+            found = _cut(variant, variant, change, fetch, length=length, flank=flank)
+            start = length - found.end if is_reverse else found.start
+            yield replace(found, start=origin + start, end=origin + start + found.end - found.start)
+
+
+def _cut(
+    variant: Variant,
+    normalized: Variant,
+    change: Change,
+    fetch: Callable[[int, int], bytes],
+    *,
+    length: int,
+    flank: int,
+) -> VariantContext:
+    """Cut the stretch around a change: what the model sees, with either allele."""
+    start, end = max(0, change.start - flank), min(length, change.end + flank)
+    stretch = fetch(start, end)
+    first, past = change.start - start, change.end - start
+    return VariantContext(
+        variant=variant,
+        normalized=normalized,
+        start=start,
+        end=end,
+        ref_sequence=stretch,
+        alt_sequence=stretch[:first] + change.alt + stretch[past:],
+    )
+
+
 def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> VariantContext | None:
     """Normalize a variant and cut the stretch around it; None if REF has ``N`` and ALT is the reference's."""
 
@@ -341,25 +414,18 @@ def _show(variant: Variant, contigs: FastaContigs, length: int, flank: int) -> V
         return None
     change = left_align(Change(variant.start, own, bytes(alt)), fetch)
     spelled = anchor(change, fetch)
-    start, end = max(0, change.start - flank), min(length, change.end + flank)
-    stretch = fetch(start, end)
-    if wrong := _NO_BASE.search(stretch):
+    normalized = replace(
+        variant, position=spelled.start + 1, ref=spelled.ref.decode(), alt=spelled.alt.decode()
+    )
+    found = _cut(variant, normalized, change, fetch, length=length, flank=flank)
+    if wrong := _NO_BASE.search(found.ref_sequence):
         problem = (
             f"the reference has {wrong.group().decode(errors='replace')!r} at base "
-            f"{start + wrong.start() + 1} of {variant.contig!r}, expected IUPAC letters; fix the reference"
+            f"{found.start + wrong.start() + 1} of {variant.contig!r}, expected IUPAC letters; "
+            "fix the reference"
         )
         raise _error(variant, problem)
-    first, past = change.start - start, change.end - start
-    return VariantContext(
-        variant=variant,
-        normalized=replace(
-            variant, position=spelled.start + 1, ref=spelled.ref.decode(), alt=spelled.alt.decode()
-        ),
-        start=start,
-        end=end,
-        ref_sequence=stretch,
-        alt_sequence=stretch[:first] + change.alt + stretch[past:],
-    )
+    return found
 
 
 def _fetch(contigs: FastaContigs, contig: str, start: int, end: int) -> bytes:

@@ -102,10 +102,10 @@ OPTIONS = {
     "export-model": """
         --dtype --import -o --output --overwrite --revision --trust-remote-code""",
     "score": """
-        --batch-tokens --config --device --dtype --duplicates --empty --flank --fp8 --gaps --import
-        --invalid --keep-case --layer --model --on-error -o --output --overwrite --per-base --pool --rc
-        --reference --revision --start-token --stride --threads --trust-remote-code --unsupported --vcf
-        --vectors --window""",
+        --batch-tokens --config --device --dtype --duplicates --empty --flank --fp8 --gaps --heat-map
+        --import --invalid --keep-case --layer --matrix --model --mutagenesis --on-error -o --output
+        --overwrite --per-base --pool --rc --reference --regions --revision --start-token --stride --threads
+        --trust-remote-code --unsupported --vcf --vectors --window""",
     "generate": """
         --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --fp8 --gaps
         --import --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o

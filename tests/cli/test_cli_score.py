@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+from pathlib import Path
 
 import pytest
 
@@ -81,7 +82,15 @@ def test_score_wrong_ref_fails_in_one_line(cli, fasta, calls, tiny):
         ((), "give INPUT files to score sequences, or --vcf"),
         (("seqs.fa", "--vcf", "calls.vcf", "--reference", "seqs.fa"), "give INPUT files"),
         (("--vcf", "calls.vcf"), "--vcf needs --reference"),
-        (("seqs.fa", "--pool", "max"), "--pool is for variants"),
+        (("seqs.fa", "--pool", "max"), "--pool is for variants (--vcf), not for sequences"),
+        (
+            ("seqs.fa", "--flank", "9"),
+            "--flank is for variants (--vcf) and mutations (--mutagenesis), not for",
+        ),
+        (("--mutagenesis",), "--mutagenesis makes all changes of INPUT by itself"),
+        (("--mutagenesis", "seqs.fa", "--vcf", "calls.vcf"), "give INPUT files, and no --vcf"),
+        (("--mutagenesis", "seqs.fa", "--per-base", "x"), "--per-base is for sequences, not for mutations"),
+        (("--mutagenesis", "seqs.fa", "--layer", "2"), "--layer is for variants (--vcf)"),
         (("--vcf", "calls.vcf", "--reference", "seqs.fa", "--per-base", "x"), "--per-base is for sequences"),
     ],
 )
@@ -92,6 +101,21 @@ def test_score_wrong_usage_exits_with_2(cli, fasta, words, complaint):
     assert complaint in result.stderr
 
 
-def test_score_options_of_either_kind_are_options_of_the_command():
+def test_score_options_of_each_task_are_options_of_the_command():
     names = {parameter.name for parameter in score_module.score_command.params}
-    assert {*score_module.OF_SEQUENCES, *score_module.OF_VARIANTS} <= names
+    assert {key for task in score_module.SCORE_TASKS.values() for key in task.keys} <= names
+
+
+def test_score_mutagenesis_prints_what_python_gives_and_writes_files(cli, fasta, tiny):
+    pytest.importorskip("matplotlib")
+    options = ("--model", tiny, "--device", "cpu", "--flank", "3")
+    files = ("--matrix", "m.h5", "--heat-map", "m.png")
+    result = cli("score", "--mutagenesis", fasta, "--regions", "b:3-4", *options, *files)
+    assert result.exit_code == 0, result.stderr
+    expected = genoembed.score_mutations(fasta, regions="b:3-4", model=tiny, device="cpu", flank=3).rows
+    rows = rows_of(result.stdout)
+    assert [(row["pos"], row["alt"]) for row in rows] == [(str(row.pos), row.alt) for row in expected]
+    assert [float(row["delta"]) for row in rows] == pytest.approx([row.delta for row in expected], abs=1e-6)
+    assert "6 changes of 2 positions in 1 record scored (6 by likelihood), start token 0" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith(": -, m.h5, m.png")
+    assert Path("m.png").read_bytes()[:4] == b"\x89PNG"

@@ -66,7 +66,12 @@ COLUMNS = {
         output=("-o", "out.h5"),
         runs_forward=True,
         goes_on=True,
-        bad_options=(("--window", "8", "--stride", "9"), ("--pool", "median"), ("--batch-tokens", "0")),
+        bad_options=(
+            ("--window", "8", "--stride", "9"),
+            ("--pool", "median"),
+            ("--batch-tokens", "0"),
+            ("--regions", "absent.bed"),
+        ),
         changing=("--layer", "2"),
     ),
     "merge": Column(words=(), inputs=(), output=("", "shared.h5"), goes_on=True),
@@ -256,7 +261,20 @@ VARIANTS = Column(
 )
 """A second form of ``score``."""
 
-ALL = {**COLUMNS, "score --vcf": VARIANTS}
+MUTATIONS = Column(
+    why_fresh="one unit here; tests/scoring/test_mutagenesis.py changes what it goes on with",
+    requires=False,
+    words=("--mutagenesis", "reference.fa", "--regions", "place.bed", *MODEL, "--flank", "20", *SPEED),
+    inputs=("reference.fa", "place.bed"),
+    output=("-o", "mutations.tsv"),
+    more_outputs=(("--matrix", "mutations.h5"), ("--heat-map", "mutations.png")),
+    runs_forward=True,
+    goes_on=True,
+    bad_options=(("--flank", "0"), ("--heat-map", "map.svg"), ("--per-base", "bases.tsv")),
+)
+"""A third one."""
+
+ALL = {**COLUMNS, "score --vcf": VARIANTS, "score --mutagenesis": MUTATIONS}
 
 
 @dataclass(frozen=True)
@@ -381,6 +399,7 @@ def build_world(folder: Path, run: Callable[..., Ran]) -> None:
     (folder / "train.tsv").write_text("sequence\tlabel\n" + rows)
     reference = "".join(draw.choices(LETTERS, k=300))
     (folder / "reference.fa").write_text(f">chr1\n{reference}\n")
+    (folder / "place.bed").write_text("chr1\t120\t123\n")
     header = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
     other = {"A": "C", "C": "G", "G": "T", "T": "A"}
     calls = "".join(

@@ -89,6 +89,8 @@ def test_record_that_fails_is_named_and_skipped_where_asked(name, warm, world):
     column = READERS[name]
     file = world / ("reference.fa" if name == "score --vcf" else column.inputs[0])
     file.write_text(file.read_text() + ">spoiled\nACGTNNNNNNNNACGTACGTACGTACGTACGT\n")
+    if name == "score --mutagenesis":
+        (world / "place.bed").write_text("spoiled\t14\t16\n")
     if name == "score --vcf":
         with (world / "calls.vcf").open("a") as calls:
             calls.write("spoiled\t15\t.\tG\tC\t.\t.\t.\n")

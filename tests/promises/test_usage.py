@@ -233,6 +233,7 @@ BREAKS = {
     "extract": "seqs.fa", "score": "queries.fa", "predict": "queries.fa", "search": "queries.fa",
     "generate": "queries.fa",
     "pretrain": "seqs.fa", "probe": "seqs.fa", "finetune": "train.tsv", "score --vcf": "calls.vcf",
+    "score --mutagenesis": "place.bed",
 }  # fmt: skip
 
 
@@ -247,7 +248,11 @@ def test_failed_run_leaves_the_old_output(name, warm, world):
     before = snapshot(target)
     with (world / BREAKS[name]).open("a") as file:
         file.write(
-            {"finetune": "ACGTJJ\tone\n", "score --vcf": "chr1\t9\tx\n"}.get(name, ">bad\nACGTJJACGT\n")
+            {
+                "finetune": "ACGTJJ\tone\n",
+                "score --vcf": "chr1\t9\tx\n",
+                "score --mutagenesis": "chr1\t290\t310\n",
+            }.get(name, ">bad\nACGTJJACGT\n")
         )
     ran = warm.run(*words, "--overwrite", cwd=world)
     assert ran.code == 1, ran.err

@@ -55,7 +55,14 @@ def test_read_sequences_fills_every_field(tmp_path):
     path = write(tmp_path, PLAIN)
     record = next(read_sequences(str(path)))
     assert record == SequenceRecord(
-        id="a", sequence=b"ACGTAC", description="first one", source=str(path), line=1, start=0, end=6
+        id="a",
+        sequence=b"ACGTAC",
+        description="first one",
+        contig="a",
+        source=str(path),
+        line=1,
+        start=0,
+        end=6,
     )
 
 

@@ -233,7 +233,7 @@ def _option(described: Option) -> click.Option:
         settings = {"type": click.Choice(described.choices)}
     elif described.kind is bool:
         settings = {"is_flag": True}
-        if described.default is True:
+        if described.default is True or described.optional:
             names[-1] = f"{described.name}/--no-{described.name.removeprefix('--')}"
     if described.several:
         settings["multiple"] = True

@@ -65,28 +65,81 @@ TASK_METRICS = {
 """Metrics of each task; the first one stops training unless another is set."""
 SMALLER_IS_BETTER = ("loss", "bits_per_token")
 _COMPARING = ("contrastive", "triplet", "retrieval")
+_USES_SHOWN = 3
+_LABELED = (*PREDICTION_TASKS, "contrastive labels", "triplet labels")
+_EXAMPLES = ("contrastive examples", "triplet examples", "retrieval")
+_ROWS = (
+    *PREDICTION_TASKS,
+    "lm",
+    *(f"{task} {way}" for task in _COMPARING[:2] for way in ("labels", "views")),
+)
+_VECTORS = (*(task for task in PREDICTION_TASKS if task != "token"), *_COMPARING)
+_ALL_HEADS = ("retrieval all", "retrieval fix_encoder")
 APPLIES_TO: dict[str, tuple[str, ...]] = {
+    # what is taken from the model
+    "layers": (*PREDICTION_TASKS, *_COMPARING),
+    "fusion": (*PREDICTION_TASKS, *_COMPARING),
+    "pooling": _VECTORS,
+    "skip_first": _VECTORS,
+    "add_pooler": (*PREDICTION_TASKS, *_COMPARING),
+    "normalize": _COMPARING,
+    # rows: examples have names of their own for what they hold
+    "labels": _LABELED,
+    "label_columns": _LABELED,
+    "label_delimiter": ("multilabel", "token"),
+    "ignore_label": ("token",),
+    "unlabeled": _LABELED,
+    "sequence_column": _ROWS,
+    "id_column": _ROWS,
+    "split_column": _ROWS,
+    "group_column": _ROWS,
+    "both_strands": _ROWS,
+    "duplicate_sequences": _ROWS,
+    "conflicts": _LABELED,
+    "several_bases": ("token",),
+    "false_negatives": _EXAMPLES,
+    "mixed_lengths": (*PREDICTION_TASKS, "lm", "contrastive views", *_EXAMPLES),
+    # heads and losses
+    "dropout": PREDICTION_TASKS,
     "class_weights": ("classification", "token"),
     "label_smoothing": ("classification", "token"),
-    "contrast": ("contrastive", "triplet"),
+    "head_learning_rate": (*PREDICTION_TASKS, *_COMPARING),
+    "contrast": _COMPARING[:2],
     "temperature": ("contrastive", "retrieval"),
-    "scope": ("contrastive",),
+    "scope": ("contrastive examples", "contrastive views"),
     "margin": ("triplet",),
     "distance": ("triplet",),
-    "train_group_size": _COMPARING,
-    "in_batch_negatives": ("contrastive", "retrieval"),
+    "train_group_size": ("contrastive examples", "retrieval"),
+    "in_batch_negatives": ("contrastive examples", "contrastive views", "retrieval"),
     "across_devices": ("contrastive", "retrieval"),
-    "view_mutation_rate": ("contrastive",),
-    "view_crop_fraction": ("contrastive",),
-    "view_reverse_complement": ("contrastive",),
+    "micro_batch": _COMPARING,
+    "view_mutation_rate": ("contrastive views",),
+    "view_crop_fraction": ("contrastive views",),
+    "view_reverse_complement": ("contrastive views",),
     "mode": ("retrieval",),
-    "self_distillation_start": ("retrieval",),
     "distillation": ("retrieval",),
-    "term_bases": ("retrieval",),
-    "vector_width": ("retrieval",),
-    "vector_window": ("retrieval",),
+    "self_distillation_start": _ALL_HEADS,
+    "term_bases": _ALL_HEADS,
+    "vector_width": _ALL_HEADS,
+    "vector_window": _ALL_HEADS,
 }
-"""Options of the objective that mean something for some tasks only."""
+"""Options that mean something for some tasks only: for a task, or for one way of doing it, which is where
+pairs come from (``contrast``), or for retrieval its ``mode``. What is not here is for all tasks."""
+
+
+def applies(key: str, task: str, way: str | None = None) -> bool:
+    """Return whether an option means something for a task; without a way of doing it, for any way.
+
+    Example:
+        >>> applies("margin", "classification"), applies("scope", "contrastive")
+        (False, True)
+        >>> applies("scope", "contrastive", "labels")
+        False
+    """
+    uses = APPLIES_TO.get(key)
+    if uses is None or task in uses:
+        return True
+    return any(use.startswith(f"{task} ") and way in (None, use.rpartition(" ")[2]) for use in uses)
 
 
 class EncoderConfig(Config):
@@ -112,6 +165,7 @@ class EncoderConfig(Config):
         basic=True,
         flag="--layer",
         metavar="SPEC",
+        shown_default="final, or as MODEL was trained",
         help="Cut the model at this layer; blocks after it never run. Repeat it for several, which are "
         "fused. "
         "Specified as for extract.",
@@ -121,6 +175,7 @@ class EncoderConfig(Config):
         group=ENCODER,
         basic=True,
         flag="--pool",
+        shown_default="mean, or as MODEL was trained",
         help="How the tokens of a sequence become one vector.",
     )
     skip_first: int = option(
@@ -129,16 +184,27 @@ class EncoderConfig(Config):
         unit="bases",
         group=ENCODER,
         metavar="BASES",
+        shown_default="0, or as MODEL was trained",
         help="Leave the first bases that the model reads out of pooling.",
     )
     fusion: Fusion = option(
         "none",
         group=ENCODER,
         flag="--fuse",
+        shown_default="none, or as MODEL was trained",
         help="How several layers become one vector; the weights of weighted are learned.",
     )
-    add_pooler: bool = option(
-        False, group=ENCODER, help="Put a linear projection, which starts as the identity, after the pooling."
+    add_pooler: bool | None = option(
+        None,
+        group=ENCODER,
+        shown_default="as MODEL was trained",
+        help="Put a linear projection, which starts as the identity, after the pooling.",
+    )
+    normalize: bool | None = option(
+        None,
+        group=ENCODER,
+        shown_default="as MODEL was trained; else unless triplets are euclidean",
+        help="Scale vectors to length 1.",
     )
     tuning: Tuning | None = option(
         None,
@@ -378,6 +444,7 @@ class ObjectiveConfig(Config):
         unit="bases",
         group=RETRIEVAL,
         metavar="BASES",
+        shown_default="9, or as MODEL was trained",
         help="Length of the k-mers that are the terms of the sparse head.",
     )
     vector_width: int | None = option(
@@ -385,7 +452,7 @@ class ObjectiveConfig(Config):
         ge=1,
         group=RETRIEVAL,
         metavar="N",
-        shown_default="the hidden size",
+        shown_default="the hidden size, or as MODEL was trained",
         help="Width of the vectors of the multi-vector head.",
     )
     vector_window: int = option(
@@ -394,6 +461,7 @@ class ObjectiveConfig(Config):
         unit="tokens",
         group=RETRIEVAL,
         metavar="TOKENS",
+        shown_default="8, or as MODEL was trained",
         help="Tokens that are averaged to one vector of the multi-vector head.",
     )
 
@@ -402,9 +470,6 @@ class ObjectiveConfig(Config):
             yield Problem(
                 "contrast 'views' has no negatives of its own for triplets", Remedy("task", "contrastive")
             )
-        for key, tasks in APPLIES_TO.items():
-            if self.task not in tasks and getattr(self, key) != type(self).own_options()[key].default:
-                yield f"{key} is for {' and '.join(tasks)}, but task is {self.task!r}; leave {key} out"
 
 
 class FinetuneRecipe(ScheduleConfig):
@@ -520,12 +585,11 @@ class FinetuneConfig(Config):
         if self.recipe.metric not in (None, *TASK_METRICS[task]):
             remedy = Remedy("metric", words=f"one of {', '.join(TASK_METRICS[task])}")
             yield Problem(f"metric is {self.recipe.metric!r}", remedy)
-        if self.recipe.micro_batch is not None and task not in _COMPARING:
-            yield f"micro_batch is for {', '.join(_COMPARING)}, but task is {task!r}; leave micro_batch out"
+        yield from self.misplaced()
         if tuning == "frozen" and task in ("lm", "retrieval"):
             remedy = Remedy("mode", "fix_encoder") if task == "retrieval" else Remedy("tuning", "lora")
             yield Problem(f"tuning is 'frozen', but task is {task!r}", remedy)
-        if tuning == "frozen" and task in ("contrastive", "triplet") and not self.encoder.add_pooler:
+        if tuning == "frozen" and task in ("contrastive", "triplet") and self.encoder.add_pooler is False:
             yield Problem(
                 f"tuning is 'frozen' and task is {task!r}: nothing would learn",
                 Remedy("add_pooler", True),
@@ -540,6 +604,29 @@ class FinetuneConfig(Config):
                 "retrieval fuses layers before it pools them, which 'max' would tell; set fusion and pooling "
                 "to others, or take one layer"
             )
+
+    def misplaced(self, contrast: str | None = None) -> Iterator[str]:
+        """Say which options are set that the task ignores; ``contrast`` is what ``auto`` came to be."""
+        objective = self.objective
+        task = objective.task
+        way: str | None = None
+        if task == "retrieval":
+            way = objective.mode
+        elif task in ("contrastive", "triplet"):
+            way = contrast or (None if objective.contrast == "auto" else objective.contrast)
+        sections = [getattr(self, name) for name in type(self).sections()]
+        for section in sections:
+            for key, described in type(section).own_options().items():
+                if getattr(section, key) == described.default or applies(key, task, way):
+                    continue
+                uses = [" with ".join(use.split()) for use in APPLIES_TO[key]]
+                here = f"{task!r} with {way}" if way and applies(key, task) else repr(task)
+                found = (
+                    f"is for {' and '.join(uses)}, but task is {here}"
+                    if len(uses) <= _USES_SHOWN
+                    else f"is not for task {here}"
+                )
+                yield f"{key} {found}; leave {key} out"
 
 
 class FinetuneOptions(FinetuneConfig):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from genoembed.finetuning.models import CausalModel, PredictionModel
     from genoembed.finetuning.pairs import RetrievalExample
     from genoembed.finetuning.rows import LabelEncoder
-    from genoembed.retrieval.models import ContrastModel
+    from genoembed.retrieval.models import ComparingModel, ContrastModel
     from genoembed.training.inference import SequenceRunner
     from genoembed.training.start import TokenRules
 
@@ -381,10 +382,12 @@ def _vectors(
     return torch.cat(found)
 
 
-def _similarities(model: object, query_ND: Tensor, passage_PD: Tensor) -> Tensor:
-    """Score as the loss does: minus Euclidean distances for triplets, else dot products."""
-    if getattr(model, "margin", None) is not None and getattr(model, "distance", "") == "euclidean":
+def _similarities(model: ComparingModel, query_ND: Tensor, passage_PD: Tensor) -> Tensor:
+    """Score as the loss does: minus Euclidean distances for triplets, else cosines."""
+    if model.compares_lengths:
         return -torch.cdist(query_ND, passage_PD)
+    if not model.normalizes:
+        query_ND, passage_PD = (F.normalize(vectors, dim=-1) for vectors in (query_ND, passage_PD))
     return query_ND @ passage_PD.T
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from genoembed.config.fields import raise_all
 from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labeled import CleaningConfig, LabeledConfig, SplitConfig, TableColumns
 from genoembed.errors import (
@@ -90,6 +91,7 @@ def read_task_rows(config: FinetuneConfig) -> TaskRows:
     if task in PREDICTION_TASKS:
         return _with_space(config, read_sides(config, kind=LABEL_KINDS[task]), LABEL_KINDS[task])
     contrast = find_contrast(config)
+    raise_all(config.misplaced(contrast))
     if contrast == "examples":
         examples = read_example_sides(config)
         row = next((row for row in examples.train if not row.neg), None)

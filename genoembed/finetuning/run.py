@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed.config.fields import named_options
-from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, finetune_config
+from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, applies, finetune_config
 from genoembed.config.paths import path_strings
 from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
 from genoembed.training.packages import check_packages
@@ -50,7 +51,7 @@ class FinetuneReport:
     """JSON-lines file with the whole curve."""
     config: str
     """JSON file that runs the same training again."""
-    hybrid_weights: tuple[float, ...] | None = None
+    hybrid_weights: list[float] | None = None
     """Of the dense, sparse and multi-vector scores of a retrieval model; the ``mrr`` and ``recall`` of both
     sides are those of their sum."""
 
@@ -103,6 +104,11 @@ def finetune(
     if isinstance(keys.get("model"), os.PathLike):
         keys["model"] = os.fspath(keys["model"])
     settings = finetune_config(keys, file=config)
+    is_open = settings.encoder.add_pooler is None and applies("add_pooler", settings.objective.task)
+    if is_open and not Path(settings.encoder.model).expanduser().is_dir():
+        # only a folder can bring a projection; said now, what else is wrong without one is refused early
+        encoder = settings.encoder.model_copy(update={"add_pooler": False})
+        settings = settings.changed(encoder=encoder)
     if settings.objective.task in PREDICTION_TASKS:
         check_metrics_installed()
     check_packages(settings.recipe)

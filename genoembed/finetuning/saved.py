@@ -147,7 +147,9 @@ def _facts(
         "pooler": end.pooler,
         "keep_case": config.data.keep_case,
         "labels": None if space is None else {"kind": space.kind, "names": list(space.names)},
-        "head": {"add_pooler": config.encoder.add_pooler} if isinstance(model, PredictionModel) else None,
+        "head": {"add_pooler": bool(config.encoder.add_pooler)}
+        if isinstance(model, PredictionModel)
+        else None,
         "retrieval": {
             "mode": objective.mode,
             "term_bases": objective.term_bases,

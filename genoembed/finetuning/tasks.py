@@ -35,6 +35,7 @@ from genoembed.finetuning.rows import (
     check_sequences,
 )
 from genoembed.finetuning.sampling import GroupSampler
+from genoembed.finetuning.trained_start import TrainedStart, find_start
 from genoembed.models.behavior import context_length
 from genoembed.models.load import load_model
 from genoembed.retrieval.heads import DenseHead, M3Heads
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from genoembed.finetuning.preparation import TaskRows
     from genoembed.finetuning.rows import EpochDataset
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.tokenization.hf import SequenceEncoder
 
 
@@ -99,16 +101,22 @@ class TaskSetup:
     """Classes that batches should hold several rows of."""
     contrast: Contrast | None = None
     group_sampler: GroupSampler | None = None
+    trained: frozenset[str] = frozenset()
+    """Names of the heads' weights that the model came with: they learn as slowly as it does."""
 
 
-def set_up_task(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
-    """Load and build the model, and put together what a trainer needs."""
+def set_up_task(config: FinetuneConfig, rows: TaskRows, facts: FinetunedFacts | None = None) -> TaskSetup:
+    """Load and build the model, and put together what a trainer needs.
+
+    ``facts`` is what the model was trained as; the settings are those of :func:`with_trained_settings`.
+    """
     task = config.objective.task
     if task == "lm":
         return _language_model(config, rows)
-    if task in PREDICTION_TASKS:
-        return _prediction(config, rows)
-    return _examples(config, rows) if rows.contrast == "examples" else _contrast(config, rows)
+    if rows.contrast == "examples":
+        return _examples(config, rows, facts)
+    base = _load_base(config, facts)
+    return _prediction(base, rows) if task in PREDICTION_TASKS else _contrast(base, rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +128,7 @@ class _Base:
     tokens: SequenceEncoder
     runner: SequenceRunner
     config: FinetuneConfig
+    start: TrainedStart
 
     def collator(self, target: LabelTarget) -> PaddedCollator:
         """Pad as the model can take it."""
@@ -153,7 +162,7 @@ class _Base:
         }
 
 
-def _load_base(config: FinetuneConfig) -> _Base:
+def _load_base(config: FinetuneConfig, facts: FinetunedFacts | None) -> _Base:
     """Load the model that a run starts from."""
     start = config.encoder
     # what learns is float32 whatever the run's dtype: autocast computes in it, the optimizer must not
@@ -164,7 +173,8 @@ def _load_base(config: FinetuneConfig) -> _Base:
         trust_remote_code=start.trust_remote_code,
         revision=start.revision,
     )
-    encoder = Encoder(genomic, start, seed=config.recipe.seed)
+    trained = find_start(facts, genomic, config)
+    encoder = Encoder(genomic, start, seed=config.recipe.seed, fusion_weights=trained.fusion_weights)
     if config.recipe.gradient_checkpointing:
         checkpoint_activations(encoder.backbone, captured=encoder.layers)
     logger.info("%s: cut at %s, pooling %s", genomic.name, ", ".join(encoder.layers), encoder.pooling)
@@ -177,18 +187,18 @@ def _load_base(config: FinetuneConfig) -> _Base:
         max_rows=config.recipe.rows_per_device,
         keeps_nan=True,  # a loss that diverges is the trainer's to report
     )
-    return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner, config=config)
+    return _Base(genomic=genomic, encoder=encoder, tokens=tokens, runner=runner, config=config, start=trained)
 
 
 def _weights_dtype(config: FinetuneConfig) -> ComputeDtype:
     return frozen_dtype(config.encoder.tuning, resolved_dtype(config.recipe.dtype))
 
 
-def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
+def _prediction(base: _Base, rows: TaskRows) -> TaskSetup:
+    config = base.config
     objective, kind = config.objective, LABEL_KINDS[config.objective.task]
     sides, space = rows.sides, rows.space
     assert space is not None, "rows that are predicted have labels"
-    base = _load_base(config)
     base.check([row.sequence for row in sides.train])
     weights = None
     if objective.class_weights == "balanced":
@@ -198,7 +208,7 @@ def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
     head = new_head(
         space,
         base.encoder.width,
-        add_pooler=config.encoder.add_pooler,
+        add_pooler=bool(config.encoder.add_pooler),  # one of its own, on standard units
         dropout=objective.dropout,
         label_smoothing=objective.label_smoothing,
         class_weights=weights,
@@ -230,12 +240,12 @@ def _prediction(config: FinetuneConfig, rows: TaskRows) -> TaskSetup:
     )
 
 
-def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
+def _contrast(base: _Base, found: TaskRows) -> TaskSetup:
     """Learn from labels, or from two views of each sequence."""
+    config = base.config
     objective, recipe = config.objective, config.recipe
     sides, contrast = found.sides, found.contrast
     assert contrast is not None, "the rows say what is compared"
-    base = _load_base(config)
     base.check([row.sequence for row in sides.train])
     other = AugmentConfig(
         mutation_rate=objective.view_mutation_rate,
@@ -267,8 +277,10 @@ def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
             )
             for side, held in sides.held_out()
         }
+    model = _contrast_model(base, contrast)
     return TaskSetup(
-        model=_contrast_model(base, config, contrast),
+        model=model,
+        trained=base.start.load_heads(model),
         dataset=dataset,
         collate=collate,
         lengths=[len(row.sequence) for row in sides.train],
@@ -279,8 +291,8 @@ def _contrast(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     )
 
 
-def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> ContrastModel:
-    objective = config.objective
+def _contrast_model(base: _Base, contrast: Contrast) -> ContrastModel:
+    objective = base.config.objective
     is_triplet = objective.task == "triplet"
     margin = objective.margin
     if is_triplet and margin is None:
@@ -290,8 +302,8 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
         # two views are alike in kind, so either may be the query; queries and passages are not
         scope = "symmetric" if contrast == "views" else "one_way"
     # normalized vectors cannot be farther apart than 2: a Euclidean margin needs room
-    normalize = not (is_triplet and objective.distance == "euclidean")
-    head = DenseHead(base.encoder.width, add_pooler=config.encoder.add_pooler, normalize=normalize)
+    normalize = base.start.normalizes(usual=not (is_triplet and objective.distance == "euclidean"))
+    head = DenseHead(base.encoder.width, add_pooler=base.start.add_pooler, normalize=normalize)
     return ContrastModel(
         base.encoder,
         head,
@@ -308,7 +320,7 @@ def _contrast_model(base: _Base, config: FinetuneConfig, contrast: Contrast) -> 
     )
 
 
-def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
+def _examples(config: FinetuneConfig, found: TaskRows, facts: FinetunedFacts | None) -> TaskSetup:
     """Learn pairs, triplets or retrieval from queries with positives and negatives."""
     objective, recipe, sides = config.objective, config.recipe, found.sides
     is_triplet, is_retrieval = objective.task == "triplet", objective.task == "retrieval"
@@ -319,7 +331,7 @@ def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
         seed=recipe.seed,
         in_batch_negatives=objective.in_batch_negatives,
     )
-    base = _load_base(config)
+    base = _load_base(config, facts)  # after what may refuse the rows
     terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
     base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)])
     encoder, collate = base.label_encoder(), GroupCollator(rows=base.collator("none"), terms=terms)
@@ -328,8 +340,10 @@ def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     measures: dict[str, Measure[Any]] = {
         side: ExampleMeasure(rows, base.runner, **measured) for side, rows in sides.held_out()
     }
+    model = _retrieval_model(base) if is_retrieval else _contrast_model(base, "examples")
     return TaskSetup(
-        model=_retrieval_model(base, config) if is_retrieval else _contrast_model(base, config, "examples"),
+        model=model,
+        trained=base.start.load_heads(model),
         dataset=GroupDataset(
             rows=sides.train, sampler=sampler, encoder=encoder, augment=config.augment, seed=recipe.seed
         ),
@@ -342,13 +356,14 @@ def _examples(config: FinetuneConfig, found: TaskRows) -> TaskSetup:
     )
 
 
-def _retrieval_model(base: _Base, config: FinetuneConfig) -> RetrievalModel:
-    objective, encoder = config.objective, config.encoder
+def _retrieval_model(base: _Base) -> RetrievalModel:
+    objective, encoder = base.config.objective, base.config.encoder
     heads = M3Heads(
         base.encoder.width,
         M3HeadsConfig(
             pooling=encoder.pooling,
-            add_pooler=encoder.add_pooler,
+            add_pooler=base.start.add_pooler,
+            normalize_dense=base.start.normalizes(usual=True),
             vector_width=objective.vector_width,
             vector_window=objective.vector_window,
         ),

@@ -265,13 +265,14 @@ class FinetuneTrainer(ResumableTrainer):
         least_rows: int,
         recipe: FinetuneRecipe,
         measures: Mapping[str, Measure[Any]],
+        trained: frozenset[str] = frozenset(),
         callbacks: list[TrainerCallback],
         **arguments: Any,
     ) -> None:
-        assert recipe.head_learning_rate is not None, "resolve_recipe has set it"
         self._measures, self._micro_batch = measures, recipe.micro_batch
-        self._head_rate = recipe.head_learning_rate
+        self._head_rate = recipe.head_learning_rate or float(args.learning_rate)
         self._recipe = recipe
+        self._trained = trained
         self._watch = LossWatch()
         self._batches = RankBatches(
             sampler,
@@ -293,7 +294,8 @@ class FinetuneTrainer(ResumableTrainer):
 
     def rate_of(self, name: str) -> float:
         """Return the peak rate of a parameter: new heads learn faster than what was pretrained."""
-        return float(self.args.learning_rate) if _is_pretrained(name) else self._head_rate
+        is_old = _is_pretrained(name) or name in self._trained
+        return float(self.args.learning_rate) if is_old else self._head_rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Build the schedule of the learning rate, once."""

@@ -14,15 +14,17 @@ import torch
 from transformers.trainer_utils import set_seed
 
 from genoembed.atomic import replacing_folder, reporting_writes
-from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig
+from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig, applies
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ConfigError, Problem, Remedy
 from genoembed.finetuning.evaluation import ExampleMeasure
 from genoembed.finetuning.sampling import new_sampler
 from genoembed.finetuning.saved import save_finetuned
 from genoembed.finetuning.tasks import set_up_task
+from genoembed.finetuning.trained_start import with_trained_settings
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.models.locate import model_content
+from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import use_threads
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.weights import HybridWeights
@@ -42,6 +44,7 @@ from genoembed.training.run_folder import (
     write_json,
 )
 from genoembed.training.sharding import gather
+from genoembed.training.start import carry_vectors
 from genoembed.training.trainer import resolved_dtype, training_arguments
 from genoembed.training.tuning import describe_weights, with_tuning
 
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 
     from genoembed.config.finetune import FinetuneRecipe
     from genoembed.finetuning.preparation import TaskRows
+    from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.training.run_folder import RunFolder
 
 
@@ -66,6 +70,8 @@ def run_finetuning(
     config: FinetuneConfig, rows: TaskRows, folder: RunFolder, *, resume: bool, threads: int | None
 ) -> dict[str, Any]:
     """Train, or return the report of the run that is there if it is this one and complete."""
+    facts = find_facts(config.encoder.model, revision=config.encoder.revision)
+    config = with_trained_settings(config, facts)
     config = config.changed(encoder=with_tuning(config.encoder))
     compared = _identity(config, rows)
     if resume:
@@ -75,7 +81,7 @@ def run_finetuning(
     state = torch.get_rng_state()
     try:
         with use_threads(threads):
-            return _Run(config, rows, folder, compared).train(resume=resume)
+            return _Run(config, rows, folder, compared, facts).train(resume=resume)
     finally:
         torch.set_rng_state(state)
 
@@ -87,6 +93,8 @@ def _identity(config: FinetuneConfig, rows: TaskRows) -> dict[str, Any]:
         values["data"].pop(key)
     for key in ("model", "revision", "trust_remote_code"):
         values["encoder"].pop(key)
+    if not applies("add_pooler", config.objective.task):
+        values["encoder"]["add_pooler"] = False  # as runs of earlier versions have it
     values["recipe"]["dtype"] = resolved_dtype(config.recipe.dtype)
     model = model_content(config.encoder.model, revision=config.encoder.revision)
     return {**values, "rows": rows.sides.digest, MODEL: model, "processes": num_processes()}
@@ -115,14 +123,22 @@ class _Run:
     """One run: everything that a model refuses before the first step, then training."""
 
     def __init__(
-        self, config: FinetuneConfig, rows: TaskRows, folder: RunFolder, compared: Mapping[str, Any]
+        self,
+        config: FinetuneConfig,
+        rows: TaskRows,
+        folder: RunFolder,
+        compared: Mapping[str, Any],
+        facts: FinetunedFacts | None,
     ) -> None:
         set_seed(config.recipe.seed)
         self.requested, self.folder, self.compared = config, folder, compared
-        self.setup = set_up_task(config, rows)
+        self.setup = set_up_task(config, rows, facts)
+        self.facts, self.is_tuned = facts, facts is not None and facts.is_tuned
         logger.info("tuning %s: %s", config.encoder.tuning, describe_weights(self.setup.model))
         num_rows = len(self.setup.dataset)
-        self.config = resolve_recipe(config, num_rows=num_rows, width=self.setup.width)
+        self.config = resolve_recipe(
+            config, num_rows=num_rows, width=self.setup.width, is_tuned=self.is_tuned
+        )
         recipe = self.config.recipe
         self.arguments = finetune_arguments(
             recipe, folder.path, num_rows=num_rows, has_validation="eval" in self.setup.measures
@@ -145,13 +161,18 @@ class _Run:
                 write_json(self.folder.path / CONFIG_FILE, self.requested.to_flat())
         checkpoint = from_first(checkpoint)
         recipe, num_rows = self.config.recipe, len(self.setup.dataset)
-        chosen = encoder_rate(self.setup.width, tuning=self.config.encoder.tuning, num_rows=num_rows)
+        chosen = encoder_rate(
+            self.setup.width,
+            tuning=self.config.encoder.tuning,
+            num_rows=num_rows,
+            is_tuned=self.is_tuned,
+        )
         logger.info(
-            "training for %d steps at most, rate %.2g (%s), of heads %.2g",
+            "training for %d steps at most, rate %.2g (%s)%s",
             total_steps(recipe, num_rows=num_rows, world_size=self.arguments.world_size),
             recipe.learning_rate,
             chosen.why if self.requested.recipe.learning_rate is None else "as set",
-            recipe.head_learning_rate,
+            "" if recipe.head_learning_rate is None else f", of new heads {recipe.head_learning_rate:.2g}",
         )
         trainer.train_from(checkpoint)
         return self._finish(trainer)
@@ -189,6 +210,8 @@ class _Run:
             # a query that is alone in its batch, and sees no other device, has nothing to be compared with
             least_rows=1 if setup.contrast is None or self.compares_across else 2,
             recipe=recipe,
+            # heads that came with the model have no need of the rate of new ones
+            trained=frozenset() if self.requested.recipe.head_learning_rate else setup.trained,
             measures=setup.measures,
             callbacks=callbacks,
         )
@@ -211,7 +234,7 @@ class _Run:
         }
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         if _has_all_heads(model):
-            report["hybrid_weights"] = astuple(model.hybrid_weights)
+            report["hybrid_weights"] = [*astuple(model.hybrid_weights)]
         gather(model, is_kept=self.arguments.process_index == 0)
         if self.arguments.process_index == 0:
             final = self.folder.path / FINAL_FOLDER
@@ -224,6 +247,8 @@ class _Run:
                     space=self.setup.space,
                     source=self.setup.source,
                 )
+                if self.config.objective.task == "lm" and self.facts is not None and self.facts.is_tuned:
+                    carry_vectors(self.facts, staged)
             self.folder.finish(report)
         wait_for_all()
         return report
@@ -270,7 +295,9 @@ def _bare(metrics: Mapping[str, float], side: str) -> dict[str, float]:
 _LARGE = 20_000
 
 
-def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> FinetuneConfig:
+def resolve_recipe(
+    config: FinetuneConfig, *, num_rows: int, width: int, is_tuned: bool = False
+) -> FinetuneConfig:
     """Fill in the settings that depend on model and data.
 
     Example:
@@ -283,11 +310,14 @@ def resolve_recipe(config: FinetuneConfig, *, num_rows: int, width: int) -> Fine
     recipe, task = config.recipe, config.objective.task
     metric = recipe.metric or TASK_METRICS[task][0]
     epochs = 20 if num_rows < FEW_ROWS else 10 if num_rows < _LARGE else 3
-    rate = recipe.learning_rate or encoder_rate(width, tuning=config.encoder.tuning, num_rows=num_rows).value
+    chosen = encoder_rate(width, tuning=config.encoder.tuning, num_rows=num_rows, is_tuned=is_tuned)
+    rate = recipe.learning_rate or chosen.value
     resolved = recipe.changed(
         max_epochs=recipe.max_epochs or epochs,
         learning_rate=rate,
-        head_learning_rate=recipe.head_learning_rate or max(HEAD_RATE, rate),
+        head_learning_rate=(recipe.head_learning_rate or max(HEAD_RATE, rate))
+        if applies("head_learning_rate", task)
+        else None,
         metric=metric,
         dtype=resolved_dtype(recipe.dtype),
     )

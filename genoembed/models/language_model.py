@@ -26,7 +26,7 @@ from genoembed.models.behavior import evaluating, forward_arguments, takes_argum
 from genoembed.models.layers import first_tensor, hooked
 from genoembed.models.load import without_progress_bars
 from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
-from genoembed.models.trained_folder import find_facts
+from genoembed.models.trained_folder import NEXT_TOKEN_HEAD, find_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,8 @@ _CHUNK_VALUES = 1 << 24
 def check_has_head(model: str | PathLike[str] | GenomicModel) -> None:
     """Raise if a model was trained for something else than the next token; reads no weights."""
     name = fspath(model) if isinstance(model, str | PathLike) else model
-    if find_facts(name) is not None:
+    facts = find_facts(name)
+    if facts is not None and not facts.values.get(NEXT_TOKEN_HEAD):
         shown = name if isinstance(name, str) else name.name
         message = (
             f"model {shown!r} was fine-tuned for vectors or labels, so "

@@ -47,6 +47,9 @@ HEAD_PREFIX = "head."
 """Begins the names of a predicting head's weights."""
 PROJECTION_PATTERN, _PROJECTION = "*_Dense/model.safetensors", "linear."
 """Where sentence-transformers looks for a projection behind the pooling, and how its weights' names begin."""
+NEXT_TOKEN_HEAD = "next_token_head"
+"""Key that says of a folder with vectors that its next-token head learned last."""
+EMBEDDING_TASKS = ("contrastive", "triplet", "retrieval", "sentence-transformers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,16 @@ class FinetunedFacts:
             )
             pooled_ND = F.linear(pooled_ND.to(weight.dtype), weight, bias)
         return F.normalize(pooled_ND, dim=-1) if self.normalize else pooled_ND
+
+    @property
+    def add_pooler(self) -> bool:
+        """Whether a projection comes after the pooling."""
+        return self.pooler is not None
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether its vectors were trained themselves, rather than what is predicted from them."""
+        return self.task in EMBEDDING_TASKS
 
     @property
     def finisher(self) -> Callable[[Tensor], Tensor] | None:
@@ -306,15 +319,8 @@ def finisher(
     asked = {"layers": layers}
     if embedding.pooling != "none":  # tokens are neither pooled nor fused
         asked |= {key: getattr(embedding, key) for key in ("pooling", "skip_first", "fusion")}
-    said = "; ".join(
-        f"{key} is {_said(value)}, it was trained with {_said(getattr(facts, key))}"
-        for key, value in asked.items()
-        if value != getattr(facts, key)
-    )
-    if said:
-        ending = " (vectors are not projected or normalized either)" if facts.finisher else ""
-        message = f"model {str(facts.folder)!r}: {said}{ending}; leave it out to take what was trained"
-        warnings.warn(PoolingMismatchWarning(message), stacklevel=3)
+    lost = "vectors are not projected or normalized either" if facts.finisher else ""
+    if not is_as_trained(facts, asked, lost=lost):
         return None
     if embedding.pooling == "none" or facts.finisher is None:
         return None
@@ -322,6 +328,27 @@ def finisher(
         message = f"rc is 'concat', but {facts.folder} concatenates layers; set rc to 'mean' or 'none'"
         raise ConfigError(message)
     return facts.finisher
+
+
+def is_as_trained(
+    facts: FinetunedFacts,
+    asked: Mapping[str, object],
+    *,
+    expected: Mapping[str, object] | None = None,
+    lost: str = "",
+) -> bool:
+    """Compare settings with those of training; warn of others, and of what is lost with them."""
+    trained = {key: getattr(facts, key) for key in asked} if expected is None else expected
+    said = "; ".join(
+        f"{key} is {_said(value)}, it was trained with {_said(trained[key])}"
+        for key, value in asked.items()
+        if value != trained[key]
+    )
+    if said:
+        ending = f" ({lost})" if lost else ""
+        message = f"model {str(facts.folder)!r}: {said}{ending}; leave it out to take what was trained"
+        warnings.warn(PoolingMismatchWarning(message), stacklevel=4)
+    return not said
 
 
 def _said(value: object) -> str:

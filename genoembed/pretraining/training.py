@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from genoembed.errors import foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.load import without_progress_bars
 from genoembed.models.locate import model_content
+from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import use_threads
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
@@ -38,16 +40,17 @@ from genoembed.training.distributed import (
 from genoembed.training.log import MetricsFile, reporters
 from genoembed.training.rates import pretraining_rate
 from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
+from genoembed.training.start import carry_vectors
 from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from genoembed.config.pretrain import DataConfig, RecipeConfig
+    from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.pretraining.stream import HeldoutRows
     from genoembed.training.run_folder import RunFolder
     from genoembed.training.start import Start
@@ -67,9 +70,11 @@ class PackedTrainer(ResumableTrainer):
         heldout: HeldoutRows,
         isolating: tuple[str, ...],
         tokenizer: PreTrainedTokenizerBase,
+        facts: FinetunedFacts | None = None,
         **arguments: Any,
     ) -> None:
         self._stream, self._heldout, self._tokenizer = stream, heldout, tokenizer
+        self._facts = facts
         self._fields = ("input_ids", *isolating)
         self._forward_options = forward_options(isolating)
         super().__init__(data_collator=self._collate, train_dataset=stream, **arguments)
@@ -78,6 +83,8 @@ class PackedTrainer(ResumableTrainer):
         """Save the tokenizer with the model: each checkpoint is a folder that can be loaded by itself."""
         super()._save(output_dir, state_dict)
         self._tokenizer.save_pretrained(output_dir or str(self.folder))
+        if self._facts is not None:
+            carry_vectors(self._facts, Path(output_dir or self.folder))
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Read the stream as it is: accelerate would read it in one process and hand rows around."""
@@ -213,8 +220,12 @@ class _Run:
         data = config.data
         self.config, self.folder, self.compared = config, folder, compared
         self.start = build_start(config.start, window=data.window, seed=config.recipe.seed)
+        name = config.start.model
+        facts = None if name is None else find_facts(name, revision=config.start.revision)
+        self.facts = facts if facts is not None and facts.is_tuned else None
+        """How vectors were made of the model, if these were trained."""
         self.isolating = isolating_inputs(self.start.model, self.start.rules) if data.isolate else ()
-        self.recipe = _resolved_recipe(config.recipe, self.start)
+        self.recipe = _resolved_recipe(config.recipe, self.start, is_tuned=self.facts is not None)
         self.arguments = _arguments(self.recipe, folder.path)
         leave_process_group_at_exit()
         shard = {"shard": self.arguments.process_index, "num_shards": self.arguments.world_size}
@@ -254,6 +265,7 @@ class _Run:
             isolating=self.isolating,
             tokenizer=self.start.tokenizer,
             recipe=recipe,
+            facts=self.facts,
             pole_rate_scale=recipe.pole_rate_scale,
             callbacks=self._callbacks(),
         )
@@ -308,9 +320,10 @@ class _Run:
         return report
 
 
-def _resolved_recipe(recipe: RecipeConfig, start: Start) -> RecipeConfig:
+def _resolved_recipe(recipe: RecipeConfig, start: Start, *, is_tuned: bool = False) -> RecipeConfig:
     """Fill in what goes by model and hardware."""
-    chosen = pretraining_rate(getattr(start.model.config, "hidden_size", None), is_new=start.is_new)
+    width = getattr(start.model.config, "hidden_size", None)
+    chosen = pretraining_rate(width, is_new=start.is_new, is_tuned=is_tuned)
     rate, why = (
         (chosen.value, chosen.why) if recipe.learning_rate is None else (recipe.learning_rate, "as set")
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genoembed.config.retrieval import M3HeadsConfig
@@ -76,9 +77,25 @@ class ComparingModel(nn.Module, ABC):
         contrast = self.contrast_loss([vectors], batch)
         return {"loss": contrast.loss, "contrast": contrast}
 
+    compares_lengths = False
+    """Whether the loss sees how long vectors are; else it compares cosines, whatever is saved."""
+
     @abstractmethod
     def dense(self, fused_ND: Tensor) -> Tensor:
-        """Make fused vectors comparable."""
+        """Make the vectors that are saved and embedded of fused ones."""
+
+    def comparable(self, fused_ND: Tensor) -> Tensor:
+        """Make the vectors that are compared, in the loss and where it is measured."""
+        dense_ND = self.dense(fused_ND)
+        # length 1 must not be divided by once more: last bits would change
+        if self.compares_lengths or self.normalizes:
+            return dense_ND
+        return F.normalize(dense_ND, dim=-1)
+
+    @property
+    @abstractmethod
+    def normalizes(self) -> bool:
+        """Whether vectors are saved with length 1."""
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,6 +124,7 @@ class ContrastModel(ComparingModel):
         super().__init__(encoder)
         self.head, self.contrast = head, contrast
         self.comparison, self.margin, self.distance = config, margin, distance
+        self.compares_lengths = margin is not None and distance == "euclidean"
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -117,11 +135,17 @@ class ContrastModel(ComparingModel):
         """Project and normalize; see :class:`ComparingModel`."""
         return self.head.project(fused_ND)
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether vectors are saved with length 1."""
+        return self.head.normalize
+
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return comparable vectors: ``rows``, or ``query`` and ``passage``, each floating, ``(N, D)``."""
         sides = {"rows": ""} if "input_ids" in batch else {"query": "query_", "passage": "passage_"}
         return {
-            name: self.dense(self.encoder.pooled(*_rows(batch, prefix))) for name, prefix in sides.items()
+            name: self.comparable(self.encoder.pooled(*_rows(batch, prefix)))
+            for name, prefix in sides.items()
         }
 
     def contrast_loss(
@@ -188,6 +212,11 @@ class RetrievalModel(ComparingModel):
         """Project and normalize; see :class:`ComparingModel`."""
         return self.heads.dense.project(fused_ND)
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether vectors are saved with length 1."""
+        return self.heads.dense.normalize
+
     def encode(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of :class:`M3Vectors` by name; pairs have the prefix ``query.`` or ``passage.``."""
         sides = {"": ""} if "input_ids" in batch else {"query.": "query_", "passage.": "passage_"}
@@ -200,7 +229,10 @@ class RetrievalModel(ComparingModel):
             vectors = self.heads(
                 self.encoder.hidden(ids, mask), pool_mask, terms=terms, attention_mask_BL=mask
             )
-            found |= {f"{name}{key}": value for key, value in vectors.tensors().items()}
+            made = vectors.tensors()
+            if not self.normalizes:  # search compares cosines
+                made["dense"] = F.normalize(made["dense"], dim=-1)
+            found |= {f"{name}{key}": value for key, value in made.items()}
         return found
 
     def contrast_loss(

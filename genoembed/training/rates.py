@@ -12,6 +12,11 @@ Many rows: BGE-M3's authors take 1e-5 below 1e4 rows, 5e-6 at 1e5 and 2e-6 to 3e
 half of it for ten times the rows. That share is taken here. The level is not: their model makes embeddings by
 then, which large steps would undo, while a language model has yet to learn them, at 2.3e-5 for that width.
 Adapters keep their rate: Hu et al. took theirs on 4e4 to 4e5 rows.
+
+A model that was tuned for embeddings before goes on at a fifth. E5 (Wang et al. 2022) is fine-tuned at a
+tenth of the rate of its contrastive pre-training (1e-5 after 1e-4, large); BGE-M3 (Chen et al. 2024) is
+pre-trained at 5e-5, and its authors advise 1e-5 or 5e-6 to go on: a fifth to a tenth. Sets here are small and
+make few steps, so the larger share is taken; that is 4.5e-6 at width 1024.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Tuning
 
 HEAD_RATE = 1e-3
+TUNED_SHARE = 0.2
+"""Of the rate, for a model whose embeddings were trained before."""
 FEW_ROWS = 2_000
 """Rows below which a set is small: more epochs, and lower rates."""
 _FEW_SHARE = 2 / 3
@@ -41,8 +48,8 @@ class Rate(NamedTuple):
     """What it was chosen by."""
 
 
-def encoder_rate(width: int, *, tuning: Tuning | None, num_rows: int) -> Rate:
-    """Choose the rate of a model that is fine-tuned.
+def encoder_rate(width: int, *, tuning: Tuning | None, num_rows: int, is_tuned: bool = False) -> Rate:
+    """Choose the rate of a model that is fine-tuned; ``is_tuned`` if its embeddings were trained before.
 
     Example:
         >>> [round(encoder_rate(w, tuning="full", num_rows=500).value, 6) for w in (128, 768, 4096)]
@@ -59,7 +66,12 @@ def encoder_rate(width: int, *, tuning: Tuning | None, num_rows: int) -> Rate:
         rate *= _WIDE / width
     share = size_share(num_rows, uses_adapters=uses_adapters)
     why = f"width {width}, tuning {tuning}" + (f"; x {share:.2g} for {num_rows:,} rows" if share < 1 else "")
-    return Rate(rate * share, why)
+    return _gone_on(Rate(rate * share, why), is_tuned=is_tuned)
+
+
+def _gone_on(rate: Rate, *, is_tuned: bool) -> Rate:
+    why = f"{rate.why}; x {TUNED_SHARE:g}: the model was tuned for embeddings, which large steps would undo"
+    return Rate(rate.value * TUNED_SHARE, why) if is_tuned else rate
 
 
 def size_share(num_rows: int, *, uses_adapters: bool) -> float:
@@ -76,7 +88,7 @@ def size_share(num_rows: int, *, uses_adapters: bool) -> float:
     return float(0.5 ** math.log10(min(max(num_rows, _MANY_ROWS), _MOST_ROWS) / _MANY_ROWS))
 
 
-def pretraining_rate(width: int | None, *, is_new: bool) -> Rate:
+def pretraining_rate(width: int | None, *, is_new: bool, is_tuned: bool = False) -> Rate:
     """Choose the rate of a causal model that is trained on a corpus; no width is that of a small model.
 
     Example:
@@ -86,4 +98,4 @@ def pretraining_rate(width: int | None, *, is_new: bool) -> Rate:
     wide = max(width or _NARROW, _NARROW)
     rate = _NEW_RATE * math.sqrt(_NARROW / wide) * (1 if is_new else _GOING_ON_SHARE)
     why = "new weights" if is_new else "a tenth of that for new weights"
-    return Rate(rate, f"width {width}, {why}" if width else why)
+    return _gone_on(Rate(rate, f"width {width}, {why}" if width else why), is_tuned=is_tuned)

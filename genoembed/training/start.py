@@ -6,13 +6,17 @@ left random, and what is not causal is refused.
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from genoembed._version import __version__
 from genoembed.errors import CheckpointError, GenoembedError, ModelError, foreign_code
 from genoembed.models.adapters import merge_adapter
 from genoembed.models.architecture import (
@@ -26,6 +30,13 @@ from genoembed.models.architecture import (
 from genoembed.models.load import check_scales, load_tokenizer, without_progress_bars
 from genoembed.models.locate import find_source
 from genoembed.models.registry import entry_named
+from genoembed.models.trained_folder import (
+    FACTS_FILE,
+    FACTS_FORMAT,
+    HEADS_FILE,
+    NEXT_TOKEN_HEAD,
+    read_heads,
+)
 from genoembed.tokenization.char import CharTokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +47,9 @@ if TYPE_CHECKING:
 
     from genoembed.batching.pack import Document
     from genoembed.config.choices import ComputeDtype
+    from genoembed.models.trained_folder import FinetunedFacts
 
+logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 3
 
@@ -75,6 +88,33 @@ def load_causal(
         model, tokenizer = _load(name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
         check_causal(model, name=name)
     return Start(model.train(), tokenizer, token_rules(tokenizer, name=name), is_new=False)
+
+
+def carry_vectors(facts: FinetunedFacts, folder: Path) -> None:
+    """Note in the folder of a language model how vectors are made of it, as before it learned on.
+
+    The heads go with them. So the folder embeds with the layers and pooling that it was tuned with, and has a
+    next-token head besides.
+    """
+    heads = {}
+    if (facts.folder / HEADS_FILE).is_file():
+        heads = read_heads(facts.folder)
+    if facts.pooler is not None:
+        found = read_heads(facts.folder, facts.pooler)
+        heads |= {f"{facts.pooler}.{name}": value for name, value in found.items()}
+    if heads:
+        save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
+    values = {
+        "format": FACTS_FORMAT,
+        **{key: getattr(facts, key) for key in ("layers", "pooling", "skip_first", "fusion")},
+        **{key: getattr(facts, key) for key in ("fusion_weights", "normalize", "pooler")},
+        "retrieval": facts.values.get("retrieval"),
+        "genoembed": __version__,
+        "task": "lm",
+        NEXT_TOKEN_HEAD: True,
+    }
+    (folder / FACTS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    logger.info("layers, pooling and fusion of its vectors stay those of %s", facts.folder)
 
 
 def _load(

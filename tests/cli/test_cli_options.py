@@ -64,8 +64,9 @@ OPTIONS = {
         --label-delimiter --label-smoothing --labels --last-n --layer --learning-rate --logging-steps
         --lora-alpha --lora-dropout --lora-rank --lora-target --margin --max-crop-bp --max-epochs
         --max-grad-norm --max-steps --metric --micro-batch --min-epochs --min-learning-rate
-        --mixed-lengths --mode --model --mutation-rate --no-both-strands --no-in-batch-negatives -o
-        --optim --output --overwrite --pad-to-multiple-of --patience --plateau-factor --plateau-patience
+        --mixed-lengths --mode --model --mutation-rate --no-add-pooler --no-both-strands
+        --no-in-batch-negatives --no-normalize --normalize -o --optim --output --overwrite
+        --pad-to-multiple-of --patience --plateau-factor --plateau-patience
         --pool --report-to --resume --reverse-complement --revision --rows-per-device --schedule --scope
         --seed --self-distillation-start --sequence-column --several-bases --skip-first --split
         --split-column --task --temperature --term-bases --test --test-fraction --threads
@@ -74,7 +75,7 @@ OPTIONS = {
         --warmup-fraction --warmup-steps --weight-decay""",
     "predict": """
         --batch-rows --config --device --duplicates --empty --format --gaps --import --invalid --keep-case
-        --on-error -o --output --overwrite --threads --trust-remote-code""",
+        --no-keep-case --on-error -o --output --overwrite --threads --trust-remote-code""",
     "search": """
         --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
         --empty --exclude-self --fp8 --gaps --hybrid --hybrid-weights --import --index --invalid -k

@@ -100,7 +100,7 @@ def test_without_validation_rows_the_usual_weights_stay_and_that_is_said(model, 
             path, tmp_path / "run", model=model, validation_fraction=0.0, test_fraction=0.0,
             **{**RECIPE, "max_epochs": 1},
         )  # fmt: skip
-    assert report.hybrid_weights == (1.0, 0.3, 1.0)
+    assert report.hybrid_weights == [1.0, 0.3, 1.0]
     assert (
         "hybrid weights stay 1 : 0.3 : 1 (dense : sparse : multi-vector): there are no valid" in caplog.text
     )

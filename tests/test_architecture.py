@@ -403,7 +403,6 @@ def test_no_public_name_stands_in_two_modules():
 
 SMALL = 120
 REASONS = {
-    "genoembed.finetuning.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",

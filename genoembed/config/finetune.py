@@ -13,7 +13,6 @@ from genoembed.config.choices import (
     FalseNegativePolicy,
     Fusion,
     HomologPolicy,
-    LabelKind,
     M3Mode,
     ScopeChoice,
     Task,
@@ -30,6 +29,7 @@ from genoembed.config.labeled import (
     TableColumns,
     split_problems,
 )
+from genoembed.config.tasks import TASK_METRICS, applies, misplaced
 from genoembed.config.training import DATA, OPTIMIZATION, RUN, RunFolderConfig, ScheduleConfig
 from genoembed.errors import Problem, Remedy
 
@@ -40,106 +40,6 @@ if TYPE_CHECKING:
 TASK, ENCODER, TUNING, PAIRS, RETRIEVAL = (
     *("Task", "Model and vectors", "What learns", "Pairs and triplets", "Retrieval heads"),
 )
-PREDICTION_TASKS = ("classification", "multilabel", "regression", "token")
-"""Tasks whose model predicts something of a sequence or of its bases."""
-LABEL_KINDS: dict[str, LabelKind] = {
-    "classification": "class",
-    "multilabel": "multilabel",
-    "regression": "regression",
-    "token": "token",
-    "lm": "none",
-}
-TASK_METRICS = {
-    "classification": ("mcc", "accuracy", "macro_f1", "auroc", "auprc", "loss"),
-    "token": ("macro_f1", "mcc", "accuracy", "auroc", "auprc", "loss"),
-    "multilabel": ("auprc", "auroc", "macro_f1", "accuracy", "loss"),
-    "regression": ("spearman", "pearson", "r2", "loss"),
-    "lm": ("loss", "bits_per_token"),
-    "contrastive": ("mrr", "recall_at_1", "recall_at_10", "loss"),
-    "triplet": ("mrr", "recall_at_1", "recall_at_10", "loss"),
-    "retrieval": (
-        *("heads_mrr", "mrr", "dense_mrr", "sparse_mrr", "multi_vector_mrr"),
-        *("recall_at_1", "recall_at_10", "dense_recall_at_1", "dense_recall_at_10", "loss"),
-    ),
-}
-"""Metrics of each task; the first one stops training unless another is set."""
-SMALLER_IS_BETTER = ("loss", "bits_per_token")
-_COMPARING = ("contrastive", "triplet", "retrieval")
-_USES_SHOWN = 3
-_LABELED = (*PREDICTION_TASKS, "contrastive labels", "triplet labels")
-_EXAMPLES = ("contrastive examples", "triplet examples", "retrieval")
-_ROWS = (
-    *PREDICTION_TASKS,
-    "lm",
-    *(f"{task} {way}" for task in _COMPARING[:2] for way in ("labels", "views")),
-)
-_VECTORS = (*(task for task in PREDICTION_TASKS if task != "token"), *_COMPARING)
-_ALL_HEADS = ("retrieval all", "retrieval fix_encoder")
-APPLIES_TO: dict[str, tuple[str, ...]] = {
-    # what is taken from the model
-    "layers": (*PREDICTION_TASKS, *_COMPARING),
-    "fusion": (*PREDICTION_TASKS, *_COMPARING),
-    "pooling": _VECTORS,
-    "skip_first": _VECTORS,
-    "add_pooler": (*PREDICTION_TASKS, *_COMPARING),
-    "normalize": _COMPARING,
-    # rows: examples have names of their own for what they hold
-    "labels": _LABELED,
-    "label_columns": _LABELED,
-    "label_delimiter": ("multilabel", "token"),
-    "ignore_label": ("token",),
-    "unlabeled": _LABELED,
-    "sequence_column": _ROWS,
-    "id_column": _ROWS,
-    "split_column": _ROWS,
-    "group_column": _ROWS,
-    "both_strands": _ROWS,
-    "duplicate_sequences": _ROWS,
-    "conflicts": _LABELED,
-    "several_bases": ("token",),
-    "false_negatives": _EXAMPLES,
-    "mixed_lengths": (*PREDICTION_TASKS, "lm", "contrastive views", *_EXAMPLES),
-    # heads and losses
-    "dropout": PREDICTION_TASKS,
-    "class_weights": ("classification", "token"),
-    "label_smoothing": ("classification", "token"),
-    "head_learning_rate": (*PREDICTION_TASKS, *_COMPARING),
-    "contrast": _COMPARING[:2],
-    "temperature": ("contrastive", "retrieval"),
-    "scope": ("contrastive examples", "contrastive views"),
-    "margin": ("triplet",),
-    "distance": ("triplet",),
-    "train_group_size": ("contrastive examples", "retrieval"),
-    "in_batch_negatives": ("contrastive examples", "contrastive views", "retrieval"),
-    "across_devices": ("contrastive", "retrieval"),
-    "micro_batch": _COMPARING,
-    "view_mutation_rate": ("contrastive views",),
-    "view_crop_fraction": ("contrastive views",),
-    "view_reverse_complement": ("contrastive views",),
-    "mode": ("retrieval",),
-    "distillation": ("retrieval",),
-    "self_distillation_start": _ALL_HEADS,
-    "term_bases": _ALL_HEADS,
-    "vector_width": _ALL_HEADS,
-    "vector_window": _ALL_HEADS,
-}
-"""Options that mean something for some tasks only: for a task, or for one way of doing it, which is where
-pairs come from (``contrast``), or for retrieval its ``mode``. What is not here is for all tasks."""
-
-
-def applies(key: str, task: str, way: str | None = None) -> bool:
-    """Return whether an option means something for a task; without a way of doing it, for any way.
-
-    Example:
-        >>> applies("margin", "classification"), applies("scope", "contrastive")
-        (False, True)
-        >>> applies("scope", "contrastive", "labels")
-        False
-    """
-    uses = APPLIES_TO.get(key)
-    if uses is None or task in uses:
-        return True
-    return any(use.startswith(f"{task} ") and way in (None, use.rpartition(" ")[2]) for use in uses)
 
 
 class EncoderConfig(Config):
@@ -619,14 +519,7 @@ class FinetuneConfig(Config):
             for key, described in type(section).own_options().items():
                 if getattr(section, key) == described.default or applies(key, task, way):
                     continue
-                uses = [" with ".join(use.split()) for use in APPLIES_TO[key]]
-                here = f"{task!r} with {way}" if way and applies(key, task) else repr(task)
-                found = (
-                    f"is for {' and '.join(uses)}, but task is {here}"
-                    if len(uses) <= _USES_SHOWN
-                    else f"is not for task {here}"
-                )
-                yield f"{key} {found}; leave {key} out"
+                yield misplaced(key, task, way)
 
 
 class FinetuneOptions(FinetuneConfig):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from genoembed.config.fields import raise_all
-from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labeled import CleaningConfig, LabeledConfig, SplitConfig, TableColumns
+from genoembed.config.tasks import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.errors import (
     ConfigError,
     MissingExtraError,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed.config.fields import named_options
-from genoembed.config.finetune import PREDICTION_TASKS, FinetuneConfig, applies, finetune_config
+from genoembed.config.finetune import FinetuneConfig, finetune_config
 from genoembed.config.paths import path_strings
+from genoembed.config.tasks import PREDICTION_TASKS, applies
 from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
 from genoembed.training.packages import check_packages
 from genoembed.training.run_folder import check_processes, claimed_run

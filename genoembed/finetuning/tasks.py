@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from genoembed.config.finetune import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.config.labeled import AugmentConfig
 from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
+from genoembed.config.tasks import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.finetuning.augment import Augmented
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, ViewCollator
 from genoembed.finetuning.evaluation import (

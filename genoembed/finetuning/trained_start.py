@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from genoembed.config.finetune import PREDICTION_TASKS, applies
+from genoembed.config.tasks import PREDICTION_TASKS, applies
 from genoembed.errors import CheckpointError
 from genoembed.models.trained_folder import HEADS_FILE, carried_options, is_as_trained, read_heads
 from genoembed.retrieval.models import RetrievalModel, saved_weights

@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_utils import set_seed
 
 from genoembed.atomic import replacing_folder, reporting_writes
-from genoembed.config.finetune import SMALLER_IS_BETTER, TASK_METRICS, FinetuneConfig, applies
+from genoembed.config.tasks import SMALLER_IS_BETTER, TASK_METRICS, applies
 from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ConfigError, Problem, Remedy
 from genoembed.finetuning.evaluation import ExampleMeasure
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerCallback, TrainingArguments
 
-    from genoembed.config.finetune import FinetuneRecipe
+    from genoembed.config.finetune import FinetuneConfig, FinetuneRecipe
     from genoembed.finetuning.preparation import TaskRows
     from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.training.run_folder import RunFolder

@@ -97,7 +97,7 @@ def opening(
         "takes_mask": encoder.takes_mask,
         "overlap": tokenizer.k if isinstance(tokenizer, KmerTokenizer) else 1,
         "width": encoder.width,
-        "add_pooler": config.encoder.add_pooler,
+        "add_pooler": bool(config.encoder.add_pooler),
     }
     return values
 

@@ -114,6 +114,7 @@ def replacing(output: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         check_output(output, overwrite=overwrite)  # work takes time, and another process may have written it
         with reporting_writes(output):
             os.fsync(descriptor)
+            part.chmod(0o666 & ~_umask())  # until it is complete, only its owner can read it
             part.replace(target)
             _sync_folder(target.parent)
     finally:

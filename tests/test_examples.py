@@ -34,7 +34,12 @@ RUN_HERE = (
     "map_with_scanpy.py",
     "to_other_libraries.py",
 )
-RUN_BY_THE_GALLERY = ("coding_along_a_genome.py", "rrna_map.py", "promoters_by_layer.py")
+RUN_BY_THE_GALLERY = (
+    "coding_along_a_genome.py",
+    "rrna_map.py",
+    "promoters_by_layer.py",
+    "every_change_of_a_gene.py",
+)
 """In ``tests/test_gallery.py``."""
 
 

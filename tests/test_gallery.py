@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA, SCRIPTS = ROOT / "examples" / "data", ROOT / "examples" / "gallery"
-STORIES = ("coding_along_a_genome", "rrna_map", "promoters_by_layer")
+STORIES = ("coding_along_a_genome", "rrna_map", "promoters_by_layer", "every_change_of_a_gene")
 PNG = b"\x89PNG\r\n\x1a\n"
 LAYERS = ("--layer", 4, "--layer", 28)
 
@@ -84,6 +84,26 @@ def test_promoters_by_layer_keeps_groups_together(run_example, tmp_path):
     summary = json.loads((tmp_path / "made" / "probe" / "probe.json").read_text())
     assert (summary["num_groups"], summary["num_rows"]) == (12, 60)
     assert_is_picture(tmp_path / "made" / "promoters_by_layer.png")
+
+
+def test_every_change_of_a_gene_sorts_changes_by_what_they_do_to_codons(run_example, tmp_path):
+    header, *rows = run_example(
+        *(SCRIPTS / "every_change_of_a_gene.py", DATA / "phages.fa", "NC_007458.1:1-31903:4176-4184"),
+        *("--start", 4178, "--flank", 20, "-o", tmp_path),
+    ).splitlines()
+    assert header == "changes\tnumber\tmean delta\tmedian delta"
+    cells = [row.split("\t") for row in rows]
+    # by hand: TG, then ATG TCA AAA (start, serine, lysine): TCA -> TAA, TGA and AAA -> TAA are stops
+    assert {cell[0]: int(cell[1]) for cell in cells} == {
+        "before the gene": 6,
+        "of the start codon": 9,
+        "silent": 3,
+        "another amino acid": 6,
+        "to a stop": 3,
+    }
+    assert all(float(value) < 5 for cell in cells for value in cell[2:])
+    assert_is_picture(tmp_path / "every_change_of_a_gene.png")
+    assert len((tmp_path / "every_change_of_a_gene.tsv").read_text().splitlines()) == 28
 
 
 def test_gallery_shows_a_small_picture_and_the_command_of_every_story():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from genoembed.atomic import AtomicFile
 from genoembed.errors import CheckpointError, StoreError
 from genoembed.models.load import load_model
+from genoembed.store.tables import open_table
 from tests.tiny_models import build_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,19 @@ def test_security_temporary_files_are_private(tmp_path):
     assert stat.S_IMODE(file.temporary.stat().st_mode) == 0o600
     file.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_files_have_the_mode_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with open_table(tmp_path / "t.tsv", ("a",)) as table:
+            assert stat.S_IMODE((tmp_path / ".t.tsv.partial").stat().st_mode) == 0o600
+            table.write((1,))
+        with AtomicFile(tmp_path / "out.h5") as file:
+            file.write(memoryview(b"x"))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -357,9 +357,9 @@ class _Outputs:
             strands = "both strands" if config["rc"] == "mean" else "one strand"
             notes = [
                 scorer.model.model.name,
-                f"{config['flank']:,} bases on either side",
+                f"flanks of {config['flank']:,} bases",
                 strands,
-                *(f"{number:,} changes by {name}" for name, number in self.methods.items()),
+                *(f"{number:,} by {name}" for name, number in self.methods.items() if name != LIKELIHOOD),
             ]
             drawn = draw_heat_map(maps, notes)
             with reporting_writes(self._picture):

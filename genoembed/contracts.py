@@ -29,6 +29,8 @@ PoolMask: TypeAlias = "NDArray[np.bool_] | NDArray[np.float32]"
 
 FINAL_FOLDER = "final"
 """Folder of the trained model in that of a training run."""
+RUN_FILE = "run.json"
+"""What every folder of a training run has."""
 IGNORE_INDEX = -100
 """Label that losses leave out; torch and transformers take it as such, too."""
 

@@ -28,6 +28,7 @@ from genoembed.finetuning.opening import (
     write_sentence_files,
 )
 from genoembed.models.load import load_model, without_progress_bars
+from genoembed.models.locate import locate_model
 from genoembed.models.trained_folder import (
     FACTS_FILE,
     FACTS_FORMAT,
@@ -171,6 +172,7 @@ def load_predictor(
     """Load a fine-tuned model that predicts labels or numbers."""
     facts = read_finetuned(folder)
     if facts is None:
+        locate_model(str(folder))  # raises for a folder of none, and for a run that is not complete
         message = f"{folder}: no {FACTS_FILE}; name the folder of a fine-tuning run"
         raise ConfigError(message)
     labels = facts.values.get("labels")

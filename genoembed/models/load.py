@@ -43,7 +43,7 @@ from genoembed.models.architecture import (
 )
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.layers import final_candidates, find_blocks
-from genoembed.models.locate import find_source
+from genoembed.models.locate import find_source, say_inner_folder
 from genoembed.models.names import BUNDLED_NAME
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import ModelSource, entry_named
@@ -108,6 +108,7 @@ def load_model(
     device = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype, device)
     source = find_source(name_or_path, revision=revision)
+    say_inner_folder(source)
     with foreign_code(f"model {name_or_path!r}"):
         model = _load(
             source,

@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from genoembed.contracts import FINAL_FOLDER, RUN_FILE
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
 from genoembed.models.geneb import published_in, published_named, repository_of
 from genoembed.models.names import BUNDLED_NAME, CHECKPOINT_SUFFIXES, check_model_name, suggestion
@@ -62,6 +63,14 @@ def find_source(name_or_path: str, *, revision: str | None = None, with_weights:
     folder = Path(source.location) if source.is_local else _fetched_adapter(source)
     adapter = None if folder is None else read_adapter(folder)
     return source if adapter is None else _on_base(source, adapter, with_weights=with_weights)
+
+
+def say_inner_folder(source: ModelSource) -> None:
+    """Say which folder stands for the one that was named, such as that of a training run."""
+    named = Path(source.name).expanduser()
+    if source.is_local and source.entry is None and source.adapter is None and named.is_dir():
+        if named != Path(source.location):
+            _LOG.info("model %r: the model in it, %s", source.name, source.location)
 
 
 def fetched(source: ModelSource, name: str) -> Path | None:
@@ -247,6 +256,12 @@ def _joined_digest(files: Iterable[Path]) -> str:
 
 def _check_folder(path: Path) -> None:
     if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if (path / RUN_FILE).is_file():
+            message = (
+                f"model {str(path)!r}: the folder of a training run without its {FINAL_FOLDER!r}; go on with "
+                "the run until it is complete"
+            )
+            raise ModelError(message)
         checkpoints = sorted(p.name for p in path.iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
         hint = (
             f"convert {checkpoints[0]} first" if checkpoints else "name a folder written by save_pretrained"

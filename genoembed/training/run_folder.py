@@ -32,7 +32,7 @@ from genoembed.atomic import (
     write_text,
 )
 from genoembed.config.fields import differences, raise_all
-from genoembed.contracts import FINAL_FOLDER
+from genoembed.contracts import FINAL_FOLDER, RUN_FILE
 from genoembed.errors import ConfigError, Problem, Remedy, StoreError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
 CONFIG_FILE = "finetune.json"
 METRICS_FILE = "metrics.jsonl"

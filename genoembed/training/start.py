@@ -28,7 +28,7 @@ from genoembed.models.architecture import (
     unbuildable,
 )
 from genoembed.models.load import check_scales, load_tokenizer, without_progress_bars
-from genoembed.models.locate import find_source
+from genoembed.models.locate import find_source, say_inner_folder
 from genoembed.models.registry import entry_named
 from genoembed.models.trained_folder import (
     FACTS_FILE,
@@ -121,6 +121,7 @@ def _load(
     name: str, *, revision: str | None, trust_remote_code: bool, dtype: ComputeDtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = find_source(name, revision=revision)
+    say_inner_folder(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.revision is not None:
         options["revision"] = source.revision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from genoembed.errors import (
     ConfigError,
     EmptyRecordError,
     Interrupted,
+    ModelError,
     NonFiniteError,
     StoreError,
 )
@@ -109,7 +111,23 @@ def test_predict_writes_the_columns_of_the_task(runs, tmp_path, task):
         assert (shares.idxmax(axis=1).str.removeprefix("p_") == table["label"]).all()
 
 
-def test_folder_of_a_run_stands_for_its_model(runs, tmp_path):
+def test_folder_of_a_run_that_is_not_complete_says_so(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    fasta = write_fasta(tmp_path / "s.fa", sequences(12))
+    words = "the folder of a training run without its 'final'; go on with the run until it is complete"
+    for call in (
+        lambda: genoembed.predict(tmp_path / "run", fasta),
+        lambda: genoembed.extract(fasta, model=tmp_path / "run", output=tmp_path / "a.h5"),
+        lambda: genoembed.score(fasta, model=str(tmp_path / "run"), output=tmp_path / "a.tsv"),
+        lambda: genoembed.finetune(fasta, tmp_path / "o", task="lm", model=tmp_path / "run"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            call()
+
+
+def test_folder_of_a_run_stands_for_its_model(runs, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     fasta = write_fasta(tmp_path / "s.fa", sequences(5, seed=4))
     run = Path(runs["classification"].output).parent
     for name, folder in (("run", run), ("final", run / "final")):
@@ -120,6 +138,8 @@ def test_folder_of_a_run_stands_for_its_model(runs, tmp_path):
         genoembed.open_embeddings(tmp_path / "run.h5") as one,
         genoembed.open_embeddings(tmp_path / "final.h5") as other,
     ):
+        said = [line for line in caplog.messages if line.endswith(f"the model in it, {run / 'final'}")]
+        assert len(said) == 2  # by predict and by extract, where the folder of the run was named
         assert one.layers == other.layers
         assert one.X[:].tobytes() == other.X[:].tobytes()
 

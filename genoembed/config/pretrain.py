@@ -199,7 +199,7 @@ class RecipeConfig(OptimizerConfig):
         group=OPTIMIZATION,
         metavar="N",
         shown_default="5 % of all, 200 at most",
-        help="Steps of linear warm-up before the cosine schedule.",
+        help="Steps in which the rate rises from a tenth of its peak, before it falls to a tenth.",
     )
     weight_decay: float = option(
         0.1,

@@ -29,6 +29,7 @@ from genoembed.finetuning.sampling import RankBatches
 from genoembed.retrieval.grad_cache import cached_backward
 from genoembed.training.distributed import from_first
 from genoembed.training.log import LossOutput, MetricsFile, gradient_norms
+from genoembed.training.rates import rate_share, warmup_share
 from genoembed.training.trainer import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -148,28 +149,6 @@ class SetEpoch(TrainerCallback):
             listener.set_epoch(int(state.epoch or 0))
 
 
-_FIRST_SHARE = 0.1
-"""Of the peak rate, in the first step of a warm-up: none at all would waste the step."""
-
-
-def rate_share(step: int, *, recipe: FinetuneRecipe, warmup: int, total: int) -> float:
-    """Compute the learning rate of a step, from 0, as a share of its peak.
-
-    Example:
-        >>> from genoembed.config.finetune import FinetuneRecipe
-        >>> recipe = FinetuneRecipe(schedule="linear", learning_rate=1.0, min_learning_rate=0.2)
-        >>> [round(rate_share(step, recipe=recipe, warmup=3, total=8), 2) for step in range(9)]
-        [0.1, 0.4, 0.7, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]
-    """
-    if step < warmup:
-        return _FIRST_SHARE + (1 - _FIRST_SHARE) * step / warmup
-    assert recipe.learning_rate is not None, "resolve_recipe has set it"
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    least = recipe.min_learning_rate / recipe.learning_rate
-    return least + (1 - least) * left[recipe.schedule]
-
-
 class WarmUp(TrainerCallback):
     """Raise the rate in the first steps of a schedule that only knows how to lower it."""
 
@@ -179,7 +158,7 @@ class WarmUp(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the rates of the step."""
         if self._steps and state.global_step <= self._steps:
-            share = _FIRST_SHARE + (1 - _FIRST_SHARE) * state.global_step / self._steps
+            share = warmup_share(state.global_step, self._steps)
             for group, peak in zip(kwargs["optimizer"].param_groups, self._peaks, strict=True):
                 group["lr"] = peak * share
 
@@ -307,7 +286,13 @@ class FinetuneTrainer(ResumableTrainer):
                 self.add_callback(WarmUp(chosen, warmup))
                 self.lr_scheduler = self._plateau(chosen)
             else:
-                share = partial(rate_share, recipe=self._recipe, warmup=warmup, total=num_training_steps)
+                share = partial(
+                    rate_share,
+                    schedule=self._recipe.schedule,
+                    least=self._recipe.min_learning_rate / float(self.args.learning_rate),
+                    warmup=warmup,
+                    total=num_training_steps,
+                )
                 self.lr_scheduler = LambdaLR(chosen, share)
             self._created_lr_scheduler = True
         return self.lr_scheduler

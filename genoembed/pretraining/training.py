@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from genoembed.atomic import partial_of, replacing_folder, reporting_writes
@@ -38,7 +40,7 @@ from genoembed.training.distributed import (
     wait_for_all,
 )
 from genoembed.training.log import MetricsFile, reporters
-from genoembed.training.rates import pretraining_rate
+from genoembed.training.rates import pretraining_rate, rate_share
 from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
 from genoembed.training.start import carry_vectors
 from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from genoembed.config.pretrain import DataConfig, RecipeConfig
@@ -60,8 +63,14 @@ ADAM_BETA2 = 0.98
 """Shorter memory than AdamW's usual 0.999, as language models are trained."""
 
 
+_LEAST_SHARE = 0.1
+"""Of the peak rate, at the end of a run."""
+
+
 class PackedTrainer(ResumableTrainer):
     """A Trainer over :class:`~genoembed.pretraining.stream.PackedStream`."""
+
+    lr_scheduler: LRScheduler | None
 
     def __init__(
         self,
@@ -85,6 +94,21 @@ class PackedTrainer(ResumableTrainer):
         self._tokenizer.save_pretrained(output_dir or str(self.folder))
         if self._facts is not None:
             carry_vectors(self._facts, Path(output_dir or self.folder))
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """Build the schedule of the learning rate, once: warm-up, and a cosine to a tenth."""
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            assert chosen is not None, "the optimizer is built first"
+            warmup = int(self.args.warmup_steps)
+            share = partial(
+                rate_share, schedule="cosine", least=_LEAST_SHARE, warmup=warmup, total=num_training_steps
+            )
+            self.lr_scheduler = LambdaLR(chosen, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Read the stream as it is: accelerate would read it in one process and hand rows around."""
@@ -342,8 +366,7 @@ def _arguments(recipe: RecipeConfig, folder: Path) -> TrainingArguments:
         folder,
         max_steps=recipe.max_steps,
         adam_beta2=ADAM_BETA2,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        lr_scheduler_type="constant",  # the trainer makes its own
         warmup_steps=recipe.warmup_steps,
         eval_strategy="steps",
         eval_steps=recipe.eval_steps,

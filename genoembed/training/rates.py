@@ -25,7 +25,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from genoembed.config.choices import Tuning
+    from genoembed.config.choices import Schedule, Tuning
 
 HEAD_RATE = 1e-3
 TUNED_SHARE = 0.2
@@ -99,3 +99,27 @@ def pretraining_rate(width: int | None, *, is_new: bool, is_tuned: bool = False)
     rate = _NEW_RATE * math.sqrt(_NARROW / wide) * (1 if is_new else _GOING_ON_SHARE)
     why = "new weights" if is_new else "a tenth of that for new weights"
     return _gone_on(Rate(rate, f"width {width}, {why}" if width else why), is_tuned=is_tuned)
+
+
+_FIRST_SHARE = 0.1
+"""Of the peak rate, in the first step of a warm-up: none at all would waste the step."""
+
+
+def warmup_share(step: int, warmup: int) -> float:
+    """Compute the share of the peak rate in a step of the warm-up, from 0."""
+    return _FIRST_SHARE + (1 - _FIRST_SHARE) * step / warmup
+
+
+def rate_share(step: int, *, schedule: Schedule, least: float, warmup: int, total: int) -> float:
+    """Compute the learning rate of a step, from 0, as a share of its peak.
+
+    Example:
+        >>> shares = [rate_share(n, schedule="linear", least=0.2, warmup=3, total=8) for n in range(9)]
+        >>> [round(share, 2) for share in shares]
+        [0.1, 0.4, 0.7, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]
+    """
+    if step < warmup:
+        return warmup_share(step, warmup)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return least + (1 - least) * left[schedule]

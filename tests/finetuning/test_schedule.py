@@ -10,7 +10,8 @@ import torch
 import genoembed
 from genoembed.config.finetune import FinetuneRecipe
 from genoembed.errors import ConfigError
-from genoembed.finetuning.trainer import FinetuneTrainer, WarmUp, rate_share
+from genoembed.finetuning.trainer import FinetuneTrainer, WarmUp
+from genoembed.training.rates import rate_share
 from tests.finetuning.cases import FAST, build_model, write_classes
 
 
@@ -67,8 +68,7 @@ def test_warm_up_of_a_plateau_starts_at_a_tenth_and_then_leaves_the_rate_alone()
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
 def test_rates_rise_from_a_tenth_and_end_where_they_shall(schedule, last):
-    recipe = FinetuneRecipe(schedule=schedule, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
-    shares = [rate_share(step, recipe=recipe, warmup=4, total=20) for step in range(21)]
+    shares = [rate_share(step, schedule=schedule, least=0.1, warmup=4, total=20) for step in range(21)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[:5] == sorted(shares[:5])
     assert shares[4] == 1.0

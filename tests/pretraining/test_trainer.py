@@ -185,6 +185,14 @@ def test_a_killed_run_goes_on_exactly_from_its_newest_checkpoint(corpus, whole, 
         assert torch.equal(expected[name], tensor), name
 
 
+def test_the_rate_rises_from_a_tenth_and_falls_to_a_tenth(whole):
+    """A first step at a rate of 0 would be wasted."""
+    rates = [rate for _, rate in curve(whole, "learning_rate")]
+    assert rates[:2] == [pytest.approx(1e-3), pytest.approx(1e-2)]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert 1e-3 < rates[-1] < 3e-3
+
+
 def test_heldout_loss_counts_a_batch_that_is_not_full(corpus, tmp_path):
     heldout = tmp_path / "h.fa"
     heldout.write_text(">h\n" + "ACGGTTA" * 4 + "\n")

@@ -258,7 +258,7 @@ class SequenceGenerator:
         batch_tokens = options.batch_tokens or default_batch_tokens(model.model.device)
         self._block_tokens = max(batch_tokens, LEAST_BLOCK_TOKENS)
         # half precision and FP8 round too coarsely: almost every draw would be in doubt
-        is_fine = model.model.dtype == torch.float32 and model.model.fp8 in (None, "off")
+        is_fine = model.model.dtype == torch.float32 and model.model.fp8_numbers == "off"
         self._tolerance = _SURE if is_fine else 0.0
         self._room = self._prompt_tokens()
 

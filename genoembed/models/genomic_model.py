@@ -109,6 +109,11 @@ class GenomicModel:
         form: str | None = getattr(self.module, "fp8_form", None)
         return form
 
+    @property
+    def fp8_numbers(self) -> str:
+        """Whether numbers are those of FP8, ``on`` or ``off``: hardware and emulation give the same."""
+        return "off" if self.fp8 in (None, "off") else "on"
+
     @cached_property
     def max_length(self) -> int | None:
         """Longest input in tokens, special tokens included; None where there is no stated limit."""

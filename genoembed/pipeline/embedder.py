@@ -294,7 +294,7 @@ def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
         "model": model["class"],
         **model["content"],
         "dtype": model["dtype"],
-        "fp8": model["fp8"],
+        "fp8": embedder.model.fp8_numbers,
         "max_length": model["max_length"],
         "tokenizer": type(embedder.model.tokenizer).__name__,
         "layers": list(embedder.layers),

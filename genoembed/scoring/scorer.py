@@ -304,7 +304,7 @@ class SequenceScorer:
             **self.model.model.content,
             "model": type(self.model.model.module).__name__,
             "dtype": str(self.model.model.dtype),
-            "fp8": self.model.model.fp8,
+            "fp8": self.model.model.fp8_numbers,
             "max_length": self.model.model.max_length,
             "start_token": str(self.start_token),
             **{name: getattr(self.options, name) for name in _DECIDING},

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import genoembed
-from genoembed.doctor import KNOWN_ANSWER, embed_sequences
+from genoembed.doctor.checks import embed_sequences
+from genoembed.doctor.results import KNOWN_ANSWER
 from genoembed.models.provenance import weights_digest
 
 KNOWN_SEQUENCE = (

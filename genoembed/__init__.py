@@ -16,7 +16,7 @@ from genoembed._version import __version__
 if TYPE_CHECKING:
     from genoembed.comparison import CompareReport, compare
     from genoembed.contracts import SequenceRecord
-    from genoembed.doctor import run_doctor
+    from genoembed.doctor.run import run_doctor
     from genoembed.embedding import Embedded, embed
     from genoembed.errors import GenoembedError, GenoembedWarning
     from genoembed.exporting.files import ExportReport, export
@@ -106,7 +106,7 @@ _HOMES = {
     "probe": "genoembed.probing.run",
     "published_models": "genoembed.models.geneb",
     "read_sequences": "genoembed.sequences",
-    "run_doctor": "genoembed.doctor",
+    "run_doctor": "genoembed.doctor.run",
     "score": "genoembed.scoring.sequences",
     "score_mutations": "genoembed.scoring.mutagenesis",
     "score_variants": "genoembed.scoring.variants",

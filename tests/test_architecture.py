@@ -140,6 +140,9 @@ RULES = {
     "cli": Rule(internal=("__init__", "_version", "config", "errors"), third_party=("click", "rich")),
 }
 LAZY = {
+    ("models.locate", "models.geneb"): "for names that are neither bundled nor Evo 2",
+    ("models.names", "models.geneb"): "for names that are neither bundled nor Evo 2",
+    ("doctor.run", "doctor.checks"): "torch, after the checks that need no model",
     ("extraction", "pipeline.ray"): "an optional extra, for clusters",
     ("extraction", "pipeline.agreement"): "compares vectors, for --certificate",
     ("finetuning.run", "finetuning.training"): "torch, after the checks that need no model",
@@ -403,6 +406,7 @@ def test_no_public_name_stands_in_two_modules():
 
 SMALL = 120
 REASONS = {
+    "genoembed.doctor.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",

@@ -6,6 +6,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +16,15 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from examples.package_mini import KNOWN_SEQUENCE, package
-from genoembed import CharTokenizer, doctor, load_model
-from genoembed.doctor import KNOWN_ANSWER, DoctorCheck, embed_sequences, run_doctor
+from genoembed import CharTokenizer, load_model
+from genoembed.doctor import checks as doctor
+from genoembed.doctor.checks import embed_sequences
+from genoembed.doctor.results import KNOWN_ANSWER, DoctorCheck
+from genoembed.doctor.run import run_doctor
 from genoembed.errors import ConfigError, GenoembedError
+from genoembed.models.names import BUNDLED_NAME
 from genoembed.models.provenance import weights_digest
-from genoembed.models.registry import BUNDLED_FOLDER, BUNDLED_NAME, ModelSource
+from genoembed.models.registry import BUNDLED_FOLDER, ModelSource
 from genoembed.models.striped_hyena2.fp8 import round_to_e4m3
 from tests.oracles import hopper_product
 from tests.tiny_models import build_striped_hyena
@@ -284,6 +291,35 @@ def test_known_sequence_is_the_start_of_the_phage_of_the_examples(pytestconfig):
     first = phages.split(">")[1]
     assert first.startswith("NC_001422")
     assert first.partition("\n")[2].replace("\n", "").startswith(KNOWN_SEQUENCE)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "evo2-7b"), "did you mean 'evo2_7b'?"),
+        (
+            ("--model", "someone/dnabert-3"),
+            "--model is 'someone/dnabert-3', which is no model of genoembed models",
+        ),
+        (("--model", "tests", "--as", "nt-v2-50"), "did you mean 'nt-v2-50m'"),
+        (("--model", "tests"), "nothing says which published model this folder holds"),
+        (("--model", "evo2_7b", "--tolerance", "1"), "no vectors are published of 'evo2_7b'"),
+    ],
+)
+def test_wrong_model_is_seen_before_torch_is_imported(words, said):
+    code = """
+import sys
+from genoembed.cli import main
+try:
+    main(["doctor", *sys.argv[1:]], prog_name="genoembed")
+finally:
+    print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    root = Path(__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert said in ran.stderr
+    assert ran.stdout == "[]\n"
 
 
 # FP8

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, EsmModel
 
-from genoembed import doctor
 from genoembed.cli import main
-from genoembed.doctor import run_doctor
+from genoembed.doctor import checks, run
+from genoembed.doctor.run import run_doctor
 from genoembed.errors import ConfigError, ModelError
 from genoembed.models.geneb import KnownAnswer, known_answers, published_models, published_named
 
@@ -50,7 +50,8 @@ def answers(change=0.0, num_tokens=None):
 @pytest.fixture
 def known(monkeypatch):
     def know(*given):
-        monkeypatch.setattr(doctor, "known_answers", lambda _title: given)
+        for module in (run, checks):
+            monkeypatch.setattr(module, "known_answers", lambda _title: given)
 
     return know
 
@@ -124,7 +125,7 @@ def test_other_tokens_and_widths_are_missed(known):
 def test_pooling_and_special_tokens_are_those_of_the_published_vector(known, monkeypatch):
     states = hidden_states(SEQUENCES[1])
     rules = dataclasses.replace(published_named("nt-2.5b"), pooling="cls")
-    monkeypatch.setattr(doctor, "published_named", lambda _name: rules)
+    monkeypatch.setattr(run, "published_named", lambda _name: rules)
     first = KnownAnswer(
         sequence=SEQUENCES[1], revision=COMMIT, num_tokens=None, values=tuple(states[0].tolist())
     )

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from examples.package_mini import FLOAT32_TENSORS, KNOWN_SEQUENCE
 from genoembed import load_model, read_sequences
 from genoembed.config.pretrain import train_config
-from genoembed.doctor import KNOWN_ANSWER, embed_sequences, run_doctor
+from genoembed.doctor.checks import embed_sequences
+from genoembed.doctor.results import KNOWN_ANSWER
+from genoembed.doctor.run import run_doctor
 from genoembed.models.registry import BUNDLED_FOLDER
 from tests.by_hand import shorten_fasta
 from tests.plotting.map_file import write_map_file

@@ -22,8 +22,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from genoembed.contracts import FINAL_FOLDER, RUN_FILE
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
-from genoembed.models.geneb import published_in, published_named, repository_of
-from genoembed.models.names import BUNDLED_NAME, CHECKPOINT_SUFFIXES, check_model_name, suggestion
+from genoembed.models.names import (
+    BUNDLED_NAME,
+    CHECKPOINT_SUFFIXES,
+    check_model_name,
+    model_folder,
+    suggestion,
+)
 from genoembed.models.provenance import folder_content
 from genoembed.models.registry import (
     ADAPTER_CONFIG,
@@ -33,7 +38,6 @@ from genoembed.models.registry import (
     KnownModel,
     ModelSource,
     entry_named,
-    model_folder,
     read_adapter,
 )
 
@@ -137,6 +141,8 @@ def locate_model(name_or_path: str, *, with_weights: bool = True) -> ModelSource
 
 def _published(name: str, path: Path) -> ModelSource:
     """Tell a folder or file from the short name of a published model and from a Hugging Face id."""
+    from genoembed.models.geneb import published_in, published_named, repository_of
+
     short = published_named(name)
     if path.exists():
         if short is not None:

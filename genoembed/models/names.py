@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
+from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import ModelNotFoundError
-from genoembed.models.geneb import published_models, published_named
+
+if TYPE_CHECKING:
+    from os import PathLike
 
 BUNDLED_NAME = "genoembed-mini"
 EVO2_NAMES = (
@@ -38,6 +42,8 @@ def model_names() -> tuple[str, ...]:
         >>> [name for name in model_names() if name.startswith(("genoembed", "dnabert"))]
         ['genoembed-mini', 'dnabert-s', 'dnabert-2']
     """
+    from genoembed.models.geneb import published_models
+
     return (BUNDLED_NAME, *EVO2_NAMES, *(model.name for model in published_models()))
 
 
@@ -51,7 +57,11 @@ def check_model_name(name: str) -> None:
         ModelNotFoundError: If a path leads nowhere, or a name without an owner is none of ours.
     """
     path = Path(name).expanduser()
-    if name in (BUNDLED_NAME, *EVO2_NAMES) or path.exists() or published_named(name) is not None:
+    if name in (BUNDLED_NAME, *EVO2_NAMES) or path.exists():
+        return
+    from genoembed.models.geneb import published_named
+
+    if published_named(name) is not None:
         return
     if looks_like_path(name):
         message = f"model {name!r}: no such file or folder; {suggestion(path.name)}"
@@ -63,6 +73,18 @@ def check_model_name(name: str) -> None:
             f"{suggestion(name)}"
         )
         raise ModelNotFoundError(message)
+
+
+def model_folder(folder: str | PathLike[str]) -> Path:
+    """Return the folder of a model, where another stands for it.
+
+    That of a training run stands for its ``final``, one of sentence-transformers for the folder in it.
+    """
+    path = Path(folder).expanduser()
+    if (path / "config.json").exists():
+        return path
+    inner = (path / FINAL_FOLDER, path / "0_Transformer")
+    return next((folder for folder in inner if (folder / "config.json").is_file()), path)
 
 
 def looks_like_path(name: str) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from genoembed.contracts import FINAL_FOLDER
 from genoembed.errors import CheckpointError, ConfigError, ModelNotFoundError
 from genoembed.models.names import BUNDLED_NAME, suggestion
 from genoembed.models.provenance import CONFIG, WEIGHTS, content_digest, file_digest, folder_content
@@ -22,7 +21,6 @@ from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from os import PathLike
 
     from genoembed.models.geneb import PublishedModel
 
@@ -182,18 +180,6 @@ class ModelSource:
         """Return what to fetch of a repository: what was given, else what a short name stands for."""
         is_short_name = self.published is not None and self.name != self.location
         return self.published.branch if given is None and is_short_name and self.published else given
-
-
-def model_folder(folder: str | PathLike[str]) -> Path:
-    """Return the folder of a model, where another stands for it.
-
-    That of a training run stands for its ``final``, one of sentence-transformers for the folder in it.
-    """
-    path = Path(folder).expanduser()
-    if (path / "config.json").exists():
-        return path
-    inner = (path / FINAL_FOLDER, path / "0_Transformer")
-    return next((folder for folder in inner if (folder / "config.json").is_file()), path)
 
 
 def known_models() -> tuple[KnownModel, ...]:

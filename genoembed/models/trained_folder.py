@@ -27,8 +27,9 @@ from genoembed.errors import (
 )
 from genoembed.models.layers import FINAL
 from genoembed.models.locate import fetched, locate_model, reachable_source
+from genoembed.models.names import model_folder
 from genoembed.models.provenance import backbone_files
-from genoembed.models.registry import entry_named, model_folder
+from genoembed.models.registry import entry_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

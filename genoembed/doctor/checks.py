@@ -1,4 +1,4 @@
-"""Known-answer tests of an installation, or of a published model's weights: can vectors be trusted here?
+"""The known-answer tests themselves.
 
 The bundled model has a known answer beside its weights. For published models, `genoembed.models.geneb` has
 short inputs and the vectors that the real weights give. For Evo 2 checkpoints, whose vectors are not known,
@@ -11,26 +11,23 @@ import json
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from genoembed.batching.pad import pad_batch, pool_mask
-from genoembed.config.fields import named_options
-from genoembed.config.files import DoctorConfig
 from genoembed.contracts import Batch, EmbeddingBlock, ObsRow
-from genoembed.errors import ConfigError, GenoembedError, ModelError
-from genoembed.models.geneb import known_answers, published_in, published_models, published_named
+from genoembed.doctor.results import KNOWN_ANSWER, DoctorCheck, PublishedCheck
+from genoembed.errors import GenoembedError
+from genoembed.models.geneb import known_answers
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
-from genoembed.models.names import BUNDLED_NAME, suggestion
 from genoembed.models.provenance import weight_files, weights_digest
-from genoembed.models.registry import entry_named, model_folder
+from genoembed.models.registry import entry_named
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.fp8 import emulate_product, emulation_form, fp8_linear, has_hopper_sums
 from genoembed.pipeline.agreement import difference
@@ -49,9 +46,6 @@ if TYPE_CHECKING:
     from genoembed.models.genomic_model import GenomicModel
 
 logger = logging.getLogger(__name__)
-
-KNOWN_ANSWER = "known_answer.json"
-"""Beside the bundled weights: a sequence, a layer and the vector they give."""
 
 # Other CPUs sum in other orders, over all layers up to the one that is taken; a batch changes less.
 _VECTOR_TOLERANCE = 1e-4
@@ -73,106 +67,16 @@ _FP8_FORMS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DoctorCheck:
-    """One known-answer test."""
-
-    name: str
-    """What was tested."""
-    passed: bool
-    """Whether the answer is the known one."""
-    detail: str
-    """What was found."""
-    seconds: float
-    """Wall time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedCheck(DoctorCheck):
-    """A published vector, and how far the one computed here is from it."""
-
-    verdict: Literal["met", "missed"]
-    sequence: str
-    absolute: float
-    """Largest difference of a value; infinite where the vectors cannot be compared."""
-    relative: float
-    """The same, relative to the largest value."""
-    cosine: float
-    tolerance: float
-    """Largest relative difference that is met."""
-    revision: str | None
-    """Commit that the weights are of; None where their folder does not say."""
-    known_revision: str
-    """Commit that the published vector is of."""
-    is_known_revision: bool | None
-    """Whether the two are the same; None where the first is unknown."""
-
-
 class _WrongAnswerError(GenoembedError):
     """A test that gave another answer than the known one."""
 
 
-@named_options(DoctorConfig)
-def run_doctor(
-    *,
-    model: str = BUNDLED_NAME,
-    known_as: str | None = None,
-    tolerance: float | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    on_check: Callable[[DoctorCheck], None] | None = None,
-) -> list[DoctorCheck]:
-    """Test this installation, or the weights of a published model, against known answers.
-
-    Args:
-        model: The bundled model, or a folder that holds a known answer next to its weights: the installation
-            is tested. A published model, by its short name or repository, or a folder with its weights: its
-            vectors are compared with published ones, on the inputs, states and pooling that these have. An
-            Evo 2 checkpoint, by its name or folder: the FP8 product is tested, and that its scales are there.
-        known_as: Which published model the weights are, as a short name or repository; None takes ``model``.
-        tolerance: Largest difference to a published vector, relative to its largest value; None is 1e-4.
-        revision: Branch, tag or commit of a Hugging Face repository.
-        device: Where a published model runs, in float32; None is the CPU.
-        on_check: Called with each result as soon as it is there.
-
-    Returns:
-        One result a test; all are run, whatever fails. Those of a published model also say the verdict,
-        differences, tolerance, and the revisions of the weights and of the published vector.
-
-    Raises:
-        ConfigError: If an option is wrong, or nothing says which published model the weights are.
-        ModelError: If no vectors are published of the model, it is not run here, or it cannot be loaded.
-    """
-    options = {"known_as": known_as, "tolerance": tolerance, "revision": revision, "device": device}
-    DoctorConfig.build({"model": model, **options})
-    published = _published(model, known_as)
-    if published is not None:
-        return _check_published(
-            published,
-            load_model(model, device=device or "cpu", dtype="float32", revision=revision),
-            tolerance=_VECTOR_TOLERANCE if tolerance is None else tolerance,
-            on_check=on_check,
-        )
-    for key, value in (("tolerance", tolerance), ("revision", revision)):
-        if value is not None:
-            message = f"{key} is {value!r}, but no vectors are published of {model!r}; leave {key} out"
-            raise ConfigError(message)
-    return _run_tests(_tests_of(model, device), on_check)
+Tests: TypeAlias = "list[tuple[str, Callable[[], str]]]"
+"""Names, and what says what it found."""
 
 
-_Tests: TypeAlias = "list[tuple[str, Callable[[], str]]]"
-
-
-def _tests_of(model: str, device: str | None) -> _Tests:
-    """List the tests of an installation, or of a checkpoint whose vectors are not known."""
-    fp8 = ("FP8 of Evo 2", partial(_check_fp8, device))
-    if (described := _described_evo2(model)) is not None:
-        return [
-            ("tokenizer ids", _check_tokenizer),
-            fp8,
-            ("FP8 scales", partial(_check_scales, *described)),
-            ("device", _describe_device),
-        ]
+def installation_tests(model: str, device: str | None) -> Tests:
+    """List the tests of an installation, with a model whose answer is known."""
     known = _KnownModel(model)
     return [
         ("tokenizer ids", _check_tokenizer),
@@ -181,12 +85,22 @@ def _tests_of(model: str, device: str | None) -> _Tests:
         ("batch and padding invariance", known.check_invariance),
         ("bfloat16 against float32", known.check_bfloat16),
         ("embedding file", _check_store),
-        fp8,
+        ("FP8 of Evo 2", partial(_check_fp8, device)),
         ("device", _describe_device),
     ]
 
 
-def _run_tests(tests: _Tests, on_check: Callable[[DoctorCheck], None] | None) -> list[DoctorCheck]:
+def evo2_tests(model: str, device: str | None) -> Tests:
+    """List the tests of an Evo 2 checkpoint, by its name or folder."""
+    return [
+        ("tokenizer ids", _check_tokenizer),
+        ("FP8 of Evo 2", partial(_check_fp8, device)),
+        ("FP8 scales", partial(_check_scales, model)),
+        ("device", _describe_device),
+    ]
+
+
+def run_tests(tests: Tests, on_check: Callable[[DoctorCheck], None] | None) -> list[DoctorCheck]:
     """Run all tests, whatever fails."""
     checks = []
     for name, test in tests:
@@ -205,48 +119,22 @@ def _run_tests(tests: _Tests, on_check: Callable[[DoctorCheck], None] | None) ->
     return checks
 
 
-def _published(model: str, known_as: str | None) -> PublishedModel | None:
-    """Find which published model is meant; None for a model that brings its own known answer."""
-    folder = Path(model).expanduser()
-    name = known_as if known_as is not None or folder.exists() else model
-    if model == BUNDLED_NAME or (known_as is None and (folder / KNOWN_ANSWER).is_file()):
-        return None
-    if known_as is None and _described_evo2(model) is not None:
-        return None
-    found = None if name is None else published_named(name) or published_in(name)
-    with_answers = ", ".join(m.name for m in published_models() if m.is_run and known_answers(m.title))
-    if found is None and name is None:
-        message = (
-            f"model {model!r}: nothing says which published model this folder holds; set known_as to one of "
-            f"{with_answers}"
-        )
-        raise ConfigError(message)
-    if found is None:
-        key = "model" if known_as is None else "known_as"
-        message = f"{key} is {name!r}, which is no model of genoembed models; {suggestion(str(name))}"
-        raise ConfigError(message)
-    if not found.is_run:
-        message = (
-            f"model {found.name!r}: {found.title} is not run here ({found.reason}); choose {with_answers}"
-        )
-        raise ModelError(message)
-    if not known_answers(found.title):
-        message = f"model {found.name!r}: no vectors of {found.title} are known; they are of {with_answers}"
-        raise ModelError(message)
-    return found
-
-
-def _check_published(
+def check_published(
     published: PublishedModel,
-    model: GenomicModel,
+    name: str,
     *,
-    tolerance: float,
+    device: str | None,
+    revision: str | None,
+    tolerance: float | None,
     on_check: Callable[[DoctorCheck], None] | None,
 ) -> list[DoctorCheck]:
     """Compare each published vector of a model with the one that its weights give here."""
+    model = load_model(name, device=device or "cpu", dtype="float32", revision=revision)
     checks: list[DoctorCheck] = []
     for answer in known_answers(published.title):
-        check = _check_answer(published, answer, model, tolerance=tolerance)
+        check = _check_answer(
+            published, answer, model, tolerance=_VECTOR_TOLERANCE if tolerance is None else tolerance
+        )
         checks.append(check)
         if on_check is not None:
             on_check(check)
@@ -476,29 +364,15 @@ def _fp8_operands() -> tuple[Tensor, Tensor]:
     return x_TK, weight_NK
 
 
-def _described_evo2(model: str) -> tuple[str, Path, str] | None:
-    """Find an Evo 2 checkpoint that has no known answer: its name, folder, and what FP8 is to it."""
-    entry = entry_named(model)
-    if model == BUNDLED_NAME:
-        return None
-    if entry is not None:
-        return model, Path(locate_model(model, with_weights=False).location), _need(entry.needs_fp8)
-    folder = model_folder(model)
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, need = values["model_type"], values["fp8_projections"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    is_evo2 = kind == StripedHyena2Config.model_type and need in ("optional", "needed")
-    return (model, folder, _need(need == "needed")) if is_evo2 else None
-
-
-def _need(is_needed: bool) -> str:
-    return "needs FP8" if is_needed else "does without FP8, and has scales for it"
-
-
-def _check_scales(name: str, folder: Path, need: str) -> str:
+def _check_scales(name: str) -> str:
     """Check that each projection of a checkpoint that runs in FP8 has its scales."""
+    folder = Path(locate_model(name, with_weights=False).location)
+    entry = entry_named(name)
+    if entry is not None:
+        is_needed = entry.needs_fp8
+    else:
+        is_needed = StripedHyena2Config.from_pretrained(folder).fp8_projections == "needed"
+    need = "needs FP8" if is_needed else "does without FP8, and has scales for it"
     files = weight_files(folder)
     if not files:
         return f"{name} {need}; its weights are not here yet, so that its scales were not looked at"

@@ -44,7 +44,7 @@ from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.checkpointing import checkpoint_activations
-from genoembed.training.distributed import load_device
+from genoembed.training.distributed import load_device, num_processes
 from genoembed.training.encoder import Encoder
 from genoembed.training.heads import RegressionHead
 from genoembed.training.inference import SequenceRunner
@@ -261,7 +261,7 @@ def _contrast(base: _Base, found: TaskRows) -> TaskSetup:
     if contrast == "labels":
         dataset, collate = RowDataset(**own, encode=base.label_encoder(found.space)), rows
         measures |= {
-            side: LabelMeasure(rows=held, runner=base.runner, batch_rows=recipe.rows_per_device)
+            side: LabelMeasure(rows=held, runner=base.runner, batch_rows=_rows_compared(config))
             for side, held in sides.held_out()
         }
     else:
@@ -273,7 +273,7 @@ def _contrast(base: _Base, found: TaskRows) -> TaskSetup:
                 runner=base.runner,
                 other=other,
                 seed=recipe.seed,
-                batch_rows=recipe.rows_per_device,
+                batch_rows=_rows_compared(config),
             )
             for side, held in sides.held_out()
         }
@@ -289,6 +289,11 @@ def _contrast(base: _Base, found: TaskRows) -> TaskSetup:
         contrast=contrast,
         **base.facts(),
     )
+
+
+def _rows_compared(config: FinetuneConfig) -> int:
+    """Count the rows that a step compares, on all devices where they share theirs."""
+    return config.recipe.rows_per_device * (num_processes() if config.objective.across_devices else 1)
 
 
 def _contrast_model(base: _Base, contrast: Contrast) -> ContrastModel:
@@ -335,7 +340,7 @@ def _examples(config: FinetuneConfig, found: TaskRows, facts: FinetunedFacts | N
     terms = KmerTerms(k=objective.term_bases) if is_retrieval and objective.mode != "dense" else None
     base.check([s for row in sides.train for s in (row.query, *row.pos, *row.neg)])
     encoder, collate = base.label_encoder(), GroupCollator(rows=base.collator("none"), terms=terms)
-    measured: dict[str, Any] = {"batch_rows": recipe.rows_per_device, "group_size": sampler.group_size}
+    measured: dict[str, Any] = {"batch_rows": _rows_compared(config), "group_size": sampler.group_size}
     measured |= {"encoder": encoder, "collate": collate} if is_retrieval else {}
     measures: dict[str, Measure[Any]] = {
         side: ExampleMeasure(rows, base.runner, **measured) for side, rows in sides.held_out()

@@ -31,6 +31,9 @@ TRANSFORMERS = {
     "save_strategy": "save_steps eval_steps",
     "save_steps": "eval_steps",
     "logging_strategy": "logging_steps",
+    "fsdp": "distributed=fsdp",
+    "fsdp_config": "distributed=fsdp",
+    "deepspeed": "distributed=fsdp",
     "bf16": "dtype=bfloat16",
     "fp16": "dtype=float16",
     "use_fp16": "dtype=float16",
@@ -182,12 +185,8 @@ TABLES = {
 }
 """By whose words they are."""
 
-_LAUNCHER = "start it with accelerate launch, whose configuration says that"
 _UNIT = "vectors of contrastive and retrieval tasks always have length 1"
 NOT_OPTIONS = {
-    "deepspeed": _LAUNCHER,
-    "fsdp": _LAUNCHER,
-    "fsdp_config": _LAUNCHER,
     "local_rank": "start it with torchrun or accelerate launch",
     "ddp_backend": "start it with torchrun or accelerate launch",
     "num_gpus": "start it with torchrun or accelerate launch",

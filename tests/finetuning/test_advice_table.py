@@ -84,7 +84,7 @@ def test_defaults_that_the_table_says_are_the_defaults():
         **{
             "layers": ("final",),
             "pooling": "mean",
-            "add_pooler": False,
+            "add_pooler": None,
             "schedule": "cosine",
             "scope": "auto",
         },

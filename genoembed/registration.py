@@ -86,6 +86,8 @@ def trained_name(config: type[PreTrainedConfig], kind: str) -> str | None:
     if config not in mapping:
         return None
     found = mapping[config]
+    if isinstance(found, tuple):  # of which transformers chooses by rules of its own
+        return None
     return _trained_name(config, kind, is_alone=isinstance(found, _ClassOnDemand))
 
 

@@ -19,7 +19,7 @@ from genoembed.config.paths import check_paths
 from genoembed.errors import ModelError
 from genoembed.models.layers import FINAL
 from genoembed.models.load import load_model
-from genoembed.models.trained_folder import find_facts
+from genoembed.models.trained_folder import MODULES_FILE, find_facts
 from genoembed.pipeline.sentence_folder import why_other_vectors, write_sentence_modules
 from genoembed.tokenization.published import opened
 
@@ -123,11 +123,12 @@ def _check(loaded: GenomicModel) -> str:
     facts = find_facts(loaded)
     if facts is not None:
         is_plain = facts.layers in ((layer,), (FINAL,)) and facts.pooling == "mean" and facts.finisher is None
+        is_open = (facts.folder / MODULES_FILE).is_file()
         if not is_plain or facts.skip_first:
             message = (
                 f"{loaded.name} was fine-tuned for {facts.pooling} vectors of {', '.join(facts.layers)}"
-                f"{', projected or normalized' if facts.finisher else ''}, expected the mean of {layer}; use "
-                "genoembed.embed"
+                f"{', projected or normalized' if facts.finisher else ''}, expected the mean of {layer}; "
+                f"{'SentenceTransformer opens its folder as it is' if is_open else 'use genoembed.embed'}"
             )
             raise ModelError(message)
     return layer

@@ -257,7 +257,8 @@ def trained_class(config: type[PreTrainedConfig], kind: str, *, name: str) -> ty
     """Return the class for models with a configuration; the same one each time."""
     if (config, kind) not in _made:
         # what stands there chooses between a class and ours, and has the former's attributes
-        backbone: type[PreTrainedModel] = MODEL_MAPPING[config].plain_class
+        known = MODEL_MAPPING[config]
+        backbone: type[PreTrainedModel] = known[0] if isinstance(known, tuple) else known.plain_class
         family = next(
             base
             for base in backbone.__mro__[1:]

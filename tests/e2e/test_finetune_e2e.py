@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import genoembed
 from genoembed import open_embeddings
@@ -90,3 +91,17 @@ def test_predictions_are_the_saved_head_on_the_vectors_of_the_folder(run):
     found = np.array([[float(row[f"p_{name}"]) for name in told.names] for row in rows])
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert [row["label"] for row in rows] == [told.names[index] for index in expected.argmax(axis=1)]
+
+
+def test_three_lines_of_transformers_predict_the_same(run):
+    folder, held_out, fasta, report = run
+    tokenizer = AutoTokenizer.from_pretrained(report.output)
+    model = AutoModelForSequenceClassification.from_pretrained(report.output)
+    batch = tokenizer([sequence for _, sequence, _ in held_out], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = model(**batch).logits.softmax(-1).numpy()
+    output = folder / "opened.tsv"
+    genoembed.predict(report.output, fasta, output=output, threads=1)
+    names = [model.config.id2label[index] for index in range(2)]
+    expected = [[float(row[f"p_{name}"]) for name in names] for row in read_predictions(output)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

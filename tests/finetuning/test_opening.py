@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -25,6 +27,7 @@ from transformers import (
 import genoembed
 from genoembed.config.finetune import finetune_config
 from genoembed.config.retrieval import ContrastiveConfig
+from genoembed.errors import ModelError
 from genoembed.finetuning.labels import LabelSpace
 from genoembed.finetuning.models import PredictionModel, new_head
 from genoembed.finetuning.saved import save_finetuned
@@ -207,6 +210,36 @@ def test_blocks_behind_the_layer_are_left_out(tmp_path):
         assert len(load_model(folder).layers) < len(load_model(path).layers)
         whole = save(path, tmp_path / f"{family}-whole", task="contrastive")
         assert weights_bytes(folder) < weights_bytes(whole)
+
+
+def test_export_says_that_the_folder_opens_as_it_is(tmp_path):
+    folder = save(str(FAMILIES / "dnabert2"), tmp_path / "final", task="contrastive", layers=(0,))
+    with pytest.raises(ModelError, match="SentenceTransformer opens its folder as it is"):
+        genoembed.export_model(folder, tmp_path / "out")
+
+
+def test_folders_of_earlier_releases_are_read_as_before(tmp_path):
+    """They have all heads in a file of their own, and nothing else beside the model."""
+    path = path_of("striped_hyena", tmp_path)
+    kinds = {"classification": ("class", "xy"), "contrastive": (None, "")}
+    for task, (kind, names) in kinds.items():
+        folder = Path(save(path, tmp_path / task, task=task, kind=kind, names=names, add_pooler=True))
+
+        def read(folder=folder, kind=kind):
+            vectors = genoembed.embed(NEW, model=str(folder)).X
+            return vectors if kind is None else predicted(str(folder), tmp_path)
+
+        expected = read()
+        weights = load_file(folder / "model.safetensors")
+        heads = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
+        for file in folder.glob("*_Dense/model.safetensors"):
+            heads |= {f"head.pooler.{name[7:]}": value for name, value in load_file(file).items()}
+        for step in folder.glob("[0-9]_*"):
+            shutil.rmtree(step)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(heads, folder / "heads.safetensors")
+        found = read()
+        assert found == expected if kind else np.array_equal(found, expected)
 
 
 def weights_bytes(folder):

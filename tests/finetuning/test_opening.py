@@ -31,6 +31,7 @@ from genoembed.errors import ModelError
 from genoembed.finetuning.labels import LabelSpace
 from genoembed.finetuning.models import PredictionModel, new_head
 from genoembed.finetuning.saved import save_finetuned
+from genoembed.models.families import FAMILIES as FAMILIES_OF_OURS
 from genoembed.models.load import load_model
 from genoembed.retrieval.heads import DenseHead
 from genoembed.retrieval.models import ContrastModel
@@ -289,6 +290,17 @@ def test_adapters_are_merged_and_open(tmp_path):
     assert {row["label"]: row["score"] for row in found} == pytest.approx(
         {config.id2label[index]: float(expected[index]) for index in range(2)}, abs=1e-6
     )
+
+
+def test_every_family_has_both_classes():
+    kinds = (AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    lacking = [
+        (family.name, kind.__name__)
+        for family in FAMILIES_OF_OURS
+        for kind in kinds
+        if family.config_class() not in kind._model_mapping
+    ]
+    assert not lacking
 
 
 def test_new_heads_learn_and_models_of_others_open_as_ever(tmp_path):

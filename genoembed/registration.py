@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from genoembed.models.families import Family
 
@@ -78,15 +78,17 @@ def _trained_name(config: type[PreTrainedConfig], kind: str, *, is_alone: bool) 
     return f"{stem}{kind}" if is_alone else f"Genomic{stem}{kind}"
 
 
-def trained_name(config: type[PreTrainedConfig], kind: str) -> str | None:
-    """Name the class that opens fine-tuned models of a configuration, if there is one."""
+def trained_name(model: type[PreTrainedModel], config: type[PreTrainedConfig], kind: str) -> str | None:
+    """Name the class that opens fine-tuned models of a class, if there is one."""
     auto_module = importlib.import_module(f"{_AUTO}modeling_auto")
     auto_name = next(name for name, ending in _TRAINED_KINDS.items() if ending == kind)
     mapping = getattr(auto_module, auto_name)._model_mapping
     if config not in mapping:
         return None
     found = mapping[config]
-    if isinstance(found, tuple):  # of which transformers chooses by rules of its own
+    whole = getattr(auto_module.AutoModel._model_mapping[config], "plain_class", None)
+    # several classes, or an encoder of two: transformers chooses by rules of its own
+    if isinstance(found, tuple) or whole is None or not issubclass(model, whole):
         return None
     return _trained_name(config, kind, is_alone=isinstance(found, _ClassOnDemand))
 

@@ -81,10 +81,10 @@ def opening(
         values["label2id"] = {name: index for index, name in enumerate(space.names)}
         if not model.per_token:
             values["problem_type"] = _PROBLEM_TYPES[space.kind]
-    kind_of = type(encoder.backbone.config)
-    names = {kind: trained_name(kind_of, kind) for kind in kinds}
+    backbone: Any = encoder.backbone
+    names = {kind: trained_name(type(backbone), type(backbone.config), kind) for kind in kinds}
     for kind in (kind for kind, name in names.items() if name is None):
-        logger.info("transformers has no class %s for %s; use predict", kind, kind_of.__name__)
+        logger.info("no class of transformers (%s) opens a %s; use predict", kind, type(backbone).__name__)
     if any(names.values()):
         values["architectures"] = [name for name in names.values() if name is not None]
     values[SETTINGS] = {

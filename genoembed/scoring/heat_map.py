@@ -101,7 +101,9 @@ def draw_heat_map(maps: Sequence[MutationMap], notes: Sequence[str]) -> bytes:
             legend.append(f"{'letters' if width <= _LETTERS_UP_TO else 'dots'}: the reference")
         if any(np.isnan(found.delta_P4).any() for found in maps):
             legend.append("gray: no score")
-        text = "\n".join(textwrap.wrap(" · ".join([*legend, *notes]), 165, max_lines=2, placeholder=" ..."))
+        # lines end between notes, not in them
+        words = " · ".join(note.replace(" ", "\u00a0") for note in [*legend, *notes])
+        text = "\n".join(textwrap.wrap(words, 160, max_lines=2, placeholder=" ...", break_on_hyphens=False))
         figure.text(_LEFT / size[0], 0.36 / size[1], text, fontsize=7.5, color=_TEXT, va="top")
         _draw_scale(figure, size, colors, norm, limit, maps)
         buffer = io.BytesIO()
@@ -156,8 +158,8 @@ def _name(found: MutationMap) -> str:
     place = f"{found.contig}:{found.start + 1:,}-{found.start + len(found.reference):,}"
     name = place if found.record == found.contig or found.record.startswith(found.contig + ":") else ""
     name = name or f"{found.record}  ({place})"
-    strand = ", read on the reverse strand; letters of the forward strand" if found.strand == "-" else ""
-    return textwrap.shorten(name + strand, 120, placeholder=" ...")
+    strand = ", read on the reverse strand" if found.strand == "-" else ""
+    return textwrap.shorten(name, 90, placeholder=" ...") + strand
 
 
 def _draw_line(axes: Axes, line: _Line, colors: Colormap, norm: Normalize, *, width: int) -> None:

@@ -23,6 +23,7 @@ from genoembed.store.schema import (
     EMPTY_GROUPS,
     INDEX,
     INTEGER,
+    MUTATIONS_ATTR,
     PROVENANCE,
     ROOT_ENCODINGS,
     set_encoding,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from genoembed.contracts import Strand
     from genoembed.store.schema import JSON
 
-MUTATIONS_ATTR: Final = "genoembed-mutations"
 MUTATIONS_VERSION: Final = 1
 MAP_BASES: Final = "ACGT"
 """Columns of the matrices."""

@@ -43,6 +43,13 @@ SCHEMA_VERSION: Final = 2
 """The version this package writes, and the newest that it reads."""
 SCHEMA_ATTR: Final = "genoembed-schema"
 LAYERS_ATTR: Final = "genoembed-layers"
+TRANSFORM_ATTR: Final = "genoembed-transform"
+MUTATIONS_ATTR: Final = "genoembed-mutations"
+OTHER_FILES: Final[Mapping[str, str]] = {
+    TRANSFORM_ATTR: "a transform that fit-transform wrote",
+    MUTATIONS_ATTR: "a matrix of score --mutagenesis, which anndata.read_h5ad opens",
+}
+"""Files of ours that hold no embeddings, by the attribute that they have."""
 
 ROOT_ENCODINGS: Final[Mapping[Kind, Encoding]] = {
     "pooled": Encoding("anndata", "0.1.0"),
@@ -202,6 +209,10 @@ def read_layout(hdf5: h5py.File, path: str) -> Layout:
 
 def _read_version(hdf5: h5py.File, path: str) -> int:
     version = hdf5.attrs.get(SCHEMA_ATTR)
+    others = [words for name, words in OTHER_FILES.items() if name in hdf5.attrs]
+    if version is None and others:
+        problem = f"is {others[0]}, expected a file of embeddings; check the path"
+        raise StoreFormatError(problem, path=path)
     if version is None:
         problem = f"has no attribute {SCHEMA_ATTR}, so genoembed did not write it; check the path"
         if hdf5.attrs.get("encoding-type") == "anndata":

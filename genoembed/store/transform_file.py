@@ -17,7 +17,7 @@ import numpy as np
 
 from genoembed.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.errors import SchemaVersionError, StoreFormatError
-from genoembed.store.schema import check_size, reading
+from genoembed.store.schema import TRANSFORM_ATTR, check_size, reading
 from genoembed.store.seal import number_chunks, open_hdf5, write_seal
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-TRANSFORM_ATTR: Final = "genoembed-transform"
 TRANSFORM_VERSION: Final = 1
 _FACTS = "facts_json"
 _DIGEST = "sha256"

@@ -224,7 +224,7 @@ def test_matrix_opens_in_anndata_and_is_no_file_of_embeddings(tmp_path):
     assert "".join(read.obs["ref"]) == CONTIG[30:40]
     assert set(read.obs["chrom"]) == {"c"}
     assert read.uns["genoembed"]["kind"] == "changes of single bases, alt - ref"
-    with pytest.raises(StoreFormatError, match="no attribute genoembed-schema"):
+    with pytest.raises(StoreFormatError, match="is a matrix of score --mutagenesis, which anndata"):
         genoembed.open_embeddings(path)
 
 

@@ -486,6 +486,14 @@ class FinetuneConfig(Config):
             remedy = Remedy("metric", words=f"one of {', '.join(TASK_METRICS[task])}")
             yield Problem(f"metric is {self.recipe.metric!r}", remedy)
         yield from self.misplaced()
+        data = self.data
+        if not (data.validation or data.validation_fraction or data.split == "column"):
+            for key in ("patience", "min_epochs"):
+                if getattr(self.recipe, key) != FinetuneRecipe.options()[key].default:
+                    remedy = Remedy("validation", words="files, or validation_fraction above 0")
+                    yield Problem(
+                        f"{key} is for validation rows, but there are none", remedy, f", or leave {key} out"
+                    )
         if tuning == "frozen" and task in ("lm", "retrieval"):
             remedy = Remedy("mode", "fix_encoder") if task == "retrieval" else Remedy("tuning", "lora")
             yield Problem(f"tuning is 'frozen', but task is {task!r}", remedy)

@@ -140,6 +140,10 @@ class ScheduleConfig(OptimizerConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
+        for key in ("plateau_factor", "plateau_patience"):
+            if self.schedule != "plateau" and getattr(self, key) != type(self).own_options()[key].default:
+                found = f"{key} is for schedule 'plateau', but schedule is {self.schedule!r}"
+                yield Problem(found, Remedy("schedule", "plateau"), f", or leave {key} out")
         if self.warmup_fraction is not None and self.warmup_steps is not None:
             yield "warmup_fraction and warmup_steps are both set; leave one out"
 

@@ -397,15 +397,17 @@ def test_training_ends_when_the_metric_stalls_but_not_before_the_least_epochs(mo
     assert trainers[1].state.epoch == 5
 
 
-@pytest.mark.parametrize(
-    "changes", [{"max_steps": 3}, {"max_epochs": 30, "patience": 1, "learning_rate": 1e-7}]
-)
+STOPS_EARLY = {"max_epochs": 30, "patience": 1, "learning_rate": 0.3, "head_learning_rate": 0.3}
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, STOPS_EARLY])
 def test_run_killed_before_its_model_was_saved_is_finished_without_another_step(
     model, tmp_path, monkeypatch, changes
 ):
     path = write_classes(tmp_path / "c.tsv")
     options = {"task": "classification", "model": model, **FAST, "eval_steps": 1, "layers": 1, **changes}
     whole = genoembed.finetune(path, tmp_path / "whole", **options)
+    assert whole.steps < 20  # of 150, where nothing but patience ends it
 
     def killed(_model, folder, **_options):
         (folder / "config.json").write_text("{}")

@@ -43,7 +43,7 @@ from genoembed.retrieval.contrastive import batch_hard_triplet, supervised_contr
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -52,6 +52,7 @@ logger = logging.getLogger("contrast_by_labels")
 ORDERS = ("rounds", "spread")
 LOSSES = {"supervised contrast": "contrastive", "batch-hard triplets": "triplet"}
 """Losses that learn from labels, and the task that has each."""
+AVERAGES = {"mrr": "of queries", "macro": "of classes"}
 BATCHES = (8, 16, 32)
 RECIPE: dict[str, Any] = {"layers": "blocks.3", "max_epochs": 2, "rows_per_device": 16}
 """What differs from the package's defaults: an eighth of the blocks and few epochs, for time."""
@@ -122,8 +123,8 @@ def count_negatives(
         epochs: Of each seed.
 
     Returns:
-        ``steps`` and ``anchors``: shares of supervised contrast without negatives. ``steps, triplets`` and
-        ``rows, triplets``: shares without a triplet, because a positive or a negative is missing.
+        ``steps`` and ``anchors``: shares of supervised contrast with positives and no negatives.
+        ``steps, triplets`` and ``rows, triplets``: shares without a triplet, because either is missing.
     """
     codes = torch.from_numpy(np.unique(target, return_inverse=True)[1])
     tally: Counter[str] = Counter()
@@ -146,13 +147,13 @@ def _count_step(labels_N: torch.Tensor) -> dict[str, int]:
     vectors_ND = torch.eye(len(labels_N))
     contrast = supervised_contrastive(vectors_ND, labels_N).statistics
     triplets = batch_hard_triplet(vectors_ND, labels_N).statistics
-    # every anchor of a batch has the same rows to be told from: all of other classes, or none
-    has_negatives = contrast.negatives_per_query > 0
+    # if one anchor of a batch has negatives, all have; two rows of two classes are no anchors
+    anchors_alone = 0 if contrast.negatives_per_query > 0 else contrast.queries
     return {
         "steps": 1,
-        "steps alone": int(not has_negatives),
+        "steps alone": int(anchors_alone > 0),
         "anchors": contrast.queries,
-        "anchors alone": 0 if has_negatives else contrast.queries,
+        "anchors alone": anchors_alone,
         "steps without a triplet": int(triplets.queries == 0),
         "rows": len(labels_N),
         "rows without a triplet": triplets.left_out,
@@ -266,12 +267,15 @@ def count_set(labeled: LabeledSet, options: argparse.Namespace) -> list[dict[str
     return rows
 
 
-def train_set(labeled: LabeledSet, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Train in both orders on each seed, a table row a loss and a way of averaging."""
+def train_set(
+    labeled: LabeledSet, options: argparse.Namespace, changes: dict[str, list[float]]
+) -> list[dict[str, object]]:
+    """Train in both orders on each seed, a table row a loss and a way of averaging; collect what changes."""
     told = [labeled.name, labeled.digest, labeled.target.tolist(), options.recipe]
     untrained_ND = embed_rows(options.model, labeled.sequences, layers=options.recipe["layers"])
     rows = []
-    for loss, task in LOSSES.items():
+    for loss in options.losses:
+        task = LOSSES[loss]
         runs: dict[str, list[dict[str, float]]] = {"untrained": [], **{name: [] for name in ORDERS}}
         for seed in options.seeds:
             test = part_rows(labeled, seed=seed).test
@@ -286,25 +290,20 @@ def train_set(labeled: LabeledSet, options: argparse.Namespace) -> list[dict[str
                     )
                 )
                 logger.info("%s, %s, %s, seed %d: %s", labeled.name, loss, name, seed, runs[name][-1])
-        rows += [_compare(labeled, loss, average, runs) for average in ("mrr", "macro")]
+        for average, title in AVERAGES.items():
+            values = {name: np.array([run[average] for run in found]) for name, found in runs.items()}
+            change = values["spread"] - values["rounds"]
+            changes[title] += change.tolist()
+            row = {"set": labeled.name, "rows": len(labeled.target), "loss": loss, "MRR": title}
+            rows.append(row | {name: _cell(found) for name, found in values.items()} | _changed(change))
     return rows
 
 
-def _compare(
-    labeled: LabeledSet, loss: str, average: str, runs: Mapping[str, Sequence[Mapping[str, float]]]
-) -> dict[str, object]:
-    values = {name: np.array([run[average] for run in found]) for name, found in runs.items()}
-    change = values["spread"] - values["rounds"]
-    row: dict[str, object] = {
-        "set": labeled.name,
-        "rows": len(labeled.target),
-        "loss": loss,
-        "MRR": "of queries" if average == "mrr" else "of classes",
-    }
-    row |= {name: _cell(found) for name, found in values.items()}
-    return row | {
+def _changed(change: NDArray[np.float64]) -> dict[str, object]:
+    """Describe differences between pairs of runs that share set, loss and seed."""
+    return {
         "spread - rounds": _cell(change, sign="+"),
-        "seeds better": f"{sum(change > 0)}/{len(change)}",
+        "spread better": f"{sum(change > 0)} of {len(change)}",
     }
 
 
@@ -331,10 +330,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="genoembed-mini")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="below 5")
     parser.add_argument("--epochs", type=int, default=3, help="of each seed, to count in")
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--max-epochs", type=int, default=RECIPE["max_epochs"], help="to train for")
+    parser.add_argument("--name", default="contrast_by_labels", help="of the files")
     parser.add_argument("--max-rows", type=int, default=400, help="of a set, to train on and to test")
     parser.add_argument("--max-bases", type=int, default=81, help="of a sequence")
     options = parser.parse_args(arguments)
-    options.recipe = RECIPE
+    options.recipe = RECIPE | {"max_epochs": options.max_epochs}
     if options.quick:
         options.recipe = {"max_steps": 2, "rows_per_device": 8, "layers": "final"}
         options.seeds, options.epochs, options.max_rows, options.max_bases = [0], 1, 60, 20
@@ -351,10 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     counted: list[dict[str, object]] = []
     trained: list[dict[str, object]] = []
+    changes: dict[str, list[float]] = {title: [] for title in AVERAGES.values()}
     for path in options.tables:
         labeled = read_labeled(path)
         counted += count_set(labeled, options)
-        trained += train_set(cut(labeled, rows=options.max_rows, bases=options.max_bases), options)
+        few = cut(labeled, rows=options.max_rows, bases=options.max_bases)
+        trained += train_set(few, options, changes)
     figures = [
         Figure(
             name=f"steps without negatives, {row['set']}, batches of {row['batch']}", value=share, at_most=0
@@ -362,16 +366,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in counted
         if isinstance(share := row["steps: spread"], float)
     ]
+    together = [
+        {"MRR": title, "pairs of runs": len(change)}
+        | _changed(np.array(change))
+        | {"standard error": float(np.std(change) / max(1, len(change) - 1) ** 0.5)}
+        for title, change in changes.items()
+    ]
     options.tables = [path.stem for path in options.tables]
-    del options.cache, options.rounds
+    name = options.name
+    del options.cache, options.rounds, options.name
     file_results(
-        "contrast_by_labels",
+        name,
         "Contrast by labels: rounds of classes, and classes spread over the epoch",
         options,
         figures=figures,
-        tables={"Shares without negatives": counted, "MRR of test rows": trained},
+        tables={
+            "Shares without negatives": counted,
+            "MRR of test rows": trained,
+            "MRR of test rows, all pairs of runs": together,
+        },
         remarks=[
             "rounds is the former order, spread that of the package; figures are of spread.",
+            "untrained: the same vectors before training.",
             "steps and anchors: supervised contrast, shares without a row of another class in the batch. "
             "steps, triplets and rows, triplets: shares without a triplet, because the batch lacks another "
             "row of the class, or any of another class.",

@@ -61,15 +61,14 @@ def test_whole_run_measures_each_order_once(tmp_path, monkeypatch):
     (tmp_path / "at.tsv").write_text("\n".join(lines) + "\n")
     model = write_model(tmp_path / "model")
     arguments = [str(tmp_path / "at.tsv"), "--cache", str(tmp_path / "kept"), "--model", str(model),
-                 "--quick", "--results", str(tmp_path)]  # fmt: skip
-    monkeypatch.setattr(contrast_by_labels, "LOSSES", {"triplets": "triplet"})
+                 "--quick", "--losses", "batch-hard triplets", "--results", str(tmp_path)]  # fmt: skip
     contrast_by_labels.main(arguments)
     stored = json.loads((tmp_path / "contrast_by_labels.json").read_text())
     assert [figure["value"] for figure in stored["figures"]] == [0, 0, 0]
     assert stored["settings"]["tables"] == ["at"]
     rows = stored["tables"]["MRR of test rows"]
     assert [(row["loss"], row["MRR"]) for row in rows] == [
-        ("triplets", f"of {of}") for of in ("queries", "classes")
+        ("batch-hard triplets", title) for title in contrast_by_labels.AVERAGES.values()
     ]
     assert all(0 < float(row[name]) <= 1 for row in rows for name in ("untrained", "rounds", "spread"))
 

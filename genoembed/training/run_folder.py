@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +68,25 @@ class ResumeRules:
     """For keys that hold a digest: what is not that of the run."""
     harmless: Collection[str] = ()
     """Keys that change nothing that is learned."""
+    newer: Mapping[str, object] = field(default_factory=dict)
+    """Keys that runs of earlier versions do not have, and what these runs did."""
     may_grow: Collection[str] = ()
     """Keys that may be larger: steps that are done are the same."""
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for part in values.values() if isinstance(part, dict) for k, v in part.items()}
+
+
+def _is_newer(key: str, stored: Mapping[str, Any], compared: Mapping[str, Any], rules: ResumeRules) -> bool:
+    """Whether a run of an earlier version did what is requested, without a word for it."""
+    is_new = key in rules.newer and key not in _flat(stored)
+    return is_new and bool(_flat(compared).get(key) == rules.newer[key])
+
+
 def _may_grow(stored: object, compared: Mapping[str, Any], rules: ResumeRules) -> set[str]:
     """Name the numbers that are larger than those of the run, of those that may be."""
-    flat_old, flat_new = (
-        {k: v for part in values.values() if isinstance(part, dict) for k, v in part.items()}
-        for values in (stored if isinstance(stored, dict) else {}, compared)
-    )
+    flat_old, flat_new = (_flat(values) for values in (stored if isinstance(stored, dict) else {}, compared))
     pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in rules.may_grow}
     return {
         key
@@ -152,7 +161,7 @@ class RunFolder:
                 problems.append(
                     Problem(found, Remedy("overwrite", True), " to start again, or give what it began with")
                 )
-            elif key not in rules.harmless:
+            elif key not in rules.harmless and not _is_newer(key, stored, compared, rules):
                 problems.append(problem)
         return problems
 

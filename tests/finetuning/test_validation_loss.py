@@ -67,7 +67,7 @@ def test_loss_of_held_out_rows_is_that_of_the_same_rows_in_training(task, option
 @pytest.mark.parametrize(("task", "options"), [CASES[0], CASES[2], CASES[5]])
 def test_a_run_reports_it_and_can_stop_by_it(task, options, model, tmp_path):
     rows = write_rows(tmp_path, options.get("contrast", "examples"), "rows", 30)
-    options = {**options, **FAST, "max_epochs": 1, "metric": "loss", "train_group_size": 3}
+    options = {**options, **FAST, "max_epochs": 1, "metric": "loss"}
     report = genoembed.finetune(rows, tmp_path / "run", task=task, model=model, **options)
     assert report.metric == "loss"
     assert report.validation["loss"] > 0

@@ -19,8 +19,8 @@ from genoembed.sequences import read_sequences
 from tests.by_hand import STRIPED, model_of
 from tests.finetuning.cases import rich, sequences
 
-ROWS = [{"sequence": sequence, "label": rich(sequence)} for sequence in sequences(48, shortest=20)]
-LEAN = {"num_folds": 3, "untrained": False, "baselines": False, "plot": False, "layers": [1, 2], "top": 2}
+ROWS = [{"sequence": sequence, "label": rich(sequence)} for sequence in sequences(24, shortest=20)]
+LEAN = {"num_folds": 3, "untrained": False, "baselines": False, "plot": False, "layers": [1], "top": 2}
 
 
 def write(path, rows, kind):

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from genoembed.models.load import load_model
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.checkpointing import checkpoint_activations
 from genoembed.training.encoder import Encoder
+from genoembed.training.log import reporters
 from genoembed.training.optimizers import LossScaler, build_optimizer
 from tests.finetuning.cases import FAST, build_model, write_classes, write_examples
 
@@ -182,44 +184,56 @@ def init(**given):
 """
 
 
-def test_wandb_gets_settings_and_lines_and_a_run_that_goes_on_is_the_same_one(
-    model, rows, tmp_path, monkeypatch
-):
+def test_wandb_gets_settings_and_lines_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
-    asked = {**OPTIONS, "report_to": "wandb", "schedule": "constant", "warmup_steps": 0, "model": model}
-    genoembed.finetune(rows, tmp_path / "run", **asked, max_steps=2, eval_steps=2)
-    import wandb
+    (tmp_path / "run").mkdir()
+    settings = {"learning_rate": 0.1, "train": ("a.tsv",)}
+    ids = []
+    for first in (1, 3):
+        (callback,) = reporters(("wandb",), tmp_path / "run", settings)
+        others = SimpleNamespace(is_world_process_zero=False, global_step=1)
+        callback.on_train_begin(None, others, None)
+        callback.on_log(None, others, None, logs={})
+        for step in (first, first + 1):
+            state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+            if step == first:
+                callback.on_train_begin(None, state, None)
+            callback.on_log(None, state, None, logs={"loss": 0.5, "grad_norm": math.inf})
+        callback.on_train_end(None, state, None)
+        import wandb
 
-    begun, *lines, end = wandb.calls
-    assert begun[1]["config"]["learning_rate"] > 0
-    assert begun[1]["name"] == "run"
-    assert [line[1] for line in lines if "loss" in line[2]] == [1, 2]
-    assert end == ("finish",)
-    wandb.calls.clear()
-    report = genoembed.finetune(
-        rows, tmp_path / "run", **asked, max_steps=3, eval_steps=2, resume=True, overwrite=False
-    )
-    assert report.steps == 3
-    assert wandb.calls[0][1]["id"] == begun[1]["id"]
-    assert wandb.calls[0][1]["resume"] == "allow"
+        begun, *lines, end = wandb.calls
+        assert begun[1]["config"] == {"learning_rate": 0.1, "train": ["a.tsv"]}
+        assert (begun[1]["name"], begun[1]["resume"]) == ("run", "allow")
+        assert lines == [("log", n, {"loss": 0.5, "grad_norm": None}) for n in (first, first + 1)]
+        assert end == ("finish",)
+        ids.append(begun[1]["id"])
+        wandb.calls.clear()
+    assert ids[0] == ids[1]
     monkeypatch.delitem(sys.modules, "wandb")
 
 
-def test_tensorboard_is_written_where_it_is_asked_for(model, rows, tmp_path, monkeypatch):
-    class Board(genoembed.training.log.TrainerCallback):
-        logging_dir, seen = None, []
+def test_a_run_tells_wandb_of_its_steps(model, rows, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {**OPTIONS, "max_steps": 2, "validation_fraction": 0.0, "test_fraction": 0.0}
+    genoembed.finetune(rows, tmp_path / "run", model=model, report_to="wandb", **options)
+    import wandb
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            self.seen.append((self.logging_dir, state.global_step))
+    assert [call[1] for call in wandb.calls if call[0] == "log" and "loss" in call[2]] == [1, 2]
+    monkeypatch.delitem(sys.modules, "wandb")
 
-    monkeypatch.setattr("genoembed.training.log.TensorBoardCallback", Board)
-    monkeypatch.setattr("genoembed.training.log.find_spec", lambda name: object())
-    for named in ("auto", "none"):
-        Board.seen.clear()
-        genoembed.finetune(rows, tmp_path / named, model=model, report_to=named, **OPTIONS)
-        assert bool(Board.seen) == (named == "auto")
-        assert {place for place, _ in Board.seen} <= {str(tmp_path / named / "tensorboard")}
+
+def test_tensorboard_is_written_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("genoembed.training.log.TensorBoardCallback", SimpleNamespace)
+    for is_there, expected in ((True, 1), (False, 0)):
+        monkeypatch.setattr("genoembed.training.log.find_spec", lambda _, is_there=is_there: is_there)
+        found = reporters(("auto",), tmp_path, {})
+        assert len(found) == expected
+    assert reporters(("none",), tmp_path, {}) == []
+    (board,) = reporters(("tensorboard",), tmp_path, {})
+    assert board.logging_dir == str(tmp_path / "tensorboard")
 
 
 def test_float16_trains_as_float32_does_but_for_rounding(model, rows, tmp_path):

@@ -180,6 +180,18 @@ def test_rerun_removes_what_killed_processes_left(tmp_path):
     assert names_in(tmp_path) == ["run"]
 
 
+def test_a_run_of_an_earlier_version_did_what_a_new_option_does_by_default(tmp_path):
+    asked = {"recipe": {"seed": 1, "optim": "adamw"}}
+    rules = ResumeRules(digests={}, newer={"optim": "adamw"})
+    with claimed_run(tmp_path / "run", resume=False, overwrite=False) as run:
+        run.begin({"recipe": {"seed": 1}}, resume=False)
+    with claimed_run(tmp_path / "run", resume=True, overwrite=False) as run:
+        assert run.resume(asked, rules) is None
+        for other in ({"seed": 1, "optim": "sgd"}, {"seed": 2, "optim": "adamw"}):
+            with pytest.raises(ConfigError, match="or overwrite to start again"):
+                run.resume({"recipe": other}, rules)
+
+
 def test_half_written_checkpoint_is_never_gone_on_from(tmp_path):
     write_checkpoint(tmp_path, 2)
     write_checkpoint(tmp_path, 4)

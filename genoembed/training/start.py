@@ -191,6 +191,10 @@ def check_causal(model: PreTrainedModel, *, name: str) -> None:
     device = model.get_input_embeddings().weight.device
     before, after = (model(input_ids=row.to(device)).logits[0, :-1] for row in (ids, other))
     model.train(was_training)
+    if not bool(before.isfinite().all()):
+        # NaN equals nothing, so it would look as if the model were not causal
+        message = f"model {name!r}: its outputs are not finite; its weights are damaged, fetch them again"
+        raise ModelError(message)
     # in 16 bits, sums over more or fewer tokens round differently
     rtol, atol = (1e-4, 1e-5) if before.dtype == torch.float32 else (5e-2, 5e-2)
     if not torch.allclose(before, after, rtol=rtol, atol=atol):

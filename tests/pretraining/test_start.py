@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -117,6 +118,15 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path):
     config = BertConfig(**{**build_config("bert").to_dict(), "is_decoder": False})
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="tokens see what follows them"):
+        start(model=str(tmp_path))
+
+
+def test_damaged_weights_are_not_taken_for_a_model_that_is_not_causal(tmp_path):
+    save_causal("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[min(weights)].fill_(torch.nan)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its outputs are not finite; its weights are damaged"):
         start(model=str(tmp_path))
 
 

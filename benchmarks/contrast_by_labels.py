@@ -392,7 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "steps, triplets and rows, triplets: shares without a triplet, because the batch lacks another "
             "row of the class, or any of another class.",
             "MRR: mean and standard deviation (n - 1) over seeds, each with its own test rows; differences "
-            "are taken seed by seed. Training stops after the same number of steps in both orders.",
+            "are taken seed by seed. Training stops after the same number of steps in both orders. Pairs of "
+            "one set and seed share test rows, so the standard error of all pairs is too small.",
         ],
         packages=("scikit-learn",),
     )

@@ -19,11 +19,12 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import CompareConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import ConfigError
-from genoembed.pipeline.agreement import Difference, LayerComparison, difference, summarize, tolerance_of
+from genoembed.pipeline.agreement import FP8, Difference, LayerComparison, difference, summarize, tolerance_of
 from genoembed.pipeline.embedding_file import (
     block_rows,
     comparable_settings,
     computed_dtype,
+    runs_fp8,
     setting_differences,
 )
 from genoembed.store import check_output, open_embeddings
@@ -184,6 +185,8 @@ def _common_layers(one: EmbeddingFile, other: EmbeddingFile, layer: str | None) 
 
 def _tolerance(one: EmbeddingFile, other: EmbeddingFile, names: list[str]) -> float:
     computed = [computed_dtype(file) or "float32" for file in (one, other)]
+    # vectors with FP8 and without are not expected to agree
+    computed += [FP8] if runs_fp8(one) and runs_fp8(other) else []
     return tolerance_of(computed, [file[name].dtype.name for file in (one, other) for name in names])
 
 

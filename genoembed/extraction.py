@@ -286,12 +286,13 @@ def _run(
 def _certificate(
     engine: UnitEngine, parts: Parts, pending: PendingUnits
 ) -> dict[str, float | int | bool | None]:
-    from genoembed.pipeline.agreement import certify_rows
+    from genoembed.pipeline.agreement import FP8, certify_rows
 
     with open_embeddings(parts.shard(0)) as file:
         block = read_block(file)
-    dtype = str(engine.facts.identity["dtype"])
-    return certify_rows(engine, pending.sample, block, dtype=dtype)
+    identity = engine.facts.identity
+    types = [str(identity["dtype"]), *([FP8] if identity["fp8"] == "on" else [])]
+    return certify_rows(engine, pending.sample, block, types=types)
 
 
 def _report(

@@ -20,6 +20,7 @@ from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.models.provenance import WEIGHTS
 from genoembed.pipeline.agreement import (
+    FP8,
     Difference,
     LayerComparison,
     difference,
@@ -27,7 +28,7 @@ from genoembed.pipeline.agreement import (
     tolerance_of,
     worst,
 )
-from genoembed.pipeline.embedding_file import read_file_settings, record_names
+from genoembed.pipeline.embedding_file import read_file_settings, record_names, runs_fp8
 from genoembed.pipeline.request import use_threads
 from genoembed.sequences import read_sequences
 from genoembed.sequences.reading import file_names
@@ -157,8 +158,10 @@ def verify(
             | {name: value for name, value in options.items() if value is not None},
         )
         compared, others, stored = _compare(file, wanted, records, embedder)
-        computed = str(embedder.model.provenance["dtype"])
-        limit = tolerance_of([settings.dtype, computed], stored) if tolerance is None else tolerance
+        computed = [settings.dtype, str(embedder.model.provenance["dtype"])]
+        if runs_fp8(file) and embedder.model.fp8_numbers == "on":
+            computed.append(FP8)
+        limit = tolerance_of(computed, stored) if tolerance is None else tolerance
         proof = _certify(embedder, [*records.values()], None, seed) if certificate and records else None
         return VerifyReport(
             path=Path(path),
@@ -220,7 +223,8 @@ def _certify(
     for (_, mine), (_, theirs) in zip(alone, together, strict=True):
         found += [difference(mine[name], theirs[name]) for name in mine]
     facts = embedder.model.provenance
-    limit = tolerance_of([str(facts["dtype"])]) if tolerance is None else tolerance
+    computed = [str(facts["dtype"]), *([FP8] if embedder.model.fp8_numbers == "on" else [])]
+    limit = tolerance_of(computed) if tolerance is None else tolerance
     largest = worst(found)
     return Certificate(
         num_records=len(records),

@@ -45,7 +45,7 @@ class CompareConfig(Config):
         ge=0,
         group=LIMITS,
         metavar="X",
-        shown_default="1e-5; 1e-2 after half precision, 1e-3 where a file stores float16",
+        shown_default="1e-5; 1e-2 after half precision, 2e-2 after FP8, 1e-3 where a file stores float16",
         help="Largest difference, relative to the largest value of a vector.",
     )
     output: str | None = option(

@@ -204,6 +204,11 @@ def computed_dtype(file: EmbeddingFile) -> str | None:
     return None if dtype is None else str(dtype)
 
 
+def runs_fp8(file: EmbeddingFile) -> bool:
+    """Check whether the model's input projections ran in FP8."""
+    return _section(file.provenance, "model").get("fp8") not in (None, "off")
+
+
 def record_names(file: EmbeddingFile) -> list[str]:
     """Return the record of each row: its id, without the place that a row per window adds."""
     if not _section(_section(file.provenance, "config"), "windows").get("per_window"):

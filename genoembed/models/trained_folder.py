@@ -46,7 +46,8 @@ HEADS_FILE = "heads.safetensors"
 FACTS_FORMAT = 1
 HEAD_PREFIX = "head."
 """Begins the names of a predicting head's weights."""
-PROJECTION_PATTERN, _PROJECTION = "*_Dense/model.safetensors", "linear."
+_DENSE_WEIGHTS = "model.safetensors"
+PROJECTION_PATTERN, _PROJECTION = f"*_Dense/{_DENSE_WEIGHTS}", "linear."
 """Where sentence-transformers looks for a projection behind the pooling, and how its weights' names begin."""
 NEXT_TOKEN_HEAD = "next_token_head"
 """Key that says of a folder with vectors that its next-token head learned last."""
@@ -172,6 +173,8 @@ def fetch_sentence_files(source: ModelSource) -> Path | None:
     fetched(source, FACTS_FILE)
     for module in _sentence_modules(listed):
         fetched(source, f"{module.path}/config.json" if module.path else _BERT_CONFIG)
+        if module.kind == "Dense":
+            fetched(source, f"{module.path}/{_DENSE_WEIGHTS}")
     return listed.parent
 
 
@@ -228,7 +231,13 @@ def _read_sentence_folder(folder: Path) -> FinetunedFacts | None:
     normalize = "Normalize" in steps
     if pooling == "mean_sqrt_len_tokens" and normalize:
         pooling = "mean"  # they differ in length only
-    problems = [f"its module {kind}" for kind, values in steps.items() if not _is_done_here(kind, values)]
+    kinds = [module.kind for module in modules]
+    has_dense = "Dense" in steps and _is_projection(outer, modules, steps["Dense"])
+    problems = [
+        f"its module {kind}"
+        for kind, values in steps.items()
+        if not (_is_done_here(kind, values) or (kind == "Dense" and has_dense))
+    ]
     if pooling not in _POOLINGS:
         problems.append(f"its pooling {pooling!r}")
     bert, prompts = (_read_json(outer / name, default={}) for name in (_BERT_CONFIG, _SENTENCE_CONFIG))
@@ -237,7 +246,7 @@ def _read_sentence_folder(folder: Path) -> FinetunedFacts | None:
         problems.append(f"its prompt {prompt!r}")
     if bert.get("do_lower_case"):
         problems.append("lower-casing (do_lower_case)")
-    kinds = [module.kind for module in modules]
+    pooler = "projection" if has_dense else None
     return FinetunedFacts(
         folder=outer,
         task="sentence-transformers",
@@ -247,10 +256,27 @@ def _read_sentence_folder(folder: Path) -> FinetunedFacts | None:
         fusion="none",
         fusion_weights=(),
         normalize=normalize,
-        pooler=None,
-        values={"task": "sentence-transformers", "modules": kinds, "normalize": normalize, "pooler": None},
+        pooler=pooler,
+        values={"task": "sentence-transformers", "modules": kinds, "normalize": normalize, "pooler": pooler},
         unsupported=" and ".join(problems) or None,
         counts_tokens=pooling != "cls" and "WordWeights" not in steps,
+    )
+
+
+def _is_projection(folder: Path, modules: list[_SentenceModule], values: Mapping[str, Any]) -> bool:
+    """Whether a Dense module is a projection as ``add_pooler`` makes it: one linear layer after pooling."""
+    kinds = [module.kind for module in modules]
+    place = kinds.index("Dense")
+    width = values.get("in_features")
+    is_plain = str(values.get("activation_function")).endswith(".Identity") and values.get("bias") is True
+    return (
+        kinds.count("Dense") == 1
+        and kinds[place - 1] == "Pooling"
+        and is_plain
+        and width is not None
+        and width == values.get("out_features")
+        and modules[place].path.endswith("_Dense")
+        and (folder / modules[place].path / _DENSE_WEIGHTS).is_file()
     )
 
 

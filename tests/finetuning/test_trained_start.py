@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import genoembed
 from genoembed.config.finetune import finetune_config
@@ -64,10 +65,18 @@ def folders(tmp_path_factory, files):
         files["labels"], folder / "apart", task="triplet", layers=1, add_pooler=True, **options
     )
     sentence = build_tiny("bert", folder / "sentence")
-    modules = ["Transformer", "Pooling"]
+    modules = ["Transformer", "Pooling", "Dense"]
     listed = [{"idx": i, "path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"}
               for i, m in enumerate(modules)]  # fmt: skip
     (sentence / "modules.json").write_text(json.dumps(listed))
+    dense = {"in_features": 16, "out_features": 16, "bias": True}
+    (sentence / "2_Dense").mkdir()
+    (sentence / "2_Dense" / "config.json").write_text(
+        json.dumps(dense | {"activation_function": "torch.nn.modules.linear.Identity"})
+    )
+    generator = torch.Generator().manual_seed(0)
+    linear = {"linear.weight": torch.randn(16, 16, generator=generator), "linear.bias": torch.ones(16)}
+    save_file(linear, sentence / "2_Dense" / "model.safetensors")
     (sentence / "1_Pooling").mkdir()
     (sentence / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "max"}))
     return {"plain": options["model"], "views": views.output, "search": search.output, "apart": apart.output,

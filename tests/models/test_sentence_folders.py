@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import genoembed
 from genoembed.cli import main
@@ -111,6 +112,29 @@ def test_root_of_the_length_is_no_matter_where_vectors_have_length_one(sentence_
     other = sentence_folder(("Pooling", old("mean_sqrt_len_tokens")), name="y")
     with pytest.raises(ModelError, match="its pooling 'mean_sqrt_len_tokens'"):
         vectors(SEQUENCES, model=other)
+
+
+@pytest.mark.parametrize("has_length_one", [False, True])
+def test_a_linear_projection_is_that_of_add_pooler(sentence_folder, tiny_folder, has_length_one):
+    settings = {"in_features": 16, "out_features": 16, "bias": True}
+    identity = {"activation_function": "torch.nn.modules.linear.Identity"}
+    folder = sentence_folder(
+        ("Pooling", new("mean")),
+        ("Dense", settings | identity),
+        *([("Normalize", None)] if has_length_one else []),
+    )
+    rng = np.random.default_rng(0)
+    weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 16), (16,)))
+    tensors = {"linear.weight": weight, "linear.bias": bias}
+    path = Path(folder) / "2_Dense" / "model.safetensors"
+    save_file(tensors, path)
+    plain = vectors(SEQUENCES, model=str(tiny_folder("bert")), layers="final", pooling="mean")
+    expected = plain @ weight.T + bias
+    expected = normalized(expected) if has_length_one else expected
+    np.testing.assert_allclose(vectors(SEQUENCES, model=folder), expected, rtol=1e-5, atol=1e-5)
+    path.unlink()
+    with pytest.raises(ModelError, match="its module Dense; set layers and pooling"):
+        vectors(SEQUENCES, model=folder)
 
 
 def test_another_choice_warns(sentence_folder, tiny_folder):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Strand: TypeAlias = Literal["+", "-"]
 
@@ -272,3 +272,12 @@ class TokenBlock:
             if matrix.ndim != 2 or matrix.shape[0] != total:
                 message = f"values of {name!r} have shape {matrix.shape}, expected ({total}, D)"
                 raise ShapeError(message)
+
+
+def embed_inputs(embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Embed token ids unless embedded tokens are given; raise `ShapeError` for both and for neither."""
+    if (input_ids is None) == (inputs_embeds is None):
+        message = "give exactly one of input_ids and inputs_embeds"
+        raise ShapeError(message)
+    embedded: Tensor = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+    return embedded

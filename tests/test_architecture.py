@@ -157,6 +157,8 @@ LAZY = {
     ("models.load", "models.adapters"): "for adapters of peft",
     ("models.language_model", "models.adapters"): "for adapters of peft",
     ("sequences.reading", "sequences.regions"): "for --regions",
+    ("sequences.formats", "sequences.tables"): "for tables in the place of sequence files",
+    ("config.fields", "config.foreign"): "for options that are none",
 }
 """Imports of our own modules inside functions: which, and why most runs need not pay for them."""
 LAZY_NAMES = ("", "training")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from genoembed.config.foreign import NOT_OPTIONS, known_elsewhere
 from genoembed.errors import ConfigError, InputFileError, Problem, Remedy, python_spelling
 
 if TYPE_CHECKING:
@@ -380,6 +379,8 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
         >>> unknown_option("num_train_epochs", ["max_epochs", "max_steps"])
         "'num_train_epochs' is no option; here that is 'max_epochs'"
     """
+    from genoembed.config.foreign import NOT_OPTIONS, known_elsewhere
+
     names = tuple(known)
     plain = key.lstrip("-").replace("-", "_")
     answer = known_elsewhere(plain, names)

@@ -284,6 +284,7 @@ def check_record_size(
         raise SequenceFormatError(problem, path=path, line=line, record_id=record_id)
 
 
+PARQUET_MAGIC = b"PAR1"
 WHITESPACE = b" \t\n\r\v\f"
 
 

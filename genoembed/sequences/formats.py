@@ -22,6 +22,7 @@ from Bio.Seq import UndefinedSequenceError
 
 from genoembed.errors import SequenceFormatError
 from genoembed.sequences.compression import (
+    PARQUET_MAGIC,
     WHITESPACE,
     check_record_size,
     check_text,
@@ -31,7 +32,6 @@ from genoembed.sequences.compression import (
     max_record_bytes,
 )
 from genoembed.sequences.records import RawRecord
-from genoembed.sequences.tables import PARQUET_MAGIC, iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -301,6 +301,8 @@ def iter_records(path: str, *, digests: InputDigests | None = None) -> Iterator[
         lines_before += block.count(b"\n", 0, len(block) - len(head))
         if head:
             if _is_table(path, head):  # read from its beginning: Parquet has no lines to go on with
+                from genoembed.sequences.tables import iter_rows
+
                 rows = iter_rows(path, digests=digests)
                 yield from (row_record(row, column=SEQUENCE_COLUMN, record_id=row_id(row)) for row in rows)
                 return

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from genoembed.errors import LabelError, MissingExtraError, SequenceFormatError
 from genoembed.sequences.compression import (
+    PARQUET_MAGIC,
     WHITESPACE,
     check_readable,
     check_record_size,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from genoembed.sequences.compression import InputDigests
 
 
-PARQUET_MAGIC = b"PAR1"
 EXPECTED = "expected TSV, CSV, JSON lines or Parquet"
 _DELIMITERS = ("\t", ",", ";")
 _PARQUET_ROWS = 4096

@@ -15,7 +15,7 @@ import genoembed
 from genoembed import load_model
 from genoembed.errors import ConfigError
 from genoembed.models.masked_model import MaskedModel
-from genoembed.sequences.windows import iter_windows
+from genoembed.pipeline.cutting import iter_windows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 FAMILIES = ("nt_v1", "nt_v2", "dnabert2", "dnabert_k6", "gena_lm", "caduceus_ph")

@@ -22,11 +22,8 @@ OF_TABLES = {"tables.py", "homology.py", "composition.py"}
 SOURCES = sorted(
     path for path in (ROOT / "genoembed" / "sequences").glob("*.py") if path.name not in OF_TABLES
 )
-# Raised by windows.py and limits.py, or only when a disk or a permission fails; tested beside the code.
+# Raised by limits.py, or only when a disk or a permission fails; tested beside the code.
 NO_ROW = (
-    "window is",
-    "stride is",
-    "core ",
     "cannot be read (",
     "has changed while",
     "is no regular file",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from genoembed.contracts import SequenceRecord
 from genoembed.errors import GenoembedError
-from genoembed.sequences import DNA_IUPAC, compression, iter_windows, read_sequences
+from genoembed.pipeline.cutting import iter_windows
+from genoembed.sequences import DNA_IUPAC, compression, read_sequences
 
 CASES = Path(__file__).parents[1] / "data" / "sequences"
 SEEDS = sorted(path.read_bytes() for path in CASES.iterdir() if path.is_file())

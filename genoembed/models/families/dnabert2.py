@@ -34,7 +34,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from genoembed.models.inputs import embed_inputs
+from genoembed.contracts import embed_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

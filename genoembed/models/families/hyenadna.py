@@ -31,9 +31,9 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from genoembed.contracts import embed_inputs
 from genoembed.errors import ConfigError, ShapeError
 from genoembed.models.fft import fft_convolution, fft_length
-from genoembed.models.inputs import embed_inputs
 from genoembed.models.precision import without_autocast
 from genoembed.models.striped_hyena2.blocks import is_watched
 

@@ -29,7 +29,7 @@ from transformers.models.olmo.modeling_olmo import eager_attention_forward, rota
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from genoembed.models.inputs import embed_inputs
+from genoembed.contracts import embed_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,9 +19,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from genoembed.contracts import IGNORE_INDEX
+from genoembed.contracts import IGNORE_INDEX, embed_inputs
 from genoembed.errors import ModelError, ShapeError
-from genoembed.models.inputs import embed_inputs
 from genoembed.models.striped_hyena2.blocks import (
     AttentionBlock,
     HyenaBlock,

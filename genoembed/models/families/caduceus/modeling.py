@@ -17,10 +17,10 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple, logging
 
+from genoembed.contracts import embed_inputs
 from genoembed.errors import ConfigError
 from genoembed.models.families.caduceus.configuration import CaduceusConfig
 from genoembed.models.families.caduceus.scan import selective_scan
-from genoembed.models.inputs import embed_inputs
 
 logger = logging.get_logger(__name__)
 

@@ -17,8 +17,8 @@ from transformers.modeling_layers import GenericForTokenClassification, Gradient
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from genoembed.contracts import embed_inputs
 from genoembed.models.families.ntv3.configuration import Ntv3Config
-from genoembed.models.inputs import embed_inputs
 
 _CONV_EPS = 1e-5
 """Of the norms before convolutions; ``layer_norm_eps`` is for the transformer alone."""

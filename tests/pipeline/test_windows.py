@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.sequences import default_stride, iter_windows
+from genoembed.pipeline.cutting import default_stride, iter_windows
 
 
 @st.composite

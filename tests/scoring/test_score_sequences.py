@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,7 +294,9 @@ def test_rows_that_wait_are_few_and_all_are_scored(tmp_path, monkeypatch):
 
 
 def test_model_that_was_tuned_for_vectors_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("genoembed.models.language_model.find_facts", lambda model: object())
+    monkeypatch.setattr(
+        "genoembed.models.language_model.find_facts", lambda model: SimpleNamespace(values={})
+    )
     with pytest.raises(ModelError, match="was fine-tuned for vectors or labels, so its next-token head"):
         rows_of(tmp_path, "llama")
 

@@ -81,7 +81,7 @@ def finetune(
         task: ``classification``, ``multilabel``, ``regression``, ``token``, ``lm``, ``contrastive``,
             ``triplet`` or ``retrieval``; None takes that of ``config``.
         labels: Table from id to label, where ``train`` are sequence files.
-        config: TOML or JSON file with values for what ``options`` leave out.
+        config: TOML, YAML or JSON file with values for what ``options`` leave out.
         resume: Go on from the newest checkpoint in ``output_dir``.
         overwrite: Start again where there is a run in ``output_dir``.
         threads: CPU threads; None leaves torch's choice.

@@ -60,7 +60,7 @@ def pretrain(
     Args:
         corpus: Sequence files to train on; None takes those of ``config``.
         output_dir: Folder for everything that is written.
-        config: TOML or JSON file with values for what ``options`` leave out.
+        config: TOML, YAML or JSON file with values for what ``options`` leave out.
         resume: Go on from the newest checkpoint in ``output_dir``.
         overwrite: Start again where there is a run in ``output_dir``.
         threads: CPU threads; None leaves torch's choice.

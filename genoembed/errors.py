@@ -16,6 +16,7 @@ so that no caller needs to parse text::
     |   `-- LabelError                     a label that is missing, or is none of the task's
     |-- InputFileError (OSError)           path: missing, unreadable
     |-- ConfigError (ValueError)           problems, all reported at once
+    |   `-- MissingOptionError             key: an option that these inputs need
     |-- ShapeError (ValueError)
     |-- EmptyPoolError (ValueError)        nothing left to pool
     |-- ModelError (ValueError)
@@ -279,6 +280,19 @@ class ConfigError(GenoembedError, ValueError):
     def __init__(self, *problems: str) -> None:
         self.problems = problems
         super().__init__("; ".join(problems))
+
+
+class MissingOptionError(ConfigError):
+    """An option that was left out, although these inputs need it.
+
+    Args:
+        problem: Why it is needed, and what it takes.
+        key: The option.
+    """
+
+    def __init__(self, problem: str, *, key: str) -> None:
+        self.key = key
+        super().__init__(problem)
 
 
 class ShapeError(GenoembedError, ValueError):

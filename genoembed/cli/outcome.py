@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import click
 
 from genoembed.cli.options import SPELLING, in_command_line_words
-from genoembed.errors import STOP_SIGNALS, GenoembedError, Interrupted, is_ignored, python_spelling, visible
+from genoembed.errors import (
+    STOP_SIGNALS,
+    GenoembedError,
+    Interrupted,
+    MissingOptionError,
+    is_ignored,
+    python_spelling,
+    visible,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,6 +51,10 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
         try:
             yield
             sys.stdout.flush()  # here, where a full disk is one line, and not as the interpreter exits
+        except MissingOptionError as error:
+            missing = ctx.meta.get(SPELLING, python_spelling)(error.key)
+            message = f"Missing option {missing!r}: {_one_line(error, ctx)}"
+            raise click.UsageError(message) from error
         except GenoembedError as error:
             _raise_if_interrupted(ctx, signals)
             raise click.ClickException(_one_line(error, ctx)) from error

@@ -15,11 +15,19 @@ from os import fspath
 from typing import TYPE_CHECKING, NamedTuple
 
 from genoembed.config.labeled import LabeledConfig
-from genoembed.errors import ConfigError, InputError, LabelError, SequenceFormatError
+from genoembed.errors import (
+    ConfigError,
+    InputError,
+    LabelError,
+    MissingOptionError,
+    Problem,
+    Remedy,
+    SequenceFormatError,
+)
 from genoembed.finetuning.labels import Label, parse_label
 from genoembed.sequences import InputCounts, Policies
-from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable, iter_text
-from genoembed.sequences.formats import iter_records, row_record
+from genoembed.sequences.compression import STDIN, WHITESPACE, check_readable
+from genoembed.sequences.formats import holds_records, iter_records, row_record
 from genoembed.sequences.reading import clean_record, file_names
 from genoembed.sequences.records import GAPS, Counts, IdRegistry, RawRecord
 from genoembed.sequences.tables import TableRow, iter_rows
@@ -43,9 +51,6 @@ class LabeledCounts(Counts):
     """Records left out because the table of labels does not have them."""
     unused_labels: int = 0
     """Labels of the table that belong to no record."""
-
-
-_RECORD_STARTS = (b">", b";", b"@", b"LOCUS ", b"ID   ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +140,10 @@ def _check_files(names: list[str], table: str | None, config: LabeledConfig) -> 
         raise ConfigError(*problems)
     for name in filter(None, [*names, table]):
         check_readable(name)
+    for name in names:
+        if table is None and config.kind != "none" and name != STDIN and holds_records(name):
+            remedy = Remedy("labels", words="the table of their labels")
+            raise MissingOptionError(Problem(f"{name} has sequences alone", remedy), key="labels")
 
 
 class _Reader:
@@ -150,7 +159,7 @@ class _Reader:
         number = count(1)
         for name in names:
             self._counts.read.files += 1
-            if self._config.kind == "none" and _has_records(name):
+            if self._config.kind == "none" and holds_records(name):
                 found = (self._finish(raw, _Cells(None, None, None)) for raw in iter_records(name))
             else:
                 found = (self._row(row, next(number)) for row in iter_rows(name))
@@ -250,14 +259,6 @@ class _Reader:
             split=cells.split,
             group=cells.group,
         )
-
-
-def _has_records(path: str) -> bool:
-    """Return whether a file holds sequence records rather than a table, by how its text begins."""
-    if path == STDIN:
-        return True
-    blocks = (block.lstrip(WHITESPACE) for block in iter_text(path))
-    return next(filter(None, blocks), b"").startswith(_RECORD_STARTS)
 
 
 def _fit_token_label(label: Label, pieces: list[tuple[bytes, int | None]], raw: RawRecord) -> Label:

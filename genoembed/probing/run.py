@@ -22,7 +22,14 @@ from genoembed.atomic import lock, partial_of, put_in_place, reporting_writes, t
 from genoembed.config.embed import default_output
 from genoembed.config.fields import raise_all, unknown_option
 from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
-from genoembed.errors import ConfigError, MissingExtraError, Problem, Remedy, StoreError
+from genoembed.errors import (
+    ConfigError,
+    MissingExtraError,
+    MissingOptionError,
+    Problem,
+    Remedy,
+    StoreError,
+)
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
 from genoembed.probing.report import (
@@ -37,6 +44,7 @@ from genoembed.probing.report import (
 )
 from genoembed.probing.rows import check_labels, read_labels
 from genoembed.probing.sweep import choose_inside
+from genoembed.sequences.formats import holds_records
 from genoembed.store import open_embeddings
 
 if TYPE_CHECKING:
@@ -180,9 +188,11 @@ def _table_of(names: Sequence[str], labels: str | PathLike[str] | None, given: P
     """Return the table that has the labels: the one that is named, or the input itself."""
     if labels is not None:
         return fspath(labels)
-    if len(names) > 1 or given is not None:
-        message = "labels is missing, and inputs is no table that has them"
-        raise ConfigError(Problem(message, Remedy("labels", words="the table of their labels")))
+    if len(names) > 1 or given is not None or holds_records(names[0]):
+        problem = Problem(
+            f"{names[0]} has sequences alone", Remedy("labels", words="the table of their labels")
+        )
+        raise MissingOptionError(problem, key="labels")
     return names[0]
 
 

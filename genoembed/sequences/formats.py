@@ -328,6 +328,14 @@ def _is_table(path: str, head: bytes) -> bool:
     return head.startswith(PARQUET_MAGIC) or SEQUENCE_COLUMN.encode() in cells
 
 
+def holds_records(path: str) -> bool:
+    """Return whether a file begins as sequence files do, and not as a table; a pipe is not looked at."""
+    if not Path(path).is_file():
+        return path == "-"
+    heads = (block.lstrip(WHITESPACE) for block in iter_text(path))
+    return next(filter(None, heads), b"").startswith(tuple(_PARSERS))
+
+
 def row_id(row: TableRow, *, column: str = ID_COLUMN) -> str:
     """Return what a row is called: its id, or its number where the table has none."""
     return (row.text(column, option="id_column") if column in row.values else "") or row.name

@@ -25,6 +25,7 @@ from genoembed.errors import (
     InputFileError,
     LabelError,
     MissingExtraError,
+    MissingOptionError,
     SequenceFormatError,
 )
 from genoembed.finetuning.labeled import LabeledCounts, iter_labeled, read_labeled
@@ -314,8 +315,8 @@ BAD = [
     (
         ">a\nACGT",
         {},
-        SequenceFormatError,
-        r"f: this is FASTA or FASTQ, .*give the table of its labels as labels",
+        MissingOptionError,
+        r"f has sequences alone; set labels to the table of their labels",
     ),
     ("", {}, SequenceFormatError, r"f: the file is empty"),
     (b"\x00\x01\x02", {}, SequenceFormatError, r"f: this is a binary file \(byte 0x00\)"),

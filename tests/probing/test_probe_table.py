@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import genoembed
 from genoembed.cli import main
 from genoembed.config.probe import ProbeConfig
-from genoembed.errors import ConfigError, SequenceFormatError
+from genoembed.errors import MissingOptionError, SequenceFormatError
 from genoembed.finetuning.labeled import read_labeled
 from genoembed.probing.rows import read_labels
 from genoembed.sequences import read_sequences
@@ -84,20 +84,15 @@ def test_extract_takes_a_table_too(tmp_path):
 
 def test_labels_that_are_nowhere_are_asked_for(tmp_path):
     (tmp_path / "a.fa").write_text(">a\nACGT\n")
-    with pytest.raises(
-        SequenceFormatError, match=r"this is FASTA or FASTQ, .* give the table of its labels as"
-    ):
-        genoembed.probe(tmp_path / "a.fa", output=tmp_path / "o")
-    with pytest.raises(
-        ConfigError, match="labels is missing, and inputs is no table that has them; set labels"
-    ):
-        genoembed.probe([tmp_path / "a.fa", tmp_path / "a.fa"], output=tmp_path / "o")
+    for inputs in (tmp_path / "a.fa", "-", [tmp_path / "a.fa", tmp_path / "a.fa"]):
+        with pytest.raises(MissingOptionError, match="has sequences alone; set labels to the"):
+            genoembed.probe(inputs, output=tmp_path / "o")
     only = write(tmp_path / "l.tsv", [{"id": "a", "label": "x"}], "tsv")
     with pytest.raises(SequenceFormatError, match="no column 'sequence'"):
         genoembed.probe(only, output=tmp_path / "o")
     result = CliRunner().invoke(main, ["probe", str(tmp_path / "a.fa"), "-o", str(tmp_path / "o")])
-    assert result.exit_code == 1
-    assert "--labels" in result.stderr or "as labels" in result.stderr
+    assert result.exit_code == 2
+    assert "Missing option '--labels'" in result.stderr
 
 
 def test_a_header_of_fasta_that_looks_like_one_of_a_table_is_none(tmp_path):

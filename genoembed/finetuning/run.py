@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genoembed.config.fields import named_options
@@ -18,6 +17,7 @@ from genoembed.config.finetune import FinetuneConfig, finetune_config
 from genoembed.config.paths import path_strings
 from genoembed.config.tasks import PREDICTION_TASKS, applies
 from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
+from genoembed.models.names import BUNDLED_NAME, EVO2_NAMES
 from genoembed.training.packages import check_packages
 from genoembed.training.run_folder import check_processes, claimed_run
 
@@ -106,8 +106,8 @@ def finetune(
         keys["model"] = os.fspath(keys["model"])
     settings = finetune_config(keys, file=config)
     is_open = settings.encoder.add_pooler is None and applies("add_pooler", settings.objective.task)
-    if is_open and not Path(settings.encoder.model).expanduser().is_dir():
-        # only a folder can bring a projection; said now, what else is wrong without one is refused early
+    if is_open and settings.encoder.model in (BUNDLED_NAME, *EVO2_NAMES):
+        # these bring no projection, any other may; said now, what else is wrong without is refused early
         encoder = settings.encoder.model_copy(update={"add_pooler": False})
         settings = settings.changed(encoder=encoder)
     if settings.objective.task in PREDICTION_TASKS:

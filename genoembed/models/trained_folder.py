@@ -97,7 +97,8 @@ class FinetunedFacts:
     @property
     def is_tuned(self) -> bool:
         """Whether its vectors were trained themselves, rather than what is predicted from them."""
-        return self.task in EMBEDDING_TASKS
+        # a next-token head is noted only where vectors were carried through the training of a language model
+        return self.task in EMBEDDING_TASKS or bool(self.values.get(NEXT_TOKEN_HEAD))
 
     @property
     def finisher(self) -> Callable[[Tensor], Tensor] | None:
@@ -154,7 +155,7 @@ def find_facts(model: str | GenomicModel, *, revision: str | None = None) -> Fin
 
 
 def _fetched_folder(name: str, revision: str | None) -> Path | None:
-    """Fetch what a repository of sentence-transformers says about its vectors; None for any other."""
+    """Fetch what a repository says about its vectors; None where it says nothing."""
     try:
         source = locate_model(name, with_weights=False)
         given = source.revision_for(revision)
@@ -165,12 +166,14 @@ def _fetched_folder(name: str, revision: str | None) -> Path | None:
 
 
 def fetch_sentence_files(source: ModelSource) -> Path | None:
-    """Fetch the files that :func:`find_facts` reads in a folder of sentence-transformers."""
-    listed = fetched(source, MODULES_FILE)
+    """Fetch the files that say how vectors are made, and heads; None where there are none."""
+    # ours says so without a list of modules where sentence-transformers could not make its vectors
+    facts, listed = fetched(source, FACTS_FILE), fetched(source, MODULES_FILE)
+    if facts is not None:
+        fetched(source, HEADS_FILE)
     if listed is None:
-        return None
+        return None if facts is None else facts.parent
     fetched(source, _SENTENCE_CONFIG)
-    fetched(source, FACTS_FILE)
     for module in _sentence_modules(listed):
         fetched(source, f"{module.path}/config.json" if module.path else _BERT_CONFIG)
         if module.kind == "Dense":

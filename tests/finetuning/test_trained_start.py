@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +16,18 @@ from safetensors.torch import save_file
 import genoembed
 from genoembed.config.finetune import finetune_config
 from genoembed.errors import ConfigError, ModelError, PoolingMismatchWarning
+from genoembed.finetuning import training
 from genoembed.finetuning.preparation import read_task_rows
 from genoembed.finetuning.tasks import set_up_task
-from genoembed.finetuning.trained_start import with_trained_settings
+from genoembed.finetuning.trained_start import TrainedStart, with_trained_settings
 from genoembed.finetuning.trainer import FinetuneTrainer
-from genoembed.models.trained_folder import find_facts
+from genoembed.models import locate
+from genoembed.models.trained_folder import HEADS_FILE, find_facts, read_finetuned, read_heads
 from genoembed.retrieval.models import Retriever, load_retriever
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.inference import SequenceRunner
+from genoembed.training.start import carry_vectors
 from tests.finetuning.cases import (
     CONTEXT,
     FAST,
@@ -243,6 +249,90 @@ def test_a_language_model_made_of_a_tuned_one_embeds_as_before_and_scores(
     assert genoembed.score(files["views"], model=report.output).num_rows == 30
     with pytest.raises(ModelError, match="its next-token head is no longer of use"):
         genoembed.score(files["views"], model=folders["search"])
+
+
+def test_a_second_language_model_run_keeps_vectors_heads_and_rate(files, folders, tmp_path, caplog):
+    options = {"task": "lm", "max_steps": 1, "rows_per_device": 2}
+    first = genoembed.finetune(
+        files["views"], tmp_path / "a", model=folders["search"], learning_rate=1e-12, **options
+    )
+    with caplog.at_level("INFO", logger="genoembed"):
+        second = genoembed.finetune(files["views"], tmp_path / "b", model=first.output, **options)
+    assert "x 0.2: the model was tuned for embeddings" in caplog.text
+    expected, *found = (find_facts(folder) for folder in (folders["search"], first.output, second.output))
+    for facts in found:
+        assert facts.is_tuned
+        for key in ("layers", "pooling", "skip_first", "fusion", "normalize", "pooler"):
+            assert getattr(facts, key) == getattr(expected, key)
+    heads = read_heads(expected.folder, pooler=expected.pooler)
+    assert heads.keys() == (kept := read_heads(found[-1].folder)).keys()
+    assert all(torch.equal(heads[name], kept[name]) for name in heads)
+    start = TrainedStart(facts=found[-1], config=finetune_config({"train": ("x.fa",), "task": "triplet"}))
+    assert start.normalizes(usual=not expected.normalize) is expected.normalize
+
+
+def test_a_language_model_of_an_untuned_one_is_not_tuned_for_vectors(files, folders, tmp_path):
+    report = genoembed.finetune(
+        files["views"], tmp_path / "run", model=folders["plain"], task="lm", max_steps=1, rows_per_device=2
+    )
+    assert not read_finetuned(report.output).is_tuned
+    assert find_facts(report.output) is None
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Play a hub with one repository after another, for all but what transformers loads itself."""
+
+    def serve(folder):
+        def download(_, name, revision=None):
+            if not (Path(folder) / name).is_file():
+                raise OSError(name)
+            copy = cache / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder) / name, copy)
+            return str(copy)
+
+        cache = Path(tempfile.mkdtemp(dir=root))
+        monkeypatch.setattr(locate, "hf_hub_download", download)
+        return "some/thing"
+
+    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    with tempfile.TemporaryDirectory() as root:
+        yield serve
+
+
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_heads_of_a_repository_are_fetched_with_what_it_says_of_itself(folders, tmp_path, hub, has_modules):
+    folder = folders["search"]
+    if not has_modules:  # as of a language model that learned on from it
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        carry_vectors(find_facts(folders["search"]), folder)
+    facts, expected = find_facts(hub(folder)), find_facts(str(folder))
+    assert facts is not None
+    assert facts.folder != expected.folder
+    assert facts.values == expected.values
+    assert read_heads(facts.folder).keys() == read_heads(expected.folder).keys()
+    carry_vectors(facts, tmp_path)
+    assert (tmp_path / HEADS_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "requested"), [("genoembed-mini", False), ("evo2_7b", False), ("some/thing", None)]
+)
+def test_only_models_known_by_name_are_known_to_bring_no_projection(
+    files, tmp_path, monkeypatch, model, requested
+):
+    seen = []
+
+    def run(config, *_, **__):
+        seen.append(config.encoder.add_pooler)
+        raise ModelError("enough")
+
+    monkeypatch.setattr(training, "run_finetuning", run)
+    with pytest.raises(ModelError, match="enough"):
+        genoembed.finetune(files["views"], tmp_path / "run", model=model, task="contrastive")
+    assert seen == [requested]
 
 
 def test_nothing_to_learn_is_refused_unless_the_folder_has_a_projection(files, folders, tmp_path):

@@ -175,8 +175,12 @@ class _Run:
             chosen.why if self.requested.recipe.learning_rate is None else "as set",
             "" if recipe.head_learning_rate is None else f", of new heads {recipe.head_learning_rate:.2g}",
         )
-        trainer.train_from(checkpoint)
-        return self._finish(trainer)
+        with trainer.reporting():
+            trainer.train_from(checkpoint)
+            trainer.check_weights()
+            chosen_weights = self._choose_hybrid_weights(trainer)
+            test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
+        return self._finish(trainer, chosen_weights, test)
 
     def _trainer(self) -> FinetuneTrainer:
         recipe, setup = self.config.recipe, self.setup
@@ -184,7 +188,7 @@ class _Run:
         folder = self.folder.path
         callbacks: list[TrainerCallback] = [
             FinetuneLog(folder / METRICS_FILE, shown=shown),
-            *reporters(recipe.report_to, folder, self.config.to_flat()),
+            *reporters(recipe.report_to, folder, self.config.to_flat(), name=self.folder.name),
         ]
         if "eval" in setup.measures:
             callbacks.append(
@@ -217,11 +221,10 @@ class _Run:
             callbacks=callbacks,
         )
 
-    def _finish(self, trainer: FinetuneTrainer) -> dict[str, Any]:
+    def _finish(
+        self, trainer: FinetuneTrainer, chosen: dict[str, float], test: dict[str, float]
+    ) -> dict[str, Any]:
         state, metric = trainer.state, str(self.config.recipe.metric)
-        trainer.check_weights()
-        chosen = self._choose_hybrid_weights(trainer)
-        test = trainer.evaluate(side="test") if "test" in self.setup.measures else {}
         best = int(state.best_global_step or state.global_step)
         lines = (line for line in reversed(state.log_history) if line.get("step") == best)
         validation: dict[str, float] = next((line for line in lines if f"eval_{metric}" in line), {})

@@ -300,8 +300,10 @@ class _Run:
         self.stream.skip_rows = done * recipe.accumulation_steps * recipe.rows_per_device
         if self.stream.skip_rows:
             logger.info("resume: reading again the %d rows of %d steps", self.stream.skip_rows, done)
-        trainer.train_from(checkpoint)
-        return self._finish(trainer)
+        with trainer.reporting():
+            trainer.train_from(checkpoint)
+            bits_per_base = self._measured(trainer)
+        return self._finish(trainer, bits_per_base)
 
     def _begin(self, *, resume: bool) -> Path | None:
         return self.folder.begin(
@@ -315,19 +317,24 @@ class _Run:
         )
 
     def _callbacks(self) -> list[TrainerCallback]:
-        others = reporters(self.recipe.report_to, self.folder.path, self.config.to_flat())
+        others = reporters(
+            self.recipe.report_to, self.folder.path, self.config.to_flat(), name=self.folder.name
+        )
         return [MetricsFile(self.folder.path / METRICS_FILE), *others]
 
-    def _finish(self, trainer: PackedTrainer) -> dict[str, Any]:
+    @staticmethod
+    def _measured(trainer: PackedTrainer) -> float:
         trainer.check_weights()
         last = [line for line in trainer.state.log_history if "eval_bits_per_base" in line]
-        steps = int(trainer.state.global_step)
-        if not last or last[-1]["step"] != steps:
+        if not last or last[-1]["step"] != trainer.state.global_step:
             last = [trainer.evaluate()]
+        return float(last[-1]["eval_bits_per_base"])
+
+    def _finish(self, trainer: PackedTrainer, bits_per_base: float) -> dict[str, Any]:
         report = {
             **_places(self.folder),
-            "steps": steps,
-            "bits_per_base": last[-1]["eval_bits_per_base"],
+            "steps": int(trainer.state.global_step),
+            "bits_per_base": bits_per_base,
         }
         final = self.folder.path / FINAL_FOLDER
         is_first = self.arguments.process_index == 0

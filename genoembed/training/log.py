@@ -142,14 +142,17 @@ _RUN_ID = "run_id"
 class WandbLog(TrainerCallback):
     """Send settings and lines to Weights & Biases; a run that goes on adds to the one that it began."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(self, folder: Path, settings: Mapping[str, object], *, name: str) -> None:
+        self._folder, self._settings, self._name = folder, settings, name
         self._run: Any = None
+        self._least_step = 0
 
     def on_train_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
         """Begin, or go on."""
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._run = self._open()
+
+    def _open(self) -> Any:
         import wandb
 
         path = self._folder / WANDB_FOLDER / _RUN_ID
@@ -157,9 +160,9 @@ class WandbLog(TrainerCallback):
             path.parent.mkdir(exist_ok=True)
             write_text(path, uuid.uuid4().hex)
         with foreign_code("report_to 'wandb'"):
-            self._run = wandb.init(
+            return wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
-                name=self._folder.name,
+                name=self._name,
                 id=path.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(self._folder),
@@ -168,26 +171,31 @@ class WandbLog(TrainerCallback):
 
     def on_log(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
         """Send a line."""
-        if self._run is not None:
-            self._run.log(finite_json(kwargs["logs"]), step=state.global_step)
+        if not state.is_world_process_zero:
+            return
+        if self._run is None:
+            # resumed after its last step: nothing is trained, and lines of steps that it has are dropped
+            self._run = self._open()
+            self._least_step = self._run.step
+        self._run.log(finite_json(kwargs["logs"]), step=max(state.global_step, self._least_step))
 
-    def on_train_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
-        """Close the run: the process may do others."""
+    def close(self) -> None:
+        """Close the run, when all is measured and before its folder moves: the process may do others."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
 def reporters(
-    named: Sequence[Reporter], folder: Path, settings: Mapping[str, object]
+    named: Sequence[Reporter], folder: Path, settings: Mapping[str, object], *, name: str
 ) -> list[TrainerCallback]:
-    """Build the callbacks that send what the trainer logs elsewhere."""
+    """Build the callbacks that send what the trainer logs elsewhere, under the name of the run."""
     found: list[TrainerCallback] = []
     if "tensorboard" in named or ("auto" in named and find_spec("tensorboard")):
         board = TensorBoardCallback()
         board.logging_dir = str(folder / BOARD_FOLDER)
         found.append(board)
-    return [*found, WandbLog(folder, settings)] if "wandb" in named else found
+    return [*found, WandbLog(folder, settings, name=name)] if "wandb" in named else found
 
 
 def describe_line(line: Mapping[str, float]) -> str:

@@ -118,6 +118,11 @@ class RunFolder:
         return self.path != self.target
 
     @property
+    def name(self) -> str:
+        """The name that the user gave the run, also where that was a dot."""
+        return self.target.resolve().name
+
+    @property
     def final(self) -> Path:
         """The folder of the trained model, under the name that it has in the end."""
         return self.target / FINAL_FOLDER

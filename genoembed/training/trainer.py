@@ -41,7 +41,7 @@ from genoembed.errors import (
 from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
 from genoembed.training.distributed import wait_for_all, whole
-from genoembed.training.log import OverfittingHint, StepBook
+from genoembed.training.log import OverfittingHint, StepBook, WandbLog
 from genoembed.training.optimizers import (
     POLE_RATE_SCALE,
     LossScaler,
@@ -230,6 +230,16 @@ class ResumableTrainer(Trainer):
         """The folder of the run."""
         return Path(str(self.args.output_dir))
 
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Keep reports elsewhere open for what is measured after training, and close them, also on errors."""
+        try:
+            yield
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, WandbLog):
+                    callback.close()
+
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end; a signal ends the run as an interruption does, and says how to go on."""
         if checkpoint is not None and self._is_over(checkpoint):
@@ -242,17 +252,25 @@ class ResumableTrainer(Trainer):
     def _is_over(self, checkpoint: Path) -> bool:
         """Whether a run had ended at its checkpoint: transformers takes at least one step when it resumes."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        total = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        total = self.args.max_steps
+        if total <= 0:
+            # not that of the checkpoint: more epochs may be asked for now
+            total = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         ended = (getattr(callback, "has_ended", None) for callback in self.callback_handler.callbacks)
         return state.global_step >= total or any(says is not None and says(state) for says in ended)
 
     def _restore(self, checkpoint: Path) -> None:
         """Take the weights and the history of a run whose steps are all done."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        # as the first process had saved them: each would write lines of what is measured next
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
         logger.info("resume: all %d steps are done", self.state.global_step)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         source = self._checkpoint_of(best) if best else checkpoint
         self._load_from_checkpoint(str(source))
+        # what is measured next is measured in the types of training, as if the run had not been stopped
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def _checkpoint_of(self, step: int) -> Path:
         """Find a checkpoint by its step: the folder may have another name than when it was noted."""

@@ -8,11 +8,13 @@ import shutil
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import TrainerState
 
 import genoembed
 from genoembed.config.finetune import EncoderConfig
@@ -400,7 +402,32 @@ def test_training_ends_when_the_metric_stalls_but_not_before_the_least_epochs(mo
 STOPS_EARLY = {"max_epochs": 30, "patience": 1, "learning_rate": 0.3, "head_learning_rate": 0.3}
 
 
-@pytest.mark.parametrize("changes", [{"max_steps": 3}, STOPS_EARLY])
+def test_other_processes_do_not_take_themselves_for_the_first_one_after_the_last_step(tmp_path):
+    TrainerState(is_world_process_zero=True).save_to_json(str(tmp_path / "trainer_state.json"))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(load_best_model_at_end=False),
+        model=None,
+        accelerator=SimpleNamespace(prepare_model=lambda model, evaluation_mode: None),
+        is_world_process_zero=lambda: False,
+        is_local_process_zero=lambda: True,
+        _load_from_checkpoint=lambda folder: None,
+    )
+    FinetuneTrainer._restore(trainer, tmp_path)
+    assert (trainer.state.is_world_process_zero, trainer.state.is_local_process_zero) == (False, True)
+
+
+def test_a_finished_run_goes_on_for_more_epochs(model, tmp_path):
+    path = write_classes(tmp_path / "c.tsv")
+    asked = {"task": "classification", "model": model, **FAST, "layers": 1, "schedule": "constant"}
+    asked |= {"warmup_steps": 0, "patience": 9}
+    whole = genoembed.finetune(path, tmp_path / "whole", **asked | {"max_epochs": 2})
+    first = genoembed.finetune(path, tmp_path / "parts", **asked | {"max_epochs": 1})
+    grown = genoembed.finetune(path, tmp_path / "parts", resume=True, **asked | {"max_epochs": 2})
+    assert (2 * first.steps, grown.steps) == (whole.steps, whole.steps)
+    assert (losses_of(grown), grown.test) == (losses_of(whole), whole.test)
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 3, "dtype": "bfloat16"}, STOPS_EARLY])
 def test_run_killed_before_its_model_was_saved_is_finished_without_another_step(
     model, tmp_path, monkeypatch, changes
 ):

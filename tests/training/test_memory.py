@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -176,6 +177,7 @@ def test_eight_bit_adam_is_that_of_bitsandbytes(tmp_path, monkeypatch):
 FAKE_WANDB = """
 calls = []
 class Run:
+    step = 0
     def log(self, line, step): calls.append(("log", step, line))
     def finish(self): calls.append(("finish",))
 def init(**given):
@@ -184,14 +186,22 @@ def init(**given):
 """
 
 
-def test_wandb_gets_settings_and_lines_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.fixture
+def wandb(tmp_path_factory, monkeypatch):
+    """A new module each time: one that monkeypatch deletes comes back, with its calls, for the next test."""
+    folder = tmp_path_factory.mktemp("package")
+    (folder / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module("wandb")
+    del sys.modules["wandb"]
+
+
+def test_wandb_gets_settings_and_lines_and_a_run_that_goes_on_is_the_same_one(tmp_path, wandb):
     (tmp_path / "run").mkdir()
     settings = {"learning_rate": 0.1, "train": ("a.tsv",)}
     ids = []
     for first in (1, 3):
-        (callback,) = reporters(("wandb",), tmp_path / "run", settings)
+        (callback,) = reporters(("wandb",), tmp_path / "run", settings, name="given")
         others = SimpleNamespace(is_world_process_zero=False, global_step=1)
         callback.on_train_begin(None, others, None)
         callback.on_log(None, others, None, logs={})
@@ -200,39 +210,49 @@ def test_wandb_gets_settings_and_lines_and_a_run_that_goes_on_is_the_same_one(tm
             if step == first:
                 callback.on_train_begin(None, state, None)
             callback.on_log(None, state, None, logs={"loss": 0.5, "grad_norm": math.inf})
-        callback.on_train_end(None, state, None)
-        import wandb
-
+        callback.close()
         begun, *lines, end = wandb.calls
         assert begun[1]["config"] == {"learning_rate": 0.1, "train": ["a.tsv"]}
-        assert (begun[1]["name"], begun[1]["resume"]) == ("run", "allow")
+        assert (begun[1]["name"], begun[1]["resume"]) == ("given", "allow")
         assert lines == [("log", n, {"loss": 0.5, "grad_norm": None}) for n in (first, first + 1)]
         assert end == ("finish",)
         ids.append(begun[1]["id"])
         wandb.calls.clear()
     assert ids[0] == ids[1]
-    monkeypatch.delitem(sys.modules, "wandb")
 
 
-def test_a_run_tells_wandb_of_its_steps(model, rows, tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
-    options = {**OPTIONS, "max_steps": 2, "validation_fraction": 0.0, "test_fraction": 0.0}
+def test_lines_after_the_last_step_of_a_resumed_run_come_after_those_that_wandb_has(
+    tmp_path, monkeypatch, wandb
+):
+    monkeypatch.setattr(wandb.Run, "step", 6)
+    (callback,) = reporters(("wandb",), tmp_path, {}, name="run")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5)
+    callback.on_log(None, state, None, logs={"test_loss": 0.5})
+    callback.close()
+    assert [call[0] for call in wandb.calls] == ["init", "log", "finish"]
+    assert wandb.calls[1] == ("log", 6, {"test_loss": 0.5})
+
+
+def test_a_run_tells_wandb_of_its_steps_and_its_test_under_its_own_name(model, rows, tmp_path, wandb):
+    options = {**OPTIONS, "max_steps": 2, "validation_fraction": 0.0, "overwrite": True}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
     genoembed.finetune(rows, tmp_path / "run", model=model, report_to="wandb", **options)
-    import wandb
-
+    begun, *_, tested, end = wandb.calls
+    assert (begun[1]["name"], end) == ("run", ("finish",))
+    assert begun[1]["dir"] != str(tmp_path / "run")
+    assert "test_loss" in tested[2]
     assert [call[1] for call in wandb.calls if call[0] == "log" and "loss" in call[2]] == [1, 2]
-    monkeypatch.delitem(sys.modules, "wandb")
 
 
 def test_tensorboard_is_written_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("genoembed.training.log.TensorBoardCallback", SimpleNamespace)
     for is_there, expected in ((True, 1), (False, 0)):
         monkeypatch.setattr("genoembed.training.log.find_spec", lambda _, is_there=is_there: is_there)
-        found = reporters(("auto",), tmp_path, {})
+        found = reporters(("auto",), tmp_path, {}, name="run")
         assert len(found) == expected
-    assert reporters(("none",), tmp_path, {}) == []
-    (board,) = reporters(("tensorboard",), tmp_path, {})
+    assert reporters(("none",), tmp_path, {}, name="run") == []
+    (board,) = reporters(("tensorboard",), tmp_path, {}, name="run")
     assert board.logging_dir == str(tmp_path / "tensorboard")
 
 

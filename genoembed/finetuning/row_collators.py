@@ -9,7 +9,7 @@ B rows, L padded length, C labels of a row, R packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -95,6 +95,8 @@ class RowCollator:
             are numbers already.
         sequence: Key of the sequence in mappings.
         label: Key of the label in mappings.
+        float_labels: For ``sequence``: labels are float32 however they are written, as heads for numbers and
+            for labels on or off take them. Otherwise a whole number is a class.
         ignore_label: For ``token``: name of a base without a class; -100 always is one.
         several_bases: For ``token``, where a token stands for several bases: ``error``, or ``first``.
         max_tokens: Longest row of the model; longer ones raise, none is cut. None knows no limit.
@@ -124,6 +126,7 @@ class RowCollator:
         classes: Sequence[str] | None = None,
         sequence: str = "sequence",
         label: str = "label",
+        float_labels: bool = False,
         ignore_label: str | None = None,
         several_bases: BaseLabels = "error",
         max_tokens: int | None = None,
@@ -135,8 +138,11 @@ class RowCollator:
         self._rows = _Rows(sequence, label, keep_case)
         self._encoder = build_encoder(tokenizer)
         self._document = token_rules(tokenizer, name="tokenizer") if target == "causal" else None
-        self._codes = None if classes is None else {name: code for code, name in enumerate(classes)}
+        self._codes: dict[object, int] | None = (
+            None if classes is None else {name: code for code, name in enumerate(classes)}
+        )
         self._ignore, self._several_bases = ignore_label, several_bases
+        self._float_labels = float_labels
         self._max_tokens, self._skip_first = max_tokens, skip_first
         self._adds_pool_mask = add_pool_mask
         self._padded = PaddedCollator(
@@ -151,16 +157,21 @@ class RowCollator:
 
         Returns:
             ``input_ids`` and ``attention_mask`` (int64, ``(B, L)``); ``labels`` unless ``target`` is
-            ``none``: of sequences int64 or float32, ``(B,)`` or ``(B, C)``, of tokens int64, ``(B, L)``, -100
-            where there is none; and ``pool_mask`` if requested (``(B, L)``: bool, or float32 where tokens
+            ``none``: of sequences ``(B,)`` int64 for whole numbers and float32 for others, ``(B, C)`` float32
+            for lists, and float32 with ``float_labels``; of tokens int64, ``(B, L)``, -100 where there is
+            none; and ``pool_mask`` if requested (``(B, L)``: bool, or float32 where tokens
             count for several bases).
 
         Raises:
-            InputError: If a row has no such key, or a label is none of ``classes``.
+            InputError: If a row has no such key, a label is none of ``classes`` or no number, or labels of
+                one batch are whole in some rows only and ``float_labels`` is not set.
             SequenceLengthError: If a row holds no base, or more tokens than ``max_tokens``.
             ShapeError: If labels of one batch differ in shape, or are not one per base.
         """
-        batch = self._padded([self._encoded(row, number) for number, row in enumerate(rows)])
+        examples = [self._encoded(row, number) for number, row in enumerate(rows)]
+        if self._padded.target == "sequence":
+            _check_one_kind(examples)
+        batch = self._padded(examples)
         if not self._adds_pool_mask:
             del batch["pool_mask"]
         return batch
@@ -196,28 +207,57 @@ class RowCollator:
 
     def _label(self, row: Row, number: int) -> NDArray[np.int64] | NDArray[np.float32]:
         value = self._value(row, number)
-        found = np.asarray(value if self._codes is None else self._code(value, number))
-        if found.dtype.kind in "biu":
-            return found.astype(np.int64)
-        if found.dtype.kind == "f":
-            return found.astype(np.float32)
-        message = f"row {number}: label {value!r:.60} is no number; name the classes with classes=(...)"
-        raise InputError(message)
+        found = _as_array(value) if self._codes is None else np.asarray(self._code(value, number))
+        if found is None or found.dtype.kind not in "biuf":
+            message = f"row {number}: label {value!r:.60} is no number; name the classes with classes=(...)"
+            raise InputError(message)
+        # by what a row looks like alone: a batch must not decide about the dtype of its labels
+        is_class = found.ndim == 0 and found.dtype.kind != "f" and not self._float_labels
+        return found.astype(np.int64) if is_class else found.astype(np.float32)
 
     def _base_labels(self, row: Row, number: int) -> NDArray[np.int64]:
         value = self._value(row, number)
-        if self._codes is None:
-            return np.asarray(value, dtype=np.int64)
-        return np.array([self._code(one, number) for one in value], dtype=np.int64)
+        if self._codes is not None and isinstance(value, Iterable):
+            return np.array([self._code(one, number) for one in value], dtype=np.int64)
+        found = _as_array(value)
+        is_whole = found is not None and (
+            found.dtype.kind in "biu" or (found.dtype.kind == "f" and bool((found % 1 == 0).all()))
+        )
+        if found is None or not is_whole:
+            message = (
+                f"row {number}: labels {value!r:.60}, expected a whole number for each base; "
+                "name the classes with classes=(...)"
+            )
+            raise InputError(message)
+        return found.astype(np.int64)
 
     def _code(self, value: object, number: int) -> int:
         assert self._codes is not None, "callers look"
-        if value == IGNORE_INDEX or (self._ignore is not None and value == self._ignore):
-            return IGNORE_INDEX
-        if value not in self._codes:
-            message = f"row {number}: label {value!r:.60} is none of {', '.join(self._codes)}"
-            raise InputError(message)
-        return self._codes[str(value)]
+        if np.isscalar(value):  # lists and arrays are no keys
+            if value == IGNORE_INDEX or (self._ignore is not None and value == self._ignore):
+                return IGNORE_INDEX
+            if value in self._codes:
+                return self._codes[value]
+        message = f"row {number}: label {value!r:.60} is none of {', '.join(map(str, self._codes))}"
+        raise InputError(message)
+
+
+def _as_array(value: object) -> NDArray[Any] | None:
+    """Return a label as an array, or None for lists of several lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return None
+
+
+def _check_one_kind(examples: Sequence[EncodedExample]) -> None:
+    kinds = [None if example.label is None else example.label.dtype.kind for example in examples]
+    if len(set(kinds)) > 1:
+        message = (
+            f"row {kinds.index('i')} has a whole number as its label and row {kinds.index('f')} has none; "
+            "set float_labels=True where labels are numbers rather than classes"
+        )
+        raise InputError(message)
 
 
 class PairCollator:
@@ -304,7 +344,8 @@ class PairCollator:
         if not positives:
             message = f"row {number}: no positive, expected one; leave rows without out"
             raise InputError(message)
-        negatives = _listed(row.get(self._negative) or () if isinstance(row, Mapping) else row[2:])
+        others = [row.get(self._negative)] if isinstance(row, Mapping) else row[2:]
+        negatives = [one for value in others for one in _listed(value)]
         given = [positives[0], *negatives][: self._size]
         real = [self._rows.bases(value, number) for value in given]
         # a filler repeats the positive, so that all groups have one size; is_real masks it
@@ -332,7 +373,11 @@ class PairCollator:
 
 
 def _listed(value: object) -> list[Any]:
-    return [value] if isinstance(value, (str, bytes)) else list(value)  # type: ignore[call-overload]
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
 
 
 Isolation: TypeAlias = Literal["segment_ids", "position_ids", "none"]

@@ -90,6 +90,9 @@ class TrainedModel(PreTrainedModel):
         config: Of the model, with what fine-tuning noted in it; without, the mean of the last layer is taken.
     """
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
+
     backbone_class: type[PreTrainedModel]
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -33,11 +33,47 @@ def test_mappings_with_other_keys_and_names_and_pairs_give_one_batch():
 @pytest.mark.parametrize(
     ("label", "dtype", "shape"),
     [(1, torch.int64, (1,)), (0.5, torch.float32, (1,)), ([0.0, 1.0], torch.float32, (1, 2)),
-     ([0, 1, 1], torch.int64, (1, 3)), (np.float64(2), torch.float32, (1,)), (True, torch.int64, (1,))],
+     ([0, 1, 1], torch.float32, (1, 3)), (np.float64(2), torch.float32, (1,)), (True, torch.int64, (1,))],
 )  # fmt: skip
 def test_labels_keep_their_kind(label, dtype, shape):
     labels = RowCollator(CHAR)([("ACGT", label)])["labels"]
     assert (labels.dtype, tuple(labels.shape)) == (dtype, shape)
+
+
+def test_numbers_are_float32_whatever_the_batch_and_a_mixed_batch_says_how():
+    collate = RowCollator(CHAR, float_labels=True)
+    for values in ([1, 2.5], [1, 3], [True], [[0, 1]], [[0, 1], [0.5, 1]]):
+        labels = collate([("ACGT", value) for value in values])["labels"]
+        assert labels.dtype == torch.float32
+        assert labels.tolist() == values
+    with pytest.raises(
+        InputError, match=r"row 1 has a whole number .* row 0 has none; set float_labels=True"
+    ):
+        RowCollator(CHAR)([("ACGT", 2.5), ("ACGT", 1)])
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    assert loss(torch.zeros(1, 2), RowCollator(CHAR)([("ACGT", [0, 1])])["labels"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "message"),
+    [
+        ({"classes": ("a", "b")}, ["a"], r"row 0: label \['a'\] is none of a, b"),
+        ({"classes": (0, 1)}, 2, "row 0: label 2 is none of 0, 1"),
+        ({}, [[1], [1, 2]], r"row 0: label .* is no number"),
+        ({"target": "token"}, "HEH", "row 0: labels 'HEH', expected a whole number for each base; name the"),
+        ({"target": "token"}, [0, 0.5, 1], r"row 0: labels .* expected a whole number"),
+        ({"target": "token"}, None, "row 0: labels None, expected a whole number"),
+        ({"target": "token", "classes": "HE"}, None, "row 0: labels None, expected a whole number"),
+    ],
+)
+def test_labels_that_are_none_are_input_errors(options, label, message):
+    with pytest.raises(InputError, match=message):
+        RowCollator(CHAR, **options)([("ACG", label)])
+
+
+def test_classes_may_be_numbers():
+    collate = RowCollator(CHAR, classes=(1, 0))
+    assert collate([("A", 0), ("A", np.int64(1))])["labels"].tolist() == [1, 0]
 
 
 def test_genuine_end_counts_where_padding_has_its_id():
@@ -98,6 +134,9 @@ def test_pairs_fill_short_groups_and_know_equal_sequences():
     assert batch["passage_input_ids"].shape == (6, 4)
     assert batch["passage_mask"].tolist() == [True, True, False, True, False, False]
     assert batch["query_term_ids"].shape == (2, 2)
+    in_lists = PairCollator(CHAR, group_size=3)([("AC", "ACG", ["GT", "TT"]), ("AC", "ACG", "GT", ["TT"])])
+    assert in_lists["passage_mask"].all()
+    assert in_lists["passage_ids"][:3].tolist() == in_lists["passage_ids"][3:].tolist()
     reverse = collate([("GTT", "AAC")])
     assert reverse["query_ids"].tolist() == batch["query_ids"][1:].tolist(), "the other strand is the same"
     vectors = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1)
@@ -108,6 +147,10 @@ def test_pairs_fill_short_groups_and_know_equal_sequences():
 def test_pairs_without_a_positive_are_errors():
     with pytest.raises(InputError, match="row 0: no positive"):
         PairCollator(CHAR)([{"query": "A", "pos": []}])
+    with pytest.raises(InputError, match="row 0: no positive"):
+        PairCollator(CHAR)([{"query": "A", "pos": None}])
+    with pytest.raises(InputError, match="row 0: int for a sequence"):
+        PairCollator(CHAR)([("A", 7)])
     with pytest.raises(ConfigError, match="group_size is 0"):
         PairCollator(CHAR, group_size=0)
 

@@ -129,6 +129,9 @@ class BigBirdModel(upstream.BigBirdModel):
 class _WithOurEncoder:
     """A model with a head: that of transformers, around the encoder above."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
+
     def __init__(self, config: BigBirdConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.bert = BigBirdModel(config)

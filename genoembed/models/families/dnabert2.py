@@ -256,6 +256,8 @@ class DnaBert2Encoder(nn.Module):
 class DnaBert2PreTrainedModel(PreTrainedModel):
     """What transformers needs to know about the family."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
     config_class = DnaBert2Config
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True

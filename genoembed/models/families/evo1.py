@@ -545,12 +545,15 @@ class Evo1ForCausalLM(Evo1PreTrainedModel, GenerationMixin):
 class Evo1ForSequenceClassification(GenericForSequenceClassification, Evo1PreTrainedModel):
     """Evo 1 with a linear layer on the last token that is no padding."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
     base_model_prefix = "backbone"
 
 
 class Evo1ForTokenClassification(GenericForTokenClassification, Evo1PreTrainedModel):
     """Evo 1 with a linear layer on each token."""
 
+    accepts_loss_kwargs = False
     base_model_prefix = "backbone"
 
 

@@ -209,6 +209,8 @@ class _RotaryEmbeddings(BertEmbeddings):
 class GenaLMPreTrainedModel(BertPreTrainedModel):
     """What the models of this family share."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
     config_class = GenaLMConfig
     _no_split_modules = ("BertEmbeddings", "_RotaryEmbeddings", "GenaLMLayer")
 

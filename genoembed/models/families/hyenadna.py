@@ -569,12 +569,15 @@ class HyenaDNAForCausalLM(HyenaDNAPreTrainedModel, GenerationMixin):
 class HyenaDNAForSequenceClassification(GenericForSequenceClassification, HyenaDNAPreTrainedModel):
     """HyenaDNA with a linear layer on the last token that is no padding."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
     base_model_prefix = "hyena"
 
 
 class HyenaDNAForTokenClassification(GenericForTokenClassification, HyenaDNAPreTrainedModel):
     """HyenaDNA with a linear layer on each token."""
 
+    accepts_loss_kwargs = False
     base_model_prefix = "hyena"
 
 

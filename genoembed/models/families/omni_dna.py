@@ -346,6 +346,7 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model and its head.
@@ -354,6 +355,7 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
             input_ids: Token ids. int64, shape ``(B, L)``.
             labels: Tokens to predict, aligned with the input, -100 where none is; shape ``(B, L)``.
             logits_to_keep: Only the last of the positions, as many as this; 0 keeps all.
+            num_items_in_batch: Divide the summed loss by this instead of by the labels counted here.
             **kwargs: As `OmniDnaModel` takes them.
 
         Returns:
@@ -371,7 +373,9 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
             logits = logits * self.config.d_model**-0.5
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            loss = self.loss_function(
+                logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -383,9 +387,14 @@ class OmniDnaForCausalLM(OmniDnaPreTrainedModel, GenerationMixin):
 class OmniDnaForSequenceClassification(GenericForSequenceClassification, OmniDnaPreTrainedModel):
     """The model and a class for each sequence, from its last token."""
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
+
 
 class OmniDnaForTokenClassification(GenericForTokenClassification, OmniDnaPreTrainedModel):
     """The model and a class for each token."""
+
+    accepts_loss_kwargs = False
 
 
 AUTO_CLASSES: dict[str, type[Any]] = {

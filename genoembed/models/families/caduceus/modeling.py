@@ -486,6 +486,9 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         config: Shape of the model, with ``num_labels`` and ``problem_type``.
     """
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
+
     def __init__(self, config: CaduceusConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -535,4 +538,5 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
 class CaduceusForTokenClassification(GenericForTokenClassification, CaduceusPreTrainedModel):
     """Caduceus with a class of each token."""
 
+    accepts_loss_kwargs = False
     base_model_prefix = "caduceus"

@@ -458,6 +458,9 @@ class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
         config: Shape of the model, with ``num_labels`` and ``problem_type``.
     """
 
+    # transformers.Trainer divides accumulated losses only if told that the model does not
+    accepts_loss_kwargs = False
+
     def __init__(self, config: Ntv3Config) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -506,4 +509,5 @@ class Ntv3ForSequenceClassification(Ntv3PreTrainedModel):
 class Ntv3ForTokenClassification(GenericForTokenClassification, Ntv3PreTrainedModel):
     """NTv3 with a class of each base."""
 
+    accepts_loss_kwargs = False
     base_model_prefix = "ntv3"

@@ -89,14 +89,14 @@ class RowCollator:
 
     Args:
         tokenizer: Of the model.
-        target: What labels are of: ``sequence`` (a class, numbers), ``token`` (one class per base),
-            ``causal`` (the next token; labels are the ids, each row ends with EOS), or ``none``.
+        target: What labels are of: ``sequence`` (a class, or fractions), ``numbers`` (of a sequence: float32
+            however they are written, as heads for numbers and for labels on or off take them), ``token``
+            (one class per base), ``causal`` (the next token; labels are the ids, each row ends with EOS), or
+            ``none``.
         classes: Names of the classes, in the order of their numbers, where labels are names; None where they
             are numbers already.
         sequence: Key of the sequence in mappings.
         label: Key of the label in mappings.
-        float_labels: For ``sequence``: labels are float32 however they are written, as heads for numbers and
-            for labels on or off take them. Otherwise a whole number is a class.
         ignore_label: For ``token``: name of a base without a class; -100 always is one.
         several_bases: For ``token``, where a token stands for several bases: ``error``, or ``first``.
         max_tokens: Longest row of the model; longer ones raise, none is cut. None knows no limit.
@@ -122,11 +122,10 @@ class RowCollator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        target: LabelTarget = "sequence",
+        target: LabelTarget | Literal["numbers"] = "sequence",
         classes: Sequence[str] | None = None,
         sequence: str = "sequence",
         label: str = "label",
-        float_labels: bool = False,
         ignore_label: str | None = None,
         several_bases: BaseLabels = "error",
         max_tokens: int | None = None,
@@ -142,11 +141,13 @@ class RowCollator:
             None if classes is None else {name: code for code, name in enumerate(classes)}
         )
         self._ignore, self._several_bases = ignore_label, several_bases
-        self._float_labels = float_labels
+        self._are_numbers = target == "numbers"
         self._max_tokens, self._skip_first = max_tokens, skip_first
         self._adds_pool_mask = add_pool_mask
         self._padded = PaddedCollator(
-            pad_token_id=self._encoder.pad_token_id, target=target, pad_to_multiple_of=pad_to_multiple_of
+            pad_token_id=self._encoder.pad_token_id,
+            target="sequence" if target == "numbers" else target,
+            pad_to_multiple_of=pad_to_multiple_of,
         )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -158,13 +159,13 @@ class RowCollator:
         Returns:
             ``input_ids`` and ``attention_mask`` (int64, ``(B, L)``); ``labels`` unless ``target`` is
             ``none``: of sequences ``(B,)`` int64 for whole numbers and float32 for others, ``(B, C)`` float32
-            for lists, and float32 with ``float_labels``; of tokens int64, ``(B, L)``, -100 where there is
+            for lists, and always float32 for ``numbers``; of tokens int64, ``(B, L)``, -100 where there is
             none; and ``pool_mask`` if requested (``(B, L)``: bool, or float32 where tokens
             count for several bases).
 
         Raises:
             InputError: If a row has no such key, a label is none of ``classes`` or no number, or labels of
-                one batch are whole in some rows only and ``float_labels`` is not set.
+                one batch are whole in some rows only and ``target`` is not ``numbers``.
             SequenceLengthError: If a row holds no base, or more tokens than ``max_tokens``.
             ShapeError: If labels of one batch differ in shape, or are not one per base.
         """
@@ -212,7 +213,7 @@ class RowCollator:
             message = f"row {number}: label {value!r:.60} is no number; name the classes with classes=(...)"
             raise InputError(message)
         # by what a row looks like alone: a batch must not decide about the dtype of its labels
-        is_class = found.ndim == 0 and found.dtype.kind != "f" and not self._float_labels
+        is_class = found.ndim == 0 and found.dtype.kind != "f" and not self._are_numbers
         return found.astype(np.int64) if is_class else found.astype(np.float32)
 
     def _base_labels(self, row: Row, number: int) -> NDArray[np.int64]:
@@ -255,7 +256,7 @@ def _check_one_kind(examples: Sequence[EncodedExample]) -> None:
     if len(set(kinds)) > 1:
         message = (
             f"row {kinds.index('i')} has a whole number as its label and row {kinds.index('f')} has none; "
-            "set float_labels=True where labels are numbers rather than classes"
+            'set target="numbers" where labels are no classes'
         )
         raise InputError(message)
 

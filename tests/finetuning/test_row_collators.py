@@ -41,13 +41,13 @@ def test_labels_keep_their_kind(label, dtype, shape):
 
 
 def test_numbers_are_float32_whatever_the_batch_and_a_mixed_batch_says_how():
-    collate = RowCollator(CHAR, float_labels=True)
+    collate = RowCollator(CHAR, target="numbers")
     for values in ([1, 2.5], [1, 3], [True], [[0, 1]], [[0, 1], [0.5, 1]]):
         labels = collate([("ACGT", value) for value in values])["labels"]
         assert labels.dtype == torch.float32
         assert labels.tolist() == values
     with pytest.raises(
-        InputError, match=r"row 1 has a whole number .* row 0 has none; set float_labels=True"
+        InputError, match=r"row 1 has a whole number .* row 0 has none; set target=\"numbers\""
     ):
         RowCollator(CHAR)([("ACGT", 2.5), ("ACGT", 1)])
     loss = torch.nn.functional.binary_cross_entropy_with_logits

@@ -84,8 +84,6 @@ class Positions(nn.Module):
 class NucleotideTransformerPreTrainedModel(EsmPreTrainedModel):
     """What transformers needs to know about the family."""
 
-    # transformers.Trainer divides accumulated losses only if told that the model does not
-    accepts_loss_kwargs = False
     config_class = NucleotideTransformerConfig
     # rounded to bfloat16, they turn positions of thousands by whole radians
     _keep_in_fp32_modules_strict = ("rotary_embeddings",)

@@ -1,4 +1,4 @@
-"""Who divides an accumulated loss: models of ours either take the number of labels, or say that they do not."""
+"""Who divides an accumulated loss: models of ours take the number of labels, or say that they do not."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_accumulated_gradient_of_a_trained_folder_is_that_of_one_batch(kind, tmp
     for size, accumulated in ((2, 1), (1, 2)):
         model.load_state_dict(start)
         arguments = TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=1,
-            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True,
-            logging_steps=1, disable_tqdm=True,
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=accumulated,
+            max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, report_to=[], save_strategy="no",
+            use_cpu=True, logging_steps=1, disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows)
         trainer.train()

@@ -99,6 +99,9 @@ SENTENCE_TRANSFORMERS = {
 }
 
 FLAG_EMBEDDING = {
+    "normlized": "normalize",
+    "normalize_embeddings": "normalize",
+    "normalized": "normalize",
     "train_data": "train",
     "query_max_len": "max_crop_bp",
     "passage_max_len": "max_crop_bp",
@@ -123,11 +126,13 @@ FLAG_EMBEDDING = {
 }
 
 BCEMBEDDING = {
+    "normalize_to_unit": "normalize",
     "pooler": "pooling",
     "model_path": "model",
 }
 
 SIMLM_AND_E5 = {
+    "l2_normalize": "normalize",
     "train_n_passages": "train_group_size",
     "t": "temperature",
     "q_max_len": "max_crop_bp",
@@ -185,7 +190,6 @@ TABLES = {
 }
 """By whose words they are."""
 
-_UNIT = "vectors of contrastive and retrieval tasks always have length 1"
 NOT_OPTIONS = {
     "local_rank": "start it with torchrun or accelerate launch",
     "ddp_backend": "start it with torchrun or accelerate launch",
@@ -199,11 +203,6 @@ NOT_OPTIONS = {
     "adam_beta1": "the optimizer's moments are fixed",
     "adam_beta2": "the optimizer's moments are fixed",
     "adam_epsilon": "the optimizer's moments are fixed",
-    "normlized": _UNIT,
-    "normalized": _UNIT,
-    "normalize_embeddings": _UNIT,
-    "normalize_to_unit": _UNIT,
-    "l2_normalize": _UNIT,
     "same_dataset_within_batch": "batches hold rows of all files alike",
     "query_instruction_for_retrieval": "DNA has no instructions",
     "passage_instruction_for_retrieval": "DNA has no instructions",

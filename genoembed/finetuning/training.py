@@ -105,7 +105,7 @@ def _resume_rules(recipe: FinetuneRecipe) -> ResumeRules:
         digests={
             "rows": "the rows of train, validation and test are not those of",
         },
-        newer={"optim": "adamw"},
+        newer={"optim": "adamw", "distributed": "ddp"},
         harmless=("logging_steps", "report_to", "gradient_checkpointing"),
         # a rate that falls towards the last step was another one in all steps before it
         may_grow=("max_steps", "max_epochs") if recipe.has_steady_rate else (),

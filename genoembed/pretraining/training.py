@@ -193,7 +193,7 @@ _RULES = ResumeRules(
         "corpus": "contents or order of the files are not those of",
         "heldout": "contents or order of the files are not those of",
     },
-    newer={"optim": "adamw"},
+    newer={"optim": "adamw", "distributed": "ddp"},
     # how often something is saved or measured, and how a step is computed; not what it learns
     harmless=(
         "logging_steps",

@@ -72,7 +72,10 @@ class Compared(NamedTuple):
     method: str = LIKELIHOOD
 
 
-FAILED_ALLELE = Compared(math.nan, math.nan, math.nan, math.nan)
+def failed_allele(allele: Allele) -> Compared:
+    """Return what is kept of an allele without scores."""
+    method = "" if allele.method == TOO_LONG else allele.method
+    return Compared(math.nan, math.nan, math.nan, math.nan, method=method)
 
 
 def build_allele_scorer(

@@ -31,7 +31,6 @@ from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.scoring.alleles import (
-    FAILED_ALLELE,
     LIKELIHOOD,
     MARGINAL,
     PSEUDO,
@@ -39,6 +38,7 @@ from genoembed.scoring.alleles import (
     allele_unit,
     build_allele_scorer,
     compare_part,
+    failed_allele,
     iter_parts,
 )
 from genoembed.scoring.heat_map import MOST_LINES, draw_heat_map, num_lines
@@ -324,7 +324,7 @@ class _Outputs:
     def add(self, allele: Allele, value: Sequence[Any] | str, scorer: SequenceScorer) -> None:
         """Write or keep the row of a change; text says why it failed."""
         self.num_rows += 1
-        compared = FAILED_ALLELE if isinstance(value, str) else Compared(*value)
+        compared = failed_allele(allele) if isinstance(value, str) else Compared(*value)
         found = self._maps[allele.context.variant.id]
         row = _row(allele, compared, found, start_token=str(scorer.start_token))
         if self._writer is None:

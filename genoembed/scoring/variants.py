@@ -29,12 +29,12 @@ from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.scoring.alleles import (
     COLUMNS_WITHOUT_VECTORS,
-    FAILED_ALLELE,
     Compared,
     VariantScore,
     allele_unit,
     build_allele_scorer,
     compare_part,
+    failed_allele,
     iter_parts,
     variant_row,
 )
@@ -211,7 +211,7 @@ class _Outputs:
     def add(self, allele: Allele, value: Sequence[Any] | str, scorer: SequenceScorer) -> None:
         """Write or keep the rows of an allele; text says why it failed."""
         self.num_rows += 1
-        compared = FAILED_ALLELE if isinstance(value, str) else Compared(*value)
+        compared = failed_allele(allele) if isinstance(value, str) else Compared(*value)
         row = variant_row(allele.context, compared, start_token=str(scorer.start_token))
         if self._writer is None:
             self.rows.append(row)

@@ -46,6 +46,7 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
 
     monkeypatch.setattr(genoembed, "extract", extract)
     (fasta.parent / "other.fa").write_text(">other\nACGT\n")
+    (fasta.parent / "genes.bed").write_text("a\t0\t4\n")
     words = f"""
     extract {fasta} other.fa -o out.h5 --overwrite --out-dtype float16 --model {tiny} --revision main
     --trust-remote-code --dtype bfloat16 --device cpu --batch-tokens 99 --threads 2 --layer 1 --layer final

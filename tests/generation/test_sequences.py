@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -353,7 +354,9 @@ def test_masked_and_finetuned_models_are_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ModelError, match="its tokens see what follows them"):
         genoembed.generate(write(tmp_path), model=build_family("bert", tmp_path / "bert"), device="cpu")
-    monkeypatch.setattr("genoembed.models.language_model.find_facts", lambda model: object())
+    monkeypatch.setattr(
+        "genoembed.models.language_model.find_facts", lambda model: SimpleNamespace(values={})
+    )
     with pytest.raises(ModelError, match="was fine-tuned for vectors or labels"):
         generate(tmp_path)
 

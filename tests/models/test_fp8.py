@@ -308,6 +308,14 @@ def test_pytorch_emulates_where_triton_does_not(triton_sums, effect, reason, cap
     assert fp8.emulation_form(torch.device("cuda")) == "torch"
 
 
+def test_forms_are_compared_without_autocast(triton_sums, monkeypatch):
+    found = []
+    monkeypatch.setattr(fp8, "emulation_form", lambda _: found.append(works_with_triton()) or "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        emulate_product(normal(1, 3), normal(2, 3), SCALES)
+    assert found == [True]
+
+
 def test_no_memory_left_says_nothing_about_triton(triton_sums):
     triton_sums.side_effect = torch.OutOfMemoryError
     with pytest.raises(torch.OutOfMemoryError):

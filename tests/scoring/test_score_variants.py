@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import genoembed
 from genoembed.errors import ConfigError, LayerError, PrecisionWarning, StoreError, VariantError
+from genoembed.scoring.alleles import TOO_LONG, failed_allele
 from tests.by_hand import CAUSAL, random_dna, revcomp
 from tests.scoring.by_plain_torch import folder_of, loaded, log_probs
 
@@ -215,3 +218,11 @@ def test_options_are_refused(tmp_path, reference):
     (tmp_path / "x.h5").write_text("mine")
     with pytest.raises(StoreError, match=r"x\.h5: exists already"):
         score(tmp_path, reference, [snv(30)], layer=0, vectors=tmp_path / "x.h5")
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [("marginal", "marginal"), ("likelihood", "likelihood"), (TOO_LONG, "")]
+)
+def test_rows_without_scores_say_how_they_would_have_been_compared(method, told):
+    found = failed_allele(SimpleNamespace(method=method))
+    assert (found.method, math.isnan(found.ref_total)) == (told, True)

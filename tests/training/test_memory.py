@@ -161,17 +161,25 @@ def test_packages_that_are_missing_are_refused_before_anything_is_read(options, 
         )
 
 
-def test_eight_bit_adam_is_that_of_bitsandbytes(tmp_path, monkeypatch):
-    package = tmp_path / "bitsandbytes"
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of packages that only this test has."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("bitsandbytes", "wandb"):
+            del sys.modules[name]
+
+
+def test_eight_bit_adam_is_that_of_bitsandbytes(packages):
+    package = packages / "bitsandbytes"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "optim.py").write_text("from torch.optim import AdamW as AdamW8bit\n")
-    monkeypatch.syspath_prepend(tmp_path)
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5}]
     optimizer = build_optimizer("adamw_8bit", groups, betas=(0.5, 0.6), eps=1e-8)
     assert (optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["lr"]) == ((0.5, 0.6), 0.5)
-    for name in [name for name in sys.modules if name.startswith("bitsandbytes")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 FAKE_WANDB = """
@@ -313,7 +321,7 @@ def test_a_scaler_that_goes_on_has_its_scale_and_its_count():
 
 
 def test_settings_of_both_kinds_of_training_are_the_same_ones():
-    for key in ("optim", "report_to", "gradient_checkpointing", "dtype"):
+    for key in ("optim", "distributed", "report_to", "gradient_checkpointing", "dtype"):
         described = OptimizerConfig.options()[key]
         assert genoembed.config.pretrain.RecipeConfig.options()[key] == described
         assert genoembed.config.finetune.FinetuneRecipe.options()[key] == described

@@ -9,7 +9,11 @@ import sys
 import pytest
 
 from genoembed.atomic import partial_of, replacing_folder
+from genoembed.config.finetune import FinetuneRecipe
+from genoembed.config.training import OptimizerConfig
 from genoembed.errors import ConfigError, StoreError
+from genoembed.finetuning.training import _resume_rules as finetuning_rules
+from genoembed.pretraining.training import _RULES as pretraining_rules
 from genoembed.training.run_folder import (
     ResumeRules,
     claimed_run,
@@ -265,3 +269,9 @@ def test_digest_of_files_is_that_of_their_contents_in_order(tmp_path):
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert files_digest([a, b]) == files_digest([c, b])
     assert len({files_digest(files) for files in ([a, b], [b, a], [a], [a, c])}) == 4
+
+
+def test_options_that_runs_of_earlier_versions_lack_are_taken_for_their_defaults():
+    defaults = {name: OptimizerConfig.options()[name].default for name in ("optim", "distributed")}
+    assert pretraining_rules.newer == defaults
+    assert finetuning_rules(FinetuneRecipe()).newer == defaults

@@ -223,8 +223,8 @@ def emulate_product(
         >>> emulate_product(x, torch.tensor([[2.0, 3.0]]), scales)
         tensor([[3.5000]], dtype=torch.bfloat16)
     """
-    sum_products = _FORMS[form or emulation_form(x_TK.device)]
-    with without_autocast(x_TK.device):
+    with without_autocast(x_TK.device):  # also where forms are compared: their sums are float32
+        sum_products = _FORMS[form or emulation_form(x_TK.device)]
         sums_TN = sum_products(round_to_e4m3(x_TK, scales[0]), weight_NK, scales[1])
         return (sums_TN * output_scale(scales)).to(torch.bfloat16)
 

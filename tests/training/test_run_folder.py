@@ -12,8 +12,8 @@ from genoembed.atomic import partial_of, replacing_folder
 from genoembed.config.finetune import FinetuneRecipe
 from genoembed.config.training import OptimizerConfig
 from genoembed.errors import ConfigError, StoreError
-from genoembed.finetuning.training import _resume_rules as finetuning_rules
-from genoembed.pretraining.training import _RULES as pretraining_rules
+from genoembed.finetuning import training as finetuning
+from genoembed.pretraining import training as pretraining
 from genoembed.training.run_folder import (
     ResumeRules,
     claimed_run,
@@ -273,5 +273,5 @@ def test_digest_of_files_is_that_of_their_contents_in_order(tmp_path):
 
 def test_options_that_runs_of_earlier_versions_lack_are_taken_for_their_defaults():
     defaults = {name: OptimizerConfig.options()[name].default for name in ("optim", "distributed")}
-    assert pretraining_rules.newer == defaults
-    assert finetuning_rules(FinetuneRecipe()).newer == defaults
+    assert pretraining._RULES.newer == defaults
+    assert finetuning._resume_rules(FinetuneRecipe()).newer == defaults

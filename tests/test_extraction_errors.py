@@ -77,7 +77,9 @@ def test_output_that_is_read_is_refused(role, fasta, tmp_path):
     link = tmp_path / "link.h5"
     link.symlink_to(bed if regions else fasta)
     before = fasta.read_bytes(), bed.read_bytes()
-    with pytest.raises(StoreError, match=r"link\.h5: is what is read as .*; set output to another name"):
+    with pytest.raises(
+        StoreError, match=r"link\.h5: is also read, as .*, and would be lost; set output to another name"
+    ):
         extract(fasta, output=link, overwrite=True, **regions)
     assert (fasta.read_bytes(), bed.read_bytes()) == before
 

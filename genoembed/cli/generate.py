@@ -8,7 +8,15 @@ from typing import Any
 import genoembed
 from genoembed.cli.options import check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import count, done_lines, echo_result, end_incomplete, policy_lines, show_progress
+from genoembed.cli.output import (
+    count,
+    destination,
+    done_lines,
+    echo_result,
+    end_incomplete,
+    policy_lines,
+    show_progress,
+)
 from genoembed.config.generate import GenerateConfig
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +55,7 @@ def generate_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) 
         report.mean_log_likelihood,
         f", {ended:,} ended by the model" if ended else "",
         report.seconds,
-        report.output,
+        destination(report.output),
     )
     if as_json:
         echo_result(report, "", as_json=True)

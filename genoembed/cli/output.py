@@ -129,6 +129,16 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+def destination(*names: str | None) -> str:
+    """Say where results went.
+
+    Example:
+        >>> destination("-"), destination(None, "a.tsv", "a.h5")
+        ('standard output', 'a.tsv, a.h5')
+    """
+    return ", ".join("standard output" if name == "-" else name for name in names if name is not None)
+
+
 def wrote(*names: object) -> None:
     """Name what was written, as the last line of standard error."""
     logging.getLogger("genoembed.cli").info("wrote %s", ", ".join(map(str, names)))

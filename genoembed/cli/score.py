@@ -12,6 +12,7 @@ from genoembed.cli.options import SPELLING, check_json_has_room, command
 from genoembed.cli.outcome import promise_output
 from genoembed.cli.output import (
     count,
+    destination,
     done_lines,
     echo_result,
     end_incomplete,
@@ -95,7 +96,7 @@ def _score_sequences(options: dict[str, Any]) -> ScoreReport:
         count(report.num_rows, "record"),
         report.start_token,
         report.seconds,
-        report.output,
+        destination(report.output),
     )
     return report
 
@@ -114,7 +115,7 @@ def _score_variants(options: dict[str, Any]) -> VariantReport:
         report.start_token,
         layer,
         report.seconds,
-        report.output,
+        destination(report.output),
     )
     return report
 
@@ -133,7 +134,7 @@ def _score_mutations(options: dict[str, Any]) -> MutationReport:
         f" ({methods})" if methods else "",
         report.start_token,
         report.seconds,
-        ", ".join(name for name in (report.output, report.matrix, report.heat_map) if name is not None),
+        destination(report.output, report.matrix, report.heat_map),
     )
     return report
 

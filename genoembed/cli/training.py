@@ -17,7 +17,7 @@ import click
 import genoembed
 from genoembed.cli.options import check_json_has_room, command
 from genoembed.cli.outcome import promise_output
-from genoembed.cli.output import done_lines, echo_result, end_incomplete, policy_lines
+from genoembed.cli.output import destination, done_lines, echo_result, end_incomplete, policy_lines
 from genoembed.config.files import PredictConfig
 from genoembed.config.finetune import FinetuneOptions
 from genoembed.config.pretrain import PretrainOptions
@@ -133,7 +133,11 @@ def predict_command(model: str, inputs: tuple[str, ...], *, as_json: bool, **opt
     for line in (*policy_lines(report.counts), *done_lines(report)):
         _logger.info("%s", line)
     _logger.info(
-        "%d records, %d rows, %.1f s: %s", report.num_records, report.num_rows, report.seconds, report.output
+        "%d records, %d rows, %.1f s: %s",
+        report.num_records,
+        report.num_rows,
+        report.seconds,
+        destination(report.output),
     )
     if as_json:
         echo_result(report, "", as_json=True)

@@ -98,7 +98,9 @@ def check_paths(
     for output, kind in outputs:
         for name in (*inputs, *uncertain, *regions):
             if _is_within(output, name):
-                problem = Problem(f"is what is read as {name!r}", Remedy("output", words="another name"))
+                problem = Problem(
+                    f"is also read, as {name!r}, and would be lost", Remedy("output", words="another name")
+                )
                 raise StoreError(problem, path=output)
         if kind != "folder" and overwrite and Path(output).is_file():
             _check_kind(output, kind)

@@ -353,7 +353,7 @@ def _first_passages(
 
 
 def _even(order: Tensor, batch_rows: int) -> Sequence[Tensor]:
-    """Cut into batches of at most so many rows, and of like sizes: one row by itself has no negative."""
+    """Cut into batches of about equal size, none above ``batch_rows``: a row by itself has no negative."""
     return order.tensor_split(-(-len(order) // batch_rows))
 
 

@@ -1,4 +1,4 @@
-"""Adapters of peft, as folders that name the model they change: LoRA and its kin.
+"""Adapters of peft, as folders that name the model they change: LoRA and the like.
 
 In: a folder with ``adapter_config.json`` and the adapter's weights, and the model that these change, loaded.
 Out: the same model, with the adapter merged into its layers, which keep their names. Promised: each weight of

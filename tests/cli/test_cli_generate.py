@@ -38,7 +38,7 @@ def test_generate_prints_what_python_gives(cli, fasta, tiny):
     assert records_of(result.stdout) == {row.id: row.sequence for row in report.rows}
     assert max(map(len, (line for line in result.stdout.splitlines() if line[:1] != ">"))) == 80
     assert "6 sequences for 3 prompts, " in result.stderr
-    assert result.stderr.splitlines()[-1].endswith(": -")
+    assert result.stderr.splitlines()[-1].endswith(": standard output")
 
 
 def test_generate_reads_stdin_writes_a_file_and_says_so_in_json(cli, fasta, tiny):

@@ -117,5 +117,5 @@ def test_score_mutagenesis_prints_what_python_gives_and_writes_files(cli, fasta,
     assert [(row["pos"], row["alt"]) for row in rows] == [(str(row.pos), row.alt) for row in expected]
     assert [float(row["delta"]) for row in rows] == pytest.approx([row.delta for row in expected], abs=1e-6)
     assert "6 changes of 2 positions in 1 record scored (6 by likelihood), start token 0" in result.stderr
-    assert result.stderr.splitlines()[-1].endswith(": -, m.h5, m.png")
+    assert result.stderr.splitlines()[-1].endswith(": standard output, m.h5, m.png")
     assert Path("m.png").read_bytes()[:4] == b"\x89PNG"

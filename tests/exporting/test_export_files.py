@@ -154,7 +154,7 @@ def test_files_stay_unless_told_and_nothing_is_left_behind(pooled, monkeypatch):
         export(pooled, "npz")
     with pytest.raises(LayerError, match="layer 'q' is not among"):
         export(pooled, "npz", layer="q", overwrite=True)
-    with pytest.raises(StoreError, match="is what is read"):
+    with pytest.raises(StoreError, match="is also read, as .*, and would be lost"):
         export(pooled, "h5ad", output=pooled, overwrite=True)
 
     def full(*_):

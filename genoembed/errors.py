@@ -39,16 +39,19 @@ so that no caller needs to parse text::
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import signal
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import FrameType
 
 # controls of terminals (C0, DEL, C1), what turns the direction of text around, separators of lines, halves of
@@ -505,6 +508,42 @@ class SchemaVersionError(StoreError):
         )
 
 
+def install_command(extra: str) -> str:
+    """Return the command that adds an optional extra to this installation: from the index, or from a clone.
+
+    An index may not have this version, or not this package: what was installed from a folder, a repository or
+    a file is completed from there.
+    """
+    from importlib import metadata
+
+    try:
+        record = json.loads(metadata.distribution("genoembed").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        record = {}
+    return _install_command(extra, record, imported_from=Path(__file__).parent.parent)
+
+
+def _install_command(extra: str, record: Mapping[str, Any], *, imported_from: Path) -> str:
+    """Choose by the record of an installation (PEP 610) and the folder of the running code."""
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    url = record.get("url", "")
+    installed_from = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else imported_from
+    # the running code first: an older installation may point to a folder that is no longer used
+    for clone, option in ((imported_from, "-e "), (installed_from, "")):
+        if (clone / "pyproject.toml").is_file():
+            pinned = clone / "constraints.txt"
+            constraints = f"-c {shlex.quote(str(pinned))} " if pinned.is_file() else ""
+            return f"python -m pip install {constraints}{option}{shlex.quote(f'{clone}[{extra}]')}"
+    if "vcs_info" in record:
+        facts = record["vcs_info"]
+        return f"python -m pip install 'genoembed[{extra}] @ {facts['vcs']}+{url}@{facts['commit_id']}'"
+    if url and (not url.startswith("file:") or installed_from.is_file()):
+        return f"python -m pip install 'genoembed[{extra}] @ {url}'"
+    return f"python -m pip install 'genoembed[{extra}]'"
+
+
 class MissingExtraError(GenoembedError, ImportError):
     """An optional package that is not installed.
 
@@ -517,7 +556,7 @@ class MissingExtraError(GenoembedError, ImportError):
     def __init__(self, *, package: str, extra: str, purpose: str) -> None:
         self.package = package
         self.extra = extra
-        super().__init__(f"{purpose} needs {package}; install it with: pip install 'genoembed[{extra}]'")
+        super().__init__(f"{purpose} needs {package}; install it with: {install_command(extra)}")
 
 
 class GenoembedWarning(UserWarning):

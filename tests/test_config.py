@@ -28,7 +28,11 @@ REFUSED = [
     ({"inputs": ()}, r"^inputs is empty; name at least one sequence file, or '-' for standard input$"),
     ({"flank": -1}, r"^flank is -1; set flank to 0 or more bases$"),
     ({"flank": "3"}, r"^flank is '3'; set flank to a whole number$"),
-    ({"flank": 3}, r"^flank is 3, but there are no regions; set regions to what is to be embedded$"),
+    (
+        {"flank": 3},
+        r"^flank is 3, but there are no regions; "
+        r"set regions to a BED or GFF3 file, or a place such as chr1:1001-2000$",
+    ),
     ({"invalid": "drop"}, r"^invalid is 'drop'; set invalid to one of error, skip, mask$"),
     ({"duplicates": "skip"}, r"^duplicates is 'skip'; set duplicates to one of error, suffix$"),
     ({"empty": "mask"}, r"^empty is 'mask'; set empty to one of error, skip$"),
@@ -81,8 +85,8 @@ REFUSED = [
     ({"model": ""}, r"^model is ''; set model to a text that is not empty$"),
     ({"device": ""}, r"^device is ''; set device to a text that is not empty, or leave it out$"),
     ({"inputs": ("",)}, r"^inputs is \(''\,\); set inputs to one or several, each a text$"),
-    ({"windw": 10}, r"^'windw' is no option; did you mean 'window'\?$"),
-    ({"zzz": 10}, r"^'zzz' is no option$"),
+    ({"windw": 10}, r"^'windw' is not an option; did you mean 'window'\?$"),
+    ({"zzz": 10}, r"^'zzz' is not an option$"),
 ]
 
 
@@ -208,7 +212,7 @@ def test_every_python_call_answers_an_unknown_key_with_the_nearest(name):
     more = {"labels": "l.tsv"} if name == "probe" else {"output": "t.h5"} if name == "fit_transform" else {}
     with pytest.raises(ConfigError) as caught:
         getattr(genoembed, name)(*CALLS[name], **more, **{typo: 1})
-    assert f"'{typo}' is no option; did you mean '{near}'?" in caught.value.problems
+    assert f"'{typo}' is not an option; did you mean '{near}'?" in caught.value.problems
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("models", "info", "doctor")])
@@ -217,11 +221,11 @@ def test_every_command_answers_an_unknown_option_with_the_nearest(name):
     near = {"layers": "--all", "verify": "--tolerance"}.get(name, "--overwrite")
     result = CliRunner().invoke(main, [name, word, "x"])
     assert result.exit_code == 2
-    assert f"'{word}' is no option; did you mean '{near}'?" in result.stderr
+    assert f"'{word}' is not an option; did you mean '{near}'?" in result.stderr
 
 
 def test_sequence_embedder_answers_an_unknown_key_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"^'windw' is no option; did you mean 'window'\?$"):
+    with pytest.raises(ConfigError, match=r"^'windw' is not an option; did you mean 'window'\?$"):
         SequenceEmbedder(windw=8)
 
 
@@ -240,7 +244,7 @@ def test_sequence_embedder_answers_an_unknown_key_with_the_nearest():
     ],
 )
 def test_names_of_other_toolkits_are_answered_with_ours(foreign, ours, tmp_path):
-    sentence = f"'{foreign}' is no option; here that is '{ours}'"
+    sentence = f"'{foreign}' is not an option; here that is '{ours}'"
     with pytest.raises(ConfigError) as caught:
         genoembed.finetune("a.tsv", "run", task="retrieval", **{foreign: 1})
     assert caught.value.problems == (sentence,)
@@ -255,7 +259,7 @@ def test_names_of_other_toolkits_are_answered_with_ours(foreign, ours, tmp_path)
     ("former", "today"), [("own_negatives_only", "in_batch_negatives"), ("kin_identity", "homolog_identity")]
 )
 def test_former_names_are_answered_as_the_nearest_are(former, today):
-    with pytest.raises(ConfigError, match=f"'{former}' is no option; did you mean '{today}'"):
+    with pytest.raises(ConfigError, match=f"'{former}' is not an option; did you mean '{today}'"):
         finetune_config({"task": "retrieval", "train": "a.tsv", former: 1})
 
 
@@ -292,7 +296,7 @@ def test_files_of_all_kinds_flat_or_in_sections_mean_the_same(tmp_path):
 def test_stray_key_in_a_section_is_answered_with_the_nearest(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('[data]\ntrain = ["a.tsv"]\nsplt = "random"\n[objective]\ntask = "classification"\n')
-    with pytest.raises(ConfigError, match=r"run\.toml: 'splt' is no option; did you mean 'split'\?$"):
+    with pytest.raises(ConfigError, match=r"run\.toml: 'splt' is not an option; did you mean 'split'\?$"):
         finetune_config({}, file=file)
 
 

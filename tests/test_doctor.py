@@ -299,7 +299,7 @@ def test_known_sequence_is_the_start_of_the_phage_of_the_examples(pytestconfig):
         (("--model", "evo2-7b"), "did you mean 'evo2_7b'?"),
         (
             ("--model", "someone/dnabert-3"),
-            "--model is 'someone/dnabert-3', which is no model of genoembed models",
+            "--model is 'someone/dnabert-3', which 'genoembed models' does not list",
         ),
         (("--model", "tests", "--as", "nt-v2-50"), "did you mean 'nt-v2-50m'"),
         (("--model", "tests"), "nothing says which published model this folder holds"),
@@ -346,7 +346,7 @@ def test_fp8_is_compared_with_exact_integers():
     ("form", "said"),
     [
         ("numba", "emulated by numba, with the sums of exact integers"),
-        ("torch", r"emulated by PyTorch, .*; numba would .*: pip install 'genoembed\[fp8\]'"),
+        ("torch", r"emulated by PyTorch, .*; numba would .*: python -m pip install .*\[fp8\].*"),
     ],
 )
 def test_doctor_says_what_computes_fp8(form, said, monkeypatch):

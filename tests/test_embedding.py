@@ -61,7 +61,7 @@ def test_embed_takes_bytes_records_and_a_loaded_model(bert):
         (["AC"], {"per_window": True, "window": 8}, ConfigError, "several vectors a sequence"),
         (["AC"], {"output": "a.h5"}, ConfigError, "output: for files, and there are none here"),
         (["AC"], {"invalid": "skip"}, ConfigError, "invalid and empty cannot be 'skip' here"),
-        (["AC"], {"poling": "max"}, ConfigError, "'poling' is no option; did you mean 'pooling'"),
+        (["AC"], {"poling": "max"}, ConfigError, "'poling' is not an option; did you mean 'pooling'"),
     ],
 )
 def test_embed_refuses(sequences, options, error, problem, bert):

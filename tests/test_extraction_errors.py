@@ -86,7 +86,7 @@ def test_output_that_is_read_is_refused(role, fasta, tmp_path):
 
 @pytest.mark.usefixtures("no_model")
 def test_unknown_option_is_refused_with_a_suggestion(fasta):
-    with pytest.raises(ConfigError, match=r"'poolin' is no option; did you mean 'pooling'\?"):
+    with pytest.raises(ConfigError, match=r"'poolin' is not an option; did you mean 'pooling'\?"):
         extract(fasta, poolin="max")
 
 

@@ -296,7 +296,7 @@ def test_folder_of_somebody_else_is_not_touched(fasta, tmp_path):
     with pytest.raises(StoreError, match=r"holds 'thesis\.txt', which no run put there"):
         run(fasta, tmp_path, overwrite=True)
     (tmp_path / "out.parts" / "manifest.json").write_text("[]")
-    with pytest.raises(StoreError, match="is no JSON object"):
+    with pytest.raises(StoreError, match="is not a JSON object"):
         run(fasta, tmp_path)
     assert (tmp_path / "out.parts" / "thesis.txt").read_text() == "precious"
 

@@ -54,7 +54,7 @@ def test_words_that_people_type_are_answered_on_the_command_line_and_in_files(so
     for word in ASKED[source].split():
         result = CliRunner().invoke(main, ["finetune", "a.tsv", f"--{word.replace('_', '-')}", "1"])
         assert result.exit_code == 2
-        (said,) = [line for line in result.stderr.splitlines() if "is no option" in line]
+        (said,) = [line for line in result.stderr.splitlines() if "is not an option" in line]
         assert "did you mean" not in said
         in_words = word in NOT_OPTIONS
         assert in_words != ("here that is '--" in said), said
@@ -63,7 +63,7 @@ def test_words_that_people_type_are_answered_on_the_command_line_and_in_files(so
         result = CliRunner().invoke(
             main, ["finetune", "a.tsv", "--config", str(file), "-o", str(tmp_path / "o")]
         )
-        assert f"run.toml: '{word}' is no option; " in result.stderr
+        assert f"run.toml: '{word}' is not an option; " in result.stderr
         assert "did you mean" not in result.stderr
 
 
@@ -87,8 +87,8 @@ def test_a_key_in_the_wrong_section_is_told_its_own(tmp_path):
     with pytest.raises(ConfigError) as caught:
         finetune_config({"task": "regression"}, file=file)
     assert caught.value.problems == (
-        f"{file}: 'pooling' is no option of 'recipe'; move it to 'encoder'",
-        f"{file}: 'num_train_epochs' is no option; here that is 'max_epochs'",
+        f"{file}: 'pooling' is not an option of 'recipe'; move it to 'encoder'",
+        f"{file}: 'num_train_epochs' is not an option; here that is 'max_epochs'",
     )
 
 

@@ -104,7 +104,7 @@ def test_output_that_must_stay_is_refused(fasta, tmp_path):
     (tmp_path / "out.h5").write_bytes(b"precious")
     with pytest.raises(StoreError, match="exists already; set overwrite"):
         plan(fasta, model=model_of("llama"), output="out.h5")
-    with pytest.raises(ConfigError, match="'pool' is no option; did you mean 'pooling'"):
+    with pytest.raises(ConfigError, match="'pool' is not an option; did you mean 'pooling'"):
         plan(fasta, model=model_of("llama"), pool="max")
 
 

@@ -177,7 +177,7 @@ def test_security_absolute_name_in_an_index_is_refused(sharded, tmp_path):
 def test_security_index_that_is_none_is_one_line(sharded, content):
     folder = Path(sharded())
     (folder / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"index\.json: it is no index of weights"):
+    with pytest.raises(CheckpointError, match=r"index\.json: it is not an index of weights"):
         load_model(str(folder), device="cpu")
 
 

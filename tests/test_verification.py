@@ -117,7 +117,7 @@ def test_standard_input_and_lost_files_say_what_to_do(made):
         verify(path, sample=0)
     with pytest.raises(ConfigError, match="threads is 0; set threads to 1 or more"):
         verify(path, threads=0)
-    with pytest.raises(ConfigError, match="'pooling' is no option"):
+    with pytest.raises(ConfigError, match="'pooling' is not an option"):
         verify(path, pooling="max")
 
 

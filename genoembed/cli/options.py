@@ -82,7 +82,7 @@ class ConfigCommand(click.Command):
                 {**self.described, **names},
                 spelling=lambda key: names.get(key) or self.option_of(key),
             )
-            if message.endswith("is no option"):
+            if message.endswith("is not an option"):
                 raise
             raise click.UsageError(message, ctx=ctx) from error
 
@@ -274,7 +274,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
     try:
         return tuple(float(part) for text in texts or () for part in text.split(","))
     except ValueError as error:
-        message = f"{', '.join(texts or ())!r} is no list of numbers such as 0.2,0.8"
+        message = f"{', '.join(texts or ())!r} is not a list of numbers such as 0.2,0.8"
         raise click.BadParameter(message, ctx=ctx, param=option) from error
 
 

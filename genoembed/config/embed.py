@@ -422,7 +422,7 @@ class EmbedConfig(Config):
         if self.input.flank and not self.input.regions:
             yield Problem(
                 f"flank is {self.input.flank}, but there are no regions",
-                Remedy("regions", words="what is to be embedded"),
+                Remedy("regions", words="a BED or GFF3 file, or a place such as chr1:1001-2000"),
             )
 
 

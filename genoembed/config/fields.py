@@ -375,9 +375,9 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
 
     Example:
         >>> unknown_option("windw", ["window", "stride"])
-        "'windw' is no option; did you mean 'window'?"
+        "'windw' is not an option; did you mean 'window'?"
         >>> unknown_option("num_train_epochs", ["max_epochs", "max_steps"])
-        "'num_train_epochs' is no option; here that is 'max_epochs'"
+        "'num_train_epochs' is not an option; here that is 'max_epochs'"
     """
     from genoembed.config.foreign import NOT_OPTIONS, known_elsewhere
 
@@ -386,11 +386,11 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
     answer = known_elsewhere(plain, names)
     if answer is not None and answer.source != "genoembed":
         value = f" {answer.value}" if answer.value else ""
-        return f"{key!r} is no option; here that is {spelling(answer.key) + value!r}"
+        return f"{key!r} is not an option; here that is {spelling(answer.key) + value!r}"
     if plain in NOT_OPTIONS and _OF_TRAINING in names:
-        return f"{key!r} is no option; {NOT_OPTIONS[plain]}"
+        return f"{key!r} is not an option; {NOT_OPTIONS[plain]}"
     near = [answer.key] if answer is not None else difflib.get_close_matches(plain, names, n=1)
-    return f"{key!r} is no option" + (f"; did you mean {spelling(near[0])!r}?" if near else "")
+    return f"{key!r} is not an option" + (f"; did you mean {spelling(near[0])!r}?" if near else "")
 
 
 def named_options(config: type[Config] | None = None) -> Callable[[Function], Function]:
@@ -435,7 +435,7 @@ def _stray(key: str, section: str, config: type[Config]) -> str:
     """Return the message for a key in a section that is not its own, or that is none at all."""
     own = next((name for name, found in config.sections().items() if key in found.options()), None)
     if own is not None:
-        return f"{key!r} is no option of {section!r}; move it to {own!r}"
+        return f"{key!r} is not an option of {section!r}; move it to {own!r}"
     return unknown_option(key, config.options())
 
 

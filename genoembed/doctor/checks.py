@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from genoembed.batching.pad import pad_batch, pool_mask
 from genoembed.contracts import Batch, EmbeddingBlock, ObsRow
 from genoembed.doctor.results import KNOWN_ANSWER, DoctorCheck, PublishedCheck
-from genoembed.errors import GenoembedError
+from genoembed.errors import GenoembedError, install_command
 from genoembed.models.geneb import known_answers
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
@@ -56,10 +56,7 @@ _BASES_SHOWN = 15
 _FP8_SCALES = (60.0, 57.0)
 _FP8_PRODUCT = [[390.0, 378.0, 382.0, 382.0], [380.0, 390.0, 378.0, 382.0]]
 """What exact integers give for `_fp8_operands`: sums that are not cut off as Hopper's are give others."""
-_FASTER_CPU = (
-    "numba would take a seventh of the time, and is not installed or does not work here: "
-    "pip install 'genoembed[fp8]'"
-)
+_FASTER_CPU = "numba would take a seventh of the time, and is not installed or does not work here"
 _FP8_FORMS = {
     "numba": "emulated by numba",
     "triton": "emulated by Triton",
@@ -351,7 +348,7 @@ def _check_fp8(device: str | None) -> str:
     if form != "torch":
         return detail
     if place.type == "cpu":
-        return f"{detail}; {_FASTER_CPU}"
+        return f"{detail}; {_FASTER_CPU}: {install_command('fp8')}"
     return f"{detail}; Triton would take less time, and is not installed or does not work here"
 
 

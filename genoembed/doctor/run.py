@@ -91,7 +91,7 @@ def _published(model: str, known_as: str | None) -> PublishedModel | None:
         raise ConfigError(message)
     if found is None:
         key = "model" if known_as is None else "known_as"
-        message = f"{key} is {name!r}, which is no model of genoembed models; {suggestion(str(name))}"
+        message = f"{key} is {name!r}, which 'genoembed models' does not list; {suggestion(str(name))}"
         raise ConfigError(message)
     if not found.is_run:
         message = (

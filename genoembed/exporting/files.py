@@ -280,7 +280,7 @@ def export(
         StoreError: If a file cannot be read or written; the output is then as it was before.
     """
     if to not in get_args(ExportFormat):
-        message = f"to is {to!r}; set to to one of {', '.join(get_args(ExportFormat))}"
+        message = f"to is {to!r}, expected one of {', '.join(get_args(ExportFormat))}"
         raise ConfigError(message)
     name = Path(path).with_suffix(_SUFFIXES[to]) if output is None else output
     check_paths([path], [(name, "export")], overwrite=overwrite)

@@ -202,7 +202,7 @@ def _row_problems(row: TableRow) -> Iterator[str]:
             remedy = _FOREIGN_KEYS.get(key) or (
                 f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}; leave it out"
             )
-            yield f"{key!r} is no key of a retrieval example; {remedy}"
+            yield f"{key!r} is not a key of a retrieval example; {remedy}"
     for key in ("query", "pos"):
         if key not in values:
             yield f"no {key!r}, expected query (a sequence) and pos (a list of sequences); add it"

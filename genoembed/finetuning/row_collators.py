@@ -210,7 +210,9 @@ class RowCollator:
         value = self._value(row, number)
         found = _as_array(value) if self._codes is None else np.asarray(self._code(value, number))
         if found is None or found.dtype.kind not in "biuf":
-            message = f"row {number}: label {value!r:.60} is no number; name the classes with classes=(...)"
+            message = (
+                f"row {number}: label {value!r:.60} is not a number; name the classes with classes=(...)"
+            )
             raise InputError(message)
         # by what a row looks like alone: a batch must not decide about the dtype of its labels
         is_class = found.ndim == 0 and found.dtype.kind != "f" and not self._are_numbers

@@ -251,7 +251,7 @@ def _check_folder(source: ModelSource) -> None:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             strangers = sorted(name for name in names if leads_outside(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            message = f"it is no index of weights ({first_line(error)}); fetch the folder again"
+            message = f"it is not an index of weights ({first_line(error)}); fetch the folder again"
             raise CheckpointError(message, path=str(index)) from error
         if strangers:
             message = (

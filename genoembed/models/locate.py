@@ -237,7 +237,7 @@ def _converted_file(path: Path) -> Path:
     """Return the folder of a converted checkpoint file; its contents name it: none stands for another."""
     if not path.name.endswith(_CONVERTIBLE) and ".part" not in path.suffix:
         message = (
-            f"model {str(path)!r}: a file that is no checkpoint, expected one that ends in .pt, .pt.part0 "
+            f"model {str(path)!r}: a file that is not a checkpoint, expected one that ends in .pt, .pt.part0 "
             "... or .safetensors, or a folder written by save_pretrained; name one of these"
         )
         raise ModelError(message)

@@ -208,7 +208,7 @@ def _sentence_modules(listed: Path) -> list[_SentenceModule]:
     try:
         named = [(str(module["type"]), str(module["path"])) for module in modules]
     except (TypeError, KeyError) as error:
-        message = f"it is no list of modules ({type(error).__name__}: {error}); fetch the folder again"
+        message = f"it is not a list of modules ({type(error).__name__}: {error}); fetch the folder again"
         raise CheckpointError(message, path=str(listed)) from error
     for _, path in named:
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:

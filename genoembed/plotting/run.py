@@ -218,8 +218,8 @@ def _columns(
     unknown = [name for name in (*wanted, *classes) if name not in names]
     if unknown:
         message = (
-            f"color is {unknown[0]!r}, which is no column of {file.path} or of the values; set color to one "
-            f"of {', '.join(names)}"
+            f"color is {unknown[0]!r}, which is not a column of {file.path} or of the values; "
+            f"set color to one of {', '.join(names)}"
         )
         raise ConfigError(message)
     made: dict[str, ClassColumn | NumberColumn] = {}
@@ -380,7 +380,7 @@ def read_points(
     if len(rows) < _FEWEST:
         message = (
             f"{file.path}: {len(rows)} of {len(file)} rows have a vector ({num_failed} failed), expected "
-            f"{_FEWEST} or more for a map; look at the flags of the records"
+            f"{_FEWEST} or more for a map; see the flags of the records"
         )
         raise ConfigError(message)
     return PointRows(

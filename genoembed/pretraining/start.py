@@ -68,7 +68,7 @@ def _shape(values: Mapping[str, object], window: int) -> StripedHyena2Config:
     for key in (key for key in values if key not in known):
         near = difflib.get_close_matches(key, known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "leave it out"
-        problems.append(f"shape: {key!r} is no field of StripedHyena2Config; {remedy}")
+        problems.append(f"shape: {key!r} is not a field of StripedHyena2Config; {remedy}")
     if problems:
         raise ConfigError(*problems)
     try:

@@ -295,7 +295,10 @@ def verdict(model: InsideChoice, comparisons: Sequence[Comparison], *, task: Pro
         return f"the probe ({mine}) does NOT beat {named}: for this label the embeddings are not needed"
     if close:
         named = ", ".join(f"{one.name} ({_by(one)})" for one in close)
-        return f"the probe ({mine}) is above {named}, but by no more than folds differ: not clearly better"
+        return (
+            f"the probe ({mine}) is above {named}, but the difference is within the variation between "
+            "folds: not clearly better"
+        )
     first = comparisons[0]
     return (
         f"the probe ({mine}) beats every baseline; the strongest is {first.name} "

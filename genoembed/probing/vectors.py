@@ -159,7 +159,7 @@ def embed_untrained(
         return "the layers were fused, or the model fine-tuned"
     inputs = list(sequences or settings.inputs)
     if lost := [name for name in inputs if not Path(name).is_file()]:
-        return f"{', '.join(lost)} is no file here (set sequences to where they are)"
+        return f"{', '.join(lost)} is not a file here (set sequences to where they are)"
     running = {name: options[name] for name in _RUNNING if name in options}
     device = running.pop("device", None)
     trust = running.pop("trust_remote_code", False)

@@ -148,7 +148,7 @@ def check_readable(path: str) -> None:
             problem = "is a folder, expected a file; name the files in it"
             raise InputFileError(problem, path=path)
         if not Path(path).exists():
-            problem = "no such file; check the name and the working directory"
+            problem = "file not found; check the name and the current folder"
             raise InputFileError(problem, path=path)
         if Path(path).is_file():  # a pipe such as /dev/fd/63 must not be opened twice
             Path(path).open("rb").close()

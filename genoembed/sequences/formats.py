@@ -221,7 +221,7 @@ def _fastq_bases(
     limit, held = max_record_bytes(), 0
     for number, row in lines:
         if row.startswith((b"@", b">")):
-            problem = "another header before the '+' line; the file is damaged or no FASTQ"
+            problem = "another header before the '+' line; the file is damaged or not FASTQ"
             raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
         if not row.startswith(b"+"):
             rows.append(row)
@@ -251,7 +251,7 @@ def _skip_qualities(
     for number, row in lines:
         scores = row.strip(WHITESPACE)
         if scores.translate(None, _QUALITIES):
-            problem = "a quality outside '!' to '~' (33 to 126); the file is damaged or no FASTQ"
+            problem = "a quality outside '!' to '~' (33 to 126); the file is damaged or not FASTQ"
             raise SequenceFormatError(problem, path=path, line=number, record_id=record_id)
         num_qualities += len(scores)
         # Bases on one line have their qualities on one line, so a short one is found at once.

@@ -108,7 +108,7 @@ class FastaContigs:
             raise ConfigError(message)
         check_readable(path)
         if not Path(path).is_file():
-            problem = "is no regular file, but places are looked up in it; save it to a file first"
+            problem = "is not a regular file, but places are looked up in it; save it to a file first"
             raise InputFileError(problem, path=path)
         self.path = path
         self._digests = digests
@@ -396,7 +396,7 @@ def _one_based(
 def _integers(path: str, line: int | None, numbers: tuple[str, str], expected: str) -> tuple[int, int]:
     for number in numbers:
         if not _INTEGER.fullmatch(number):
-            problem = f"{number!r} is no position, {expected}; correct the region"
+            problem = f"{number!r} is not a position,  {expected}; correct the region"
             raise RegionError(problem, path=path, line=line)
     return int(numbers[0]), int(numbers[1])
 

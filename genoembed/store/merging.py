@@ -116,7 +116,7 @@ def differences_from(
             {name: before[name] for name in acted}, {name: manifest.policies.get(name) for name in acted}
         )
         if None in files:
-            found.append("nobody knows what standard input held")
+            found.append("the content of standard input is not known any more")
         if [_content(item) for item in made.get("inputs", [])] != files:
             found.append("the input has other content")
         if [_content(item) or item.get("name") for item in made.get("regions", [])] != places:

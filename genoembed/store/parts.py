@@ -451,8 +451,8 @@ def _reporting(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         problem = (
-            f"could not be written ({error.strerror or error}), finished units are kept; look at the free "
-            f"space, quota and rights of {str(folder.parent)!r}, then run the same command again"
+            f"could not be written ({error.strerror or error}), finished units are kept; check the free "
+            f"space, quota and permissions of {str(folder.parent)!r}, then run the same command again"
         )
         raise StoreError(problem, path=str(folder)) from error
 
@@ -474,7 +474,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
     if found is None:
         return None
     if found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
-        problem = "is no manifest of a run; move it, or set output to another file"
+        problem = "is not the manifest of a run; move it, or set output to another file"
         raise StoreFormatError(problem, path=str(path))
     if found.get("version") != _VERSION:
         problem = (
@@ -497,12 +497,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        problem = f"{str(path.parent)!r} is no folder; move it, or set output to another file"
+        problem = f"{str(path.parent)!r} is not a folder; move it, or set output to another file"
         raise StoreError(problem, path=str(path)) from error
     except (OSError, ValueError, RecursionError) as error:
         problem = f"cannot be read ({error}); remove its folder to start over"
         raise StoreFormatError(problem, path=str(path)) from error
     if not isinstance(found, dict):
-        problem = "is no JSON object; remove its folder to start over"
+        problem = "is not a JSON object; remove its folder to start over"
         raise StoreFormatError(problem, path=str(path))
     return found

@@ -117,7 +117,7 @@ def check_seal(path: Path) -> bool:
         raise
     except OSError as error:
         reason = error.strerror or error
-        problem = f"cannot be opened ({reason}), expected an embedding file; check the path and its rights"
+        problem = f"cannot be opened ({reason}), expected an embedding file; check its name and permissions"
         raise StoreError(problem, path=str(path)) from error
 
 

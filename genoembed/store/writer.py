@@ -398,8 +398,8 @@ class EmbeddingWriter:
             raise failure
         reason = getattr(failure, "strerror", None) or str(failure)
         problem = (
-            f"could not be written ({reason}), nothing is left of it; look at the free space, quota and "
-            f"rights of {str(self._target.parent)!r}, or set output to another disk"
+            f"could not be written ({reason}), nothing is left of it; check the free space, quota and "
+            f"permissions of {str(self._target.parent)!r}, or set output to another disk"
         )
         raise StoreError(problem, path=self._path) from failure
 

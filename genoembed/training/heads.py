@@ -498,7 +498,7 @@ def regression_loss(predicted_BK: Tensor, targets_BK: Tensor) -> Tensor:
     if predicted_BK.ndim != 2 or predicted_BK.shape != targets_BK.shape:
         raise ShapeError(_shapes("targets", targets_BK, predicted_BK, "(B, K) both"))
     if not bool(targets_BK.isfinite().all()):
-        message = "targets: a value that is no finite number; leave out rows without a target"
+        message = "targets: a value is not a finite number; leave out rows without a target"
         raise InputError(message)
     predicted_BK = at_least_float32(predicted_BK)
     return F.mse_loss(predicted_BK, targets_BK.to(predicted_BK))
@@ -515,7 +515,7 @@ def _check_classes(labels: Tensor, num_classes: int) -> None:
     lowest, highest = torch.stack([labels.min(), labels.max()]).tolist()
     if lowest < 0 or highest >= num_classes:
         wrong = lowest if lowest < 0 else highest
-        message = f"labels: {wrong} is no class, expected 0 to {num_classes - 1}"
+        message = f"labels: {wrong} is not a class, expected 0 to {num_classes - 1}"
         raise InputError(message)
 
 

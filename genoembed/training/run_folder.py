@@ -329,7 +329,7 @@ def _check_own(folder: Path) -> None:
         return
     if not _has_run(folder):
         problem = (
-            f"holds no {RUN_FILE}, so it is no training run; set output_dir to another name, or remove it"
+            f"holds no {RUN_FILE}, so it is not a training run; set output_dir to another name, or remove it"
         )
         raise StoreError(problem, path=str(folder))
     known = {*_OWN, _REPLACEMENT, MARKER}

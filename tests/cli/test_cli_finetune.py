@@ -123,7 +123,7 @@ def test_finetune_takes_a_file_and_options_win(cli, table, tiny):
     Path("bad.toml").write_text('train = ["t.tsv"]\ntaks = "classification"\n')
     bad = cli("finetune", "--config", "bad.toml", "-o", "other", "-q")
     assert bad.exit_code == 1
-    assert "'taks' is no option; did you mean 'task'?" in bad.stderr
+    assert "'taks' is not an option; did you mean 'task'?" in bad.stderr
 
 
 def test_finetune_interrupted_saves_and_says_how_to_go_on(spawn, table, tiny):

@@ -139,7 +139,7 @@ def test_uniprot_h5_has_a_dataset_a_record(pooled, tokens):
         ("tokens", "csv", "one line per token is too much; .*; .* holds 2 layers"),
         ("pooled", "csv", r"holds 2 layers \(x, y/z\), but csv one; set layer to one"),
         ("pooled", "uniprot-h5", "holds 2 layers"),
-        ("pooled", "xlsx", "to is 'xlsx'; set to to one of h5ad, npz, parquet, csv, uniprot-h5"),
+        ("pooled", "xlsx", "to is 'xlsx', expected one of h5ad, npz, parquet, csv, uniprot-h5"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind, to, problem, request):
@@ -154,7 +154,7 @@ def test_files_stay_unless_told_and_nothing_is_left_behind(pooled, monkeypatch):
         export(pooled, "npz")
     with pytest.raises(LayerError, match="layer 'q' is not among"):
         export(pooled, "npz", layer="q", overwrite=True)
-    with pytest.raises(StoreError, match="is also read, as .*, and would be lost"):
+    with pytest.raises(StoreError, match=r"is also read, as .*, and would be lost"):
         export(pooled, "h5ad", output=pooled, overwrite=True)
 
     def full(*_):

@@ -590,7 +590,7 @@ def test_kin_across_the_split_are_dropped_where_asked(model, tmp_path, caplog):
 
 def test_options_are_checked_together(model, tmp_path):
     path = write_classes(tmp_path / "c.tsv")
-    with pytest.raises(ConfigError, match="'poling' is no option; did you mean 'pooling'"):
+    with pytest.raises(ConfigError, match="'poling' is not an option; did you mean 'pooling'"):
         genoembed.finetune(path, tmp_path / "run", task="classification", poling="mean")
     with pytest.raises(ConfigError, match="metric is 'f1'; set metric to one of mcc"):
         genoembed.finetune(path, tmp_path / "run", task="classification", model=model, metric="f1", **FAST)

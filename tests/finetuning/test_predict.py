@@ -215,7 +215,7 @@ def test_predict_keeps_the_policies_of_extract(runs, tmp_path):
     assert (report.counts.skipped_invalid, report.counts.skipped_empty) == (1, 1)
     with pytest.raises(StoreError, match="exists already"):
         genoembed.predict(folder, fasta, output=output, invalid="skip")
-    with pytest.raises(ConfigError, match="'regions' is no option"):
+    with pytest.raises(ConfigError, match="'regions' is not an option"):
         genoembed.predict(folder, fasta, regions="a:1-2")
     fasta.write_text(">c\n\n")
     with pytest.raises(EmptyRecordError, match="no record is left to predict"):

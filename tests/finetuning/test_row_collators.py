@@ -110,7 +110,7 @@ def test_pool_mask_leaves_out_first_bases_and_is_not_there_unless_requested():
         (("ACG",), r"row 0: \('ACG',\) has no value 2 \(label\); give a pair"),
         ("ACG", r"row 0: 'ACG' has no value 2 \(label\)"),
         ((7, 1), "row 0: int for a sequence, expected text"),
-        (("ACG", "x"), "row 0: label 'x' is no number; name the classes"),
+        (("ACG", "x"), "row 0: label 'x' is not a number; name the classes"),
     ],
 )
 def test_row_that_is_none_says_what_it_lacks(row, message):

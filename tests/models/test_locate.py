@@ -243,13 +243,13 @@ def test_checkpoint_file_is_converted_once_and_kept_by_its_contents(hub, entry, 
 
 def test_checkpoint_file_whose_name_says_nothing_needs_a_configuration(hub, tmp_path):
     shutil.copy(CHECKPOINT, tmp_path / "mine.pt")
-    with pytest.raises(ModelError, match=r"'mine' is no checkpoint of the registry"):
+    with pytest.raises(ModelError, match=r"'mine' is not a checkpoint of the registry"):
         locate_model(str(tmp_path / "mine.pt"))
 
 
 def test_other_file_and_bare_folder_say_what_to_name(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
-    with pytest.raises(ModelError, match="a file that is no checkpoint"):
+    with pytest.raises(ModelError, match="a file that is not a checkpoint"):
         locate_model(str(tmp_path / "notes.txt"))
     (tmp_path / "notes.txt").unlink()
     with pytest.raises(ModelError, match=r"without config.json; name a folder written by save_pretrained"):

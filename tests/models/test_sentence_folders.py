@@ -183,7 +183,7 @@ def test_modules_that_are_not_run_are_named_with_the_way_out(modules, files, wor
     ("text", "words"),
     [
         ("{", "it cannot be read"),
-        ('{"a": 1}', "it is no list of modules"),
+        ('{"a": 1}', "it is not a list of modules"),
         (
             '[{"type": "sentence_transformers.models.Pooling", "path": "../../x"}]',
             "expected folders beside it",

@@ -20,7 +20,7 @@ REFUSED = [
     ({"num_hidden_layers": 6}, r"each of the 6 blocks \(num_hidden_layers\)"),
     (
         {"hyena_layer_idxs": [3]},
-        "hyena_layer_idxs is no kind of block; use attn_, hcl_, hcm_ or hcs_layer_idxs",
+        "hyena_layer_idxs is not a kind of block; use attn_, hcl_, hcm_ or hcs_layer_idxs",
     ),
     ({"num_attention_heads": 3}, "hidden_size 32 is not an even multiple of num_attention_heads 3"),
     ({"num_attention_heads": 32}, "hidden_size 32 is not an even multiple of num_attention_heads 32"),

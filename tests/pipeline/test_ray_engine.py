@@ -338,7 +338,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_ray)
     config = embed_config({"inputs": ("x.fa",), "engine": "ray"})
     with (
-        pytest.raises(MissingExtraError, match=r"engine='ray' needs ray; .* 'genoembed\[ray\]'"),
+        pytest.raises(MissingExtraError, match=r"engine='ray' needs ray; .*install .*\[ray\]"),
         ray_engine(config),
     ):
         pass

@@ -209,13 +209,13 @@ def test_scale_leaves_outliers_out_and_knows_missing_ones():
     [
         (
             {"color": "nothing"},
-            "color is 'nothing', which is no column of .*; set color to one of description",
+            "color is 'nothing', which is not a column of .*; set color to one of description",
         ),
         ({"method": "pcoa"}, "method is 'pcoa'; set method to one of pca, umap, tsne"),
         ({"output": "map.pdf"}, "output is 'map.pdf'; set output to names that end in .png"),
         ({"perplexity": 0}, "perplexity is 0; set perplexity to 1 or more"),
         ({"max_points": 2}, "max_points is 2; set max_points to 3 or more"),
-        ({"speed": 2}, "'speed' is no option"),
+        ({"speed": 2}, "'speed' is not an option"),
     ],
 )
 def test_wrong_options_are_refused(options, problem, file):

@@ -38,7 +38,7 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"windw": 3}, "'windw' is no option; did you mean 'window'"),
+        ({"windw": 3}, "'windw' is not an option; did you mean 'window'"),
         ({"window": 1}, "window is 1; set window to 2 or more tokens"),
         ({"window": "32"}, "set window to a whole number"),
         ({"packing": "tight"}, "set packing to one of stream, bins"),
@@ -72,7 +72,7 @@ def test_train_config_reports_everything_at_once():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.toml", "windw = 3", "a.toml: 'windw' is no option"),
+        ("a.toml", "windw = 3", "a.toml: 'windw' is not an option"),
         ("a.toml", "window = ", "not TOML"),
         ("a.json", "{", "not JSON"),
         ("a.json", "[1]", "list, expected keys and values"),

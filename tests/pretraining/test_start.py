@@ -76,7 +76,7 @@ def test_shape_is_read_strictly():
     }
     assert start(shape=fields).model.config.num_hidden_layers == 1
     with pytest.raises(
-        ConfigError, match="'hiden_size' is no field of StripedHyena2Config; did you mean 'hid"
+        ConfigError, match="'hiden_size' is not a field of StripedHyena2Config; did you mean 'hid"
     ):
         start(shape={"hiden_size": 3})
     with pytest.raises(ConfigError, match="num_hidden_layers"):

@@ -167,7 +167,7 @@ def test_layers_of_a_file_are_taken_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cvv": "grouped"}, "'cvv' is no option; did you mean 'cv'?"),
+        ({"cvv": "grouped"}, "'cvv' is not an option; did you mean 'cv'?"),
         ({"fusion": "mean"}, "fusion is decided by the probe"),
         ({"num_folds": 2}, "set num_folds to 3 or more"),
         ({"cv": "random"}, "set cv to one of stratified, grouped, homology, chromosome"),

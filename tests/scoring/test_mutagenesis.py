@@ -365,7 +365,7 @@ def test_change_that_fails_stops_or_is_left_without_numbers(tmp_path, monkeypatc
 
 
 def test_output_that_is_read_or_written_twice_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="is also read, as .*, and would be lost"):
+    with pytest.raises(StoreError, match=r"is also read, as .*, and would be lost"):
         mutate(tmp_path, matrix=tmp_path / "c.fa", overwrite=True)
     with pytest.raises(StoreError, match="would be written twice"):
         mutate(tmp_path, output=tmp_path / "x.png", heat_map=tmp_path / "x.png")

@@ -247,7 +247,7 @@ def test_options_are_refused_together(tmp_path):
             write(tmp_path), model=loaded("llama"), rc="both", start_token="bos", dtype="float32", window=0
         )
     assert len(caught.value.problems) == 4
-    with pytest.raises(ConfigError, match="'layers' is no option"):
+    with pytest.raises(ConfigError, match="'layers' is not an option"):
         genoembed.score(write(tmp_path), layers=3)
     with pytest.raises(StoreError, match="a: would be written twice"):
         genoembed.score(write(tmp_path), model=loaded("llama"), output="a", per_base="a")

@@ -213,7 +213,7 @@ def test_options_are_refused(tmp_path, reference):
         score(tmp_path, reference, [snv(30)], layer=0, pooling="cls")
     with pytest.raises(LayerError, match="layer"):
         score(tmp_path, reference, [snv(30)], layer=9)
-    with pytest.raises(ConfigError, match="'window' is no option"):
+    with pytest.raises(ConfigError, match="'window' is not an option"):
         score(tmp_path, reference, [snv(30)], window=9)
     (tmp_path / "x.h5").write_text("mine")
     with pytest.raises(StoreError, match=r"x\.h5: exists already"):

@@ -231,7 +231,7 @@ def test_search_refuses_files_of_token_vectors(files, tmp_path):
         ({"metric": "l1"}, "metric is 'l1'; set metric to one of cosine, dot, euclidean"),
         ({"measure_recall": 5}, "measure_recall is for an approximate search"),
         ({"index": "x"}, "index is for an approximate search"),
-        ({"nearest": 5}, "'nearest' is no option"),
+        ({"nearest": 5}, "'nearest' is not an option"),
         ({"invalid": "mask"}, "invalid: the queries are embedded already"),
         ({"hybrid": True, "metric": "euclidean"}, "set metric to 'cosine'"),
         ({"hybrid_weights": (1.0,)}, "set hybrid_weights to three"),

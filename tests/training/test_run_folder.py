@@ -133,7 +133,7 @@ def test_folder_that_is_no_run_is_never_written_into_and_foreign_files_are_never
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(StoreError, match=r"holds no run.json, so it is no training run"):
+        with pytest.raises(StoreError, match=r"holds no run.json, so it is not a training run"):
             with claimed_run(thesis, resume=False, overwrite=overwrite):
                 pytest.fail("not ours")
     finish_run(tmp_path / "run")

@@ -166,7 +166,7 @@ class StripedHyena2Config(PreTrainedConfig):
         kwargs.setdefault("eos_token_id", 0)
         super().__init__(**kwargs)
         problems = [
-            f"{key} is no kind of block; use attn_, hcl_, hcm_ or hcs_layer_idxs" for key in strangers
+            f"{key} is not a kind of block; use attn_, hcl_, hcm_ or hcs_layer_idxs" for key in strangers
         ]
         problems += self._sizes() or self._problems()
         if problems:

@@ -258,7 +258,7 @@ def _describe(
     entries = {entry.name: entry for entry in known_models() if entry.files}
     if wanted not in entries:
         message = (
-            f"{source}: {wanted!r} is no checkpoint of the registry ({', '.join(entries)}); "
+            f"{source}: {wanted!r} is not a checkpoint of the registry ({', '.join(entries)}); "
             "set name to one of them, or config to a YAML description"
         )
         raise ModelError(message)

@@ -1,10 +1,13 @@
 # `make check` is what CI runs before the tests.
-.PHONY: check format test test-avx2
+.PHONY: check docs format test test-avx2
 
 check:
 	ruff format --check .
 	ruff check .
 	mypy
+
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 format:
 	ruff format .

@@ -28,6 +28,7 @@ import pytest
 import genoembed
 import genoembed.training
 from genoembed.cli import COMMANDS, main
+from tests.browser import opened_page
 from tests.by_hand import shorten_fasta
 
 ROOT = Path(__file__).parents[1]
@@ -265,19 +266,13 @@ def test_architecture_names_eight_files_that_extract_runs(tmp_path):
     assert {f"genoembed.{name.replace('/', '.')}" for name in files} <= set(done.stdout.split())
 
 
-def test_site_is_built_without_a_warning(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The pages, built without a warning."""
     pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mkdocs",
-            "build",
-            "--strict",
-            "--quiet",
-            "--site-dir",
-            str(tmp_path / "site"),
-        ],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -285,4 +280,28 @@ def test_site_is_built_without_a_warning(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "site" / "index.html").is_file()
+    return folder
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    loaded = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?([^\"' >]+)")
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        names = loaded.findall(page.read_text(encoding="utf-8"))
+        assert any(name.endswith("site/iframe-worker.js") for name in names), page
+        assert [name for name in names if re.match(r"(\w+:)?//", name)] == [], page
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.slow
+def test_site_is_searched_from_files_and_its_signatures_wrap(site):
+    with opened_page(site / "API.html", viewport={"width": 390, "height": 800}) as page:
+        wide = "[...document.querySelectorAll('pre > code')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{wide}.length") == 0
+        page.keyboard.press("/")
+        page.keyboard.type("reverse complement")
+        page.wait_for_function("document.querySelectorAll('.md-search-result__item').length > 5")
+        assert page.problems == []
+        assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []

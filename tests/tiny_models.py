@@ -35,7 +35,7 @@ from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from genoembed.models.striped_hyena2.configuration import Fp8Need
+    from genoembed.models.striped_hyena2.shape import Fp8Need
 
 FAMILIES = ("bert", "esm", "modernbert", "llama", "mistral", "gpt_neox", "mamba", "custom_conv")
 """Names that `build_tiny` takes."""

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from genoembed import StripedHyena2Config
 from genoembed.errors import ConfigError
-from genoembed.models.striped_hyena2.configuration import EVO2_7B_PATTERN
+from genoembed.models.striped_hyena2.shape import EVO2_7B_PATTERN
 from tests.models.test_striped_hyena2_model import tiny_config
 
 REFUSED = [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import genoembed
+from genoembed.models.striped_hyena2.network import StripedHyena2Network
 from genoembed.errors import ModelError
 
 RECORD = ">long\n{}\n>short\n{}\n"
@@ -24,13 +25,13 @@ def fasta(tmp_path):
 def shapes(monkeypatch):
     """Positions of every forward pass of the bundled model."""
     seen = []
-    original = genoembed.StripedHyena2Model._run_blocks
+    original = StripedHyena2Network.run_blocks
 
-    def watched(self, x_BLD, *rest):
-        seen.append(x_BLD.shape[1])
-        return original(self, x_BLD, *rest)
+    def watched(self, input_ids, *rest, **options):
+        seen.append(input_ids.shape[1])
+        return original(self, input_ids, *rest, **options)
 
-    monkeypatch.setattr(genoembed.StripedHyena2Model, "_run_blocks", watched)
+    monkeypatch.setattr(StripedHyena2Network, "run_blocks", watched)
     return seen
 
 

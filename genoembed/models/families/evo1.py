@@ -36,7 +36,6 @@ from genoembed.models.fft import fft_convolution
 from genoembed.models.precision import without_autocast
 from genoembed.models.striped_hyena2.blocks import (
     Attention,
-    AttentionBlock,
     Float32Keeper,
     GatedMLP,
     OutFilterDense,
@@ -44,6 +43,7 @@ from genoembed.models.striped_hyena2.blocks import (
     rotate,
 )
 from genoembed.models.striped_hyena2.modeling import (
+    AttentionBlock,
     StripedHyena2ForCausalLM,
     StripedHyena2Model,
     StripedHyena2PreTrainedModel,

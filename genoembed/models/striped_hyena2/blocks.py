@@ -1,7 +1,8 @@
 """The blocks of StripedHyena 2: norms, mixer, gated MLP.
 
 A mixer is attention with rotary positions, or Hyena: projections to two gates and a value, and the filters
-between. Parameter names, shapes and stored layouts are the original's.
+between. Parameter names, shapes and stored layouts are the original's. Nothing here needs transformers, whose
+blocks (:mod:`genoembed.models.striped_hyena2.modeling`) are these, with gradient checkpointing.
 
 B sequences, L positions, T positions with those of earlier blocks, M chunks, D hidden size, I inner size,
 H heads, E head size.
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from genoembed.models.striped_hyena2.operators import (
     FilterCache,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from genoembed.config.choices import Fp8Choice
-    from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
     from genoembed.models.striped_hyena2.fp8 import Fp8Form
+    from genoembed.models.striped_hyena2.shape import StripedHyena2Fields
     from genoembed.models.striped_hyena2.state import BlockContext
 
 
@@ -60,7 +60,7 @@ class HyenaFilter(Float32Keeper):
 
     float32_names = ("log_poles", "residues")
 
-    def __init__(self, config: StripedHyena2Config, kind: str) -> None:
+    def __init__(self, config: StripedHyena2Fields, kind: str) -> None:
         super().__init__()
         width = config.hidden_size
         self.kind = kind
@@ -151,7 +151,7 @@ class Projections(Float32Keeper, nn.Linear):
     fp8_scales: Tensor
     """What inputs and weights are multiplied with before their rounding to E4M3; float32, ``(2,)``."""
 
-    def __init__(self, config: StripedHyena2Config) -> None:
+    def __init__(self, config: StripedHyena2Fields) -> None:
         super().__init__(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_proj_bias)
         self.is_interleaved = config.interleave
         self.fp8: Fp8Choice = "auto" if config.fp8_projections == "needed" else "off"
@@ -229,7 +229,7 @@ class StreamLinear(nn.Linear):
 class RMSNorm(nn.Module):
     """Divide by the root mean square (eps outside the root); each step rounds to the input dtype."""
 
-    def __init__(self, config: StripedHyena2Config) -> None:
+    def __init__(self, config: StripedHyena2Fields) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
@@ -250,7 +250,7 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """``l3(act(l1 x) * l2 x)``; Evo 2 has GELU in block 0 and no activation elsewhere."""
 
-    def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
+    def __init__(self, config: StripedHyena2Fields, layer_idx: int) -> None:
         super().__init__()
         self.l1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.l2 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -302,7 +302,7 @@ class RotaryEmbedding(Float32Keeper):
     inv_freq: Tensor
     float32_names = ("inv_freq",)
 
-    def __init__(self, config: StripedHyena2Config) -> None:
+    def __init__(self, config: StripedHyena2Fields) -> None:
         super().__init__()
         self.factor = config.rotary_emb_scaling_factor
         self.base = config.rotary_emb_base
@@ -332,7 +332,7 @@ class Attention(nn.Module):
     ``Wqkv`` keeps the stored order of rows: query, key and value head by head.
     """
 
-    def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
+    def __init__(self, config: StripedHyena2Fields, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
@@ -392,10 +392,10 @@ def _attend(
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-class HyenaBlock(GradientCheckpointingLayer):
+class PlainHyenaBlock(nn.Module):
     """Pre-norm Hyena mixer and gated MLP, each with its residual."""
 
-    def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
+    def __init__(self, config: StripedHyena2Fields, layer_idx: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.layer_idx = layer_idx
@@ -428,10 +428,10 @@ class HyenaBlock(GradientCheckpointingLayer):
         return filtered
 
 
-class AttentionBlock(GradientCheckpointingLayer):
+class PlainAttentionBlock(nn.Module):
     """Pre-norm attention and gated MLP, each with its residual."""
 
-    def __init__(self, config: StripedHyena2Config, layer_idx: int) -> None:
+    def __init__(self, config: StripedHyena2Fields, layer_idx: int) -> None:
         super().__init__()
         self.pre_norm = RMSNorm(config)
         self.inner_mha_cls = Attention(config, layer_idx)

@@ -36,8 +36,9 @@ from genoembed.errors import CheckpointError, ConfigError, InputFileError, Model
 from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.blocks import rotary_frequencies
-from genoembed.models.striped_hyena2.configuration import Fp8Need, StripedHyena2Config
-from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.network import PlainStripedHyena2
+from genoembed.models.striped_hyena2.shape import Fp8Need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -292,7 +293,7 @@ def _fitted(
 ) -> dict[str, Callable[[], Tensor]]:
     """Check names and shapes against the configuration; drop the tied copy, fill in absent frequencies."""
     with torch.device("meta"):
-        state = StripedHyena2Model(config).state_dict()
+        state = PlainStripedHyena2(config).state_dict()
     expected = {key: tensor for key, tensor in state.items() if not key.endswith(_SCALES)}
     tensors = dict(tensors)
     unembedding = tensors.pop(_UNEMBEDDING, None)

@@ -1,7 +1,7 @@
-"""StripedHyena 2 in plain PyTorch, as transformers models.
+"""StripedHyena 2 as transformers has it: a shell around the plain network, and initialization.
 
-Module names and stored tensors are those of the original, so that ``blocks.28.mlp.l3`` resolves and original
-checkpoints load by name. Everything is trainable; attention runs through scaled_dot_product_attention.
+The mathematics is in :mod:`genoembed.models.striped_hyena2.network`; here are the interface of transformers,
+next-token logits and how training begins. Everything is trainable.
 
 B sequences, L positions, D hidden size, V vocabulary.
 """
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from genoembed.contracts import IGNORE_INDEX, embed_inputs
-from genoembed.errors import ModelError, ShapeError
+from genoembed.contracts import IGNORE_INDEX
 from genoembed.models.striped_hyena2.blocks import (
-    AttentionBlock,
-    HyenaBlock,
     HyenaFilter,
+    PlainAttentionBlock,
+    PlainHyenaBlock,
     Projections,
     RMSNorm,
     RotaryEmbedding,
@@ -32,12 +32,19 @@ from genoembed.models.striped_hyena2.blocks import (
     rotary_frequencies,
 )
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
-from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
+from genoembed.models.striped_hyena2.network import StripedHyena2Network
 
 if TYPE_CHECKING:
-    from genoembed.config.choices import Fp8Choice
-    from genoembed.models.striped_hyena2.configuration import Fp8Need
-    from genoembed.models.striped_hyena2.fp8 import Fp8Form
+    from genoembed.models.striped_hyena2.shape import StripedHyena2Fields
+    from genoembed.models.striped_hyena2.state import StripedHyena2Cache
+
+
+class HyenaBlock(GradientCheckpointingLayer, PlainHyenaBlock):
+    """Hyena mixer and gated MLP, with gradient checkpointing."""
+
+
+class AttentionBlock(GradientCheckpointingLayer, PlainAttentionBlock):
+    """Attention and gated MLP, with gradient checkpointing."""
 
 
 class Unembedding(nn.Module):
@@ -57,10 +64,11 @@ class Unembedding(nn.Module):
         return F.linear(x_BLD.to(embedding_VD.device), embedding_VD)
 
 
-class StripedHyena2PreTrainedModel(PreTrainedModel):
+class StripedHyena2PreTrainedModel(StripedHyena2Network, PreTrainedModel):
     """What transformers needs to know about the family, and initialization."""
 
     config_class: type[PreTrainedConfig] = StripedHyena2Config
+    attention_block, hyena_block = AttentionBlock, HyenaBlock
     # of models with a head beside this one; with its weights, a file may name them so
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -69,62 +77,12 @@ class StripedHyena2PreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embedding_layer"
     _no_split_modules: ClassVar[list[str]] = ["HyenaBlock", "AttentionBlock"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_poles", "residues", "inv_freq", "fp8_scales"]
-    embedding_layer_template: str | None = "blocks.{index}.mlp.l3"
-    """What a layer given as an integer means, as in Evo 2's own example."""
-    final_layer_path = "norm"
-    is_causal_by_construction = True
-    carries_state = True
-    """Whether a sequence may come in blocks, each with the ``past_key_values`` of the one before."""
     _is_stateful = True
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # filters carry more than keys and values; generate starts without a cache and takes the model's own
         return False
-
-    def new_cache(self) -> StripedHyena2Cache:
-        """Start the state of a pass that takes sequences block by block.
-
-        Returns:
-            An empty state, for ``past_key_values`` of the first block and all after it.
-        """
-        return StripedHyena2Cache()
-
-    def set_fp8(self, choice: Fp8Choice) -> None:
-        """Choose whether the projections of Hyena blocks run in FP8; the configuration decided before.
-
-        Args:
-            choice: ``auto`` as the configuration says, ``emulate`` (on GPUs with FP8 sums of their own, too),
-                or ``off``.
-
-        Raises:
-            ModelError: If the projections are to be emulated but have no scales.
-        """
-        need = self._fp8_need
-        if choice == "emulate" and need == "none":
-            message = (
-                "the model has no FP8 scales, so there is nothing to emulate; leave fp8 out, or convert a "
-                "checkpoint that has them"
-            )
-            raise ModelError(message)
-        is_off = choice == "off" or (choice == "auto" and need != "needed")
-        for module in self.modules():
-            if isinstance(module, Projections):
-                module.fp8 = "off" if is_off else choice
-
-    @property
-    def _fp8_need(self) -> Fp8Need:
-        # other families take this class with configurations of their own
-        need: Fp8Need = getattr(self.config, "fp8_projections", "none")
-        return need
-
-    @property
-    def fp8_form(self) -> Fp8Form | None:
-        """How the projections of Hyena blocks run; None where they have no scales."""
-        if self._fp8_need == "none":
-            return None
-        found = next((module for module in self.modules() if isinstance(module, Projections)), None)
-        return None if found is None else found.fp8_form
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules only that hold tensors themselves, so for no block
@@ -140,17 +98,9 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
 
     def __init__(self, config: StripedHyena2Config) -> None:
         super().__init__(config)
-        self.embedding_layer: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            self._build_block(config, index) for index in range(config.num_hidden_layers)
-        )
-        self.norm: nn.Module = RMSNorm(config)
+        self.build_layers(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _build_block(self, config: StripedHyena2Config, index: int) -> nn.Module:
-        kind = AttentionBlock if config.block_kind(index) == "attention" else HyenaBlock
-        return kind(config, index)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -194,98 +144,20 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
                 ``attention_mask`` or ``segment_ids`` does not fit them, or segments come with a cache.
         """
-        cache = StripedHyena2Cache() if use_cache and past_key_values is None else past_key_values
-        x_BLD = self._embed(input_ids, inputs_embeds)
-        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids, cache)
-        x_BLD, streams = self._run_blocks(x_BLD, context, output_hidden_states)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x_BLD, hidden_states=streams, past_key_values=cache
+        found = self.run_blocks(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            segment_ids,
+            past_key_values,
+            use_cache=use_cache,
+            keep_hidden_states=self._keeps_hidden_states(output_hidden_states),
         )
-        return output
+        return BaseModelOutputWithPast(**found._asdict())
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        return embed_inputs(self.embedding_layer, input_ids, inputs_embeds)
-
-    def _run_blocks(
-        self, x_BLD: Tensor, context: BlockContext, keep_hidden_states: bool | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        if keep_hidden_states is None:
-            keep_hidden_states = bool(self.config.output_hidden_states)
-        if context.segments is not None:
-            x_BLD = context.segments.spread(x_BLD)
-        if context.cache is not None:
-            # before the blocks, for a pass may end early at the deepest requested block
-            context.cache.length += x_BLD.shape[1]
-        streams = [x_BLD]
-        for block in self.blocks:
-            x_BLD = block(x_BLD, context)
-            if keep_hidden_states:
-                streams.append(x_BLD)
-        x_BLD = self.norm(x_BLD)
-        # as transformers does: the last of the hidden states is the normed one
-        streams = [*streams[:-1], x_BLD] if keep_hidden_states else []
-        if context.segments is not None:
-            x_BLD = context.segments.collect(x_BLD)
-            streams = [context.segments.collect(stream) for stream in streams]
-        return x_BLD, tuple(streams) or None
-
-
-def _build_context(
-    x_BLD: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segment_ids: Tensor | None,
-    cache: StripedHyena2Cache | None,
-) -> BlockContext:
-    """Build what the blocks must know about the rows; the positions of segments always count from 0."""
-    if segment_ids is not None:
-        if cache is not None:
-            message = (
-                "segment_ids together with past_key_values or use_cache; run packed rows without a cache"
-            )
-            raise ShapeError(message)
-        if segment_ids.shape != x_BLD.shape[:2]:
-            message = (
-                f"segment_ids has shape {tuple(segment_ids.shape)}, expected {tuple(x_BLD.shape[:2])}; "
-                "give each token the number of its segment"
-            )
-            raise ShapeError(message)
-        segments = lay_out_segments(segment_ids.to(x_BLD.device))
-        return BlockContext(position_ids_BL=segments.position_ids_1N, segments=segments)
-    before = 0 if cache is None else cache.length
-    key_mask = _hidden_keys(attention_mask, x_BLD, before=before, goes_on=cache is not None)
-    if position_ids is None:
-        position_ids = _count_from_first_token(x_BLD, key_mask, before=before)
-    return BlockContext(position_ids_BL=position_ids, key_mask_BT=key_mask, cache=cache)
-
-
-def _hidden_keys(
-    attention_mask: Tensor | None, x_BLD: Tensor, *, before: int, goes_on: bool
-) -> Tensor | None:
-    """Mask of real tokens if padding precedes one of them, here or later; None where causality hides it."""
-    if attention_mask is None:
-        return None
-    batch, length = x_BLD.shape[:2]
-    if attention_mask.shape != (batch, before + length):
-        message = (
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch, before + length)}; "
-            "give 1 where a token is real and 0 where it is padding, tokens of earlier blocks included"
-        )
-        raise ShapeError(message)
-    mask = attention_mask.to(x_BLD.device).bool()
-    # Padding on the right is behind every real token, where causality hides it. With a cache, real tokens
-    # of a later block may come behind it, so any padding counts.
-    is_felt = ~mask if goes_on else ~mask[:, :-1] & mask[:, 1:]
-    return mask if bool(is_felt.any()) else None
-
-
-def _count_from_first_token(x_BLD: Tensor, key_mask_BT: Tensor | None, *, before: int) -> Tensor:
-    """Positions; attention sees differences only, but cos and sin are rounded by absolute position."""
-    positions_1L = torch.arange(before, before + x_BLD.shape[1], device=x_BLD.device)[None]
-    if key_mask_BT is None:
-        return positions_1L
-    first_B1 = key_mask_BT.int().argmax(dim=1, keepdim=True)
-    return (positions_1L - first_B1).clamp(min=0)
+    def _keeps_hidden_states(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
 
 
 class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
@@ -341,18 +213,26 @@ class StripedHyena2ForCausalLM(StripedHyena2Model, GenerationMixin):
             ShapeError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or
                 ``attention_mask`` or ``segment_ids`` does not fit them, or segments come with a cache.
         """
-        cache = StripedHyena2Cache() if use_cache and past_key_values is None else past_key_values
-        x_BLD = self._embed(input_ids, inputs_embeds)
-        context = _build_context(x_BLD, attention_mask, position_ids, segment_ids, cache)
-        x_BLD, streams = self._run_blocks(x_BLD, context, output_hidden_states)
+        found = self.run_blocks(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            segment_ids,
+            past_key_values,
+            use_cache=use_cache,
+            keep_hidden_states=self._keeps_hidden_states(output_hidden_states),
+        )
+        x_BLD = found.last_hidden_state
         if logits_to_keep:
             x_BLD = x_BLD[:, -logits_to_keep:]
         logits = self.unembed(x_BLD, self.embedding_layer.weight)
-        loss = None if labels is None else _next_token_loss(logits, labels, num_items_in_batch)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=streams, past_key_values=cache
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else _next_token_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=found.hidden_states,
+            past_key_values=found.past_key_values,
         )
-        return output
 
     def prepare_inputs_for_generation(
         self,
@@ -397,7 +277,7 @@ def _next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | 
 
 
 @torch.no_grad()
-def initialize_module(module: nn.Module, config: StripedHyena2Config) -> None:
+def initialize_module(module: nn.Module, config: StripedHyena2Fields) -> None:
     """Initialize the tensors that a module holds itself.
 
     What writes to the residual stream starts smaller, by the square root of twice the depth.

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import genoembed
-from genoembed.models.striped_hyena2.network import StripedHyena2Network
 from genoembed.errors import ModelError
+from genoembed.models.striped_hyena2.network import StripedHyena2Network
 
 RECORD = ">long\n{}\n>short\n{}\n"
 

@@ -38,10 +38,11 @@ from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.blocks import rotary_frequencies
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.network import PlainStripedHyena2
-from genoembed.models.striped_hyena2.shape import Fp8Need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from genoembed.models.striped_hyena2.shape import Fp8Need
 
 
 _LOG = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The StripedHyena 2 network in plain PyTorch: embedding, blocks, last norm.
 
-:class:`StripedHyena2Network` is the mathematics. :class:`PlainStripedHyena2` runs it as an ordinary module, so that
-vectors need no transformers; :mod:`genoembed.models.striped_hyena2.modeling` gives it the interface of
+:class:`StripedHyena2Network` is the mathematics. :class:`PlainStripedHyena2` runs it as an ordinary module, so
+that vectors need no transformers; :mod:`genoembed.models.striped_hyena2.modeling` gives it the interface of
 transformers. Module names and stored tensors are those of the original, so that ``blocks.28.mlp.l3`` resolves
 and original checkpoints load by name.
 

@@ -1,4 +1,4 @@
-"""Shape of StripedHyena 2, the architecture of Evo 2: its fields, their checks, and what ``config.json`` says.
+"""Shape of StripedHyena 2, the architecture of Evo 2: its fields and their checks.
 
 Nguyen et al. 2024 (StripedHyena, Evo) and Brixi et al. 2025 (Evo 2, StripedHyena 2) describe the
 family; field names follow transformers where it has a name and the original YAML where it has not. Nothing

@@ -1,8 +1,8 @@
 """The StripedHyena 2 network in plain PyTorch: embedding, blocks, last norm.
 
-:class:`StripedHyena2Network` is the mathematics. :class:`PlainStripedHyena2` runs it as an ordinary module, so
-that vectors need no transformers; :mod:`genoembed.models.striped_hyena2.modeling` gives it the interface of
-transformers. Module names and stored tensors are those of the original, so that ``blocks.28.mlp.l3`` resolves
+:class:`StripedHyena2Network` is the mathematics. :class:`PlainStripedHyena2` runs it as an ordinary module,
+so that vectors need no transformers; :mod:`genoembed.models.striped_hyena2.modeling` gives it their
+interface. Module names and stored tensors are those of the original, so that ``blocks.28.mlp.l3`` resolves
 and original checkpoints load by name.
 
 B sequences, L positions, T positions with those of earlier blocks, D hidden size.

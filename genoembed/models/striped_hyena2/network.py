@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from genoembed.models.striped_hyena2.shape import Fp8Need, StripedHyena2Fields
 
 
-class HiddenStates(NamedTuple):
+class NetworkOutput(NamedTuple):
     """What a pass through the blocks gives."""
 
     last_hidden_state: Tensor
@@ -80,7 +80,7 @@ class StripedHyena2Network:
         *,
         use_cache: bool = False,
         keep_hidden_states: bool = False,
-    ) -> HiddenStates:
+    ) -> NetworkOutput:
         """Run embedding, blocks and last norm; the arguments are those of ``StripedHyena2Model``."""
         cache = StripedHyena2Cache() if use_cache and past_key_values is None else past_key_values
         x_BLD = embed_inputs(self.embedding_layer, input_ids, inputs_embeds)
@@ -101,7 +101,7 @@ class StripedHyena2Network:
         if context.segments is not None:
             x_BLD = context.segments.collect(x_BLD)
             streams = [context.segments.collect(stream) for stream in streams]
-        return HiddenStates(x_BLD, tuple(streams) or None, cache)
+        return NetworkOutput(x_BLD, tuple(streams) or None, cache)
 
     def new_cache(self) -> StripedHyena2Cache:
         """Start the state of a pass that takes sequences block by block.
@@ -164,7 +164,7 @@ class PlainStripedHyena2(StripedHyena2Network, nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: StripedHyena2Cache | None = None,
         use_cache: bool = False,
-    ) -> HiddenStates:
+    ) -> NetworkOutput:
         """Run the blocks, as ``StripedHyena2Model`` does."""
         return self.run_blocks(
             input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from genoembed.scoring.variants import VariantReport, score_variants
     from genoembed.searching.run import SearchReport, search
     from genoembed.sequences import InputCounts, read_sequences
+    from genoembed.serving.app import create_app
+    from genoembed.serving.run import ServedModel, ServeReport, serve
     from genoembed.store import EmbeddingFile, Merged, open_embeddings
     from genoembed.tokenization.char import CharTokenizer
     from genoembed.transforms import TransformReport, fit_transform
@@ -76,6 +78,8 @@ _HOMES = {
     "ScoreReport": "genoembed.scoring.sequences",
     "SearchReport": "genoembed.searching.run",
     "SequenceRecord": "genoembed.contracts",
+    "ServeReport": "genoembed.serving.run",
+    "ServedModel": "genoembed.serving.run",
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
@@ -86,6 +90,7 @@ _HOMES = {
     "check_model_name": "genoembed.models.names",
     "compare": "genoembed.comparison",
     "convert_checkpoint": "genoembed.models.striped_hyena2.convert",
+    "create_app": "genoembed.serving.app",
     "describe_layers": "genoembed.models.describe",
     "embed": "genoembed.embedding",
     "export": "genoembed.exporting.files",
@@ -111,6 +116,7 @@ _HOMES = {
     "score_mutations": "genoembed.scoring.mutagenesis",
     "score_variants": "genoembed.scoring.variants",
     "search": "genoembed.searching.run",
+    "serve": "genoembed.serving.run",
     "verify": "genoembed.verification",
 }
 
@@ -141,6 +147,8 @@ __all__ = [
     "ScoreReport",
     "SearchReport",
     "SequenceRecord",
+    "ServeReport",
+    "ServedModel",
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
     "StripedHyena2Model",
@@ -152,6 +160,7 @@ __all__ = [
     "check_model_name",
     "compare",
     "convert_checkpoint",
+    "create_app",
     "describe_layers",
     "embed",
     "export",
@@ -177,6 +186,7 @@ __all__ = [
     "score_mutations",
     "score_variants",
     "search",
+    "serve",
     "verify",
 ]
 

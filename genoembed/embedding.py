@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from genoembed.config.choices import Fusion, Pooling
     from genoembed.contracts import ObsRow
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.pipeline.units import RunStats
     from genoembed.sequences.reading import SequenceInput
 
 PLACE = "sequences"
@@ -78,6 +79,15 @@ class RecordEmbedder:
     def batch_tokens(self) -> int:
         """Slots of a forward pass, padding included."""
         return self._embedder.batch_tokens
+
+    @property
+    def stats(self) -> RunStats:
+        """What the forward passes cost so far."""
+        return self._embedder.stats
+
+    def num_tokens(self, record: SequenceRecord) -> int:
+        """Count the tokens of a record."""
+        return self._embedder.num_tokens(record)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -101,6 +101,11 @@ RULES = {
     "sklearn": Rule(internal=("embedding", *BELOW_VERBS), third_party=("numpy", "sklearn")),
     "scoring": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy"), in_functions=("matplotlib",)),
     "generation": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
+    "serving": Rule(
+        internal=("embedding", *BELOW_VERBS),
+        third_party=("numpy",),
+        only_in={"starlette": "serving.app", "uvicorn": "serving.listening"},
+    ),
     "searching": Rule(
         internal=("extraction", "embedding", "retrieval", *BELOW_VERBS),
         third_party=("numpy", "torch"),
@@ -147,6 +152,8 @@ LAZY = {
     ("extraction", "pipeline.agreement"): "compares vectors, for --certificate",
     ("finetuning.run", "finetuning.training"): "torch, after the checks that need no model",
     ("pretraining.run", "pretraining.training"): "torch, after the checks that need no model",
+    ("serving.run", "serving.app"): "torch, after the checks that need no model",
+    ("serving.run", "serving.listening"): "an optional extra, for servers of our own",
     ("probing.run", "probing.scoring"): "torch, after the checks that need no model",
     ("probing.run", "probing.vectors"): "torch, after the checks that need no model",
     ("models.striped_hyena2.blocks", "models.striped_hyena2.fp8"): "for checkpoints trained in FP8",
@@ -411,6 +418,7 @@ REASONS = {
     "genoembed.doctor.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",
+    "genoembed.serving.listening": "uvicorn, which other ASGI servers do without",
     "genoembed.sequences.composition": "features without a model, which the benchmarks take by themselves",
 }
 """Modules under 120 lines with one importer, and why each is a module of its own."""

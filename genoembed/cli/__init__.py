@@ -35,6 +35,7 @@ COMMANDS = (
     "export-model",
     "score",
     "generate",
+    "serve",
     "doctor",
 )
 """Every command, in the order of the help; each is ``NAME_command`` in its module."""

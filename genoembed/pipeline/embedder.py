@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from genoembed.config.embed import EmbedConfig
+    from genoembed.contracts import SequenceRecord
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.trained_folder import FinetunedFacts
     from genoembed.pipeline.forward import UnitResults
@@ -132,6 +133,13 @@ class UnitEmbedder:
     def __call__(self, unit: WorkUnit) -> UnitRows:
         """Embed the records of a unit."""
         return self.rows(self.runner(unit))
+
+    def num_tokens(self, record: SequenceRecord) -> int:
+        """Count the tokens of a record as a whole, special ones included; overlap of windows is left out."""
+        encoder = self._cutter.encoder
+        if encoder.aligned:
+            return len(record.sequence) + encoder.num_special_tokens
+        return len(encoder.encode(record.sequence).input_ids)
 
     @property
     def unit_bases(self) -> int:

@@ -112,6 +112,11 @@ OPTIONS = {
         --import --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o
         --on-error --output --overwrite --revision --seed --start-token --stop-at-end --tag --temperature
         --threads --top-k --top-p --trust-remote-code --with-prompt""",
+    "serve": """
+        --batch-tokens --config --device --dry-run --dtype --fp8 --fuse --fusion-weights --gaps --host
+        --import --invalid --keep-case --layer --max-bases --max-body --max-inputs --max-queue --model
+        --normalize --pool --port --rc --revision --skip-first --stride --threads --transform
+        --trust-remote-code --window""",
     "doctor": """
         --as --device --model --revision --tolerance""",
 }

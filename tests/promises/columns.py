@@ -241,6 +241,17 @@ COLUMNS = {
         goes_on=True,
         bad_options=(("--top-p", "0"), ("--temperature", "-1"), ("--length", "0")),
     ),
+    "serve": Column(  # a dry run, which ends by itself; test_serve.py has the cells of a server that listens
+        requires=False,
+        words=(*MODEL, "--layer", "1", "--port", "0", "--dry-run", *SPEED),
+        runs_forward=True,
+        bad_options=(
+            ("--port", "70000"),
+            ("--pool", "none"),
+            ("--window", "8", "--stride", "9"),
+            ("--max-queue", "0"),
+        ),
+    ),
     "doctor": Column(
         requires=False,
         words=(),

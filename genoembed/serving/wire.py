@@ -1,7 +1,7 @@
 """What goes over the wire: a request's JSON in, records and replies out, all in the form of OpenAI's API.
 
-Promised: whatever the bytes of a request are, they give records or a :class:`RequestError` that says which key,
-input and letter is wrong. Nothing here knows a model or a connection.
+Promised: whatever the bytes of a request are, they give records or a :class:`RequestError` that says which
+key, input and letter is wrong. Nothing here knows a model or a connection.
 """
 
 from __future__ import annotations

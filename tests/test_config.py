@@ -256,7 +256,8 @@ def test_names_of_other_toolkits_are_answered_with_ours(foreign, ours, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("former", "today"), [("own_negatives_only", "in_batch_negatives"), ("kin_identity", "homolog_identity")]
+    ("former", "today"),
+    [("own_negatives_only", "in_batch_negatives=False"), ("kin_identity", "homolog_identity")],
 )
 def test_former_names_are_answered_as_the_nearest_are(former, today):
     with pytest.raises(ConfigError, match=f"'{former}' is not an option; did you mean '{today}'"):

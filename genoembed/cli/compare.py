@@ -41,9 +41,10 @@ _SHOWN = 3
 @click.argument("first", metavar="A.h5")
 @click.argument("second", metavar="B.h5")
 def compare_command(first: str, second: str, *, as_json: bool, **options: Any) -> None:
-    """Compare A.h5 with B.h5, record by record: cosine, and largest difference.
+    """Compare the vectors of A.h5 and B.h5, record by record: cosine and largest difference.
 
-    Exit code 1 if a record differs by more than the tolerance, is in one file only, or has another sequence.
+    The exit code is 1 if a record differs by more than the tolerance, is in one file only, or has another
+    sequence.
     """
     report = genoembed.compare(first, second, **options)
     for line in report.setting_differences:
@@ -111,10 +112,11 @@ def as_facts(report: Any) -> dict[str, Any]:
 @click.argument("file", metavar="FILE.h5")
 @click.argument("inputs", metavar="[INPUT...]", nargs=-1)
 def verify_command(file: str, *, as_json: bool, inputs: tuple[str, ...] = (), **options: Any) -> None:
-    """Embed a sample of the records of FILE.h5 again, by the settings stored in the file, and compare.
+    """Embed a sample of the records of FILE.h5 again, as the file says it was made, and compare.
 
-    Their sequences come from the files that FILE.h5 names, or from INPUT; each must have the SHA-256 that was
-    recorded. Exit code 1 if a record is missing, has another sequence, or differs by more than the tolerance.
+    The sequences come from the files that FILE.h5 names, or from INPUT; each sequence must have the
+    recorded SHA-256. The exit code is 1 if a record is missing, has another sequence, or differs by more
+    than the tolerance.
     """
     report = genoembed.verify(file, inputs or None, **options)
     echo_result(as_facts(report), "\n".join(_lines_of_verify(report)), as_json=as_json)

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 )
 @click.argument("file", metavar="FILE.h5")
 def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None:
-    """Write the embeddings of FILE.h5 as another kind of file. Standard output gets its name."""
+    """Convert the embeddings of FILE.h5 to another format. Standard output gets the name of the new file."""
     if "output" in options:
         promise_output(options["output"])
     report = genoembed.export(file, to, **options)
@@ -59,10 +59,10 @@ def export_command(file: str, *, as_json: bool, to: Any, **options: Any) -> None
 )
 @click.argument("model")
 def export_model_command(model: str, *, output: str, as_json: bool, **options: Any) -> None:
-    """Write MODEL as a folder that SentenceTransformer(DIR) loads, and whose encode gives the mean of the
-    last layer, as 'extract --layer final' does.
+    """Write MODEL as a folder that SentenceTransformer(DIR) loads.
 
-    Standard output gets the folder.
+    Its encode method returns the mean of the last layer, as 'extract --layer final' does. Standard output
+    gets the name of the folder.
     """
     promise_output(output)
     report = genoembed.export_model(model, output, **options)
@@ -83,10 +83,11 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
 )
 @click.argument("checkpoint", metavar="CKPT")
 def convert_command(checkpoint: str, *, output: str, as_json: bool, **options: Any) -> None:
-    """Turn CKPT (.pt, any of its .pt.part*, or .safetensors with the original names) into a model folder.
+    """Convert CKPT, an original Evo 2 checkpoint, to a model folder.
 
-    The folder opens with --model DIR, and with AutoModelForCausalLM.from_pretrained after 'import genoembed'.
-    No code of the checkpoint runs. Standard output gets the folder's name.
+    CKPT: a .pt file, one of its parts (.pt.part0, ...), or a .safetensors file with the original names. The
+    folder is used as --model DIR, or by AutoModelForCausalLM.from_pretrained after 'import genoembed'. Code
+    in the checkpoint is never run. Standard output gets the name of the folder.
     """
     promise_output(output)
     source = Path(checkpoint)

@@ -53,10 +53,11 @@ _logger = logging.getLogger(__name__)
     checks_options=False,
 )
 def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> None:
-    """Embed the sequences of INPUT files (FASTA, FASTQ, GenBank, EMBL; compressed or not; '-' is stdin).
+    """Embed the sequences in INPUT and write their vectors to one HDF5 file.
 
-    Writes one HDF5 file that h5py, anndata and genoembed.open_embeddings read. Standard output gets one line:
-    the file, its shape and its layers. Everything else goes to standard error.
+    INPUT: FASTA, FASTQ, GenBank or EMBL files, compressed or not; '-' is standard input. The HDF5 file
+    opens in h5py, anndata and genoembed.open_embeddings. Standard output gets one line with the file, its
+    shape and its layers; messages go to standard error.
     """
     config = embed_config(options)
     if dry_run:
@@ -85,10 +86,11 @@ def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> 
 )
 @click.argument("output", metavar="FILE")
 def merge_command(output: str, *, as_json: bool, **options: Any) -> None:
-    """Write FILE from the finished units in its .parts folder, rows in the order of the input.
+    """Join the finished units of several jobs into FILE.
 
-    Nothing is computed again. If units are missing, it says which jobs are to be run again. Standard output
-    gets one line: the file and its shape.
+    The units are in the folder FILE.parts; rows get the order of the input, and nothing is computed again.
+    If units are missing, the error names the jobs to run again. Standard output gets one line with the file
+    and its shape.
     """
     promise_output(output)
     merged = genoembed.merge(output, **options)

@@ -33,10 +33,10 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def generate_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Continue each sequence of PROMPTS (any format of extract; '-' is standard input), base by base, as a
-    causal model finds it likely.
+    """Continue each sequence in PROMPTS with a causal language model.
 
-    The output is FASTA; each header says how the sequence was made and how likely the model finds it.
+    PROMPTS: sequence files in any format of extract; '-' is standard input. The output is FASTA. Each
+    header says how the sequence was made and how likely the model considers it.
     """
     options.setdefault("output", "-")
     if options["output"] != "-":

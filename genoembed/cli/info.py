@@ -77,14 +77,13 @@ def _words(value: object) -> str:
 @command(
     "info",
     reads=("file",),
-    short_help="Show what is in a file and how it was made.",
+    short_help="Show the contents of a file and how it was made.",
     examples="genoembed info genome.h5",
     has_json=True,
-    is_quiet=True,
 )
 @click.argument("file")
 def info_command(file: str, *, as_json: bool) -> None:
-    """Show what is in FILE and how it was made: rows, matrices, model, layers, pooling, policies, inputs."""
+    """Show the contents of FILE and how it was made: rows, matrices, model, layers, pooling, inputs."""
     with genoembed.open_embeddings(file) as embeddings:
         facts = describe(embeddings)
     click.echo(json.dumps(facts) if as_json else aligned(_lines(facts)))
@@ -128,10 +127,10 @@ def show(check: Check) -> None:
 )
 @click.pass_context
 def doctor_command(ctx: click.Context, /, *, as_json: bool, **options: Any) -> None:
-    """Test this installation against known answers, in about ten seconds; exit code 1 if a test fails.
+    """Test this installation against known answers, in about ten seconds.
 
-    With --model, the weights of a published model are run on the inputs whose vectors are published, and each
-    vector is compared with the published one.
+    With --model, the command runs the weights of a published model on the inputs whose vectors are
+    published, and compares each vector with the published one. The exit code is 1 if a test fails.
     """
     checks = genoembed.run_doctor(**options, on_check=None if as_json else show)
     failed = sum(not check.passed for check in checks)

@@ -90,13 +90,12 @@ def _published_facts(model: PublishedModel) -> dict[str, Any]:
     short_help="List the models that have short names.",
     examples="genoembed models",
     has_json=True,
-    is_quiet=True,
 )
 def models_command(*, as_json: bool) -> None:
-    """List the models that have a name here: the bundled one, Evo 2, and the 40 of the GENEB benchmark.
+    """List the models that have a short name: the bundled model, Evo 2, and the 40 of the GENEB benchmark.
 
-    A short name of the second list stands for a Hugging Face repository. Any other model is named by its
-    local folder or its Hugging Face id. docs/MODELS.md says what each family is like.
+    A short name of the second table stands for a Hugging Face repository. Any other model is given as a
+    local folder or a Hugging Face id. docs/MODELS.md describes the families.
     """
     models = [
         {
@@ -167,11 +166,11 @@ def _line_of_layers(row: dict[str, Any]) -> tuple[str, ...]:
 def layers_command(
     *, as_json: bool, model: str = DEFAULT_MODEL, show_all: bool = False, **options: Any
 ) -> None:
-    """List the layers of MODEL (genoembed-mini unless named): what --layer takes, module path, block, width.
+    """List the layers of MODEL (default: genoembed-mini): value of --layer, module path, block, width.
 
-    An integer means blocks.N.mlp.l3 in StripedHyena 2 models, Evo 2 among them, and the output of block N in
-    all others. No weights are read or fetched: a name of `genoembed models` needs no file at all, a Hugging
-    Face id its config.json. A width of - is known only when the model runs.
+    A layer number N means the output of block N; in StripedHyena 2 models such as Evo 2 it means
+    blocks.N.mlp.l3. Weights are not read and not downloaded; of a Hugging Face repository, only config.json
+    is. A width of '-' is not known before the model runs.
     """
     described = genoembed.describe_layers(model, **options)
     table = layer_table(described)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
 import genoembed
 from genoembed.cli.output import reporting
-from genoembed.config.fields import raise_all, read_options, unknown_option
+from genoembed.config.fields import near_choice, raise_all, read_options, unknown_option
 from genoembed.config.paths import check_paths
 from genoembed.errors import ForeignCodeError, foreign_code
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from genoembed.config.fields import Config, Option
     from genoembed.errors import Spelling
 
-DEFAULT_GROUP, MESSAGES = "Options", "Messages"
+DEFAULT_GROUP, MESSAGES = "Options", "Messages and help"
 SHORT_HELP_OPTIONS = 16
 """Commands with more options than this show only the basic ones in their short help."""
 CONFIG_FILE_OPTIONS = 10
@@ -36,6 +36,17 @@ SPELLING = "genoembed.cli.options.spelling"
 NOT_GIVEN = (None, ())
 IMPORTED = "imported"
 """Modules to import; in Python, that is an import statement before the call."""
+
+
+class PlainChoice(click.Choice[str]):
+    """One of few values; a misspelled one is answered with the nearest."""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """Add the nearest value: click begins its message with the value that it rejects."""
+        value = message.partition("' is not one of ")[0].removeprefix("'")
+        super().fail(f"{message.removesuffix('.')}{near_choice(value, self.choices)}", param, ctx)
 
 
 class GroupedOption(click.Option):
@@ -132,6 +143,13 @@ class ConfigCommand(click.Command):
             overwrite=given.get("overwrite", False),
         )
 
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write usage, purpose and examples, and then the options: the first screen shows how to begin."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+        self.format_options(ctx, formatter)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the basic options, or all of them, heading by heading."""
         options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
@@ -141,13 +159,13 @@ class ConfigCommand(click.Command):
         for option in shown:
             record = option.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(getattr(option, "group", DEFAULT_GROUP), []).append(record)
+                groups.setdefault(getattr(option, "group", MESSAGES), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
         if len(shown) < len(options):
             formatter.write_paragraph()
-            formatter.write_text(f"These are the basic options; --help-all shows all {len(options)}.")
+            formatter.write_text(f"These are the most used options; --help-all shows all {len(options)}.")
 
 
 def command(
@@ -159,7 +177,6 @@ def command(
     keys: Sequence[str] | None = None,
     reads: Sequence[str] = (),
     has_json: bool = False,
-    is_quiet: bool = False,
     checks_options: bool = True,
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a command whose options are the fields of a configuration.
@@ -172,7 +189,6 @@ def command(
         keys: The options that it has; None is all.
         reads: Arguments, declared with ``click.argument``, that name files to read.
         has_json: Whether it has ``--json``, passed as ``as_json``.
-        is_quiet: Whether it has nothing to say on standard error.
         checks_options: Whether the options make a whole configuration; others are checked by what is called.
     """
     described = {} if config is None else config.options()
@@ -187,9 +203,7 @@ def command(
         ]
         if "trust_remote_code" in described:  # it loads models
             params.append(_import_option(group=described["trust_remote_code"].group))
-        params += _shared_options(
-            with_file=len(described) > CONFIG_FILE_OPTIONS, with_json=has_json, is_quiet=is_quiet
-        )
+        params += _shared_options(with_file=len(described) > CONFIG_FILE_OPTIONS, with_json=has_json)
         return ConfigCommand(
             name,
             callback=_reported(function, has_json=has_json),
@@ -230,7 +244,7 @@ def _option(described: Option) -> click.Option:
     names = [described.name] if described.short is None else [described.short, described.name]
     settings: dict[str, Any] = {"type": described.kind, "metavar": described.metavar}
     if described.choices:
-        settings = {"type": click.Choice(described.choices)}
+        settings = {"type": PlainChoice(described.choices)}
     elif described.kind is bool:
         settings = {"is_flag": True}
         if described.default is True or described.optional:
@@ -278,7 +292,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]
         raise click.BadParameter(message, ctx=ctx, param=option) from error
 
 
-def _shared_options(*, with_file: bool, with_json: bool, is_quiet: bool) -> Iterator[click.Option]:
+def _shared_options(*, with_file: bool, with_json: bool) -> Iterator[click.Option]:
     """Declare what has one meaning at every command."""
     make = functools.partial(GroupedOption, group=MESSAGES, basic=False, is_flag=True, default=None)
     if with_file:
@@ -286,13 +300,12 @@ def _shared_options(*, with_file: bool, with_json: bool, is_quiet: bool) -> Iter
             ["--config", "config_file"],
             group=MESSAGES,
             metavar="FILE",
-            help="Read options from a TOML, JSON or YAML file; those of the command line win.",
+            help="Read options from a TOML, JSON or YAML file. Options on the command line override them.",
         )
     if with_json:
         yield make(["--json", "as_json"], help="Print the result as one JSON object.")
-    if not is_quiet:
-        yield make(["-q", "--quiet"], help="Show only warnings and errors on standard error.")
-        yield make(["-v", "--verbose"], help="Show debug lines and the warnings of other libraries.")
+    yield make(["-q", "--quiet"], help="Print only warnings and errors to standard error.")
+    yield make(["-v", "--verbose"], help="Print debug messages and the warnings of other libraries, too.")
     yield GroupedOption(
         ["--help-all"],
         group=MESSAGES,
@@ -312,8 +325,8 @@ def _import_option(*, group: str) -> click.Option:
         multiple=True,
         default=None,
         metavar="MODULE",
-        help="Import an installed package first, one that registers its kind of model with transformers; "
-        "repeat it for several. In Python, import it before the call.",
+        help="Import an installed package first that registers its own kind of model with transformers. "
+        "Repeatable.",
     )
 
 

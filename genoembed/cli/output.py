@@ -379,6 +379,8 @@ class Reading:
     elapsed_s: float
     left_s: float | None
     """None where the size of the input is not known."""
+    noun: str = "record"
+    """What is counted."""
 
     @property
     def has_begun(self) -> bool:
@@ -389,8 +391,10 @@ class Reading:
         clock = (
             f"{duration(self.elapsed_s)} elapsed" if self.left_s is None else f"{duration(self.left_s)} left"
         )
+        # batches of a long record finish before it does: a count of 0 would say that nothing is done
+        done = f"{count(self.records, self.noun)}, " if self.records else ""
         return (
-            f"{count(self.records, 'record')}, {magnitude(self.bases, 'b')}, "
+            f"{done}{magnitude(self.bases, 'b')}, "
             f"{magnitude(self.bases_per_s, 'b/s')}, {self.padding_share:.1%} padding, {clock}"
         )
 
@@ -398,8 +402,15 @@ class Reading:
 class Meter:
     """Turns running totals into speed and time left."""
 
-    def __init__(self, expected_bases: int | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        expected_bases: int | None,
+        *,
+        noun: str = "record",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.expected_bases = expected_bases
+        self._noun = noun
         self._clock = clock
         self._started: float | None = None
 
@@ -422,13 +433,16 @@ class Meter:
             padding_share=totals.padding_share,
             elapsed_s=elapsed,
             left_s=left,
+            noun=self._noun,
         )
 
 
 @contextmanager
-def show_progress(expected_bases: int | None) -> Iterator[Callable[[RunTotals], None] | None]:
+def show_progress(
+    expected_bases: int | None, *, noun: str = "record"
+) -> Iterator[Callable[[RunTotals], None] | None]:
     """Show how far a run is, unless messages are switched off."""
-    meter = Meter(expected_bases)
+    meter = Meter(expected_bases, noun=noun)
     if not _logger.isEnabledFor(logging.INFO):
         yield None
     elif sys.stderr is not None and sys.stderr.isatty():

@@ -43,12 +43,13 @@ _logger = logging.getLogger(__name__)
     checks_options=False,
 )
 def score_command(*, as_json: bool, **options: Any) -> None:
-    """Compute the log-likelihood of each sequence of INPUT (any format of extract; '-' is stdin), or, with
-    --vcf, the difference that each allele makes: alt - ref, in the same stretch of the reference; or, with
-    --mutagenesis, that of every change of a single base of INPUT.
+    """Compute log-likelihoods of sequences, of the variants in a VCF file, or of all single-base changes.
 
-    The table has sums and means of natural logarithms, perplexity and bits per base; for variants and changes
-    both sums, their difference, and with --layer how far apart the vectors are.
+    By default, each sequence in INPUT is scored (any format of extract; '-' is standard input). With --vcf,
+    each allele is scored against the reference: the log-likelihood with the allele minus that with the
+    reference bases. With --mutagenesis, every single-base change of INPUT is scored in this way. The table
+    has sums and means of natural logarithms, perplexity and bits per base; for variants and changes both
+    sums and their difference, and with --layer the distance between the two vectors.
     """
     task = _task(options)
     options.pop("mutagenesis", None)
@@ -102,7 +103,7 @@ def _score_sequences(options: dict[str, Any]) -> ScoreReport:
 
 
 def _score_variants(options: dict[str, Any]) -> VariantReport:
-    with show_progress(None) as on_totals:
+    with show_progress(None, noun="allele") as on_totals:
         report = genoembed.score_variants(progress=on_totals, **options)
     for line in done_lines(report):
         _logger.info("%s", line)
@@ -121,7 +122,7 @@ def _score_variants(options: dict[str, Any]) -> VariantReport:
 
 
 def _score_mutations(options: dict[str, Any]) -> MutationReport:
-    with show_progress(None) as on_totals:
+    with show_progress(None, noun="change") as on_totals:
         report = genoembed.score_mutations(progress=on_totals, **options)
     for line in (*policy_lines(report.counts), *done_lines(report)):
         _logger.info("%s", line)

@@ -61,11 +61,12 @@ _logger = logging.getLogger(__name__)
     checks_options=False,
 )
 def pretrain_command(*, as_json: bool, **options: Any) -> None:
-    """Train on CORPUS files (FASTA, FASTQ, GenBank, EMBL; compressed or not), from scratch or from a model.
+    """Train a causal language model on the sequences in CORPUS, from scratch or from another model.
 
-    Documents are packed into rows of one length. DIR gets checkpoints, metrics.jsonl and, at the end, the
-    folder 'final', which --model takes everywhere. Standard output gets that folder's name; standard error a
-    line every few steps. Ctrl-C saves a checkpoint. For several GPUs: torchrun -m genoembed pretrain ...
+    CORPUS: FASTA, FASTQ, GenBank or EMBL files, compressed or not. Records are packed into rows of one
+    length. DIR gets checkpoints, metrics.jsonl and, at the end, the folder 'final', which --model takes
+    everywhere. Standard output gets the name of that folder; standard error gets a line every few steps.
+    Ctrl-C saves a checkpoint. To use several GPUs: torchrun -m genoembed pretrain ...
     """
     with resumable():
         report = genoembed.pretrain(**options)
@@ -87,11 +88,12 @@ def pretrain_command(*, as_json: bool, **options: Any) -> None:
     checks_options=False,
 )
 def finetune_command(*, as_json: bool, **options: Any) -> None:
-    """Fine-tune a model on TRAIN: tables with sequences and labels (TSV, CSV, JSON lines, Parquet), sequence
-    files with a table of labels, sequence files alone, or JSON lines with query, pos and neg.
+    """Fine-tune a model on the examples in TRAIN.
 
-    DIR gets checkpoints, metrics.jsonl, finetune.json and, at the end, the folder 'final', which extract and
-    predict take. Standard output gets that folder's name; standard error a line every few steps and the
+    TRAIN: tables with sequences and labels (TSV, CSV, JSON lines, Parquet); sequence files with a table of
+    labels; sequence files alone; or JSON lines with query, pos and neg. DIR gets checkpoints,
+    metrics.jsonl, finetune.json and, at the end, the folder 'final', which extract and predict take.
+    Standard output gets the name of that folder; standard error gets a line every few steps, and the
     metrics. Ctrl-C saves a checkpoint.
     """
     with resumable():
@@ -120,11 +122,11 @@ _NOT_SHOWN = ("epoch", "step", "ranked_queries")
 )
 @click.argument("model", metavar="DIR")
 def predict_command(model: str, inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Predict with the model in DIR, the folder of a fine-tuning run, for the sequences of INPUT
-    (any format of extract; '-' is standard input).
+    """Predict labels or numbers for the sequences in INPUT with a fine-tuned model.
 
-    The table has id, label and one probability per class; one column per target for numbers; one row per
-    token for labels of bases.
+    DIR: folder of a fine-tuning run. INPUT: sequence files in any format of extract; '-' is standard input.
+    The table has columns id, label and one probability per class; for regression, one column per target;
+    for token labels, one row per token.
     """
     if options.get("output", "-") != "-":
         promise_output(options["output"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "genoembed-mini"
 INPUT, MODEL, VECTORS, WINDOWS, OUTPUT, RUN = (
-    *("Input", "Model", "Vectors", "Long sequences", "Output", "The run"),
+    *("Input", "Model", "Vectors", "Long sequences", "Output", "Run"),
 )
 ONE_PER_LAYER = "one weight per layer, such as 0.2,0.8"
 
@@ -42,15 +42,18 @@ class PolicyConfig(Config):
         "error",
         group=INPUT,
         basic=True,
-        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
+        help="Letters outside the IUPAC DNA alphabet: stop, skip the record, or mask each letter (read "
+        "it as N).",
     )
     duplicates: DuplicatePolicy = option(
-        "error", group=INPUT, help="An id that appears again: stop, or append _2, _3 ..."
+        "error", group=INPUT, help="A record id that appears again: stop, or append _2, _3, ... to it."
     )
     empty: EmptyPolicy = option("error", group=INPUT, help="A record without bases: stop, or skip it.")
     gaps: GapPolicy = option("error", group=INPUT, help="Gap letters (- . *): stop, or remove them.")
     keep_case: bool = option(
-        False, group=INPUT, help="Leave soft-masked bases in lower case; by default they are upper-cased."
+        False,
+        group=INPUT,
+        help="Keep soft-masked bases in lower case. By default they are converted to upper case.",
     )
 
 
@@ -94,29 +97,31 @@ class ModelConfig(Config):
         group=MODEL,
         basic=True,
         metavar="NAME",
-        help="A name from 'genoembed models', a local folder, an Evo 2 checkpoint file, or a Hugging "
-        "Face id.",
+        help="Model: a name from 'genoembed models', a local folder, an Evo 2 checkpoint file, or a "
+        "Hugging Face id.",
         reads="if there",
     )
     revision: str | None = option(
         None, group=MODEL, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
     )
     trust_remote_code: bool = option(
-        False, group=MODEL, help="Run the Python code that the model's repository contains. Read it first."
+        False,
+        group=MODEL,
+        help="Run the Python code in the model's folder or repository. Read that code first.",
     )
     dtype: ComputeDtype = option(
         "auto",
         group=MODEL,
         basic=True,
-        help="Type of weights and activations. auto is bfloat16 where the device multiplies matrices in it "
-        "(CUDA from Ampere on, CPUs with AMX), and float32 elsewhere. The file says which it was.",
+        help="Type of weights and activations. auto: bfloat16 on hardware that computes in it (NVIDIA "
+        "GPUs from Ampere on, CPUs with AMX), else float32. The file records the type.",
     )
     fp8: Fp8Choice = option(
         "auto",
         group=MODEL,
-        help="FP8 input projections of Evo 2. auto: run by the checkpoints that need them, in hardware on "
-        "Hopper GPUs and emulated elsewhere; emulate: by all that have the scales, never in hardware; off: "
-        "by none.",
+        help="FP8 (8-bit) input projections of Evo 2. auto: use them for checkpoints that need them, "
+        "in hardware on Hopper GPUs and emulated elsewhere. emulate: emulate them for every "
+        "checkpoint that has FP8 scales. off: do not use them.",
     )
     device: str | None = option(
         None,
@@ -124,15 +129,15 @@ class ModelConfig(Config):
         basic=True,
         metavar="DEVICE",
         shown_default="cuda if present, else cpu",
-        help="cpu, cuda, cuda:1 ..., or auto to spread a large model over all GPUs.",
+        help="Device: cpu, cuda, cuda:1, ..., or auto to spread a large model over all GPUs.",
     )
     threads: int | None = option(
         None,
         ge=1,
         group=MODEL,
         metavar="N",
-        shown_default="PyTorch decides",
-        help="CPU threads of the model.",
+        shown_default="set by PyTorch",
+        help="Number of CPU threads for the model.",
     )
     batch_tokens: int | None = option(
         None,
@@ -142,25 +147,29 @@ class ModelConfig(Config):
         basic=True,
         metavar="N",
         shown_default="2048 on a CPU, 16384 elsewhere",
-        help="Tokens of one forward pass, padding included; fewer need less memory.",
+        help="Tokens per forward pass, padding included. Fewer tokens need less memory.",
     )
 
 
-_OF_FILE: dict[str, Any] = {"shown_default": "as FILE.h5 says", "basic": False}
+_OF_FILE: dict[str, Any] = {"shown_default": "as recorded in FILE.h5", "basic": False}
 
 
 class FileModel(Config):
     """The model that made an embedding file: where it is now, and how it runs."""
 
     model: str | None = same_option(
-        ModelConfig, "model", None, help="Where the model of FILE.h5 is now.", **_OF_FILE
+        ModelConfig,
+        "model",
+        None,
+        help="Model to use if it is no longer where FILE.h5 says: a name, folder or Hugging Face id.",
+        **_OF_FILE,
     )
     trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
     dtype: ComputeDtype | None = same_option(
         ModelConfig, "dtype", None, help="Type of weights and activations.", **_OF_FILE
     )
     fp8: Fp8Choice | None = same_option(
-        ModelConfig, "fp8", None, help="FP8 input projections of Evo 2.", **_OF_FILE
+        ModelConfig, "fp8", None, help="FP8 (8-bit) input projections of Evo 2.", **_OF_FILE
     )
     device: str | None = same_option(ModelConfig, "device", basic=False)
     threads: int | None = same_option(ModelConfig, "threads")
@@ -176,17 +185,18 @@ class EmbeddingConfig(Config):
         basic=True,
         flag="--layer",
         metavar="SPEC",
-        help="Which layer; repeat it for several. An integer means blocks.N.mlp.l3 (the MLP's output) in "
-        "StripedHyena 2 models, Evo 2 among them, and the output of block N in all others; blocks count "
-        "from 0, or from the end with -1. Also: a module path, a glob such as 'blocks.*.mlp.l3', final "
-        "(after the last norm) or all. 'genoembed layers MODEL' lists them.",
+        help="Layer to read; repeat the option for several layers. A number N means the output of "
+        "block N; in StripedHyena 2 models such as Evo 2 it means blocks.N.mlp.l3 (the output of "
+        "the MLP). Blocks count from 0, and -1 is the last. Also: a module path, a pattern such "
+        "as 'blocks.*.mlp.l3', final (after the last norm), or all. 'genoembed layers MODEL' "
+        "lists the layers.",
     )
     pooling: Pooling = option(
         "mean",
         group=VECTORS,
         basic=True,
         flag="--pool",
-        help="How the tokens of a sequence become one vector; none keeps one vector per token.",
+        help="How to pool the token vectors of a sequence into one vector. none: keep one vector per token.",
     )
     skip_first: int = option(
         0,
@@ -194,26 +204,26 @@ class EmbeddingConfig(Config):
         unit="bases",
         group=VECTORS,
         metavar="BASES",
-        help="Leave the first bases that the model reads out of pooling.",
+        help="Number of bases at the start of the model's input that pooling leaves out.",
     )
     fusion: Fusion = option(
         "none",
         group=VECTORS,
         basic=True,
         flag="--fuse",
-        help="How several layers become one matrix; none keeps one matrix per layer.",
+        help="How to combine several layers. none: keep one matrix per layer.",
     )
     fusion_weights: tuple[float, ...] = option(
         (),
         group=VECTORS,
         metavar="W,W...",
-        help="For --fuse weighted: one weight per layer, with commas between them, or repeated.",
+        help="For --fuse weighted: one weight per layer, separated by commas, or one per option.",
     )
     rc: Strands = option(
         "none",
         group=VECTORS,
         basic=True,
-        help="Embed the reverse complement as well, and take the mean of both vectors or concatenate them.",
+        help="Embed the reverse complement as well. mean: average the two vectors. concat: concatenate them.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -249,7 +259,7 @@ class WindowConfig(Config):
         basic=True,
         metavar="BASES",
         shown_default="what the model's context holds",
-        help="Length of a window. A longer sequence is cut into overlapping windows.",
+        help="Length of a window in bases. Longer sequences are split into overlapping windows.",
     )
     stride: int | None = option(
         None,
@@ -258,7 +268,7 @@ class WindowConfig(Config):
         group=WINDOWS,
         metavar="BASES",
         shown_default="3/4 of a window",
-        help="Distance from the start of a window to the start of the next.",
+        help="Distance in bases between the starts of two windows.",
     )
     per_window: bool = option(
         False, group=WINDOWS, help="Write one row per window instead of one row per record."
@@ -280,25 +290,28 @@ class OutputConfig(Config):
         basic=True,
         short="-o",
         metavar="FILE",
-        shown_default="the first INPUT's name with .h5, embeddings.h5 for -",
-        help="The HDF5 file to write.",
+        shown_default="name of the first INPUT with .h5; embeddings.h5 for -",
+        help="HDF5 file to write.",
         writes="hdf5",
     )
     out_dtype: StorageDtype = option(
-        "float32", group=OUTPUT, help="Type of the stored values; float16 loses small differences."
+        "float32",
+        group=OUTPUT,
+        help="Type of the stored values. float16 halves the file and loses small differences.",
     )
     overwrite: bool = option(
         False,
         group=OUTPUT,
         basic=True,
-        help="Replace FILE once the new one is complete; finished units of another run are dropped.",
+        help="Replace an existing FILE once the new one is complete. Finished units of a different run "
+        "are deleted.",
     )
     resume: bool = option(
         False,
         group=OUTPUT,
         basic=True,
-        help="If FILE is complete and this very run made it, keep it and stop. A run that was cut off always "
-        "continues where it was.",
+        help="If FILE is complete and was made by this same run, keep it and stop. An interrupted run "
+        "continues with or without this option.",
     )
 
 
@@ -312,11 +325,11 @@ class TableOutput(Config):
         short="-o",
         metavar="FILE",
         shown_default="standard output",
-        help="The table to write.",
+        help="Table to write.",
         writes="table",
     )
     overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Replace FILE once the new one is complete."
+        False, group=OUTPUT, basic=True, help="Replace an existing FILE once the new one is complete."
     )
 
 
@@ -329,15 +342,15 @@ class RunConfig(Config):
         unit="bases",
         group=RUN,
         metavar="BASES",
-        help="Bases of a work unit: what is saved at a time, and lost at most when a run is cut off. A "
-        "longer record is a unit of its own.",
+        help="Bases per work unit. Results are saved unit by unit, and an interruption loses one unit "
+        "at most. A longer record is a unit of its own.",
     )
     on_error: FailurePolicy = option(
         "stop",
         group=RUN,
         basic=True,
-        help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or leave "
-        "its vector NaN, flag it, and exit with 3 at the end.",
+        help="If a record fails (out of memory, values that are not finite, no base to pool): stop, or "
+        "skip it. A skipped record gets a NaN vector and a flag, and the exit code is 3.",
     )
     certificate: int = option(
         0,
@@ -345,35 +358,36 @@ class RunConfig(Config):
         unit="records",
         group=RUN,
         metavar="N",
-        help="Embed N records of the first unit alone as well; the file then says how far vectors depend on "
-        "their batch.",
+        help="Embed N records of the first unit again, each alone, and record how far vectors depend "
+        "on their batch.",
     )
     shard: str | None = option(
         None,
         group=RUN,
         metavar="I/N",
-        help="Do every Nth unit only, beginning with the Ith, as one of N jobs; 'genoembed merge FILE' joins "
-        "them.",
+        help="Process every Nth unit, starting with the Ith: one of N jobs. 'genoembed merge FILE' "
+        "joins their results.",
     )
     engine: Engine = option(
         "local",
         group=RUN,
-        help="Who does the work: this process, or workers of a Ray cluster (pip install 'genoembed[ray]').",
+        help="Where the work is done: in this process, or by workers of a Ray cluster (needs the extra "
+        "'ray').",
     )
     workers: int | None = option(
         None,
         ge=1,
         group=RUN,
         metavar="N",
-        shown_default="one per GPU, or one",
-        help="Workers of the Ray cluster.",
+        shown_default="one per GPU, else one",
+        help="Number of Ray workers.",
     )
     ray_address: str | None = option(
         None,
         group=RUN,
         metavar="HOST:PORT",
-        shown_default="RAY_ADDRESS, or a new one",
-        help="Ray cluster to connect to, or auto.",
+        shown_default="RAY_ADDRESS, else a new cluster",
+        help="Address of the Ray cluster, or auto.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -471,6 +485,6 @@ class ExtractOptions(EmbedConfig):
     dry_run: bool = option(
         False,
         group=RUN,
-        help="Write nothing: read INPUT once, run three batches, and say what the run would do and need: "
-        "units, tokens, memory, disk, hours.",
+        help="Write nothing. Read INPUT once, run three batches, and print what the run would need: "
+        "units, tokens, memory, disk space and time.",
     )

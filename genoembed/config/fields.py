@@ -197,7 +197,23 @@ class Option:
         else:
             words = "a text that is not empty" if value == "" else self._kind
             words += ", or leave it out" if self.optional else ""
-        return Problem(f"{self.key} is {value!r}", Remedy(self.key, words=words))
+        return Problem(
+            f"{self.key} is {value!r}", Remedy(self.key, words=words), near_choice(value, self.choices)
+        )
+
+
+def near_choice(value: object, choices: Iterable[str]) -> str:
+    """Return the question whether a choice of nearly the same letters was meant, or nothing.
+
+    Example:
+        >>> near_choice("centre", ("center", "whiten")), near_choice(3, ("center",))
+        ("; did you mean 'center'?", '')
+    """
+    if not isinstance(value, str):
+        return ""
+    # of one first letter: float16 is no misspelled bfloat16
+    near = difflib.get_close_matches(value, [choice for choice in choices if choice[:1] == value[:1]], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Config(BaseModel):
@@ -390,7 +406,12 @@ def unknown_option(key: str, known: Iterable[str], *, spelling: Spelling = pytho
     if plain in NOT_OPTIONS and _OF_TRAINING in names:
         return f"{key!r} is not an option; {NOT_OPTIONS[plain]}"
     near = [answer.key] if answer is not None else difflib.get_close_matches(plain, names, n=1)
-    return f"{key!r} is not an option" + (f"; did you mean {spelling(near[0])!r}?" if near else "")
+    if not near:
+        return f"{key!r} is not an option"
+    name = spelling(near[0])
+    if answer is not None and answer.value == "False":  # the old name meant the opposite
+        name = f"--no-{name.removeprefix('--')}" if name.startswith("--") else f"{name}=False"
+    return f"{key!r} is not an option; did you mean {name!r}?"
 
 
 def named_options(config: type[Config] | None = None) -> Callable[[Function], Function]:

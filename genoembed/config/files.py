@@ -25,20 +25,26 @@ from genoembed.config.fields import Config, option, same_option
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LIMITS, CHECKED = "What counts as equal", "What is checked"
+LIMITS, CHECKED = "Tolerance", "Checks"
 
 
 class MergeConfig(Config):
     """How units are joined."""
 
-    overwrite: bool = option(False, group=OUTPUT, help="Replace FILE once the new one is complete.")
+    overwrite: bool = option(
+        False, group=OUTPUT, help="Replace an existing FILE once the new one is complete."
+    )
 
 
 class CompareConfig(Config):
     """How far two embedding files agree."""
 
     layer: str | None = option(
-        None, group=LIMITS, metavar="NAME", shown_default="all that both files have", help="Which matrix."
+        None,
+        group=LIMITS,
+        metavar="NAME",
+        shown_default="all that both files have",
+        help="Layer of the file to use.",
     )
     tolerance: float | None = option(
         None,
@@ -46,45 +52,54 @@ class CompareConfig(Config):
         group=LIMITS,
         metavar="X",
         shown_default="1e-5; 1e-2 after half precision, 2e-2 after FP8, 1e-3 where a file stores float16",
-        help="Largest difference, relative to the largest value of a vector.",
+        help="Largest allowed difference, relative to the largest value of the vector.",
     )
     output: str | None = option(
         None,
         group=OUTPUT,
         short="-o",
         metavar="FILE",
-        help="Write a table with one row per record and layer.",
+        help="Table to write, with one row per record and layer.",
         writes="table",
     )
-    overwrite: bool = option(False, group=OUTPUT, help="Replace FILE.")
+    overwrite: bool = option(
+        False, group=OUTPUT, help="Replace an existing FILE once the new one is complete."
+    )
 
 
 class VerifyConfig(FileModel):
     """How a sample of a file is embedded again."""
 
     sample: int = option(
-        32, ge=1, unit="records", group=CHECKED, metavar="N", help="Records to embed again, chosen at random."
+        32,
+        ge=1,
+        unit="records",
+        group=CHECKED,
+        metavar="N",
+        help="Number of records to embed again, chosen at random.",
     )
-    seed: int = option(0, ge=0, group=CHECKED, metavar="N", help="Random seed of the choice.")
+    seed: int = option(
+        0, ge=0, group=CHECKED, metavar="N", help="Random seed. It determines which records are chosen."
+    )
     tolerance: float | None = option(
         None,
         ge=0,
         group=CHECKED,
         metavar="X",
         shown_default="as for compare",
-        help="Largest difference, relative to the largest value of a vector.",
+        help="Largest allowed difference, relative to the largest value of the vector.",
     )
     certificate: bool = option(
         False,
         group=CHECKED,
         flag="--certify",
-        help="Embed each record alone as well: does a vector depend on its batch?",
+        help="Embed each record alone as well, to check that its vector does not depend on its batch.",
     )
     regions: tuple[str, ...] = option(
         (),
         group=CHECKED,
         metavar="FILE",
-        help="Where the files of regions are now. Repeatable.",
+        help="Files of regions, if they are no longer where FILE.h5 says. Repeatable.",
         reads="if there",
     )
 
@@ -92,33 +107,37 @@ class VerifyConfig(FileModel):
 class ExportConfig(Config):
     """Which matrix of a file, as what kind of file."""
 
-    to: ExportFormat = option(group=OUTPUT, help="Kind of file; uniprot-h5 has one dataset per record.")
+    to: ExportFormat = option(
+        group=OUTPUT, help="Format of the output. uniprot-h5 has one dataset per record."
+    )
     output: str | None = option(
         None,
         group=OUTPUT,
         short="-o",
         metavar="FILE",
-        shown_default="FILE.h5 with another ending",
-        help="The file to write.",
+        shown_default="FILE.h5 with the ending of the format",
+        help="File to write.",
         writes="export",
     )
-    overwrite: bool = option(False, group=OUTPUT, help="Replace it once the new one is complete.")
+    overwrite: bool = option(
+        False, group=OUTPUT, help="Replace an existing FILE once the new one is complete."
+    )
     layer: str | None = option(
         None,
         group="Vectors",
         metavar="NAME",
         shown_default="all",
-        help="Export this matrix alone; csv and uniprot-h5 hold only one.",
+        help="Layer of the file to use. csv and uniprot-h5 hold only one.",
     )
 
 
 class ModelExportConfig(Config):
     """How a model becomes a folder for sentence-transformers."""
 
-    output: str = option(
-        group=OUTPUT, short="-o", metavar="DIR", help="The folder to write.", writes="folder"
+    output: str = option(group=OUTPUT, short="-o", metavar="DIR", help="Folder to write.", writes="folder")
+    overwrite: bool = option(
+        False, group=OUTPUT, help="Replace an existing DIR once the new one is complete."
     )
-    overwrite: bool = option(False, group=OUTPUT, help="Replace DIR once the new one is complete.")
     dtype: ComputeDtype = option("float32", group=MODEL, help="Type of the weights.")
     revision: str | None = same_option(ModelConfig, "revision")
     trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
@@ -127,21 +146,22 @@ class ModelExportConfig(Config):
 class ConvertConfig(Config):
     """How an original Evo 2 checkpoint becomes a model folder."""
 
-    output: str = option(short="-o", metavar="DIR", help="The folder to write.", writes="folder")
+    output: str = option(short="-o", metavar="DIR", help="Folder to write.", writes="folder")
     name: str | None = option(
         None,
         metavar="NAME",
-        shown_default="by CKPT's name",
-        help="Which of 'genoembed models' the checkpoint is.",
+        shown_default="from the name of CKPT",
+        help="Name of the checkpoint in 'genoembed models'.",
     )
     config: str | None = option(
         None,
         flag="--vortex-config",
         metavar="FILE",
-        help="YAML description, as Vortex has them, of a checkpoint of another kind.",
+        help="Description of a model that 'genoembed models' does not list, as a YAML file in the "
+        "format of Vortex.",
         reads=True,
     )
-    overwrite: bool = option(False, help="Replace DIR once the new one is complete.")
+    overwrite: bool = option(False, help="Replace an existing DIR once the new one is complete.")
 
 
 class DoctorConfig(Config):
@@ -150,27 +170,32 @@ class DoctorConfig(Config):
     model: str = option(
         DEFAULT_MODEL,
         metavar="NAME",
-        help="Test this model: a name of 'genoembed models', its repository, or a folder (of a published "
-        "model with --as).",
+        help="Model to test: a name from 'genoembed models', its repository, or a folder (of a "
+        "published model with --as).",
         reads="if there",
     )
     known_as: str | None = option(
         None,
         flag="--as",
         metavar="NAME",
-        shown_default="what --model names",
-        help="Which published model the weights are, as a short name or repository.",
+        shown_default="as named by --model",
+        help="Published model that the weights belong to: a short name or repository.",
     )
     tolerance: float | None = option(
         None,
         ge=0,
         metavar="X",
         shown_default="1e-4",
-        help="Largest difference to a published vector, relative to its largest value.",
+        help="Largest allowed difference, relative to the largest value of the vector.",
     )
     revision: str | None = same_option(ModelConfig, "revision", group="Options")
     device: str | None = same_option(
-        ModelConfig, "device", group="Options", basic=False, shown_default="cpu", help="cpu, cuda, cuda:1 ..."
+        ModelConfig,
+        "device",
+        group="Options",
+        basic=False,
+        shown_default="cpu",
+        help="Device: cpu, cuda, cuda:1, ...",
     )
 
     def _problems(self) -> Iterable[str]:
@@ -187,13 +212,14 @@ class LayersConfig(Config):
         DEFAULT_MODEL,
         argument=True,
         metavar="MODEL",
-        help="As --model of extract takes it.",
+        help="Model: a name from 'genoembed models', a local folder, an Evo 2 checkpoint file, or a "
+        "Hugging Face id.",
         reads="if there",
     )
     show_all: bool = option(
         False,
         flag="--all",
-        help="List every module that can be captured, not only those with short names.",
+        help="List every module that can be read, not only those with short names.",
     )
     revision: str | None = same_option(ModelConfig, "revision")
     trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")
@@ -208,7 +234,7 @@ class PredictConfig(TableOutput, PolicyConfig):
         help="Sequence files in any format of extract; - is standard input.",
         reads=True,
     )
-    format: TableFormat = option("auto", group=OUTPUT, help="Kind of table; auto decides by the name.")
+    format: TableFormat = option("auto", group=OUTPUT, help="Format of the table. auto: by the file name.")
     keep_case: bool | None = same_option(  # type: ignore[assignment]
         PolicyConfig, "keep_case", None, shown_default="as in training"
     )
@@ -216,12 +242,18 @@ class PredictConfig(TableOutput, PolicyConfig):
         "stop",
         group=INPUT,
         basic=True,
-        help="A record that fails (values that are not finite, no memory, nothing to pool): stop, or write "
-        "NA in its row and exit with 3 at the end.",
+        help="If a record fails (out of memory, values that are not finite, no base to pool): stop, or "
+        "skip it. A skipped record gets NA in its row, and the exit code is 3.",
     )
-    batch_rows: int = option(16, ge=1, group=MODEL, metavar="N", help="Windows of one forward pass.")
-    device: str | None = same_option(ModelConfig, "device", basic=False, help="cpu, cuda, cuda:1 ...")
+    batch_rows: int = option(
+        16,
+        ge=1,
+        group=MODEL,
+        metavar="N",
+        help="Sequences or windows per forward pass. Fewer need less memory.",
+    )
+    device: str | None = same_option(
+        ModelConfig, "device", basic=False, help="Device: cpu, cuda, cuda:1, ..."
+    )
     threads: int | None = same_option(ModelConfig, "threads")
-    trust_remote_code: bool = same_option(
-        ModelConfig, "trust_remote_code", help="Run the Python code that DIR contains. Read it first."
-    )
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code")

@@ -19,8 +19,8 @@ from genoembed.config.choices import (
     TokenPooling,
     Tuning,
 )
-from genoembed.config.embed import DEFAULT_MODEL, PolicyConfig
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import DEFAULT_MODEL, ModelConfig, PolicyConfig
+from genoembed.config.fields import Config, option, same_option
 from genoembed.config.labeled import (
     SPLIT,
     AugmentConfig,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 TASK, ENCODER, TUNING, PAIRS, RETRIEVAL = (
-    *("Task", "Model and vectors", "What learns", "Pairs and triplets", "Retrieval heads"),
+    *("Task", "Model and vectors", "Trainable parameters", "Pairs and triplets", "Retrieval heads"),
 )
 
 
@@ -50,15 +50,11 @@ class EncoderConfig(Config):
         group=ENCODER,
         basic=True,
         metavar="NAME",
-        help="A name from 'genoembed models', a local folder, or a Hugging Face id.",
+        help="Model: a name from 'genoembed models', a local folder, or a Hugging Face id.",
         reads="if there",
     )
-    revision: str | None = option(
-        None, group=ENCODER, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
-    )
-    trust_remote_code: bool = option(
-        False, group=ENCODER, help="Run the Python code that the model's repository contains. Read it first."
-    )
+    revision: str | None = same_option(ModelConfig, "revision", group=ENCODER)
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code", group=ENCODER)
     layers: tuple[str, ...] = option(
         ("final",),
         group=ENCODER,
@@ -66,9 +62,8 @@ class EncoderConfig(Config):
         flag="--layer",
         metavar="SPEC",
         shown_default="final, or as MODEL was trained",
-        help="Cut the model at this layer; blocks after it never run. Repeat it for several, which are "
-        "fused. "
-        "Specified as for extract.",
+        help="Layer to read, named as in extract; the blocks after it are removed. Repeat the option "
+        "for several layers, which are then combined.",
     )
     pooling: TokenPooling = option(
         "mean",
@@ -76,7 +71,7 @@ class EncoderConfig(Config):
         basic=True,
         flag="--pool",
         shown_default="mean, or as MODEL was trained",
-        help="How the tokens of a sequence become one vector.",
+        help="How to pool the token vectors of a sequence into one vector.",
     )
     skip_first: int = option(
         0,
@@ -85,25 +80,25 @@ class EncoderConfig(Config):
         group=ENCODER,
         metavar="BASES",
         shown_default="0, or as MODEL was trained",
-        help="Leave the first bases that the model reads out of pooling.",
+        help="Number of bases at the start of the model's input that pooling leaves out.",
     )
     fusion: Fusion = option(
         "none",
         group=ENCODER,
         flag="--fuse",
         shown_default="none, or as MODEL was trained",
-        help="How several layers become one vector; the weights of weighted are learned.",
+        help="How to combine several layers. weighted: the weights are learned.",
     )
     add_pooler: bool | None = option(
         None,
         group=ENCODER,
         shown_default="as MODEL was trained",
-        help="Put a linear projection, which starts as the identity, after the pooling.",
+        help="Add a linear projection after the pooling. It starts as the identity.",
     )
     normalize: bool | None = option(
         None,
         group=ENCODER,
-        shown_default="as MODEL was trained; else unless triplets are euclidean",
+        shown_default="as MODEL was trained; else on, except for euclidean triplets",
         help="Scale vectors to length 1.",
     )
     tuning: Tuning | None = option(
@@ -111,14 +106,15 @@ class EncoderConfig(Config):
         group=TUNING,
         basic=True,
         shown_default="full; lora for models of a billion parameters and more",
-        help="What learns: all weights; the heads alone; the last blocks before the cut; or LoRA adapters.",
+        help="Which parameters to train: all (full); only the heads (frozen); the last blocks "
+        "(last_n); or LoRA adapters.",
     )
     last_n: int = option(
         2,
         ge=1,
         group=TUNING,
         metavar="N",
-        help="For --tuning last_n: blocks that learn, counted back from the cut.",
+        help="For --tuning last_n: number of blocks to train, counted back from --layer.",
     )
     lora_rank: int = option(
         8, ge=1, group=TUNING, metavar="N", help="For --tuning lora: rank of the adapter matrices."
@@ -128,15 +124,15 @@ class EncoderConfig(Config):
         gt=0,
         group=TUNING,
         metavar="X",
-        help="For --tuning lora: the adapters' output is multiplied by this number divided by the rank.",
+        help="For --tuning lora: scale of the adapters. Their output is multiplied by alpha / rank.",
     )
     lora_dropout: float = option(
         0.0,
         ge=0,
         lt=1,
         group=TUNING,
-        metavar="SHARE",
-        help="For --tuning lora: share of the adapters' input that is dropped.",
+        metavar="FRACTION",
+        help="For --tuning lora: dropout on the input of the adapters.",
     )
     lora_targets: tuple[str, ...] = option(
         (),
@@ -144,7 +140,8 @@ class EncoderConfig(Config):
         flag="--lora-target",
         metavar="NAME",
         shown_default="all in the blocks",
-        help="For --tuning lora: linear layers that get adapters, by the end of their path. Repeatable.",
+        help="For --tuning lora: linear layers that get adapters, named by the end of their path. "
+        "Repeatable.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -164,7 +161,7 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, SplitShares, PolicyConfig
     train: tuple[str, ...] = option(
         argument=True,
         metavar="TRAIN",
-        help="Files to learn from: tables, sequence files, or JSON lines with query, pos and neg.",
+        help="Training data: tables, sequence files, or JSON lines with query, pos and neg.",
         reads=True,
     )
     labels: str | None = option(
@@ -172,7 +169,7 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, SplitShares, PolicyConfig
         group=DATA,
         basic=True,
         metavar="FILE",
-        help="Table from id to label, for sequence files.",
+        help="Table of labels, one row per record: TSV, CSV, JSON lines or Parquet.",
         reads=True,
     )
     validation: tuple[str, ...] = option(
@@ -180,39 +177,39 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, SplitShares, PolicyConfig
         group=SPLIT,
         basic=True,
         metavar="FILE",
-        help="Files that stop training and choose the best step. Repeatable.",
+        help="Validation data, which chooses the best step and stops training early. Repeatable.",
         reads=True,
     )
     test: tuple[str, ...] = option(
         (),
         group=SPLIT,
         metavar="FILE",
-        help="Files that are evaluated once, at the end. Repeatable.",
+        help="Test data, evaluated once at the end. Repeatable.",
         reads=True,
     )
     several_bases: BaseLabels = option(
         "error",
         group=DATA,
-        help="For token, where a token has several bases: stop, or take the label of the first.",
+        help="For token labels, where a token has several bases: stop, or take the label of the first base.",
     )
     false_negatives: FalseNegativePolicy = option(
         "error",
         group=DATA,
-        help="A negative of a retrieval example that is its own query or positive: stop, drop it, or "
-        "keep it.",
+        help="A negative that is the query itself or one of its positives: stop, drop it, or keep it.",
     )
     homologs: HomologPolicy = option(
         "ignore",
         group=SPLIT,
-        help="Homologs on both sides of a split: do not look, report them, drop them from training, or stop.",
+        help="Homologs on both sides of a split: do not check, report them, drop them from the "
+        "training rows, or stop.",
     )
     homolog_identity: float = option(
         0.8,
         gt=0,
         le=1,
         group=SPLIT,
-        metavar="SHARE",
-        help="Sequences count as homologs from this sequence identity on, estimated from shared k-mers.",
+        metavar="FRACTION",
+        help="Sequence identity from which on sequences count as homologs, estimated from shared k-mers.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -232,31 +229,33 @@ class FinetuneDataConfig(TableColumns, CleaningConfig, SplitShares, PolicyConfig
 class ObjectiveConfig(Config):
     """What is learned."""
 
-    task: Task = option(group=TASK, basic=True, help="What to learn.")
+    task: Task = option(group=TASK, basic=True, help="Task to train for.")
     class_weights: ClassWeights = option(
-        "none", group=TASK, help="balanced weighs classes by how rare they are."
+        "none",
+        group=TASK,
+        help="Weights of the classes in the loss. balanced: rare classes get larger weights.",
     )
     dropout: float = option(
         0.1,
         ge=0,
         lt=1,
         group=TASK,
-        metavar="SHARE",
-        help="Share of a prediction head's input that is dropped in training.",
+        metavar="FRACTION",
+        help="Dropout on the input of the prediction heads.",
     )
     label_smoothing: float = option(
         0.0,
         ge=0,
         lt=1,
         group=TASK,
-        metavar="SHARE",
-        help="Share of the target that is spread over all classes.",
+        metavar="FRACTION",
+        help="Label smoothing: the fraction of the target that is spread over all classes.",
     )
     contrast: ContrastChoice = option(
         "auto",
         group=PAIRS,
-        help="Where pairs come from: rows with query, pos and neg; sequences of one class; or two views of "
-        "each sequence. auto decides by the input.",
+        help="How pairs are formed: from rows with query, pos and neg (examples); from sequences of "
+        "one class (labels); or from two views of each sequence (views). auto: by the input.",
     )
     temperature: float | None = option(
         None,
@@ -264,13 +263,13 @@ class ObjectiveConfig(Config):
         group=PAIRS,
         metavar="X",
         shown_default="0.05; with labels 0.1; retrieval 0.02",
-        help="Similarity scores are divided by it: lower is stricter.",
+        help="Temperature of the contrastive loss. Similarities are divided by it.",
     )
     scope: ScopeChoice = option(
         "auto",
         group=PAIRS,
-        help="What is compared: queries with passages; also passages with queries; or all with all. auto is "
-        "one_way, and symmetric for views.",
+        help="Pairs to compare: queries with passages (one_way); also passages with queries "
+        "(symmetric); or all with all (full). auto: symmetric for views, else one_way.",
     )
     margin: float | None = option(
         None,
@@ -278,54 +277,53 @@ class ObjectiveConfig(Config):
         group=PAIRS,
         metavar="X",
         shown_default="1 for euclidean, 0.3 for cosine",
-        help="For triplets: how much farther the negative must be than the positive.",
+        help="For triplets: how much farther away the negative must be than the positive.",
     )
     distance: Distance = option(
-        "euclidean", group=PAIRS, help="For triplets: the distance between two vectors that the loss uses."
+        "euclidean", group=PAIRS, help="For triplets: distance between two vectors in the loss."
     )
     train_group_size: int = option(
         8,
         ge=1,
         group=PAIRS,
         metavar="N",
-        help="Passages per query: 1 positive and N - 1 negatives, drawn afresh in each epoch.",
+        help="Passages per query: 1 positive and N - 1 negatives, sampled anew in each epoch.",
     )
     in_batch_negatives: bool = option(
         True, group=PAIRS, help="Use the passages of other queries in the batch as negatives."
     )
     across_devices: bool = option(
-        False, group=PAIRS, help="Use the passages of other devices as negatives as well."
+        False, group=PAIRS, help="Use the passages on other devices as negatives, too."
     )
     view_mutation_rate: float = option(
         0.05,
         ge=0,
         le=1,
         group=PAIRS,
-        metavar="SHARE",
-        help="For views: probability that a base of the second view is replaced.",
+        metavar="FRACTION",
+        help="For views: probability that a base of the second view is replaced by another.",
     )
     view_crop_fraction: float = option(
         0.8,
         gt=0,
         le=1,
         group=PAIRS,
-        metavar="SHARE",
-        help="For views: the second view is a crop of at least this share.",
+        metavar="FRACTION",
+        help="For views: the second view keeps at least this fraction of the sequence.",
     )
     view_reverse_complement: float = option(
         0.5,
         ge=0,
         le=1,
         group=PAIRS,
-        metavar="SHARE",
-        help="For views: probability that the second view is the other strand.",
+        metavar="FRACTION",
+        help="For views: probability that the second view is the reverse complement.",
     )
     mode: M3Mode = option(
         "all",
         group=RETRIEVAL,
-        help="all trains encoder and all heads; fix_encoder the sparse and multi-vector heads alone; "
-        "dense the "
-        "dense vector alone.",
+        help="What to train: the encoder and all heads (all); only the sparse and multi-vector heads "
+        "(fix_encoder); or the dense vector without other heads (dense).",
     )
     self_distillation_start: int | None = option(
         None,
@@ -333,10 +331,11 @@ class ObjectiveConfig(Config):
         group=RETRIEVAL,
         metavar="N",
         shown_default="never",
-        help="Forward passes before the sum of all heads' scores teaches each head; -1 is from the start.",
+        help="Forward passes before self-distillation starts, in which the summed scores of all heads "
+        "teach each head. -1: from the start.",
     )
     distillation: Distillation = option(
-        "m3", group=RETRIEVAL, help="How teacher scores of the rows are used: as in BGE-M3, or KL divergence."
+        "m3", group=RETRIEVAL, help="How to use teacher scores: as in BGE-M3 (m3), or by KL divergence (kl)."
     )
     term_bases: int = option(
         9,
@@ -362,7 +361,7 @@ class ObjectiveConfig(Config):
         group=RETRIEVAL,
         metavar="TOKENS",
         shown_default="8, or as MODEL was trained",
-        help="Tokens that are averaged to one vector of the multi-vector head.",
+        help="Number of tokens averaged into one vector of the multi-vector head.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -381,11 +380,15 @@ class FinetuneRecipe(ScheduleConfig):
         group=OPTIMIZATION,
         basic=True,
         metavar="N",
-        shown_default="20, 10 or 3, by the number of rows",
-        help="Passes over the data.",
+        shown_default="20, 10 or 3, depending on the number of rows",
+        help="Number of passes over the training data.",
     )
     max_steps: int | None = option(
-        None, ge=1, group=OPTIMIZATION, metavar="N", help="Optimizer steps; counts instead of epochs."
+        None,
+        ge=1,
+        group=OPTIMIZATION,
+        metavar="N",
+        help="Number of optimizer steps. Instead of --max-epochs.",
     )
     rows_per_device: int = option(
         16,
@@ -393,14 +396,15 @@ class FinetuneRecipe(ScheduleConfig):
         group=OPTIMIZATION,
         basic=True,
         metavar="N",
-        help="Rows (queries) of a batch on each device.",
+        help="Rows per batch on each device. For retrieval, a row is a query.",
     )
     micro_batch: int | None = option(
         None,
         ge=1,
         group=OPTIMIZATION,
         metavar="N",
-        help="For pairs: rows encoded at a time, to save memory; the gradient is that of the whole batch.",
+        help="For pairs: rows encoded at a time. This saves memory; the gradient is still that of the "
+        "whole batch.",
     )
     learning_rate: float | None = option(
         None,
@@ -408,8 +412,8 @@ class FinetuneRecipe(ScheduleConfig):
         group=OPTIMIZATION,
         basic=True,
         metavar="RATE",
-        shown_default="by tuning and width",
-        help="Peak learning rate of the encoder.",
+        shown_default="depends on --tuning and width",
+        help="Peak learning rate. The heads have their own.",
     )
     head_learning_rate: float | None = option(
         None,
@@ -420,24 +424,24 @@ class FinetuneRecipe(ScheduleConfig):
         help="Peak learning rate of the heads.",
     )
     weight_decay: float = option(
-        0.01, ge=0, group=OPTIMIZATION, metavar="X", help="Weight decay of matrices; vectors have none."
+        0.01, ge=0, group=OPTIMIZATION, metavar="X", help="Weight decay of matrices. Vectors have none."
     )
     metric: str | None = option(
         None,
         group=OPTIMIZATION,
         metavar="NAME",
-        shown_default="the task's first",
-        help="Validation metric that chooses the best step and stops training, such as mcc or auroc.",
+        shown_default="the first metric of the task",
+        help="Validation metric that chooses the best step and stops training early, such as mcc or auroc.",
     )
     patience: int = option(
         3,
         ge=1,
         group=OPTIMIZATION,
         metavar="N",
-        help="Stop after this many evaluations without a better metric.",
+        help="Stop after this many evaluations without improvement.",
     )
     min_epochs: int = option(
-        1, ge=0, group=OPTIMIZATION, metavar="N", help="Do not stop for lack of progress before this epoch."
+        1, ge=0, group=OPTIMIZATION, metavar="N", help="Number of epochs before training may stop early."
     )
     eval_steps: int | None = option(
         None,
@@ -445,20 +449,20 @@ class FinetuneRecipe(ScheduleConfig):
         group=RUN,
         metavar="N",
         shown_default="one epoch",
-        help="Optimizer steps between evaluations and checkpoints.",
+        help="Optimizer steps between two evaluations. Each saves a checkpoint.",
     )
     pad_to_multiple_of: int = option(
         1, ge=1, group=OPTIMIZATION, metavar="N", help="Pad rows to a multiple of this many tokens."
     )
     mixed_lengths: bool = option(
-        False, group=OPTIMIZATION, help="Make batches of random rows instead of rows of similar length."
+        False, group=OPTIMIZATION, help="Form batches of random rows instead of rows of similar length."
     )
     seed: int = option(
         0,
         ge=0,
         group=OPTIMIZATION,
         metavar="N",
-        help="Random seed of splits, order, views, negatives, dropout and new weights.",
+        help="Random seed. It determines splits, order, views, negatives, dropout and new weights.",
     )
 
     def _problems(self) -> Iterator[str]:

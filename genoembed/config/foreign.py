@@ -170,10 +170,11 @@ FORMER = {
     "pool": "pooling",
     "fuse": "fusion",
     "kin_identity": "homolog_identity",
-    "own_negatives_only": "in_batch_negatives",
-    "one_strand": "both_strands",
+    "own_negatives_only": "in_batch_negatives=False",
+    "one_strand": "both_strands=False",
     "neighbors": "k",
     "neighbours": "neighbors k",
+    "colour": "color",
     "top_k": "k top",
 }
 """Words of this project's own that have become others."""
@@ -191,6 +192,7 @@ TABLES = {
 """By whose words they are."""
 
 NOT_OPTIONS = {
+    "device": "training takes the GPU of its process: set CUDA_VISIBLE_DEVICES, empty for the CPU",
     "local_rank": "start it with torchrun or accelerate launch",
     "ddp_backend": "start it with torchrun or accelerate launch",
     "num_gpus": "start it with torchrun or accelerate launch",

@@ -22,8 +22,8 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         "float32",
         group=MODEL,
         basic=True,
-        help="Type of weights and activations; in half precision, sequences depend on how many are made "
-        "together.",
+        help="Type of weights and activations. In half precision, sequences depend on how many are "
+        "generated together.",
     )
     num_samples: int = option(
         1,
@@ -33,7 +33,7 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         basic=True,
         short="-n",
         metavar="N",
-        help="Sequences for each prompt.",
+        help="Number of sequences per prompt.",
     )
     length: int = option(
         500,
@@ -42,19 +42,19 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         group=SEQUENCES,
         basic=True,
         metavar="BASES",
-        help="Bases of a sequence, without its prompt; a last token of several bases may exceed it.",
+        help="Bases to generate per sequence. A last token of several bases may exceed it.",
     )
     stop_at_end: bool = option(
         True,
         group=SEQUENCES,
-        help="End a sequence where the model predicts the end of a document; without it, that token is "
+        help="End a sequence where the model predicts the end of a document. Otherwise that token is "
         "never sampled.",
     )
     start_token: StartChoice = option(
         "auto",
         group=SEQUENCES,
-        help="What the model reads before a prompt: auto takes the token that begins a sequence in training, "
-        "none nothing.",
+        help="Token that the model reads before the first base. auto: the token that starts a sequence "
+        "in training. none: no token.",
     )
     tag: str | None = option(
         None,
@@ -68,7 +68,8 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         group=DRAWS,
         basic=True,
         metavar="X",
-        help="Below 1 favors likely tokens, above 1 unlikely ones; 0 always takes the most likely token.",
+        help="Sampling temperature. Below 1 favors likely tokens, above 1 unlikely ones; 0 always "
+        "takes the most likely token.",
     )
     top_k: int | None = option(
         None,
@@ -96,23 +97,21 @@ class GenerateConfig(ModelConfig, PolicyConfig):
         unit="sequences",
         group=MODEL,
         metavar="N",
-        help="Sequences that are generated together; fewer need less memory.",
+        help="Sequences or windows per forward pass. Fewer need less memory.",
     )
     cache: bool = option(
         True,
         group=MODEL,
-        help="Keep the model's state (key-value cache) between tokens; without it, each token takes a pass "
-        "over the whole sequence.",
+        help="Keep the model's state (key-value cache) between tokens. Without it, each token needs a "
+        "pass over the whole sequence.",
     )
     on_error: FailurePolicy = option(
         "stop",
         group=INPUT,
         basic=True,
-        help="A prompt that fails (values that are not finite, no memory, too short, mostly unread): stop, "
-        "or write a record without bases and exit with 3 at the end.",
+        help="If a prompt fails (out of memory, values that are not finite, too short, mostly unread): "
+        "stop, or skip it. A skipped prompt gets a record without bases, and the exit code is 3.",
     )
-    output: str | None = same_option(TableOutput, "output", help="The FASTA file to write.", writes="fasta")
-    with_prompt: bool = option(
-        False, group=OUTPUT, help="Write each sequence with the prompt before it, not alone."
-    )
+    output: str | None = same_option(TableOutput, "output", help="FASTA file to write.", writes="fasta")
+    with_prompt: bool = option(False, group=OUTPUT, help="Write the prompt in front of each sequence.")
     overwrite: bool = same_option(TableOutput, "overwrite")

@@ -23,17 +23,17 @@ class AugmentConfig(Config):
         ge=0,
         le=1,
         group=AUGMENTATION,
-        metavar="SHARE",
-        help="Probability of reading the other strand; leave it at 0 where the strand is part of the "
-        "question.",
+        metavar="FRACTION",
+        help="Probability of reading the reverse complement instead. Keep 0 if the label depends on "
+        "the strand.",
     )
     crop_fraction: float = option(
         1.0,
         gt=0,
         le=1,
         group=AUGMENTATION,
-        metavar="SHARE",
-        help="A random crop keeps at least this share of a sequence; 1 crops nothing.",
+        metavar="FRACTION",
+        help="A random crop keeps at least this fraction of a sequence. 1: no cropping.",
     )
     max_crop_bp: int | None = option(
         None,
@@ -41,15 +41,15 @@ class AugmentConfig(Config):
         unit="bases",
         group=AUGMENTATION,
         metavar="BASES",
-        help="Crop longer sequences to this many bases, at a random place.",
+        help="Crop longer sequences to this many bases, at a random position.",
     )
     mutation_rate: float = option(
         0.0,
         ge=0,
         le=1,
         group=AUGMENTATION,
-        metavar="SHARE",
-        help="Probability that a base is replaced by one of the three others.",
+        metavar="FRACTION",
+        help="Probability that a base is replaced by another.",
     )
 
 
@@ -59,8 +59,8 @@ class CleaningConfig(Config):
     both_strands: bool = option(
         True,
         group=DATA,
-        help="A sequence and its reverse complement count as equal; switch it off where the strand is part "
-        "of the question.",
+        help="Treat a sequence and its reverse complement as equal. Switch this off if the label "
+        "depends on the strand.",
     )
     duplicate_sequences: FindingPolicy = option(
         "keep",
@@ -82,35 +82,36 @@ class TableColumns(Config):
         basic=True,
         flag="--label-column",
         metavar="NAME",
-        help="Column of the labels. Repeat it for multilabel (0 or 1 in each) and regression.",
+        help="Column of the labels. Repeat the option for multilabel (0 or 1 in each column) and regression.",
     )
     label_delimiter: str | None = option(
         None,
         group=DATA,
         metavar="TEXT",
-        help="For multilabel and token: what separates the names in one cell.",
+        help="For multilabel and token labels: text that separates the names in one cell.",
     )
     ignore_label: str | None = option(
-        None, group=DATA, metavar="NAME", help="For token: the name that stands for a base without a label."
+        None, group=DATA, metavar="NAME", help="For token labels: name of the bases without a label."
     )
     id_column: str | None = option(
         None,
         group=DATA,
         metavar="NAME",
         shown_default="row_1, row_2 ...; in a table of labels, id",
-        help="Column of the ids.",
+        help="Column of the record ids.",
     )
     split_column: str | None = option(
         None,
         group=SPLIT,
         metavar="NAME",
-        help="For --split column: the column that says train, validation or test.",
+        help="For --split column: column with the values train, validation and test.",
     )
     group_column: str | None = option(
         None,
         group=SPLIT,
         metavar="NAME",
-        help="For --split homology: column of groups that stay together, instead of clusters of homologs.",
+        help="For --split homology: column of groups that stay together. Without it, "
+        "clusters of homologs do.",
     )
     unlabeled: UnlabeledPolicy = option(
         "error", group=DATA, help="A sequence whose id is not in the table of labels: stop, or skip it."
@@ -153,31 +154,32 @@ class SplitShares(Config):
         "stratified",
         group=SPLIT,
         basic=True,
-        help="How rows are divided where no files are given: at random; keeping the shares of labels; "
-        "keeping homologs together; or by a column.",
+        help="How to split the rows if no files are given: at random; with equal shares of each label "
+        "(stratified); with homologs together; or by a column.",
     )
     validation_fraction: float = option(
         0.1,
         ge=0,
         lt=1,
         group=SPLIT,
-        metavar="SHARE",
-        help="Share of the rows that stops training and chooses the best step; 0 for none.",
+        metavar="FRACTION",
+        help="Fraction of the rows for validation, which chooses the best step and stops training "
+        "early. 0: none.",
     )
     test_fraction: float = option(
         0.1,
         ge=0,
         lt=1,
         group=SPLIT,
-        metavar="SHARE",
-        help="Share of the rows that is evaluated once, at the end; 0 for none.",
+        metavar="FRACTION",
+        help="Fraction of the rows for the test at the end. 0: none.",
     )
 
 
 class SplitConfig(SplitShares):
     """How rows are divided, and with which seed."""
 
-    seed: int = option(0, ge=0, help="Random seed: which rows.")
+    seed: int = option(0, ge=0, help="Random seed. It determines which rows are chosen.")
 
     def _problems(self) -> Iterator[str]:
         return split_problems(self.validation_fraction, self.test_fraction)

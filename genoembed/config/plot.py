@@ -5,15 +5,21 @@ from __future__ import annotations
 from genoembed.config.choices import MapMethod
 from genoembed.config.fields import Config, option
 
-MAP, COLORS, OUTPUT = "The map", "Colors", "Output"
+MAP, COLORS, OUTPUT = "Map", "Colors", "Output"
 
 
 class MapConfig(Config):
     """How vectors become points in the plane."""
 
-    method: MapMethod = option("pca", group=MAP, basic=True, help="How vectors become points in the plane.")
+    method: MapMethod = option(
+        "pca", group=MAP, basic=True, help="How to reduce the vectors to two dimensions."
+    )
     components: int = option(
-        50, ge=2, group=MAP, metavar="N", help="For umap and tsne: principal components that they start from."
+        50,
+        ge=2,
+        group=MAP,
+        metavar="N",
+        help="For umap and tsne: number of principal components to start from.",
     )
     neighbors: int = option(
         15,
@@ -21,15 +27,18 @@ class MapConfig(Config):
         ge=2,
         group=MAP,
         metavar="N",
-        help="For umap: neighbors of a point; more show the large shape, fewer the small one.",
+        help="For umap: number of neighbors of a point. More neighbors show the overall shape, fewer "
+        "show details.",
     )
     min_dist: float = option(
-        0.1, ge=0, le=1, group=MAP, metavar="X", help="For umap: how close points may be."
+        0.1, ge=0, le=1, group=MAP, metavar="X", help="For umap: smallest distance between points."
     )
     perplexity: float = option(
-        30.0, ge=1, group=MAP, metavar="X", help="For tsne: about how many neighbors a point has."
+        30.0, ge=1, group=MAP, metavar="X", help="For tsne: effective number of neighbors of a point."
     )
-    seed: int = option(0, group=MAP, metavar="N", help="Random seed of the map and of the sample of points.")
+    seed: int = option(
+        0, group=MAP, metavar="N", help="Random seed. It determines the map and the sample of points."
+    )
 
 
 class PlotConfig(MapConfig):
@@ -40,33 +49,34 @@ class PlotConfig(MapConfig):
         group=MAP,
         basic=True,
         metavar="NAME",
-        shown_default="the file's first",
-        help="Which matrix of the file.",
+        shown_default="the first",
+        help="Layer of the file to use.",
     )
     transform: str | None = option(
         None,
         group=MAP,
         basic=True,
         metavar="FILE.h5",
-        help="A transform of fit-transform, applied first.",
+        help="Transform made by fit-transform. It is applied first.",
         reads=True,
     )
     max_points: int = option(
-        100_000, ge=1, group=MAP, metavar="N", help="Draw a random sample of N rows where there are more."
+        100_000, ge=1, group=MAP, metavar="N", help="Draw a random sample of N rows if the file has more."
     )
     color: tuple[str, ...] = option(
         (),
         group=COLORS,
         basic=True,
         metavar="COLUMN",
-        help="Column of FILE.h5 or of the values. Repeatable: pictures show the first, the page all.",
+        help="Column of FILE.h5 or of --values to color by. Repeatable: pictures show the first, the "
+        "page can switch.",
     )
     values: str | None = option(
         None,
         group=COLORS,
         basic=True,
         metavar="FILE",
-        help="A table: ids in its first column, then values.",
+        help="Table of values: ids in the first column, values in the others.",
         reads=True,
     )
     classes: tuple[str, ...] = option(
@@ -74,10 +84,15 @@ class PlotConfig(MapConfig):
         group=COLORS,
         basic=True,
         metavar="COLUMN",
-        help="Columns of the values whose numbers are classes, such as clusters. Repeatable.",
+        help="Column of --values whose numbers are classes, such as clusters. Repeatable.",
     )
     title: str | None = option(
-        None, group=OUTPUT, basic=True, metavar="TEXT", shown_default="the file's name", help="Heading."
+        None,
+        group=OUTPUT,
+        basic=True,
+        metavar="TEXT",
+        shown_default="name of the file",
+        help="Heading of the map.",
     )
     output: tuple[str, ...] = option(
         (),
@@ -89,4 +104,6 @@ class PlotConfig(MapConfig):
         help="File to write, ending in .png, .svg, .html or .tsv. Repeatable.",
         writes="picture",
     )
-    overwrite: bool = option(False, group=OUTPUT, basic=True, help="Replace existing files.")
+    overwrite: bool = option(
+        False, group=OUTPUT, basic=True, help="Replace an existing FILE once the new one is complete."
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import EmptyPolicy, GapPolicy, InvalidPolicy, Packing
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import ModelConfig, PolicyConfig
+from genoembed.config.fields import Config, option, same_option
 from genoembed.config.training import DATA, OPTIMIZATION, RUN, OptimizerConfig, RunFolderConfig
 from genoembed.errors import Problem, Remedy
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from os import PathLike
 
-START = "Where it starts"
+START = "Starting point"
 DOCUMENT_WINDOWS = 8
 """Documents are cut at this many windows unless ``max_document_bp`` says otherwise."""
 
@@ -26,25 +27,21 @@ class StartConfig(Config):
         group=START,
         basic=True,
         metavar="NAME",
-        help="Continue from this causal model: a name from 'genoembed models', a folder or a Hugging "
-        "Face id.",
+        help="Continue training this causal model: a name from 'genoembed models', a local folder, or "
+        "a Hugging Face id.",
         reads="if there",
     )
-    revision: str | None = option(
-        None, group=START, metavar="REV", help="Branch, tag or commit of a Hugging Face repository."
-    )
-    trust_remote_code: bool = option(
-        False, group=START, help="Run the Python code that the model's repository contains. Read it first."
-    )
+    revision: str | None = same_option(ModelConfig, "revision", group=START)
+    trust_remote_code: bool = same_option(ModelConfig, "trust_remote_code", group=START)
     like: str | None = option(
         None,
         group=START,
         basic=True,
         metavar="NAME",
-        help="Start from scratch, in the shape of one of 'genoembed models'.",
+        help="Train a new model with the architecture of this one from 'genoembed models'.",
     )
     hidden_size: int | None = option(
-        None, ge=8, group=START, basic=True, metavar="N", help="Shrink that shape to this width."
+        None, ge=8, group=START, basic=True, metavar="N", help="With --like: width of the new model."
     )
     layers: int | None = option(
         None,
@@ -53,12 +50,12 @@ class StartConfig(Config):
         group=START,
         basic=True,
         metavar="N",
-        help="Shrink that shape to its first N blocks.",
+        help="With --like: number of blocks of the new model.",
     )
     shape: dict[str, object] | None = option(
         None,
         in_files_only=True,
-        help="Start from scratch with these fields of StripedHyena2Config; in a file, or from Python.",
+        help="Train a new model with these fields of StripedHyena2Config; in a file, or from Python.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -89,7 +86,7 @@ class DataConfig(Config):
         group=DATA,
         basic=True,
         metavar="FILE",
-        help="Sequence files to measure on, never trained on. Repeatable.",
+        help="Sequence files to evaluate on. They are never trained on. Repeatable.",
         reads=True,
     )
     heldout_fraction: float | None = option(
@@ -98,8 +95,8 @@ class DataConfig(Config):
         lt=1,
         group=DATA,
         basic=True,
-        metavar="SHARE",
-        help="Instead of files: the share of the records, chosen by their bases, that is measured on.",
+        metavar="FRACTION",
+        help="Instead of --heldout: fraction of the records to evaluate on, chosen by their bases.",
     )
     heldout_rows: int = option(
         128,
@@ -107,18 +104,19 @@ class DataConfig(Config):
         unit="rows",
         group=DATA,
         metavar="N",
-        help="Rows measured each time, spread evenly over the held-out sequences.",
+        help="Rows per evaluation, spread evenly over the held-out sequences.",
     )
     packing: Packing = option(
         "stream",
         group=DATA,
-        help="stream cuts documents and pads nothing; bins keeps documents whole that fit into a window.",
+        help="How documents fill the rows. stream: cut documents where a row ends, without padding. "
+        "bins: keep documents whole that fit into a row.",
     )
     window: int = option(
-        1024, ge=2, unit="tokens", group=DATA, basic=True, metavar="TOKENS", help="Tokens of a row."
+        1024, ge=2, unit="tokens", group=DATA, basic=True, metavar="TOKENS", help="Length of a row in tokens."
     )
     isolate: bool = option(
-        False, group=DATA, help="Keep documents that share a row from seeing each other, exactly."
+        False, group=DATA, help="Keep the documents of a row apart: none influences another."
     )
     both_strands: bool = option(
         True, group=DATA, help="Replace a document by its reverse complement with probability 1/2."
@@ -129,7 +127,7 @@ class DataConfig(Config):
         unit="bases",
         group=DATA,
         metavar="BASES",
-        help="Leave out runs of at least this many N; each ends a document.",
+        help="Leave out runs of at least this many N. Each run ends a document.",
     )
     max_document_bp: int | None = option(
         None,
@@ -138,7 +136,7 @@ class DataConfig(Config):
         group=DATA,
         metavar="BASES",
         shown_default="8 windows",
-        help="Cut longer records into documents of this many bases.",
+        help="Split longer records into documents of this many bases.",
     )
     shuffle_documents: int = option(
         32768,
@@ -146,15 +144,11 @@ class DataConfig(Config):
         unit="documents",
         group=DATA,
         metavar="N",
-        help="Documents held in memory, among which the next one is drawn.",
+        help="Size of the shuffle buffer in documents.",
     )
-    invalid: InvalidPolicy = option(
-        "error",
-        group=DATA,
-        help="Letters outside IUPAC DNA: stop, skip the record, or mask each letter to N.",
-    )
-    gaps: GapPolicy = option("error", group=DATA, help="Gap letters (- . *): stop, or remove them.")
-    empty: EmptyPolicy = option("error", group=DATA, help="A record without bases: stop, or skip it.")
+    invalid: InvalidPolicy = same_option(PolicyConfig, "invalid", group=DATA, basic=False)
+    gaps: GapPolicy = same_option(PolicyConfig, "gaps", group=DATA)
+    empty: EmptyPolicy = same_option(PolicyConfig, "empty", group=DATA)
 
     def _problems(self) -> Iterator[str]:
         if not self.corpus:
@@ -173,9 +167,11 @@ class DataConfig(Config):
 class RecipeConfig(OptimizerConfig):
     """How long and how fast to train."""
 
-    max_steps: int = option(ge=1, group=OPTIMIZATION, basic=True, metavar="N", help="Optimizer steps.")
+    max_steps: int = option(
+        ge=1, group=OPTIMIZATION, basic=True, metavar="N", help="Number of optimizer steps."
+    )
     rows_per_device: int = option(
-        4, ge=1, group=OPTIMIZATION, basic=True, metavar="N", help="Rows of one forward pass on each device."
+        4, ge=1, group=OPTIMIZATION, basic=True, metavar="N", help="Rows per batch on each device."
     )
     learning_rate: float | None = option(
         None,
@@ -191,7 +187,7 @@ class RecipeConfig(OptimizerConfig):
         gt=0,
         group=OPTIMIZATION,
         metavar="X",
-        help="The poles of long filters learn at the learning rate times this.",
+        help="Learning rate of the poles of long filters, as a multiple of --learning-rate.",
     )
     warmup_steps: int | None = option(
         None,
@@ -199,32 +195,35 @@ class RecipeConfig(OptimizerConfig):
         group=OPTIMIZATION,
         metavar="N",
         shown_default="5 % of all, 200 at most",
-        help="Steps in which the rate rises from a tenth of its peak, before it falls to a tenth.",
+        help="Warm-up steps, in which the learning rate rises from a tenth of its peak. Afterwards it "
+        "falls to a tenth.",
     )
     weight_decay: float = option(
         0.1,
         ge=0,
         group=OPTIMIZATION,
         metavar="X",
-        help="Weight decay of matrices; vectors, filters and the embedding have none.",
+        help="Weight decay of matrices. Vectors, filters and the embedding have none.",
     )
     compile_blocks: bool = option(
-        False, group=OPTIMIZATION, help="Compile each block with torch.compile; no gain on CPUs."
+        False, group=OPTIMIZATION, help="Compile each block with torch.compile. This does not help on CPUs."
     )
     seed: int = option(
         0,
         ge=0,
         group=OPTIMIZATION,
         metavar="N",
-        help="Random seed of initial weights, order of documents, and strands.",
+        help="Random seed. It determines initial weights, order of documents, and strands.",
     )
-    save_steps: int = option(200, ge=1, group=RUN, metavar="N", help="Optimizer steps between checkpoints.")
+    save_steps: int = option(
+        200, ge=1, group=RUN, metavar="N", help="Optimizer steps between two checkpoints."
+    )
     eval_steps: int = option(
         200,
         ge=1,
         group=RUN,
         metavar="N",
-        help="Optimizer steps between measurements on the held-out sequences.",
+        help="Optimizer steps between two evaluations.",
     )
 
 
@@ -261,7 +260,11 @@ def train_config(options: Mapping[str, object], *, file: str | PathLike[str] | N
 class CorpusConfig(Config):
     """What becomes of the records of a corpus."""
 
-    seed: int = option(0, ge=0, help="With the epoch, decides the order of files and documents, and strands.")
+    seed: int = option(
+        0,
+        ge=0,
+        help="Random seed. With the epoch, it determines the order of files and documents, and strands.",
+    )
     both_strands: bool = option(
         True, help="Replace a document by its reverse complement with probability 1/2."
     )

@@ -35,22 +35,22 @@ class ProbeConfig(Config):
     """How layers are compared."""
 
     task: ProbeTask = option(
-        "classification", group=LABELS, basic=True, help="What the labels are: classes, or numbers."
+        "classification", group=LABELS, basic=True, help="Type of the labels: classes or numbers."
     )
     cv: Folding = option(
         "stratified",
         group=FOLDS,
         basic=True,
-        help="Which rows stay in one fold: any, with the classes spread evenly; those of a group; "
-        "homologs, by "
-        "shared k-mers; or those of a chromosome (the id before ':', or the file).",
+        help="How to divide rows into folds: at random with the classes spread evenly (stratified); "
+        "with groups, homologs or chromosomes kept in one fold. A chromosome is the id before "
+        "':', or the file.",
     )
-    num_folds: int = option(5, ge=MIN_FOLDS, group=FOLDS, metavar="N", help="Test folds.")
+    num_folds: int = option(5, ge=MIN_FOLDS, group=FOLDS, metavar="N", help="Number of folds.")
     seed: int = option(
         0,
         group=FOLDS,
         metavar="N",
-        help="Random seed of the folds and of the untrained copy's weights.",
+        help="Random seed. It determines the folds and the weights of the untrained copy.",
     )
     id_column: str = option("id", group=LABELS, metavar="NAME", help="Column of the record ids.")
     label_column: str = option(
@@ -61,33 +61,33 @@ class ProbeConfig(Config):
         group=FOLDS,
         metavar="NAME",
         shown_default="group",
-        help="For --cv grouped: column of the groups.",
+        help="For --cv grouped: column of groups that stay together.",
     )
     split_column: str | None = option(
         None,
         group=LABELS,
         metavar="NAME",
         shown_default="split",
-        help="For --preset geneb: column of the labels that says train or test.",
+        help="For --preset geneb: column with the values train and test.",
     )
     split: str | None = option(
         None,
         group=LABELS,
         metavar="FILE",
-        help="For --preset geneb: a table of ids and split, instead of a column.",
+        help="For --preset geneb: table of ids and splits, instead of a column.",
         reads=True,
     )
     unmatched: UnmatchedPolicy = option(
-        "error", group=LABELS, help="Labels whose record is not there: stop, or say how many and go on."
+        "error", group=LABELS, help="A label without a record: stop, or warn and continue."
     )
     homolog_identity: float = option(
         0.8,
         gt=0,
         le=1,
         group=FOLDS,
-        metavar="SHARE",
-        help="For --cv homology: sequences count as homologs from this sequence identity on, estimated from "
-        "shared k-mers.",
+        metavar="FRACTION",
+        help="For --cv homology: sequence identity from which on sequences count as homologs, "
+        "estimated from shared k-mers.",
     )
     top: tuple[int, ...] = option(
         TOP,
@@ -96,13 +96,15 @@ class ProbeConfig(Config):
         help="Concatenate the best K layers as one more candidate. Repeatable.",
     )
     baselines: bool = option(
-        True, group=COMPARISONS, help="Score k-mers, GC content with length, and one-hot letters as well."
+        True,
+        group=COMPARISONS,
+        help="Score the baselines as well: k-mers, GC content with length, and one-hot letters.",
     )
     untrained: bool = option(
         True,
         group=COMPARISONS,
         basic=True,
-        help="Score a copy of the model with random weights; this doubles the cost.",
+        help="Score a copy of the model with random weights as well. This doubles the cost.",
     )
     preset: Preset = option(
         "none",
@@ -114,14 +116,14 @@ class ProbeConfig(Config):
         (),
         group=COMPARISONS,
         metavar="FILE",
-        help="Where the sequences of an embedding file are, if not where it says. Repeatable.",
+        help="Sequence files of an embedding file, if they are no longer where it says. Repeatable.",
         reads=True,
     )
     transform: tuple[str, ...] = option(
         (),
         group=COMPARISONS,
         metavar="FILE.h5",
-        help="A transform of fit-transform, applied to the layer it was fitted on. Repeatable.",
+        help="Transform made by fit-transform. It is applied to the layer that it was fitted on. Repeatable.",
         reads=True,
     )
     plot: bool = option(True, group=OUTPUT, help="Draw the score by layer, as PNG and SVG.")
@@ -165,8 +167,8 @@ class ProbeFiles(Config):
         group=LABELS,
         basic=True,
         metavar="FILE",
-        shown_default="INPUT, where it is a table with a column sequence",
-        help="Table with one row per record: TSV, CSV, JSON lines or Parquet.",
+        shown_default="INPUT, if it is a table with a column 'sequence'",
+        help="Table of labels, one row per record: TSV, CSV, JSON lines or Parquet.",
         reads=True,
     )
     output: str | None = option(
@@ -175,15 +177,15 @@ class ProbeFiles(Config):
         basic=True,
         short="-o",
         metavar="DIR",
-        shown_default="INPUT's name with .probe",
-        help="Folder of the results.",
+        shown_default="name of INPUT with .probe",
+        help="Folder to write.",
         writes="folder",
     )
     overwrite: bool = option(
         False,
         group=OUTPUT,
         basic=True,
-        help="Replace earlier results, and vectors that other settings made.",
+        help="Replace earlier results, and vectors that were made with other settings.",
     )
 
 
@@ -199,7 +201,7 @@ class ProbeVectors(EmbeddingConfig):
         group=VECTORS,
         flag="--layer",
         metavar="SPEC",
-        help="Which layers, specified as for extract. Repeatable.",
+        help="Layer to read, named as in extract. Repeatable.",
     )
 
 

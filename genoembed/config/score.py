@@ -12,7 +12,16 @@ from genoembed.config.choices import (
     StartChoice,
     UnsupportedPolicy,
 )
-from genoembed.config.embed import INPUT, MODEL, OUTPUT, InputConfig, ModelConfig, PolicyConfig, TableOutput
+from genoembed.config.embed import (
+    INPUT,
+    MODEL,
+    OUTPUT,
+    InputConfig,
+    ModelConfig,
+    PolicyConfig,
+    TableOutput,
+    WindowConfig,
+)
 from genoembed.config.fields import option, same_option
 from genoembed.errors import Problem, Remedy
 
@@ -29,49 +38,34 @@ class ScoreRunConfig(ModelConfig):
     dtype: ComputeDtype = option(
         "float32",
         group=MODEL,
-        help="Type of weights and activations; half precision rounds the small differences that matter here.",
+        help="Type of weights and activations. Half precision rounds away the small differences that "
+        "matter here.",
     )
     rc: ScoreStrands = option(
-        "none", group=SCORES, basic=True, help="mean: score both strands, each counting half."
+        "none", group=SCORES, basic=True, help="mean: score both strands, and average the two scores."
     )
     start_token: StartChoice = option(
         "auto",
         group=SCORES,
-        help="What a causal model reads before the first base, so that this base is scored as well: auto "
-        "takes the token that begins a sequence in training; with none the first base has no score. Masked "
-        "models score the first base in any case, read what their tokenizer adds, and take auto only.",
+        help="Token that the model reads before the first base. auto: the token that starts a sequence "
+        "in training, so that the first base gets a score, too. none: no token, and no score for "
+        "the first base. Masked models take auto only, and always score the first base.",
     )
     on_error: FailurePolicy = option(
         "stop",
         group=SCORES,
         basic=True,
-        help="A record that fails (values that are not finite, no memory, nothing to score, longer than the "
-        "context): stop, or write NA in its row and exit with 3 at the end.",
+        help="If a record fails (out of memory, values that are not finite, no base to score, longer "
+        "than the context): stop, or skip it. A skipped record gets NA in its row, and the exit "
+        "code is 3.",
     )
 
 
 class ScoreConfig(ScoreRunConfig, PolicyConfig):
     """How sequences are scored."""
 
-    window: int | None = option(
-        None,
-        ge=1,
-        unit="bases",
-        group=SCORES,
-        basic=True,
-        metavar="BASES",
-        shown_default="what the model's context holds",
-        help="Length of a window. A longer sequence is cut into overlapping windows.",
-    )
-    stride: int | None = option(
-        None,
-        ge=1,
-        unit="bases",
-        group=SCORES,
-        metavar="BASES",
-        shown_default="3/4 of a window",
-        help="Distance from the start of a window to the start of the next.",
-    )
+    window: int | None = same_option(WindowConfig, "window", group=SCORES)
+    stride: int | None = same_option(WindowConfig, "stride", group=SCORES)
 
     def _problems(self) -> Iterator[str]:
         if self.window and self.stride and self.stride > self.window:
@@ -91,7 +85,7 @@ class AlleleConfig(ScoreRunConfig):
         group=VARIANTS,
         basic=True,
         metavar="BASES",
-        help="Bases on each side of a change that the model reads and scores with it.",
+        help="Bases on each side of a change that the model reads and scores.",
     )
 
 
@@ -109,7 +103,7 @@ class MutationConfig(AlleleConfig, PolicyConfig):
         group=OUTPUT,
         basic=True,
         metavar="FILE",
-        help="With --mutagenesis: picture of the scores (PNG).",
+        help="With --mutagenesis: heat map of the scores (PNG).",
         writes="picture",
     )
 
@@ -132,17 +126,20 @@ class VariantConfig(AlleleConfig):
     unsupported: UnsupportedPolicy = option(
         "skip",
         group=VARIANTS,
-        help="With --vcf: alleles without a sequence (symbolic, breakends, *): skip, or stop.",
+        help="With --vcf: alleles without a sequence (symbolic alleles, breakends, *): skip, or stop.",
     )
     layer: str | None = option(
         None,
         group=VARIANTS,
         basic=True,
         metavar="SPEC",
-        help="With --vcf: compare the vectors of this layer as well, specified as for extract.",
+        help="With --vcf: also compare the vectors of this layer, named as in extract.",
     )
     pooling: ScorePooling = option(
-        "mean", group=VARIANTS, flag="--pool", help="How the tokens of a stretch become one vector."
+        "mean",
+        group=VARIANTS,
+        flag="--pool",
+        help="How to pool the token vectors of a sequence into one vector.",
     )
 
 
@@ -160,14 +157,14 @@ class ScoreFiles(TableOutput):
         False,
         group=INPUT,
         basic=True,
-        help="Score every change of a single base of INPUT, or of its --regions.",
+        help="Score every single-base change of INPUT, or of its --regions.",
     )
     vcf: str | None = option(
         None,
         group=INPUT,
         basic=True,
         metavar="VCF",
-        help="Score these variants instead of sequences.",
+        help="Score the variants in this VCF file instead of sequences.",
         reads=True,
     )
     reference: str | None = option(
@@ -175,7 +172,7 @@ class ScoreFiles(TableOutput):
         group=INPUT,
         basic=True,
         metavar="FASTA",
-        help="With --vcf: the sequences it was called against.",
+        help="With --vcf: FASTA file that the variants were called against.",
         reads=True,
     )
     per_base: str | None = option(
@@ -183,14 +180,14 @@ class ScoreFiles(TableOutput):
         group=OUTPUT,
         basic=True,
         metavar="FILE",
-        help="A second table, with one row per base.",
+        help="Second table, with one row per base.",
         writes="table",
     )
     vectors: str | None = option(
         None,
         group=OUTPUT,
         metavar="FILE",
-        help="With --vcf and --layer: HDF5 file of differences of vectors.",
+        help="With --vcf and --layer: HDF5 file for the differences between vectors.",
         writes="hdf5",
     )
     matrix: str | None = option(
@@ -198,7 +195,8 @@ class ScoreFiles(TableOutput):
         group=OUTPUT,
         basic=True,
         metavar="FILE",
-        help="With --mutagenesis: HDF5 file of the scores, one row per position, one column per base.",
+        help="With --mutagenesis: HDF5 file for the scores, with one row per position and one column "
+        "per base.",
         writes="hdf5",
     )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NEAR, INDEX, HYBRID = "Neighbors", "Approximate search", "Hybrid search"
-QUERIES, FIT = "Queries", "The transform"
+QUERIES, FIT = "Queries", "Transform"
 _POLICY: dict[str, Any] = {"group": QUERIES, "basic": False, "shown_default": "error"}
 
 
@@ -30,7 +30,14 @@ class NeighborConfig(Config):
     """Which rows are close to a query."""
 
     k: int = option(
-        10, ge=1, group=NEAR, basic=True, short="-k", flag="--neighbors", metavar="N", help="Hits per query."
+        10,
+        ge=1,
+        group=NEAR,
+        basic=True,
+        short="-k",
+        flag="--neighbors",
+        metavar="N",
+        help="Number of hits per query.",
     )
     metric: Metric = option(
         "cosine",
@@ -44,8 +51,8 @@ class NeighborConfig(Config):
         group=NEAR,
         basic=True,
         metavar="NAME",
-        shown_default="the file's first",
-        help="Which matrix of the file.",
+        shown_default="the first",
+        help="Layer of the file to use.",
     )
     exclude_self: bool = option(
         False, group=NEAR, basic=True, help="Leave out rows of the query's own record."
@@ -55,38 +62,50 @@ class NeighborConfig(Config):
         group=NEAR,
         basic=True,
         metavar="FILE.h5",
-        help="A transform of fit-transform, applied to queries and subjects.",
+        help="Transform made by fit-transform. It is applied to queries and subjects.",
         reads=True,
     )
     approximate: bool = option(
         False,
         group=INDEX,
         basic=True,
-        help="Use an index file next to the embeddings, which is built if it is not there.",
+        help="Use an index file next to the embeddings. It is built if it does not exist.",
     )
     index: str | None = option(
-        None, group=INDEX, metavar="FILE", help="Keep the index in this file.", writes="index"
+        None,
+        group=INDEX,
+        metavar="FILE",
+        help="Index file to use, instead of the one next to the embeddings.",
+        writes="index",
     )
     effort: int = option(
         128,
         ge=1,
         group=INDEX,
         metavar="N",
-        help="Candidates per query; more find more of the true neighbors.",
+        help="Candidates per query. More candidates find more of the true neighbors.",
     )
     measure_recall: int = option(
         0,
         ge=0,
         group=INDEX,
         metavar="N",
-        help="Answer N queries exactly as well, and say which share of the hits the index found.",
+        help="Also search exactly for N queries, and report which fraction of the hits the index found.",
     )
     search_threads: int = option(
-        1, ge=1, group=INDEX, metavar="N", help="CPU threads of the index; with 1, results repeat exactly."
+        1,
+        ge=1,
+        group=INDEX,
+        metavar="N",
+        help="Number of CPU threads for the index. With 1, results are reproducible.",
     )
 
     seed: int = option(
-        0, ge=0, group=INDEX, metavar="N", help="Random seed of the queries that recall is measured on."
+        0,
+        ge=0,
+        group=INDEX,
+        metavar="N",
+        help="Random seed. It determines the queries that recall is measured on.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -103,7 +122,7 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
     """One search: the query files and what they are embedded with, the heads, and where the table goes."""
 
     against: str = option(
-        group=NEAR, basic=True, metavar="FILE.h5", help="The embedding file to search.", reads=True
+        group=NEAR, basic=True, metavar="FILE.h5", help="Embedding file to search.", reads=True
     )
     hybrid: bool = option(
         False, group=HYBRID, help="Score the hits again with the heads of a retrieval model."
@@ -112,16 +131,18 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
         None,
         group=HYBRID,
         metavar="W,W,W",
-        shown_default="as the model's training chose them, else 1,0.3,1",
+        shown_default="those chosen in the model's training, else 1,0.3,1",
         help="Weights of the dense, sparse and multi-vector scores.",
     )
-    depth: int = option(100, ge=1, group=HYBRID, metavar="N", help="Hits per query that are scored again.")
+    depth: int = option(
+        100, ge=1, group=HYBRID, metavar="N", help="Number of hits per query that are scored again."
+    )
     subject_sequences: tuple[str, ...] = option(
         (),
         group=HYBRID,
         metavar="FILE",
-        shown_default="where FILE.h5 says they are",
-        help="Sequences of the embedding file. Repeatable.",
+        shown_default="as recorded in FILE.h5",
+        help="Sequence files of the embedding file. Repeatable.",
         reads=True,
     )
     queries: tuple[str, ...] = option(
@@ -139,8 +160,8 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
         group=QUERIES,
         basic=True,
         shown_default="stop",
-        help="A query that fails (values that are not finite, no memory, nothing to pool): stop, or leave it "
-        "out, and exit with 3 at the end.",
+        help="If a query fails (out of memory, values that are not finite, no base to pool): stop, or "
+        "skip it. The exit code is then 3.",
     )
 
 
@@ -150,35 +171,42 @@ class TransformConfig(Config):
     method: TransformMethod = option(
         "center",
         group=FIT,
-        help="Subtract the mean; also give all directions variance 1; or subtract the mean and remove the "
-        "strongest directions.",
+        help="center: subtract the mean. whiten: also scale all directions to variance 1. remove-top: "
+        "subtract the mean and remove the strongest directions.",
     )
     components: int | None = option(
         None,
         ge=1,
         group=FIT,
         metavar="N",
-        shown_default="one per hundred features; whiten: all",
-        help="Directions that remove-top removes, or whiten keeps.",
+        shown_default="one per 100 features; for whiten, all",
+        help="Number of directions that remove-top removes or whiten keeps.",
     )
     layer: str | None = option(
-        None, group=FIT, metavar="NAME", shown_default="the file's first", help="Which matrix of the file."
+        None, group=FIT, metavar="NAME", shown_default="the first", help="Layer of the file to use."
     )
     axes: TransformAxes = option(
         "pca",
         group=FIT,
-        help="For whiten: features become principal components, or stay close to the old axes.",
+        help="For whiten: features become principal components (pca), or stay close to the original "
+        "features (zca).",
     )
     shrinkage: float = option(
         0.0,
         ge=0,
         le=1,
         group=FIT,
-        metavar="SHARE",
-        help="For whiten: how far the covariance is drawn to a multiple of the identity.",
+        metavar="FRACTION",
+        help="For whiten: shrinkage of the covariance towards a multiple of the identity.",
     )
     seed: int = option(
-        0, ge=0, group=FIT, metavar="N", help="Random seed of the sample that the report is measured on."
+        0,
+        ge=0,
+        group=FIT,
+        metavar="N",
+        help="Random seed. It determines the rows that the report is measured on.",
     )
-    output: str = option(group=OUTPUT, short="-o", metavar="OUT.h5", help="The file to write.", writes="hdf5")
-    overwrite: bool = option(False, group=OUTPUT, help="Replace OUT.h5 once the new one is complete.")
+    output: str = option(group=OUTPUT, short="-o", metavar="FILE", help="HDF5 file to write.", writes="hdf5")
+    overwrite: bool = option(
+        False, group=OUTPUT, help="Replace an existing FILE once the new one is complete."
+    )

@@ -6,13 +6,14 @@ import math
 from typing import TYPE_CHECKING
 
 from genoembed.config.choices import ComputeDtype, Distributed, Optim, Reporter, Schedule
-from genoembed.config.fields import Config, option
+from genoembed.config.embed import ModelConfig
+from genoembed.config.fields import Config, option, same_option
 from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RUN, OPTIMIZATION, DATA, OUTPUT = "The run", "Optimization", "Data", "Output"
+RUN, OPTIMIZATION, DATA, OUTPUT = "Run", "Optimization", "Data", "Output"
 
 
 class RunFolderConfig(Config):
@@ -24,16 +25,12 @@ class RunFolderConfig(Config):
         short="-o",
         flag="--output",
         metavar="DIR",
-        help="The folder to write.",
+        help="Folder to write.",
         writes="folder",
     )
     resume: bool = option(False, group=OUTPUT, basic=True, help="Continue from the newest checkpoint in DIR.")
-    overwrite: bool = option(
-        False, group=OUTPUT, basic=True, help="Start again and drop the run that is in DIR."
-    )
-    threads: int | None = option(
-        None, ge=1, group=RUN, metavar="N", shown_default="PyTorch decides", help="CPU threads of the model."
-    )
+    overwrite: bool = option(False, group=OUTPUT, basic=True, help="Delete the run in DIR and start again.")
+    threads: int | None = same_option(ModelConfig, "threads", group=RUN)
 
 
 class OptimizerConfig(Config):
@@ -44,42 +41,42 @@ class OptimizerConfig(Config):
         ge=1,
         group=OPTIMIZATION,
         metavar="N",
-        help="Forward passes per optimizer step; their gradients add up.",
+        help="Forward passes per optimizer step. Their gradients are added.",
     )
     max_grad_norm: float = option(
-        1.0, gt=0, group=OPTIMIZATION, metavar="X", help="Clip gradients to this norm."
+        1.0, gt=0, group=OPTIMIZATION, metavar="X", help="Clip the norm of the gradient to this value."
     )
     dtype: ComputeDtype = option(
         "auto",
         group=OPTIMIZATION,
-        help="Type of matrix products; what learns is float32. auto is bfloat16 where the device has it; "
-        "float16 is for older GPUs.",
+        help="Type of matrix products; trained weights stay float32. auto: bfloat16 if the device "
+        "supports it. float16 is for older GPUs.",
     )
     optim: Optim = option(
         "adamw",
         group=OPTIMIZATION,
-        help="Optimizer: AdamW; AdamW with 8-bit states, by bitsandbytes; Adafactor, whose states take "
-        "almost no memory; or SGD with momentum, which has no default rate.",
+        help="Optimizer: AdamW; AdamW with 8-bit states (bitsandbytes); Adafactor, which needs little "
+        "memory; or SGD with momentum, which needs --learning-rate.",
     )
     gradient_checkpointing: bool = option(
         False,
         group=OPTIMIZATION,
-        help="Compute activations again in the backward pass: less memory, a third more time.",
+        help="Recompute activations in the backward pass: less memory, a third more time.",
     )
     distributed: Distributed = option(
         "ddp",
         group=RUN,
-        help="Under torchrun: each process holds the whole model (ddp); or a part of it (fsdp), for models "
-        "that do not fit one GPU.",
+        help="With torchrun: ddp keeps the whole model on each GPU; fsdp splits it over the GPUs, for "
+        "models that do not fit on one.",
     )
     logging_steps: int = option(
-        10, ge=1, group=RUN, metavar="N", help="Optimizer steps between lines of metrics.jsonl."
+        10, ge=1, group=RUN, metavar="N", help="Optimizer steps between two lines of metrics.jsonl."
     )
     report_to: tuple[Reporter, ...] = option(
         ("auto",),
         group=RUN,
-        help="Where the same lines go besides: TensorBoard files in DIR, Weights & Biases, or nowhere. auto "
-        "is tensorboard where it is installed. Repeatable.",
+        help="Where else to write the metrics: TensorBoard files in DIR, Weights & Biases, or nowhere. "
+        "auto: TensorBoard if it is installed. Repeatable.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -102,40 +99,46 @@ class ScheduleConfig(OptimizerConfig):
     schedule: Schedule = option(
         "cosine",
         group=OPTIMIZATION,
-        help="Learning rate after the warm-up; plateau lowers it when the metric stops improving.",
+        help="Learning rate after the warm-up. plateau: reduce it when the metric stops improving.",
     )
     warmup_fraction: float | None = option(
         None,
         ge=0,
         lt=1,
         group=OPTIMIZATION,
-        metavar="SHARE",
+        metavar="FRACTION",
         shown_default="0.1; 0 for plateau",
-        help="Share of the steps in which the rate rises, from a tenth of its peak.",
+        help="Warm-up as a fraction of all steps.",
     )
     warmup_steps: int | None = option(
         None,
         ge=0,
         group=OPTIMIZATION,
         metavar="N",
-        help="Number of steps in which the rate rises, instead of a share.",
+        help="Warm-up steps, in which the learning rate rises from a tenth of its peak. Instead of "
+        "--warmup-fraction.",
     )
     min_learning_rate: float = option(
         0.0,
         ge=0,
         group=OPTIMIZATION,
         metavar="RATE",
-        help="Learning rate at the end of cosine and linear, and the lowest one of plateau.",
+        help="Learning rate at the end of cosine and linear, and lowest rate of plateau.",
     )
     plateau_factor: float = option(
-        0.5, gt=0, lt=1, group=OPTIMIZATION, metavar="X", help="For plateau: the rate is multiplied by it."
+        0.5,
+        gt=0,
+        lt=1,
+        group=OPTIMIZATION,
+        metavar="X",
+        help="For plateau: factor by which the learning rate is reduced.",
     )
     plateau_patience: int = option(
         1,
         ge=0,
         group=OPTIMIZATION,
         metavar="N",
-        help="For plateau: evaluations without a better metric before the rate falls.",
+        help="For plateau: evaluations without improvement before the rate is reduced.",
     )
 
     def _problems(self) -> Iterator[str]:

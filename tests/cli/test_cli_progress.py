@@ -85,4 +85,4 @@ def test_no_line_while_nothing_is_done(caplog, monkeypatch):
         on_totals(totals(real_tokens=10, forward_s=1.0))
         assert not caplog.records
         on_totals(totals(bases_under_way=7, real_tokens=10, forward_s=2.0))
-    assert [record.getMessage().split(",")[:2] for record in caplog.records] == [["0 records", " 7 b"]]
+    assert [record.getMessage().split(",")[:2] for record in caplog.records] == [["7 b", " 7 b/s"]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READY = "ready"
+PYTHON_OBJECT = re.compile(r"\b[A-Z]\w*\(\w+=|<\w+(\.\w+)* object at|\b0\.000\d* hours|\bto to\b")
+"""What messages of no command may hold: objects as Python prints them, and words that nobody reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class Running:
             path.read_text(errors="replace") if path.is_file() else "" for path in (self.out, self.err)
         )
         assert code is not None, f"still running after {timeout_s} s: {err[-2000:]}"
+        assert not PYTHON_OBJECT.search(err), err
         return Ran(code=code, out=out, err=err)
 
     def signal(self, number: int) -> None:

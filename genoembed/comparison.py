@@ -177,7 +177,7 @@ def _common_layers(one: EmbeddingFile, other: EmbeddingFile, layer: str | None) 
         if widths[0] != widths[1]:
             message = (
                 f"layer {name!r} has {widths[0]} features in {one.path} and {widths[1]} in {other.path}, "
-                "expected the same; they are of different models, or another rc"
+                "expected the same; they are of different models, or another rc, or columns were left out"
             )
             raise ConfigError(message)
     return names

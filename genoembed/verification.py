@@ -142,6 +142,7 @@ def verify(
     _check(sample=sample, tolerance=tolerance)
     with use_threads(threads), open_embeddings(path) as file:
         settings = read_file_settings(file, remedy="extract the sequences again")
+        _check_columns(file)
         wanted = _sample_ids(file, sample, seed)
         records = _find(wanted, _records(file, settings, inputs, regions))
         is_named = model is None or isinstance(model, str | PathLike)
@@ -254,6 +255,16 @@ def _check(*, sample: int, tolerance: float | None) -> None:
         raise ConfigError(*problems)
 
 
+def _check_columns(file: EmbeddingFile) -> None:
+    """Raise if columns of the vectors were taken out or reordered: the model gives all of them."""
+    if picked := [*file.provenance.get("columns", {})]:
+        message = (
+            f"{file.path}: columns of {', '.join(picked)} were left out or reordered by another program, so "
+            "its vectors are not those that the model gives; verify the file that it was made from"
+        )
+        raise ConfigError(message)
+
+
 def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
     """Choose records that have a vector, in the order of the file."""
     names = record_names(file)
@@ -277,7 +288,8 @@ def _records(
 ) -> Iterator[SequenceRecord]:
     names = settings.inputs if inputs is None else file_names(inputs)
     if not names or (inputs is None and "-" in names):
-        message = f"{file.path}: it was made of standard input; set inputs to the file with these sequences"
+        what = "was made of standard input" if names else "does not say of which files it was made"
+        message = f"{file.path}: it {what}; set inputs to the file with these sequences"
         raise ConfigError(message)
     places = settings.regions if regions is None else file_names(regions)
     return read_sequences(names, regions=places or None, **settings.reading)

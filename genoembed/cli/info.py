@@ -30,11 +30,14 @@ def describe(embeddings: EmbeddingFile) -> dict[str, Any]:
         "path": str(embeddings.path),
         "kind": embeddings.kind,
         "schema_version": embeddings.schema_version,
+        "changes": list(embeddings.changes),
         "num_rows": len(embeddings),
         "matrices": [
             {"name": name, "shape": list(matrix.shape), "dtype": matrix.dtype.name}
             for name, matrix in matrices.items()
         ],
+        "more_matrices": embeddings.more_matrices,
+        "columns": list(embeddings.obs),
         "first_ids": embeddings.ids[:IDS_SHOWN],
         "provenance": embeddings.provenance,
     }
@@ -45,12 +48,16 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("file", facts["path"]),
         ("kind", f"{facts['kind']}, schema {facts['schema_version']}"),
+        *(("changed", change) for change in facts["changes"]),
         ("rows", f"{facts['num_rows']:,}"),
         ("first ids", ", ".join(facts["first_ids"]) + (f" and {rest:,} more" if rest else "")),
     ]
     for matrix in facts["matrices"]:
         rows, width = matrix["shape"]
         lines.append(("matrix", f"{matrix['name']}: {rows:,} x {width:,} {matrix['dtype']}"))
+    if facts["more_matrices"]:
+        lines.append(("more matrices", ", ".join(facts["more_matrices"])))
+    lines.append(("columns", ", ".join(facts["columns"])))
     for key, value in facts["provenance"].items():
         lines += _provenance_lines(key, value)
     return lines

@@ -189,9 +189,9 @@ def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> N
         message = f"layer {taken[0]!r} is named like a column about the records; export to npz instead"
         raise ConfigError(message)
     fields = [("id", arrow.string())]
+    types = {"i": arrow.int64(), "u": arrow.int64(), "f": arrow.float64(), "b": arrow.bool_()}
     for name in file.obs:
-        is_number = file.obs[name].dtype.kind in "iu"
-        fields.append((name, arrow.int64() if is_number else arrow.string()))
+        fields.append((name, types.get(file.obs[name].dtype.kind, arrow.string())))
     for name in layers:
         vector = arrow.list_(arrow.from_numpy_dtype(file[name].dtype), file[name].shape[1])
         fields.append((name, vector if file.kind == "pooled" else arrow.list_(vector)))
@@ -200,8 +200,11 @@ def write_parquet(file: EmbeddingFile, layers: Sequence[str], target: Path) -> N
         for block in row_blocks(file, layers):
             columns = [arrow.array(file.ids[block.start : block.stop], type=arrow.string())]
             for name in file.obs:
-                values = file.obs[name][block.start : block.stop]
-                columns.append(arrow.array(values.tolist(), type=schema.field(name).type))
+                values = file.obs[name][block.start : block.stop].tolist()
+                kind = schema.field(name).type
+                # annotations may mix numbers and texts
+                values = [str(value) for value in values] if kind == arrow.string() else values
+                columns.append(arrow.array(values, type=kind))
             columns += [_vectors(arrow, block, name, schema.field(name).type) for name in layers]
             writer.write_table(arrow.table(columns, schema=schema))
 

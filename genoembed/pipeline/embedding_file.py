@@ -8,6 +8,7 @@ N rows, D features.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import fspath
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from genoembed.store import EmbeddingFile
     from genoembed.store.schema import LazyMatrix
 
+
+_LOG = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------- how a file was made
 
@@ -104,13 +107,16 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
         fp8=model.get("fp8", "off"),
         weights_sha256=made.get("weights_sha256"),
         content=_section(made, "content"),
-        requested_layers=tuple(embedding["layers"]),
+        # of files that AnnData joined, lists that differed are gone, and so is what was None
+        requested_layers=tuple(embedding.get("layers", ())),
         layers=tuple(provenance.get("layers", file.layers)),
         **{name: embedding[name] for name in ("pooling", "skip_first", "fusion", "rc")},
-        fusion_weights=tuple(embedding["fusion_weights"]),
-        **{name: windows[name] for name in ("window", "stride", "per_window")},
+        fusion_weights=tuple(embedding.get("fusion_weights", ())),
+        window=windows.get("window"),
+        stride=windows.get("stride"),
+        per_window=bool(windows.get("per_window")),
         is_finetuned="finetuned" in provenance,
-        inputs=tuple(read["inputs"]),
+        inputs=tuple(read.get("inputs") or ()),
         regions=tuple(read.get("regions") or ()),
         reading={name: read[name] for name in _READING if name in read},
     )
@@ -121,7 +127,8 @@ def read_file_settings(file: EmbeddingFile, *, remedy: str) -> FileSettings:
     settings = find_file_settings(file)
     if settings is None:
         message = (
-            f"{file.path}: it does not say how its vectors were made, so none can be made like them; {remedy}"
+            f"{file.path}: it does not say how its vectors were made (model, layer, pooling), so none can be "
+            f"made like them; {remedy}"
         )
         raise ConfigError(message)
     return settings
@@ -149,6 +156,8 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     if "weights_sha256" in model:  # files from before FP8 could be on say nothing about it
         settings["fp8"] = "off" if model.get("fp8") in (None, "off") else "on"
     settings |= {name: embedding[name] for name in _COMPARED if name in embedding}
+    if layer in (picked := _section(provenance, "columns")):  # another program took some, or reordered them
+        settings["columns"] = f"a selection ({picked[layer][:8]})"
     if embedding.get("fusion", "none") != "none" and "layers" in provenance:
         settings["layers"] = list(provenance["layers"])
     if "keep_case" in (read := _section(config, "input")):
@@ -189,8 +198,26 @@ def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
 def check_comparable(
     first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[object, object]
 ) -> None:
-    """Raise if vectors were not made in the same way."""
-    if found := setting_differences(first, second):
+    """Raise if vectors were not made in the same way, as far as their files say.
+
+    A file that says nothing of its model, such as one that AnnData joined without ``uns``, is compared by its
+    layer alone, with a warning.
+    """
+    known = [{"layer", "columns"} < {"columns", *settings} for settings in (first, second)]
+    if known[0] != known[1]:
+        first, second = (
+            {name: settings[name] for name in ("layer", "columns") if name in settings}
+            for settings in (first, second)
+        )
+    found = setting_differences(first, second)
+    if known[0] != known[1] and not found:
+        silent, other = names if known[1] else names[::-1]
+        _LOG.warning(
+            "%s does not say which model made its vectors; they are taken to be like those of %s",
+            silent,
+            other,
+        )
+    if found:
         message = (
             f"{names[0]} and {names[1]} hold vectors of another kind ({'; '.join(found)}), expected the same "
             "model, layer, pooling, fusion and rc; embed one of them again with the other's options"

@@ -214,7 +214,8 @@ def _columns(
 ) -> tuple[tuple[ClassColumn | NumberColumn, ...], int]:
     """Collect what points can be colored by, what was requested first."""
     tabled, num_unknown = ({}, 0) if values is None else read_values(values, file.ids)
-    names = [*tabled, *(name for name in file.obs if name not in tabled)]
+    # an AnnData file from elsewhere need not have any column, and a map must have one
+    names = list(dict.fromkeys([*tabled, *file.obs, _ALWAYS]))
     unknown = [name for name in (*wanted, *classes) if name not in names]
     if unknown:
         message = (
@@ -232,7 +233,11 @@ def _columns(
         else:
             made[name] = _file_column(name, file.obs[name][rows], is_class=is_class)
     varied = [name for name in made if name == _ALWAYS or name in tabled or _varies(made[name])]
-    first = list(wanted) or list(tabled) or [name for name in ("source", _ALWAYS) if name in varied]
+    first = (
+        list(wanted)
+        or list(tabled)
+        or [name for name in ("source", _ALWAYS) if name in varied and name in file.obs]
+    )
     shown = list(dict.fromkeys([*first, *tabled, *varied]))
     return tuple(made[name] for name in shown), num_unknown
 
@@ -279,7 +284,8 @@ def _value_names(columns: Sequence[str], stem: str) -> list[str]:
 
 def _file_column(name: str, values: NDArray[Any], *, is_class: bool) -> ClassColumn | NumberColumn:
     if values.dtype.kind in "iuf" and not is_class:
-        return number_column(name, values.astype(float))
+        is_known = values >= 0 if name == _ALWAYS else np.ones(len(values), np.bool_)
+        return number_column(name, np.where(is_known, values.astype(float), np.nan))
     return class_column(name, [str(value) or None for value in values])
 
 

@@ -280,7 +280,7 @@ def embed_queries(
     The input is read once, so that it may be a pipe, and embedded one work unit at a time; what stays is one
     float32 vector per record, and for hybrid scores the sequence.
     """
-    settings = read_file_settings(database, remedy="give queries as an embedding file")
+    settings = read_file_settings(database, remedy="give queries as an embedding file, too")
     loading: dict[str, Any] = {}
     if model is None or isinstance(model, str | PathLike):
         loading |= {"dtype": settings.dtype, "fp8": settings.fp8}
@@ -361,6 +361,13 @@ def find_neighbors(
     layer = options.layer or database.layers[0]
     settings = comparable_settings(database.provenance, layer)
     check_comparable(queries.settings, settings, names=(queries.name, database.path))
+    widths = queries.matrix.shape[1], database[layer].shape[1]
+    if widths[0] != widths[1]:
+        message = (
+            f"layer {layer!r}: {queries.name} and {database.path} have {widths[0]} and {widths[1]} features, "
+            "expected the same; embed both with the same settings, and keep all columns"
+        )
+        raise ConfigError(message)
     loaded = None if options.transform is None else load_transform_for(database, layer, options.transform)
     transform = None if loaded is None else loaded.transform
     source, asked = VectorSource(database[layer], transform), VectorSource(queries.matrix, transform)

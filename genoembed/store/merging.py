@@ -67,6 +67,7 @@ def is_output_of(parts: Parts) -> bool:
     with suppress(GenoembedError, OSError), open_embeddings(parts.output) as file:
         found, began = file.provenance, parts.manifest.provenance.get("created")
         is_same = found.get("run") == parts.manifest.digest and found.get("created") == began
+        is_same = is_same and not _was_changed(file)
         # an output that was there before may say the same of another input: it is older than the manifest
         return is_same and file.path.stat().st_mtime_ns >= parts.began_ns()
     return False
@@ -83,7 +84,7 @@ def finish_removal(parts: Parts) -> Merged:
 def find_merged(output: str | PathLike[str]) -> Merged | None:
     """Return what is in an output whose parts are gone, since it was merged; None if it is something else."""
     with suppress(GenoembedError, OSError), open_embeddings(output) as file:
-        if "run" in file.provenance:
+        if "run" in file.provenance and not _was_changed(file):
             return _summary(file)
     return None
 
@@ -115,6 +116,8 @@ def differences_from(
         found += identity_differences(
             {name: before[name] for name in acted}, {name: manifest.policies.get(name) for name in acted}
         )
+        if _was_changed(file):
+            found.append("it was changed since, so that it need not hold all rows")
         if None in files:
             found.append("the content of standard input is not known any more")
         if [_content(item) for item in made.get("inputs", [])] != files:
@@ -122,6 +125,11 @@ def differences_from(
         if [_content(item) or item.get("name") for item in made.get("regions", [])] != places:
             found.append("the regions have other content")
         return (None, found) if found else (_summary(file), found)
+
+
+def _was_changed(file: EmbeddingFile) -> bool:
+    """Return whether the file is no longer what its run wrote: rows may be missing, values may be others."""
+    return bool(file.changes) or "history" in file.provenance
 
 
 def _content(item: Mapping[str, JSON]) -> object:

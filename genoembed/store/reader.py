@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import os
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from genoembed.errors import LayerError, MissingExtraError, StoreError, StoreFormatError
-from genoembed.store.schema import INDEX, NOT_KNOWN, PROVENANCE, PROVENANCE_JSON, closed, read_layout, reading
-from genoembed.store.seal import open_hdf5
+from genoembed.errors import LayerError, MissingExtraError, StoreError
+from genoembed.store.columns import ObsTable, encoding_of, read_text
+from genoembed.store.layout import read_layout, read_provenance
+from genoembed.store.schema import NOT_KNOWN, closed, reading
+from genoembed.store.seal import has_seal, open_hdf5
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     import anndata
     import h5py
@@ -28,11 +29,21 @@ if TYPE_CHECKING:
     from genoembed.store.schema import Kind, LazyMatrix
 
 
+_LOG = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=256)
+def _say_once(_path: str, message: str) -> None:
+    """Warn of a file; a command may open it several times."""
+    _LOG.warning("%s", message)
+
+
 def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) -> EmbeddingFile:
     """Open an embedding file, of any published schema version, for reading.
 
     Args:
-        path: A file that genoembed wrote.
+        path: A file that genoembed wrote, or an AnnData file of vectors. A file that went through AnnData is
+            read by its provenance and structure, and ``changes`` says what is not as it was written.
         untrusted: True has a child process try the file first, which a file without a seal is in any case:
             for files from strangers, who can forge a seal.
 
@@ -41,7 +52,7 @@ def open_embeddings(path: str | os.PathLike[str], *, untrusted: bool = False) ->
 
     Raises:
         StoreError: If the file is missing or not readable.
-        StoreFormatError: If genoembed did not write it, or it is damaged.
+        StoreFormatError: If it is neither genoembed's nor an AnnData file, or it is damaged.
         SchemaVersionError: If a newer genoembed wrote it in a newer format.
 
     Example:
@@ -73,7 +84,7 @@ class EmbeddingFile:
 
     Raises:
         StoreError: If the file is missing or not readable.
-        StoreFormatError: If genoembed did not write it, or it is damaged.
+        StoreFormatError: If it is neither genoembed's nor an AnnData file, or it is damaged.
         SchemaVersionError: If a newer genoembed wrote it in a newer format.
     """
 
@@ -88,8 +99,10 @@ class EmbeddingFile:
             hdf5.close()
             raise
         self._hdf5 = hdf5
+        for change in self.changes:
+            _say_once(str(self.path.absolute()), f"{self.path}: {change}")
         self._origin = (str(self.path.absolute()), untrusted, _state(self.path))
-        for name, matrix in self._layout.matrices.items():
+        for name, matrix in {**self._layout.more, **self._layout.matrices}.items():
             matrix.origin = (_open_matrix, (*self._origin, name))
 
     def __reduce__(self) -> tuple[Callable[..., EmbeddingFile], tuple[object, ...]]:
@@ -138,34 +151,44 @@ class EmbeddingFile:
         return list(self._layout.matrices)
 
     @cached_property
+    def changes(self) -> tuple[str, ...]:
+        """What other programs are known to have changed, in words; empty for a file as genoembed wrote it."""
+        if self._layout.changes or has_seal(self.path):
+            return self._layout.changes
+        return ("has no seal, so another program changed or wrote it; verify embeds a sample again",)
+
+    @property
+    def more_matrices(self) -> list[str]:
+        """Names of other matrices in ``obsm``, as scanpy's ``X_umap``; index the file with one to read it."""
+        return list(self._layout.more)
+
+    @cached_property
     def ids(self) -> list[str]:
         """Record ids, in the order of the rows."""
         with reading(str(self.path)):
-            return list(self._open_file()[f"obs/{INDEX}"].asstr()[:])
+            return read_text(self._open_file()[self._layout.index])
 
     @cached_property
     def obs(self) -> ObsTable:
         """Columns of the table of records by name; each is read when it is needed."""
-        return ObsTable(self._open_file()["obs"], str(self.path))
+        return ObsTable(self._open_file()["obs"], str(self.path), len(self))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """How the file was made, as the writer put it."""
+        """How the file was made, as the writer put it, or what another program left of that."""
+        if self._layout.provenance is not None:
+            return dict(self._layout.provenance)
         with reading(str(self.path)):
-            found = json.loads(self._open_file()[f"{PROVENANCE}/{PROVENANCE_JSON}"].asstr()[()])
-        if not isinstance(found, dict):
-            problem = f"/{PROVENANCE}/{PROVENANCE_JSON} is not a JSON object; make the file again"
-            raise StoreFormatError(problem, path=str(self.path))
-        return found
+            return read_provenance(self._open_file(), str(self.path))
 
     @cached_property
     def feature_names(self) -> list[str]:
         """Names of the columns of ``X``; in a per-token file of its first layer."""
-        if self.kind == "tokens":
+        if self._layout.features is None:
             name, matrix = next(iter(self._layout.matrices.items()))
             return [f"{name}:{index}" for index in range(matrix.shape[1])]
         with reading(str(self.path)):
-            return list(self._open_file()[f"var/{INDEX}"].asstr()[:])
+            return read_text(self._open_file()[self._layout.features])
 
     @property
     def X(self) -> LazyMatrix:  # noqa: N802 - the field's name for it
@@ -176,10 +199,11 @@ class EmbeddingFile:
         return self[self.layers[0]]
 
     def __getitem__(self, layer: str) -> LazyMatrix:
-        matrix = self._layout.matrices.get(layer)
+        matrix = self._layout.matrices.get(layer, self._layout.more.get(layer))
         if matrix is None:
-            near = difflib.get_close_matches(str(layer), self.layers, n=1) or self.layers[:1]
-            problem = f"{self.path}: layer {layer!r} is not among {self.layers}; did you mean {near[0]!r}?"
+            names = [*self.layers, *self.more_matrices]
+            near = difflib.get_close_matches(str(layer), names, n=1) or names[:1]
+            problem = f"{self.path}: layer {layer!r} is not among {names}; did you mean {near[0]!r}?"
             raise LayerError(problem, spec=str(layer))
         return matrix
 
@@ -331,6 +355,8 @@ class EmbeddingFile:
         except ImportError as error:
             raise MissingExtraError(package="anndata", extra="analysis", purpose="to_anndata") from error
         with reading(str(self.path)):
+            if not encoding_of(self._open_file()):  # written by AnnData before 0.8
+                return anndata.read_h5ad(self.path)
             # not by its name: what was checked is the file that is open
             return anndata.io.read_elem(self._open_file())
 
@@ -432,46 +458,6 @@ def _open_again(path: str, untrusted: bool, state: tuple[int, int]) -> Embedding
 
 def _open_matrix(path: str, untrusted: bool, state: tuple[int, int], layer: str) -> LazyMatrix:
     return _open_again(path, untrusted, state)[layer]
-
-
-class ObsTable(Mapping[str, "NDArray[Any]"]):
-    """Columns of the table of records: text as object arrays of ``str``, numbers as int64."""
-
-    def __init__(self, group: h5py.Group, path: str) -> None:
-        self._group = group
-        self._path = path
-        self._read: dict[str, NDArray[Any]] = {}
-        with reading(path):
-            self._names = [str(name) for name in group.attrs["column-order"]]
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __getitem__(self, column: str) -> NDArray[Any]:
-        if column not in self._names:
-            raise KeyError(column)
-        if column not in self._read:
-            if not self._group:
-                raise closed(self._path)
-            with reading(self._path):
-                self._read[column] = _read_column(self._group[column])
-        return self._read[column]
-
-    def __repr__(self) -> str:
-        return f"ObsTable({', '.join(self._names)})"
-
-
-def _read_column(node: h5py.Group | h5py.Dataset) -> NDArray[Any]:
-    if node.attrs["encoding-type"] == "categorical":
-        categories, codes = _read_column(node["categories"]), node["codes"][:]
-        if len(codes) and not 0 <= codes.min() <= codes.max() < len(categories):
-            message = f"{node.name} has codes {codes.min()} to {codes.max()} for {len(categories)} categories"
-            raise ValueError(message)
-        return categories[codes]
-    return node.asstr()[:] if node.attrs["encoding-type"] == "string-array" else node[:]
 
 
 class EmbeddingDataset:

@@ -1,25 +1,22 @@
-"""Names, encodings and columns of schema 2, and files held against it; ``docs/FORMAT.md`` says it in words.
+"""Names, encodings and columns of schema 2 (``docs/FORMAT.md``), and matrices that are read where indexed.
 
-The parts of a file are checked to belong together, and matrices are read where they are indexed.
-
-N rows (one per record), T tokens of all records together, D width of a layer.
+N rows (one per record), D width of a layer.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, NoReturn, TypeAlias
 
-import h5py
 import numpy as np
 
-from genoembed.errors import GenoembedError, SchemaVersionError, StoreError, StoreFormatError
+from genoembed.errors import GenoembedError, StoreError, StoreFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import h5py
     from numpy.typing import DTypeLike, NDArray
 
     from genoembed.config.choices import StorageDtype
@@ -113,6 +110,16 @@ def escape_name(name: str) -> str:
     return special.get(name) or name.replace("%", "%25").replace("/", "%2F")
 
 
+def unescape_name(link: str) -> str:
+    """Return the name that ``escape_name`` made a link name of.
+
+    Example:
+        >>> [unescape_name(escape_name(name)) for name in ("a/b%", ".", "")]
+        ['a/b%', '.', '']
+    """
+    return "" if link == "%" else link.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
+
+
 def storable_text(text: str) -> str:
     r"""Spell what HDF5 text cannot hold (NUL, lone surrogates) as backslash escapes.
 
@@ -144,22 +151,7 @@ SLAB_BYTES = 4 * 1024 * 1024
 """What is read at once where rows or columns are picked."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """The checked parts of an open file."""
-
-    kind: Kind
-    schema_version: int
-    num_rows: int
-    matrices: Mapping[str, LazyMatrix]
-    """By layer, in the requested order: ``(N, D)``, in per-token files ``(T, D)``."""
-    offsets: NDArray[np.int64] | None
-    """First token of each record and the end, ``(N + 1,)``; None in pooled files."""
-    spans: tuple[h5py.Dataset, ...]
-    """First base of each token, and one past its last, ``(T,)`` each; empty where the file does not say."""
-
-
-def _refuse(problem: str, path: str) -> NoReturn:
+def refuse(problem: str, path: str) -> NoReturn:
     """Raise for a file that is not what was written."""
     problem += "; the file is damaged; make it again or restore it from a copy"
     raise StoreFormatError(problem, path=path)
@@ -174,127 +166,7 @@ def check_size(dataset: h5py.Dataset, path: str) -> None:
     """Raise if a dataset claims more than its file can hold, before memory is taken for it."""
     file_bytes = Path(path).stat().st_size
     if dataset.size and dataset.size * dataset.dtype.itemsize > _BEST_COMPRESSION * file_bytes:
-        _refuse(f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes", path)
-
-
-def read_layout(hdf5: h5py.File, path: str) -> Layout:
-    """Check an open file against the schema."""
-    with reading(path):
-        # first of all: a file of a newer format is no damaged one, whatever else is not as expected
-        version = _read_version(hdf5, path)
-        kind = _read_kind(hdf5, path)
-        num_rows = _check_obs(hdf5, path, version)
-        _member(hdf5, f"{PROVENANCE}/{PROVENANCE_JSON}", path)
-        layers = [str(name) for name in hdf5.attrs[LAYERS_ATTR]]
-        if not layers:
-            _refuse(f"attribute {LAYERS_ATTR} is empty, expected one layer or more", path)
-        offsets = _read_offsets(hdf5, num_rows, path) if kind == "tokens" else None
-        rows = num_rows if offsets is None else int(offsets[-1])
-        matrices = {name: _matrix(hdf5, where, rows, path) for name, where in _places(kind, layers).items()}
-        spans = (
-            () if offsets is None or version < 2 else tuple(_span(hdf5, name, rows, path) for name in SPANS)
-        )
-        if kind == "pooled":
-            width = matrices[layers[0]].shape[1]
-            _check_length(_member(hdf5, f"var/{INDEX}", path), width, "features of X", path)
-    return Layout(
-        kind=kind,
-        schema_version=version,
-        num_rows=num_rows,
-        matrices=matrices,
-        offsets=offsets,
-        spans=spans,
-    )
-
-
-def _read_version(hdf5: h5py.File, path: str) -> int:
-    version = hdf5.attrs.get(SCHEMA_ATTR)
-    others = [words for name, words in OTHER_FILES.items() if name in hdf5.attrs]
-    if version is None and others:
-        problem = f"is {others[0]}, expected a file of embeddings; check the path"
-        raise StoreFormatError(problem, path=path)
-    if version is None:
-        problem = f"has no attribute {SCHEMA_ATTR}, so genoembed did not write it; check the path"
-        if hdf5.attrs.get("encoding-type") == "anndata":
-            problem += ", or open it with anndata.read_h5ad"
-        raise StoreFormatError(problem, path=path)
-    if not isinstance(version, (int, np.integer)) or version < 1:
-        _refuse(f"attribute {SCHEMA_ATTR} is {version!r}, expected 1 to {SCHEMA_VERSION}", path)
-    if version > SCHEMA_VERSION:
-        raise SchemaVersionError(path=path, found=int(version), supported=SCHEMA_VERSION)
-    return int(version)
-
-
-def _read_kind(hdf5: h5py.File, path: str) -> Kind:
-    found = hdf5.attrs.get("encoding-type")
-    for kind, encoding in ROOT_ENCODINGS.items():
-        if found == encoding.type:
-            return kind
-    expected = " or ".join(encoding.type for encoding in ROOT_ENCODINGS.values())
-    _refuse(f"attribute encoding-type is {found!r}, expected {expected}", path)
-
-
-def _places(kind: Kind, layers: list[str]) -> dict[str, str]:
-    """Return where each layer's matrix is."""
-    if kind == "tokens":
-        return {name: f"tokens/{escape_name(name)}/values" for name in layers}
-    return {name: f"obsm/{escape_name(name)}" if index else "X" for index, name in enumerate(layers)}
-
-
-def _member(hdf5: h5py.File, where: str, path: str) -> h5py.Dataset:
-    node = hdf5.get(where)
-    if not isinstance(node, h5py.Dataset):
-        found = "is missing" if node is None else "is a group"
-        _refuse(f"/{where} {found}, expected a dataset", path)
-    check_size(node, path)
-    return node
-
-
-def _check_length(dataset: h5py.Dataset, expected: int, of_what: str, path: str) -> None:
-    if dataset.shape != (expected,):
-        _refuse(f"{dataset.name} has shape {dataset.shape}, expected ({expected},), the {of_what}", path)
-
-
-def _matrix(hdf5: h5py.File, where: str, rows: int, path: str) -> LazyMatrix:
-    dataset = _member(hdf5, where, path)
-    if dataset.ndim != 2 or dataset.shape[0] != rows or not dataset.shape[1] or dataset.dtype.kind != "f":
-        problem = (
-            f"/{where} has shape {dataset.shape} and dtype {dataset.dtype}, expected ({rows}, D) "
-            "and floating point"
-        )
-        _refuse(problem, path)
-    return LazyMatrix(dataset, path)
-
-
-def _check_obs(hdf5: h5py.File, path: str, version: int) -> int:
-    index = _member(hdf5, f"obs/{INDEX}", path)
-    rows = index.shape[0] if index.ndim == 1 else -1
-    _check_length(index, rows, "rows", path)
-    for name, column_type in OBS_COLUMNS.items():
-        if SINCE.get(name, 1) > version:
-            continue
-        where = f"obs/{name}/codes" if column_type == "category" else f"obs/{name}"
-        _check_length(_member(hdf5, where, path), rows, "rows of /obs", path)
-        if column_type == "category":
-            _member(hdf5, f"obs/{name}/categories", path)
-    return rows
-
-
-def _read_offsets(hdf5: h5py.File, num_rows: int, path: str) -> NDArray[np.int64]:
-    dataset = _member(hdf5, "tokens/offsets", path)
-    _check_length(dataset, num_rows + 1, "rows of /obs and one more", path)
-    offsets: NDArray[np.int64] = dataset[:].astype(np.int64)
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        _refuse("/tokens/offsets does not rise from 0", path)
-    return offsets
-
-
-def _span(hdf5: h5py.File, name: str, rows: int, path: str) -> h5py.Dataset:
-    dataset = _member(hdf5, f"tokens/{name}", path)
-    _check_length(dataset, rows, "tokens of all records", path)
-    if dataset.dtype.kind != "i":
-        _refuse(f"{dataset.name} has dtype {dataset.dtype}, expected integers", path)
-    return dataset
+        refuse(f"{dataset.name} claims shape {dataset.shape} in a file of {file_bytes} bytes", path)
 
 
 DAMAGE = (OSError, RuntimeError, LookupError, ArithmeticError, ValueError, TypeError, AttributeError)

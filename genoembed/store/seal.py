@@ -28,7 +28,8 @@ import h5py
 import numpy as np
 
 from genoembed.errors import GenoembedError, StoreError, StoreFormatError
-from genoembed.store.schema import DAMAGE, check_size, read_layout, reading
+from genoembed.store.layout import read_layout
+from genoembed.store.schema import DAMAGE, check_size, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,6 +107,12 @@ def _digest(file: AtomicFile | FileIO, end: int, gaps: NDArray[np.uint64]) -> by
     return digest.digest()
 
 
+def has_seal(path: Path) -> bool:
+    """Return whether a file ends with a seal, without checking it."""
+    with path.open("rb", buffering=0) as file:
+        return _read(file, max(0, file.seek(0, os.SEEK_END) - len(MAGIC)), len(MAGIC)) == MAGIC
+
+
 def check_seal(path: Path) -> bool:
     """Compare a file with its seal, without HDF5."""
     try:
@@ -118,6 +125,11 @@ def check_seal(path: Path) -> bool:
     except OSError as error:
         reason = error.strerror or error
         problem = f"cannot be opened ({reason}), expected an embedding file; check its name and permissions"
+        if any((path / name).is_file() for name in (".zgroup", "zarr.json")):
+            problem = (
+                f"cannot be opened ({reason}): it is a Zarr store, expected an HDF5 file; read it with "
+                "anndata.read_zarr and save it with write_h5ad"
+            )
         raise StoreError(problem, path=str(path)) from error
 
 

@@ -147,10 +147,11 @@ def _compressed(content: bytes, folder: Path) -> None:
 
 
 def _intervals(content: bytes, folder: Path) -> None:
-    from genoembed.sequences.regions import iter_intervals
+    from genoembed.sequences.annotation import iter_features
 
-    for interval in iter_intervals(_put(folder, "rows", content)):
-        assert 0 <= interval.start < interval.end, f"not an interval: {interval}"
+    for feature in iter_features(_put(folder, "rows", content)):
+        for start, end, _ in feature.parts:
+            assert 0 <= start < end, f"not an interval: {feature}"
 
 
 def _regions(content: bytes, folder: Path) -> None:

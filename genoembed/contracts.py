@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from genoembed.errors import ShapeError
 
@@ -35,6 +35,17 @@ IGNORE_INDEX = -100
 """Label that losses leave out; torch and transformers take it as such, too."""
 
 
+class Stretch(NamedTuple):
+    """A stretch of a contig."""
+
+    start: int
+    """First base, 0-based, on the forward strand."""
+    end: int
+    """One past its last base."""
+    strand: Strand
+    """The strand that is read."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRecord:
     """One sequence as the model will see it, cleaned, with where it came from."""
@@ -54,9 +65,12 @@ class SequenceRecord:
     start: int = 0
     """First base of the embedded part, in the coordinates of the parent sequence."""
     end: int = -1
-    """One past the last base of the embedded part; -1 stands for ``start`` plus the core's length."""
+    """One past the last base of the embedded part; -1 stands for ``start`` plus the core's length. Beyond the
+    length of a circular contig where the part spans its origin."""
     strand: Strand = "+"
     """``-`` where a region was taken from the reverse strand."""
+    stretches: tuple[Stretch, ...] = ()
+    """Where ``sequence``, flanks included, lies on the contig, in reading order; empty: in one stretch."""
     core_start: int = 0
     """First base of ``sequence`` that pooling counts (what is before it is flank)."""
     core_end: int = -1

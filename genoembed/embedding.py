@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 PLACE = "sequences"
 """What errors name as the file, since there is none."""
-_FILE_OPTIONS = ("inputs", "output", "overwrite", "resume", "regions", "flank", "shard", "engine", "workers")
+_FILE_OPTIONS = (
+    *("inputs", "output", "overwrite", "resume", "shard", "engine", "workers"),
+    *("regions", "flank", "feature", "name_attribute", "join_by", "bad_regions"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,8 +108,9 @@ def extract(
         output: The file to write; None is the first input's stem and ``.h5``.
         progress: Called with the running totals after each forward pass.
         **options: Any other field of :class:`~genoembed.config.embed.EmbedConfig`: ``regions``, ``flank``,
-            ``invalid``, ``duplicates``, ``empty``, ``gaps``, ``keep_case``, ``revision``,
-            ``trust_remote_code``, ``dtype``, ``fp8``, ``device``, ``threads``, ``batch_tokens``,
+            ``feature``, ``name_attribute``, ``join_by``, ``bad_regions``, ``invalid``, ``duplicates``,
+            ``empty``, ``gaps``, ``keep_case``, ``revision``, ``trust_remote_code``, ``dtype``, ``fp8``,
+            ``device``, ``threads``, ``batch_tokens``,
             ``skip_first``, ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``,
             ``overwrite``. None stands for the default. A model that is loaded already takes no ``revision``,
             ``trust_remote_code``, ``dtype``, ``fp8`` or ``device``.

@@ -64,7 +64,7 @@ def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> 
         say_plan(genoembed.plan(**options), as_json=as_json)
         return
     promise_output(config.output.output)
-    expected = None if config.input.regions else estimate_bases(config.input.inputs)
+    expected = None if config.input.regions or config.input.feature else estimate_bases(config.input.inputs)
     with show_progress(expected) as on_totals:
         report = genoembed.extract(**options, progress=on_totals)
     for line in details(report):

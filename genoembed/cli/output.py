@@ -45,6 +45,8 @@ INCOMPLETE = 3
 """Exit status: done, but some records failed."""
 _LIBRARY_LEVELS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
 _SUMMED_UP = ("genoembed.sequences", "genoembed.store")
+_SHOWN_AT_ONCE = ("genoembed.sequences.annotation",)
+"""Of these, modules whose lines the summary does not repeat."""
 _logger = logging.getLogger("genoembed")
 
 
@@ -53,7 +55,8 @@ class LineHandler(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Leave out what the summary says in other words, unless everything is requested."""
-        told_later = record.name.startswith(_SUMMED_UP) and record.levelno <= logging.INFO
+        is_summed_up = record.name.startswith(_SUMMED_UP) and record.name not in _SHOWN_AT_ONCE
+        told_later = is_summed_up and record.levelno <= logging.INFO
         return bool(super().filter(record)) and (not told_later or _logger.isEnabledFor(logging.DEBUG))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -238,6 +241,7 @@ POLICY_WORDS = {
     "gaps_stripped": ("gap letter", "taken out"),
     "skipped_invalid": ("record", "skipped for invalid letters"),
     "skipped_empty": ("record", "without bases skipped"),
+    "skipped_regions": ("region", "skipped that cannot be read"),
     "renamed": ("record", "renamed (id seen before)"),
 }
 """For each count of an input policy: of what, and what was done to it."""

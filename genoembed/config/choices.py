@@ -64,6 +64,8 @@ EmptyPolicy: TypeAlias = Literal["error", "skip"]
 
 GapPolicy: TypeAlias = Literal["error", "strip"]
 
+RegionPolicy: TypeAlias = Literal["error", "skip"]
+
 ExportFormat: TypeAlias = Literal["h5ad", "npz", "parquet", "csv", "uniprot-h5"]
 
 StorageDtype: TypeAlias = Literal["float32", "float16"]

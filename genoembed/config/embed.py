@@ -18,6 +18,7 @@ from genoembed.config.choices import (
     GapPolicy,
     InvalidPolicy,
     Pooling,
+    RegionPolicy,
     StorageDtype,
     Strands,
 )
@@ -57,7 +58,62 @@ class PolicyConfig(Config):
     )
 
 
-class InputConfig(PolicyConfig):
+class RegionConfig(PolicyConfig):
+    """Which parts of the sequences."""
+
+    regions: tuple[str, ...] = option(
+        (),
+        group=INPUT,
+        basic=True,
+        metavar="PLACE",
+        help="Embed only these regions of one FASTA file: a BED, GFF3 or GTF file, or a place such as "
+        "chr1:1001-2000 (both ends included). Repeatable.",
+        reads="or a place",
+    )
+    feature: tuple[str, ...] = option(
+        (),
+        group=INPUT,
+        basic=True,
+        metavar="TYPE",
+        shown_default="all rows of PLACE but those that are the contig itself",
+        help="Embed the features of this type, such as gene or CDS: those of the GFF3 or GTF files in "
+        "--regions, or those of INPUT itself (GenBank, EMBL, GFF3 with sequences). Parts of one feature are "
+        "joined. Repeatable.",
+    )
+    name_attribute: str | None = option(
+        None,
+        group=INPUT,
+        metavar="NAME",
+        shown_default="ID, locus_tag, gene or Name, the first that is there",
+        help="Attribute or qualifier that features get their ids from.",
+    )
+    join_by: str | None = option(
+        None,
+        group=INPUT,
+        metavar="NAME",
+        shown_default="ID in GFF3, transcript_id in GTF",
+        help="Attribute that the parts of a feature share, such as Parent; none: embed each part alone.",
+    )
+    bad_regions: RegionPolicy = option(
+        "error",
+        group=INPUT,
+        help="Regions that cannot be read (beyond the end of their contig, on a contig that is not there, "
+        "parts on both strands): stop, or skip them.",
+    )
+
+    def region_problems(self) -> Iterator[Problem]:
+        """Say which options of regions are set without any regions."""
+        if self.regions or self.feature:
+            return
+        for key, default in (("name_attribute", None), ("join_by", None), ("bad_regions", "error")):
+            if (value := getattr(self, key)) != default:
+                yield Problem(
+                    f"{key} is {value!r}, but there are no regions and no features",
+                    Remedy("feature", words="a type such as 'CDS'"),
+                )
+
+
+class InputConfig(RegionConfig):
     """Which sequences, and what is done with those that are not clean."""
 
     inputs: tuple[str, ...] = option(
@@ -66,15 +122,7 @@ class InputConfig(PolicyConfig):
         help="FASTA, FASTQ, GenBank or EMBL files, compressed or not; - is standard input.",
         reads=True,
     )
-    regions: tuple[str, ...] = option(
-        (),
-        group=INPUT,
-        basic=True,
-        metavar="PLACE",
-        help="Embed only these regions of one FASTA file: a BED or GFF3 file, or a place such as "
-        "chr1:1001-2000 (both ends included). Repeatable.",
-        reads="or a place",
-    )
+
     flank: int = option(
         0,
         ge=0,
@@ -87,6 +135,12 @@ class InputConfig(PolicyConfig):
     def _problems(self) -> Iterator[str]:
         if not self.inputs:
             yield "inputs is empty; name at least one sequence file, or '-' for standard input"
+        if self.flank and not self.regions and not self.feature:
+            yield Problem(
+                f"flank is {self.flank}, but there are no regions",
+                Remedy("regions", words="a BED or GFF3 file, or a place such as chr1:1001-2000"),
+            )
+        yield from self.region_problems()
 
 
 class ModelConfig(Config):
@@ -433,11 +487,6 @@ class EmbedConfig(Config):
     def _problems(self) -> Iterator[str]:
         if self.windows.per_window and self.embedding.pooling == "none":
             yield "per_window gives one vector per window, pooling='none' one per token; choose one of them"
-        if self.input.flank and not self.input.regions:
-            yield Problem(
-                f"flank is {self.input.flank}, but there are no regions",
-                Remedy("regions", words="a BED or GFF3 file, or a place such as chr1:1001-2000"),
-            )
 
 
 OPTION_STAGE = {key: name for name, section in EmbedConfig.sections().items() for key in section.options()}

@@ -16,9 +16,9 @@ from genoembed.config.embed import (
     INPUT,
     MODEL,
     OUTPUT,
-    InputConfig,
     ModelConfig,
     PolicyConfig,
+    RegionConfig,
     TableOutput,
     WindowConfig,
 )
@@ -89,14 +89,21 @@ class AlleleConfig(ScoreRunConfig):
     )
 
 
-class MutationConfig(AlleleConfig, PolicyConfig):
+class MutationConfig(AlleleConfig, RegionConfig):
     """How all changes of single bases are scored."""
 
     regions: tuple[str, ...] = same_option(
-        InputConfig,
+        RegionConfig,
         "regions",
-        help="With --mutagenesis: change only the bases of these regions of one FASTA file: a BED or GFF3 "
-        "file, or a place such as chr1:1001-2000 (both ends included). Repeatable.",
+        help="With --mutagenesis: change only the bases of these regions of one FASTA file: a BED, GFF3 or "
+        "GTF file, or a place such as chr1:1001-2000 (both ends included). Repeatable.",
+    )
+    feature: tuple[str, ...] = same_option(
+        RegionConfig,
+        "feature",
+        help="With --mutagenesis: change the bases of features of this type, such as gene or CDS: those of "
+        "the GFF3 or GTF files in --regions, or those of INPUT itself (GenBank, EMBL, GFF3 with sequences). "
+        "Repeatable.",
     )
     heat_map: str | None = option(
         None,
@@ -112,7 +119,8 @@ class MutationConfig(AlleleConfig, PolicyConfig):
             yield Problem(
                 f"heat_map is {self.heat_map!r}", Remedy("heat_map", words="a name that ends in .png")
             )
-        if self.regions and self.gaps == "strip":
+        yield from self.region_problems()
+        if (self.regions or self.feature) and self.gaps == "strip":
             yield Problem(
                 "gaps is 'strip', but places in regions are counted with the gaps",
                 Remedy("gaps", "error"),

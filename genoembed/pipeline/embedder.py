@@ -244,7 +244,7 @@ _PLACES = (
     "ray_address",
 )
 """Settings that say where things are and who does the work: they change no vector."""
-_POLICIES = ("invalid", "duplicates", "empty", "gaps", "on_error")
+_POLICIES = ("invalid", "duplicates", "empty", "gaps", "bad_regions", "on_error")
 """What is done about bad records. Units say what was made of theirs, so these are compared there."""
 _MACHINE = ("revision", "trust_remote_code", "device", "threads", "batch_tokens", "model")
 """Settings that a run may go on with on another machine; what they lead to is compared instead."""

@@ -38,7 +38,10 @@ _LOG = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------- how a file was made
 
-_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
+_READING = (
+    *("invalid", "duplicates", "empty", "gaps", "keep_case", "flank"),
+    *("feature", "name_attribute", "join_by", "bad_regions"),
+)
 _COMPARED = ("pooling", "skip_first", "fusion", "fusion_weights", "rc")
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 

@@ -83,6 +83,10 @@ def read_records(
         keep_case=config.input.keep_case,
         regions=config.input.regions or None,
         flank=config.input.flank,
+        feature=config.input.feature,
+        name_attribute=config.input.name_attribute,
+        join_by=config.input.join_by,
+        bad_regions=config.input.bad_regions,
         counts=counts,
         digests=digests,
     )
@@ -125,7 +129,7 @@ def _as_string(value: object) -> str:
 
 
 def _frozen(name: str, value: object) -> object:
-    if name in ("layers", "regions"):
+    if name in ("layers", "regions", "feature"):
         return _as_strings(value)
     if isinstance(value, list | tuple | np.ndarray):
         return tuple(_frozen("", item) for item in value)

@@ -106,7 +106,6 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 _FAILED = re.compile(r"(?:^|,)failed:")
-_READING = ("invalid", "duplicates", "empty", "gaps", "keep_case", "flank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

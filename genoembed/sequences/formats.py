@@ -281,7 +281,11 @@ _FOREIGN = (
     (re.compile(rb"CRAM"), "a CRAM file", "convert it, for example with samtools fasta"),
     (re.compile(rb"@(HD|SQ|RG|PG|CO)\t"), "a SAM file", "convert it, for example with samtools fasta"),
     (re.compile(rb"##fileformat=VCF"), "a VCF file", "give the FASTA of the reference as input"),
-    (re.compile(rb"##gff-version"), "a GFF3 file", "give the FASTA as input and this file as regions"),
+    (
+        re.compile(rb"##gff-version"),
+        "a GFF3 file",
+        "give the FASTA as input and this file as regions, or, if it holds its sequences, set feature",
+    ),
     (re.compile(rb"PK\x03\x04"), "a zip archive", "unzip it"),
     (re.compile(rb"\x89HDF"), "an HDF5 file", "give the sequences it was made from"),
     (re.compile(rb"C'A\x1a|\x1aA'C"), "a 2bit file", "convert it with twoBitToFa"),
@@ -408,9 +412,53 @@ class _LineHandle:
         return text + "\n"
 
 
+def feature_format(path: str) -> str:
+    """Return which format with features a regular file has: GenBank, EMBL or GFF3; raise if it has none."""
+    head = next(filter(None, (block.lstrip(WHITESPACE) for block in iter_text(path))), b"")
+    return _WITH_FEATURES[_feature_opening(path, head)]
+
+
+def _feature_opening(path: str, head: bytes) -> bytes:
+    found = next((opening for opening in _WITH_FEATURES if head.startswith(opening)), None)
+    if found is None:
+        problem = (
+            "features are chosen, but the file has none: it is not GenBank, EMBL or GFF3 with sequences; set "
+            "regions to a GFF3 or GTF file"
+        )
+        raise SequenceFormatError(problem, path=path)
+    return found
+
+
+def iter_annotated(
+    path: str, *, digests: InputDigests | None = None
+) -> Iterator[tuple[RawRecord, SeqIO.SeqRecord]]:
+    """Parse a GenBank or EMBL file into records, each also as Biopython has it, with its features."""
+    blocks = iter_text(path, digests=digests)
+    lines_before = 0
+    for block in blocks:
+        head = block.lstrip(WHITESPACE)
+        lines_before += block.count(b"\n", 0, len(block) - len(head))
+        if head:
+            opening = _feature_opening(path, head)
+            yield from _iter_bio_pairs(
+                _WITH_FEATURES[opening],
+                opening.decode(),
+                path,
+                chain((head,), blocks),
+                lines_before=lines_before,
+            )
+            return
+
+
 def _iter_bio(
     name: str, opening: str, path: str, blocks: Iterable[bytes], *, lines_before: int
 ) -> Iterator[RawRecord]:
+    return (raw for raw, _ in _iter_bio_pairs(name, opening, path, blocks, lines_before=lines_before))
+
+
+def _iter_bio_pairs(
+    name: str, opening: str, path: str, blocks: Iterable[bytes], *, lines_before: int
+) -> Iterator[tuple[RawRecord, SeqIO.SeqRecord]]:
     handle = _LineHandle(path, blocks, lines_before, opening)
     records = None
     kinds: set[tuple[str, int]] = set()
@@ -432,7 +480,7 @@ def _iter_bio(
         _log_once(f"{path}:{handle.record_line}: record {record_id!r}", caught, kinds)
         if record is None:
             return
-        yield _from_bio(path, handle, record, name)
+        yield _from_bio(path, handle, record, name), record
 
 
 def _log_once(place: str, caught: Iterable[warnings.WarningMessage], kinds: set[tuple[str, int]]) -> None:
@@ -481,6 +529,7 @@ def _cut_joined(joined: str, length: int, path: str, line: int) -> str:
     return name
 
 
+_WITH_FEATURES = {b"LOCUS ": "GenBank", b"ID   ": "EMBL", b"##gff-version": "GFF3"}
 _PARSERS: Mapping[bytes, Callable[..., Iterator[RawRecord]]] = {
     b">": iter_fasta,
     b";": iter_fasta,

@@ -32,7 +32,13 @@ from genoembed.sequences.records import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
+    from genoembed.config.choices import (
+        DuplicatePolicy,
+        EmptyPolicy,
+        GapPolicy,
+        InvalidPolicy,
+        RegionPolicy,
+    )
     from genoembed.sequences.compression import InputDigests
     from genoembed.sequences.records import RawRecord
 
@@ -43,7 +49,7 @@ SequenceInput: TypeAlias = "str | bytes | bytearray | Seq | MutableSeq | SeqReco
 """A sequence in memory, as callers have it."""
 
 
-def read_sequences(
+def read_sequences(  # noqa: PLR0913 - all that is said about an input
     paths: PathInput | Sequence[PathInput],
     *,
     invalid: InvalidPolicy = "error",
@@ -53,6 +59,10 @@ def read_sequences(
     keep_case: bool = False,
     regions: PathInput | Sequence[PathInput] | None = None,
     flank: int = 0,
+    feature: str | Sequence[str] | None = None,
+    name_attribute: str | None = None,
+    join_by: str | None = None,
+    bad_regions: RegionPolicy = "error",
     counts: InputCounts | None = None,
     digests: InputDigests | None = None,
 ) -> Iterator[SequenceRecord]:
@@ -69,9 +79,19 @@ def read_sequences(
         empty: A record without bases: ``error`` or ``skip``.
         gaps: Gap letters ``-``, ``.`` and ``*``: ``error``, or ``strip`` them out.
         keep_case: True leaves lower-case (soft-masked) bases as they are.
-        regions: A BED or GFF3 file, a place such as ``chr1:1001-2000`` (1-based, both ends included), or
+        regions: A BED, GFF3 or GTF file, a place such as ``chr1:1001-2000`` (1-based, both ends included), or
             several of these. Needs exactly one FASTA file, plain or bgzip, which is read once to find them.
         flank: Bases on either side of each region that the model sees but pooling does not count.
+        feature: Types of features to read, such as ``CDS``: of the region files, or, without ``regions``, of
+            files that bring their own (GenBank, EMBL, GFF3 with sequences). None reads all rows of region
+            files but those that are the contig itself.
+        name_attribute: Attribute that features are named by, such as ``locus_tag``. None: ``ID``,
+            ``locus_tag``, ``gene`` or ``Name``, the first that is there; ``transcript_id`` or ``gene_id`` in
+            GTF; ``locus_tag``, ``gene`` or ``label`` in GenBank and EMBL.
+        join_by: Attribute that the parts of a feature share; ``none`` reads each part alone. None: ``ID`` in
+            GFF3, ``transcript_id`` in GTF.
+        bad_regions: A region beyond the end of its contig or on none of the file, or with parts on both
+            strands in no known order: ``error``, or ``skip`` it.
         counts: Filled in as records are read.
         digests: Filled in with the SHA-256 of each file that was read to its end, region files too.
 
@@ -96,23 +116,38 @@ def read_sequences(
         ...     [(r.id, r.sequence, r.flags) for r in read_sequences(path)]
         [('a', b'ACGT', ('upper_cased:4', 'rna')), ('b', b'ACGT', ())]
     """
-    policies = Policies(invalid=invalid, duplicates=duplicates, empty=empty, gaps=gaps, keep_case=keep_case)
+    policies = Policies(
+        invalid=invalid,
+        duplicates=duplicates,
+        empty=empty,
+        gaps=gaps,
+        keep_case=keep_case,
+        bad_regions=bad_regions,
+    )
     names = file_names(paths)
     places = None if regions is None else file_names(regions)
-    _check_options(names, places, flank)
+    types = () if feature is None else (feature,) if isinstance(feature, str) else tuple(feature)
+    _check_options(names, places, flank, types)
     for name in names:
         check_readable(name)
     tally = InputCounts() if counts is None else counts
     tally.files += len(names)
     raw: Iterator[RawRecord]
-    if places is None:
+    if places is None and not types:
         raw = chain.from_iterable(iter_records(name, digests=digests) for name in names)
     else:
-        from genoembed.sequences.regions import check_regions, iter_regions
+        from genoembed.sequences.regions import region_reader
 
-        for place in places:
-            check_regions(place)
-        raw = iter_regions(names[0], places, flank=flank, digests=digests)
+        reader = region_reader(
+            types,
+            name_attribute=name_attribute,
+            join_by=join_by,
+            flank=flank,
+            policy=bad_regions,
+            counts=tally,
+            digests=digests,
+        )
+        raw = reader.iter_regions(names, places)
     return _finish(raw, policies, tally)
 
 
@@ -122,7 +157,7 @@ def file_names(paths: PathInput | Iterable[PathInput]) -> list[str]:
     return [fspath(path) for path in many]
 
 
-def _check_options(names: list[str], places: list[str] | None, flank: int) -> None:
+def _check_options(names: list[str], places: list[str] | None, flank: int, types: tuple[str, ...]) -> None:
     problems = []
     if not names:
         problems.append("no input file; name at least one, or '-' for standard input")
@@ -130,7 +165,7 @@ def _check_options(names: list[str], places: list[str] | None, flank: int) -> No
         problems.append("standard input '-' is named twice, but can be read once; name it once")
     if flank < 0:
         problems.append(f"flank is {flank}; set flank to 0 or more")
-    if places is None and flank > 0:
+    if places is None and flank > 0 and not types:
         problems.append(
             f"flank is {flank}, but there are no regions to flank; set regions or leave flank at 0"
         )
@@ -234,7 +269,7 @@ def clean_record(
     # only now: a record that is left out does not take its id from a later one
     name = ids.admit(raw.id, path=raw.path, line=raw.line)
     # parsed, flanked and stripped on the forward strand, so that places count as in the file; turned last
-    span = raw.span or Span(raw.id, 0, num_bases, "+", 0)
+    span = raw.span or Span(raw.id, 0, num_bases, "+", ())
     if span.strand == "-":
         sequence, left = reverse_complement(sequence), len(sequence) - left - num_bases
     _count(cleaned, counts, num_bases=len(sequence), is_renamed=name != raw.id)
@@ -248,6 +283,7 @@ def clean_record(
         start=span.start,
         end=span.end,
         strand=span.strand,
+        stretches=() if span.is_one_stretch else span.stretches,
         core_start=left,
         core_end=left + num_bases,
         flags=_flags(cleaned, is_renamed=name != raw.id),

@@ -9,22 +9,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from genoembed.contracts import Stretch
 from genoembed.errors import AlphabetError, ConfigError, DuplicateIdError, SequenceFormatError
 from genoembed.sequences.compression import WHITESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from genoembed.config.choices import DuplicatePolicy, EmptyPolicy, GapPolicy, InvalidPolicy
-    from genoembed.contracts import Strand
+    from numpy.typing import NDArray
+
+    from genoembed.config.choices import (
+        DuplicatePolicy,
+        EmptyPolicy,
+        GapPolicy,
+        InvalidPolicy,
+        RegionPolicy,
+    )
+    from genoembed.contracts import SequenceRecord, Strand
 
 
 class Span(NamedTuple):
-    """The part of a contig that a record was fetched from."""
+    """The part of a contig that a record was fetched from; several parts where they are joined."""
 
     contig: str
     start: int
@@ -32,8 +42,24 @@ class Span(NamedTuple):
     end: int
     """One past its last base."""
     strand: Strand
-    fetch_start: int
-    """First base fetched: ``start`` less the left flank."""
+    stretches: tuple[Stretch, ...]
+    """What was fetched, flanks included, in the order in which the record reads it."""
+
+    @property
+    def is_one_stretch(self) -> bool:
+        """Whether all that was fetched lies together on one strand."""
+        forward = self.stretches[:: 1 if self.strand == "+" else -1]
+        return all(stretch.strand == self.strand for stretch in forward) and all(
+            before.end == after.start for before, after in pairwise(forward)
+        )
+
+    def place(self, offset: int) -> int:
+        """Return the 0-based place of a letter, counted over all that was fetched on the forward strand."""
+        for start, end, strand in self.stretches[:: 1 if self.strand == "+" else -1]:
+            if offset < end - start:
+                return start + offset if strand == self.strand else end - 1 - offset
+            offset -= end - start
+        return self.end
 
 
 class RawRecord(NamedTuple):
@@ -60,6 +86,7 @@ _CHOICES = {
     "duplicates": ("error", "suffix"),
     "empty": ("error", "skip"),
     "gaps": ("error", "strip"),
+    "bad_regions": ("error", "skip"),
 }
 
 
@@ -104,6 +131,8 @@ class InputCounts(Counts):
     """Records left out for invalid letters."""
     skipped_empty: int = 0
     """Records left out because they had no bases."""
+    skipped_regions: int = 0
+    """Regions left out because they cannot be read: beyond their contig, say."""
     renamed: int = 0
     """Records whose id was taken and got a suffix."""
     windows: int = 0
@@ -124,6 +153,8 @@ class Policies:
     """A record without bases: stop, or leave it out."""
     gaps: GapPolicy = "error"
     """Gap letters ``-``, ``.`` and ``*``: stop, or take them out."""
+    bad_regions: RegionPolicy = "error"
+    """A region that cannot be read, beyond its contig, say: stop, or leave it out."""
     keep_case: bool = False
     """True leaves soft-masked (lower-case) bases as they are."""
 
@@ -239,6 +270,25 @@ def reverse_complement(sequence: bytes) -> bytes:
     return sequence.translate(_COMPLEMENT)[::-1]
 
 
+def contig_places(record: SequenceRecord) -> NDArray[np.int64]:
+    """Return the 0-based place on the contig of each base of a record, flanks included, in reading order.
+
+    Example:
+        >>> from genoembed.contracts import SequenceRecord, Stretch
+        >>> parts = (Stretch(7, 9, "-"), Stretch(2, 4, "-"))
+        >>> joined = SequenceRecord(id="r", sequence=b"ACGT", start=2, end=9, strand="-", stretches=parts)
+        >>> contig_places(joined).tolist()
+        [8, 7, 3, 2]
+    """
+    stretches = record.stretches
+    if not stretches:
+        length, is_reverse = len(record.sequence), record.strand == "-"
+        first = record.start - (length - record.core_end if is_reverse else record.core_start)
+        stretches = (Stretch(first, first + length, record.strand),)
+    runs = [np.arange(start, end)[:: 1 if strand == "+" else -1] for start, end, strand in stretches]
+    return np.concatenate(runs).astype(np.int64)
+
+
 class CleanedBody(NamedTuple):
     """The bases of a record after the policies."""
 
@@ -325,7 +375,7 @@ def _error(
             problem = f"'>' inside a line of sequence ({where}); a line end is missing before it"
         return SequenceFormatError(problem, path=record.path, line=line, record_id=record.id)
     if record.span is not None:
-        where = f"position {record.span.fetch_start + position} of {record.span.contig!r}"
+        where = f"position {record.span.place(position - 1) + 1} of {record.span.contig!r}"
     problem = f"{shown} at {where} is not in alphabet {ALPHABET_NAME}; set invalid='mask' or fix it"
     if is_protein(raw):
         problem = (

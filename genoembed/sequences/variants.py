@@ -24,8 +24,8 @@ from genoembed.config.score import DEFAULT_FLANK
 from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, decode_text, iter_lines, iter_text
+from genoembed.sequences.contigs import FastaContigs
 from genoembed.sequences.records import Counts, reverse_complement
-from genoembed.sequences.regions import FastaContigs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

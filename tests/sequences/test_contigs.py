@@ -12,7 +12,7 @@ from genoembed.errors import GenoembedError, InputFileError
 from genoembed.sequences import compression, read_sequences
 from genoembed.sequences import formats as fasta
 from genoembed.sequences.compression import InputDigests
-from genoembed.sequences.regions import FastaContigs
+from genoembed.sequences.contigs import FastaContigs
 
 FIELD = Path(__file__).parents[1] / "field" / "space_in_line.fa"
 

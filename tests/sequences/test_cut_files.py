@@ -12,7 +12,7 @@ from Bio import bgzf
 
 from genoembed.errors import SequenceFormatError
 from genoembed.sequences import read_sequences
-from genoembed.sequences.regions import iter_intervals
+from genoembed.sequences.annotation import iter_features
 from genoembed.sequences.tables import iter_rows
 from genoembed.sequences.variants import read_variants
 
@@ -57,8 +57,8 @@ TEXTS = {
     "fasta": (b">a\nACGTACGTAC\n>b\nGGGGCCCCAT\n", read_sequences),
     "fastq": (b"@a\nACGTACGTAC\n+\nIIIIIIIIII\n@b\nGG\n+\nII\n", read_sequences),
     "vcf": (b"##fileformat=VCFv4.2\na\t3\tx\tG\tT\n", None),
-    "bed": (b"chr1\t0\t10\nchr1\t20\t30\n", iter_intervals),
-    "gff3": (b"c\tx\tgene\t1\t9\t.\t+\t.\tID=a\n##FASTA\n>c\nACGT\n", iter_intervals),
+    "bed": (b"chr1\t0\t10\nchr1\t20\t30\n", iter_features),
+    "gff3": (b"c\tx\tgene\t1\t9\t.\t+\t.\tID=a\n##FASTA\n>c\nACGT\n", iter_features),
     "table": (b"id\tlabel\nx\t1\ny\t12345\n", iter_rows),
 }
 

@@ -21,7 +21,7 @@ from genoembed.errors import (
 from genoembed.sequences import InputCounts, compression, read_sequences
 from genoembed.sequences import compression as limits
 from genoembed.sequences import formats as fasta
-from genoembed.sequences.regions import iter_intervals
+from genoembed.sequences.annotation import iter_features
 from genoembed.sequences.tables import iter_rows
 
 MIB = 1 << 20
@@ -111,7 +111,7 @@ def test_limit_holds_for_rows_and_regions_too(tmp_path, monkeypatch):
         list(iter_rows(str(quoted)))
     rows = write(tmp_path, b"chr1\t0\t5\t" + b"x" * 3000)
     with pytest.raises(SequenceFormatError, match="one record or line of over 1000 bytes"):
-        list(iter_intervals(str(rows)))
+        list(iter_features(str(rows)))
 
 
 def test_long_single_line_is_read_exactly_in_twice_its_memory(tmp_path):
@@ -189,13 +189,13 @@ def test_duplicate_ids_by_the_thousand_are_numbered_in_one_pass(tmp_path):
 @pytest.mark.parametrize("row", [b"chr1\t0\t5\tna\0me\n", b"ch\x1br1\t0\t5\n"])
 def test_control_characters_in_bed_are_damage(tmp_path, row):
     with pytest.raises(RegionError, match=r"rows:1: control character 0x(00|1b) in a name"):
-        list(iter_intervals(str(write(tmp_path, row, "rows"))))
+        list(iter_features(str(write(tmp_path, row, "rows"))))
 
 
 def test_control_characters_that_gff3_spells_with_percent_are_damage(tmp_path):
     row = b"chr1\t.\tgene\t1\t5\t.\t+\t.\tID=a%00b\n"
     with pytest.raises(RegionError, match="rows:1: control character 0x00 in a name"):
-        list(iter_intervals(str(write(tmp_path, row, "rows"))))
+        list(iter_features(str(write(tmp_path, row, "rows"))))
 
 
 def test_control_byte_in_a_genbank_id_is_damage(tmp_path):

@@ -65,8 +65,8 @@ def test_names_and_strands_come_from_the_rows(tmp_path, reference):
     assert [(r.id, r.strand, r.description) for r in records] == [
         ("geneA", "-", "chr1:11-20(-)"),
         ("chr1:11-20(+)", "+", ""),
-        ("gene;1", "-", "chr1:11-20(-)"),
-        ("n", "+", "chr1:11-20(+)"),
+        ("gene;1", "-", "chr1:11-20(-) gene"),
+        ("n", "+", "chr1:11-20(+) gene"),
     ]
     assert records[0].sequence == reverse_complement(records[1].sequence)
 

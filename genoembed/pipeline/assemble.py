@@ -21,6 +21,7 @@ from genoembed.contracts import EmbeddingBlock, ObsRow, TokenBlock
 from genoembed.errors import ConfigError, EmptyPoolError
 from genoembed.pooling.fuse import combine_strands, combine_token_strands, fuse
 from genoembed.pooling.reduce import merge_windows
+from genoembed.sequences.records import contig_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -378,6 +379,18 @@ def _record_row(record: SequenceRecord, num_windows: int) -> ObsRow:
     )
 
 
+def _joined_extent(record: SequenceRecord, window: Window) -> tuple[int, int]:
+    """Return the first base of a window of a joined feature on the contig, and one past its last."""
+    places = contig_places(record).places
+    # over the origin of a circular contig, places go on counting, as the record's end does
+    wrapped = places[record.core_start : record.core_end]
+    wrapped = wrapped[wrapped < record.start]
+    seen = places[window.core_start : window.core_end]
+    if len(wrapped):
+        seen = np.where(seen < record.start, seen + record.end - 1 - wrapped.max(), seen)
+    return int(seen.min()), int(seen.max()) + 1
+
+
 def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
     """Describe one window by the bases it answers for, in the parent's coordinates, and what it sees."""
     before, after = window.core_start - record.core_start, record.core_end - window.core_end
@@ -385,6 +398,8 @@ def _window_row(record: SequenceRecord, window: Window) -> ObsRow:
         # windows go from left to right over the sequence, which is the parent's reverse complement
         before, after = after, before
     start, end = record.start + before, record.end - after
+    if record.stretches:
+        start, end = _joined_extent(record, window)
     return ObsRow(
         id=f"{record.id}:{start + 1}-{end}",  # as places are written: from 1, both ends included
         description=record.description,

@@ -155,7 +155,9 @@ def color_limit(maps: Sequence[MutationMap]) -> float:
 
 
 def _name(found: MutationMap) -> str:
-    place = f"{found.contig}:{found.start + 1:,}-{found.start + len(found.reference):,}"
+    place = f"{found.contig}:{int(found.positions.min()) + 1:,}-{int(found.positions.max()) + 1:,}"
+    if found.joined_P is not None:
+        place += ", joined parts"
     name = place if found.record == found.contig or found.record.startswith(found.contig + ":") else ""
     name = name or f"{found.record}  ({place})"
     strand = ", read on the reverse strand" if found.strand == "-" else ""
@@ -164,8 +166,9 @@ def _name(found: MutationMap) -> str:
 
 def _draw_line(axes: Axes, line: _Line, colors: Colormap, norm: Normalize, *, width: int) -> None:
     span = slice(line.first, line.past)
-    first = line.found.start + line.first + 1
-    past = line.found.start + line.past + 1
+    # parts that are joined have no common axis: theirs counts along them
+    start = 0 if line.found.joined_P is not None else line.found.start
+    first, past = start + line.first + 1, start + line.past + 1
     axes.imshow(
         line.found.delta_P4[span].T,
         aspect="auto",

@@ -27,7 +27,7 @@ from genoembed.atomic import replacing, reporting_writes
 from genoembed.config.fields import named_options
 from genoembed.config.paths import STANDARD_STREAM, check_paths, path_strings
 from genoembed.config.score import DEFAULT_FLANK, MutationConfig
-from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError
+from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError, RegionError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.scoring.alleles import (
@@ -45,7 +45,7 @@ from genoembed.scoring.heat_map import MOST_LINES, draw_heat_map, num_lines
 from genoembed.scoring.scorer import run_options
 from genoembed.sequences import InputCounts, read_sequences
 from genoembed.sequences.compression import InputDigests
-from genoembed.sequences.records import reverse_complement
+from genoembed.sequences.records import contig_places, reverse_complement
 from genoembed.sequences.variants import iter_substitutions
 from genoembed.store.mutation_map import MAP_BASES, NO_METHOD, MutationMap, open_mutation_maps
 from genoembed.store.tables import open_table
@@ -64,7 +64,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_POLICIES = ("invalid", "duplicates", "empty", "gaps", "keep_case")
+_POLICIES = (
+    *("invalid", "duplicates", "empty", "gaps", "keep_case"),
+    *("feature", "name_attribute", "join_by", "bad_regions"),
+)
 METHOD_NAMES = ("none", LIKELIHOOD, PSEUDO, MARGINAL)
 """By their numbers in the file of the matrix."""
 
@@ -166,8 +169,9 @@ def score_mutations(
         overwrite: Replace existing files, once the new ones are complete.
         progress: Called with the running totals after each forward pass.
         **options: ``rc``, ``start_token``, ``on_error``, ``revision``, ``trust_remote_code``, ``dtype``
-            (float32), ``fp8``, ``device``, ``threads``, ``batch_tokens``; and ``invalid``, ``duplicates``,
-            ``empty``, ``gaps``, ``keep_case``, as for ``score``.
+            (float32), ``fp8``, ``device``, ``threads``, ``batch_tokens``; and ``feature``,
+            ``name_attribute``, ``join_by``, ``bad_regions``, ``invalid``, ``duplicates``, ``empty``,
+            ``gaps``, ``keep_case``, as for ``extract``.
 
     Returns:
         What was done.
@@ -202,7 +206,7 @@ def score_mutations(
         read_sequences(
             inputs,
             regions=places or None,
-            flank=flank if places else 0,
+            flank=flank if places or policies.get("feature") else 0,
             counts=counts,
             digests=digests,
             **policies,
@@ -268,8 +272,21 @@ def score_mutations(
 
 def _empty_map(record: SequenceRecord) -> MutationMap:
     """Make the map of a record before anything is scored: its own bases have 0, all else nothing."""
-    core = record.sequence[record.core_start : record.core_end].upper()
-    reference = reverse_complement(core) if record.strand == "-" else core
+    pooled = slice(record.core_start, record.core_end)
+    found = contig_places(record)
+    places, is_turned = found.places[pooled], found.is_turned[pooled]
+    if len(np.unique(places)) < len(places):
+        problem = (
+            "its parts overlap, so that a base of the contig is in it twice and has no change of its own; "
+            "set join_by='none'"
+        )
+        raise RegionError(problem, path=record.source, line=record.line, record_id=record.id)
+    core = record.sequence[pooled].upper()
+    other = reverse_complement(core)[::-1]
+    letters = np.where(is_turned, np.frombuffer(other, np.uint8), np.frombuffer(core, np.uint8))
+    if record.strand == "-":
+        letters, places = letters[::-1], places[::-1]
+    reference = letters.tobytes()
     is_own_P4 = np.frombuffer(reference, np.uint8)[:, None] == np.frombuffer(MAP_BASES.encode(), np.uint8)
     return MutationMap(
         record=record.id,
@@ -279,6 +296,7 @@ def _empty_map(record: SequenceRecord) -> MutationMap:
         reference=reference.decode("ascii"),
         delta_P4=np.where(is_own_P4, np.float32(0), np.float32(np.nan)),
         method_P4=np.full(is_own_P4.shape, NO_METHOD, np.uint8),
+        joined_P=places if record.stretches else None,
     )
 
 
@@ -310,6 +328,11 @@ class _Outputs:
         self.num_rows = 0
         self.methods: Counter[str] = Counter()
         self._maps = maps
+        self._rows_of: dict[str, dict[int, int]] = {
+            name: {int(place): row for row, place in enumerate(found.joined_P)}
+            for name, found in maps.items()
+            if found.joined_P is not None
+        }
         self._writer: TableWriter | None = None
         self._write_maps: Callable[..., None] | None = None
         self._part: Path | None = None
@@ -332,7 +355,9 @@ class _Outputs:
         else:
             self._writer.write(row)
         if not math.isnan(row.delta):
-            place = row.pos - 1 - found.start, MAP_BASES.index(row.alt)
+            rows = self._rows_of.get(found.record)
+            position = row.pos - 1 - found.start if rows is None else rows[row.pos - 1]
+            place = position, MAP_BASES.index(row.alt)
             found.delta_P4[place] = row.delta
             found.method_P4[place] = METHOD_NAMES.index(row.method)
             self.methods[row.method] += 1

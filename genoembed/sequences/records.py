@@ -270,14 +270,23 @@ def reverse_complement(sequence: bytes) -> bytes:
     return sequence.translate(_COMPLEMENT)[::-1]
 
 
-def contig_places(record: SequenceRecord) -> NDArray[np.int64]:
-    """Return the 0-based place on the contig of each base of a record, flanks included, in reading order.
+class Places(NamedTuple):
+    """Where the bases of a record are on its contig, flanks included, in reading order."""
+
+    places: NDArray[np.int64]
+    """0-based."""
+    is_turned: NDArray[np.bool_]
+    """True where the reverse strand is read."""
+
+
+def contig_places(record: SequenceRecord) -> Places:
+    """Return where each base of a record is on the contig.
 
     Example:
         >>> from genoembed.contracts import SequenceRecord, Stretch
         >>> parts = (Stretch(7, 9, "-"), Stretch(2, 4, "-"))
         >>> joined = SequenceRecord(id="r", sequence=b"ACGT", start=2, end=9, strand="-", stretches=parts)
-        >>> contig_places(joined).tolist()
+        >>> contig_places(joined).places.tolist()
         [8, 7, 3, 2]
     """
     stretches = record.stretches
@@ -286,7 +295,8 @@ def contig_places(record: SequenceRecord) -> NDArray[np.int64]:
         first = record.start - (length - record.core_end if is_reverse else record.core_start)
         stretches = (Stretch(first, first + length, record.strand),)
     runs = [np.arange(start, end)[:: 1 if strand == "+" else -1] for start, end, strand in stretches]
-    return np.concatenate(runs).astype(np.int64)
+    turned = np.repeat([part.strand == "-" for part in stretches], [len(run) for run in runs])
+    return Places(np.concatenate(runs).astype(np.int64), turned)
 
 
 class CleanedBody(NamedTuple):

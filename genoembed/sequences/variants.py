@@ -25,7 +25,7 @@ from genoembed.contracts import Variant, VariantContext
 from genoembed.errors import ConfigError, SequenceFormatError, VariantError
 from genoembed.sequences.compression import STDIN, check_readable, decode_text, iter_lines, iter_text
 from genoembed.sequences.contigs import FastaContigs
-from genoembed.sequences.records import Counts, reverse_complement
+from genoembed.sequences.records import Counts, contig_places, reverse_complement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -342,8 +342,7 @@ def iter_substitutions(record: SequenceRecord, *, flank: int) -> Iterator[Varian
         (b'ACN', b'ATN', 8, 11)
     """
     length, is_reverse = len(record.sequence), record.strand == "-"
-    # where the sequence begins on the contig, flanks included
-    origin = record.start - (length - record.core_end if is_reverse else record.core_start)
+    places, is_turned = contig_places(record)
 
     def fetch(start: int, end: int) -> bytes:
         return record.sequence[start:end]
@@ -351,16 +350,16 @@ def iter_substitutions(record: SequenceRecord, *, flank: int) -> Iterator[Varian
     for number in range(record.core_end - record.core_start):
         place = record.core_end - 1 - number if is_reverse else record.core_start + number
         own = fetch(place, place + 1)
-        letter = reverse_complement(own.upper()) if is_reverse else own.upper()
+        letter = reverse_complement(own.upper()) if is_turned[place] else own.upper()
         if letter not in BASES:
             continue
         for base in BASES:
             if base == letter:
                 continue
-            alt = reverse_complement(base) if is_reverse else base
+            alt = reverse_complement(base) if is_turned[place] else base
             variant = Variant(
                 contig=record.contig or record.id,
-                position=record.start + number + 1,
+                position=int(places[place]) + 1,
                 ref=letter.decode(),
                 alt=base.decode(),
                 id=record.id,
@@ -370,8 +369,8 @@ def iter_substitutions(record: SequenceRecord, *, flank: int) -> Iterator[Varian
             # soft-masked letters, where they are kept, stay soft-masked when they change
             change = Change(place, own, alt.lower() if own.islower() else alt)
             found = _cut(variant, variant, change, fetch, length=length, flank=flank)
-            start = length - found.end if is_reverse else found.start
-            yield replace(found, start=origin + start, end=origin + start + found.end - found.start)
+            seen = places[found.start : found.end]
+            yield replace(found, start=int(seen.min()), end=int(seen.max()) + 1)
 
 
 def _cut(

@@ -71,6 +71,15 @@ class MutationMap:
     """``(P, 4)``: 0 at the reference's base, NaN where there is no score."""
     method_P4: NDArray[np.uint8]
     """``(P, 4)``: how the allele was compared, as a number among the file's methods."""
+    joined_P: NDArray[np.int64] | None = None
+    """``(P,)``: the positions, 0-based, where the record is joined of parts; None: one after the other."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """The positions, 0-based, ``(P,)``."""
+        if self.joined_P is not None:
+            return self.joined_P
+        return np.arange(self.start, self.start + len(self.reference))
 
 
 @contextmanager
@@ -127,7 +136,7 @@ def _write(hdf5: h5py.File, maps: Sequence[MutationMap], provenance: Mapping[str
 def _write_positions(group: h5py.Group, maps: Sequence[MutationMap]) -> None:
     """Write the table of positions; regions may overlap, so a row is named after record and position."""
     lengths = [len(found.reference) for found in maps]
-    places = [found.start + 1 + at for found in maps for at in range(len(found.reference))]
+    places = [int(place) + 1 for found in maps for place in found.positions]
     names = [name for found in maps for name in [found.record] * len(found.reference)]
     write_text_array(group, INDEX, [f"{name}:{place}" for name, place in zip(names, places, strict=True)])
     columns: dict[str, list[str]] = {

@@ -24,6 +24,7 @@ from genoembed.config.choices import (
     GapPolicy,
     InvalidPolicy,
     Pooling,
+    RegionPolicy,
     StorageDtype,
     Strands,
 )
@@ -33,11 +34,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
 MESSAGES = {"-q", "--quiet", "-v", "--verbose", "--json"}
 OPTIONS = {
     "extract": """
-        --batch-tokens --certificate --config --device --dry-run --dtype --duplicates --empty --engine
-        --flank --fp8 --fuse --fusion-weights --gaps --import --invalid --keep-case --layer --model -o
-        --on-error --out-dtype --output --overwrite --per-window --pool --ray-address --rc --regions
-        --resume --revision --shard --skip-first --stride --threads --trust-remote-code --unit-bases
-        --window --workers""",
+        --bad-regions --batch-tokens --certificate --config --device --dry-run --dtype --duplicates
+        --empty --engine --feature --flank --fp8 --fuse --fusion-weights --gaps --import --invalid
+        --join-by --keep-case --layer --model --name-attribute -o --on-error --out-dtype --output
+        --overwrite --per-window --pool --ray-address --rc --regions --resume --revision --shard
+        --skip-first --stride --threads --trust-remote-code --unit-bases --window --workers""",
     "merge": """
         --overwrite""",
     "layers": """
@@ -84,12 +85,13 @@ OPTIONS = {
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
-        --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty --flank --fp8
-        --gaps --group-column --homolog-identity --id-column --import --invalid --keep-case
-        --label-column --labels --layer --model --no-baselines --no-plot --no-untrained --num-folds
-        --on-error -o --output --overwrite --plot --pool --preset --rc --regions --revision --seed
-        --sequences --skip-first --split --split-column --stride --task --threads --top --transform
-        --trust-remote-code --unit-bases --unmatched --untrained --window""",
+        --bad-regions --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty
+        --feature --flank --fp8 --gaps --group-column --homolog-identity --id-column --import
+        --invalid --join-by --keep-case --label-column --labels --layer --model --name-attribute
+        --no-baselines --no-plot --no-untrained --num-folds -o --on-error --output --overwrite
+        --plot --pool --preset --rc --regions --revision --seed --sequences --skip-first --split
+        --split-column --stride --task --threads --top --transform --trust-remote-code --unit-bases
+        --unmatched --untrained --window""",
     "plot": """
         --classes --color --components --config --layer --max-points --method --min-dist
         -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",
@@ -103,10 +105,11 @@ OPTIONS = {
     "export-model": """
         --dtype --import -o --output --overwrite --revision --trust-remote-code""",
     "score": """
-        --batch-tokens --config --device --dtype --duplicates --empty --flank --fp8 --gaps --heat-map
-        --import --invalid --keep-case --layer --matrix --model --mutagenesis --on-error -o --output
-        --overwrite --per-base --pool --rc --reference --regions --revision --start-token --stride --threads
-        --trust-remote-code --unsupported --vcf --vectors --window""",
+        --bad-regions --batch-tokens --config --device --dtype --duplicates --empty --feature
+        --flank --fp8 --gaps --heat-map --import --invalid --join-by --keep-case --layer --matrix
+        --model --mutagenesis --name-attribute -o --on-error --output --overwrite --per-base --pool
+        --rc --reference --regions --revision --start-token --stride --threads --trust-remote-code
+        --unsupported --vcf --vectors --window""",
     "generate": """
         --batch-rows --batch-tokens --cache --config --device --dtype --duplicates --empty --fp8 --gaps
         --import --invalid --keep-case --length --model -n --no-cache --no-stop-at-end --num-samples -o
@@ -130,6 +133,7 @@ CHOICES = {
     "duplicates": DuplicatePolicy,
     "empty": EmptyPolicy,
     "gaps": GapPolicy,
+    "bad_regions": RegionPolicy,
     "dtype": ComputeDtype,
     "fp8": Fp8Choice,
     "out_dtype": StorageDtype,

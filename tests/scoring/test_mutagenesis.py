@@ -141,6 +141,22 @@ def test_region_on_the_reverse_strand_is_read_there_and_keeps_places_and_letters
         )
 
 
+def test_joined_parts_have_the_places_and_letters_of_the_contig(tmp_path):
+    rows = [f"c\tx\tCDS\t{first}\t{last}\t.\t-\t0\tID=cds\n" for first, last in ((11, 13), (41, 42))]
+    (tmp_path / "c.gff3").write_text("".join(rows))
+    options = {"regions": tmp_path / "c.gff3", "feature": "CDS", "heat_map": tmp_path / "m.png"}
+    report = mutate(tmp_path, matrix=tmp_path / "m.h5", **options)
+    assert [(row.pos, row.ref) for row in report.rows[::3]] == [
+        (pos, CONTIG[pos - 1]) for pos in (11, 12, 13, 41, 42)
+    ]
+    assert len({row.delta for row in report.rows}) == len(report.rows) == 15
+    with h5py.File(tmp_path / "m.h5") as file:
+        assert file["obs/pos"][:].tolist() == [11, 12, 13, 41, 42]
+        assert [value for value in file["X"][:].ravel() if value] == [
+            pytest.approx(row.delta, abs=1e-6) for row in report.rows
+        ]
+
+
 @pytest.mark.parametrize(
     ("model", "regions", "passes"),
     [("nt_v2", "c:31-40", 10), ("dnabert_k6", "c:31-40", 10), ("nt_v2", None, 2)],

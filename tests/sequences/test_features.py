@@ -11,10 +11,13 @@ from Bio.SeqRecord import SeqRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genoembed.contracts import Window
 from genoembed.errors import DuplicateIdError, RegionError
+from genoembed.pipeline.assemble import _window_row
 from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 from genoembed.sequences.annotation import FeatureChoice, iter_features
 from genoembed.sequences.records import contig_places
+from genoembed.sequences.variants import iter_substitutions
 
 LENGTH = 400
 CONTIG = "".join(random.Random(5).choices("ACGT", k=LENGTH))
@@ -76,7 +79,7 @@ def test_genbank_features_are_what_biopython_extracts(tmp_path_factory, location
     assert read.strand == ("+" if strand == 1 else "-")
     assert read.description.endswith("CDS a protein")
     # each base is where it says it is on the contig
-    places = contig_places(read)
+    places, _ = contig_places(read)
     letters = np.frombuffer(CONTIG.encode(), np.uint8)[places].tobytes()
     if strand == -1:
         letters = reverse_complement(letters)[::-1]
@@ -300,3 +303,25 @@ def test_a_large_file_is_not_held(tmp_path):
     features = iter_features(str(write(tmp_path, "big.gff3", rows)), FeatureChoice(types=("gene",)))
     assert next(features).name == "g0"
     assert len(list(features)) == 49
+
+
+def test_changes_of_joined_parts_have_the_places_and_letters_of_the_contig(tmp_path, fasta):
+    rows = [gff("CDS", 11, 14, "-", "ID=a"), gff("CDS", 31, 33, "-", "ID=a")]
+    (record,) = read_sequences(fasta, regions=write(tmp_path, "m.gff3", rows), flank=6)
+    changes = list(iter_substitutions(record, flank=3))
+    places = [11, 12, 13, 14, 31, 32, 33]
+    assert [change.variant.position for change in changes[::3]] == places
+    for change in changes:
+        assert change.variant.ref == CONTIG[change.variant.position - 1]
+        assert change.ref_sequence in record.sequence
+    assert (changes[9].start, changes[9].end) == (10, 33)  # base 14 with the three on either side of it
+
+
+def test_windows_of_a_feature_over_the_origin_count_on(tmp_path, fasta):
+    rows = [gff("region", 1, LENGTH, "+", "ID=c;Is_circular=true"), gff("gene", 391, 420, "+", "ID=g")]
+    (record,) = read_sequences(fasta, regions=write(tmp_path, "o.gff3", rows), feature="gene", flank=4)
+    windows = [
+        Window(start=first, end=first + 10, core_start=first, core_end=first + 10) for first in (4, 14, 24)
+    ]
+    found = [_window_row(record, window) for window in windows]
+    assert [row.id for row in found] == ["g:391-400", "g:401-410", "g:411-420"]

@@ -26,7 +26,7 @@ SOURCES = sorted(
 NO_ROW = (
     "cannot be read (",
     "has changed while",
-    "is no regular file",
+    "is not a regular file",
     "one record or line",
     "environment variable",
 )

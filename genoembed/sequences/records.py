@@ -270,7 +270,7 @@ def reverse_complement(sequence: bytes) -> bytes:
     return sequence.translate(_COMPLEMENT)[::-1]
 
 
-class Places(NamedTuple):
+class ContigPlaces(NamedTuple):
     """Where the bases of a record are on its contig, flanks included, in reading order."""
 
     places: NDArray[np.int64]
@@ -279,7 +279,7 @@ class Places(NamedTuple):
     """True where the reverse strand is read."""
 
 
-def contig_places(record: SequenceRecord) -> Places:
+def contig_places(record: SequenceRecord) -> ContigPlaces:
     """Return where each base of a record is on the contig.
 
     Example:
@@ -296,7 +296,7 @@ def contig_places(record: SequenceRecord) -> Places:
         stretches = (Stretch(first, first + length, record.strand),)
     runs = [np.arange(start, end)[:: 1 if strand == "+" else -1] for start, end, strand in stretches]
     turned = np.repeat([part.strand == "-" for part in stretches], [len(run) for run in runs])
-    return Places(np.concatenate(runs).astype(np.int64), turned)
+    return ContigPlaces(np.concatenate(runs).astype(np.int64), turned)
 
 
 class CleanedBody(NamedTuple):

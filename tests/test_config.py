@@ -53,7 +53,8 @@ REFUSED = [
     ({"fusion": "sum"}, r"^fusion is 'sum'; set fusion to one of none, concat, mean, max, weighted$"),
     (
         {"fusion": "weighted"},
-        r"^fusion is 'weighted'; set fusion_weights to one weight per layer, such as 0\.2,0\.8$",
+        r"^fusion is 'weighted', but there are no weights; "
+        r"set fusion_weights to one weight per layer, such as 0\.2,0\.8$",
     ),
     ({"fusion_weights": (1.0,)}, r"^fusion_weights are given, but fusion is 'none'; set fusion='weighted'$"),
     (
@@ -217,8 +218,8 @@ def test_every_python_call_answers_an_unknown_key_with_the_nearest(name):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("models", "info", "doctor")])
 def test_every_command_answers_an_unknown_option_with_the_nearest(name):
-    word = "--al" if name == "layers" else "--overwrte" if name != "verify" else "--tolerence"
-    near = {"layers": "--all", "verify": "--tolerance"}.get(name, "--overwrite")
+    word = {"layers": "--al", "verify": "--tolerence", "serve": "--devce"}.get(name, "--overwrte")
+    near = {"layers": "--all", "verify": "--tolerance", "serve": "--device"}.get(name, "--overwrite")
     result = CliRunner().invoke(main, [name, word, "x"])
     assert result.exit_code == 2
     assert f"'{word}' is not an option; did you mean '{near}'?" in result.stderr

@@ -384,15 +384,20 @@ def in_command_line_words(message: str, command: click.Command, spelling: Spelli
         >>> from genoembed.cli.extract import extract_command as extract
         >>> in_command_line_words("set duplicates='suffix', or overwrite=True", extract, extract.option_of)
         'set --duplicates suffix, or --overwrite'
+        >>> in_command_line_words("flank is 3, but window is 2; leave flank out", extract, extract.option_of)
+        '--flank is 3, but --window is 2; leave --flank out'
     """
     keys = [parameter.name or "" for parameter in command.params if isinstance(parameter, click.Option)]
     for key in sorted(keys, key=len, reverse=True):
         option = spelling(key)
-        message = re.sub(rf"\bset {key}=True\b", f"add {option}", message)
+        message = re.sub(rf"\bset {key}(=| to )[Tt]rue\b", f"add {option}", message)
         message = re.sub(rf"\b{key}=True\b", option, message)
         message = re.sub(rf"\b{key}='([^' ]+)'", rf"{option} \1", message)
         # a word that is a key, too, is one where it is set; names with _ are no words of the language
-        places = rf"(?<=\bset ){key}\b|(?<=\bwith ){key}\b|\b{key}(?= is ')"
+        places = (
+            rf"(?<=\bset ){key}\b|(?<=\bwith ){key}\b|(?<=\bcheck ){key}\b|(?<=\bleave ){key}(?= out\b)"
+            rf"|(?<=\bor ){key}(?= to )|\b{key}(?= is ')|(?:^|(?<=[:;] )|(?<=, but )){key}(?= is )"
+        )
         if "_" in key:
             places += rf"|(?<![\w'\"./-]){key}(?![\w'\"./=-])"
         message = re.sub(places, option, message)

@@ -290,7 +290,10 @@ class EmbeddingConfig(Config):
                 " and leave out the first rows of each record when you read the file",
             )
         if self.fusion == "weighted" and not self.fusion_weights:
-            yield Problem("fusion is 'weighted'", Remedy("fusion_weights", words=ONE_PER_LAYER))
+            yield Problem(
+                "fusion is 'weighted', but there are no weights",
+                Remedy("fusion_weights", words=ONE_PER_LAYER),
+            )
         if self.fusion != "weighted" and self.fusion_weights:
             yield Problem(
                 f"fusion_weights are given, but fusion is {self.fusion!r}", Remedy("fusion", "weighted")

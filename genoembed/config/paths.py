@@ -85,7 +85,7 @@ def check_paths(
     regions = [os.fspath(name) for name in places]
     for name in regions:
         if name != STANDARD_STREAM and not _exists(name) and PLACE_PATTERN.fullmatch(name) is None:
-            problem = "no such file, and not a place such as chr1:1001-2000; check regions"
+            problem = "file not found, and not a place such as chr1:1001-2000; check regions"
             raise InputFileError(problem, path=name[:_SHOWN_TEXT])
     uncertain = [os.fspath(name) for name in may_read]
     for name in uncertain:

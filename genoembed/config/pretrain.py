@@ -155,12 +155,14 @@ class DataConfig(Config):
             yield "corpus is empty; name at least one sequence file"
         if bool(self.heldout) == (self.heldout_fraction is not None):
             yield (
-                "heldout or heldout_fraction, expected exactly one of them; set heldout to a file that is "
-                "not in the corpus, or heldout_fraction to a share such as 0.02"
+                "sequences to evaluate on: expected exactly one of heldout_fraction and files; set heldout "
+                "to a file that is not in the corpus, or heldout_fraction to a fraction such as 0.02"
             )
         for name in self.heldout:
             if name in self.corpus:
-                remedy = Remedy("heldout", words="other files, or heldout_fraction to a share such as 0.02")
+                remedy = Remedy(
+                    "heldout", words="other files, or heldout_fraction to a fraction such as 0.02"
+                )
                 yield Problem(f"heldout: {name} is in the corpus as well", remedy)
 
 

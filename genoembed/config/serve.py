@@ -25,19 +25,19 @@ class ServedVectors(EmbeddingConfig):
     """How a sequence becomes one vector."""
 
     pooling: TokenPooling = same_option(
-        EmbeddingConfig, "pooling", help="How the tokens of a sequence become one vector."
+        EmbeddingConfig, "pooling", help="How to pool the token vectors of a sequence into one vector."
     )
     fusion: Fusion = same_option(
-        EmbeddingConfig, "fusion", help="How several layers become one vector; required with several layers."
+        EmbeddingConfig, "fusion", help="How to combine several layers. A reply holds one vector."
     )
     normalize: bool = option(
-        False, group=VECTORS, basic=True, help="Scale vectors to length 1, so that dot products are cosines."
+        False, group=VECTORS, basic=True, help="Scale vectors to length 1. Dot products are then cosines."
     )
     transform: str | None = option(
         None,
         group=VECTORS,
         metavar="FILE.h5",
-        help="A transform of fit-transform, applied to each vector.",
+        help="Transform made by fit-transform. It is applied to each vector.",
         reads=True,
     )
 
@@ -68,10 +68,11 @@ class RequestConfig(Config):
         PolicyConfig,
         "invalid",
         basic=False,
-        help="Letters outside IUPAC DNA: refuse the request, or mask each letter to N.",
+        help="Letters outside the IUPAC DNA alphabet: reject the request, or mask each letter (read it "
+        "as N).",
     )
     gaps: GapPolicy = same_option(
-        PolicyConfig, "gaps", help="Gap letters (- . *): refuse the request, or remove them."
+        PolicyConfig, "gaps", help="Gap letters (- . *): reject the request, or remove them."
     )
     keep_case: bool = same_option(PolicyConfig, "keep_case")
     max_bases: int = option(
@@ -81,10 +82,15 @@ class RequestConfig(Config):
         group=LIMITS,
         basic=True,
         metavar="BASES",
-        help="Longest sequence of a request.",
+        help="Length of the longest sequence that is accepted.",
     )
     max_inputs: int = option(
-        2048, ge=1, unit="sequences", group=LIMITS, metavar="N", help="Most sequences of a request."
+        2048,
+        ge=1,
+        unit="sequences",
+        group=LIMITS,
+        metavar="N",
+        help="Maximum number of sequences per request.",
     )
     max_body: int = option(
         32_000_000,
@@ -92,7 +98,7 @@ class RequestConfig(Config):
         unit="bytes",
         group=LIMITS,
         metavar="BYTES",
-        help="Largest request; a larger one is refused before it is read.",
+        help="Size of the largest request. Larger ones are rejected before they are read.",
     )
     max_queue: int = option(
         256,
@@ -101,7 +107,7 @@ class RequestConfig(Config):
         group=LIMITS,
         basic=True,
         metavar="N",
-        help="Requests that are read, wait or run at a time; more are answered with status 503 and "
+        help="Maximum number of requests at a time. Further ones are answered with status 503 and "
         "Retry-After.",
     )
 
@@ -114,7 +120,8 @@ class AddressConfig(Config):
         group=ADDRESS,
         basic=True,
         metavar="HOST",
-        help="Address to listen on. Only this machine reaches the default; the server has no password.",
+        help="Address to listen on. The default is reachable from this machine only; the server "
+        "has no password.",
     )
     port: int = option(
         8000,
@@ -123,12 +130,13 @@ class AddressConfig(Config):
         group=ADDRESS,
         basic=True,
         metavar="PORT",
-        help="Port to listen on; 0 takes a free one.",
+        help="Port to listen on. 0: any free port.",
     )
     dry_run: bool = option(
         False,
         group=ADDRESS,
-        help="Load the model, embed one sequence, print what would be served, and stop.",
+        help="Write nothing. Load the model, embed one sequence, print the address, model and "
+        "layers, and stop.",
     )
 
 

@@ -143,7 +143,7 @@ def _check_files(names: list[str], table: str | None, config: LabeledConfig) -> 
     for name in names:
         if table is None and config.kind != "none" and name != STDIN and holds_records(name):
             remedy = Remedy("labels", words="the table of their labels")
-            raise MissingOptionError(Problem(f"{name} has sequences alone", remedy), key="labels")
+            raise MissingOptionError(Problem(f"{name} has sequences, but no labels", remedy), key="labels")
 
 
 class _Reader:

@@ -64,12 +64,13 @@ def check_model_name(name: str) -> None:
     if published_named(name) is not None:
         return
     if looks_like_path(name):
-        message = f"model {name!r}: no such file or folder; {suggestion(path.name)}"
+        message = f"model {name!r}: file or folder not found;  {suggestion(path.name)}"
         raise ModelNotFoundError(message)
     # the hub has a few repositories without owner: taken if they were fetched by other means
     if "/" not in name and not Path(constants.HF_HUB_CACHE, f"models--{name}").is_dir():
         message = (
-            f"model {name!r}: no such model here, and no Hugging Face id, which is OWNER/NAME; "
+            f"model {name!r}: not found: not a name from 'genoembed models', not a local folder, and not a "
+            "Hugging Face id (OWNER/NAME); "
             f"{suggestion(name)}"
         )
         raise ModelNotFoundError(message)

@@ -385,8 +385,8 @@ def read_points(
     rows, vectors = _finite(source, candidates)
     if len(rows) < _FEWEST:
         message = (
-            f"{file.path}: {len(rows)} of {len(file)} rows have a vector ({num_failed} failed), expected "
-            f"{_FEWEST} or more for a map; see the flags of the records"
+            f"{file.path}: {len(rows)} of {len(file)} rows have a vector ({num_failed} failed), but a map "
+            f"needs {_FEWEST} or more; see the flags of the records"
         )
         raise ConfigError(message)
     return PointRows(

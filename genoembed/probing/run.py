@@ -190,7 +190,7 @@ def _table_of(names: Sequence[str], labels: str | PathLike[str] | None, given: P
         return fspath(labels)
     if len(names) > 1 or given is not None or holds_records(names[0]):
         problem = Problem(
-            f"{names[0]} has sequences alone", Remedy("labels", words="the table of their labels")
+            f"{names[0]} has sequences, but no labels", Remedy("labels", words="the table of their labels")
         )
         raise MissingOptionError(problem, key="labels")
     return names[0]

@@ -104,7 +104,8 @@ class Counts:
             if isinstance(value, Counts):
                 yield from value._words()
             elif value:
-                yield f"{value} {field.name.replace('_', ' ')}"
+                words = field.name.replace("_", " ")
+                yield f"{value:,} {words.removesuffix('s') if value == 1 else words}"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -229,8 +229,8 @@ def test_warnings_are_one_line_and_those_of_others_are_hidden(verbose, shown, cl
         (
             ">a\nACGT\n",
             "--fuse weighted --window 0",
-            "Error: --fuse is 'weighted'; set --fusion-weights to one weight per layer, such as 0.2,0.8; "
-            "window is 0; set --window to 1 or more bases",
+            "Error: --fuse is 'weighted', but there are no weights; set --fusion-weights to one weight per "
+            "layer, such as 0.2,0.8; --window is 0; set --window to 1 or more bases",
         ),
         (
             ">a\nACGT\n",
@@ -301,7 +301,7 @@ def test_other_exceptions_keep_their_traceback(cli, fasta, monkeypatch):
     [
         (["extract"], "Missing argument"),
         (["extract", "a.fa", "--pool", "median"], "'median' is not one of 'mean', 'max'"),
-        (["extract", "a.fa", "--fuse", "weighted", "--fusion-weights", "1,x"], "no list of numbers"),
+        (["extract", "a.fa", "--fuse", "weighted", "--fusion-weights", "1,x"], "not a list of numbers"),
         (["extract", "a.fa", "--window", "many"], "not a valid integer"),
         (["convert", "a.pt"], "Missing option '-o'"),
         (["extarct"], "No such command 'extarct'"),

@@ -71,7 +71,7 @@ def test_fit_transform_reports_and_search_applies_it(cli, fasta, database):
 def test_search_says_in_one_line_what_is_wrong(cli, fasta, database):
     for words, said in (
         (("search", fasta, "--against", "absent.h5"), "absent.h5"),
-        (("search", fasta, "--against", database, "-k", 0), "k is 0"),
+        (("search", fasta, "--against", database, "-k", 0), "--neighbors is 0"),
         (("fit-transform", database, "-o", "t.h5", "--components", 3), "leave components out"),
     ):
         shown = cli(*words)

@@ -90,6 +90,8 @@ OTHER_SENTENCE = {
 """Options whose first sentence differs between commands, and why."""
 
 OTHER_VALUE = {
+    "--invalid": "a server does not skip",
+    "--normalize": "training has a third choice: as the model was trained",
     "--keep-case": "predict has a third choice: as in training",
     "--layer": "a matrix of a file has a name; layers of a model are also numbers and patterns",
     "--method": "of a transform, or of a map",
@@ -127,7 +129,7 @@ def test_options_of_one_name_take_one_kind_of_value():
         assert len({tuple(option.opts) for name, option in found if "--output" not in option.opts}) <= 1
 
 
-RUNS_A_MODEL = {"extract", "search", "probe", "verify", "score", "generate", "predict"}
+RUNS_A_MODEL = {"extract", "search", "probe", "verify", "score", "generate", "predict", "serve"}
 TRAINS = {"pretrain", "finetune"}
 READS_OPTIONS_FROM_A_FILE = RUNS_A_MODEL | TRAINS | {"plot"}
 

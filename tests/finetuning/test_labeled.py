@@ -316,7 +316,7 @@ BAD = [
         ">a\nACGT",
         {},
         MissingOptionError,
-        r"f has sequences alone; set labels to the table of their labels",
+        r"f has sequences, but no labels; set labels to the table of their labels",
     ),
     ("", {}, SequenceFormatError, r"f: the file is empty"),
     (b"\x00\x01\x02", {}, SequenceFormatError, r"f: this is a binary file \(byte 0x00\)"),
@@ -363,13 +363,13 @@ def test_labeled_label_table_refuses_an_id_twice(tmp_path):
 
 
 def test_labeled_file_that_is_missing_is_named_at_once():
-    with pytest.raises(InputFileError, match=r"nowhere\.tsv: no such file"):
+    with pytest.raises(InputFileError, match=r"nowhere\.tsv: file not found"):
         iter_labeled("nowhere.tsv")
 
 
 def test_labeled_nothing_left_is_an_error_that_counts_in_words(tmp_path):
     path = write(tmp_path, "a.tsv", tsv([("J", "x")]))
-    with pytest.raises(ConfigError, match=r"no sequence is left \(1 files, 1 skipped invalid\); give more"):
+    with pytest.raises(ConfigError, match=r"no sequence is left \(1 file, 1 skipped invalid\); give more"):
         read_labeled(path, policies=Policies(invalid="skip"))
 
 

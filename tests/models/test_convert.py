@@ -130,7 +130,7 @@ def test_a_missing_piece_is_named(tmp_path):
 
 
 def test_an_absent_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nope.pt: no such file, and no pieces"):
+    with pytest.raises(CheckpointError, match=r"nope.pt: file not found, and no pieces"):
         checkpoint_files(tmp_path / "nope.pt")
 
 
@@ -250,7 +250,7 @@ def test_nobody_is_told_to_switch_safe_loading_off(tmp_path):
 
 
 def test_an_absent_checkpoint_of_unknown_name_is_called_absent(tmp_path):
-    with pytest.raises(CheckpointError, match=r"mine\.pt: no such file"):
+    with pytest.raises(CheckpointError, match=r"mine\.pt: file not found"):
         convert_checkpoint(tmp_path / "mine.pt", tmp_path / "out")
 
 
@@ -302,7 +302,7 @@ def test_blocks_of_a_converted_model_equal_its_hidden_states(tmp_path):
 
 def test_configuration_must_be_known_and_said_once(tmp_path):
     source = GOLDEN / "b_1m" / STYLES["b_1m"]
-    with pytest.raises(ModelError, match=r"'evo2_golden_40bstyle' is not a checkpoint of the registry"):
+    with pytest.raises(ModelError, match=r"'evo2_golden_40bstyle'is not the name of a known checkpoint"):
         convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(ModelError, match="both name and config are given"):
         convert_checkpoint(source, tmp_path / "out", name="evo2_7b", config="x.yml")

@@ -271,7 +271,7 @@ def test_unknown_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-kind"}))
     with pytest.raises(ModelError, match="of no kind that transformers reads"):
         describe_layers(str(tmp_path))
-    with pytest.raises(ModelNotFoundError, match="no such file or folder"):
+    with pytest.raises(ModelNotFoundError, match="file or folder not found"):
         describe_layers(str(tmp_path / "nothing"))
 
 

@@ -374,7 +374,7 @@ def test_unknown_name_gets_near_names(monkeypatch):
         raise OSError(message)
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(ModelNotFoundError, match=r"'evo2-7b': no such model here, .* did you mean 'evo2_7b'"):
+    with pytest.raises(ModelNotFoundError, match=r"'evo2-7b': not found: .* did you mean 'evo2_7b'"):
         load_model("evo2-7b")
     with pytest.raises(
         ModelNotFoundError,

@@ -261,7 +261,9 @@ def test_place_that_is_no_number_is_no_map(monkeypatch):
 
 def test_too_few_vectors_are_refused(tmp_path):
     write_map_file(tmp_path / "a.h5", num_rows=5, failed=(0, 1), nan=(2,))
-    with pytest.raises(ConfigError, match=r"2 of 5 rows have a vector \(2 failed\), expected 3 or more"):
+    with pytest.raises(
+        ConfigError, match=r"2 of 5 rows have a vector \(2 failed\), but a map needs 3 or more"
+    ):
         plot(tmp_path / "a.h5")
 
 

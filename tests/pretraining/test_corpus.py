@@ -260,7 +260,7 @@ def test_stream_refuses_files_that_it_cannot_read_again(tmp_path):
         DocumentStream([], epoch=-1)
     with pytest.raises(ConfigError, match=r"^paths: '-' can be read only once; save it to a file first"):
         DocumentStream(["-"])
-    with pytest.raises(InputFileError, match=r"none\.fa: no such file"):
+    with pytest.raises(InputFileError, match=r"none\.fa: file not found"):
         DocumentStream([tmp_path / "none.fa"])
 
 

@@ -85,7 +85,7 @@ def test_extract_takes_a_table_too(tmp_path):
 def test_labels_that_are_nowhere_are_asked_for(tmp_path):
     (tmp_path / "a.fa").write_text(">a\nACGT\n")
     for inputs in (tmp_path / "a.fa", "-", [tmp_path / "a.fa", tmp_path / "a.fa"]):
-        with pytest.raises(MissingOptionError, match="has sequences alone; set labels to the"):
+        with pytest.raises(MissingOptionError, match="has sequences, but no labels; set labels to the"):
             genoembed.probe(inputs, output=tmp_path / "o")
     only = write(tmp_path / "l.tsv", [{"id": "a", "label": "x"}], "tsv")
     with pytest.raises(SequenceFormatError, match="no column 'sequence'"):

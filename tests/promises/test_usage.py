@@ -120,7 +120,7 @@ def test_unknown_model_is_seen_before_torch_is_imported(name, world):
     ran = run_cold(words, world)
     assert ran.returncode == 1, ran.stderr
     *said, loaded = ran.stderr.splitlines()
-    assert said[-1].startswith("Error: model 'evo2-7b': no such model here")
+    assert said[-1].startswith("Error: model 'evo2-7b': not found")
     assert said[-1].endswith("did you mean 'evo2_7b'?")
     assert loaded == "LOADED []"
 

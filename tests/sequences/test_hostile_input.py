@@ -217,7 +217,7 @@ def test_sequence_given_for_a_file_name_is_one_line(call):
 
 def test_sequence_given_for_a_region_is_one_line(tmp_path):
     path = write(tmp_path, b">chr1\nACGT\n", "a.fa")
-    with pytest.raises(InputFileError, match="no such file, and not a place such as"):
+    with pytest.raises(InputFileError, match="file not found, and not a place such as"):
         list(read_sequences(path, regions="ACGT" * 200))
 
 

@@ -311,7 +311,7 @@ def test_options_are_checked_before_the_first_record(options, problem):
 
 
 def test_all_files_are_looked_for_before_the_first_record():
-    with pytest.raises(InputFileError, match="no such file") as caught:
+    with pytest.raises(InputFileError, match="file not found") as caught:
         read_sequences([CASES / "ok.fa", "missing.fa"])
     assert caught.value.path == "missing.fa"
     with pytest.raises(InputFileError, match="not a place such as chr1:1001-2000"):

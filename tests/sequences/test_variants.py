@@ -264,9 +264,9 @@ def test_options_and_files_are_checked_at_once(tmp_path, reference):
     with pytest.raises(ConfigError, match="flank is 0; set flank to 1") as caught:
         read_variants(path, "-", flank=0, unsupported="drop")
     assert len(caught.value.problems) == 3
-    with pytest.raises(InputFileError, match=r"nothing\.vcf: no such file"):
+    with pytest.raises(InputFileError, match=r"nothing\.vcf: file not found"):
         read_variants(tmp_path / "nothing.vcf", reference)
-    with pytest.raises(InputFileError, match=r"nothing\.fa: no such file"):
+    with pytest.raises(InputFileError, match=r"nothing\.fa: file not found"):
         read_variants(path, tmp_path / "nothing.fa")
 
 

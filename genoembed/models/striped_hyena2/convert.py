@@ -134,7 +134,7 @@ def checkpoint_files(source: Path) -> tuple[Path, ...]:
         if found := _PART.fullmatch(path.name):
             parts[int(found.group("number"))] = path
     if not parts:
-        message = "no such file, and no pieces .part0, .part1 ... of it; check the path of the checkpoint"
+        message = "file not found, and no pieces .part0, .part1 ... of it; check the path of the checkpoint"
         raise CheckpointError(message, path=str(source))
     absent = sorted(set(range(max(parts) + 1)) - parts.keys())
     if absent:
@@ -260,7 +260,7 @@ def _describe(
     entries = {entry.name: entry for entry in known_models() if entry.files}
     if wanted not in entries:
         message = (
-            f"{source}: {wanted!r} is not a checkpoint of the registry ({', '.join(entries)}); "
+            f"{source}: {wanted!r}is not the name of a known checkpoint ({', '.join(entries)}); "
             "set name to one of them, or config to a YAML description"
         )
         raise ModelError(message)

@@ -72,7 +72,7 @@ def test_search_says_in_one_line_what_is_wrong(cli, fasta, database):
     for words, said in (
         (("search", fasta, "--against", "absent.h5"), "absent.h5"),
         (("search", fasta, "--against", database, "-k", 0), "--neighbors is 0"),
-        (("fit-transform", database, "-o", "t.h5", "--components", 3), "leave components out"),
+        (("fit-transform", database, "-o", "t.h5", "--components", 3), "leave --components out"),
     ):
         shown = cli(*words)
         assert shown.exit_code == 1

@@ -117,7 +117,7 @@ RULES = {
         in_functions=("sklearn", "scipy", "matplotlib"),
     ),
     "plotting": Rule(
-        internal=BELOW_VERBS, third_party=("numpy",), in_functions=("sklearn", "matplotlib", "plotly", "umap")
+        internal=BELOW_VERBS, third_party=("numpy",), in_functions=("sklearn", "matplotlib", "umap")
     ),
     "exporting": Rule(
         internal=BELOW_VERBS,

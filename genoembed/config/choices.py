@@ -44,6 +44,8 @@ Metric: TypeAlias = Literal["cosine", "dot", "euclidean"]
 
 MapMethod: TypeAlias = Literal["pca", "umap", "tsne"]
 
+Theme: TypeAlias = Literal["light", "dark"]
+
 StartChoice: TypeAlias = Literal["auto", "none"]
 
 ScoreStrands: TypeAlias = Literal["none", "mean"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genoembed.config.choices import MapMethod
+from genoembed.config.choices import MapMethod, Theme
 from genoembed.config.fields import Config, option
 
 MAP, COLORS, OUTPUT = "Map", "Colors", "Output"
@@ -94,6 +94,9 @@ class PlotConfig(MapConfig):
         shown_default="name of the file",
         help="Heading of the map.",
     )
+    theme: Theme = option(
+        "light", group=OUTPUT, help="Background of pictures. The page follows the browser's settings."
+    )
     output: tuple[str, ...] = option(
         (),
         group=OUTPUT,
@@ -101,7 +104,7 @@ class PlotConfig(MapConfig):
         short="-o",
         metavar="FILE",
         shown_default="FILE.png and FILE.html",
-        help="File to write, ending in .png, .svg, .html or .tsv. Repeatable.",
+        help="File to write, ending in .png, .svg, .pdf, .html or .tsv. Repeatable.",
         writes="picture",
     )
     overwrite: bool = option(

@@ -1,33 +1,38 @@
-"""A map as a picture (PNG, or SVG of which the points are pixels where there are many) or as a page.
+"""A map as a picture (PNG, or SVG and PDF of which the points are pixels where there are many) or as a page.
 
 In: a :class:`MapContent`. Out: bytes, or the page's text. Promised: the same content gives the same bytes, no
 global state of matplotlib is touched, and the page is self-contained: no network, no server, no other file.
-It holds plotly.js, the points, and the script of ``page/map.js``; a content security policy in it forbids the
-browser to fetch anything.
+It holds the points, and the scripts of ``page/``; a content security policy in it lets the browser run these
+alone, and load nothing.
 
-Our script draws the page on plotly.js. A figure made by plotly.py would have one trace per class, so that one
-class hides another, and could neither search, nor switch between columns of both kinds, nor save a selection.
+The scripts draw the points themselves, pixel by pixel: a hundred thousand take a few milliseconds on a CPU,
+where a plotting library needs a graphics card to move them.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
 import textwrap
+import warnings
+from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from genoembed.errors import MissingExtraError
-from genoembed.plotting.colors import MISSING_COLOR, ClassColumn, MapContent, NumberColumn, point_style
+from genoembed.plotting.colors import THEMES, ClassColumn, MapContent, NumberColumn, ThemeColors, point_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+
+    from genoembed.config.choices import Theme
 
 
 _SIZE_INCHES = (9.0, 6.4)
@@ -36,12 +41,25 @@ _POINTS_AN_INCH = 72
 _PIXELS_AN_INCH = 96
 _MANY_POINTS = 3000
 _LABEL_WIDTH = 28
-_NOTE_WIDTH = 110
+_MANY_ENTRIES = 12
+_NOTE_WIDTH = 130
 _PLOT_BOX = (0.075, 0.15, 0.645, 0.755)
-_BAR_BOX = (0.755, 0.3, 0.02, 0.45)
+_BAR_BOX = (0.755, 0.36, 0.02, 0.45)
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": "genoembed"},
+    "svg": {"Date": None},
+    "pdf": {"Creator": "genoembed", "CreationDate": None},
+}
+_SETTINGS = {
+    "svg.hashsalt": "genoembed",  # ids of its parts do not change from run to run
+    "svg.fonttype": "none",  # text of an SVG and of a PDF stays text
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # which matplotlib brings along: the same on all machines
+}
 
 
-def draw_map(content: MapContent, kind: Literal["png", "svg"]) -> bytes:
+def draw_map(content: MapContent, kind: Literal["png", "svg", "pdf"], *, theme: Theme = "light") -> bytes:
     """Draw a map, colored by its first column."""
     try:
         import matplotlib as mpl
@@ -49,70 +67,99 @@ def draw_map(content: MapContent, kind: Literal["png", "svg"]) -> bytes:
     except ImportError as error:
         raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a picture") from error
     buffer = io.BytesIO()
-    # text of an SVG stays text; ids of its parts do not change from run to run
-    with mpl.rc_context({"svg.hashsalt": "genoembed", "svg.fonttype": "none", "text.parse_math": False}):
-        figure = Figure(figsize=_SIZE_INCHES)
-        axes = figure.add_axes(_PLOT_BOX)
+    colors = THEMES[theme]
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+        # an SVG leaves letters to the fonts of who opens it; a PNG or PDF shows a box for what DejaVu lacks
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        figure = Figure(figsize=_SIZE_INCHES, facecolor=colors.background)
+        axes = figure.add_axes(_PLOT_BOX, facecolor=colors.background)
         column = content.columns[0]
         if isinstance(column, ClassColumn):
-            _draw_classes(axes, content, column)
+            _draw_classes(axes, content, column, theme)
         else:
-            _draw_numbers(figure, axes, content, column)
-        _label(figure, axes, content)
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": "genoembed"}
-        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
+            _draw_numbers(figure, axes, content, column, colors)
+        _label(figure, axes, content, colors)
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_METADATA[kind])
     return buffer.getvalue()
 
 
-def _draw_classes(axes: Axes, content: MapContent, column: ClassColumn) -> None:
-    palette = np.array([*column.colors, MISSING_COLOR], dtype=object)  # MISSING is -1: the last one
+def _draw_classes(axes: Axes, content: MapContent, column: ClassColumn, theme: Theme) -> None:
+    missing = THEMES[theme].missing
+    palette = np.array([*column.colors(theme), missing], dtype=object)  # MISSING is -1: the last one
     order = content.drawing_order()
     _scatter(axes, content, order, c=palette[column.codes[order]].tolist())
+    num_lines = 1 if len(column.classes) > _MANY_ENTRIES else 2
     entries = [
-        (f"{name} ({number:,})", color)
-        for name, number, color in zip(column.classes, column.counts, column.colors, strict=True)
+        _handle(name, number, color, num_lines)
+        for name, number, color in zip(column.classes, column.counts, column.colors(theme), strict=True)
     ]
     if column.num_missing:
-        entries.append((f"no value ({column.num_missing:,})", MISSING_COLOR))
+        entries.append(_handle("no value", column.num_missing, missing, num_lines))
+    _legend(axes, entries, (1.01, 1.0), THEMES[theme], title=_shortened(column.name, _LABEL_WIDTH))
+
+
+def _legend(
+    axes: Axes,
+    handles: list[Any],
+    place: tuple[float, float],
+    colors: ThemeColors,
+    *,
+    title: str | None = None,
+) -> None:
     axes.legend(
-        handles=[_handle(text, color) for text, color in entries],
-        title=textwrap.shorten(column.name, _LABEL_WIDTH, placeholder=" ..."),
+        handles=handles,
+        title=title,
         loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
+        bbox_to_anchor=place,
         borderaxespad=0.0,
         frameon=False,
         fontsize=8,
         title_fontsize=9,
+        labelcolor=colors.ink,
         alignment="left",
         handletextpad=0.3,
-    )
+    ).get_title().set_color(colors.ink)
 
 
-def _handle(text: str, color: str) -> Any:
+def _handle(name: str, number: int, color: str, num_lines: int) -> Any:
+    """Make an entry whose count stays whole, and whose name keeps both ends: long ones differ there."""
     from matplotlib.lines import Line2D
 
-    label = "\n".join(textwrap.wrap(text, _LABEL_WIDTH, max_lines=2, placeholder=" ...")) or " "
+    count = f" ({number:,})"
+    lines = textwrap.wrap(
+        f"{_shortened(name, num_lines * _LABEL_WIDTH - len(count) - 4)}{count}", _LABEL_WIDTH + 4
+    )
+    label = "\n".join(lines)
     # a leading underscore would hide the entry
     label = "\u200b" + label if label.startswith("_") else label
     return Line2D([], [], linestyle="", marker="o", markersize=6, color=color, label=label)
 
 
-def _draw_numbers(figure: Figure, axes: Axes, content: MapContent, column: NumberColumn) -> None:
-    from matplotlib.colors import LogNorm, Normalize
+def _draw_numbers(
+    figure: Figure, axes: Axes, content: MapContent, column: NumberColumn, colors: ThemeColors
+) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
     order = content.drawing_order()
     is_there = ~np.isnan(column.values[order])
-    _scatter(axes, content, order[~is_there], c=MISSING_COLOR)
-    norm = (LogNorm if column.is_log else Normalize)(column.low, column.high)
-    drawn = _scatter(
-        axes, content, order[is_there], c=column.values[order[is_there]], cmap="viridis", norm=norm
-    )
-    bar = figure.colorbar(drawn, cax=figure.add_axes(_BAR_BOX), extend=_extend(column))
-    if bar.solids is not None:
-        bar.solids.set_alpha(1.0)
-    bar.set_label(column.name + (", log scale" if column.is_log else ""))
+    _scatter(axes, content, order[~is_there], c=colors.missing)
+    scale: dict[str, Any] = {
+        "cmap": LinearSegmentedColormap.from_list("scale", colors.scale),
+        "norm": (LogNorm if column.is_log else Normalize)(column.low, column.high),
+    }
+    _scatter(axes, content, order[is_there], c=column.values[order[is_there]], **scale)
+    # a scale of its own: that of the points would be half transparent, as they are
+    bar = figure.colorbar(ScalarMappable(**scale), cax=figure.add_axes(_BAR_BOX), extend=_extend(column))
+    bar.set_ticks([value for value, _ in column.ticks], labels=[label for _, label in column.ticks])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8, color=colors.line, labelcolor=colors.ink)
+    bar.outline.set_visible(False)
+    name = _shortened(column.name, 40) + (", log scale" if column.is_log else "")
+    bar.set_label(name, fontsize=9, color=colors.ink)
     if column.num_missing:
-        figure.text(_BAR_BOX[0], 0.25, f"no value: {column.num_missing:,}", fontsize=8, color="#666666")
+        handle = _handle("no value", column.num_missing, colors.missing, 1)
+        _legend(axes, [handle], (1.04, 0.22), colors)
 
 
 def _extend(column: NumberColumn) -> Literal["neither", "both", "min", "max"]:
@@ -134,51 +181,71 @@ def _scatter(axes: Axes, content: MapContent, rows: NDArray[np.int64], **colors:
         alpha=opacity,
         linewidths=0,
         rasterized=len(content.ids) > _MANY_POINTS,
+        zorder=2,
         **colors,
     )
 
 
-def _label(figure: Figure, axes: Axes, content: MapContent) -> None:
+def _label(figure: Figure, axes: Axes, content: MapContent, colors: ThemeColors) -> None:
     left = _PLOT_BOX[0]
-    figure.text(left, 0.945, _shortened(content.title, 90), fontsize=12, weight="bold")
-    notes = textwrap.wrap(" · ".join(content.notes), _NOTE_WIDTH * 6 // 5, max_lines=3, placeholder=" ...")
-    figure.text(left, 0.075, "\n".join(notes), fontsize=7.5, color="#555555", va="top", linespacing=1.3)
-    axes.set_xlabel(content.plane.axis_labels[0])
-    axes.set_ylabel(content.plane.axis_labels[1])
+    figure.text(left, 0.945, _shortened(content.title, 80), fontsize=12, weight="bold", color=colors.ink)
+    notes = textwrap.wrap(" · ".join(content.notes), _NOTE_WIDTH, max_lines=3, placeholder=" ...")
+    figure.text(left, 0.075, "\n".join(notes), fontsize=7.5, color=colors.quiet, va="top", linespacing=1.3)
+    axes.set_xlabel(content.plane.axis_labels[0], fontsize=9, color=colors.ink)
+    axes.set_ylabel(content.plane.axis_labels[1], fontsize=9, color=colors.ink)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7, colors="#666666")
+    axes.spines[["bottom", "left"]].set_color(colors.line)
+    axes.tick_params(labelsize=7.5, color=colors.line, labelcolor=colors.quiet)
     if content.keeps_scale:
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_xticks([])
         axes.set_yticks([])
+    else:
+        axes.grid(color=colors.grid, linewidth=0.7)
+        axes.set_axisbelow(True)
 
 
 def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+    """Leave out the middle of what is too long.
+
+    Example:
+        >>> _shortened("sp|P0A7V8|RS4_ECOLI", 11)
+        'sp|P0…ECOLI'
+    """
+    kept = width - 1
+    return text if len(text) <= width else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
 
 
 # ---------------------------------------------------------------------------------------- the page
 
 _PAGE = files("genoembed.plotting") / "page"
-_TICKS_PER_DECADE = (1, 2, 5)
 
 
 def build_page(content: MapContent) -> str:
     """Build the page."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError(package="plotly", extra="analysis", purpose="an HTML page") from error
-    template = (_PAGE / "map.html").read_text(encoding="utf-8")
+    template, style, *scripts = (
+        (_PAGE / name).read_text(encoding="utf-8") for name in ("map.html", "map.css", "points.js", "map.js")
+    )
     parts = {
         "title": html.escape(content.title),
-        "style": (_PAGE / "map.css").read_text(encoding="utf-8"),
-        "plotly": get_plotlyjs(),
+        "style": f"{_css_colors()}\n{style}",
         "content": _as_json(_facts(content)),
-        "script": (_PAGE / "map.js").read_text(encoding="utf-8"),
+        "script": "\n".join(scripts),
     }
+    # of all that a browser could run in the page, it runs what has these digests
+    parts |= {f"{name}Digest": _digest(f"\n{parts[name]}\n") for name in ("style", "script")}
     pieces = template.split("@@")  # text, name, text, name, ..., text
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _css_colors() -> str:
+    light, dark = asdict(THEMES["light"]), asdict(THEMES["dark"])
+    pairs = [f"--{name}: light-dark({light[name]}, {dark[name]});" for name in light if name != "scale"]
+    return f":root {{ {' '.join(pairs)} }}"
 
 
 def _facts(content: MapContent) -> dict[str, Any]:
@@ -191,7 +258,7 @@ def _facts(content: MapContent) -> dict[str, Any]:
         "keepsScale": content.keeps_scale,
         "size": size,
         "opacity": opacity,
-        "missing": MISSING_COLOR,
+        "themes": {name: asdict(colors) for name, colors in THEMES.items()},
         "ids": list(content.ids),
         "descriptions": list(content.descriptions),
         "lengths": _encoded(content.lengths, "<f8"),
@@ -204,16 +271,19 @@ def _facts(content: MapContent) -> dict[str, Any]:
 
 def _column(column: ClassColumn | NumberColumn) -> dict[str, Any]:
     if isinstance(column, ClassColumn):
-        texts, codes = np.unique(np.array(column.values, dtype=str), return_inverse=True)
+        joined: dict[str, Any] = {}
+        if column.has_other:  # the classes do not say it all
+            texts, codes = np.unique(np.array(column.values, dtype=str), return_inverse=True)
+            joined = {"texts": texts.tolist(), "textOf": _encoded(codes, "<i4")}
         return {
             "kind": "class",
             "name": column.name,
             "classes": list(column.classes),
-            "colors": list(column.colors),
+            "colors": {theme: list(column.colors(theme)) for theme in THEMES},
+            "hasOther": column.has_other,
             "counts": list(column.counts),
             "codes": _encoded(column.codes, "<i2"),
-            "texts": texts.tolist(),
-            "textOf": _encoded(codes, "<i4"),
+            **joined,
         }
     return {
         "kind": "number",
@@ -221,16 +291,11 @@ def _column(column: ClassColumn | NumberColumn) -> dict[str, Any]:
         "values": _encoded(column.values, "<f8"),
         "low": column.low,
         "high": column.high,
-        "ticks": _log_ticks(column.low, column.high) if column.is_log else None,
+        "isLog": column.is_log,
+        "isDate": column.is_date,
+        "ticks": [list(tick) for tick in column.ticks],
         "missing": column.num_missing,
     }
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    steps = (1,) if len(decades) > 4 else _TICKS_PER_DECADE
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _encoded(values: NDArray[Any], dtype: str) -> str:

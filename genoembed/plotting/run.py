@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from genoembed.plotting.colors import (
     MapContent,
     NumberColumn,
     class_column,
+    date_column,
     number_column,
     text_column,
 )
@@ -43,13 +44,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from genoembed.config.choices import MapMethod
+    from genoembed.config.choices import MapMethod, Theme
     from genoembed.store import EmbeddingFile
 
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".png", ".svg", ".html", ".tsv")
+_SUFFIXES = (".png", ".svg", ".pdf", ".html", ".tsv")
+_PICTURES: dict[str, Literal["png", "svg", "pdf"]] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 MAX_POINTS = 100_000
 _ALWAYS = "length"
 _NO_VALUE = ("", "na", "n/a", "nan", "none")
@@ -97,6 +99,7 @@ def plot(
     transform: str | PathLike[str] | None = None,
     max_points: int | None = MAX_POINTS,
     title: str | None = None,
+    theme: Theme = "light",
     overwrite: bool = False,
     **options: Any,
 ) -> PlotReport:
@@ -106,8 +109,8 @@ def plot(
 
     Args:
         path: A pooled file that genoembed wrote.
-        output: Files to write: ``.png``, ``.svg``, ``.html`` (interactive, self-contained) or ``.tsv``
-            (the points); None is ``.png`` and ``.html`` next to the file.
+        output: Files to write: ``.png``, ``.svg``, ``.pdf``, ``.html`` (interactive, self-contained) or
+            ``.tsv`` (the points); None is ``.png`` and ``.html`` next to the file.
         color: Columns of the file or of ``values``; the first one colors the pictures, the page switches
             between all of them and the file's other columns. Empty takes the first one of ``values``, or
             the ``source`` where there are several, or the ``length``.
@@ -117,6 +120,7 @@ def plot(
         transform: A file of ``fit_transform``, applied before the map is made.
         max_points: Where there are more rows, a random sample of this many is drawn; None draws all.
         title: None is the name of the file.
+        theme: Background of the pictures, ``light`` or ``dark``; the page follows the browser's settings.
         overwrite: Replace existing files.
         **options: Fields of :class:`~genoembed.config.plot.MapConfig`: ``method`` (``pca``, ``umap``
             or ``tsne``), ``components``, ``neighbors``, ``min_dist``, ``perplexity`` and ``seed``. None
@@ -134,6 +138,7 @@ def plot(
     """
     started = time.perf_counter()
     wanted = _map_options(options, max_points)
+    PlotConfig.build({"theme": theme})
     targets = _targets(path, output, overwrite=overwrite)
     reads = [path, *(name for name in (values, transform) if name is not None)]
     check_paths(reads, [(target, "picture") for target in targets], overwrite=overwrite)
@@ -156,7 +161,7 @@ def plot(
         keeps_scale=wanted.method != "pca",
         seed=wanted.seed,
     )
-    bodies = [_body(content, Path(target).suffix.lower()) for target in targets]
+    bodies = [_body(content, Path(target).suffix.lower(), theme) for target in targets]
     for target, body in zip(targets, bodies, strict=True):  # once nothing but the disk can fail
         _write(content, target, body, overwrite=overwrite)
     return PlotReport(
@@ -286,7 +291,8 @@ def _file_column(name: str, values: NDArray[Any], *, is_class: bool) -> ClassCol
     if values.dtype.kind in "iuf" and not is_class:
         is_known = values >= 0 if name == _ALWAYS else np.ones(len(values), np.bool_)
         return number_column(name, np.where(is_known, values.astype(float), np.nan))
-    return class_column(name, [str(value) or None for value in values])
+    texts = [str(value) or None for value in values]
+    return (None if is_class else date_column(name, texts)) or class_column(name, texts)
 
 
 def _varies(column: ClassColumn | NumberColumn) -> bool:
@@ -306,14 +312,12 @@ def _notes(points: PointRows, settings: str, transform: str | PathLike[str] | No
     return notes
 
 
-def _body(content: MapContent, suffix: str) -> bytes | None:
+def _body(content: MapContent, suffix: str, theme: Theme) -> bytes | None:
     if suffix == ".tsv":
         return None
-    return (
-        build_page(content).encode()
-        if suffix == ".html"
-        else draw_map(content, "png" if suffix == ".png" else "svg")
-    )
+    if suffix == ".html":
+        return build_page(content).encode()
+    return draw_map(content, _PICTURES[suffix], theme=theme)
 
 
 def _write(content: MapContent, name: str, body: bytes | None, *, overwrite: bool) -> None:
@@ -338,7 +342,11 @@ def _cells(column: ClassColumn | NumberColumn) -> list[object]:
             value if code != MISSING else None
             for value, code in zip(column.values, column.codes, strict=True)
         ]
-    return list(column.values)
+    return (
+        [column.text(row) or None for row in range(len(column.values))]
+        if column.is_date
+        else list(column.values)
+    )
 
 
 _FEWEST = 3

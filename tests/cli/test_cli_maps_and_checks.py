@@ -45,7 +45,7 @@ def test_plot_json_is_the_report(cli, made):
     ("words", "problem"),
     [
         (("--color", "nothing"), "color is 'nothing', which is not a column of seqs.h5"),
-        (("-o", "map.gif"), "set --output to names that end in .png, .svg, .html, .tsv"),
+        (("-o", "map.gif"), "set --output to names that end in .png, .svg, .pdf, .html, .tsv"),
         (("--layer", "nothing"), "layer 'nothing' is not among"),
         (("--values", "missing.tsv"), "missing.tsv: file not found"),
     ],

@@ -94,7 +94,7 @@ OPTIONS = {
         --unmatched --untrained --window""",
     "plot": """
         --classes --color --components --config --layer --max-points --method --min-dist
-        -o --output --overwrite --perplexity --seed --title --transform --umap-neighbors --values""",
+        -o --output --overwrite --perplexity --seed --theme --title --transform --umap-neighbors --values""",
     "compare": """
         --layer -o --output --overwrite --tolerance""",
     "verify": """

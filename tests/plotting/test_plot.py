@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 
@@ -14,8 +15,19 @@ from genoembed import fit_transform, plot
 from genoembed.config.plot import MapConfig
 from genoembed.errors import ConfigError, GenoembedError, StoreError
 from genoembed.plotting import reduction
-from genoembed.plotting.colors import MANY, MISSING, OTHER_COLOR, ClassColumn, class_column, number_column
-from genoembed.plotting.reduction import lay_out
+from genoembed.plotting.colors import (
+    MISSING,
+    PALETTE,
+    THEMES,
+    ClassColumn,
+    MapContent,
+    NumberColumn,
+    class_column,
+    number_column,
+    text_column,
+)
+from genoembed.plotting.drawing import build_page, draw_map
+from genoembed.plotting.reduction import PlaneMap, lay_out
 from genoembed.plotting.run import read_values
 from tests.plotting.map_file import NASTY, write_map_file, write_values
 
@@ -77,10 +89,14 @@ def test_pca_of_the_map_is_that_of_the_singular_values(file, tmp_path):
 def test_page_holds_every_point_and_nothing_from_elsewhere(file, tmp_path):
     plot(file, tmp_path / "map.html", values=tmp_path / "values.tsv", color="length")
     text = (tmp_path / "map.html").read_text()
-    own = text[: text.index("<script>")] + text[text.index('<script type="application/json"') :]
-    assert "default-src 'none'" in own
-    assert not re.findall(r"(?:src|href)\s*=\s*[\"']", own)
-    assert NASTY not in own  # it would end the script element
+    assert "default-src 'none'" in text
+    assert "unsafe" not in text.partition("</head>")[0]
+    for kind, body in (("script", text.rpartition("<script>")[2]), ("style", text.partition("<style>")[2])):
+        digest = hashlib.sha256(body.partition(f"</{kind}>")[0].encode()).digest()
+        assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'" in text  # or nothing would run
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']|url\(|https?://", text)
+    assert len(text) < 100_000
+    assert NASTY not in text  # it would end the script element
     found = content_of(tmp_path / "map.html")
     assert found["descriptions"][0] == NASTY
     assert found["ids"][1] == "r1/x"
@@ -95,13 +111,13 @@ def test_page_holds_every_point_and_nothing_from_elsewhere(file, tmp_path):
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_plot_gives_the_same_bytes_again(method, file, tmp_path):
-    names = ("map.png", "map.svg", "map.html")
+    names = ("map.png", "map.svg", "map.pdf", "map.html")
     runs = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         plot(file, [folder / name for name in names], method=method, title="t")
         runs.append([(folder / name).read_bytes() for name in names])
-    assert [first == second for first, second in zip(*runs, strict=True)] == [True] * 3
+    assert [first == second for first, second in zip(*runs, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("method", ["pca", "umap", "tsne"])
@@ -189,10 +205,107 @@ def test_many_classes_keep_the_frequent_ones_and_join_the_rest():
     column = class_column("c", values)
     assert column.classes[0] == "c000"
     assert column.classes[-1] == "other (21 classes)"
-    assert column.colors[-1] == OTHER_COLOR
-    assert len(column.classes) == len(set(column.colors)) == len(MANY)
+    for theme, colors in THEMES.items():
+        assert column.colors(theme)[-1] == colors.other
+        assert len(column.classes) == len(set(column.colors(theme))) == len(PALETTE)
     assert sum(column.counts) == len(values)
     assert column.values == tuple(values)
+
+
+def test_legend_is_in_order_of_names_whatever_the_order_of_rows():
+    values = ["cluster 10", "Cluster 9", "cluster 2", "cluster 10", None, "b", "B"]
+    orders = [list(range(7)), [6, 4, 2, 0, 5, 3, 1]]
+    columns = [class_column("c", [values[row] for row in order]) for order in orders]
+    assert columns[0].classes == columns[1].classes == ("B", "b", "cluster 2", "Cluster 9", "cluster 10")
+    assert columns[0].colors("dark") == columns[1].colors("dark")
+    many = [f"c{n}" for n in range(40)]  # all as frequent: names decide which keep a color
+    assert class_column("c", many).classes == class_column("c", many[::-1]).classes
+    assert class_column("c", many).classes[:3] == ("c0", "c1", "c2")
+
+
+def luminance(color):
+    parts = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+    return np.where(parts <= 0.04, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_colors_are_seen_on_their_background(theme):
+    colors = THEMES[theme]
+
+    def contrast(first, second):
+        low, high = sorted((luminance(first), luminance(second)))
+        return (high + 0.05) / (low + 0.05)
+
+    for background in (colors.background, colors.panel, colors.grid):
+        assert all(contrast(text, background) >= 4.5 for text in (colors.ink, colors.quiet, colors.accent))
+    assert all(contrast(color, colors.background) >= 1.9 for color in PALETTE)
+    assert all(contrast(color, colors.background) >= 1.35 for color in colors.scale)
+    steps = [luminance(color) for color in colors.scale]
+    assert steps == sorted(steps)  # also in gray, higher is lighter
+
+
+def test_dates_have_a_scale_with_dates_on_it(file, tmp_path):
+    days = [f"20{10 + row // 12}-{row % 12 + 1:02}-15" for row in range(60)]
+    rows = [f"{'r1/x' if row == 1 else f'r{row}'}\t{day if row else ''}" for row, day in enumerate(days)]
+    (tmp_path / "d.tsv").write_text("\n".join(["id\tcollected", *rows]) + "\n")
+    plot(file, [tmp_path / "d.html", tmp_path / "d.svg", tmp_path / "out.tsv"], values=tmp_path / "d.tsv")
+    column = content_of(tmp_path / "d.html")["columns"][0]
+    assert column["isDate"]
+    assert [label for _, label in column["ticks"]] == ["2011", "2012", "2013", "2014"]
+    assert ">2013<" in (tmp_path / "d.svg").read_text()
+    assert [row["collected"] for row in read_table(tmp_path / "out.tsv")][:2] == ["NA", days[1]]
+    assert not isinstance(text_column("d", [*days, "soon"]), NumberColumn)
+    assert not isinstance(text_column("d", days, as_classes=True), NumberColumn)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_pictures_have_the_background_of_their_theme(kind, file, tmp_path):
+    light, dark = tmp_path / f"light.{kind}", tmp_path / f"dark.{kind}"
+    plot(file, light, values=tmp_path / "values.tsv", color="gc")
+    plot(file, dark, values=tmp_path / "values.tsv", color="gc", theme="dark")
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF-"}[kind]
+    assert light.read_bytes().startswith(start)
+    assert light.read_bytes() != dark.read_bytes()
+    if kind == "svg":
+        assert THEMES["dark"].background in dark.read_text()
+        assert THEMES["dark"].background not in light.read_text()
+
+
+ODD = {
+    "letters without a glyph": ["\u57fa\u56e0", "\U0001f9ec", "$x_1$", "_hidden", "<b>&amp;"],
+    "long": ["long " * 60 + "a", "long " * 60 + "b", "x" * 400],
+    "300 classes": [f"class number {number}" for number in range(300)],
+    "no value at all": [None],
+    "huge and tiny": ["1e308", "-1e308", "1e-320", "0"],
+    "one number": ["7"],
+    "beyond float": ["1e999", "3", "nan"],
+    "next to each other": ["1e17", "100000000000000016"],
+    "first and last day": ["0001-01-01", "9999-12-31"],
+    "one day": ["2020-02-29", "2020-02-29T23:59:59.9+14:00"],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_values_are_drawn(kind, recwarn):
+    num = 60
+    values = (ODD[kind] * num)[: max(num, len(ODD[kind]))]
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(len(values), 2)).astype(np.float32)
+    content = MapContent(
+        plane=PlaneMap(points=points, axis_labels=("1", "2"), settings=""),
+        ids=tuple(map(str, range(len(values)))),
+        descriptions=("",) * len(values),
+        lengths=np.ones(len(values), dtype=np.int64),
+        columns=(text_column(kind, values),),
+        title=kind,
+        notes=(),
+        keeps_scale=False,
+        seed=0,
+    )
+    for picture in ("png", "svg", "pdf"):
+        assert draw_map(content, picture, theme="dark")
+    assert build_page(content)
+    assert not recwarn.list
 
 
 def test_scale_leaves_outliers_out_and_knows_missing_ones():
@@ -212,7 +325,8 @@ def test_scale_leaves_outliers_out_and_knows_missing_ones():
             "color is 'nothing', which is not a column of .*; set color to one of description",
         ),
         ({"method": "pcoa"}, "method is 'pcoa'; set method to one of pca, umap, tsne"),
-        ({"output": "map.pdf"}, "output is 'map.pdf'; set output to names that end in .png"),
+        ({"output": "map.gif"}, "output is 'map.gif'; set output to names that end in .png, .svg, .pdf"),
+        ({"theme": "blue"}, "theme is 'blue'"),
         ({"perplexity": 0}, "perplexity is 0; set perplexity to 1 or more"),
         ({"max_points": 2}, "max_points is 2; set max_points to 3 or more"),
         ({"speed": 2}, "'speed' is not an option"),

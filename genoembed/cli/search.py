@@ -31,20 +31,23 @@ _logger = logging.getLogger(__name__)
     examples="""
     genoembed search genes.fa --against genomes.h5 -k 5
     genoembed search genomes.h5 --against genomes.h5 --exclude-self --approximate -o near.tsv
-    genoembed search genes.h5 --against genomes.h5 --transform centered.h5 | cut -f 1-3""",
+    genoembed search genes.fa --against genomes.h5 --mode kmer | cut -f 1-6""",
     has_json=True,
 )
 def search_command(*, as_json: bool, **options: Any) -> None:
     """Find the rows of an embedding file that are near each QUERY: sequence files, which are embedded as the
     file was ('-' is standard input), or one embedding file.
 
-    Writes one line per hit, the nearest first: query, subject, score, rank, and where both lie.
+    Vectors are centered on FILE.h5 before they are compared, since all vectors of a language model are alike;
+    --no-center leaves them as they are. Writes one line per hit, the nearest first: query, subject, score,
+    rank, the share of k-mers in common, the sequence identity estimated from it, and where both lie. A hit
+    without an identity shares no sequence with the query.
     """
     options.setdefault("output", "-")
     if options["output"] != "-":
         promise_output(options["output"])
     check_json_has_room(options, as_json=as_json)
-    if "layer" in options:
+    if "layer" in options and options.get("mode") != "kmer":
         with genoembed.open_embeddings(options["against"]) as database:
             _ = database[options["layer"]]  # here, before a model is loaded for the queries
     report = genoembed.search(**options)
@@ -60,10 +63,13 @@ def search_command(*, as_json: bool, **options: Any) -> None:
 
 def _details(report: SearchReport) -> list[str]:
     queries, rows = count(report.num_queries, "query", "queries"), count(report.num_subjects, "row")
+    by = {"vectors": report.metric, "kmer": "shared k-mers", "hybrid": f"{report.metric} and shared k-mers"}
     lines = [
-        f"{count(len(report.hits), 'hit')} for {queries} among {rows} of {report.layer} by {report.metric}, "
-        f"{report.seconds:.2f} s"
+        f"{count(len(report.hits), 'hit')} for {queries} among {rows} of {report.layer} by "
+        f"{by[report.mode]}, {report.seconds:.2f} s"
     ]
+    if report.vectors:
+        lines.append(f"vectors {report.vectors}")
     if report.index is not None:
         lines.append(f"index {report.index}{' built' if report.index_built else ''}")
     if report.recall is not None:

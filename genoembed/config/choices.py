@@ -42,6 +42,9 @@ Distillation: TypeAlias = Literal["m3", "kl"]
 
 Metric: TypeAlias = Literal["cosine", "dot", "euclidean"]
 
+SearchMode: TypeAlias = Literal["vectors", "kmer", "hybrid"]
+"""Rank by vectors, by shared k-mers, or by both."""
+
 MapMethod: TypeAlias = Literal["pca", "umap", "tsne"]
 
 Theme: TypeAlias = Literal["light", "dark"]

@@ -123,6 +123,7 @@ FLAG_EMBEDDING = {
     "knowledge_distillation": "distillation",
     "kd_loss_type": "distillation",
     "num_negatives": "train_group_size",
+    "hybrid": "mode",
 }
 
 BCEMBEDDING = {

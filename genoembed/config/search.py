@@ -11,6 +11,7 @@ from genoembed.config.choices import (
     GapPolicy,
     InvalidPolicy,
     Metric,
+    SearchMode,
     TransformAxes,
     TransformMethod,
 )
@@ -21,7 +22,10 @@ from genoembed.errors import Problem, Remedy
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NEAR, INDEX, HYBRID = "Neighbors", "Approximate search", "Hybrid search"
+NEAR, INDEX, KMERS = "Neighbors", "Approximate search", "Shared k-mers"
+KMER_SIZE = 11
+"""Length of a k-mer; on labeled sets its Jaccard index found most relatives
+(``benchmarks/results/search_modes.md``)."""
 QUERIES, FIT = "Queries", "Transform"
 _POLICY: dict[str, Any] = {"group": QUERIES, "basic": False, "shown_default": "error"}
 
@@ -38,6 +42,12 @@ class NeighborConfig(Config):
         flag="--neighbors",
         metavar="N",
         help="Number of hits per query.",
+    )
+    mode: SearchMode = option(
+        "vectors",
+        group=NEAR,
+        basic=True,
+        help="Rank rows by their vectors, by shared k-mers (no model runs), or by the sum of both scores.",
     )
     metric: Metric = option(
         "cosine",
@@ -64,6 +74,13 @@ class NeighborConfig(Config):
         metavar="FILE.h5",
         help="Transform made by fit-transform. It is applied to queries and subjects.",
         reads=True,
+    )
+    center: bool | None = option(
+        None,
+        group=NEAR,
+        basic=True,
+        shown_default="on for cosines and 24 rows or more, off for fine-tuned models",
+        help="Center vectors on the database and remove up to 8 leading components, which all vectors share.",
     )
     approximate: bool = option(
         False,
@@ -108,7 +125,37 @@ class NeighborConfig(Config):
         help="Random seed. It determines the queries that recall is measured on.",
     )
 
+    kmer_size: int = option(
+        KMER_SIZE,
+        ge=4,
+        le=31,
+        unit="bases",
+        group=KMERS,
+        metavar="BP",
+        help="For --mode kmer and hybrid: length of a k-mer. Shorter ones find more distant relatives, and "
+        "more by chance.",
+    )
+
     def _problems(self) -> Iterator[str]:
+        if self.mode == "kmer":
+            for key in ("transform", "center", "approximate"):
+                if getattr(self, key):
+                    yield Problem(
+                        f"{key} is for vectors, but mode is 'kmer'",
+                        Remedy("mode", "vectors"),
+                        f", or leave {key} out",
+                    )
+        if self.mode != "vectors" and self.metric == "euclidean":
+            yield Problem(
+                f"metric is 'euclidean', but mode {self.mode!r} ranks by scores that grow with similarity",
+                Remedy("metric", "cosine"),
+            )
+        if self.mode == "vectors" and self.kmer_size != KMER_SIZE:
+            yield Problem(
+                "kmer_size is for a search by k-mers", Remedy("mode", "kmer"), ", or leave kmer_size out"
+            )
+        if self.center and self.transform is not None:
+            yield "center and transform: vectors are transformed once; give one of the two"
         for key in ("index", "measure_recall"):
             if getattr(self, key) and not self.approximate:
                 yield Problem(
@@ -124,22 +171,29 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
     against: str = option(
         group=NEAR, basic=True, metavar="FILE.h5", help="Embedding file to search.", reads=True
     )
-    hybrid: bool = option(
-        False, group=HYBRID, help="Score the hits again with the heads of a retrieval model."
-    )
     hybrid_weights: tuple[float, ...] | None = option(
         None,
-        group=HYBRID,
-        metavar="W,W,W",
-        shown_default="those chosen in the model's training, else 1,0.3,1",
-        help="Weights of the dense, sparse and multi-vector scores.",
+        group=KMERS,
+        metavar="W,W[,W]",
+        shown_default="1,20; for a retrieval model those chosen in its training, else 1,0.3,1",
+        help="For --mode hybrid: weights of the scores of vectors and k-mers, for a retrieval model of its "
+        "dense, sparse and multi-vector heads.",
     )
     depth: int = option(
-        100, ge=1, group=HYBRID, metavar="N", help="Number of hits per query that are scored again."
+        100,
+        ge=1,
+        group=KMERS,
+        metavar="N",
+        help="For --mode hybrid with a retrieval model: number of hits per query that its heads score again.",
+    )
+    compare_sequences: bool = option(
+        True,
+        group=KMERS,
+        help="Compare the sequences of hits, for the columns shared_kmers and identity.",
     )
     subject_sequences: tuple[str, ...] = option(
         (),
-        group=HYBRID,
+        group=KMERS,
         metavar="FILE",
         shown_default="as recorded in FILE.h5",
         help="Sequence files of the embedding file. Repeatable.",

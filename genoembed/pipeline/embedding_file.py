@@ -20,6 +20,8 @@ import numpy as np
 from genoembed.errors import ConfigError, StoreFormatError
 from genoembed.pooling.transform import FittedTransform
 from genoembed.sequences import read_sequences
+from genoembed.sequences.compression import InputDigests
+from genoembed.sequences.records import contig_places
 from genoembed.store.transform_file import read_transform
 
 if TYPE_CHECKING:
@@ -241,12 +243,17 @@ def runs_fp8(file: EmbeddingFile) -> bool:
 
 def record_names(file: EmbeddingFile) -> list[str]:
     """Return the record of each row: its id, without the place that a row per window adds."""
-    if not _section(_section(file.provenance, "config"), "windows").get("per_window"):
+    if not _has_windows(file):
         return file.ids
     return [
         name.removesuffix(f":{start + 1}-{end}")
         for name, start, end in zip(file.ids, file.obs["start"], file.obs["end"], strict=True)
     ]
+
+
+def _has_windows(file: EmbeddingFile) -> bool:
+    """Return whether the file has one row per window."""
+    return bool(_section(_section(file.provenance, "config"), "windows").get("per_window"))
 
 
 def find_embedding_file(inputs: Sequence[str | PathLike[str]], *, what: str) -> Path | None:
@@ -278,6 +285,81 @@ def read_file_records(
     file: EmbeddingFile, rows: Iterable[int], *, paths: Sequence[str] = (), option: str = "sequences"
 ) -> list[SequenceRecord]:
     """Read the records of some rows again, as the model saw them: each must have its SHA-256."""
+    wanted = list(rows)
+    found = dict(_iter_file_records(file, wanted, paths=paths, option=option))
+    return [found[row] for row in wanted]
+
+
+def iter_row_sequences(
+    file: EmbeddingFile, rows: Iterable[int] | None = None, *, paths: Sequence[str] = (), option: str
+) -> Iterator[tuple[int, bytes]]:
+    """Read what was pooled of some rows (None is all) again, without flanks, in the order of the sources.
+
+    Raises:
+        ConfigError: If sources are not there, or do not hold all of the rows as they were embedded; of rows
+            that are windows, only after the last sequence.
+    """
+    wanted = range(len(file)) if rows is None else rows
+    if not _has_windows(file):
+        for row, record in _iter_file_records(file, wanted, paths=paths, option=option):
+            yield row, record.sequence[record.core_start : record.core_end]
+        return
+    obs, names = file.obs, record_names(file)
+    windows_of: dict[str, list[int]] = {}
+    for row in wanted:
+        windows_of.setdefault(names[row], []).append(row)
+    settings, sources, digests = *_sources(file, paths, option), InputDigests()
+    starts, ends = obs["start"], obs["end"]
+    for record in _read_again(settings, sources, digests):
+        for row in windows_of.pop(record.id, ()):
+            first = _first_base(record, int(starts[row]), int(ends[row]))
+            yield row, record.sequence[first : first + int(obs["length"][row])]
+    # a window's own digest is that of what the model saw around it, too: the digests of the files say more
+    recorded = {facts.get("sha256") for facts in file.provenance.get("inputs", ())}
+    read = {digests.facts(name)["sha256"] for name in sources}
+    if windows_of or (recorded - {None} and not read <= recorded):
+        names_shown = ", ".join(map(repr, [*windows_of][:3])) or "they have changed"
+        message = (
+            f"{file.path}: its sequences ({names_shown}) are not in {', '.join(sources)} as they were "
+            f"embedded; set {option} to their files"
+        )
+        raise ConfigError(message)
+
+
+def _first_base(record: SequenceRecord, start: int, end: int) -> int:
+    """Return where the window with these places on the contig begins in the sequence of its record."""
+    if not record.stretches:
+        before = record.end - end if record.strand == "-" else start - record.start
+        return record.core_start + before
+    places = contig_places(record).places[record.core_start : record.core_end]
+    if len(wrapped := places[places < record.start]):  # over the origin, places go on counting
+        places = np.where(places < record.start, places + record.end - 1 - wrapped.max(), places)
+    return record.core_start + int(np.argmax((places >= start) & (places < end)))
+
+
+def _iter_file_records(
+    file: EmbeddingFile, rows: Iterable[int], *, paths: Sequence[str], option: str
+) -> Iterator[tuple[int, SequenceRecord]]:
+    settings, sources = _sources(file, paths, option)
+    wanted = {file.ids[row]: row for row in rows}
+    digests = file.obs["sha256"]
+    for record in _read_again(settings, sources):
+        row = wanted.get(record.id)
+        if row is not None and record.sha256 == digests[row]:
+            del wanted[record.id]
+            yield row, record
+            if not wanted:
+                return
+    if wanted:
+        message = (
+            f"{file.path}: {len(wanted)} of its sequences ({', '.join(map(repr, [*wanted][:3]))} ...) are "
+            f"not in {', '.join(sources)} as they were embedded; set {option} to their files"
+        )
+        raise ConfigError(message)
+
+
+def _sources(file: EmbeddingFile, paths: Sequence[str], option: str) -> tuple[FileSettings, list[str]]:
+    """Find the files of a file's sequences."""
     settings = read_file_settings(file, remedy="embed the sequences again")
     sources = [*(paths or settings.inputs)]
     if lost := [name for name in sources if not Path(name).is_file()]:
@@ -286,20 +368,13 @@ def read_file_records(
             f"file; set {option} to where they are now"
         )
         raise ConfigError(message)
-    wanted = {file.ids[row]: row for row in rows}
-    digests = file.obs["sha256"]
-    found: dict[int, SequenceRecord] = {}
-    for record in read_sequences(sources, regions=settings.regions or None, **settings.reading):
-        row = wanted.get(record.id)
-        if row is not None and record.sha256 == digests[row]:
-            found[row] = record
-    if absent := [name for name, row in wanted.items() if row not in found]:
-        message = (
-            f"{file.path}: {len(absent)} of its sequences ({', '.join(map(repr, absent[:3]))} ...) are not "
-            f"in {', '.join(sources)} as they were embedded; set {option} to their files"
-        )
-        raise ConfigError(message)
-    return [found[row] for row in wanted.values()]
+    return settings, sources
+
+
+def _read_again(
+    settings: FileSettings, sources: Sequence[str], digests: InputDigests | None = None
+) -> Iterator[SequenceRecord]:
+    return read_sequences(sources, regions=settings.regions or None, digests=digests, **settings.reading)
 
 
 # ------------------------------------------------------------------------------------ the vectors of a file

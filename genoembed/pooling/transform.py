@@ -183,6 +183,38 @@ def fit(
     )
 
 
+def fit_rows(rows: NDArray[np.floating], *, components: int) -> FittedTransform:
+    """Center and remove the strongest directions, as ``remove-top`` does, fitted on rows in memory.
+
+    At least half of the directions in which rows differ stay. Takes whichever of the two products of the rows
+    is smaller, so that few wide rows are fast.
+
+    Example:
+        >>> rows = np.array([[3.0, 1.0], [-3.0, 1.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> fit_rows(rows, components=1).apply_float64(np.array([[9.0, 2.0]])).tolist()
+        [[0.0, 1.0]]
+    """
+    wide = np.asarray(rows, dtype=np.float64)
+    mean = wide.mean(axis=0)
+    centered = wide - mean
+    if len(wide) < wide.shape[1]:
+        variances, left = _principal_directions(centered @ centered.T)
+        lengths = np.sqrt(variances[:components])
+        directions = (centered.T @ left[:, :components]) / np.where(lengths > 0, lengths, 1)
+    else:
+        variances, directions = _principal_directions(centered.T @ centered)
+    # of rows that differ in few directions some must stay, or rounding is all that is compared
+    kept = min(components, int((variances > LEAST_VARIANCE * variances[0]).sum()) // 2)
+    return FittedTransform(
+        method="remove-top",
+        axes="pca",
+        mean=mean,
+        matrix=np.ascontiguousarray(directions[:, :kept]),
+        variances=variances / len(wide),
+        num_rows=len(wide),
+    )
+
+
 def _check_options(
     width: int, *, method: TransformMethod, components: int | None, axes: TransformAxes, shrinkage: float
 ) -> None:

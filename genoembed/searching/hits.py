@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from genoembed.searching.kmers import Likeness
     from genoembed.store import EmbeddingFile
 
 
@@ -39,16 +40,18 @@ class Places(NamedTuple):
 
 
 class HybridScores(NamedTuple):
-    """Scores of the heads of one hit, and what matched."""
+    """Scores that make up that of one hit, and what matched; without trained heads the first two alone."""
 
     dense: float
+    """Of the vectors."""
     sparse: float
-    multi_vector: float
-    matches: str
+    """Of the terms: the share of k-mers in common, or the score of the trained head."""
+    multi_vector: float | None = None
+    matches: str | None = None
     """``qstart-qend:sstart-send:similarity`` of the best vectors, with commas."""
-    terms: str
+    terms: str | None = None
     """``k-mer:product`` of the terms that give most, with commas."""
-    num_terms: int
+    num_terms: int | None = None
     """Terms that both have."""
 
 
@@ -58,9 +61,15 @@ class Hit(NamedTuple):
     query: str
     subject: str
     score: float
-    """Cosine, dot product or hybrid score (higher is closer), or distance (lower is closer)."""
+    """Cosine, dot product, share of k-mers or hybrid score (higher is closer), or distance (lower is
+    closer)."""
     rank: int
     """1 is the nearest."""
+    shared_kmers: float
+    """Share of the canonical 16-mers of the sequence that has fewer which the other has, too; NaN where the
+    sequences are not at hand, or too short."""
+    identity: float
+    """Sequence identity of what they share, estimated from that; NaN where they share nothing."""
     query_start: int
     """In the coordinates of the parent sequence, from 0."""
     query_end: int
@@ -74,6 +83,7 @@ class Hit(NamedTuple):
 
 COLUMNS = Hit._fields[:-1]
 HYBRID_COLUMNS = HybridScores._fields
+_PLAIN_PARTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +93,11 @@ class Hits:
     neighbors: Neighbors
     queries: Places
     subjects: Places
+    likeness: Likeness
     hybrid: Mapping[tuple[int, int], HybridScores] = field(default_factory=dict)
     """By row of the query and row of the subject; empty without."""
+    has_heads: bool = False
+    """Whether hybrid scores are those of trained heads."""
 
     def __len__(self) -> int:
         return int((self.neighbors.rows != NO_ROW).sum())
@@ -96,9 +109,11 @@ class Hits:
     def of_row(self, query: int) -> Iterator[Hit]:
         """List the hits of one query, the nearest first."""
         asked, found = self.queries, self.subjects
-        for rank, (row, score) in enumerate(
-            zip(self.neighbors.rows[query].tolist(), self.neighbors.scores[query].tolist(), strict=True), 1
-        ):
+        columns = (
+            matrix[query].tolist()
+            for matrix in (*self.neighbors, self.likeness.shared_kmers, self.likeness.identity)
+        )
+        for rank, (row, score, shared_kmers, identity) in enumerate(zip(*columns, strict=True), 1):
             if row == NO_ROW:
                 return
             yield Hit(
@@ -106,6 +121,8 @@ class Hits:
                 subject=found.ids[row],
                 score=score,
                 rank=rank,
+                shared_kmers=shared_kmers,
+                identity=identity,
                 query_start=int(asked.starts[query]),
                 query_end=int(asked.ends[query]),
                 subject_start=int(found.starts[row]),
@@ -119,14 +136,20 @@ class Hits:
         """Return all hits as columns, as ``pandas.DataFrame`` takes them."""
         hits = list(self)
         named: dict[str, list[object]] = {name: [getattr(hit, name) for hit in hits] for name in COLUMNS}
-        if self.hybrid:
-            for name in HYBRID_COLUMNS:
-                named[name] = [getattr(hit.hybrid, name) for hit in hits]
+        for name in self._parts:
+            named[name] = [getattr(hit.hybrid, name) for hit in hits]
         return named
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """Names of the columns of hybrid scores."""
+        if not self.hybrid:
+            return ()
+        return HYBRID_COLUMNS if self.has_heads else HYBRID_COLUMNS[:_PLAIN_PARTS]
 
     def header(self) -> list[str]:
         """Return the column names of the table."""
-        return ["#query", *COLUMNS[1:], *(HYBRID_COLUMNS if self.hybrid else ())]
+        return ["#query", *COLUMNS[1:], *self._parts]
 
     def rows(self, failed: Container[str] = ()) -> Iterator[tuple[object, ...]]:
         """List the rows of the table; a query that failed has one, without a subject."""
@@ -134,6 +157,6 @@ class Hits:
         for query, name in enumerate(asked.ids):
             if name in failed:
                 place = (int(asked.starts[query]), int(asked.ends[query]))
-                yield (name, None, None, None, *place, *[None] * (width - 6))
+                yield (name, *[None] * 5, *place, *[None] * (width - 8))
             for hit in self.of_row(query):
-                yield hit[:-1] + (hit.hybrid or ())
+                yield hit[:-1] + (hit.hybrid or ())[: len(self._parts)]

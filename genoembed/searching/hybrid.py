@@ -128,7 +128,7 @@ def rescore(
 ) -> tuple[Neighbors, dict[tuple[int, int], HybridScores]]:
     """Score neighbors again and rank them by the weighted sum."""
     check_whole_records(database)
-    made = read_file_settings(database, remedy="search without hybrid")
+    made = read_file_settings(database, remedy="search by vectors alone")
     folder = made.model if folder is None else folder
     retriever = load_retriever(folder, device=device, trust_remote_code=bool(trust_remote_code))
     digest = retriever.genomic.provenance.get("weights_sha256")
@@ -244,10 +244,10 @@ def _size(vectors: HeadVectors) -> int:
 
 def check_whole_records(file: EmbeddingFile) -> None:
     """Raise unless the file has one row per record, and says so."""
-    settings = read_file_settings(file, remedy="search without hybrid")
+    settings = read_file_settings(file, remedy="search by vectors alone")
     if settings.per_window:
         message = (
-            f"{file.path}: it has one row per window, expected one per record for hybrid; embed without "
-            "per_window"
+            f"{file.path}: it has one row per window, expected one per record for the heads of a retrieval "
+            "model; embed without per_window"
         )
         raise ConfigError(message)

@@ -170,18 +170,34 @@ def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return keys ^ (keys >> np.uint64(31))
 
 
-def pair_identities(
+def pair_containments(
     sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Estimate the identities of pairs of sequences."""
-    identities = np.zeros(len(left))
+    """Return the share of k-mers that pairs have in common, of those of the smaller one.
+
+    0 where it is fewer than ``MIN_SHARED``, as by chance; NaN where one of the two has no k-mer.
+
+    Example:
+        >>> config = HomologyConfig(kmer_size=4)
+        >>> sketches = build_sketches([b"ACGTTGCAAC", b"GCAACC", b"TTTT"], config=config)
+        >>> pair_containments(sketches, np.array([0, 0]), np.array([1, 2])).tolist()
+        [0.6666666666666666, nan]
+    """
+    shares = np.full(len(left), np.nan)
     for start in range(0, len(left), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)
         shared, smaller = _overlaps(sketches, left[part], right[part])
         is_enough = shared >= np.maximum(1, np.minimum(MIN_SHARED, smaller))
         containment = np.where(is_enough, shared / np.maximum(smaller, 1), 0.0)
-        identities[part] = containment ** (1 / sketches.kmer_size)
-    return identities
+        shares[part] = np.where(smaller > 0, containment, np.nan)
+    return shares
+
+
+def pair_identities(
+    sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Estimate the identities of pairs of sequences; 0 where nothing says that they are related."""
+    return np.nan_to_num(pair_containments(sketches, left, right)) ** (1 / sketches.kmer_size)
 
 
 def _overlaps(

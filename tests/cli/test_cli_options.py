@@ -78,10 +78,11 @@ OPTIONS = {
         --batch-rows --config --device --duplicates --empty --format --gaps --import --invalid --keep-case
         --no-keep-case --on-error -o --output --overwrite --threads --trust-remote-code""",
     "search": """
-        --against --approximate --batch-tokens --config --depth --device --dtype --duplicates --effort
-        --empty --exclude-self --fp8 --gaps --hybrid --hybrid-weights --import --index --invalid -k
-        --layer --measure-recall --metric --model --neighbors --on-error -o --output --overwrite
-        --search-threads --seed --subject-sequences --threads --transform --trust-remote-code""",
+        --against --approximate --batch-tokens --center --compare-sequences --config --depth --device
+        --dtype --duplicates --effort --empty --exclude-self --fp8 --gaps --hybrid-weights --import --index
+        --invalid -k --kmer-size --layer --measure-recall --metric --mode --model --neighbors --no-center
+        --no-compare-sequences --on-error -o --output --overwrite --search-threads --seed
+        --subject-sequences --threads --transform --trust-remote-code""",
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """

@@ -115,7 +115,7 @@ def test_search_adds_as_the_folder_says_unless_others_are_requested(trained, tmp
         caplog.clear()
         with caplog.at_level("INFO", logger="genoembed"):
             hits = genoembed.search(
-                database, database, hybrid=True, k=5, model=folder, subject_sequences=[fasta], **options
+                database, database, mode="hybrid", k=5, model=folder, subject_sequences=[fasta], **options
             ).hits.columns()
         parts = np.stack([hits[head] for head in HEADS], axis=1).astype(float)
         return np.asarray(hits["score"], float), parts, caplog.text

@@ -66,7 +66,7 @@ def files(tmp_path):
 
 def test_search_gives_the_neighbors_with_their_places(files):
     queries, database, asked, rows = files
-    report = search(queries, database, k=3)
+    report = search(queries, database, k=3, center=False)
     exact = exact_neighbors(asked, VectorSource(rows), k=3)
     hits = list(report.hits)
     assert len(hits) == len(report.hits) == 12
@@ -211,7 +211,7 @@ def test_search_of_queries_without_a_vector_finds_nothing_and_says_so(files, tmp
     matrix[0] = 0
     queries = write(tmp_path / "z.h5", matrix)
     with open_embeddings(queries) as asked, open_embeddings(database) as rows:
-        found = find_neighbors(queries_of(asked, "blocks.1"), rows, NeighborConfig(k=2))
+        found = find_neighbors(queries_of(asked, "blocks.1"), rows, NeighborConfig(k=2, center=False))
     assert found.unusable_queries == 1
     assert (found.neighbors.rows[0] == -1).all()
     assert "1 rows have no vector to compare" in caplog.text
@@ -233,10 +233,19 @@ def test_search_refuses_files_of_token_vectors(files, tmp_path):
         ({"index": "x"}, "index is for an approximate search"),
         ({"nearest": 5}, "'nearest' is not an option"),
         ({"invalid": "mask"}, "invalid: the queries are embedded already"),
-        ({"hybrid": True, "metric": "euclidean"}, "set metric to 'cosine'"),
-        ({"hybrid_weights": (1.0,)}, "set hybrid_weights to three"),
+        ({"mode": "hybrid", "metric": "euclidean"}, "set metric='cosine'"),
+        ({"mode": "hybrid", "metric": "dot"}, "set metric='cosine'"),
+        ({"mode": "hybrid", "approximate": True}, "looks at every row; set mode='vectors'"),
+        ({"mode": "hybrid", "hybrid_weights": (1, 1, 1)}, "has no multi-vector head"),
+        ({"mode": "kmer", "center": True}, "center is for vectors, but mode is 'kmer'"),
+        ({"mode": "kmer", "model": "genoembed-mini"}, "model: no model runs in a search by k-mers"),
+        ({"mode": "words"}, "set mode to one of vectors, kmer, hybrid"),
+        ({"hybrid": True}, "here that is 'mode'"),
+        ({"kmer_size": 9}, "kmer_size is for a search by k-mers"),
+        ({"center": True, "transform": "t.h5"}, "center and transform"),
+        ({"hybrid_weights": (1.0,)}, "set hybrid_weights to two"),
         ({"hybrid_weights": (1.0, 1.0, 1.0)}, "hybrid_weights is for a hybrid search"),
-        ({"subject_sequences": ["a.fa"]}, "subject_sequences is for a hybrid search"),
+        ({"subject_sequences": ["a.fa"], "compare_sequences": False}, "no sequences are read here"),
         ({"depth": 0}, "depth is 0"),
     ],
 )

@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 MIN_ROWS = 24
 """Rows that a database needs to be centered: the mean of fewer is mostly that of the neighbors sought."""
-COMPONENTS = 8
+MOST_COMPONENTS = 8
 """Leading components that are removed at most. On labeled sets and with the bundled model, more of them find
 no more relatives (``benchmarks/results/search_modes.md``)."""
 _ROWS_PER_COMPONENT, _FEATURES_PER_COMPONENT = 12, 16
@@ -456,7 +456,7 @@ def _fit_own(database: EmbeddingFile, layer: str) -> FittedTransform | None:
     rows = rows[usable_rows(rows, allow_zero=False)]
     if len(rows) < MIN_ROWS:
         return None
-    most = min(COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
+    most = min(MOST_COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
     fitted = fit_rows(rows, components=most)
     if fitted.variances.sum() <= _LEAST_SPREAD * (rows * rows).sum(axis=1).mean():
         return None

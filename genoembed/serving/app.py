@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from concurrent.futures import Future
 
+    from starlette.types import Receive, Scope, Send
+
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.serving.service import RequestVectors
 
@@ -122,18 +124,27 @@ class EmbeddingServer:
             max_inputs=self._config.max_inputs,
         )
 
-    async def embeddings(self, request: Request) -> Response:
-        """RequestVectors with vectors."""
-        started = time.perf_counter()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request for vectors; as an ASGI application, so that it counts until its reply is sent."""
+        started, refused = time.perf_counter(), None
         try:
             with self._admitted():
-                response = await self._embed(request)
+                response = await self._reply(Request(scope, receive))
+                self.totals.answered(response.status_code, time.perf_counter() - started)
+                await response(scope, receive, send)
+        except RequestError as error:  # not admitted
+            refused = _error_response(error)
+        if refused is not None:
+            self.totals.answered(refused.status_code, time.perf_counter() - started)
+            await refused(scope, receive, send)
+
+    async def _reply(self, request: Request) -> Response:
+        try:
+            return await self._embed(request)
         except RequestError as error:
-            response = _error_response(error)
+            return _error_response(error)
         except ClientDisconnect:
-            response = Response(status_code=_CLIENT_GONE)
-        self.totals.answered(response.status_code, time.perf_counter() - started)
-        return response
+            return Response(status_code=_CLIENT_GONE)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -292,7 +303,7 @@ def build_app(server: EmbeddingServer) -> Starlette:
 
     return Starlette(
         routes=[
-            Route(EMBEDDINGS, server.embeddings, methods=["POST"]),
+            Route(EMBEDDINGS, server, methods=["POST"]),
             Route("/v1/models", server.models),
             Route("/v1/models/{name:path}", server.model),
             Route("/healthz", server.health),
@@ -377,7 +388,7 @@ def _error_response(error: RequestError) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """RequestVectors a wrong path or method."""
+    """Answer a wrong path or method."""
     status = getattr(error, "status_code", NOT_FOUND)
     there = f"POST {EMBEDDINGS}, GET /v1/models, GET /healthz, GET /metrics"
     message = f"{request.method} {request.url.path[:80]} is not here; there are {there}"
@@ -387,6 +398,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(_request: Request, _error: Exception) -> Response:
-    """RequestVectors a bug of ours; who runs the server logs it with its traceback."""
+    """Answer a bug of ours; who runs the server logs it with its traceback."""
     message = "the server failed on this request; its log says why"
     return _error_response(RequestError(message, status=500, code="internal_error"))

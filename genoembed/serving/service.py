@@ -78,7 +78,7 @@ class _Job:
         return sum(len(record.sequence) for record in self.records[self.taken :])
 
     def end(self, answer: RequestVectors | BaseException) -> None:
-        """RequestVectors, unless the request was cancelled."""
+        """Answer, unless the request was cancelled."""
         if self.is_over:
             return
         self.is_over = True

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import socket
+import subprocess
 import sys
 from importlib import util
 
@@ -75,6 +76,20 @@ def test_application_without_starlette_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "genoembed.serving.app")
     with pytest.raises(MissingExtraError, match="needs starlette"):
         importlib.import_module("genoembed.serving.app")
+
+
+def test_help_imports_neither_torch_nor_the_extra():
+    code = """
+import sys
+from genoembed.cli import main
+try:
+    main(["serve", "--help-all"])
+finally:
+    print(sorted({"torch", "transformers", "starlette", "uvicorn"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--max-queue" in done.stdout
 
 
 def test_unknown_option_is_answered_as_everywhere():

@@ -38,7 +38,7 @@ try:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import Response
+    from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as _error:
     raise MissingExtraError(package="starlette", extra="serve", purpose="serve") from _error
@@ -57,6 +57,7 @@ READING_S = 60.0
 """How long a client may take to send a request."""
 _LARGE_BYTES, _LARGE_VALUES = 1 << 18, 1 << 16
 """Requests and replies from this size on are read and written in a thread, so that others are answered."""
+_PIECE_BYTES = 1 << 18
 _CLIENT_GONE = 499
 """Under which status requests of clients that went away are counted."""
 _LONGEST_WAIT_S = 60
@@ -377,7 +378,16 @@ async def _maybe_in_thread(call: Callable[[], Any], is_large: bool) -> Any:
 
 
 def _json(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(content, status_code=status, media_type="application/json", headers=headers)
+    if len(content) <= _PIECE_BYTES:
+        return Response(content, status_code=status, media_type="application/json", headers=headers)
+    length = {"Content-Length": str(len(content))}
+    return StreamingResponse(_pieces(content), media_type="application/json", headers=length)
+
+
+async def _pieces(content: bytes) -> AsyncIterator[bytes]:
+    """Send a reply piece by piece: a server waits for its client before it takes the next one."""
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]
 
 
 def _error_response(error: RequestError) -> Response:

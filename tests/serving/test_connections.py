@@ -189,14 +189,13 @@ def test_reply_counts_until_it_is_sent():
     """So that clients that do not read what they asked for cannot fill the memory."""
     with serving(max_inputs=20_000, max_queue=1) as served:
         body = json.dumps({"input": ["ACGT"] * 6000}).encode()
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(30)
-        connection.connect(("127.0.0.1", served.port))
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        assert settled(lambda: served.server.totals.by_status[200] == 1)
-        assert served.refused({"input": "ACGT"}, 503)["code"] == "queue_full"
-        connection.close()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(30)
+            connection.connect(("127.0.0.1", served.port))
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert settled(lambda: served.server.totals.by_status[200] == 1)
+            assert served.refused({"input": "ACGT"}, 503)["code"] == "queue_full"
         assert settled(lambda: served.server.totals.active == 0)
         assert len(served.embed("ACGT")["data"]) == 1
 

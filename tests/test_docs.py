@@ -84,7 +84,27 @@ def test_command_lines_were_found():
     assert named >= {"extract", "finetune", "pretrain", "info", "merge"}
 
 
-@pytest.mark.parametrize("words", COMMAND_LINES)
+def spoken_command_lines(page: Path) -> list[list[str]]:
+    """Find the calls in the text of a page, between backticks; one that only names options is no call."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    quoted = [code.replace("\\|", "|") for code in re.findall(r"`([^`\n]+)`", text)]
+    found = [words for code in quoted if code.startswith("genoembed ") for words in command_lines(code)]
+    if page.name == "README.md":  # its table has options of extract alone
+        found += [["extract", "a.fa", *shlex.split(code)] for code in quoted if re.match("--.* ", code)]
+    return [words for words in found if any(not word.startswith("-") for word in words[1:])]
+
+
+SPOKEN = [
+    pytest.param(words, id=" ".join(words)[:70]) for page in PAGES for words in spoken_command_lines(page)
+]
+
+
+def test_table_of_the_readme_is_read():
+    found = {words[0] for words in spoken_command_lines(ROOT / "README.md")}
+    assert found >= {"extract", "predict", "finetune", "pretrain", "score", "generate", "serve", "merge"}
+
+
+@pytest.mark.parametrize("words", [*COMMAND_LINES, *SPOKEN])
 def test_command_line_is_one_that_the_command_takes(words):
     name, *arguments = words
     if name.startswith("-"):

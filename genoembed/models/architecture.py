@@ -342,7 +342,10 @@ def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     names = [
         name for name in config.architectures or () if name.endswith(("Encoder", "EncoderModel", "Stack"))
     ]
-    if config.is_encoder_decoder:
+    # a configuration that an encoder was made with before says of the whole model that it is none
+    if config.is_encoder_decoder or any(
+        name.endswith("ForConditionalGeneration") for name in config.architectures or ()
+    ):
         names += [name for name in vars(home) if name.endswith("EncoderModel")]
     found = (getattr(home, name, None) for name in names)
     return next(

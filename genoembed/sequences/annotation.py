@@ -199,7 +199,7 @@ def report_types(
     if not choice.types and left_out:
         read += f"; left out as the contig itself: {', '.join(left_out)}"
     if not choice.types and len(listed) - len(left_out) > 1:
-        read += "; to read fewer types, set feature"
+        read += "; option feature chooses types"
     _LOG.info("%s: rows by type: %s; %s", path, words, read)
 
 
@@ -363,9 +363,12 @@ class _GffRows:
             return self._choice.shown(kind, own or key)
         if own:
             return own
-        by_key = key if self._choice.join_by not in (None, EACH) else ""
+        # a name that is its transcript's is that row's id, too
+        shared = self._choice.shown(kind, key)
+        if self._choice.join_by not in (None, EACH, "ID") and key:
+            return shared
         named = (unquote(values[name]).strip() for name in _NAMES if name in values)
-        return by_key or next(filter(None, named), "") or key
+        return next(filter(None, named), "") or shared
 
     def close(self, *, may_go_on: bool = False) -> Iterator[Feature]:
         """Yield the features of the rows so far, in the order of their first rows."""

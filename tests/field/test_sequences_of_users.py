@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genoembed import embed, extract, open_embeddings, read_sequences
-from genoembed.errors import AlphabetError, ConfigError
+from genoembed.errors import ConfigError
 from genoembed.models.genomic_model import GenomicModel
 
 FIELD = Path(__file__).parent
@@ -32,17 +32,6 @@ def test_names_of_a_dictionary_and_letters_of_a_string_are_not_embedded():
     with pytest.raises(ConfigError, match="sequences is one sequence, expected a list of them"):
         embed("ATGCATGC", layers=3)
     assert embed(genes.values(), layers=3).X.shape == (3, 128)
-
-
-def test_advice_to_mask_keeps_the_units_that_are_finished(tmp_path, caplog):
-    fasta, options = FIELD / "13-policy-remedy-drops-units" / "in.fa", {"layers": 3, "unit_bases": 500}
-    with pytest.raises(AlphabetError, match="set invalid='mask'"):
-        extract(fasta, output=tmp_path / "a.h5", **options)
-    report = extract(fasta, output=tmp_path / "a.h5", invalid="mask", **options)
-    assert report.stats.units_kept == 5
-    extract(fasta, output=tmp_path / "b.h5", invalid="mask", **options)
-    with open_embeddings(tmp_path / "a.h5") as first, open_embeddings(tmp_path / "b.h5") as second:
-        assert (first.X[:] == second.X[:]).all()
 
 
 @pytest.mark.parametrize("regions", [None, ["r1:1-100", "r30:5-90"]])

@@ -86,6 +86,15 @@ def test_encoder_of_both_is_taken_and_opens_when_saved(kind, tiny_folder, tmp_pa
     check(saved(model.module, tmp_path / "again", tiny_folder), whole.get_encoder())
 
 
+def test_encoder_of_both_is_taken_whatever_its_configuration_says_of_a_decoder(tiny_folder, tmp_path):
+    config = config_of("t5")
+    T5EncoderModel(config)  # which writes into the configuration that there is no decoder
+    whole = T5ForConditionalGeneration(config)
+    folder = saved(whole, tmp_path / "x", tiny_folder)
+    assert not json.loads((folder / "config.json").read_text())["is_encoder_decoder"]
+    check(folder, whole.get_encoder())
+
+
 def test_gated_encoder_opens(tiny_folder, tmp_path):
     encoder = T5EncoderModel(config_of("t5", feed_forward_proj="gated-gelu"))
     check(saved(encoder, tmp_path / "x", tiny_folder), encoder)

@@ -289,7 +289,7 @@ def _date_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     if months < 3:
         values = _even_ticks(low, high)
         return tuple((value, date_text(value)) for value in values)
-    step = next(step for step in (1, 3, 6, *(12 * n for n in _even_numbers())) if months / step <= 5)
+    step = next(step for step in (1, 3, 6, *(12 * n for n in _even_numbers())) if months / step <= 7)
     start = first.year * 12 + first.month - 1
     found = []
     for month in range(start - start % step, start + months + 1, step):

@@ -28,6 +28,8 @@ from genoembed.errors import MissingExtraError
 from genoembed.plotting.colors import THEMES, ClassColumn, MapContent, NumberColumn, ThemeColors, point_style
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -40,7 +42,7 @@ _DPI = 160
 _POINTS_AN_INCH = 72
 _PIXELS_AN_INCH = 96
 _MANY_POINTS = 3000
-_LABEL_WIDTH = 28
+_LABEL_WIDTH = 32
 _MANY_ENTRIES = 12
 _NOTE_WIDTH = 130
 _PLOT_BOX = (0.075, 0.15, 0.645, 0.755)
@@ -88,14 +90,13 @@ def _draw_classes(axes: Axes, content: MapContent, column: ClassColumn, theme: T
     palette = np.array([*column.colors(theme), missing], dtype=object)  # MISSING is -1: the last one
     order = content.drawing_order()
     _scatter(axes, content, order, c=palette[column.codes[order]].tolist())
-    num_lines = 1 if len(column.classes) > _MANY_ENTRIES else 2
-    entries = [
-        _handle(name, number, color, num_lines)
-        for name, number, color in zip(column.classes, column.counts, column.colors(theme), strict=True)
-    ]
+    counts = [f" ({number:,})" for number in column.counts]
+    room = _LABEL_WIDTH * (1 if len(column.classes) > _MANY_ENTRIES else 2) - max(map(len, counts), default=0)
+    labels = map("".join, zip(_told_apart(column.classes, room), counts, strict=True))
+    entries = list(map(_handle, labels, column.colors(theme)))
     if column.num_missing:
-        entries.append(_handle("no value", column.num_missing, missing, num_lines))
-    _legend(axes, entries, (1.01, 1.0), THEMES[theme], title=_shortened(column.name, _LABEL_WIDTH))
+        entries.append(_handle(f"no value ({column.num_missing:,})", missing))
+    _legend(axes, entries, (1.01, 1.0), THEMES[theme], title=_shortened(column.name, _LABEL_WIDTH - 4))
 
 
 def _legend(
@@ -121,18 +122,40 @@ def _legend(
     ).get_title().set_color(colors.ink)
 
 
-def _handle(name: str, number: int, color: str, num_lines: int) -> Any:
-    """Make an entry whose count stays whole, and whose name keeps both ends: long ones differ there."""
+def _handle(label: str, color: str) -> Any:
     from matplotlib.lines import Line2D
 
-    count = f" ({number:,})"
-    lines = textwrap.wrap(
-        f"{_shortened(name, num_lines * _LABEL_WIDTH - len(count) - 4)}{count}", _LABEL_WIDTH + 4
-    )
-    label = "\n".join(lines)
+    text = "\n".join(textwrap.wrap(label, _LABEL_WIDTH))
     # a leading underscore would hide the entry
-    label = "\u200b" + label if label.startswith("_") else label
-    return Line2D([], [], linestyle="", marker="o", markersize=6, color=color, label=label)
+    text = "\u200b" + text if text.startswith("_") else text
+    return Line2D([], [], linestyle="", marker="o", markersize=6, color=color, label=text)
+
+
+def _told_apart(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names; where that makes two of them equal, leave out what all long ones share.
+
+    Example:
+        >>> _told_apart(["a strain 1 of many", "a strain 2 of many", "other"], 9)
+        ['…in 1 of…', '…in 2 of…', 'other']
+    """
+    short = [_shortened(name, width) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    long = [name for name in names if len(name) > width]
+    first, last = _num_shared(long), _num_shared([name[::-1] for name in long])
+    own = max(len(name) - first - last for name in long)
+    kept = max(0, width - 2 - own) // 2  # of what they share, beside what tells them apart
+    first, last = max(0, first - kept), max(0, last - kept)
+    return [
+        f"…{_shortened(name[first : len(name) - last], width - 2)}…" if len(name) > width else name
+        for name in names
+    ]
+
+
+def _num_shared(names: Sequence[str]) -> int:
+    """Count the letters with which all names begin."""
+    places = enumerate(zip(*names, strict=False))
+    return next((place for place, letters in places if len(set(letters)) > 1), min(map(len, names)))
 
 
 def _draw_numbers(
@@ -158,7 +181,7 @@ def _draw_numbers(
     name = _shortened(column.name, 40) + (", log scale" if column.is_log else "")
     bar.set_label(name, fontsize=9, color=colors.ink)
     if column.num_missing:
-        handle = _handle("no value", column.num_missing, colors.missing, 1)
+        handle = _handle(f"no value ({column.num_missing:,})", colors.missing)
         _legend(axes, [handle], (1.04, 0.22), colors)
 
 

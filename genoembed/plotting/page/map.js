@@ -107,19 +107,17 @@
 
   // --- drawing
 
-  const marginsOf = () => (content.keepsScale ? { left: 34, right: 12, top: 8, bottom: 34 }
-    : { left: 54, right: 14, top: 8, bottom: 44 });
-  let margins = marginsOf();
+  const margins = content.keepsScale ? { left: 30, right: 12, top: 8, bottom: 32 }
+    : { left: 60, right: 14, top: 8, bottom: 44 };
 
   function fit() {
-    const margins_ = margins;
-    const width = Math.max(20, map.clientWidth - margins_.left - margins_.right);
-    const height = Math.max(20, map.clientHeight - margins_.top - margins_.bottom);
+    const width = Math.max(20, map.clientWidth - margins.left - margins.right);
+    const height = Math.max(20, map.clientHeight - margins.top - margins.bottom);
     const ratio = Math.min(window.devicePixelRatio || 1, 2);
     const grown = canvas.width ? [width / canvas.width, height / canvas.height] : null;
     canvas.resize(width, height, ratio);
     Object.assign(canvas.canvas.style, {
-      left: `${margins_.left}px`, top: `${margins_.top}px`, width: `${width}px`, height: `${height}px`,
+      left: `${margins.left}px`, top: `${margins.top}px`, width: `${width}px`, height: `${height}px`,
     });
     overlay.width = Math.round(map.clientWidth * ratio);
     overlay.height = Math.round(map.clientHeight * ratio);
@@ -252,11 +250,11 @@
     pen.font = "13px system-ui, sans-serif";
     pen.textAlign = "center";
     pen.textBaseline = "bottom";
-    pen.fillText(content.axes[0], (left + right) / 2, map.clientHeight - 3);
+    pen.fillText(content.axes[0], (left + right) / 2, map.clientHeight - 5);
     pen.save();
     pen.rotate(-Math.PI / 2);
     pen.textBaseline = "top";
-    pen.fillText(content.axes[1], -(top + bottom) / 2, 2);
+    pen.fillText(content.axes[1], -(top + bottom) / 2, 6);
     pen.restore();
 
     pen.save();
@@ -324,6 +322,7 @@
     tip.hidden = u < 0 || v < 0 || u > canvas.width || v > canvas.height;
     if (tip.hidden) return;
     const gap = state.size / 2 + 10;
+    tip.style.left = 0; // its width depends on the room to its right
     const [wide, high] = [tip.offsetWidth, tip.offsetHeight];
     const besides = left + gap + wide > window.innerWidth - 4 ? left - gap - wide : left + gap;
     const below = top + gap + high > window.innerHeight - 4 ? top - gap - high : top + gap;

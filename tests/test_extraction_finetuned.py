@@ -17,6 +17,7 @@ from genoembed.errors import ConfigError, PoolingMismatchWarning
 from genoembed.models.trained_folder import read_finetuned
 from genoembed.retrieval.heads import DenseHead
 from genoembed.retrieval.models import ContrastModel
+from genoembed.serving.service import EmbeddingService
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.encoder import load_encoder, load_heads
 from genoembed.training.inference import SequenceRunner
@@ -62,6 +63,19 @@ def rows_of(fasta, folder, **options):
     genoembed.extract(fasta, model=folder, output=output, overwrite=True, dtype="float32", **options)
     with genoembed.open_embeddings(output) as file:
         return file.X[:], file.provenance
+
+
+@pytest.mark.parametrize("name", ["views", "classes"])
+def test_server_gives_the_vectors_that_were_trained(name, folders, fasta):
+    expected, _ = rows_of(fasta, folders[name])
+    service = EmbeddingService(folders[name], dtype="float32")
+    records = [
+        genoembed.SequenceRecord(id=str(n), sequence=text.encode()) for n, text in enumerate(SEQUENCES)
+    ]
+    service.start()
+    found = service.submit(records).result(30).vectors_ND
+    service.close()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def trained_vectors(folder):

@@ -135,6 +135,9 @@ class EmbeddingServer:
                 await response(scope, receive, send)
         except RequestError as error:  # not admitted
             refused = _error_response(error)
+        except Exception:
+            self.totals.answered(500, time.perf_counter() - started)
+            raise
         if refused is not None:
             self.totals.answered(refused.status_code, time.perf_counter() - started)
             await refused(scope, receive, send)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from genoembed.config.embed import OPTION_STAGE
-from genoembed.contracts import SequenceRecord
+from genoembed.contracts import FINAL_FOLDER, SequenceRecord
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, GenoembedError, ModelError, Problem, Remedy
 from genoembed.pipeline.embedding_file import check_comparable, comparable_settings, load_transform
@@ -126,9 +126,7 @@ class EmbeddingService:
                 Remedy("fusion", "concat"),
             )
             raise ConfigError(problem)
-        name = self._embedder.model.name
-        # a folder's place on this machine is nobody's business
-        self.name = Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
+        self.name = _public_name(self._embedder.model.name)
         self.width = 0
         """Numbers of a vector; known when :meth:`start` has returned."""
         self._transform_path = transform
@@ -292,6 +290,21 @@ class EmbeddingService:
             has_length = np.abs(vectors_ND).max(axis=1) > 0
             vectors_ND[has_length] = unit_rows(vectors_ND[has_length].astype(np.float64))
         return RequestVectors(vectors_ND=vectors_ND, num_tokens=job.num_tokens, failed={})
+
+
+def _public_name(name: str) -> str:
+    """Name a model for requests: of a folder, its last part; where it lies is nobody's business.
+
+    Example:
+        >>> _public_name("genoembed-mini"), _public_name("owner/model")
+        ('genoembed-mini', 'owner/model')
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    path = path.resolve()
+    # of a training run, the run: all of them have a "final"
+    return path.parent.name if path.name == FINAL_FOLDER else path.name
 
 
 def _failed(index: int, reason: str) -> RequestVectors:

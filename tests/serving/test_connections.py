@@ -229,11 +229,13 @@ def test_bug_of_ours_is_an_error_in_the_same_form_and_in_the_log(served, monkeyp
     def fail(records):
         raise ZeroDivisionError
 
+    before = served.server.totals.by_status[500]
     with monkeypatch.context() as patched:
         patched.setattr(served.server.service._embedder, "rows", fail)
         error = served.refused({"input": "ACGT"}, 500)
     assert error["message"] == "the server failed on this request; its log says why"
     assert "ZeroDivisionError" in caplog.text
+    assert served.server.totals.by_status[500] > before
     assert len(served.embed("ACGT")["data"]) == 1
 
 

@@ -130,5 +130,7 @@ def test_model_without_a_vector_for_a_trial_sequence_is_refused_at_once():
 
 def test_name_of_a_folder_is_its_last_part(tmp_path):
     model = genoembed.load_model("genoembed-mini", dtype="float32")
-    model.name = str(tmp_path)
-    assert EmbeddingService(model, layers=2).name == tmp_path.name
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    for folder, name in ((tmp_path, tmp_path.name), (tmp_path / "run" / "final", "run")):
+        model.name = str(folder)
+        assert EmbeddingService(model, layers=2).name == name

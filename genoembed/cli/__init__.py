@@ -14,6 +14,7 @@ import click
 
 from genoembed._version import __version__
 from genoembed.cli.outcome import exit_codes
+from genoembed.config.fields import near_choice
 
 COMMANDS = (
     "extract",
@@ -52,6 +53,15 @@ _MODULES = {
     "verify": "compare",
 }
 """The module of a command that shares it with others of its family; any other has one of its own name."""
+SECTIONS = {
+    "Embed, search and draw": ("extract", "merge", "search", "fit-transform", "probe", "plot"),
+    "Embedding files": ("info", "subset", "join", "annotate", "compare", "verify", "export"),
+    "Score and generate": ("score", "generate"),
+    "Train": ("pretrain", "finetune", "predict"),
+    "Models": ("models", "layers", "convert", "export-model"),
+    "Server and installation": ("serve", "doctor"),
+}
+"""The commands under the headings of the help."""
 
 
 class CommandGroup(click.Group):
@@ -61,12 +71,37 @@ class CommandGroup(click.Group):
         """Return the names of the commands."""
         return list(COMMANDS)
 
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples before the commands, as each command does."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+        self.format_options(ctx, formatter)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, heading by heading."""
+        found = {name: self.get_command(ctx, name) for name in COMMANDS}
+        limit = formatter.width - 6 - max(map(len, COMMANDS))
+        for heading, names in SECTIONS.items():
+            rows = [(name, found[name].get_short_help_str(limit)) for name in names if found.get(name)]
+            with formatter.section(heading):
+                formatter.write_dl(rows, col_max=20, col_spacing=2)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load a command."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"genoembed.cli.{_MODULES.get(cmd_name, cmd_name)}")
         return cast("click.Command", getattr(module, f"{cmd_name.replace('-', '_')}_command"))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the requested command; a misspelled one is answered with the nearest."""
+        if (near := near_choice(args[0], COMMANDS)) and args[0] not in COMMANDS:
+            message = f"No such command {args[0]!r}{near}"
+            raise click.UsageError(message, ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the requested command; turn how it ends into an exit code."""
@@ -85,4 +120,7 @@ class CommandGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="genoembed", message="%(prog)s %(version)s")
 def main() -> None:
-    """genoembed: embeddings from any layer of any genomic language model; FASTA in, HDF5 out."""
+    """Embeddings from any layer of any genomic language model: FASTA in, HDF5 out.
+
+    'genoembed COMMAND --help' describes a command, with examples and its most used options.
+    """

@@ -103,7 +103,7 @@ def as_facts(report: Any) -> dict[str, Any]:
     "verify",
     VerifyConfig,
     reads=("file", "inputs"),
-    short_help="Embed a sample of a file again, and compare.",
+    short_help="Embed a sample of a file again and compare.",
     examples="""
     genoembed verify genes.h5
     genoembed verify genes.h5 moved/genes.fa.gz --sample 100 --certify --json""",

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
     "export",
     ExportConfig,
     reads=("file",),
-    short_help="Write embeddings as h5ad, npz, parquet, csv, ...",
+    short_help="Convert embeddings to h5ad, npz, parquet, csv, ...",
     examples="""
     genoembed export genes.h5 --to parquet
     genoembed export genes.h5 --to csv --layer blocks.28.mlp.l3 -o vectors.csv""",
@@ -76,7 +76,7 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
 @command(
     "convert",
     ConvertConfig,
-    short_help="Turn an Evo 2 checkpoint into a folder that AutoModel opens.",
+    short_help="Convert an Evo 2 checkpoint to a model folder.",
     examples="genoembed convert evo2_7b.pt -o evo2_7b",
     has_json=True,
     checks_options=False,

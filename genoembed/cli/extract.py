@@ -77,7 +77,7 @@ def extract_command(*, as_json: bool, dry_run: bool = False, **options: Any) -> 
 @command(
     "merge",
     MergeConfig,
-    short_help="Join what the jobs of 'extract --shard I/N' embedded.",
+    short_help="Join the results of 'extract --shard I/N'.",
     examples="""
     genoembed extract genome.fa.gz -o genome.h5 --shard 1/2
     genoembed extract genome.fa.gz -o genome.h5 --shard 2/2

@@ -125,7 +125,7 @@ def show(check: Check) -> None:
 @command(
     "doctor",
     DoctorConfig,
-    short_help="Test this installation, or a published model, against known answers.",
+    short_help="Test the installation against known answers.",
     examples="""
     genoembed doctor
     genoembed doctor --model dnabert-2

@@ -158,7 +158,7 @@ def _line_of_layers(row: dict[str, Any]) -> tuple[str, ...]:
 @command(
     "layers",
     LayersConfig,
-    short_help="List a model's layers, and what a layer number means.",
+    short_help="List the layers of a model.",
     examples="genoembed layers genoembed-mini",
     has_json=True,
     checks_options=False,

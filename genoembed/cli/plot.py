@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
     "plot",
     PlotConfig,
     reads=("file",),
-    short_help="Draw a map: picture and interactive page.",
+    short_help="Draw a map, as a picture and as a page.",
     examples="""
     genoembed plot genes.h5 --color length
     genoembed plot genes.h5 --values classes.tsv --method umap -o map.html -o map.svg

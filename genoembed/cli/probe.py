@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 @command(
     "probe",
     ProbeOptions,
-    short_help="Find the layer that carries a label.",
+    short_help="Measure which layer predicts a label.",
     examples="""
     genoembed probe promoters.tsv
     genoembed probe promoters.fa --labels promoters.tsv

@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 @command(
     "score",
     ScoreOptions,
-    short_help="Log-likelihoods of sequences and variants.",
+    short_help="Compute log-likelihoods of sequences, variants.",
     examples="""
     genoembed score genes.fa.gz -o genes.tsv
     genoembed score genes.fa --rc mean --per-base bases.tsv -o genes.tsv

@@ -81,7 +81,7 @@ def _details(report: SearchReport) -> list[str]:
     "fit-transform",
     TransformConfig,
     reads=("background",),
-    short_help="Center or whiten vectors, fitted on a background.",
+    short_help="Fit a transform: center or whiten vectors.",
     examples="""
     genoembed fit-transform genomes.h5 -o centered.h5
     genoembed fit-transform genomes.h5 --method remove-top --components 3 -o top3.h5

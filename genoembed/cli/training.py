@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 @command(
     "pretrain",
     PretrainOptions,
-    short_help="Train a causal model on packed sequences.",
+    short_help="Train a causal language model.",
     examples="""
     genoembed pretrain genomes/*.fa.gz --like evo2_7b --heldout-fraction 0.02 --max-steps 400 -o run
     genoembed pretrain phages.fa --model genoembed-mini --heldout other.fa --max-steps 500 -o runs/phage
@@ -78,7 +78,7 @@ def pretrain_command(*, as_json: bool, **options: Any) -> None:
 @command(
     "finetune",
     FinetuneOptions,
-    short_help="Teach a model a task, or better embeddings.",
+    short_help="Fine-tune a model on labels, pairs or views.",
     examples="""
     genoembed finetune promoters.tsv --task classification -o runs/promoters
     genoembed finetune genes.fa --labels classes.csv --task classification --tuning lora -o runs/genes
@@ -113,7 +113,7 @@ _NOT_SHOWN = ("epoch", "step", "ranked_queries")
     "predict",
     PredictConfig,
     reads=("model",),
-    short_help="Apply a fine-tuned head to sequences.",
+    short_help="Predict with a fine-tuned model.",
     examples="""
     genoembed predict runs/promoters/final genome.fa.gz -o promoters.tsv
     zcat reads.fa.gz | genoembed predict runs/promoters/final - | cut -f 1,2

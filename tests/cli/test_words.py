@@ -7,7 +7,7 @@ import re
 import click
 import pytest
 
-from genoembed.cli import COMMANDS, main
+from genoembed.cli import COMMANDS, SECTIONS, main
 from genoembed.errors import _install_command
 
 
@@ -70,10 +70,12 @@ OTHER_SENTENCE = {
     "--both-strands": "pretraining draws a strand, fine-tuning compares both",
     "--components": "of a transform, or of a map",
     "--dtype": "of matrix products in training; of weights alone in a folder",
+    "--feature": "which features are embedded, or changed",
     "--flank": "of a region, or of a change",
     "--layer": "of a model, or of a file",
     "--method": "of a transform, or of a map",
     "--metric": "of a search, or of training",
+    "--mode": "of retrieval heads, or of a search",
     "--model": "a name to load, the model of a file, a run that goes on, or what is tested",
     "--on-error": "records, queries and prompts fail for other reasons",
     "--output": "what is written differs",
@@ -96,6 +98,7 @@ OTHER_VALUE = {
     "--layer": "a matrix of a file has a name; layers of a model are also numbers and patterns",
     "--method": "of a transform, or of a map",
     "--metric": "of a search, or of training",
+    "--mode": "of retrieval heads, or of a search",
     "--output": "a file, or a folder",
     "--pool": "training and scores need one vector; scores have no pooling of their own",
     "--rc": "scores are no vectors: they are not concatenated",
@@ -189,3 +192,13 @@ def test_help_is_plain_american_english(name, cli):
 
 BEGINS_LOWER = {"mean", "center", "geneb", "balanced"}
 """Values with which a help text may begin."""
+
+
+def test_every_command_has_one_place_in_the_help(cli):
+    named = [name for names in SECTIONS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert set(named) >= set(COMMANDS)
+    text = cli("--help").stdout.partition("--help  Show")[2]
+    assert re.findall(r"^  ([a-z-]+)  +[A-Z]", text, flags=re.M) == [n for n in named if n in COMMANDS]
+    assert "..." not in text.replace("csv, ...", "")  # no line is cut
+    assert "No such command 'extarct'; did you mean 'extract'?" in cli("extarct", "a.fa").stderr

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from genoembed.comparison import CompareReport, compare
     from genoembed.contracts import SequenceRecord
     from genoembed.doctor.run import run_doctor
+    from genoembed.editing import AnnotateReport, JoinReport, SubsetReport, annotate, join, subset
     from genoembed.embedding import Embedded, embed
     from genoembed.errors import GenoembedError, GenoembedWarning
     from genoembed.exporting.files import ExportReport, export
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from genoembed.verification import Certificate, VerifyReport, certify, verify
 
 _HOMES = {
+    "AnnotateReport": "genoembed.editing",
     "Certificate": "genoembed.verification",
     "CharTokenizer": "genoembed.tokenization.char",
     "CompareReport": "genoembed.comparison",
@@ -65,6 +67,7 @@ _HOMES = {
     "GenoembedWarning": "genoembed.errors",
     "GenomicModel": "genoembed.models.genomic_model",
     "InputCounts": "genoembed.sequences",
+    "JoinReport": "genoembed.editing",
     "Merged": "genoembed.store",
     "ModelExportReport": "genoembed.exporting.model_folder",
     "ModelLayers": "genoembed.models.describe",
@@ -83,9 +86,11 @@ _HOMES = {
     "StripedHyena2Config": "genoembed.models.striped_hyena2.configuration",
     "StripedHyena2ForCausalLM": "genoembed.models.striped_hyena2.modeling",
     "StripedHyena2Model": "genoembed.models.striped_hyena2.modeling",
+    "SubsetReport": "genoembed.editing",
     "TransformReport": "genoembed.transforms",
     "VariantReport": "genoembed.scoring.variants",
     "VerifyReport": "genoembed.verification",
+    "annotate": "genoembed.editing",
     "certify": "genoembed.verification",
     "check_model_name": "genoembed.models.names",
     "compare": "genoembed.comparison",
@@ -99,6 +104,7 @@ _HOMES = {
     "finetune": "genoembed.finetuning.run",
     "fit_transform": "genoembed.transforms",
     "generate": "genoembed.generation.run",
+    "join": "genoembed.editing",
     "known_models": "genoembed.models.registry",
     "load_model": "genoembed.models.load",
     "merge": "genoembed.extraction",
@@ -117,10 +123,12 @@ _HOMES = {
     "score_variants": "genoembed.scoring.variants",
     "search": "genoembed.searching.run",
     "serve": "genoembed.serving.run",
+    "subset": "genoembed.editing",
     "verify": "genoembed.verification",
 }
 
 __all__ = [
+    "AnnotateReport",
     "Certificate",
     "CharTokenizer",
     "CompareReport",
@@ -134,6 +142,7 @@ __all__ = [
     "GenoembedWarning",
     "GenomicModel",
     "InputCounts",
+    "JoinReport",
     "Merged",
     "ModelExportReport",
     "ModelLayers",
@@ -152,10 +161,12 @@ __all__ = [
     "StripedHyena2Config",
     "StripedHyena2ForCausalLM",
     "StripedHyena2Model",
+    "SubsetReport",
     "TransformReport",
     "VariantReport",
     "VerifyReport",
     "__version__",
+    "annotate",
     "certify",
     "check_model_name",
     "compare",
@@ -169,6 +180,7 @@ __all__ = [
     "finetune",
     "fit_transform",
     "generate",
+    "join",
     "known_models",
     "load_model",
     "merge",
@@ -187,6 +199,7 @@ __all__ = [
     "score_variants",
     "search",
     "serve",
+    "subset",
     "verify",
 ]
 

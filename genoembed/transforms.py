@@ -19,8 +19,7 @@ from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.search import TransformConfig
 from genoembed.errors import StoreError
-from genoembed.pipeline.embedder import file_facts
-from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
+from genoembed.pipeline.embedding_file import VectorSource, comparable_settings, file_facts
 from genoembed.pooling.transform import (
     Isotropy,
     fit,

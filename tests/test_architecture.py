@@ -94,6 +94,7 @@ RULES = {
     "extraction": Rule(internal=BELOW_VERBS, third_party=("torch", "numpy")),
     "embedding": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "planning": Rule(internal=("extraction", *BELOW_VERBS), third_party=("numpy", "torch")),
+    "editing": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "comparison": Rule(internal=BELOW_VERBS, third_party=("numpy",)),
     "verification": Rule(internal=("extraction", "embedding", *BELOW_VERBS), third_party=("numpy", "torch")),
     "transforms": Rule(internal=BELOW_VERBS, third_party=("numpy",)),

@@ -32,6 +32,9 @@ COMMANDS = (
     "plot",
     "compare",
     "verify",
+    "subset",
+    "join",
+    "annotate",
     "export",
     "export-model",
     "score",
@@ -51,6 +54,9 @@ _MODULES = {
     "predict": "training",
     "fit-transform": "search",
     "verify": "compare",
+    "subset": "rows",
+    "join": "rows",
+    "annotate": "rows",
 }
 """The module of a command that shares it with others of its family; any other has one of its own name."""
 SECTIONS = {

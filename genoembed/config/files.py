@@ -21,11 +21,12 @@ from genoembed.config.embed import (
     TableOutput,
 )
 from genoembed.config.fields import Config, option, same_option
+from genoembed.errors import Problem, Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LIMITS, CHECKED = "Tolerance", "Checks"
+LIMITS, CHECKED, ROWS = "Tolerance", "Checks", "Rows"
 
 
 class MergeConfig(Config):
@@ -64,6 +65,57 @@ class CompareConfig(Config):
     )
     overwrite: bool = option(
         False, group=OUTPUT, help="Replace an existing FILE once the new one is complete."
+    )
+
+
+class SubsetConfig(Config):
+    """Which rows of an embedding file are taken."""
+
+    ids: str | None = option(
+        None,
+        group=ROWS,
+        metavar="LIST",
+        reads=True,
+        help="File with one id per line; - is standard input. The id of a record stands for all its windows.",
+    )
+    where: tuple[str, ...] = option(
+        (),
+        group=ROWS,
+        metavar="COLUMN=VALUE",
+        help="Take rows whose column has this value: a column that info lists, or id. Also !=, and <, <=, >, "
+        ">= for numbers. Repeatable; all must hold.",
+    )
+    output: str = option(group=OUTPUT, short="-o", metavar="FILE", help="File to write.", writes="hdf5")
+    overwrite: bool = same_option(MergeConfig, "overwrite")
+
+    def _problems(self) -> Iterable[str]:
+        if self.ids is None and not self.where:
+            yield Problem("no rows are requested", Remedy("ids", words="a list, or set where"))
+
+
+class JoinConfig(Config):
+    """How files become one."""
+
+    output: str = same_option(SubsetConfig, "output")
+    overwrite: bool = same_option(MergeConfig, "overwrite")
+
+
+class AnnotateConfig(Config):
+    """How columns of a table become columns of a file."""
+
+    output: str | None = option(
+        None,
+        group=OUTPUT,
+        short="-o",
+        metavar="FILE",
+        shown_default="FILE.h5 itself, once the new one is complete",
+        help="File to write.",
+        writes="hdf5",
+    )
+    overwrite: bool = option(
+        False,
+        group=OUTPUT,
+        help="Replace columns of the same names that were added earlier, and an existing FILE.",
     )
 
 

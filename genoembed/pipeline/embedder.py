@@ -8,7 +8,6 @@ strands and layers). :func:`run_units` does so in this process, for :class:`Loca
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -347,16 +345,6 @@ def peak_memory_mb() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-def file_facts(name: str) -> dict[str, str | int | None]:
-    """Return what identifies an input file."""
-    path = Path(name)
-    if name == "-" or not path.is_file():
-        return {"name": name, "bytes": None, "sha256": None}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 class UnitEngine(Protocol):

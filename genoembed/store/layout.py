@@ -260,14 +260,15 @@ def _read_anndata(hdf5: h5py.File, path: str) -> Layout:
     if recorded and main not in recorded:
         main, of_columns = recorded[0], None
     matrices: dict[str, LazyMatrix] = {}
-    is_x = False
+    is_x = has_features = False
     if (copy := more.pop(escape_name(main or ""), None)) is not None:
         matrices[str(main)] = copy  # whole, whatever became of the columns of X
+        has_features = of_columns == list(range(copy.shape[1]))
     elif _is_matrix(x := hdf5.get("X"), num_rows):
         check_size(x, path)
         _check_length(features, x.shape[1], "features of X", path)
         matrices[main or "X"] = LazyMatrix(x, path)
-        is_x = True
+        is_x = has_features = True
     if not recorded and of_columns is not None:
         # the account is lost, and the columns say that the file was ours; scanpy's names begin with X_
         recorded = [unescape_name(name) for name in more if not name.startswith("X_")]
@@ -291,7 +292,7 @@ def _read_anndata(hdf5: h5py.File, path: str) -> Layout:
         spans=(),
         more=more,
         index=f"obs/{index_name(obs)}",
-        features=f"var/{index_name(var)}" if is_x else None,
+        features=f"var/{index_name(var)}" if has_features else None,
         provenance=provenance,
         changes=tuple(_changes(provenance, obs, num_rows, has_picked=picked is not None)),
     )

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import h5py
 import numpy as np
 
 from genoembed.errors import LayerError, MissingExtraError, StoreError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import anndata
-    import h5py
     import pandas as pd
     import torch
     from numpy.typing import NDArray
@@ -409,6 +409,34 @@ class EmbeddingFile:
         name = self.layers[0] if layer is None else layer
         self[name]  # an unknown layer is an error here, not in a worker
         return EmbeddingDataset(self.path, name, torch.from_numpy)
+
+
+def hdf5_of(file: EmbeddingFile) -> h5py.File:
+    """Return the HDF5 file below, for parts of it that have no name of their own here."""
+    return file._open_file()
+
+
+def names_own_features(file: EmbeddingFile) -> bool:
+    """Return whether the table of features of the file is that of its first matrix."""
+    return file._layout.features is not None
+
+
+def changed_x_of(file: EmbeddingFile) -> h5py.Dataset | None:
+    """Return ``/X`` where another program changed it, and the first layer is whole elsewhere."""
+    found = hdf5_of(file).get("X")
+    layer = file.X
+    if not isinstance(found, h5py.Dataset) or layer.is_at(found):
+        return None
+    is_equal = found.shape == layer.shape and all(
+        np.array_equal(
+            found[start : start + _COMPARED_ROWS], layer[start : start + _COMPARED_ROWS], equal_nan=True
+        )
+        for start in range(0, len(layer), _COMPARED_ROWS)
+    )
+    return None if is_equal else found
+
+
+_COMPARED_ROWS = 1024
 
 
 class BaseValues(NamedTuple):

@@ -207,6 +207,10 @@ class LazyMatrix:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def is_at(self, dataset: h5py.Dataset) -> bool:
+        """Return whether this is the matrix of a data set."""
+        return bool(self._dataset == dataset)
+
     def __repr__(self) -> str:
         return f"LazyMatrix({self.shape[0]} x {self.shape[1]}, {self.dtype.name})"
 

@@ -41,6 +41,12 @@ OPTIONS = {
         --skip-first --stride --threads --trust-remote-code --unit-bases --window --workers""",
     "merge": """
         --overwrite""",
+    "subset": """
+        --ids -o --output --overwrite --where""",
+    "join": """
+        -o --output --overwrite""",
+    "annotate": """
+        -o --output --overwrite""",
     "layers": """
         --all --import --revision --trust-remote-code""",
     "models": "",

@@ -207,6 +207,22 @@ COLUMNS = {
         runs_forward=True,
         bad_options=(("--sample", "0"), ("--tolerance", "-1")),
     ),
+    "subset": Column(
+        words=("one.h5", "--ids", "some.txt", "--where", "length>40"),
+        inputs=("one.h5", "some.txt"),
+        output=("-o", "some.h5"),
+        bad_options=(("--where", "length"), ("--where", "absent=1"), ("--where", "length=long")),
+    ),
+    "join": Column(
+        words=("one.h5", "more.h5"),
+        inputs=("one.h5", "more.h5"),
+        output=("-o", "joined.h5"),
+    ),
+    "annotate": Column(
+        words=("one.h5", "values.tsv"),
+        inputs=("one.h5", "values.tsv"),
+        output=("-o", "annotated.h5"),
+    ),
     "export": Column(
         words=("one.h5", "--to", "csv"),
         inputs=("one.h5",),
@@ -400,6 +416,7 @@ def build_world(folder: Path, run: Callable[..., Ran]) -> None:
     kinds = ["one" if index % 2 else "two" for index in range(12)]
     (folder / "seqs.fa").write_text("".join(f">s{n} note\n{text}\n" for n, text in enumerate(texts)))
     (folder / "queries.fa").write_text("".join(f">q{n}\n{text[3:]}\n" for n, text in enumerate(texts[:3])))
+    (folder / "some.txt").write_text("s1\ns3\n")
     (folder / "labels.tsv").write_text(
         "id\tlabel\n" + "".join(f"s{n}\t{kind}\n" for n, kind in enumerate(kinds))
     )
@@ -422,6 +439,7 @@ def build_world(folder: Path, run: Callable[..., Ran]) -> None:
     for words in (
         ["extract", "seqs.fa", *MODEL, "--layer", "1", "-o", "one.h5", *SPEED],
         ["extract", "seqs.fa", *MODEL, "--layer", "1", "--batch-tokens", "64", "-o", "two.h5", *SPEED],
+        ["extract", "queries.fa", *MODEL, "--layer", "1", "-o", "more.h5", *SPEED],
         [
             "extract",
             "seqs.fa",

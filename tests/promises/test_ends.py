@@ -103,7 +103,15 @@ def test_full_standard_output_is_one_line(name, warm, world):
         if column.output and column.output[0] == ""
         else [spoken(name), *column.words]
     )
-    if column.is_folder or name in ("extract", "fit-transform", "export", "plot"):
+    if column.is_folder or name in (
+        "extract",
+        "fit-transform",
+        "export",
+        "plot",
+        "subset",
+        "join",
+        "annotate",
+    ):
         call = column.call(spoken(name))
     ran = warm.run(*call, cwd=world, stdout="/dev/full")
     assert "Traceback" not in ran.err

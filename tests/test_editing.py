@@ -1,0 +1,342 @@
+"""``subset``, ``join`` and ``annotate``: files made of files, with all that belongs to their rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from click.testing import CliRunner
+
+from genoembed import annotate, compare, extract, join, open_embeddings, search, subset, verify
+from genoembed.cli import main
+from genoembed.errors import ConfigError, DuplicateIdError, LabelError, StoreError, StoreFormatError
+from genoembed.store import rewriting
+from genoembed.store.seal import check_seal
+from tests.tiny_models import build_tiny
+
+ARCHIVES = Path(__file__).parent / "data" / "archives"
+
+LETTERS = random.Random(5)
+SEQUENCES = {f"r{n}": "".join(LETTERS.choices("ACGT", k=20 + 3 * n)) for n in range(12)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, sequences in two files, and what extract makes of them."""
+    folder = tmp_path_factory.mktemp("editing")
+    model = str(build_tiny("bert", folder / "bert"))
+    texts = [f">{name} about it\n{text}\n" for name, text in SEQUENCES.items()]
+    for name, part in (("one", texts), ("first", texts[:5]), ("last", texts[5:])):
+        (folder / f"{name}.fa").write_text("".join(part))
+        extract(
+            folder / f"{name}.fa", model=model, layers=(0, 1), dtype="float32", output=folder / f"{name}.h5"
+        )
+    options = {"model": model, "layers": 0, "dtype": "float32"}
+    extract(folder / "one.fa", **options, pooling="none", output=folder / "tokens.h5")
+    extract(folder / "one.fa", **options, pooling="max", output=folder / "max.h5")
+    extract(folder / "one.fa", **options, window=16, stride=8, per_window=True, output=folder / "windows.h5")
+    return folder
+
+
+def rows_of(path) -> dict:
+    with open_embeddings(path) as file:
+        return {
+            name: [file.vectors(row, layer) for layer in file.layers] for row, name in enumerate(file.ids)
+        }
+
+
+def same_rows(path, other) -> bool:
+    """Compare the rows of one file with those of the same ids of another."""
+    mine, theirs = rows_of(path), rows_of(other)
+    return all(
+        np.array_equal(vector, match)
+        for name, vectors in mine.items()
+        for vector, match in zip(vectors, theirs[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize("source", ["one.h5", "tokens.h5"])
+def test_subset_takes_the_rows_of_a_list_in_the_order_of_the_file(world, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(rewriting, "SLAB_BYTES", 700)  # some rows at a time
+    (tmp_path / "ids.txt").write_text("r7\n\n r2 \r\nr2\nr11\n")
+    report = subset(world / source, ids=tmp_path / "ids.txt", output=tmp_path / "out.h5")
+    assert (report.num_rows, report.num_in_file, report.missing) == (3, 12, ())
+    with open_embeddings(tmp_path / "out.h5") as file, open_embeddings(world / source) as before:
+        assert file.ids == ["r2", "r7", "r11"]
+        assert file.layers == before.layers
+        assert file.obs["length"].tolist() == [26, 41, 53]
+        assert file.changes == ()
+        if source == "tokens.h5":
+            np.testing.assert_array_equal(file.token_spans("r7"), before.token_spans("r7"))
+    assert same_rows(tmp_path / "out.h5", world / source)
+    assert check_seal(tmp_path / "out.h5")
+    assert verify(tmp_path / "out.h5").is_within
+
+
+def test_subset_says_in_the_file_what_it_was_made_of(world, tmp_path):
+    subset(world / "one.h5", where="length>40", output=tmp_path / "a.h5")
+    subset(tmp_path / "a.h5", ids=["r9"], output=tmp_path / "b.h5")
+    with open_embeddings(tmp_path / "b.h5") as file, open_embeddings(world / "one.h5") as before:
+        first, second = file.provenance["history"]
+        assert file.provenance["model"] == before.provenance["model"]
+    assert (first["command"], first["where"], first["rows"]) == ("subset", ["length>40"], 5)
+    assert first["sources"][0]["rows"] == 12
+    assert len(first["sources"][0]["sha256"]) == 64
+    assert (second["ids"], second["rows"]) == ("a list", 1)
+    with pytest.raises(StoreError, match="it was changed since"):
+        extract(
+            world / "one.fa",
+            model=str(world / "bert"),
+            layers=(0, 1),
+            dtype="float32",
+            output=tmp_path / "b.h5",
+            resume=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        (["id=r3"], [3]),
+        (["length >= 47"], [9, 10, 11]),
+        (["length>=47", "length!=50"], [9, 11]),
+        (["length<=20"], [0]),
+        (["length==23"], [1]),
+        (["strand=+", "length<26"], [0, 1]),
+        (["kind=a b=c"], [2]),
+        (["kind!=x", "kind!="], [2]),
+        (["score<0"], [1]),
+        (["good=true"], [0, 2]),
+    ],
+)
+def test_conditions_choose_rows(world, tmp_path, where, rows):
+    table = pd.DataFrame({"id": ["r0", "r1", "r2"], "kind": ["x", "x", "a b=c"], "score": [0.5, -1, 2]})
+    table["good"] = [True, False, True]
+    table.to_parquet(tmp_path / "t.parquet")
+    annotate(world / "one.h5", tmp_path / "t.parquet", output=tmp_path / "a.h5")
+    subset(tmp_path / "a.h5", where=where, output=tmp_path / "b.h5")
+    with open_embeddings(tmp_path / "b.h5") as file:
+        assert file.ids == [f"r{row}" for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no rows are requested; set ids to a list, or set where"),
+        ({"where": "length"}, "where is 'length'; set where to COLUMN=VALUE"),
+        ({"where": "size=3"}, "where is 'size=3', .* set where to one of id, description"),
+        ({"where": "length=long"}, "length holds numbers; set where to a number"),
+        ({"where": "strand<+"}, "strand holds text; set where with = or !="),
+        ({"where": "length>999"}, "no row of 12 is left"),
+        ({"ids": ["nope"]}, "no row of 12 is left"),
+    ],
+)
+def test_what_subset_cannot_choose_is_an_error_with_the_way_out(world, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        subset(world / "one.h5", output=tmp_path / "out.h5", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_id_of_a_record_stands_for_its_windows(world, tmp_path):
+    subset(world / "windows.h5", ids=["r11"], output=tmp_path / "a.h5")
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert len(file) > 2
+        assert all(name.startswith("r11:") for name in file.ids)
+    (tmp_path / "t.tsv").write_text("id\tspecies\nr11\tyeast\n")
+    annotate(tmp_path / "a.h5", tmp_path / "t.tsv")
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert set(file.obs["species"]) == {"yeast"}
+
+
+def test_requested_ids_that_are_not_there_are_named_and_end_with_3(world, tmp_path):
+    words = ["subset", str(world / "one.h5"), "--ids", "-", "-o", str(tmp_path / "out.h5"), "--json"]
+    ran = CliRunner().invoke(main, words, input="r1\nnope\n")
+    assert ran.exit_code == 3
+    assert json.loads(ran.stdout)["missing"] == ["nope"]
+    assert "1 of the 2 requested ids are not there (nope)" in ran.stderr
+
+
+def test_what_scanpy_added_goes_with_its_rows(world, tmp_path):
+    made, draw = anndata.read_h5ad(world / "one.h5"), np.random.default_rng(0)
+    made.obs["kind"] = pd.Categorical(["a", "b", None] * 4, categories=["b", "a"])
+    made.obs["count"] = pd.array([1, None, 3] * 4, dtype="Int64")
+    made.var["mean"] = made.X.mean(0)
+    made.layers["csr"] = scipy.sparse.random(12, made.n_vars, 0.3, format="csr", rng=draw)
+    made.layers["csc"] = scipy.sparse.random(12, made.n_vars, 0.3, format="csc", rng=draw)
+    made.obsm["X_umap"] = draw.normal(size=(12, 2))
+    made.obsm["table"] = pd.DataFrame({"u": list("abcdefghijkl")}, index=made.obs_names)
+    made.obsp["graph"] = scipy.sparse.random(12, 12, 0.4, format="csr", rng=draw)
+    made.obsp["full"] = draw.normal(size=(12, 12))
+    made.varm["PCs"] = draw.normal(size=(made.n_vars, 3))
+    made.uns["kind_colors"] = np.array(["#000000", "#ffffff"])
+    made.raw = made
+    made.X = made.X * 2  # as scanpy scales; the layer itself is in obsm
+    made.write_h5ad(tmp_path / "a.h5ad")
+    keep = ["r1", "r4", "r5", "r10"]
+    subset(tmp_path / "a.h5ad", ids=keep, output=tmp_path / "b.h5")
+    found, expected = anndata.read_h5ad(tmp_path / "b.h5"), made[keep]
+    assert same_rows(tmp_path / "b.h5", world / "one.h5")
+    np.testing.assert_array_equal(found.layers["X"], expected.X)
+    pd.testing.assert_frame_equal(found.obs[["kind", "count"]], made.obs.loc[keep, ["kind", "count"]])
+    pd.testing.assert_frame_equal(found.var, made.var)
+    for group in ("layers", "obsp"):
+        for name, values in getattr(expected, group).items():
+            left, right = getattr(found, group)[name], values
+            dense = [part.toarray() if scipy.sparse.issparse(part) else part for part in (left, right)]
+            np.testing.assert_array_equal(*dense)
+    np.testing.assert_array_equal(found.obsm["X_umap"], expected.obsm["X_umap"])
+    pd.testing.assert_frame_equal(found.obsm["table"], made.obsm["table"].loc[keep])
+    np.testing.assert_array_equal(found.varm["PCs"], made.varm["PCs"])
+    np.testing.assert_array_equal(found.raw.X, expected.raw.X)
+    assert found.uns["kind_colors"].tolist() == ["#000000", "#ffffff"]
+
+
+def test_subset_of_what_cannot_be_cut_says_what_to_remove(world, tmp_path):
+    made = anndata.read_h5ad(world / "one.h5")
+    made[:, :4].copy().write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(StoreError, match=r"/X has shape \(12, 4\), .* set X to that layer"):
+        subset(tmp_path / "a.h5ad", ids=["r1"], output=tmp_path / "b.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+@pytest.mark.parametrize("source", ["one.h5", "tokens.h5"])
+def test_join_undoes_subset(world, tmp_path, source):
+    for name, where in (("a", "length<=30"), ("b", "length>30")):
+        subset(world / source, where=where, output=tmp_path / f"{name}.h5")
+    report = join([tmp_path / "a.h5", tmp_path / "b.h5"], output=tmp_path / "c.h5")
+    found = compare(tmp_path / "c.h5", world / source, tolerance=0)
+    assert (report.num_rows, report.dropped) == (12, ())
+    assert found.is_within
+    assert not found.setting_differences
+    assert check_seal(tmp_path / "c.h5")
+
+
+def test_join_keeps_where_the_rows_of_each_file_come_from(world, tmp_path):
+    (tmp_path / "t.tsv").write_text("id\tspecies\tn\nr0\tyeast\t1\nr1\tfly\t2\n")
+    annotate(world / "first.h5", tmp_path / "t.tsv", output=tmp_path / "a.h5")
+    join([tmp_path / "a.h5", world / "last.h5"], output=tmp_path / "c.h5")
+    with open_embeddings(tmp_path / "c.h5") as file:
+        assert file.ids == list(SEQUENCES)
+        assert file.obs["species"].tolist() == ["yeast", "fly", *[""] * 10]
+        assert file.obs["n"][:2].tolist() == [1, 2]
+        assert np.isnan(file.obs["n"][2:]).all()
+        made = file.provenance
+    assert [item["name"].rpartition("/")[2] for item in made["inputs"]] == ["first.fa", "last.fa"]
+    assert made["counts"]["records"] == 12
+    assert "run" not in made
+    (step,) = made["history"]
+    assert [source["rows"] for source in step["sources"]] == [5, 7]
+    assert step["sources"][0]["history"][0]["command"] == "annotate"
+    assert verify(tmp_path / "c.h5", sample=12).is_within
+    assert search(world / "first.fa", tmp_path / "c.h5", k=1).hits.columns()["subject"] == list(SEQUENCES)[:5]
+
+
+def test_join_of_umaps_is_theirs_and_of_graphs_is_named(world, tmp_path, caplog):
+    for name in ("first", "last"):
+        made = anndata.read_h5ad(world / f"{name}.h5")
+        made.obsm["X_pca"] = made.X[:, :2].copy()
+        made.obsp["graph"] = scipy.sparse.eye(made.n_obs, format="csr")
+        made.write_h5ad(tmp_path / f"{name}.h5ad")
+    report = join([tmp_path / "first.h5ad", tmp_path / "last.h5ad"], output=tmp_path / "c.h5")
+    assert report.dropped == ("obsp/graph",)
+    assert "left out what other programs added and joined rows cannot have: obsp/graph" in caplog.text
+    found = anndata.read_h5ad(tmp_path / "c.h5")
+    np.testing.assert_array_equal(found.obsm["X_pca"], found.X[:, :2])
+
+
+def test_join_refuses_what_does_not_belong_together(world, tmp_path):
+    output = tmp_path / "c.h5"
+    with pytest.raises(DuplicateIdError, match=r"5 ids are also in .*first.h5 \(r0, r1, r2 ...\)"):
+        join([world / "first.h5", world / "one.h5"], output=output)
+    with pytest.raises(ConfigError, match="expected the same layers and features"):
+        join([world / "one.h5", world / "max.h5"], output=output)
+    with pytest.raises(ConfigError, match=r"of kind pooled, .* of kind tokens"):
+        join([world / "one.h5", world / "tokens.h5"], output=output)
+    subset(world / "windows.h5", ids=["r1"], output=tmp_path / "a.h5")
+    with pytest.raises(ConfigError, match=r"hold vectors of another kind .*pooling: 'mean' against 'max'"):
+        join([tmp_path / "a.h5", world / "max.h5"], output=output)
+    with pytest.raises(ConfigError, match="1 file, expected two or more"):
+        join([world / "one.h5"], output=output)
+    assert not output.exists()
+
+
+def test_annotate_adds_typed_columns_and_names_what_does_not_match(world, tmp_path, caplog):
+    (tmp_path / "t.csv").write_text("gene,kind,n,score\nr0,x,1,0.5\nr1,NA,2,1e3\nr2,x,,\nzz,y,4,1\n")
+    report = annotate(world / "one.h5", tmp_path / "t.csv", output=tmp_path / "a.h5")
+    assert report.columns == ("kind", "n", "score")
+    assert report.without_values == tuple(f"r{row}" for row in range(3, 12))
+    assert report.num_unknown_ids == 1
+    assert "9 of 12 rows are not in" in caplog.text
+    found = anndata.read_h5ad(tmp_path / "a.h5").obs
+    assert found["kind"].isna().tolist() == [False, True, False, *[True] * 9]
+    assert found["score"][:2].tolist() == [0.5, 1000]
+    assert found["n"].dtype == float
+    assert same_rows(tmp_path / "a.h5", world / "one.h5")
+
+
+def test_annotate_in_place_replaces_columns_only_on_request(world, tmp_path):
+    shutil.copy(world / "tokens.h5", tmp_path / "a.h5")
+    (tmp_path / "t.tsv").write_text("id\tn\n" + "".join(f"r{row}\t{row}\n" for row in range(12)))
+    annotate(tmp_path / "a.h5", tmp_path / "t.tsv")
+    before = (tmp_path / "a.h5").read_bytes()
+    with pytest.raises(ConfigError, match="has 'n' already; set overwrite=True"):
+        annotate(tmp_path / "a.h5", tmp_path / "t.tsv")
+    assert (tmp_path / "a.h5").read_bytes() == before
+    (tmp_path / "t.tsv").write_text("id\tn\nr1\tone\n")
+    annotate(tmp_path / "a.h5", tmp_path / "t.tsv", overwrite=True)
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert file.obs["n"].tolist() == ["", "one", *[""] * 10]
+        assert list(file.obs).count("n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "t.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("id\tlength\nr1\t3\n", ConfigError, "'length' is one that genoembed writes"),
+        ("id\ta/b\nr1\t3\n", ConfigError, "'a/b' cannot be a name in the file"),
+        ("id\tk\nr1\t3\nr1\t4\n", LabelError, "r1.*has a row already"),
+        ("id\tk\nzz\t3\n", LabelError, "none of its ids .zz. is in"),
+        ("id\nr1\n", LabelError, "has no column of values"),
+        ("r1\tx\nr2\ty\n", LabelError, "begins with the id 'r1', expected names of columns"),
+    ],
+)
+def test_table_that_cannot_be_added_is_an_error_with_the_way_out(world, tmp_path, text, error, message):
+    (tmp_path / "t.tsv").write_text(text)
+    with pytest.raises(error, match=message):
+        annotate(world / "one.h5", tmp_path / "t.tsv", output=tmp_path / "a.h5")
+    assert not (tmp_path / "a.h5").exists()
+
+
+def test_annotate_never_replaces_a_file_that_is_not_whole_or_not_ours(world, tmp_path):
+    anndata.read_h5ad(world / "one.h5").write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "t.tsv").write_text("id\tk\nr1\tx\n")
+    before = (tmp_path / "a.h5ad").read_bytes()
+    with pytest.raises(StoreError, match="is not replaced"):
+        annotate(tmp_path / "a.h5ad", tmp_path / "t.tsv")
+    assert (tmp_path / "a.h5ad").read_bytes() == before
+    annotate(tmp_path / "a.h5ad", tmp_path / "t.tsv", output=tmp_path / "b.h5")
+    with open_embeddings(tmp_path / "b.h5") as file:
+        assert file.changes == ()
+        assert file.provenance["history"][0]["sources"][0]["changed"]
+
+
+def test_files_of_the_first_schema_are_cut_too(tmp_path):
+    path = ARCHIVES / "v1" / "tokens.h5"
+    subset(path, ids=["ctg 3"], output=tmp_path / "a.h5")
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert (len(file), file.schema_version, file.obs["unread"].tolist()) == (1, 2, [-1])
+    assert same_rows(tmp_path / "a.h5", path)
+
+
+def test_file_that_holds_no_embeddings_is_refused(tmp_path):
+    (tmp_path / "x.h5").write_text(">a\nACGT\n")
+    with pytest.raises(StoreFormatError, match="is not an HDF5 file"):
+        subset(tmp_path / "x.h5", ids=["a"], output=tmp_path / "y.h5")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from genoembed.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -286,6 +286,29 @@ class TokenBlock:
             if matrix.ndim != 2 or matrix.shape[0] != total:
                 message = f"values of {name!r} have shape {matrix.shape}, expected ({total}, D)"
                 raise ShapeError(message)
+
+
+class ByteTokens:
+    """One byte, one token: what encoding needs of ``CharTokenizer``, without transformers.
+
+    Example:
+        >>> len(ByteTokens()), ByteTokens().convert_ids_to_tokens([0, 65])
+        (512, ['\\x00', 'A'])
+    """
+
+    eos_token_id = 0
+    pad_token_id = 1
+    bos_token_id: int | None = None
+    unk_token_id: int | None = None
+    all_special_ids = (eos_token_id, pad_token_id)
+
+    def __len__(self) -> int:
+        return 512
+
+    @staticmethod
+    def convert_ids_to_tokens(ids: Iterable[int]) -> list[str]:
+        """Return the character of each token."""
+        return [chr(index) for index in ids]
 
 
 def embed_inputs(embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

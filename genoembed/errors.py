@@ -573,3 +573,14 @@ class PrecisionWarning(GenoembedWarning):
 
 class TrainingWarning(GenoembedWarning):
     """Training that runs but does not do what it seems to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten another library's error to a line.
+
+    Example:
+        >>> first_line(ValueError("field 'depth':\\n  is text\\nsee above")), first_line(KeyError())
+        ("field 'depth': is text", 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

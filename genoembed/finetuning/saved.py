@@ -27,8 +27,9 @@ from genoembed.finetuning.opening import (
     shortened,
     write_sentence_files,
 )
-from genoembed.models.load import load_model, without_progress_bars
+from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
+from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import (
     FACTS_FILE,
     FACTS_FORMAT,

@@ -283,7 +283,7 @@ def _identity(config: GenerateConfig, generator: SequenceGenerator) -> dict[str,
     model = generator.model.model
     return {
         **model.content,
-        "model": type(model.module).__name__,
+        "model": model.class_name,
         "dtype": str(model.dtype),
         "fp8": model.fp8_numbers,
         "max_length": model.max_length,

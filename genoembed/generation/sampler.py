@@ -233,7 +233,7 @@ class SequenceGenerator:
         self.stats = RunStats()
         self.num_rescored = 0
         """Draws that rounding could have changed, for which a row was scored alone."""
-        tokenizer = model.model.tokenizer
+        tokenizer = model.model.tokens
         special_tokens = model.model.special_tokens
         self.start_token = find_start_token(tokenizer, options.start_token, add_special_tokens=special_tokens)
         with foreign_code("the model's tokenizer"):
@@ -280,7 +280,7 @@ class SequenceGenerator:
             return ()
         with foreign_code("the model's tokenizer"):
             ids = self.model.model.tokenizer(tag, add_special_tokens=False)["input_ids"]
-        unknown = self.model.model.tokenizer.unk_token_id
+        unknown = self.model.model.tokens.unk_token_id
         if not ids or (unknown is not None and unknown in ids):
             message = (
                 f"tag is {tag!r}, which the tokenizer of {self.model.model.name} cannot read; leave tag out, "

@@ -16,11 +16,10 @@ import re
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
@@ -44,10 +43,11 @@ from genoembed.errors import (
     GenoembedError,
     ModelError,
     ModelNotFoundError,
+    first_line,
 )
 from genoembed.models.families import Family, Published, family_of
 from genoembed.models.names import suggestion
-from genoembed.models.provenance import weight_files
+from genoembed.models.provenance import weight_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -65,33 +65,6 @@ _MOST_LAYERS, _MOST = 10_000, 1_000_000
 _TIMES, _MORE_PARTS, _MORE_VALUES = 40, 20_000, 100_000_000
 
 
-class WeightSizes(NamedTuple):
-    """How much a folder's weights can be of."""
-
-    num_tensors: int | None
-    """None where only reading all of a file would tell."""
-    num_values: int
-    """At most."""
-
-
-def weight_sizes(source: ModelSource) -> WeightSizes | None:
-    """Measure the weights of a folder by their headers; None where there are none to be seen."""
-    files = weight_files(Path(source.location)) if source.is_local else ()
-    if not files:
-        return None
-    num_bytes = sum(path.stat().st_size for path in files)  # a value takes a byte at least
-    num_tensors = 0
-    for path in files:
-        if path.suffix != ".safetensors":
-            return WeightSizes(None, num_bytes)
-        try:
-            with safe_open(path, framework="numpy") as weights:
-                num_tensors += len(weights.keys())
-        except (SafetensorError, OSError):  # said where they are loaded
-            return WeightSizes(None, num_bytes)
-    return WeightSizes(num_tensors, num_bytes)
-
-
 def check_config(values: Mapping[str, Any], source: ModelSource, *, family: Family | None = None) -> None:
     """Refuse what a ``config.json`` must not say, and say what of it is not taken."""
     if values.get("quantization_config") is not None:
@@ -100,7 +73,7 @@ def check_config(values: Mapping[str, Any], source: ModelSource, *, family: Fami
             "changes vectors; name the model with its full weights, or set trust_remote_code=True"
         )
         raise _bad(source, problem)
-    sizes = weight_sizes(source)
+    sizes = weight_sizes(source.folder)
     known = None if sizes is None else sizes.num_tensors
     for key, value in _items(values):
         most = _most(key, known)
@@ -166,7 +139,7 @@ def leads_outside(name: str) -> bool:
 @contextmanager
 def bounded_build(source: ModelSource) -> Iterator[None]:
     """Stop the building of a model that grows far beyond its weights, whatever setting makes it grow."""
-    sizes = weight_sizes(source)
+    sizes = weight_sizes(source.folder)
     num_tensors = 0 if sizes is None else sizes.num_tensors or 0
     most_parts = _TIMES * max(num_tensors, _MOST_LAYERS) + _MORE_PARTS
     most_values = None if sizes is None else _TIMES * sizes.num_values + _MORE_VALUES
@@ -405,14 +378,3 @@ def listing(names: Sequence[str]) -> str:
     """Join names, the first few of many."""
     shown = ", ".join(names[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
-
-
-def first_line(error: BaseException) -> str:
-    """Shorten another library's error to a line.
-
-    Example:
-        >>> first_line(ValueError("field 'depth':\\n  is text\\nsee above")), first_line(KeyError())
-        ("field 'depth': is text", 'KeyError')
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from genoembed.models.architecture import build_without_weights, read_config, weight_sizes
+import torch
+
 from genoembed.models.behavior import Probe
 from genoembed.models.layers import (
     has_numbered_blocks,
@@ -20,9 +21,12 @@ from genoembed.models.layers import (
 )
 from genoembed.models.locate import find_source
 from genoembed.models.names import BUNDLED_NAME
+from genoembed.models.provenance import weight_sizes
+from genoembed.models.striped_hyena2.folder import read_shape
+from genoembed.models.striped_hyena2.network import PlainStripedHyena2
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from torch import nn
 
     from genoembed.contracts import LayerInfo
     from genoembed.models.registry import ModelSource
@@ -95,16 +99,21 @@ def count_up_to(
 ) -> int:
     """Count the parameters of a model without its weights; below the limit, a number that may be too high."""
     source = find_source(name, revision=revision, with_weights=False)
-    sizes = None if source.entry is not None else weight_sizes(source)
+    sizes = None if source.entry is not None else weight_sizes(source.folder)
     if sizes is not None and sizes.num_values < limit:
         return sizes.num_values  # bytes, of which a parameter takes one or more: no need to build it
     module = _build(source, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _build(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedModel:
-    if source.entry is not None:
-        config: PreTrainedConfig = source.entry.build_config()
-    else:
-        config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": source.revision})
+def _build(source: ModelSource, *, trust_remote_code: bool) -> nn.Module:
+    shape = None if source.entry is None else source.entry.shape
+    if shape is None and source.folder is not None and source.adapter is None:
+        shape = read_shape(source.folder)
+    if shape is not None:
+        with torch.device("meta"):
+            return PlainStripedHyena2(shape)
+    from genoembed.models.architecture import build_without_weights, read_config
+
+    config, _ = read_config(source, {"trust_remote_code": trust_remote_code, "revision": source.revision})
     return build_without_weights(source, config, trust_remote_code=trust_remote_code)

@@ -8,11 +8,14 @@ B rows, L padded length, D hidden size.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from genoembed.contracts import ByteTokens
 from genoembed.errors import LayerError, ModelError, ShapeError, foreign_code
 from genoembed.models.behavior import (
     PaddingPolicy,
@@ -31,34 +34,34 @@ from genoembed.models.provenance import (
     config_digest,
     content_digest,
     folder_content,
-    memory_content,
-    parameters_digest,
     read_license,
     read_revision,
-    weights_checksum,
 )
+from genoembed.models.striped_hyena2.network import PlainStripedHyena2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.contracts import Batch, LayerInfo
     from genoembed.models.families import Family
     from genoembed.models.geneb import PublishedModel
     from genoembed.models.registry import Adapter, KnownModel
+    from genoembed.models.striped_hyena2.shape import StripedHyena2Shape
 
 
 class GenomicModel:
     """A base model in eval mode, its tokenizer, and what other stages must know about it.
 
-    Properties are computed on first access, some by running the model on a few tokens.
+    Properties are computed on first access, some by running the model on a few tokens. StripedHyena 2 runs
+    without transformers; `module` and `tokenizer` import it when they are asked for.
 
     Args:
         module: The base model (no language-model head), weights in place.
-        tokenizer: Its Hugging Face tokenizer.
+        tokenizer: Its Hugging Face tokenizer, or what stands for one.
         name: The name it was loaded by.
         location: Folder that holds its files, for the provenance; None for a model that was never on disk.
         entry: The registry's entry of the checkpoint, if it is in the registry.
@@ -66,12 +69,13 @@ class GenomicModel:
         published: The model of the GENEB benchmark that it was named as, if it is one.
         adapter: What was merged into the weights of its folder, if it was loaded by the name of an adapter.
         untrained: Top-level modules whose weights the checkpoint does not hold; they cannot be captured.
+        open_tokenizer: Opens the Hugging Face tokenizer, where something else stands for it.
     """
 
     def __init__(
         self,
-        module: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        module: PreTrainedModel | PlainStripedHyena2,
+        tokenizer: PreTrainedTokenizerBase | ByteTokens,
         *,
         name: str,
         location: Path | None = None,
@@ -80,9 +84,13 @@ class GenomicModel:
         published: PublishedModel | None = None,
         adapter: Adapter | None = None,
         untrained: Iterable[str] = (),
+        open_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        self.module = module.eval()
-        self.tokenizer = tokenizer
+        self.network: PreTrainedModel | PlainStripedHyena2 = module.eval()
+        """What runs: `module`, or a plain network until that is asked for."""
+        self.tokens = tokenizer
+        """What says how bases are encoded: `tokenizer`, or what stands for it until that is asked for."""
+        self._open_tokenizer = open_tokenizer
         self.name = name
         self.location = location
         self.entry = entry
@@ -93,20 +101,56 @@ class GenomicModel:
         self._as_loaded = None if location is None else self._state()
 
     @property
+    def module(self) -> PreTrainedModel:
+        """The base model as a model of transformers."""
+        if isinstance(self.network, PlainStripedHyena2):
+            from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+
+            before = config_digest(self.network.config.to_dict())
+            self.network = StripedHyena2Model.of_network(self.network, folder=str(self.location or ""))
+            if self._as_loaded is not None and before == self._as_loaded[1]:
+                # the same settings, and those that transformers adds
+                self._as_loaded = (self._as_loaded[0], config_digest(self.network.config.to_dict()))
+            self.__dict__.pop("_probe", None)
+        return self.network
+
+    @module.setter
+    def module(self, module: PreTrainedModel) -> None:
+        self.network = module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Hugging Face tokenizer."""
+        if isinstance(self.tokens, ByteTokens):
+            assert self._open_tokenizer is not None
+            self.tokens = self._open_tokenizer()
+        return self.tokens
+
+    @property
+    def class_name(self) -> str:
+        """Name of the model's class in transformers."""
+        return getattr(self.network, "pretrained_name", type(self.network).__name__)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer's class."""
+        return "CharTokenizer" if isinstance(self.tokens, ByteTokens) else type(self.tokens).__name__
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs go: where the first weights are, or run, if these wait elsewhere till then."""
-        first = next(self.module.parameters()).device
-        return _execution_device(self.module) if first.type == "meta" else first
+        first = next(self.network.parameters()).device
+        return _execution_device(self.network) if first.type == "meta" else first
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the activations."""
-        return self.module.dtype
+        return next(values.dtype for values in self.network.parameters() if values.is_floating_point())
 
     @property
     def fp8(self) -> str | None:
         """How FP8 projections run: ``native``, ``emulated`` or ``off``; None for a model without them."""
-        form: str | None = getattr(self.module, "fp8_form", None)
+        form: str | None = getattr(self.network, "fp8_form", None)
         return form
 
     @property
@@ -117,7 +161,7 @@ class GenomicModel:
     @cached_property
     def max_length(self) -> int | None:
         """Longest input in tokens, special tokens included; None where there is no stated limit."""
-        return context_length(self.module, self.tokenizer)
+        return context_length(self.network, self.tokens)
 
     @cached_property
     def is_causal(self) -> bool:
@@ -144,7 +188,7 @@ class GenomicModel:
     @cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
         """Every module that can be captured, in the model's order."""
-        return tuple(info for info in list_layers(self.module) if not self._is_untrained(info.path))
+        return tuple(info for info in list_layers(self.network) if not self._is_untrained(info.path))
 
     @property
     def content(self) -> dict[str, str]:
@@ -154,31 +198,31 @@ class GenomicModel:
         folder.
         """
         if self.location is None:
-            parts = memory_content(self.module, self.module.config, self.tokenizer)
+            parts = _memory_content(self.network, self.network.config, self.tokenizer)
         else:
             parts = dict(self._folder_content)
             checksum, config = self._state()
             assert self._as_loaded is not None
             if checksum != self._as_loaded[0]:
-                parts[WEIGHTS] = parameters_digest(self.module)
+                parts[WEIGHTS] = _parameters_digest(self.network)
             if config != self._as_loaded[1]:
                 parts[CONFIG] = config
-        return parts | code_content(self.module, self.tokenizer)
+        return parts | code_content(self.network, self.tokens)
 
     @cached_property
     def _folder_content(self) -> dict[str, str]:
         assert self.location is not None
-        files = getattr(self.tokenizer, "vocab_files_names", {})
+        files = getattr(self.tokens, "vocab_files_names", {})
         content = folder_content(self.location, more=files.values())
         return content if self.adapter is None else self.adapter.content(content)
 
     def _state(self) -> tuple[tuple[float, ...], str]:
-        return weights_checksum(self.module), config_digest(self.module.config.to_dict())
+        return _weights_checksum(self.network), config_digest(self.network.config.to_dict())
 
     def _dtypes(self) -> dict[str, int]:
         """Count the parameters of each type: models keep some in a type of their own, whatever is asked."""
         counts: dict[str, int] = {}
-        for parameter in self.module.parameters():
+        for parameter in self.network.parameters():
             name = str(parameter.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + parameter.numel()
         return counts
@@ -196,7 +240,7 @@ class GenomicModel:
         folder, content = self.location, self.content
         return {
             "id": self.name,
-            "class": type(self.module).__name__,
+            "class": self.class_name,
             "checkpoint": self.entry.name if self.entry is not None else None,
             "revision": None if folder is None else read_revision(folder),
             "weights_sha256": content[WEIGHTS],
@@ -207,7 +251,7 @@ class GenomicModel:
             **({} if len(dtypes := self._dtypes()) < 2 else {"dtypes": dtypes}),
             "fp8": self.fp8,
             "device": str(self.device),
-            "num_parameters": self.module.num_parameters(),
+            "num_parameters": sum(values.numel() for values in self.network.parameters()),
             "max_length": self.max_length,
             "padding": self.padding,
             "is_causal": self.is_causal,
@@ -215,7 +259,7 @@ class GenomicModel:
             "accepts_attention_mask": self.accepts_attention_mask,
             **({} if self.published is None else {"published": _statement(self.published)}),
             **({} if self.adapter is None else {"adapter": self.adapter.statement}),
-            **({} if (code := code_statement(self.module)) is None else {"code": code}),
+            **({} if (code := code_statement(self.network)) is None else {"code": code}),
         }
 
     def resolve(self, specs: LayerSpec | Sequence[LayerSpec]) -> tuple[LayerInfo, ...]:
@@ -232,7 +276,7 @@ class GenomicModel:
         """
         asked = [specs] if isinstance(specs, (int, str)) else list(specs)
         final_path = self._final_path if FINAL in asked else None
-        layers = resolve_layers(self.module, asked, final_path=final_path, name=self.name)
+        layers = resolve_layers(self.network, asked, final_path=final_path, name=self.name)
         for layer in layers:
             if self._is_untrained(layer.path):
                 message = (
@@ -250,7 +294,7 @@ class GenomicModel:
     @property
     def carries_state(self) -> bool:
         """Whether a sequence may run in blocks, each going on from the state that the one before has left."""
-        return bool(getattr(self.module, "carries_state", False))
+        return bool(getattr(self.network, "carries_state", False))
 
     def forward(
         self,
@@ -280,7 +324,7 @@ class GenomicModel:
             )
             raise ShapeError(message)
         mask_BL = batch.attention_mask.to(self.device)
-        arguments = forward_arguments(self.module, mask_BL if self.accepts_attention_mask else None)
+        arguments = forward_arguments(self.network, mask_BL if self.accepts_attention_mask else None)
 
         def take(path: str, activations: Tensor) -> Tensor:
             rows_BLD = as_rows(activations, mask_BL, path=path)
@@ -288,10 +332,10 @@ class GenomicModel:
 
         with (
             torch.inference_mode(),
-            evaluating(self.module),
-            capture(self.module, layers, reduce=take) as outputs,
+            evaluating(self.network),
+            capture(self.network, layers, reduce=take) as outputs,
         ):
-            self.module(batch.input_ids.to(self.device), **arguments)
+            self.network(batch.input_ids.to(self.device), **arguments)
         return outputs
 
     def forward_in_blocks(
@@ -320,8 +364,8 @@ class GenomicModel:
             raise ModelError(message)
         mask_BL = batch.attention_mask.to(self.device)
         length = batch.input_ids.shape[1]
-        state = self.module.new_cache()
-        with torch.inference_mode(), evaluating(self.module):
+        state = self.network.new_cache()
+        with torch.inference_mode(), evaluating(self.network):
             for start in range(0, length, block_tokens):
                 span = slice(start, min(length, start + block_tokens))
 
@@ -329,16 +373,16 @@ class GenomicModel:
                     take(path, as_rows(activations, mask_BL[:, span], path=path), span)
                     return activations[:0]
 
-                arguments = forward_arguments(self.module, mask_BL[:, : span.stop])
-                with capture(self.module, layers, reduce=keep_none):
-                    self.module(batch.input_ids[:, span].to(self.device), past_key_values=state, **arguments)
+                arguments = forward_arguments(self.network, mask_BL[:, : span.stop])
+                with capture(self.network, layers, reduce=keep_none):
+                    self.network(batch.input_ids[:, span].to(self.device), past_key_values=state, **arguments)
 
     @cached_property
     def _probe(self) -> Probe:
         return Probe(
-            self.module,
-            special_ids=self.tokenizer.all_special_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
+            self.network,
+            special_ids=self.tokens.all_special_ids,
+            pad_token_id=self.tokens.pad_token_id,
         )
 
     @cached_property
@@ -366,3 +410,37 @@ def _execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     found = next((device for device in devices if device is not None), "cpu")
     return torch.device(found)
+
+
+def _parameters_digest(module: nn.Module) -> str:
+    """Compute one SHA-256 for the weights of a model in memory, for one that came from no folder."""
+    digest = hashlib.sha256()
+    for name, values in sorted(module.state_dict().items()):
+        if isinstance(values, torch.Tensor):
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _memory_content(
+    module: nn.Module, config: PreTrainedConfig | StripedHyena2Shape, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Compute the digests for a model that came from no folder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words: Any = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    told = json.dumps([type(tokenizer).__name__, words, tokenizer.all_special_ids], default=str)
+    return {
+        WEIGHTS: _parameters_digest(module),
+        CONFIG: config_digest(config.to_dict()),
+        "tokenizer": hashlib.sha256(told.encode()).hexdigest(),
+    }
+
+
+def _weights_checksum(module: nn.Module) -> tuple[float, ...]:
+    """Sum up each tensor, to notice quickly whether weights were changed in memory."""
+    with torch.inference_mode():
+        return tuple(
+            float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32))
+            for _, values in sorted(module.state_dict().items())
+            if isinstance(values, torch.Tensor) and values.device.type != "meta"
+        )

@@ -18,21 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
-from genoembed.errors import CheckpointError, GenoembedError, ModelError
-from genoembed.models.architecture import NONSENSE, base_of, first_line
+from genoembed.errors import ModelError, first_line
 from genoembed.models.behavior import evaluating, forward_arguments, takes_argument
 from genoembed.models.layers import first_tensor, hooked
-from genoembed.models.load import without_progress_bars
-from genoembed.models.striped_hyena2.modeling import StripedHyena2Model
+from genoembed.models.striped_hyena2.network import StripedHyena2Network
 from genoembed.models.trained_folder import NEXT_TOKEN_HEAD, find_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from genoembed.contracts import Batch
     from genoembed.models.genomic_model import GenomicModel
@@ -44,6 +40,10 @@ Take: TypeAlias = "Callable[[str, Tensor, slice], None]"
 
 _STATE_ARGUMENTS = ("past_key_values", "cache_params")
 """Under which names models of transformers take and return the state after the tokens so far."""
+_TRIAL_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError),
+    MemoryError,
+)
 _TRIAL_TOKENS = 8
 """Tokens of a trial of such a state; as many follow one by one, and two rows come of one."""
 _CHUNK_VALUES = 1 << 24
@@ -75,9 +75,13 @@ class LanguageModel:
             )
             raise ModelError(message)
         self.model = model
-        is_tied = isinstance(model.module, StripedHyena2Model) and model.module.config.tie_word_embeddings
-        self._whole = None if is_tied else load_whole(model, AutoModelForCausalLM, head="next-token head")
-        self._base = model.module if self._whole is None else base_of(self._whole)
+        self._whole: Any = None
+        self._base: Any = model.network
+        is_striped = isinstance(model.network, StripedHyena2Network)
+        if not (is_striped and model.network.config.tie_word_embeddings):
+            from genoembed.models.pretrained import load_whole
+
+            self._whole, self._base = load_whole(model, "AutoModelForCausalLM", head="next-token head")
 
     def log_probs(self, batch: Batch, *, layers: Sequence[str], take: Take, block_tokens: int) -> Tensor:
         """Run one batch."""
@@ -120,7 +124,7 @@ class LanguageModel:
             return None
         try:
             difference = self._trial_of_state(name)
-        except (*NONSENSE, RuntimeError, AssertionError, MemoryError) as error:
+        except _TRIAL_ERRORS as error:
             logger.debug(
                 "%s: no state is carried from token to token (%s)", self.model.name, first_line(error)
             )
@@ -179,7 +183,7 @@ class LanguageModel:
 
     def _unembed(self, hidden_BLD: Tensor) -> Tensor:
         """Score every token, as StripedHyena does."""
-        embedding_VD = self._base.get_input_embeddings().weight  # StripedHyena is tied to it
+        embedding_VD = self._base.embedding_layer.weight  # StripedHyena is tied to it
         return F.linear(hidden_BLD.to(embedding_VD.device), embedding_VD)
 
 
@@ -257,58 +261,6 @@ class Continuation:
             self._state = output[name]
         logits_BV: Tensor = output.logits[:, -1].float().cpu()
         return logits_BV
-
-
-def load_whole(model: GenomicModel, auto: Any, *, head: str) -> PreTrainedModel:
-    """Load the class with the head; the base that is loaded already takes the place of its own.
-
-    Raises:
-        ModelError: If there is no folder to load it from, or no class with such a head.
-        CheckpointError: If the folder's weights do not hold the head.
-    """
-    if model.location is None:
-        message = (
-            f"model {model.name!r} was loaded without its {head}, and is in no folder to fetch it "
-            "from; give the model by name"
-        )
-        raise ModelError(message)
-    # weights are mapped from their file, so those of the second base are never read
-    try:
-        with without_progress_bars():
-            whole, info = auto.from_pretrained(
-                model.location,
-                config=model.module.config,
-                dtype=model.dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                trust_remote_code=type(model.module).__module__.startswith("transformers_modules"),
-            )
-    except GenoembedError:
-        raise
-    except (OSError, ImportError, *NONSENSE) as error:
-        message = (
-            f"model {model.name!r}: it has no {head} ({first_line(error)}); set model to one that was "
-            "trained to predict tokens"
-        )
-        raise ModelError(message) from error
-    prefix = whole.base_model_prefix
-    is_same = type(getattr(whole, prefix, None)) is type(model.module)
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if is_same:  # loading the base has looked at these
-        lacking = [key for key in lacking if not key.startswith(f"{prefix}.")]
-    if lacking:
-        message = (
-            f"the checkpoint holds no {head} ({lacking[0]} is missing or of another shape), so "
-            f"probabilities would be random; save the model with its head ({auto.__name__})"
-        )
-        raise CheckpointError(message, path=str(model.location))
-    if model.adapter is not None:
-        from genoembed.models.adapters import merge_adapter
-
-        merge_adapter(model.adapter, whole)
-    if is_same:
-        setattr(whole, prefix, model.module)
-    return whole.to(model.device).eval()
 
 
 def target_log_probs(logits_BCV: Tensor, targets_BC: Tensor) -> Tensor:

@@ -1,67 +1,41 @@
 """Load any genomic language model through one door.
 
 In: a name (bundled, registry, local folder or checkpoint file, Hugging Face id). Out: a `GenomicModel`: the
-base model in eval mode, its tokenizer, and the facts that the other stages need. Promised: no code from a
-repository runs unless it is trusted, nothing is unpickled, and no weight that an embedding depends on is left
-random.
+base model in eval mode, its tokenizer, and the facts that the other stages need. StripedHyena 2 folders are
+read here; whatever else there is, and whatever is out of the ordinary in them, by
+:mod:`genoembed.models.pretrained`, which imports transformers.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import pickle
-import struct
 import warnings
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-from transformers.utils import cached_file
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from genoembed.config.choices import Fp8Choice
-from genoembed.errors import CheckpointError, GenoembedError, ModelError, PrecisionWarning, foreign_code
-from genoembed.models.architecture import (
-    NONSENSE,
-    auto_class,
-    base_of,
-    bounded_build,
-    check_tokenizer_config,
-    first_line,
-    leads_outside,
-    listing,
-    needs_trust,
-    read_config,
-    trusted_code,
-    unbuildable,
-)
+from genoembed.contracts import ByteTokens
+from genoembed.errors import CheckpointError, ModelError, PrecisionWarning, first_line, foreign_code
 from genoembed.models.genomic_model import GenomicModel
-from genoembed.models.layers import final_candidates, find_blocks
 from genoembed.models.locate import find_source, say_inner_folder
 from genoembed.models.names import BUNDLED_NAME
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.registry import ModelSource, entry_named
-from genoembed.models.trained_folder import FACTS_FILE, fetch_sentence_files
+from genoembed.models.striped_hyena2.folder import read_network
+from genoembed.models.trained_folder import FACTS_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genoembed.config.choices import ComputeDtype
-    from genoembed.models.families import Family
     from genoembed.models.registry import KnownModel
-
-_LOG = logging.getLogger(__name__)
-_REPORTER = logging.getLogger("transformers.modeling_utils")
+    from genoembed.models.striped_hyena2.network import PlainStripedHyena2
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# stored by older releases, computed from the configuration today
-_COMPUTED_BUFFERS = ("inv_freq", "position_ids", "masked_bias")
 
 
 def load_model(
@@ -110,15 +84,26 @@ def load_model(
     source = find_source(name_or_path, revision=revision)
     say_inner_folder(source)
     with foreign_code(f"model {name_or_path!r}"):
-        model = _load(
-            source,
-            name=name_or_path,
-            device=device,
-            dtype=chosen_dtype,
-            trust_remote_code=trust_remote_code,
-            device_map=device_map,
-        )
-    check_scales(model.module, model.entry, model.location, is_off=fp8 == "off")
+        plain = None
+        if source.folder is not None and source.adapter is None and device_map is None:
+            plain = read_network(source.folder, dtype=chosen_dtype)
+        if plain is not None:
+            model = _of_network(plain.to(device), source, name=name_or_path)
+        else:
+            from genoembed.models.pretrained import load_pretrained
+
+            model = GenomicModel(
+                name=name_or_path,
+                **load_pretrained(
+                    source,
+                    name=name_or_path,
+                    device=device,
+                    dtype=chosen_dtype,
+                    trust_remote_code=trust_remote_code,
+                    device_map=device_map,
+                ),
+            )
+    check_scales(model.network, model.entry, model.location, is_off=fp8 == "off")
     if _use_fp8(model, fp8):
         message = (
             f"{name_or_path}: trained with 8-bit (FP8) input projections, but FP8 is off; without them its "
@@ -129,7 +114,11 @@ def load_model(
 
 
 def check_scales(
-    module: PreTrainedModel, entry: KnownModel | None, folder: Path | None, *, is_off: bool = False
+    module: PreTrainedModel | PlainStripedHyena2,
+    entry: KnownModel | None,
+    folder: Path | None,
+    *,
+    is_off: bool = False,
 ) -> None:
     """Raise if a checkpoint needs FP8 scales, and its folder is from a release that did not keep them."""
     if is_off or entry is None or not entry.needs_fp8 or folder is None:
@@ -149,8 +138,8 @@ def _use_fp8(model: GenomicModel, choice: Fp8Choice) -> bool:
         message = f"model {model.name!r}: it has no FP8 scales, so there is nothing to emulate; leave fp8 out"
         raise ModelError(message)
     if model.fp8 is not None:
-        model.module.set_fp8(choice)
-    needs = getattr(model.module.config, "fp8_projections", "none") == "needed"
+        model.network.set_fp8(choice)
+    needs = getattr(model.network.config, "fp8_projections", "none") == "needed"
     if model.fp8 in (None, "off"):
         return needs or (choice == "off" and model.entry is not None and model.entry.needs_fp8)
     if model.dtype == torch.float16:
@@ -162,53 +151,22 @@ def _use_fp8(model: GenomicModel, choice: Fp8Choice) -> bool:
     return False
 
 
-def _load(
-    source: ModelSource,
-    *,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    device_map: str | Mapping[str, Any] | None,
-) -> GenomicModel:
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.revision is not None:
-        options["revision"] = source.revision
-    config, family = read_config(source, options)
-    if family is not None:  # run by code that is here, whatever the folder brings
-        trust_remote_code = options["trust_remote_code"] = False
-    _check_folder(source)
-    if source.adapter is not None:
-        from genoembed.models.adapters import check_adapter, merge_adapter
-
-        check_adapter(source.adapter)
-    whole, loading_info = _load_weights(source, config, options, dtype=dtype, device_map=device_map)
-    module = base_of(whole)
-    untrained = _check_keys(whole, module, loading_info, source=source, trusted=trust_remote_code)
-    if source.adapter is not None:
-        inside = _prefix_in(whole, module)
-        optional = [f"{inside}{name}" for name in _unused_children(module)]
-        merge_adapter(source.adapter, whole, optional=optional)
-    if all(parameter.dtype != dtype for parameter in module.parameters()):
-        asked, found = (str(kind).removeprefix("torch.") for kind in (dtype, module.dtype))
-        _LOG.warning("model %r: its weights stay in %s, whatever is asked (%s)", name, found, asked)
-    if device_map is None:
-        module = module.to(device)
-    config_path = _file_of(source, "config.json", options)
-    if not source.is_local:
-        fetch_sentence_files(source)
-    entry = source.entry or entry_named(getattr(config, "checkpoint_name", None))
+def _of_network(network: PlainStripedHyena2, source: ModelSource, *, name: str) -> GenomicModel:
     return GenomicModel(
-        module,
-        load_tokenizer(source, config, options, family=family),
+        network,
+        ByteTokens(),
         name=name,
-        location=None if config_path is None else config_path.parent,
-        adapter=source.adapter,
-        family=family,
+        location=source.folder,
         published=source.published,
-        entry=entry if source.adapter is None else None,
-        untrained=untrained,
+        entry=source.entry or entry_named(getattr(network.config, "checkpoint_name", None)),
+        open_tokenizer=partial(_open_tokenizer, source),
     )
+
+
+def _open_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    from genoembed.models.pretrained import open_tokenizer
+
+    return open_tokenizer(source)
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -239,246 +197,3 @@ def _choose_dtype(dtype: ComputeDtype | torch.dtype | None, device: torch.device
         )
         raise ModelError(message)
     return _DTYPES[dtype]
-
-
-def _check_folder(source: ModelSource) -> None:
-    """Raise if the folder's files send the loader to files elsewhere."""
-    if not source.is_local:
-        return
-    folder = Path(source.location)
-    for index in sorted(folder.glob("*.index.json")):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            strangers = sorted(name for name in names if leads_outside(name))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            message = f"it is not an index of weights ({first_line(error)}); fetch the folder again"
-            raise CheckpointError(message, path=str(index)) from error
-        if strangers:
-            message = (
-                f"it names {strangers[0]!r}, expected files in its own folder; fetch the folder again, from "
-                "whom you trust"
-            )
-            raise CheckpointError(message, path=str(index))
-
-
-def _load_weights(
-    source: ModelSource,
-    config: PreTrainedConfig,
-    options: Mapping[str, Any],
-    *,
-    dtype: torch.dtype,
-    device_map: str | Mapping[str, Any] | None,
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Load through the barest class that the repository offers; report which keys did not fit."""
-    extra = {} if device_map is None else {"device_map": device_map}
-    try:
-        is_trusted = options["trust_remote_code"]
-        bound = nullcontext() if is_trusted else bounded_build(source)
-        with without_progress_bars(), bound, trusted_code(source, config, is_trusted=is_trusted):
-            return auto_class(config, trust_remote_code=options["trust_remote_code"]).from_pretrained(
-                source.location,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **options,
-                **extra,
-            )
-    except GenoembedError:
-        raise
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError) as error:
-        message = (
-            f"the weights cannot be read or do not fit config.json ({first_line(error)}); fetch them again"
-        )
-        raise CheckpointError(message, path=source.location) from error
-    except OSError as error:
-        is_cache = Path(source.location).parent.name == "snapshots" or not source.is_local
-        remedy = "fetch the model while online" if is_cache else "the folder needs safetensors files"
-        message = f"no weights were found ({first_line(error)}); {remedy}"
-        raise CheckpointError(message, path=source.location) from error
-    except (EOFError, struct.error) as error:
-        message = f"the weights cannot be read ({first_line(error)}); fetch them again"
-        raise CheckpointError(message, path=source.location) from error
-    except (*NONSENSE, ImportError) as error:
-        raise unbuildable(source, error) from error
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing on standard error, which belongs to the caller.
-
-    Nor does it list weights that do not fit: those that matter are refused by name, and heads are no fault.
-    """
-    was_enabled = is_progress_bar_enabled()
-    disable_progress_bar()
-    # not its level: transformers reads that, and looks for more to warn of
-    _REPORTER.addFilter(_is_error)
-    try:
-        yield
-    finally:
-        _REPORTER.removeFilter(_is_error)
-        if was_enabled:
-            enable_progress_bar()
-
-
-def _check_keys(
-    whole: PreTrainedModel,
-    module: PreTrainedModel,
-    info: Mapping[str, Any],
-    *,
-    source: ModelSource,
-    trusted: bool,
-) -> tuple[str, ...]:
-    """Raise if weights do not fit; return the top-level modules that no hidden state depends on."""
-    prefix = _prefix_in(whole, module)
-    families = tuple(dict.fromkeys(filter(None, (prefix, f"{whole.base_model_prefix or ''}.".lstrip(".")))))
-    children = [name for name, _ in module.named_children()]
-    tail = _unused_children(module)
-    missing = {_strip(key, families) for key in info["missing_keys"] if key.startswith(prefix)}
-    unused = {key for key in missing if key.partition(".")[0] in tail}
-    unexpected = {
-        stripped
-        for stripped in (_strip(key, families) for key in info["unexpected_keys"])
-        if stripped.partition(".")[0] in set(children) - tail and not stripped.endswith(_COMPUTED_BUFFERS)
-    }
-    problems = [
-        f"{len(keys)} weights {what} ({listing(sorted(keys))})"
-        for what, keys in (
-            ("are missing and would be random", missing - unused),
-            ("have no place in the model", unexpected),
-            ("have another shape", {_shapes(key) for key in info["mismatched_keys"]}),
-        )
-        if keys
-    ]
-    if problems:
-        remedy = "check that config.json belongs to these weights"
-        if getattr(whole.config, "auto_map", None) and not trusted:
-            remedy = "the repository brings its own code: read it, then set trust_remote_code=True"
-        message = f"{'; '.join(problems)}; {remedy}"
-        raise CheckpointError(message, path=source.location)
-    return tuple(dict.fromkeys(key.partition(".")[0] for key in sorted(unused)))
-
-
-def _prefix_in(whole: PreTrainedModel, module: PreTrainedModel) -> str:
-    """Return the path of a module in a model, with a dot; empty where it is the model."""
-    return next((f"{name}." for name, child in whole.named_modules() if child is module and name), "")
-
-
-def _unused_children(module: PreTrainedModel) -> set[str]:
-    """Return the modules after the blocks that are not the final norm: poolers and the like."""
-    children = [name for name, _ in module.named_children()]
-    blocks = find_blocks(module).partition(".")[0]
-    # whichever of these norms gives the last hidden states, none of them may be random
-    final = {path.partition(".")[0] for path in final_candidates(module)}
-    return set(children[children.index(blocks) + 1 :]) - final
-
-
-def _strip(key: str, prefixes: Iterable[str]) -> str:
-    for prefix in prefixes:
-        key = key.removeprefix(prefix)
-    return key
-
-
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json")
-
-
-def load_tokenizer(
-    source: ModelSource, config: PreTrainedConfig, options: Mapping[str, Any], *, family: Family | None
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; that of a family by our own rules, and that of StripedHyena 2 needs no files.
-
-    Folders of adapters mostly bring the tokenizer that they were made with.
-    """
-    if source.adapter is not None and (source.adapter.folder / "tokenizer_config.json").is_file():
-        source = dataclasses.replace(
-            source, location=str(source.adapter.folder), is_local=True, revision=None
-        )
-        options = {key: value for key, value in options.items() if key != "revision"}
-    files = {name: _file_of(source, name, options) for name in _TOKENIZER_FILES}
-    described = files["tokenizer_config.json"]
-    if family is not None and family.tokenizer is not None:
-        folder = next((path.parent for path in files.values() if path is not None), Path(source.location))
-        tokenizer = family.load_tokenizer(folder)
-        if tokenizer is not None:
-            return tokenizer
-    if config.model_type == "striped_hyena2" and described is None:
-        tokenizer_class = TOKENIZER_MAPPING.get(type(config), None)
-        if tokenizer_class is not None:
-            return tokenizer_class()
-    if not options["trust_remote_code"]:
-        check_tokenizer_config(described, source)
-    try:
-        # a ported family's config.json is ours to read: transformers would take it for another model's
-        known = {} if family is None or family.port is None else {"config": config}
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **known, **options)
-    except GenoembedError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if "trust_remote_code" in str(error):
-            raise needs_trust(source) from error
-        message = (
-            f"model {source.name!r}: no tokenizer could be loaded ({first_line(error)}); "
-            "save the model's tokenizer into its folder"
-        )
-        raise ModelError(message) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        message = (
-            f"model {source.name!r}: its tokenizer knows special tokens only, expected a vocabulary; save "
-            "the model's tokenizer into its folder"
-        )
-        raise ModelError(message)
-    check_reads_dna(tokenizer, source.name)
-    return tokenizer
-
-
-_DNA_TAGS = ("<dna>", "</dna>")
-_NUCLEOTIDES, _AMINO_ACIDS = frozenset("acgtun"), frozenset("ACDEFGHIKLMNPQRSTVWY")
-
-
-def check_reads_dna(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that takes plain upper-case bases for something else, which no output would show."""
-    vocabulary = tokenizer.get_vocab()
-    letters = frozenset(token for token in vocabulary if len(token) == 1 and token.isascii())
-    lower = frozenset(letter for letter in letters if letter.islower())
-    if vocabulary.keys() >= {*_DNA_TAGS}:
-        problem = (
-            "its tokenizer reads DNA between <dna> and </dna> only, and bases without them as other text; "
-            "genoembed adds no such tags"
-        )
-    # all lower-case letters are nucleotides: other tokenizers with both cases have the whole alphabet
-    elif {*"acgt"} <= lower <= _NUCLEOTIDES and letters >= _AMINO_ACIDS:
-        problem = (
-            "its tokenizer reads DNA in lower case, and letters in upper case as protein; genoembed has "
-            "sequences in upper case"
-        )
-    else:
-        return
-    message = f"model {name!r}: {problem}; choose a model that reads plain DNA in upper case"
-    raise ModelError(message)
-
-
-def _file_of(source: ModelSource, file_name: str, options: Mapping[str, Any]) -> Path | None:
-    """Find one of the model's files, in the Hugging Face cache for an id."""
-    if source.is_local:
-        path = Path(source.location) / file_name
-        return path if path.is_file() else None
-    found = cached_file(
-        source.location,
-        file_name,
-        revision=options.get("revision"),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
-
-
-def _shapes(mismatch: str | tuple[str, Iterable[int], Iterable[int]]) -> str:
-    """Phrase what transformers reports: the name alone, or with the shapes found and expected."""
-    if isinstance(mismatch, str):
-        return mismatch
-    name, found, expected = mismatch
-    return f"{name} is {tuple(found)}, expected {tuple(expected)}"

@@ -12,11 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForMaskedLM
 
 from genoembed.errors import ModelError
 from genoembed.models.behavior import evaluating, forward_arguments
-from genoembed.models.language_model import load_whole, target_log_probs
+from genoembed.models.language_model import target_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ class MaskedModel:
     """A :class:`~genoembed.models.genomic_model.GenomicModel` that fills masks in, and its head."""
 
     def __init__(self, model: GenomicModel) -> None:
-        mask_id = model.tokenizer.mask_token_id
+        mask_id = getattr(model.tokens, "mask_token_id", None)
         if mask_id is None:
             message = (
                 f"model {model.name!r}: its tokens see what follows them, and its tokenizer has no mask "
@@ -38,7 +37,9 @@ class MaskedModel:
             raise ModelError(message)
         self.model = model
         self._mask_id = int(mask_id)
-        self._whole = load_whole(model, AutoModelForMaskedLM, head="masked-language head")
+        from genoembed.models.pretrained import load_whole
+
+        self._whole, _ = load_whole(model, "AutoModelForMaskedLM", head="masked-language head")
 
     def log_probs(self, ids_BL: Tensor, attention_BL: Tensor, hidden_BL: Tensor) -> Tensor:
         """Score the hidden tokens of each row, all hidden at the same time.

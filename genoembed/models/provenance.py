@@ -11,16 +11,14 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 # as transformers looks for them, which leaves other tensors in the folder alone
@@ -57,6 +55,33 @@ def _first_found(folder: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
     return ()
 
 
+class WeightSizes(NamedTuple):
+    """How much a folder's weights can be of."""
+
+    num_tensors: int | None
+    """None where only reading all of a file would tell."""
+    num_values: int
+    """At most."""
+
+
+def weight_sizes(folder: Path | None) -> WeightSizes | None:
+    """Measure the weights of a folder by their headers; None where none are here."""
+    files = () if folder is None else weight_files(folder)
+    if not files:
+        return None
+    num_bytes = sum(path.stat().st_size for path in files)  # a value takes a byte at least
+    num_tensors = 0
+    for path in files:
+        if path.suffix != ".safetensors":
+            return WeightSizes(None, num_bytes)
+        try:
+            with safe_open(path, framework="numpy") as weights:
+                num_tensors += len(weights.keys())
+        except (SafetensorError, OSError):  # said where they are loaded
+            return WeightSizes(None, num_bytes)
+    return WeightSizes(num_tensors, num_bytes)
+
+
 def file_digest(path: Path) -> str:
     """Compute a file's SHA-256."""
     resolved = path.resolve()
@@ -64,16 +89,6 @@ def file_digest(path: Path) -> str:
         return resolved.name  # the hub names a blob of its cache by its SHA-256
     with resolved.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def parameters_digest(module: nn.Module) -> str:
-    """Compute one SHA-256 for the weights of a model in memory, for one that came from no folder."""
-    digest = hashlib.sha256()
-    for name, values in sorted(module.state_dict().items()):
-        if isinstance(values, torch.Tensor):
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
-            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def weights_digest(folder: Path) -> str:
@@ -138,33 +153,9 @@ def config_digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def memory_content(
-    module: nn.Module, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, str]:
-    """Compute the digests for a model that came from no folder."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words: Any = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    told = json.dumps([type(tokenizer).__name__, words, tokenizer.all_special_ids], default=str)
-    return {
-        WEIGHTS: parameters_digest(module),
-        CONFIG: config_digest(config.to_dict()),
-        "tokenizer": hashlib.sha256(told.encode()).hexdigest(),
-    }
-
-
 def content_digest(parts: dict[str, str]) -> str:
     """Compute one SHA-256 for all parts of a model's content."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def weights_checksum(module: nn.Module) -> tuple[float, ...]:
-    """Sum up each tensor, to notice quickly whether weights were changed in memory."""
-    with torch.inference_mode():
-        return tuple(
-            float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32))
-            for _, values in sorted(module.state_dict().items())
-            if isinstance(values, torch.Tensor) and values.device.type != "meta"
-        )
 
 
 def read_revision(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from genoembed.errors import CheckpointError, ConfigError, ModelNotFoundError
 from genoembed.models.names import BUNDLED_NAME, suggestion
 from genoembed.models.provenance import CONFIG, WEIGHTS, content_digest, file_digest, folder_content
-from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
+from genoembed.models.striped_hyena2.shape import StripedHyena2Shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,12 +68,12 @@ class KnownModel:
     @property
     def context(self) -> int:
         """Longest input, in tokens (one token, one base)."""
-        return self.build_config().max_position_embeddings
+        return self.shape.max_position_embeddings
 
     @property
     def num_parameters(self) -> int:
         """Weights, the tied output embedding counted once."""
-        return count_parameters(self.build_config())
+        return count_parameters(self.shape)
 
     @property
     def precision_note(self) -> str:
@@ -88,9 +88,10 @@ class KnownModel:
         sizes = [file.num_bytes for file in self.files]
         return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
 
-    def build_config(self) -> StripedHyena2Config:
-        """Build the model's configuration."""
-        return StripedHyena2Config(**self.config, checkpoint_name=self.name)
+    @property
+    def shape(self) -> StripedHyena2Shape:
+        """The model's configuration, without transformers."""
+        return StripedHyena2Shape(**self.config, checkpoint_name=self.name)
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -176,6 +177,11 @@ class ModelSource:
     adapter: Adapter | None = None
     """What changes the model that lies at the location, if the name stands for an adapter."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for a Hugging Face id."""
+        return Path(self.location) if self.is_local else None
+
     def revision_for(self, given: str | None) -> str | None:
         """Return what to fetch of a repository: what was given, else what a short name stands for."""
         is_short_name = self.published is not None and self.name != self.location
@@ -218,7 +224,7 @@ def find_model(name: str) -> KnownModel:
 def _bundled(folder: Path) -> KnownModel:
     """Describe the bundled model by its own files, so that the two cannot differ."""
     config = _bundled_config(folder / "config.json")
-    fields = inspect.signature(StripedHyena2Config).parameters
+    fields = inspect.signature(StripedHyena2Shape).parameters
     return KnownModel(
         name=BUNDLED_NAME,
         summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
@@ -226,22 +232,22 @@ def _bundled(folder: Path) -> KnownModel:
     )
 
 
-def _bundled_config(path: Path) -> StripedHyena2Config:
+def _bundled_config(path: Path) -> StripedHyena2Shape:
     """Read the folder's configuration; a source tree may not hold the weights yet."""
     if not path.is_file():
-        return StripedHyena2Config(num_attention_heads=2)
+        return StripedHyena2Shape(num_attention_heads=2)
     try:
-        return StripedHyena2Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return StripedHyena2Shape(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, ConfigError) as error:
         message = f"model {BUNDLED_NAME!r}: {path} is damaged ({error}); install genoembed again"
         raise ModelNotFoundError(message) from error
 
 
-def count_parameters(config: StripedHyena2Config) -> int:
+def count_parameters(config: StripedHyena2Shape) -> int:
     """Add up the weights of a StripedHyena 2 model, without building it.
 
     Example:
-        >>> count_parameters(find_model("evo2_7b").build_config())
+        >>> count_parameters(find_model("evo2_7b").shape)
         6581722880
     """
     width = config.hidden_size

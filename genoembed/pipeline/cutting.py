@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from genoembed.batching.pad import count_unread, is_mostly_unread, pool_mask
-from genoembed.contracts import EncodedSequence, Window
+from genoembed.contracts import ByteTokens, EncodedSequence, Window
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError, UnreadError
 from genoembed.sequences.records import reverse_complement
 from genoembed.tokenization.hf import build_encoder, unread_problem
@@ -342,7 +342,7 @@ class StartToken(NamedTuple):
 
 
 def find_start_token(
-    tokenizer: PreTrainedTokenizerBase, choice: StartChoice, *, add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase | ByteTokens, choice: StartChoice, *, add_special_tokens: bool = True
 ) -> StartToken:
     """Find the token that stands before a sequence in training.
 
@@ -350,8 +350,7 @@ def find_start_token(
     before (EOD, id 0, of Evo 2 and the bundled model).
 
     Example:
-        >>> from genoembed.tokenization.char import CharTokenizer
-        >>> find_start_token(CharTokenizer(), "auto")
+        >>> find_start_token(ByteTokens(), "auto")
         StartToken(id=0, is_added=True)
     """
     if choice == "none":

@@ -85,7 +85,7 @@ class UnitEmbedder:
         large guess."""
         self._skips_failed = config.run.on_error == "skip"
         self._cutter = Cutter(
-            encoder=build_encoder(model.tokenizer, add_special_tokens=model.special_tokens),
+            encoder=build_encoder(model.tokens, add_special_tokens=model.special_tokens),
             max_tokens=model.max_length,
             is_causal=model.is_causal,
             window=config.windows.window,
@@ -275,7 +275,7 @@ def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
         policies={name: value for name, value in _flat(config).items() if name in _POLICIES},
         told={
             "model": dict(embedder.model.provenance),
-            "tokenizer": type(embedder.model.tokenizer).__name__,
+            "tokenizer": embedder.model.tokenizer_name,
             "layers": list(embedder.layers),
             "versions": {
                 "python": platform.python_version(),
@@ -302,7 +302,7 @@ def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
         "dtype": model["dtype"],
         "fp8": embedder.model.fp8_numbers,
         "max_length": model["max_length"],
-        "tokenizer": type(embedder.model.tokenizer).__name__,
+        "tokenizer": embedder.model.tokenizer_name,
         "layers": list(embedder.layers),
         "unit_bases": embedder.unit_bases,
         "unit_records": embedder.unit_records,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from genoembed.pipeline.forward import LOG_PROBS
-from genoembed.tokenization.kmer import KmerTokenizer
+from genoembed.tokenization.hf import words_per_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,8 +43,8 @@ class MaskedReducer:
         self.device = model.model.device
         self.carries_state, self.repeats_rows = False, True
         self._model = model
-        tokenizer = model.model.tokenizer
-        self.overlap = tokenizer.k if isinstance(tokenizer, KmerTokenizer) else 1
+        tokenizer = model.model.tokens
+        self.overlap = words_per_base(tokenizer)
         """Words that cover a base; 1 where each base has one."""
         self._unknown = -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
         starts = encoder.encode(_PROBE).base_start

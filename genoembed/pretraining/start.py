@@ -81,7 +81,7 @@ def _shape(values: Mapping[str, object], window: int) -> StripedHyena2Config:
 
 def _shrunk(config: StartConfig, window: int) -> StripedHyena2Config:
     """Keep pattern and proportions of a registry model; positions are not interpolated."""
-    full = find_model(str(config.like)).build_config()
+    full = find_model(str(config.like)).shape
     width, layers = config.hidden_size or full.hidden_size, config.layers or full.num_hidden_layers
     if layers > full.num_hidden_layers:
         message = (

@@ -25,8 +25,8 @@ from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfi
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
 from genoembed.errors import foreign_code
 from genoembed.models.layers import find_blocks
-from genoembed.models.load import without_progress_bars
 from genoembed.models.locate import model_content
+from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import use_threads
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs

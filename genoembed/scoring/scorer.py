@@ -202,7 +202,7 @@ class SequenceScorer:
         self.is_masked = isinstance(model, MaskedModel)
         special_tokens = model.model.special_tokens
         self.start_token: StartToken = find_start_token(
-            model.model.tokenizer, options.start_token, add_special_tokens=special_tokens
+            model.model.tokens, options.start_token, add_special_tokens=special_tokens
         )
         if self.is_masked:
             if options.start_token == "none":
@@ -215,7 +215,7 @@ class SequenceScorer:
                 self.start_token = StartToken(None, is_added=False)
         context = model.model.max_length
         self._cutter = Cutter(
-            encoder=build_encoder(model.model.tokenizer, add_special_tokens=special_tokens),
+            encoder=build_encoder(model.model.tokens, add_special_tokens=special_tokens),
             max_tokens=None if context is None else context - int(self.start_token.is_added),
             is_causal=not self.is_masked,
             window=options.window,
@@ -260,7 +260,7 @@ class SequenceScorer:
                 self._layer_runner = UnitRunner(layers, slabs)
         else:
             reducer = NextTokenReducer(model, options.layers, options.pooling)
-        unknown = model.model.tokenizer.unk_token_id
+        unknown = model.model.tokens.unk_token_id
         self._unknown = -1 if unknown is None else int(unknown)
         self._runner = UnitRunner(reducer, slabs, on_batch=self._report, keeps_tokens=True, stats=self.stats)
 
@@ -302,7 +302,7 @@ class SequenceScorer:
         """What decides the scores of a record; two runs with the same may share finished units."""
         return {
             **self.model.model.content,
-            "model": type(self.model.model.module).__name__,
+            "model": self.model.model.class_name,
             "dtype": str(self.model.model.dtype),
             "fp8": self.model.model.fp8_numbers,
             "max_length": self.model.model.max_length,

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizer
 
+from genoembed.contracts import ByteTokens
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-VOCAB_SIZE = 512
-EOD_TOKEN_ID = 0
-PAD_TOKEN_ID = 1
+VOCAB_SIZE = len(ByteTokens())
+EOD_TOKEN_ID, PAD_TOKEN_ID = ByteTokens.eos_token_id, ByteTokens.pad_token_id
 _NUM_BYTES = 256
 
 

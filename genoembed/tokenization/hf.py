@@ -18,20 +18,21 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
-from genoembed.contracts import EncodedSequence
+from genoembed.contracts import ByteTokens, EncodedSequence
 from genoembed.errors import ConfigError, foreign_code
-from genoembed.tokenization.char import CharTokenizer
-from genoembed.tokenization.kmer import KmerTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from genoembed.tokenization.char import CharTokenizer
+    from genoembed.tokenization.kmer import KmerTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +77,36 @@ class SequenceEncoder(Protocol):
         """Say why the vocabulary lacks words for a sequence."""
 
 
-def build_encoder(tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> SequenceEncoder:
+def _is_bytes(tokenizer: object) -> TypeGuard[CharTokenizer | ByteTokens]:
+    """Tell our tokenizers by what they do: importing their classes would import transformers."""
+    return isinstance(tokenizer, ByteTokens) or hasattr(tokenizer, "encode_bytes")
+
+
+def _is_kmers(tokenizer: object) -> TypeGuard[KmerTokenizer]:
+    return hasattr(tokenizer, "encode_bases")
+
+
+def words_per_base(tokenizer: object) -> int:
+    """Count the words that overlap at a base: k of overlapping k-mers, 1 of all others."""
+    return tokenizer.k if _is_kmers(tokenizer) else 1
+
+
+def build_encoder(
+    tokenizer: PreTrainedTokenizerBase | ByteTokens, *, add_special_tokens: bool = True
+) -> SequenceEncoder:
     """Wrap a tokenizer for embedding.
 
     Example:
-        >>> encoder = build_encoder(CharTokenizer())
+        >>> encoder = build_encoder(ByteTokens())
         >>> encoder.encode(b"ACGT").input_ids.tolist(), encoder.aligned, encoder.max_bases(8)
         ([65, 67, 71, 84], True, 8)
     """
-    if isinstance(tokenizer, CharTokenizer):
+    if _is_bytes(tokenizer):
         return _ByteEncoder(tokenizer)
     with foreign_code("the model's tokenizer"):
-        if isinstance(tokenizer, KmerTokenizer):
+        if _is_kmers(tokenizer):
             return _KmerEncoder(tokenizer, add_special_tokens)
+        assert not isinstance(tokenizer, ByteTokens)
         kind = _FastEncoder if tokenizer.is_fast else _SlowEncoder
         encoder = kind(tokenizer, add_special_tokens)
         return _LetterEncoder.of(encoder) or encoder
@@ -109,12 +127,11 @@ class _ByteEncoder:
     num_special_tokens = 0
     frame_bp = 1
 
-    def __init__(self, tokenizer: CharTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: CharTokenizer | ByteTokens) -> None:
         self.pad_token_id = _pad_token_id(tokenizer)
 
     def encode(self, sequence: bytes) -> EncodedSequence:
-        return EncodedSequence(input_ids=self._tokenizer.encode_bytes(sequence))
+        return EncodedSequence(input_ids=np.frombuffer(sequence, dtype=np.uint8))
 
     def max_bases(self, max_tokens: int) -> int:
         return _max_bases(max_tokens, 0)
@@ -423,13 +440,14 @@ def count_bases(tokenizer: PreTrainedTokenizerBase, num_ids: int) -> list[int]:
     """Count the bases that each token stands for, by its text: 0 for special tokens, 1 for unknown letters.
 
     Example:
-        >>> count_bases(CharTokenizer(), 512)[:3]
+        >>> import genoembed
+        >>> count_bases(genoembed.CharTokenizer(), 512)[:3]
         [0, 0, 1]
     """
     known = min(num_ids, len(tokenizer))
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(known)))]
     special = set(tokenizer.all_special_tokens)
-    unknown = tokenizer.k if isinstance(tokenizer, KmerTokenizer) else 1
+    unknown = words_per_base(tokenizer)
     counts = [0 if token in special else max(1, word_length(token)) for token in tokens]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < known:
         counts[tokenizer.unk_token_id] = unknown
@@ -448,13 +466,13 @@ def _without_marks(token: str) -> str:
 _DNA_LETTERS = ("ACGT", "ACGU", "acgt", "acgu")
 
 
-def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def letter_tokens(tokenizer: PreTrainedTokenizerBase | ByteTokens) -> dict[int, str]:
     """Find the tokens that are made of the four bases alone, as DNA in upper case, by id.
 
     Of a vocabulary with several alphabets the first of these counts: DNA, RNA, both in lower case.
 
     Example:
-        >>> letter_tokens(CharTokenizer())
+        >>> letter_tokens(ByteTokens())
         {65: 'A', 67: 'C', 71: 'G', 84: 'T'}
     """
     special = set(tokenizer.all_special_ids)
@@ -541,7 +559,7 @@ def _unknown_widths(run: int, width: int, following: str | None, text: str, posi
     return [total * (number + 1) // run - total * number // run for number in range(run)]
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | ByteTokens) -> int:
     """Take the padding id, or any id at all where there is none: padded slots are masked by position."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         if candidate is not None:

@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from genoembed._version import __version__
-from genoembed.errors import CheckpointError, GenoembedError, ModelError, foreign_code
+from genoembed.errors import CheckpointError, GenoembedError, ModelError, first_line, foreign_code
 from genoembed.models.adapters import merge_adapter
 from genoembed.models.architecture import (
     NONSENSE,
-    first_line,
     needs_trust,
     read_config,
     trusted_code,
     unbuildable,
 )
-from genoembed.models.load import check_scales, load_tokenizer, without_progress_bars
+from genoembed.models.load import check_scales
 from genoembed.models.locate import find_source, say_inner_folder
+from genoembed.models.pretrained import load_tokenizer, without_progress_bars
 from genoembed.models.registry import entry_named
 from genoembed.models.trained_folder import (
     FACTS_FILE,

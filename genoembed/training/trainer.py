@@ -38,8 +38,8 @@ from genoembed.errors import (
     is_ignored,
     is_out_of_memory,
 )
-from genoembed.models.load import without_progress_bars
 from genoembed.models.precision import automatic_dtype
+from genoembed.models.pretrained import without_progress_bars
 from genoembed.training.distributed import wait_for_all, whole
 from genoembed.training.log import OverfittingHint, StepBook, WandbLog
 from genoembed.training.optimizers import (

@@ -56,7 +56,7 @@ def count_by_hand(config) -> int:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count_on_the_meta_device(name):
     entry = find_model(name)
-    config = entry.build_config()
+    config = StripedHyena2Config.from_dict(entry.shape.to_dict())
     with torch.device("meta"):
         module = StripedHyena2ForCausalLM(config)
     assert module.num_parameters() == PARAMETERS[name] == entry.num_parameters == count_by_hand(config)
@@ -81,8 +81,8 @@ def test_registry_lists_the_official_checkpoints():
         assert model.license == "Apache-2.0"
         assert model.repo_id is not None
         assert model.files[0].name.removesuffix(".part0") == f"{model.name}.pt"
-        assert model.context == model.build_config().max_position_embeddings
-        assert model.build_config().checkpoint_name == model.name
+        assert model.context == model.shape.max_position_embeddings
+        assert model.shape.checkpoint_name == model.name
 
 
 def test_registry_says_which_models_need_fp8():
@@ -111,7 +111,7 @@ def test_bundled_model_has_the_default_shape_where_its_folder_is_empty(tmp_path)
     entry = registry._bundled(tmp_path)
     assert entry.num_parameters == 6_580_472
     assert (entry.config["num_hidden_layers"], entry.config["hidden_size"], entry.context) == (32, 128, 8192)
-    assert entry.build_config().num_attention_heads == 2
+    assert entry.shape.num_attention_heads == 2
     assert find_model("genoembed-mini") == registry._bundled(BUNDLED_FOLDER)
 
 
@@ -134,7 +134,7 @@ def test_bundled_model_is_described_by_its_folder(tmp_path):
     entry = registry._bundled(tmp_path)
     assert (entry.context, entry.config["num_hidden_layers"], entry.config["hidden_size"]) == (512, 4, 32)
     with torch.device("meta"):
-        module = StripedHyena2ForCausalLM(entry.build_config())
+        module = StripedHyena2ForCausalLM(StripedHyena2Config.from_dict(entry.shape.to_dict()))
     assert entry.num_parameters == module.num_parameters()
     kept = {key: value for key, value in config.to_dict().items() if key in entry.config}
     assert kept == dict(entry.config)

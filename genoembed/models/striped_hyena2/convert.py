@@ -32,8 +32,8 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from genoembed.atomic import check_folder, replacing_folder
 from genoembed.config.paths import check_paths
-from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError
-from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, first_line, listing
+from genoembed.errors import CheckpointError, ConfigError, InputFileError, ModelError, first_line
+from genoembed.models.architecture import NAMES_SHOWN, NONSENSE, listing
 from genoembed.models.registry import KnownModel, known_models
 from genoembed.models.striped_hyena2.blocks import rotary_frequencies
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -264,7 +264,7 @@ def _describe(
             "set name to one of them, or config to a YAML description"
         )
         raise ModelError(message)
-    return entries[wanted], entries[wanted].build_config()
+    return entries[wanted], StripedHyena2Config.from_dict(entries[wanted].shape.to_dict())
 
 
 def _fp8_need(

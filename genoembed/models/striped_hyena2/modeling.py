@@ -35,6 +35,7 @@ from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
 from genoembed.models.striped_hyena2.network import StripedHyena2Network
 
 if TYPE_CHECKING:
+    from genoembed.models.striped_hyena2.network import PlainStripedHyena2
     from genoembed.models.striped_hyena2.shape import StripedHyena2Fields
     from genoembed.models.striped_hyena2.state import StripedHyena2Cache
 
@@ -101,6 +102,27 @@ class StripedHyena2Model(StripedHyena2PreTrainedModel):
         self.build_layers(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def of_network(cls, network: PlainStripedHyena2, *, folder: str) -> StripedHyena2Model:
+        """Make a model that shares the weights of a plain network.
+
+        Args:
+            network: What is to have the interface of transformers.
+            folder: Where it was loaded from.
+
+        Returns:
+            The model, in eval mode.
+        """
+        config: StripedHyena2Config = StripedHyena2Config.from_dict(network.config.to_dict())
+        config.name_or_path, config.dtype = folder, network.embedding_layer.weight.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(network.state_dict(keep_vars=True), assign=True)
+        for mine, theirs in zip(model.blocks.modules(), network.blocks.modules(), strict=True):
+            if isinstance(mine, Projections) and isinstance(theirs, Projections):
+                mine.fp8 = theirs.fp8
+        return model.eval()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -28,7 +28,7 @@ from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cac
 if TYPE_CHECKING:
     from genoembed.config.choices import Fp8Choice
     from genoembed.models.striped_hyena2.fp8 import Fp8Form
-    from genoembed.models.striped_hyena2.shape import Fp8Need, StripedHyena2Fields
+    from genoembed.models.striped_hyena2.shape import Fp8Need, StripedHyena2Fields, StripedHyena2Shape
 
 
 class NetworkOutput(NamedTuple):
@@ -153,7 +153,10 @@ class StripedHyena2Network:
 class PlainStripedHyena2(StripedHyena2Network, nn.Module):
     """StripedHyena 2 as an ordinary module, for inference without transformers."""
 
-    def __init__(self, config: StripedHyena2Fields) -> None:
+    pretrained_name = "StripedHyena2Model"
+    """Name of the class of transformers that gives the same numbers: what files say."""
+
+    def __init__(self, config: StripedHyena2Shape) -> None:
         super().__init__()
         self.config = config
         self.build_layers(config)

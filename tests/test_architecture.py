@@ -53,7 +53,7 @@ RULES = {
     "sequences": Rule(
         internal=("config", *FLOOR),
         third_party=("numpy", "Bio", "zstandard"),
-        in_functions=("pyarrow",),
+        in_functions=("pyarrow", "Bio"),
         only_in={"scipy": "sequences.homology"},
     ),
     "tokenization": Rule(
@@ -160,10 +160,18 @@ LAZY = {
     ("models.striped_hyena2.blocks", "models.striped_hyena2.fp8"): "for checkpoints trained in FP8",
     ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_numba"): "an optional extra, for CPUs",
     ("models.striped_hyena2.fp8", "models.striped_hyena2.fp8_triton"): "for GPUs",
+    ("models.locate", "models.hub"): "the hub's client, for what is in no local folder",
     ("models.locate", "models.striped_hyena2.convert"): "converts a downloaded checkpoint, once",
     ("models.architecture", "models.remote_code"): "for code of model folders, if it is trusted",
-    ("models.load", "models.adapters"): "for adapters of peft",
-    ("models.language_model", "models.adapters"): "for adapters of peft",
+    ("models.load", "models.pretrained"): "transformers, for all that is not a plain StripedHyena 2 folder",
+    ("models.language_model", "models.pretrained"): "transformers, for heads that are not tied",
+    ("models.masked_model", "models.pretrained"): "transformers, for heads of masked models",
+    ("models.describe", "models.architecture"): "transformers, for models of other families",
+    (
+        "models.genomic_model",
+        "models.striped_hyena2.modeling",
+    ): "transformers, where its classes are asked for",
+    ("models.pretrained", "models.adapters"): "for adapters of peft",
     ("sequences.reading", "sequences.regions"): "for --regions",
     ("sequences.formats", "sequences.tables"): "for tables in the place of sequence files",
     ("config.fields", "config.foreign"): "for options that are none",
@@ -416,6 +424,7 @@ def test_no_public_name_stands_in_two_modules():
 
 SMALL = 120
 REASONS = {
+    "genoembed.models.hub": "imports the hub's client, which local folders do not wait for",
     "genoembed.doctor.run": "the public call and its checks, which need no torch",
     "genoembed.pretraining.run": "the public call and its checks, which need no torch",
     "genoembed.training.optimizers": "what an optimizer is made of, which needs no trainer to be tested",

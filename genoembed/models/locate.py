@@ -11,14 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import constants
 
 from genoembed.contracts import FINAL_FOLDER, RUN_FILE
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError
@@ -51,9 +47,6 @@ _TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
 )
-_ANSWER_TIMEOUT_S = 5.0
-# what the hub's client raises when a connection breaks; its HTTP library is not ours to name
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def find_source(name_or_path: str, *, revision: str | None = None, with_weights: bool = True) -> ModelSource:
@@ -82,8 +75,10 @@ def fetched(source: ModelSource, name: str) -> Path | None:
     if source.is_local:
         path = Path(source.location) / name
         return path if path.is_file() else None
+    from genoembed.models.hub import download
+
     try:
-        return Path(hf_hub_download(source.location, name, revision=source.revision))
+        return download(source.location, name, revision=source.revision)
     except (OSError, ValueError):
         return None
 
@@ -164,7 +159,11 @@ def reachable_source(source: ModelSource, *, revision: str | None) -> ModelSourc
             "leave revision out"
         )
         raise ModelError(message)
-    if source.is_local or hub_answers():
+    if source.is_local:
+        return source
+    from genoembed.models.hub import cached_file, hub_answers
+
+    if hub_answers():
         return source
     names = ("config.json", ADAPTER_CONFIG)
     found = (cached_file(source.location, name, revision=revision) for name in names)
@@ -195,8 +194,10 @@ def model_content(name_or_path: str, *, revision: str | None = None) -> dict[str
 def _source_content(source: ModelSource) -> dict[str, str]:
     folder = Path(source.location)
     if not source.is_local:
+        from genoembed.models.hub import download
+
         try:
-            folder = Path(hf_hub_download(source.location, "config.json", revision=source.revision)).parent
+            folder = download(source.location, "config.json", revision=source.revision).parent
         except (OSError, ValueError):  # loading it says why
             return {"commit": f"{source.location} {source.revision}"}
     if folder.parent.name == "snapshots":
@@ -276,23 +277,6 @@ def _check_folder(path: Path) -> None:
         raise ModelError(message)
 
 
-def hub_answers() -> bool:
-    """Check once, briefly, that the hub answers: its own client retries for half a minute."""
-    if constants.is_offline_mode():
-        return False
-    request = Request(constants.ENDPOINT, method="HEAD")
-    try:
-        with urlopen(request, timeout=_ANSWER_TIMEOUT_S):
-            return True
-    except HTTPError:
-        return True
-    except URLError as error:
-        # certificates may be set up for the hub's client only
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-
-
 def silence_reason() -> str:
     """Return why the hub does not answer."""
     if constants.is_offline_mode():
@@ -302,6 +286,8 @@ def silence_reason() -> str:
 
 def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
     """Return a registry checkpoint's files, from the hub's cache or else the hub, and verify them."""
+    from genoembed.models.hub import cached_file, hub_answers
+
     assert entry.repo_id is not None
     cached = [cached_file(entry.repo_id, file.name) for file in entry.files]
     if None in cached and not hub_answers():
@@ -315,20 +301,13 @@ def fetch_checkpoint(entry: KnownModel, *, converted: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def cached_file(repo_id: str, file_name: str, *, revision: str | None = None) -> Path | None:
-    """Find a file in the hub's cache, without asking the hub."""
-    try:
-        found = try_to_load_from_cache(repo_id, file_name, revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
 def _download(entry: KnownModel, file_name: str, converted: Path) -> Path:
+    from genoembed.models.hub import HTTP_ERROR, download
+
     assert entry.repo_id is not None
     try:
-        return Path(hf_hub_download(entry.repo_id, file_name))
-    except (OSError, _HTTP_ERROR) as error:
+        return download(entry.repo_id, file_name)
+    except (OSError, HTTP_ERROR) as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         reason = f"fetching {file_name} failed ({type(error).__name__}: {reason})"
         raise _out_of_reach(entry, reason, converted) from error

@@ -17,7 +17,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from Bio import BiopythonWarning, SeqIO
+from Bio import BiopythonWarning
 from Bio.Seq import UndefinedSequenceError
 
 from genoembed.errors import SequenceFormatError
@@ -35,6 +35,8 @@ from genoembed.sequences.records import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from Bio.SeqRecord import SeqRecord
 
     from genoembed.sequences.compression import InputDigests
     from genoembed.sequences.tables import TableRow
@@ -431,7 +433,7 @@ def _feature_opening(path: str, head: bytes) -> bytes:
 
 def iter_annotated(
     path: str, *, digests: InputDigests | None = None
-) -> Iterator[tuple[RawRecord, SeqIO.SeqRecord]]:
+) -> Iterator[tuple[RawRecord, SeqRecord]]:
     """Parse a GenBank or EMBL file into records, each also as Biopython has it, with its features."""
     blocks = iter_text(path, digests=digests)
     lines_before = 0
@@ -458,7 +460,9 @@ def _iter_bio(
 
 def _iter_bio_pairs(
     name: str, opening: str, path: str, blocks: Iterable[bytes], *, lines_before: int
-) -> Iterator[tuple[RawRecord, SeqIO.SeqRecord]]:
+) -> Iterator[tuple[RawRecord, SeqRecord]]:
+    from Bio import SeqIO  # a moment that FASTA need not wait for
+
     handle = _LineHandle(path, blocks, lines_before, opening)
     records = None
     kinds: set[tuple[str, int]] = set()
@@ -494,7 +498,7 @@ def _log_once(place: str, caught: Iterable[warnings.WarningMessage], kinds: set[
             _LOG.warning("%s: read, but Biopython warns: %s (said once a file)", place, text)
 
 
-def _from_bio(path: str, handle: _LineHandle, record: SeqIO.SeqRecord, form: str) -> RawRecord:
+def _from_bio(path: str, handle: _LineHandle, record: SeqRecord, form: str) -> RawRecord:
     line = handle.record_line
     names = [n for n in (record.id, record.name) if n and not n.startswith("<unknown")]
     record_id = names[0] if names else ""

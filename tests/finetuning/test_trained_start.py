@@ -21,7 +21,7 @@ from genoembed.finetuning.preparation import read_task_rows
 from genoembed.finetuning.tasks import set_up_task
 from genoembed.finetuning.trained_start import TrainedStart, with_trained_settings
 from genoembed.finetuning.trainer import FinetuneTrainer
-from genoembed.models import locate
+from genoembed.models import hub as hub_client
 from genoembed.models.trained_folder import HEADS_FILE, find_facts, read_finetuned, read_heads
 from genoembed.retrieval.models import Retriever, load_retriever
 from genoembed.retrieval.terms import KmerTerms
@@ -293,10 +293,10 @@ def hub(monkeypatch):
             return str(copy)
 
         cache = Path(tempfile.mkdtemp(dir=root))
-        monkeypatch.setattr(locate, "hf_hub_download", download)
+        monkeypatch.setattr(hub_client, "hf_hub_download", download)
         return "some/thing"
 
-    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub_client, "hub_answers", lambda: True)
     with tempfile.TemporaryDirectory() as root:
         yield serve
 

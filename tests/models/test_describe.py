@@ -25,7 +25,7 @@ from transformers import (
 
 import genoembed
 from genoembed.errors import LayerError, ModelError, ModelNotFoundError
-from genoembed.models import locate
+from genoembed.models import hub, locate
 from genoembed.models.behavior import Probe
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
@@ -37,7 +37,7 @@ OFFICIAL = [model.name for model in known_models() if model.repo_id]
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setattr(locate, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
 def test_family_has_the_layers_of_its_loaded_model(family, tiny_folder, tiny_model):

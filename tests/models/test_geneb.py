@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from genoembed.errors import ModelError, ModelNotFoundError
-from genoembed.models import locate
+from genoembed.models import hub, locate
 from genoembed.models.geneb import known_answers, published_in, published_models, published_named
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model, model_content
@@ -118,8 +118,8 @@ def test_near_misses_are_suggested():
 
 
 def test_short_name_out_of_reach_says_what_to_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
-    monkeypatch.setattr(locate, "cached_file", lambda *_, **__: None)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "cached_file", lambda *_, **__: None)
     with pytest.raises(
         ModelNotFoundError, match=r"'dnabert-2': zhihan1996/DNABERT-2-117M is not in .*download"
     ):
@@ -129,8 +129,8 @@ def test_short_name_out_of_reach_says_what_to_download(monkeypatch, tmp_path):
 
 
 def test_file_states_the_model_that_a_short_name_stands_for(monkeypatch):
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
-    monkeypatch.setattr(locate, "cached_file", lambda *_, **__: FAMILIES / "nt_v1" / "config.json")
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "cached_file", lambda *_, **__: FAMILIES / "nt_v1" / "config.json")
     made = load_model("nt-2.5b").provenance
     assert (made["id"], made["license"]) == ("nt-2.5b", "CC-BY-NC-SA-4.0")
     assert made["published"]["repository"] == "InstaDeepAI/nucleotide-transformer-2.5b-multi-species"

@@ -15,10 +15,11 @@ import pytest
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from genoembed.errors import CheckpointError, ModelNotFoundError
-from genoembed.models import load, locate
+from genoembed.models import hub, locate, pretrained
 from genoembed.models.describe import describe_layers
+from genoembed.models.hub import hub_answers
 from genoembed.models.load import load_model
-from genoembed.models.locate import hub_answers, silence_reason
+from genoembed.models.locate import silence_reason
 from tests.tiny_models import build_tiny
 
 
@@ -80,14 +81,14 @@ def test_revision_reaches_all_that_transformers_fetches(tmp_path, monkeypatch):
 
     for kind in (AutoConfig, AutoModel, AutoTokenizer):
         watch(kind)
-    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", get_config_dict)
-    monkeypatch.setattr(load, "cached_file", lambda *args, **kwargs: None)
+    monkeypatch.setattr(pretrained, "cached_file", lambda *args, **kwargs: None)
 
     def download(repository, name, revision=None):
         raise OSError(name)
 
-    monkeypatch.setattr(locate, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     load_model("some/model", device="cpu", dtype="float32", revision="abc")
     assert {kind for kind, _, _ in asked} == {"config.json", "AutoConfig", "AutoModel", "AutoTokenizer"}
     assert {(name, revision) for _, name, revision in asked} == {("some/model", "abc")}
@@ -109,7 +110,7 @@ def test_closed_port_is_no_answer(monkeypatch):
 
 
 def test_silence_is_waited_for_once_and_briefly(monkeypatch):
-    monkeypatch.setattr(locate, "_ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(hub, "_ANSWER_TIMEOUT_S", 0.3)
     with server(None) as address:
         monkeypatch.setattr(locate.constants, "ENDPOINT", address)
         begin = time.monotonic()
@@ -124,13 +125,13 @@ def test_certificates_are_left_to_the_hubs_client(reason, expected, monkeypatch)
     def refuse(*_, **__):
         raise URLError(reason)
 
-    monkeypatch.setattr(locate, "urlopen", refuse)
+    monkeypatch.setattr(hub, "urlopen", refuse)
     assert hub_answers() is expected
 
 
 def test_offline_mode_asks_nobody(monkeypatch):
     monkeypatch.setattr(locate.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(locate, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(hub, "urlopen", lambda *_, **__: pytest.fail("asked"))
     assert not hub_answers()
     assert "HF_HUB_OFFLINE" in silence_reason()
 
@@ -138,7 +139,7 @@ def test_offline_mode_asks_nobody(monkeypatch):
 @pytest.mark.parametrize("use", [load_model, describe_layers])
 def test_hub_id_without_a_network_asks_the_cache_only(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     with pytest.raises(
         ModelNotFoundError, match=r"'some/thing': .* not in the Hugging Face cache .*, and .*answer"
@@ -153,7 +154,7 @@ def test_cached_hub_id_loads_without_a_network(family, tiny_folder, tmp_path, mo
     (repository / "refs" / "main").write_text("a" * 40)
     shutil.copytree(tiny_folder(family), repository / "snapshots" / ("a" * 40))
     monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     trusted = family == "custom_conv"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     model = load_model("some/thing", device="cpu", trust_remote_code=trusted)

@@ -23,8 +23,9 @@ from transformers import (
 
 from genoembed.errors import CheckpointError, ConfigError, LayerError, ModelError, ModelNotFoundError
 from genoembed.models.describe import describe_layers
-from genoembed.models.load import check_reads_dna, load_model
+from genoembed.models.load import load_model
 from genoembed.models.precision import has_amx
+from genoembed.models.pretrained import check_reads_dna
 from tests.models.conftest import make_batch
 from tests.tiny_models import build_config, build_tiny
 

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from genoembed.errors import CheckpointError, ModelError, ModelNotFoundError, PrecisionWarning
+from genoembed.models import hub as hub_client
 from genoembed.models import locate, registry
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
@@ -32,15 +33,15 @@ def hub(tmp_path, monkeypatch):
     repository.mkdir()
     asked = []
 
-    def fetch(repo_id, file_name):
+    def fetch(repo_id, file_name, revision=None):
         asked.append((repo_id, file_name))
         if not (repository / file_name).is_file():
             message = "no such file"
             raise LocalEntryNotFoundError(message)
         return str(repository / file_name)
 
-    monkeypatch.setattr(locate, "hf_hub_download", fetch)
-    monkeypatch.setattr(locate, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub_client, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub_client, "hub_answers", lambda: True)
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     return repository, asked
@@ -175,7 +176,7 @@ def test_files_without_recorded_digests_are_said_to_be_unverified(hub, entry, ca
 
 def test_unreachable_checkpoint_says_where_it_was_looked_for_and_how_to_get_it(hub, entry, monkeypatch):
     repository, asked = hub
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub_client, "hub_answers", lambda: False)
     with pytest.raises(ModelNotFoundError) as caught:
         locate_model("evo2_tiny")
     text = str(caught.value)
@@ -198,7 +199,7 @@ def test_files_in_the_hubs_cache_are_not_fetched(hub, entry, tmp_path, monkeypat
     (cached / "refs" / "main").write_text("b" * 40)
     (cached / "snapshots" / ("b" * 40)).mkdir(parents=True)
     write_pieces(cached / "snapshots" / ("b" * 40))
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub_client, "hub_answers", lambda: False)
     assert (converted_folder(entry) / "config.json").is_file()
     assert hub[1] == []
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from genoembed.cli import main
 from genoembed.errors import CheckpointError, MissingExtraError, ModelError, ModelNotFoundError
-from genoembed.models import locate
+from genoembed.models import hub, locate
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
 from genoembed.models.locate import model_content
@@ -191,7 +191,7 @@ def test_base_is_found_beside_the_adapter(adapted):
 
 def test_base_that_is_nowhere_is_named(adapted, monkeypatch):
     folder, _ = adapted(LORA(r=2, target_modules=["query"]))
-    monkeypatch.setattr("genoembed.models.locate.hub_answers", lambda: False)
+    monkeypatch.setattr("genoembed.models.hub.hub_answers", lambda: False)
     for name in ("/gone/to/nowhere", "someone/nothing"):
         rename_base(folder, name)
         words = rf"adapter of '{name}', which is not found .*base_model_name_or_path"
@@ -376,8 +376,8 @@ def hub_with(monkeypatch, folders):
             raise OSError(name)
         return str(path)
 
-    monkeypatch.setattr(locate, "hub_answers", lambda: True)
-    monkeypatch.setattr(locate, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     return asked
 
 
@@ -403,7 +403,7 @@ def test_cached_adapter_and_base_load_without_a_network(adapted, tmp_path, monke
         (repository / "refs" / "main").write_text("a" * 40)
         shutil.copytree(source, repository / "snapshots" / ("a" * 40))
     monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     model = load_model("some/adapter", device="cpu", dtype="float32")
     with torch.inference_mode():
         assert torch.equal(model.module(IDS).last_hidden_state, expected.module(IDS).last_hidden_state)

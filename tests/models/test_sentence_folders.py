@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import genoembed
 from genoembed.cli import main
 from genoembed.errors import CheckpointError, ModelError, PoolingMismatchWarning
-from genoembed.models import locate
+from genoembed.models import hub, locate
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import find_facts
 from genoembed.store.reader import open_embeddings
@@ -275,7 +275,7 @@ def test_cached_repository_is_read_without_a_network(sentence_folder, tmp_path, 
     (repository / "refs" / "main").write_text("a" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
     monkeypatch.setattr(locate.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(locate, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     np.testing.assert_array_equal(vectors(SEQUENCES, model="some/thing"), expected)
 
 
@@ -289,8 +289,8 @@ def test_files_of_a_repository_are_fetched_before_the_model_is(sentence_folder, 
             raise OSError(name)
         return str(folder / name)
 
-    monkeypatch.setattr(locate, "hub_answers", lambda: True)
-    monkeypatch.setattr(locate, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     facts = find_facts("some/thing", revision="abc")
     assert (facts.pooling, facts.normalize) == ("cls", True)
     assert ("some/thing", "1_Pooling/config.json", "abc") in asked

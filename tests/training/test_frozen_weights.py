@@ -92,7 +92,7 @@ def test_a_billion_parameters_are_tuned_by_adapters_unless_told(caplog):
 
 
 def test_small_models_are_not_built_to_be_counted(model, monkeypatch):
-    monkeypatch.setattr("genoembed.models.describe.build_without_weights", None)
+    monkeypatch.setattr("genoembed.models.describe._build", None)
     assert count_up_to(model, 10**9) < 10**6
 
 

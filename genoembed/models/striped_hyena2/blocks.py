@@ -288,7 +288,8 @@ class OutFilterDense(StreamLinear):
 
 def rotary_frequencies(head_size: int, base: float) -> Tensor:
     """Compute the rotary frequencies as released files hold them: rounded to bfloat16, ``(E / 2,)``."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    # on the CPU in any case: on the meta device, arithmetic would import torch's compiler
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size
     return (base**-exponents).to(torch.bfloat16).float()
 
 
@@ -307,7 +308,10 @@ class RotaryEmbedding(Float32Keeper):
         self.factor = config.rotary_emb_scaling_factor
         self.base = config.rotary_emb_base
         head_size = config.hidden_size // config.num_attention_heads
-        self.register_buffer("inv_freq", rotary_frequencies(head_size, self.base), persistent=True)
+        frequencies = torch.empty(head_size // 2, dtype=torch.float32)
+        if not frequencies.is_meta:
+            frequencies.copy_(rotary_frequencies(head_size, self.base))
+        self.register_buffer("inv_freq", frequencies, persistent=True)
 
     def forward(self, x_BLHE: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Rotate queries or keys to their positions."""

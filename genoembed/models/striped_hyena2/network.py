@@ -59,11 +59,14 @@ class StripedHyena2Network:
 
     def build_layers(self, config: StripedHyena2Fields) -> None:
         """Make the layers; their weights are the caller's to load or initialize."""
-        self.embedding_layer = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_layer = self._build_embedding(config)
         self.blocks = nn.ModuleList(
             self._build_block(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config)
+
+    def _build_embedding(self, config: StripedHyena2Fields) -> nn.Module:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
 
     def _build_block(self, config: StripedHyena2Fields, index: int) -> nn.Module:
         is_attention = config.block_kind(index) == "attention"
@@ -160,6 +163,10 @@ class PlainStripedHyena2(StripedHyena2Network, nn.Module):
         super().__init__()
         self.config = config
         self.build_layers(config)
+
+    def _build_embedding(self, config: StripedHyena2Fields) -> nn.Module:
+        # on the meta device, to fill it with random numbers would import torch's compiler: more than a second
+        return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
 
     def forward(
         self,

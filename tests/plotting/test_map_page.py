@@ -55,6 +55,9 @@ def test_page_searches_switches_colors_and_downloads_a_lasso(page_path, tmp_path
         page.locator("#hits button").click()
         assert page.locator("#tip.pinned").inner_text().startswith(f"r0\n{NASTY}")
 
+        page.focus("#map")
+        page.keyboard.press("0")  # from the middle of the record found back to all of them
+        settled(page)
         entry = page.locator("#legend button").nth(1)
         assert entry.inner_text().split() == ["b", "18"]
         before = page.locator("#points").screenshot()

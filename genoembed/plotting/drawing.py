@@ -16,6 +16,7 @@ import hashlib
 import html
 import io
 import json
+import re
 import textwrap
 import warnings
 from dataclasses import asdict
@@ -125,10 +126,25 @@ def _legend(
 def _handle(label: str, color: str) -> Any:
     from matplotlib.lines import Line2D
 
-    text = "\n".join(textwrap.wrap(label, _LABEL_WIDTH))
+    text = "\n".join(_in_lines(label, _LABEL_WIDTH))
     # a leading underscore would hide the entry
     text = "\u200b" + text if text.startswith("_") else text
     return Line2D([], [], linestyle="", marker="o", markersize=6, color=color, label=text)
+
+
+def _in_lines(text: str, width: int) -> list[str]:
+    """Break a text where its parts end, as those of a path do, or else anywhere.
+
+    Example:
+        >>> _in_lines("data/bacterial_genes.fa.gz (32)", 18)
+        ['data/bacterial_', 'genes.fa.gz (32)']
+    """
+    lines = [""]
+    for part in re.findall(r"[^ /_.|-]*[ /_.|-]?", text):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [piece for line in lines for piece in textwrap.wrap(line, width)]
 
 
 def _told_apart(names: Sequence[str], width: int) -> list[str]:

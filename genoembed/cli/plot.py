@@ -33,10 +33,11 @@ _logger = logging.getLogger(__name__)
 )
 @click.argument("file", metavar="FILE.h5")
 def plot_command(file: str, *, as_json: bool, output: tuple[str, ...] = (), **options: Any) -> None:
-    """Draw a map of the records in FILE.h5: as a picture, and as one HTML page that works without a network,
-    with search, colors to switch, and a lasso that downloads what it holds as a table.
+    """Draw a map of the records in FILE.h5, as a picture and as an HTML page.
 
-    Rows without a vector are left out, and counted. Standard output gets the names of the files.
+    The page works without a network. It has a search field, colors to choose, and a lasso whose selection
+    can be saved as a table. Rows without a vector are left out and counted. Standard output gets the names
+    of the files.
     """
     for name in output:
         promise_output(name)

@@ -33,12 +33,12 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
-    """Measure which layer of a model predicts a label: INPUT are sequence files, a table of
-    sequences and labels, or one embedding file.
+    """Measure which layer of a model predicts a label.
 
-    One pass takes all layers; each, and fusions of them, get the same cross-validated linear probe. Standard
-    output gets the table, the layer to use, and whether k-mers or an untrained copy do as well; DIR gets
-    probe.json, a plot, and the vectors, which a rerun uses again.
+    INPUT: sequence files, a table of sequences and labels, or one embedding file. One run of the model
+    reads all layers. Each layer, and combinations of layers, are scored by the same cross-validated linear
+    probe. Standard output gets the scores, the layer to use, and whether k-mers or a model with random
+    weights do as well. DIR gets probe.json, a plot, and the vectors, which a later run uses again.
     """
     with show_progress(estimate_bases(inputs)) as on_totals:
         report = genoembed.probe(list(inputs), **options, progress=on_totals)

@@ -28,10 +28,10 @@ _logger = logging.getLogger(__name__)
 )
 @click.argument("file", metavar="FILE.h5")
 def subset_command(file: str, *, output: str, as_json: bool, **options: Any) -> None:
-    """Write the rows of FILE.h5 that are listed, or meet the conditions, in the order of FILE.h5.
+    """Write the rows of FILE.h5 that are listed, or that meet the conditions, to a new file.
 
-    Layers, token vectors, columns and all else that belongs to the rows go with them. The exit code is 3 if
-    requested ids are not in FILE.h5.
+    The rows keep the order of FILE.h5, and their layers, token vectors and columns. The exit code is 3 if a
+    requested id is not in FILE.h5.
     """
     promise_output(output)
     report = genoembed.subset(file, output=output, **options)
@@ -54,10 +54,10 @@ def subset_command(file: str, *, output: str, as_json: bool, **options: Any) -> 
 )
 @click.argument("files", metavar="A.h5 B.h5...", nargs=-1, required=True)
 def join_command(files: tuple[str, ...], *, output: str, as_json: bool, **options: Any) -> None:
-    """Write the rows of A.h5, then those of B.h5, and so on, as one file.
+    """Write the rows of A.h5, B.h5 and so on to one file, in this order.
 
-    Model, layers and settings must be the same, and no id may be in two files. To join the shares of one run
-    ('extract --shard'), use 'merge'.
+    Model, layers and settings must be the same, and each id may be in one file only. To join the jobs of
+    one run ('extract --shard'), use merge.
     """
     promise_output(output)
     report = genoembed.join(files, output=output, **options)
@@ -79,10 +79,10 @@ def join_command(files: tuple[str, ...], *, output: str, as_json: bool, **option
 @click.argument("file", metavar="FILE.h5")
 @click.argument("table", metavar="TABLE")
 def annotate_command(file: str, table: str, *, as_json: bool, **options: Any) -> None:
-    """Add the columns of TABLE (TSV, CSV, JSON lines or Parquet) to the records of FILE.h5, by id.
+    """Add the columns of TABLE to the records of FILE.h5, by id.
 
-    The first column of TABLE has the ids, its first row the names of the columns. Rows of FILE.h5 that TABLE
-    does not have are named, and get no value.
+    TABLE: TSV, CSV, JSON lines or Parquet, with ids in the first column and the names of the columns in the
+    first row. Rows of FILE.h5 that are not in TABLE get no value, and are counted.
     """
     promise_output(options.get("output", file))
     report = genoembed.annotate(file, table, **options)

@@ -35,13 +35,13 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def search_command(*, as_json: bool, **options: Any) -> None:
-    """Find the rows of an embedding file that are near each QUERY: sequence files, which are embedded as the
-    file was ('-' is standard input), or one embedding file.
+    """Find the rows of an embedding file that are most similar to each QUERY.
 
-    Vectors are centered on FILE.h5 before they are compared, since all vectors of a language model are alike;
-    --no-center leaves them as they are. Writes one line per hit, the nearest first: query, subject, score,
-    rank, the share of k-mers in common, the sequence identity estimated from it, and where both lie. A hit
-    without an identity shares no sequence with the query.
+    QUERY: sequence files, which are embedded with the settings of the file ('-' is standard input), or one
+    embedding file. Vectors of a language model are all similar, so they are centered on FILE.h5 before they
+    are compared; --no-center compares them unchanged. The table has one line per hit, the nearest first:
+    query, subject, score, rank, the fraction of shared k-mers, the sequence identity estimated from it, and
+    the positions of both. A hit without an identity shares no sequence with the query.
     """
     options.setdefault("output", "-")
     if options["output"] != "-":

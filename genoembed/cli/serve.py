@@ -26,10 +26,11 @@ _logger = logging.getLogger(__name__)
     has_json=True,
 )
 def serve_command(*, as_json: bool, **options: Any) -> None:
-    """Answer requests for embeddings in the form of OpenAI's API, until Ctrl-C or SIGTERM.
+    """Serve embeddings over HTTP, in the form of OpenAI's API, until Ctrl-C or SIGTERM.
 
-    Vectors are those of extract with the same options. Sequences of different requests share forward passes.
-    Standard output gets one line when the server is ready: its address, the model, the layers and the width.
+    The vectors are those of extract with the same options. Sequences of different requests share forward
+    passes. When the server is ready, standard output gets one line: its address, the model, the layers and
+    the width.
     """
 
     def tell(served: ServedModel) -> None:

@@ -85,7 +85,7 @@ class RegionConfig(PolicyConfig):
         group=INPUT,
         metavar="NAME",
         shown_default="ID, locus_tag, gene or Name, the first that is there",
-        help="Attribute or qualifier that features get their ids from.",
+        help="Attribute or qualifier to take the ids of features from.",
     )
     join_by: str | None = option(
         None,

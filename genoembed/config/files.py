@@ -74,7 +74,7 @@ class SubsetConfig(Config):
     ids: str | None = option(
         None,
         group=ROWS,
-        metavar="LIST",
+        metavar="FILE",
         reads=True,
         help="File with one id per line; - is standard input. The id of a record stands for all its windows.",
     )

@@ -131,7 +131,7 @@ class NeighborConfig(Config):
         le=31,
         unit="bases",
         group=KMERS,
-        metavar="BP",
+        metavar="BASES",
         help="For --mode kmer and hybrid: length of a k-mer. Shorter ones find more distant relatives, and "
         "more by chance.",
     )

@@ -259,9 +259,12 @@ def _run(
         try:
             engine.run(pending, parts.save)
             if not pending.num_units:
+                skipped = counts.skipped_regions
+                regions = f", {skipped} regions as beyond their contig or on none" if skipped else ""
+                remedy = "bad_regions='error' to see why" if skipped else "invalid='mask'"
                 problem = (
                     f"no record is left to embed ({counts.skipped_invalid} skipped as invalid, "
-                    f"{counts.skipped_empty} as empty); check the input, or set invalid='mask'"
+                    f"{counts.skipped_empty} as empty{regions}); check the input, or set {remedy}"
                 )
                 raise EmptyRecordError(problem, path=", ".join(config.input.inputs))
             if pending.sample:

@@ -148,14 +148,18 @@ def iter_features(
             continue
         columns = row.split("\t") if "\t" in row else row.split()
         if read is None:
+            if row.startswith(("LOCUS ", "ID   ")):
+                problem = (
+                    "this is GenBank or EMBL, expected BED or GFF3; give it as the input, without regions"
+                )
+                raise RegionError(problem, path=text)
             if _looks_like_gff(columns):
                 rows = _GffRows(text, choice)
                 read = rows.add
             else:
                 _check_bed_choice(text, choice)
                 read = _BedRows(text, choice).add
-        for feature in read(line, [column.strip() for column in columns]):
-            yield _without_control(feature)
+        yield from map(_without_control, read(line, columns))
     if read is None:
         problem = "no regions in the file, expected rows of BED or GFF3; check the step that wrote it"
         raise RegionError(problem, path=text)
@@ -173,7 +177,11 @@ def _without_control(feature: Feature) -> Feature:
 
 
 def report_types(
-    path: str, types: Mapping[str, int], choice: FeatureChoice, num_features: int, num_rows: int
+    path: str,
+    types: Mapping[str, int],
+    choice: FeatureChoice,
+    num_features: int,
+    num_rows: int | None = None,
 ) -> None:
     """Log the types of a file and what is read of them; raise if that is nothing."""
     listed = [kind for kind, _ in sorted(types.items(), key=lambda item: (-item[1], item[0]))]
@@ -194,13 +202,13 @@ def report_types(
         if kind not in types:
             _LOG.warning("%s: no feature has type %r", path, kind)
     read = f"{num_features:,} features read" if num_features > 1 else "1 feature read"
-    read += f", joined from {num_rows:,} rows" if num_rows > num_features else ""
+    read += f", joined from {num_rows:,} rows" if (num_rows or 0) > num_features else ""
     left_out = [kind for kind in listed if not choice.takes(kind)]
     if not choice.types and left_out:
         read += f"; left out as the contig itself: {', '.join(left_out)}"
     if not choice.types and len(listed) - len(left_out) > 1:
         read += "; option feature chooses types"
-    _LOG.info("%s: rows by type: %s; %s", path, words, read)
+    _LOG.info("%s: %s by type: %s; %s", path, "features" if num_rows is None else "rows", words, read)
 
 
 # -------------------------------------------------------------------------------------------------------- BED
@@ -215,7 +223,7 @@ class _BedRows:
 
     def add(self, line: int, columns: list[str]) -> Iterator[Feature]:
         """Read a row."""
-        path = self._path
+        path, columns = self._path, [column.strip() for column in columns]
         if len(columns) < 3:
             problem = (
                 f"the row has {len(columns)} column(s), expected chrom, start, end; "
@@ -299,7 +307,7 @@ class _GffRows:
         self.num_rows = 0
         self._path = path
         self._choice = choice
-        self._contig = ""
+        self._column = self._contig = ""
         self._circular: set[str] = set()
         self._groups: dict[tuple[str, str] | int, list[_Row]] = {}
         # of features that are complete: a row of one, behind another contig's, would be lost
@@ -313,16 +321,18 @@ class _GffRows:
                 f"the row has {len(columns)} column(s), expected the 9 of GFF3; separate columns with tabs"
             )
             raise RegionError(problem, path=path, line=line)
-        kind, attributes = sys.intern(columns[2]), " ".join(columns[8:])
+        kind = sys.intern(columns[2].strip())
         self.types[kind] += 1
-        contig = sys.intern(unquote(columns[0]))
-        if contig != self._contig:
+        if columns[0] != self._column:
             yield from self.close(may_go_on=True)
-            self._contig = contig
-        if kind in CONTIG_TYPES and _IS_CIRCULAR.search(attributes):
+            self._column, self._contig = columns[0], sys.intern(unquote(columns[0].strip()))
+        contig = self._contig
+        if kind in CONTIG_TYPES and _IS_CIRCULAR.search(columns[-1]):
             self._circular.add(contig)
         if not self._choice.takes(kind):
             return
+        columns = [column.strip() for column in columns]
+        attributes = " ".join(columns[8:])
         self.num_rows += 1
         start, end = _one_based(path, line, (columns[3], columns[4]))
         strand = _strand(path, line, columns[6])

@@ -98,7 +98,7 @@ class RegionReader:
             for feature in record_features(raw, record, self._choice, types):
                 num_features += 1
                 yield from self._cut(contigs, feature)
-        report_types(path, types, self._choice, num_features, num_features)
+        report_types(path, types, self._choice, num_features)
 
     def _cut(self, contigs: Contigs, feature: Feature) -> Iterator[RawRecord]:
         """Fetch a feature with its flanks, unless it cannot be read and the policy is to leave it out."""

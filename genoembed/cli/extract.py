@@ -48,6 +48,7 @@ _logger = logging.getLogger(__name__)
     short_help="Embed sequences: FASTA in, HDF5 out.",
     examples="""
     genoembed extract genome.fa.gz
+    genoembed extract genome.gbk --feature CDS -o genes.h5
     zcat *.fa.gz | genoembed extract - --model evo2_7b --layer 28 --pool mean -o genomes.h5""",
     has_json=True,
     checks_options=False,

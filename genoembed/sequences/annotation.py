@@ -370,6 +370,9 @@ class _GffRows:
         wanted = self._choice.name_attribute
         own = unquote(values.get(wanted, "")).strip() if wanted is not None else ""
         if is_gtf:
+            # NCBI's GTF numbers transcripts that have no name
+            if key.startswith("unassigned_transcript"):
+                key = values.get("gene_id", "") or key
             return self._choice.shown(kind, own or key)
         if own:
             return own

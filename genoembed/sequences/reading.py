@@ -126,7 +126,9 @@ def read_sequences(  # noqa: PLR0913 - all that is said about an input
     )
     names = file_names(paths)
     places = None if regions is None else file_names(regions)
-    types = () if feature is None else (feature,) if isinstance(feature, str) else tuple(feature)
+    types = (
+        () if feature is None else (feature,) if isinstance(feature, str) else tuple(dict.fromkeys(feature))
+    )
     _check_options(names, places, flank, types)
     for name in names:
         check_readable(name)

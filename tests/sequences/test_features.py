@@ -240,6 +240,14 @@ def test_gtf_joins_the_rows_of_a_transcript(tmp_path, fasta):
     assert names == ["gene-g1", "transcript-g1.t1", "exon-g1.t1", "CDS-g1.t1"]
 
 
+def test_gtf_of_ncbi_names_features_without_a_transcript_by_their_gene(tmp_path, fasta):
+    ids = 'gene_id "b0001"; transcript_id "unassigned_transcript_1"; locus_tag "b0001";'
+    path = write(
+        tmp_path, "b.gtf", [gff("CDS", 1, 9, "+", ids), gff("CDS", 21, 29, "+", ids.replace('1"', '2"'))]
+    )
+    assert [r.id for r in read_sequences(fasta, regions=path, feature="CDS")] == ["b0001", "b0002"]
+
+
 def test_blocks_of_bed12_are_joined_whatever_is_thick(tmp_path, fasta):
     row = ("c", 100, 160, "tx", 0, "-", 110, 120, "0,0,0", 2, "10,20,", "0,40,")
     path = write(tmp_path, "b.bed", [row])

@@ -131,6 +131,8 @@ def test_map_keeps_groups_apart(method):
     before = vectors.copy()
     plane = lay_out(vectors, MapConfig(method=method, neighbors=8, perplexity=8))
     np.testing.assert_array_equal(vectors, before)
+    again = lay_out(vectors, MapConfig(method=method, neighbors=8, perplexity=8))
+    np.testing.assert_array_equal(plane.points, again.points)  # the seed decides
     assert plane.points.shape == (60, 2)
     gaps = np.linalg.norm(plane.points[:, None] - plane.points[None], axis=2)
     np.fill_diagonal(gaps, np.inf)
@@ -258,17 +260,14 @@ def test_dates_have_a_scale_with_dates_on_it(file, tmp_path):
     assert not isinstance(text_column("d", days, as_classes=True), NumberColumn)
 
 
-@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
-def test_pictures_have_the_background_of_their_theme(kind, file, tmp_path):
-    light, dark = tmp_path / f"light.{kind}", tmp_path / f"dark.{kind}"
-    plot(file, light, values=tmp_path / "values.tsv", color="gc")
-    plot(file, dark, values=tmp_path / "values.tsv", color="gc", theme="dark")
-    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF-"}[kind]
-    assert light.read_bytes().startswith(start)
-    assert light.read_bytes() != dark.read_bytes()
-    if kind == "svg":
-        assert THEMES["dark"].background in dark.read_text()
-        assert THEMES["dark"].background not in light.read_text()
+def test_pictures_have_the_background_of_their_theme(file, tmp_path):
+    plot(file, tmp_path / "light.svg", values=tmp_path / "values.tsv", color="gc")
+    plot(file, [tmp_path / "dark.svg", tmp_path / "dark.pdf"], values=tmp_path / "values.tsv", theme="dark")
+    for theme, others in (("light", "dark"), ("dark", "light")):
+        text = (tmp_path / f"{theme}.svg").read_text()
+        assert THEMES[theme].background in text
+        assert THEMES[others].background not in text
+    assert (tmp_path / "dark.pdf").read_bytes().startswith(b"%PDF-")
 
 
 ODD = {
@@ -302,7 +301,7 @@ def test_odd_values_are_drawn(kind, recwarn):
         keeps_scale=False,
         seed=0,
     )
-    for picture in ("png", "svg", "pdf"):
+    for picture in ("png", "svg", "pdf") if kind == "letters without a glyph" else ("svg",):
         assert draw_map(content, picture, theme="dark")
     assert build_page(content)
     assert not recwarn.list

@@ -384,6 +384,7 @@
     }
     drag.hasMoved ||= Math.hypot(place[0] - drag.from[0], place[1] - drag.from[1]) > 4;
     if (!drag.hasMoved) return;
+    if (state.at >= 0 && !state.pinned) hideTip();
     if (state.mode === "pan") {
       shift(place[0] - drag.last[0], place[1] - drag.last[1]);
     } else {
@@ -732,5 +733,6 @@
   arrange();
   fit();
   new ResizeObserver(fit).observe(map);
+  window.addEventListener("scroll", placeTip, { passive: true });
   select([]);
 })();

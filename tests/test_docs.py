@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 
 import click
+import h5py
 import pytest
 
 import genoembed
@@ -191,6 +192,21 @@ def run_shell(text: str, folder: Path) -> None:
     words = ["bash", "-euo", "pipefail", "-c", text]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_r_reads_what_a_file_has(stage):
+    """There is no R here: the places that it reads are looked up, in the file of that page."""
+    text = "".join(text for _, text in blocks(ROOT / "docs" / "OTHER_TOOLS.md", "r"))
+    places = re.findall(r'h5read\("two\.h5", "([^"]+)"\)', text)
+    assert len(places) == 8
+    genoembed.extract(stage / "genes.fa", layers=(4, "final"), output=stage / "two.h5", overwrite=True)
+    with h5py.File(stage / "two.h5") as file:
+        assert [place for place in places if not isinstance(file.get(place), h5py.Dataset)] == []
+        assert file["X"].shape == (24, 128)
+        assert file["obsm/norm"].shape == (24, 128)
+        assert "genoembed-layers" in file.attrs
+        codes, categories = file["obs/strand/codes"][:], file["obs/strand/categories"].asstr()[:]
+        assert set(categories[codes]) == {"+"}
 
 
 def test_reference_has_every_public_name():

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from genoembed import annotate, compare, extract, join, open_embeddings, search, subset, verify
 from genoembed.cli import main
 from genoembed.errors import ConfigError, DuplicateIdError, LabelError, StoreError, StoreFormatError
-from genoembed.store import rewriting
+from genoembed.store import rewriting, seal
 from genoembed.store.seal import check_seal
 from tests.tiny_models import build_tiny
 
@@ -43,6 +43,12 @@ def world(tmp_path_factory):
     extract(folder / "one.fa", **options, pooling="max", output=folder / "max.h5")
     extract(folder / "one.fa", **options, window=16, stride=8, per_window=True, output=folder / "windows.h5")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_trial(monkeypatch):
+    """Leave out the child process that tries files without a seal, a second each; tests/store has its tests."""
+    monkeypatch.setattr(seal, "check_in_child", lambda path: None)
 
 
 def rows_of(path) -> dict:

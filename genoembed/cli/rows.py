@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
     short_help="Write some rows of an embedding file.",
     examples="""
     genoembed subset genes.h5 --ids wanted.txt -o wanted.h5
-    genoembed subset genes.h5 --where strand=- --where 'length>=500' -o long.h5""",
+    genoembed subset genes.h5 --where strand=- --where source=chr1.fa -o minus.h5""",
     has_json=True,
 )
 @click.argument("file", metavar="FILE.h5")

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from genoembed import compare, export, extract, fit_transform, open_embeddings, plot, search, verify
 from genoembed.cli import main
 from genoembed.errors import ConfigError, LayerError, StoreError, StoreFormatError
+from genoembed.store import seal
 
 FIELD = Path(__file__).parent / "14-anndata-roundtrip"
 LAYERS = ["blocks.0.mlp.l3", "blocks.1.mlp.l3"]
@@ -31,11 +32,23 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_trial(monkeypatch, request):
+    """Leave out the child process that tries files without a seal, a second each; tests/store has its tests."""
+    if "with_trial" not in request.fixturenames:
+        monkeypatch.setattr(seal, "check_in_child", lambda path: None)
+
+
+@pytest.fixture
+def with_trial() -> None:
+    """For one test that runs as users do."""
+
+
 def read(path) -> anndata.AnnData:
     return anndata.read_h5ad(path)
 
 
-def test_subset_that_anndata_wrote_is_searched_as_filed(world, tmp_path):
+def test_subset_that_anndata_wrote_is_searched_as_filed(world, tmp_path, with_trial):
     read(world / "many.h5")[:20].copy().write_h5ad(tmp_path / "subset.h5ad")
     words = [
         "search",

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_trial(monkeypatch, request):
-    """Leave out the child process that tries files without a seal, a second each; tests/store has its tests."""
+    """Leave out the child process that tries files without a seal, a second each; tests/store tests it."""
     if "with_trial" not in request.fixturenames:
         monkeypatch.setattr(seal, "check_in_child", lambda path: None)
 

@@ -113,7 +113,7 @@ RULES = {
         only_in={"usearch": "searching.index"},
     ),
     "probing": Rule(
-        internal=("extraction", "embedding", *BELOW_VERBS),
+        internal=("extraction", "embedding", "plotting", *BELOW_VERBS),
         third_party=("numpy", "torch"),
         in_functions=("sklearn", "scipy", "matplotlib"),
     ),

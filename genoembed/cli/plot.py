@@ -24,20 +24,22 @@ _logger = logging.getLogger(__name__)
     "plot",
     PlotConfig,
     reads=("file",),
-    short_help="Draw a map, as a picture and as a page.",
+    short_help="Draw a map of vectors, or the layers of a probe.",
     examples="""
     genoembed plot genes.h5 --color length
     genoembed plot genes.h5 --values classes.tsv --method umap -o map.html -o map.svg
-    genoembed plot genes.h5 --values clusters.tsv --classes leiden --transform centered.h5 -o map.png""",
+    genoembed plot genes.h5 --values clusters.tsv --classes leiden --transform centered.h5 -o map.png
+    genoembed plot promoters.probe -o layers.pdf --theme dark""",
     has_json=True,
 )
-@click.argument("file", metavar="FILE.h5")
+@click.argument("file", metavar="FILE")
 def plot_command(file: str, *, as_json: bool, output: tuple[str, ...] = (), **options: Any) -> None:
-    """Draw a map of the records in FILE.h5, as a picture and as an HTML page.
+    """Draw a map of the records in an embedding file, as a picture and as an HTML page.
 
     The page works without a network. It has a search field, colors to choose, and a lasso whose selection
-    can be saved as a table. Rows without a vector are left out and counted. Standard output gets the names
-    of the files.
+    can be saved as a table. Rows without a vector are left out and counted. FILE may also be probe.json of a
+    probe, or its folder: the picture shows the score of each layer. Standard output gets the names of the
+    files.
     """
     for name in output:
         promise_output(name)
@@ -49,6 +51,9 @@ def plot_command(file: str, *, as_json: bool, output: tuple[str, ...] = (), **op
 
 
 def _details(report: PlotReport) -> list[str]:
+    if report.method is None:
+        shown = count(report.num_points, "layer")
+        return [f"{shown} of a probe, {report.layer} recommended; {report.seconds:.1f} s"]
     lines = [
         f"{count(report.num_points, 'point')} of {report.layer}; {report.settings}; {report.seconds:.1f} s"
     ]

@@ -37,8 +37,9 @@ def probe_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) -> 
 
     INPUT: sequence files, a table of sequences and labels, or one embedding file. One run of the model
     reads all layers. Each layer, and combinations of layers, are scored by the same cross-validated linear
-    probe. Standard output gets the scores, the layer to use, and whether k-mers or a model with random
-    weights do as well. DIR gets probe.json, a plot, and the vectors, which a later run uses again.
+    probe. Standard output gets the scores, the command that extracts the layer to use, and whether k-mers or
+    a model with random weights do as well. DIR gets probe.json, a plot, and the vectors, which a later run
+    uses again.
     """
     with show_progress(estimate_bases(inputs)) as on_totals:
         report = genoembed.probe(list(inputs), **options, progress=on_totals)
@@ -55,10 +56,9 @@ def _lines(report: ProbeReport) -> list[str]:
     lines = [_table(report), ""]
     if report.shots:
         lines += [_shot_table(report), ""]
-    lines += [report.recommendation, report.verdict]
-    if report.fusion_options:
-        lines.append(f"weighted mean of all layers: genoembed extract INPUT {report.fusion_options}")
-    return [*lines, *report.notes]
+    if report.command:
+        lines.append(report.command)
+    return [*lines, report.recommendation, report.verdict, *report.notes]
 
 
 def _table(report: ProbeReport) -> str:

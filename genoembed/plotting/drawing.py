@@ -48,12 +48,12 @@ _MANY_ENTRIES = 12
 _NOTE_WIDTH = 130
 _PLOT_BOX = (0.075, 0.15, 0.645, 0.755)
 _BAR_BOX = (0.755, 0.36, 0.02, 0.45)
-_METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": "genoembed"},
     "svg": {"Date": None},
     "pdf": {"Creator": "genoembed", "CreationDate": None},
 }
-_SETTINGS = {
+SETTINGS = {
     "svg.hashsalt": "genoembed",  # ids of its parts do not change from run to run
     "svg.fonttype": "none",  # text of an SVG and of a PDF stays text
     "pdf.fonttype": 42,
@@ -71,7 +71,7 @@ def draw_map(content: MapContent, kind: Literal["png", "svg", "pdf"], *, theme: 
         raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a picture") from error
     buffer = io.BytesIO()
     colors = THEMES[theme]
-    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+    with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         # an SVG leaves letters to the fonts of who opens it; a PNG or PDF shows a box for what DejaVu lacks
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=_SIZE_INCHES, facecolor=colors.background)
@@ -82,7 +82,7 @@ def draw_map(content: MapContent, kind: Literal["png", "svg", "pdf"], *, theme: 
         else:
             _draw_numbers(figure, axes, content, column, colors)
         _label(figure, axes, content, colors)
-        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_METADATA[kind])
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=METADATA[kind])
     return buffer.getvalue()
 
 

@@ -32,6 +32,7 @@ from genoembed.plotting.colors import (
     text_column,
 )
 from genoembed.plotting.drawing import build_page, draw_map
+from genoembed.plotting.layers import find_probe_report, plot_report
 from genoembed.plotting.reduction import lay_out
 from genoembed.pooling.transform import usable_rows
 from genoembed.sequences.tables import as_text, iter_rows
@@ -65,13 +66,15 @@ class PlotReport:
 
     outputs: tuple[Path, ...]
     """The files that were written."""
-    method: MapMethod
+    method: MapMethod | None
+    """None for the report of a probe."""
     settings: str
     """How the map was computed, as text."""
     layer: str
     colors: tuple[str, ...]
     """What points can be colored by; pictures show the first."""
     num_points: int
+    """Points; of a probe, layers."""
     num_in_file: int
     """Rows of the file."""
     num_failed: int
@@ -103,12 +106,13 @@ def plot(
     overwrite: bool = False,
     **options: Any,
 ) -> PlotReport:
-    """Draw a map of the records of an embedding file.
+    """Draw a map of the records of an embedding file, or the scores of a probe by layer.
 
     Rows without a vector (NaN, or flagged as failed) are left out and counted.
 
     Args:
-        path: A pooled file that genoembed wrote.
+        path: A pooled file that genoembed wrote; or ``probe.json`` of a probe, or the folder with it, which
+            takes pictures as ``output``, ``title``, ``theme`` and ``overwrite`` alone.
         output: Files to write: ``.png``, ``.svg``, ``.pdf``, ``.html`` (interactive, self-contained) or
             ``.tsv`` (the points); None is ``.png`` and ``.html`` next to the file.
         color: Columns of the file or of ``values``; the first one colors the pictures, the page switches
@@ -139,6 +143,11 @@ def plot(
     started = time.perf_counter()
     wanted = _map_options(options, max_points)
     PlotConfig.build({"theme": theme})
+    if (report := find_probe_report(Path(path))) is not None:
+        of_maps = {"color": color, "values": values, "classes": classes, "layer": layer}
+        of_maps |= {"transform": transform, **options}
+        useless = [name for name, value in of_maps.items() if value is not None and value not in ((), [])]
+        return _plot_probe(report, path, output, useless, title, theme, overwrite=overwrite, started=started)
     targets = _targets(path, output, overwrite=overwrite)
     reads = [path, *(name for name in (values, transform) if name is not None)]
     check_paths(reads, [(target, "picture") for target in targets], overwrite=overwrite)
@@ -177,6 +186,53 @@ def plot(
         num_not_sampled=points.num_not_sampled,
         num_without_value=columns[0].num_missing,
         num_unknown_ids=num_unknown,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _plot_probe(
+    report: Path,
+    path: str | PathLike[str],
+    output: str | PathLike[str] | Sequence[str | PathLike[str]] | None,
+    useless: Sequence[str],
+    title: str | None,
+    theme: Theme,
+    *,
+    overwrite: bool,
+    started: float,
+) -> PlotReport:
+    """Draw the report of a probe."""
+    if useless:
+        message = (
+            f"{', '.join(useless)}: for a map, but {fspath(path)} is the report of a probe; leave it out"
+        )
+        raise ConfigError(message)
+    folder = report.absolute().parent
+    # beside the folder: a probe writes into no folder that holds files of others
+    beside = folder.with_name(f"{folder.name}.png") if output is None else output
+    targets = _targets(path, beside, overwrite=overwrite)
+    if wrong := [name for name in targets if Path(name).suffix.lower() not in _PICTURES]:
+        message = f"output is {wrong[0]!r}, but a probe is drawn as {', '.join(_PICTURES)}; set output to one"
+        raise ConfigError(message)
+    check_paths([report], [(target, "picture") for target in targets], overwrite=overwrite)
+    shown = plot_report(report, title=title)
+    for target in targets:
+        body = shown.draw(_PICTURES[Path(target).suffix.lower()], theme=theme)
+        with replacing(target, overwrite=overwrite) as part, reporting_writes(target):
+            part.write_bytes(body)
+    return PlotReport(
+        outputs=tuple(map(Path, targets)),
+        method=None,
+        settings="score by layer",
+        layer=shown.chosen,
+        colors=(),
+        num_points=len(shown.layers),
+        num_in_file=len(shown.layers),
+        num_failed=0,
+        num_not_finite=0,
+        num_not_sampled=0,
+        num_without_value=0,
+        num_unknown_ids=0,
         seconds=time.perf_counter() - started,
     )
 

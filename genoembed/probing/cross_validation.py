@@ -133,13 +133,14 @@ def check_counts(
     if task == "classification":
         classes, counts = np.unique(target, return_counts=True)
         if len(classes) < 2:
-            message = f"{name}: {len(classes)} class(es), expected two or more; check the labels"
+            found = f"one class ({classes[0]})" if len(classes) else "no label"
+            message = f"{name}: {found}, expected two classes or more; check the labels"
             raise ConfigError(message)
         if counts.min() < num_folds:
-            rarest = classes[counts.argmin()]
+            rarest, number = classes[counts.argmin()], int(counts.min())
             message = (
-                f"{name}: class {rarest} has {counts.min()} rows, expected at least num_folds ({num_folds}); "
-                "set num_folds lower, or leave the class out"
+                f"{name}: class {rarest} has {number} row{'s' * (number != 1)}, expected at least num_folds "
+                f"({num_folds}); set num_folds lower, or leave the class out"
             )
             raise ConfigError(message)
     elif len(target) < 2 * num_folds:

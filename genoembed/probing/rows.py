@@ -15,13 +15,14 @@ import numpy as np
 
 from genoembed.errors import ConfigError, GenoembedWarning, LabelError
 from genoembed.pipeline.embedding_file import read_file_records
-from genoembed.probing.cross_validation import check_counts
+from genoembed.probing.cross_validation import check_counts, split_folds
 from genoembed.sequences.formats import SEQUENCE_COLUMN, row_id
 from genoembed.sequences.homology import HomologyConfig, cluster_homologs
 from genoembed.sequences.tables import iter_rows, parse_split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -84,9 +85,18 @@ def read_labels(path: str, options: ProbeConfig, *, has_sequences: bool = False)
 
 
 def check_labels(table: LabelTable, options: ProbeConfig) -> None:
-    """Raise if there are too few labels to learn from, whatever records there are."""
+    """Raise if there are too few labels to learn from, whatever records there are; warn if there are few."""
     learned = [label for name, label in table.labels.items() if table.sides.get(name, "train") == "train"]
     check_counts(np.array(learned), options.task, None, options.num_folds, name=table.path)
+    if len(learned) < _FEW_ROWS * options.num_folds:
+        logger.warning(
+            "%s: %d labels, about %d rows in each of %d test folds: scores will vary too much to tell layers "
+            "apart; add rows if you can",
+            table.path,
+            len(learned),
+            len(learned) // options.num_folds,
+            options.num_folds,
+        )
 
 
 def _number(row: TableRow, label: str, name: str) -> float:
@@ -105,6 +115,8 @@ def _side(row: TableRow, column: str, name: str) -> SplitSide:
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3
+_FEW_ROWS = 10
+"""Rows of a test fold: with fewer, one row more or less moves a score by a tenth."""
 _FAILED = re.compile(r"(?:^|,)failed:")
 
 
@@ -122,9 +134,38 @@ class LabeledRows:
     counts: Mapping[str, int] = field(default_factory=dict)
     """Rows and labels that were left out, by why."""
 
+    @property
+    def is_train(self) -> NDArray[np.bool_]:
+        """Rows that are learned from."""
+        return np.ones(len(self.rows), np.bool_) if self.is_test is None else ~self.is_test
 
-def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) -> LabeledRows:
-    """Match labels with the rows of a file; leave out rows that failed, and those without a label."""
+
+@dataclass(frozen=True, kw_only=True)
+class RecordTable:
+    """Records that have no vectors yet, in place of a file of them."""
+
+    path: Path
+    ids: list[str]
+    sources: list[str]
+
+    @property
+    def obs(self) -> dict[str, NDArray[np.str_]]:
+        """The columns that rows are chosen and grouped by."""
+        return {"source": np.array(self.sources), "flags": np.full(len(self.ids), "")}
+
+    @property
+    def X(self) -> NDArray[np.float32]:  # noqa: N802 - as in a file
+        """A vector for each: none has failed."""
+        return np.zeros((len(self.ids), 1), np.float32)
+
+
+def join_labels(
+    file: EmbeddingFile | RecordTable, table: LabelTable, options: ProbeConfig, *, is_checked: bool = False
+) -> LabeledRows:
+    """Match labels with the rows of a file; leave out rows that failed, and those without a label.
+
+    What was checked before, and warned of, is not warned of again.
+    """
     ids, has_failed = file.ids, _failed_rows(file)
     known = set(ids)
     strays = [name for name in table.labels if name not in known]
@@ -139,7 +180,7 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) ->
             f"{ids[0]!r}; {remedy}"
         )
         raise LabelError(problem, path=table.path)
-    if strays:
+    if strays and not is_checked:
         message = f"{table.path}: {len(strays)} label(s) without a record ({_shown(strays)}) are left out"
         warnings.warn(message, GenoembedWarning, stacklevel=2)
     rows = np.array(
@@ -182,8 +223,22 @@ def join_labels(file: EmbeddingFile, table: LabelTable, options: ProbeConfig) ->
     )
 
 
+def assign_folds(
+    labeled: LabeledRows, groups: NDArray[np.int64] | None, options: ProbeConfig
+) -> NDArray[np.int64]:
+    """Assign the rows that are learned from to folds."""
+    is_train = labeled.is_train
+    return split_folds(
+        labeled.target[is_train],
+        task=options.task,
+        groups=None if groups is None else groups[is_train],
+        num_folds=options.num_folds,
+        seed=options.seed,
+    )
+
+
 def group_rows(
-    file: EmbeddingFile,
+    file: EmbeddingFile | RecordTable,
     labeled: LabeledRows,
     table: LabelTable,
     options: ProbeConfig,
@@ -209,7 +264,7 @@ def group_rows(
     return clusters.labels
 
 
-def _chromosomes(file: EmbeddingFile, labeled: LabeledRows) -> list[str]:
+def _chromosomes(file: EmbeddingFile | RecordTable, labeled: LabeledRows) -> list[str]:
     """Return the chromosome of each row: its id up to the last colon, or the file it came from."""
     if any(":" in name for name in labeled.ids):
         return [name.rpartition(":")[0] or name for name in labeled.ids]
@@ -232,10 +287,11 @@ def read_row_sequences(file: EmbeddingFile, labeled: LabeledRows, paths: Sequenc
     return [record.sequence[record.core_start : record.core_end] for record in records]
 
 
-def _failed_rows(file: EmbeddingFile) -> NDArray[np.bool_]:
+def _failed_rows(file: EmbeddingFile | RecordTable) -> NDArray[np.bool_]:
     """Find the rows that are flagged as failed, or hold NaN in the first matrix."""
     flagged = np.array([bool(_FAILED.search(flags)) for flags in file.obs["flags"]], dtype=np.bool_)
-    is_finite: NDArray[np.bool_] = np.isfinite(file.X[:]).all(axis=1)
+    vectors: NDArray[np.floating] = np.asarray(file.X[:])
+    is_finite: NDArray[np.bool_] = np.isfinite(vectors).all(axis=1)
     return flagged | ~is_finite
 
 

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from genoembed.atomic import lock, partial_of, put_in_place, reporting_writes, take_back, write_text
-from genoembed.config.embed import default_output
+from genoembed.config.embed import InputConfig, default_output
 from genoembed.config.fields import raise_all, unknown_option
 from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
 from genoembed.errors import (
@@ -31,19 +31,26 @@ from genoembed.errors import (
     StoreError,
 )
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
-from genoembed.probing.cross_validation import METRICS, missing_scikit_learn
+from genoembed.plotting.layers import SUMMARY, DrawnScore, LayerScores
+from genoembed.probing.cross_validation import METRIC_WORDS, METRICS, missing_scikit_learn
+from genoembed.probing.recommendation import choose_layer, extract_command
 from genoembed.probing.report import (
     ProbeReport,
-    choose_layer,
     compare_baselines,
     describe_classes,
-    fusion_options,
     metric_names,
-    plot_layers,
     verdict,
 )
-from genoembed.probing.rows import check_labels, read_labels
+from genoembed.probing.rows import (
+    RecordTable,
+    assign_folds,
+    check_labels,
+    group_rows,
+    join_labels,
+    read_labels,
+)
 from genoembed.probing.sweep import choose_inside
+from genoembed.sequences import read_sequences
 from genoembed.sequences.formats import holds_records
 from genoembed.store import open_embeddings
 
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
 
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.pipeline.units import RunStats
+    from genoembed.probing.rows import LabelTable
     from genoembed.probing.scoring import ProbeRun, ProbeScores
     from genoembed.store import EmbeddingFile
 
@@ -76,7 +84,7 @@ def divide_options(options: Mapping[str, Any]) -> tuple[ProbeConfig, dict[str, A
     return mine, {name: value for name, value in given.items() if name not in own}
 
 
-SUMMARY, PLOTS = "probe.json", ("layers.png", "layers.svg")
+PLOTS: Mapping[str, Literal["png", "svg"]] = {"layers.png": "png", "layers.svg": "svg"}
 EMBEDDINGS, UNTRAINED = "embeddings.h5", "untrained.h5"
 _OWN = re.compile(
     r"probe\.json|layers\.(png|svg)|(embeddings|untrained)\.(h5|parts)"
@@ -134,6 +142,9 @@ def probe(
     with _claimed(folder, written, overwrite=overwrite) as place:
         table = read_labels(_table_of(names, labels, given), wanted, has_sequences=labels is None)
         check_labels(table, wanted)
+        is_checked = given is None and "-" not in names
+        if is_checked:
+            _check_records(names, table, wanted, extraction)
         started = time.perf_counter()
         # not at the top: importing torch takes seconds, and all that came before may have been refused
         from genoembed.probing.scoring import ProbeRun
@@ -155,7 +166,7 @@ def probe(
             was_extracted = False
         seconds = {"pass": time.perf_counter() - started}
         with open_embeddings(place / EMBEDDINGS if given is None else given) as file:
-            run = ProbeRun(file, table, wanted, None if given is None else layers)
+            run = ProbeRun(file, table, wanted, None if given is None else layers, is_checked=is_checked)
             measured = run.measure(
                 lambda: embed_untrained(
                     file,
@@ -182,6 +193,25 @@ def probe(
             # last: a folder with this file is complete
             write_text(place / SUMMARY, json.dumps(report.to_dict(), indent=1) + "\n")
     return report
+
+
+def _check_records(
+    names: Sequence[str], table: LabelTable, options: ProbeConfig, extraction: Mapping[str, Any]
+) -> None:
+    """Join labels with records and assign folds before a model loads, so that what is wrong shows at once."""
+    reading = {name: value for name, value in extraction.items() if name in InputConfig.options()}
+    ids: list[str] = []
+    sources: list[str] = []
+    sequences: list[bytes] = []
+    for record in read_sequences(names, **reading):
+        ids.append(record.id)
+        sources.append(record.source)
+        if options.cv == "homology":
+            sequences.append(record.sequence[record.core_start : record.core_end])
+    records = RecordTable(path=Path(names[0]), ids=ids, sources=sources)
+    rows = join_labels(records, table, options)
+    kept = [sequences[row] for row in rows.rows] if sequences else None
+    assign_folds(rows, group_rows(records, rows, table, options, kept), options)
 
 
 def _table_of(names: Sequence[str], labels: str | PathLike[str] | None, given: Path | None) -> str:
@@ -260,6 +290,8 @@ def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeRe
     others = [(one.name, one.metrics[metric]) for one in measured.baselines]
     others += [] if again is None else [("the untrained copy", again.metrics[metric])]
     comparisons = compare_baselines(inside, others, task=task)
+    either = choose_inside((*sweep.layers, *sweep.fusions), task=task) if sweep.fusions else None
+    choice = choose_layer(sweep.layers, either or inside, fusions=sweep.fusions, pooling=pooling, task=task)
     return ProbeReport(
         output=folder,
         embeddings=run.file.path,
@@ -277,13 +309,13 @@ def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeRe
         baselines=measured.baselines,
         untrained=measured.untrained,
         inside=inside,
-        inside_fusion=choose_inside((*sweep.layers, *sweep.fusions), task=task) if sweep.fusions else None,
+        inside_fusion=either,
         inside_untrained=again,
-        choice=choose_layer(sweep.layers, inside, fusions=sweep.fusions, pooling=pooling, task=task),
+        choice=choice,
+        command=extract_command(run.file.provenance, choice, weights=sweep.mix, are_all=_are_all(run)),
         comparisons=tuple(comparisons),
         verdict=verdict(inside, comparisons, task=task),
         fusion_weights=sweep.mix,
-        fusion_options=fusion_options(sweep.mix, are_all=_are_all(run), pooling=pooling),
         shots=measured.shots,
         num_test=int((~run.target.is_train).sum()),
         notes=tuple(run.notes),
@@ -306,17 +338,22 @@ def _pooling(file: EmbeddingFile) -> str | None:
 
 
 def _plot(report: ProbeReport, pooling: str | None, place: Path) -> tuple[Path, ...]:
+    metric = METRICS[report.task][0]
     folds = f"{report.num_folds} {report.cv} folds"
-    for name in PLOTS:
-        plot_layers(
-            place / name,
-            report.layers,
-            lines=(*report.fusions, *report.baselines),
-            untrained=report.untrained,
-            best=report.choice.layer,
-            task=report.task,
-            title=f"{report.num_rows:,} rows, {folds}, {pooling or 'stored'} pooling",
-        )
+    layers, lines, untrained = (
+        [DrawnScore(one.name, one.kind, one.metrics[metric].mean, one.metrics[metric].sd) for one in group]
+        for group in (report.layers, (*report.fusions, *report.baselines), report.untrained)
+    )
+    scores = LayerScores(
+        layers=layers,
+        lines=lines,
+        untrained=untrained,
+        chosen=report.choice.name,
+        metric=METRIC_WORDS[metric],
+        title=f"{report.num_rows:,} rows, {folds}, {pooling or 'stored'} pooling",
+    )
+    for name, kind in PLOTS.items():
+        (place / name).write_bytes(scores.draw(kind))
     return tuple(report.output / name for name in PLOTS)
 
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from genoembed.errors import ConfigError, NonFiniteError
+from genoembed.plotting.layers import layer_number
 from genoembed.probing.cross_validation import (
     MetricSummary,
     encode_target,
     measure_predictions,
     prepare,
-    split_folds,
     summarize_metrics,
 )
-from genoembed.probing.report import UNTRAINED, layer_number
-from genoembed.probing.rows import group_rows, join_labels, read_row_sequences
+from genoembed.probing.report import UNTRAINED
+from genoembed.probing.rows import assign_folds, group_rows, join_labels, read_row_sequences
 from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.sweep import MEAN, MIX, Scored, Sweep, score_block, shown, sweep
 from genoembed.probing.vectors import RowsOfLayers, load_transforms
@@ -87,12 +87,14 @@ class ProbeRun:
         table: LabelTable,
         options: ProbeConfig,
         layers: int | str | Sequence[int | str] | None,
+        *,
+        is_checked: bool = False,
     ) -> None:
         self.file, self.options = file, options
         _ = file.X  # a per-token file says here that it has no row a record
         self.layers = _named_layers(file, layers)
         self._transforms = load_transforms(file, self.layers, options.transform)
-        self.rows = join_labels(file, table, options)
+        self.rows = join_labels(file, table, options, is_checked=is_checked)
         self.notes: list[str] = []
         """What was left out, and why."""
         self._sequences = self._read_sequences()
@@ -131,17 +133,10 @@ class ProbeRun:
     def _assign_folds(self, table: LabelTable) -> Target:
         rows, options = self.rows, self.options
         groups = group_rows(self.file, rows, table, options, self._sequences)
-        is_train = np.ones(len(rows.rows), np.bool_) if rows.is_test is None else ~rows.is_test
-        folds = split_folds(
-            rows.target[is_train],
-            task=options.task,
-            groups=None if groups is None else groups[is_train],
-            num_folds=options.num_folds,
-            seed=options.seed,
-        )
+        is_train = rows.is_train
         return Target(
             codes=encode_target(rows.target[is_train], task=options.task),
-            folds=folds,
+            folds=assign_folds(rows, groups, options),
             is_train=is_train,
             num_groups=None if groups is None else len(np.unique(groups[is_train])),
         )

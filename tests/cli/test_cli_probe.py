@@ -30,7 +30,7 @@ def test_table_recommendation_and_verdict_go_to_standard_output(cli, folder):
     assert lines[1].startswith("blocks.0 ")
     assert "use layer blocks.1: MCC 1.000 +- 0.000" in result.stdout
     assert "no baselines were measured" in result.stdout
-    assert "genoembed extract INPUT --layer blocks.0 --layer blocks.1 --fuse weighted" in result.stdout
+    assert "genoembed extract" not in result.stdout  # the file does not say how it was made
     assert f"{NUM} rows in 3 stratified folds" in result.stderr
 
 

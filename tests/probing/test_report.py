@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from genoembed.errors import StoreError
+from genoembed.plotting.layers import DrawnScore, LayerScores, layer_number
 from genoembed.probing.cross_validation import MetricSummary
-from genoembed.probing.report import choose_layer, compare_baselines, layer_number, plot_layers, verdict
+from genoembed.probing.recommendation import choose_layer, extract_command
+from genoembed.probing.report import compare_baselines, verdict
 from genoembed.probing.sweep import InsideChoice, Scored
 
 METRICS = ("mcc", "accuracy", "macro_f1")
@@ -16,9 +17,13 @@ def summary(mean, spread=0.02):
     return MetricSummary(mean=mean, sd=spread, values=(mean - spread, mean, mean + spread))
 
 
-def scored(name, mean, kind="layer"):
+def scored(name, mean, kind="layer", spread=0.02, members=()):
     return Scored(
-        name=name, kind=kind, metrics={metric: summary(mean) for metric in METRICS}, inner=(mean,) * 3
+        name=name,
+        kind=kind,
+        metrics={metric: summary(mean, spread) for metric in METRICS},
+        inner=(mean,) * 3,
+        members=members,
     )
 
 
@@ -35,33 +40,74 @@ def chosen(*means):
     return choose_layer(sweep(*means), inside(0.7), pooling="mean", task="classification")
 
 
-def test_neighbors_of_the_best_are_a_range():
-    found = chosen(0.2, 0.68, 0.71, 0.69, 0.5)
-    assert found.layer == "blocks.2.mlp.l3"
+def test_best_layer_is_recommended_where_no_earlier_one_is_within_one_standard_error():
+    found = chosen(0.2, 0.68, 0.71, 0.69, 0.5)  # the standard error is 0.02 / sqrt(3) = 0.0115
+    assert (found.name, found.layers, found.fusion) == ("blocks.2.mlp.l3", ("blocks.2.mlp.l3",), "none")
+    assert found.near_best == ("blocks.1.mlp.l3", "blocks.2.mlp.l3", "blocks.3.mlp.l3")
     assert found.sentence == (
-        "use layer 2 (blocks.2.mlp.l3), mean pooling: MCC 0.710 +- 0.020; 95 % of the best within "
-        "layers 1-3; MCC 0.700 +- 0.020 where the layer is chosen without the test fold"
+        "use layer 2 (blocks.2.mlp.l3), mean pooling: MCC 0.710 +- 0.020; expect MCC 0.700 +- 0.020, as "
+        "where the choice is made without the test fold"
     )
 
 
-def test_gap_between_good_layers_is_said():
-    found = chosen(0.7, 0.2, 0.71)
-    assert "95 % of the best at 2 layers between 0 and 2" in found.sentence
+def test_earliest_layer_within_one_standard_error_is_recommended():
+    found = chosen(0.2, 0.70, 0.71, 0.705, 0.5)
+    assert found.layers == ("blocks.1.mlp.l3",)
+    assert found.best_layer == "blocks.2.mlp.l3"
+    assert (
+        "the earliest layer within one standard error (0.012) of the best, layer 2 (blocks.2.mlp.l3), MCC "
+        "0.710 +- 0.020" in found.sentence
+    )
 
 
-def test_lone_best_layer_is_said():
-    assert "no other layer reaches 95 % of it" in chosen(0.1, 0.9, 0.2).sentence
+FUSIONS = [
+    scored("mean of all layers", 0.75, "fusion", members=(tuple("abc"),) * 3),
+    scored("best 2 layers concatenated", 0.748, "fusion", members=(("a", "b"), ("b", "c"), ("a", "c"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("means", "name", "layers", "fusion"),
+    [
+        ((0.5, 0.7, 0.6), "best 2 layers concatenated", ("b", "c"), "concat"),
+        ((0.5, 0.745, 0.6), "b", ("b",), "none"),
+    ],
+)
+def test_fusion_is_recommended_only_where_no_layer_is_within_reach(means, name, layers, fusion):
+    singles = [scored(letter, mean) for letter, mean in zip("abc", means, strict=True)]
+    found = choose_layer(singles, inside(0.7), fusions=FUSIONS, pooling="mean", task="classification")
+    assert (found.name, found.layers, found.fusion) == (name, layers, fusion)
+    assert "within one standard error (0.012) of the best, mean of all layers" in found.sentence
 
 
 def test_nothing_is_near_a_best_that_is_chance():
     found = chosen(-0.1, -0.02)
     assert found.near_best == ()
-    assert "no layer is better than chance" in found.sentence
+    assert "no candidate is better than chance" in found.sentence
 
 
 def test_single_layer_needs_no_choice():
     sentence = choose_layer([scored("X", 0.5)], inside(0.5), pooling=None, task="classification").sentence
     assert sentence == "use layer X: MCC 0.500 +- 0.020"
+
+
+MADE = {
+    "config": {
+        "input": {"inputs": ["my genes.fa"], "flank": 20, "regions": ["a.bed", "b.bed"], "keep_case": True},
+        "model": {"model": "evo2_7b", "dtype": "auto", "device": "cuda", "trust_remote_code": False},
+        "windows": {"window": None, "per_window": False},
+        "embedding": {"layers": ["all"], "pooling": "max", "skip_first": 15, "fusion": "none"},
+    }
+}
+
+
+def test_command_names_all_options_that_change_vectors_and_no_others():
+    choice = chosen(0.2, 0.9)
+    assert extract_command(MADE, choice, weights={}, are_all=True) == (
+        "genoembed extract 'my genes.fa' --keep-case --regions a.bed --regions b.bed --flank 20 "
+        "--model evo2_7b --skip-first 15 --layer blocks.1.mlp.l3 --pool max"
+    )
+    assert extract_command({}, choice, weights={}, are_all=True) == ""
 
 
 @pytest.mark.parametrize(
@@ -111,43 +157,45 @@ def test_verdict_without_baselines_claims_nothing():
     assert "no baselines were measured" in verdict(inside(0.9), [], task="classification")
 
 
-def draw(path, paths):
-    plot_layers(
-        path,
-        [scored(name, 0.1 * place, "layer") for place, name in enumerate(paths)],
-        lines=[scored("best 2 concatenated", 0.6, "fusion"), scored("6-mer counts", 0.3, "baseline")],
-        untrained=[scored(name, 0.2, "untrained") for name in paths],
-        best=paths[-1],
-        task="classification",
+def drawn(paths, chosen):
+    return LayerScores(
+        layers=[DrawnScore(name, "layer", 0.1 * place, 0.02) for place, name in enumerate(paths)],
+        lines=[
+            DrawnScore("best 2 layers concatenated", "fusion", 0.6, 0.02),
+            DrawnScore("6-mer counts", "baseline", 0.3, 0.02),
+        ],
+        untrained=[DrawnScore(name, "untrained", 0.2, 0.02) for name in paths],
+        chosen=chosen,
+        metric="MCC",
         title="60 rows",
     )
 
 
-def test_svg_names_layers_lines_and_the_best(tmp_path):
-    draw(tmp_path / "a.svg", [f"blocks.{number}.mlp.l3" for number in range(4)])
-    text = (tmp_path / "a.svg").read_text()
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_svg_names_layers_lines_and_the_recommended(theme):
+    paths = [f"blocks.{number}.mlp.l3" for number in range(4)]
+    text = drawn(paths, paths[-1]).draw("svg", theme=theme).decode()
     for words in (
         "6-mer counts (0.300)",
-        "best 2 concatenated (0.600)",
+        "best 2 layers concatenated (0.600)",
         "untrained copy, by layer",
-        "best: 3 (0.300)",
+        "recommended: 3 (0.300)",
     ):
         assert words in text
     assert "layer (module path)" not in text
+    assert drawn(paths, paths[-1]).draw("svg", theme=theme).decode() == text
 
 
-def test_paths_are_spelt_out_where_numbers_do_not_mean_them(tmp_path):
-    draw(tmp_path / "a.svg", ["blocks.0", "norm"])
-    text = (tmp_path / "a.svg").read_text()
+def test_paths_are_spelt_out_where_numbers_do_not_mean_them():
+    text = drawn(["blocks.0", "norm"], "norm").draw("svg").decode()
     assert "layer (module path)" in text
-    assert "best: norm" in text
+    assert "recommended: norm" in text
 
 
-def test_png_is_a_picture(tmp_path):
-    draw(tmp_path / "a.png", ["blocks.0.mlp.l3"])
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_recommended_fusion_is_named_among_the_lines():
+    assert "recommended: best 2 layers" in drawn(["a"], "best 2 layers concatenated").draw("svg").decode()
 
 
-def test_picture_that_cannot_be_written_says_so(tmp_path):
-    with pytest.raises(StoreError, match="cannot be written"):
-        draw(tmp_path / "nowhere" / "a.png", ["blocks.0.mlp.l3"])
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_picture_is_of_its_kind(kind, begins):
+    assert drawn(["blocks.0.mlp.l3"], "blocks.0.mlp.l3").draw(kind).startswith(begins)

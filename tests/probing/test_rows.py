@@ -67,7 +67,7 @@ def test_failed_and_unlabeled_rows_are_left_out_and_counted(tmp_path):
     assert report.num_rows == 33
     assert report.counts["rows without a vector"] == 3
     assert report.counts["rows without a label"] == 4
-    assert report.choice.layer == "blocks.1"
+    assert report.choice.layers == ("blocks.1",)
     assert report.recommendation.startswith("use layer blocks.1: MCC 1.000")
 
 

@@ -8,11 +8,13 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import genoembed
 from genoembed.cli import main
-from genoembed.errors import ConfigError, NonFiniteError, StoreError
+from genoembed.errors import ConfigError, GenoembedError, NonFiniteError, StoreError, StoreFormatError
 from genoembed.pipeline.forward import BatchRunner
+from genoembed.probing.recommendation import LayerChoice, extract_command
 from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.vectors import untrained_copy
 from genoembed.sequences.composition import BASELINES
@@ -73,32 +75,124 @@ def test_probe_scores_layers_fusions_and_baselines(report):
 
 
 def test_recommendation_verdict_and_files_say_the_same(report):
-    assert report.recommendation.startswith(f"use layer {report.choice.layer.split('.')[1]} (blocks.")
+    name = report.choice.name
+    assert report.recommendation.startswith(
+        f"use {f'layer {name[7]} ({name})' if name in LAYERS else f'the {name}'}, mean "
+    )
     assert "mean pooling: MCC" in report.recommendation
     assert {one.name for one in report.comparisons} >= {"4-mer counts", "the untrained copy"}
     stored = json.loads((report.output / "probe.json").read_text())
     assert stored["recommendation"] == report.recommendation
+    assert stored["command"] == report.command
+    assert stored["recommended"] == name
+    assert stored["layer"] == (name if name in LAYERS else None)
     assert stored["verdict"] == report.verdict
     assert stored["fusion_weights"] == dict(report.fusion_weights)
     assert [path.name for path in report.plots] == ["layers.png", "layers.svg"]
     assert all(path.stat().st_size > 1000 for path in report.plots)
 
 
-def test_fusion_options_make_the_mean_that_was_scored(data, report, tmp_path):
-    words = shlex.split(report.fusion_options)
-    assert words[:2] == ["--layer", "all"]
-    ran = pytest.importorskip("click.testing").CliRunner()
-    folder = tmp_path / "model"
-    model_of(STRIPED).module.save_pretrained(folder)
-    model_of(STRIPED).tokenizer.save_pretrained(folder)
-    command = ["extract", str(data / "a.fa"), "--model", str(folder), "-o", str(tmp_path / "w.h5"), *words]
-    command += ["--dtype", "float32"]
-    result = ran.invoke(main, command)
+def model_folder(tmp_path):
+    model_of(STRIPED).module.save_pretrained(tmp_path / "model")
+    model_of(STRIPED).tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def pasted(command, output):
+    """Run a command line as a shell would split it."""
+    words = shlex.split(command)
+    assert words[0] == "genoembed"
+    result = CliRunner().invoke(main, [*words[1:], "-o", str(output), "--dtype", "float32"])
     assert result.exit_code == 0, result.output
-    with genoembed.open_embeddings(report.embeddings) as file:
-        expected = mix_layers({name: file[name][:] for name in file.layers}, report.fusion_weights)
-    with genoembed.open_embeddings(tmp_path / "w.h5") as file:
-        np.testing.assert_allclose(file.X[:], expected, rtol=1e-4, atol=1e-5)
+    with genoembed.open_embeddings(output) as file:
+        return file.X[:]
+
+
+def test_recommended_command_makes_the_vectors_that_were_scored(data, tmp_path):
+    found = genoembed.probe(
+        data / "a.fa",
+        labels=data / "a.tsv",
+        model=model_folder(tmp_path),
+        output=tmp_path / "out",
+        num_folds=3,
+        untrained=False,
+        pooling="max",
+        skip_first=3,
+        plot=False,
+    )
+    assert "--skip-first 3" in found.command
+    assert found.choice.fusion == "none"
+    made = pasted(found.command, tmp_path / "one.h5")
+    with genoembed.open_embeddings(found.embeddings) as file:
+        np.testing.assert_allclose(made, file[found.choice.name][:], rtol=1e-4, atol=1e-5)
+        mean = LayerChoice(
+            name="weighted mean of all layers",
+            layers=tuple(file.layers),
+            fusion="weighted",
+            best_layer="",
+            near_best=(),
+            sentence="",
+        )
+        command = extract_command(file.provenance, mean, weights=found.fusion_weights, are_all=True)
+        assert "--layer all" in command
+        expected = mix_layers({name: file[name][:] for name in file.layers}, found.fusion_weights)
+    np.testing.assert_allclose(pasted(command, tmp_path / "w.h5"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "said"),
+    [
+        (["x"] * 12, {}, r"one class \(x\), expected two classes or more"),
+        (["x"] * 11 + ["y"], {}, r"class y has 1 row, expected at least num_folds \(3\)"),
+        (["x", "y"] * 6, {"num_folds": 7}, r"class x has 6 rows, expected at least num_folds \(7\)"),
+        (["x", "y"] * 6, {"label_column": "host"}, "no column 'host'"),
+        (["x", "y"] * 6, {"cv": "grouped"}, "no column 'group'"),
+        (["x", "y"] * 6, {"cv": "chromosome"}, "name none before a colon"),
+        (["x", "y"] * 7, {}, r"2 label\(s\) without a record \('s12', 's13'\)"),
+        (["x", "y"] * 6 + ["x", "y", "y"], {"unmatched": "warn", "num_folds": 7}, "class x has 6 rows"),
+        ([""] * 12, {}, "no label, expected two classes or more"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::genoembed.errors.GenoembedWarning")
+def test_what_is_wrong_with_labels_is_said_before_anything_is_embedded(
+    tmp_path, monkeypatch, labels, options, said
+):
+    monkeypatch.setattr("genoembed.probing.vectors.embed_layers", None)
+    (tmp_path / "a.fa").write_text("".join(f">s{number}\nACGTACGTTGCA\n" for number in range(12)))
+    rows = "".join(f"s{number}\t{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "a.tsv").write_text("id\tlabel\n" + rows)
+    with pytest.raises(GenoembedError, match=said):
+        genoembed.probe(
+            tmp_path / "a.fa", labels=tmp_path / "a.tsv", output=tmp_path / "o", **{"num_folds": 3, **options}
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_few_rows_are_warned_of_before_anything_is_embedded(data, report, tmp_path, caplog):
+    again(data, tmp_path, plot=False, num_folds=5, layers=[0], baselines=False)
+    assert "48 labels, about 9 rows in each of 5 test folds: scores will vary" in caplog.text
+
+
+def test_report_is_drawn_again_in_other_formats(report, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = genoembed.plot(report.output / "probe.json", ["p.pdf", "p.svg"], theme="dark", title="promoters")
+    assert (drawn.method, drawn.num_points, drawn.layer) == (None, 4, report.choice.name)
+    text = (tmp_path / "p.svg").read_text()
+    assert "promoters" in text
+    assert "6-mer counts (" in text
+    (beside,) = genoembed.plot(report.output).outputs
+    assert beside == report.output.with_name("out.png")
+    for options, said in (
+        ({"output": "m.html"}, "a probe is drawn as .png, .svg, .pdf"),
+        ({"output": "m.png", "color": "length"}, "color: for a map"),
+        ({"output": "m.png", "method": "umap"}, "method: for a map"),
+        ({"output": "p.pdf"}, "exists already"),
+    ):
+        with pytest.raises(GenoembedError, match=said):
+            genoembed.plot(report.output, **options)
+    (tmp_path / "other.json").write_text('{"layers": 3}')
+    with pytest.raises(StoreFormatError, match="is not a report of a probe"):
+        genoembed.plot(tmp_path / "other.json", "m.png")
 
 
 def test_rerun_takes_the_vectors_that_are_there(data, report):
@@ -127,7 +221,7 @@ def test_results_stay_unless_told(data, report):
 def test_layers_of_a_file_are_taken_by_number_too(data, report, tmp_path):
     found = again(data, tmp_path, layers=[2, "blocks.0.mlp.l3"], baselines=False, plot=False)
     assert [layer.name for layer in found.layers] == ["blocks.2.mlp.l3", "blocks.0.mlp.l3"]
-    assert found.fusion_options.startswith("--layer blocks.2.mlp.l3 --layer blocks.0.mlp.l3 --pool mean")
+    assert "--layer all" not in found.command
 
 
 def test_options_of_the_pass_are_refused_for_an_embedding_file(data, report, tmp_path):

@@ -175,7 +175,7 @@ class SearchConfig(TableOutput, FileModel, NeighborConfig):
         None,
         group=KMERS,
         metavar="W,W[,W]",
-        shown_default="1,20; for a retrieval model those chosen in its training, else 1,0.3,1",
+        shown_default="1,50; for a retrieval model those chosen in its training, else 1,0.3,1",
         help="For --mode hybrid: weights of the scores of vectors and k-mers, for a retrieval model of its "
         "dense, sparse and multi-vector heads.",
     )

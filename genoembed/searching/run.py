@@ -85,7 +85,7 @@ _FITTED_ROWS = 2000
 _FIT_VERSION = 1
 """Of the rule above: an index that was built with another one does not fit."""
 _LEAST_SPREAD = 1e-12
-PLAIN_WEIGHTS = HybridWeights(1.0, 20.0, 0.0)
+PLAIN_WEIGHTS = HybridWeights(1.0, 50.0, 0.0)
 """Of cosine and share of k-mers; on the same sets, k-mers lead and vectors order what they leave equal."""
 _HEAD_OPTIONS = ("device", "trust_remote_code")
 _QUERY_BLOCK = 2048
@@ -148,7 +148,7 @@ def search(
         output: A table to write; ``-`` is standard output, None writes none.
         overwrite: Replace an existing table.
         model: To embed sequences with, if it is not where the database says. Its weights must be the same.
-        hybrid_weights: For ``mode="hybrid"``: of the scores by vectors and by k-mers; None is 1 and 20. For a
+        hybrid_weights: For ``mode="hybrid"``: of the scores by vectors and by k-mers; None is 1 and 50. For a
             retrieval model with trained heads, of its dense, sparse and multi-vector scores; None takes those
             that its training chose by validation queries, or 1, 0.3 and 1 where it had none.
         depth: For ``mode="hybrid"`` with trained heads: rows per query that they score again.

@@ -53,7 +53,7 @@ METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None},
     "pdf": {"Creator": "genoembed", "CreationDate": None},
 }
-SETTINGS = {
+DRAWING_SETTINGS = {
     "svg.hashsalt": "genoembed",  # ids of its parts do not change from run to run
     "svg.fonttype": "none",  # text of an SVG and of a PDF stays text
     "pdf.fonttype": 42,
@@ -71,7 +71,7 @@ def draw_map(content: MapContent, kind: Literal["png", "svg", "pdf"], *, theme: 
         raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a picture") from error
     buffer = io.BytesIO()
     colors = THEMES[theme]
-    with mpl.rc_context(SETTINGS), warnings.catch_warnings():
+    with mpl.rc_context(DRAWING_SETTINGS), warnings.catch_warnings():
         # an SVG leaves letters to the fonts of who opens it; a PNG or PDF shows a box for what DejaVu lacks
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=_SIZE_INCHES, facecolor=colors.background)

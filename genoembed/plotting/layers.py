@@ -14,7 +14,7 @@ import numpy as np
 
 from genoembed.errors import MissingExtraError, StoreFormatError
 from genoembed.plotting.colors import THEMES, ThemeColors
-from genoembed.plotting.drawing import METADATA, SETTINGS
+from genoembed.plotting.drawing import DRAWING_SETTINGS, METADATA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ class LayerScores(NamedTuple):
                 package="matplotlib", extra="analysis", purpose="a plot by layer"
             ) from error
         colors = THEMES[theme]
-        with mpl.rc_context({**SETTINGS, **_inks(colors)}):
+        with mpl.rc_context({**DRAWING_SETTINGS, **_inks(colors)}):
             figure = Figure(figsize=(9.0, 5.0), layout="constrained", facecolor=colors.background)
             axes = figure.add_subplot(facecolor=colors.background)
             _draw_curve(axes, self.layers, color=_MODEL[theme], label="model, by layer", marker="o")

@@ -33,7 +33,7 @@ from genoembed.errors import (
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.plotting.layers import SUMMARY, DrawnScore, LayerScores
 from genoembed.probing.cross_validation import METRIC_WORDS, METRICS, missing_scikit_learn
-from genoembed.probing.recommendation import choose_layer, extract_command
+from genoembed.probing.recommendation import choose_layer, extraction_line
 from genoembed.probing.report import (
     ProbeReport,
     compare_baselines,
@@ -312,7 +312,7 @@ def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeRe
         inside_fusion=either,
         inside_untrained=again,
         choice=choice,
-        command=extract_command(run.file.provenance, choice, weights=sweep.mix, are_all=_are_all(run)),
+        command=extraction_line(run.file.provenance, choice, weights=sweep.mix, are_all=_are_all(run)),
         comparisons=tuple(comparisons),
         verdict=verdict(inside, comparisons, task=task),
         fusion_weights=sweep.mix,

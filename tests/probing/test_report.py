@@ -6,7 +6,7 @@ import pytest
 
 from genoembed.plotting.layers import DrawnScore, LayerScores, layer_number
 from genoembed.probing.cross_validation import MetricSummary
-from genoembed.probing.recommendation import choose_layer, extract_command
+from genoembed.probing.recommendation import choose_layer, extraction_line
 from genoembed.probing.report import compare_baselines, verdict
 from genoembed.probing.sweep import InsideChoice, Scored
 
@@ -103,11 +103,11 @@ MADE = {
 
 def test_command_names_all_options_that_change_vectors_and_no_others():
     choice = chosen(0.2, 0.9)
-    assert extract_command(MADE, choice, weights={}, are_all=True) == (
+    assert extraction_line(MADE, choice, weights={}, are_all=True) == (
         "genoembed extract 'my genes.fa' --keep-case --regions a.bed --regions b.bed --flank 20 "
         "--model evo2_7b --skip-first 15 --layer blocks.1.mlp.l3 --pool max"
     )
-    assert extract_command({}, choice, weights={}, are_all=True) == ""
+    assert extraction_line({}, choice, weights={}, are_all=True) == ""
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import genoembed
 from genoembed.cli import main
 from genoembed.errors import ConfigError, GenoembedError, NonFiniteError, StoreError, StoreFormatError
 from genoembed.pipeline.forward import BatchRunner
-from genoembed.probing.recommendation import LayerChoice, extract_command
+from genoembed.probing.recommendation import LayerChoice, extraction_line
 from genoembed.probing.scalar_mix import mix_layers
 from genoembed.probing.vectors import untrained_copy
 from genoembed.sequences.composition import BASELINES
@@ -133,7 +133,7 @@ def test_recommended_command_makes_the_vectors_that_were_scored(data, tmp_path):
             near_best=(),
             sentence="",
         )
-        command = extract_command(file.provenance, mean, weights=found.fusion_weights, are_all=True)
+        command = extraction_line(file.provenance, mean, weights=found.fusion_weights, are_all=True)
         assert "--layer all" in command
         expected = mix_layers({name: file[name][:] for name in file.layers}, found.fusion_weights)
     np.testing.assert_allclose(pasted(command, tmp_path / "w.h5"), expected, rtol=1e-4, atol=1e-5)

@@ -143,7 +143,7 @@ def _fusion(one: Scored) -> Fusion:
     return "mean" if one.name == MEAN else "weighted" if one.name == MIX else "concat"
 
 
-def extract_command(
+def extraction_line(
     provenance: Mapping[str, Any], choice: LayerChoice, *, weights: Mapping[str, float], are_all: bool
 ) -> str:
     """Write the command line that makes the vectors of a choice; empty where a file does not say how.
@@ -162,7 +162,7 @@ def extract_command(
         ...                    "model": {"model": "genoembed-mini"}, "embedding": {"pooling": "max"}}}
         >>> choice = LayerChoice(name="a.2", layers=("a.2",), fusion="none", best_layer="a.2", near_best=(),
         ...                      sentence="")
-        >>> extract_command(made, choice, weights={}, are_all=True)
+        >>> extraction_line(made, choice, weights={}, are_all=True)
         "genoembed extract 'my genes.fa' --window 512 --layer a.2 --pool max"
     """
     config = provenance.get("config") or {}

@@ -44,7 +44,6 @@ import genoembed
 from genoembed import load_model
 from genoembed.config.finetune import EncoderConfig
 from genoembed.config.retrieval import M3HeadsConfig
-from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, encode_example
 from genoembed.finetuning.evaluation import ranking_metrics
 from genoembed.models.trained_folder import read_finetuned
@@ -55,6 +54,7 @@ from genoembed.retrieval.models import RetrievalModel, saved_weights
 from genoembed.retrieval.terms import NO_TERM, KmerTerms
 from genoembed.retrieval.weights import HybridWeights, choose_weights
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.augment import Augmented, point_mutations
 from genoembed.training.encoder import Encoder, load_encoder, load_heads
 
 if TYPE_CHECKING:

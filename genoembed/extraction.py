@@ -102,8 +102,8 @@ def extract(
         model: Bundled or registry name, local folder, Hugging Face id, or a model that is loaded already.
         layers: Block numbers, module paths, globs, ``final`` or ``all``; one or several. None takes what a
             fine-tuned model was trained with, and ``final`` of any other.
-        pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, or ``none`` for one
-            vector per token. None: as trained, else ``mean``.
+        pooling: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean``, ``mean_std``, or ``none``
+            for one vector per token. None: as trained, else ``mean``.
         fusion: ``none``, ``concat``, ``mean``, ``max`` or ``weighted``, over layers. None: as trained, else
             ``none``.
         output: The file to write; None is the first input's stem and ``.h5``.

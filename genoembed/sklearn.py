@@ -52,8 +52,8 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         model: Bundled or registry name, local folder, or Hugging Face id.
         layer: Block number, module path, glob, ``final`` or ``all``; several in a list. None takes what a
             fine-tuned model was trained with, and ``final`` of any other.
-        pool: ``mean``, ``max``, ``first``, ``last``, ``cls`` or ``weighted_mean``. None: as trained, else
-            ``mean``.
+        pool: ``mean``, ``max``, ``first``, ``last``, ``cls``, ``weighted_mean`` or ``mean_std``. None: as
+            trained, else ``mean``.
         fuse: How several layers become one vector: ``concat``, ``mean``, ``max`` or ``weighted``. None: as
             trained, else ``concat``.
         fusion_weights: One per layer, for ``weighted``.

@@ -21,10 +21,16 @@ def pool_row(vectors, mask, method):
     weights = [int(weight) for weight in mask if weight]
     if method == "weighted_mean":
         weights = [weight * number for number, weight in enumerate(weights, start=1)]
-    return [
-        math.fsum(weight * value for weight, value in zip(weights, column, strict=True)) / sum(weights)
-        for column in zip(*kept, strict=True)
-    ]
+    columns = list(zip(*kept, strict=True))
+    means = [weighted_mean(weights, column) for column in columns]
+    if method != "mean_std":
+        return means
+    squares = [[(value - mean) ** 2 for value in column] for mean, column in zip(means, columns, strict=True)]
+    return [*means, *(math.sqrt(weighted_mean(weights, column)) for column in squares)]
+
+
+def weighted_mean(weights, values):
+    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 def pack_rows(documents, window, eod, pad):

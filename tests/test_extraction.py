@@ -20,7 +20,7 @@ from tests.by_hand import (
 )
 
 TOLERANCE = 1e-5
-POOLINGS = ("mean", "max", "first", "last", "cls", "weighted_mean")
+POOLINGS = ("mean", "max", "first", "last", "cls", "weighted_mean", "mean_std")
 RECORDS = {
     "long": random_dna(50, 1),
     "one": "G",

@@ -39,7 +39,7 @@ def matrix_of(found):
 
 
 def poolings(family):
-    return ("mean", "max", "last", "weighted_mean", *(() if family in CAUSAL else ("first",)))
+    return ("mean", "max", "last", "weighted_mean", "mean_std", *(() if family in CAUSAL else ("first",)))
 
 
 @pytest.mark.parametrize("family", LIMITED)

@@ -22,7 +22,7 @@ SplitMethod: TypeAlias = Literal["random", "stratified", "homology", "column"]
 
 TableFormat: TypeAlias = Literal["auto", "tsv", "csv", "parquet"]
 
-TokenPooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean"]
+TokenPooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean", "mean_std"]
 
 Fusion: TypeAlias = Literal["none", "concat", "mean", "max", "weighted"]
 
@@ -83,7 +83,7 @@ Preset: TypeAlias = Literal["none", "geneb"]
 
 UnmatchedPolicy: TypeAlias = Literal["error", "warn"]
 
-Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean", "none"]
+Pooling: TypeAlias = Literal["mean", "max", "first", "last", "cls", "weighted_mean", "mean_std", "none"]
 
 FailurePolicy: TypeAlias = Literal["stop", "skip"]
 

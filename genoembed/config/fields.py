@@ -355,7 +355,7 @@ def _plain_item(described: Option, value: object) -> object:
     if described.kind is str and isinstance(value, PathLike):
         return fspath(value)
     # block numbers: layers=28 and layers=[2, "final"] are what people type
-    is_number = described.key == "layers" and isinstance(value, int) and not isinstance(value, bool)
+    is_number = described.key.endswith("layers") and isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number and described.kind is str else value
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from os import PathLike
 
-START = "Starting point"
+START, VECTORS = "Starting point", "Vectors"
 DOCUMENT_WINDOWS = 8
 """Documents are cut at this many windows unless ``max_document_bp`` says otherwise."""
 
@@ -229,12 +229,71 @@ class RecipeConfig(OptimizerConfig):
     )
 
 
+class VectorLossConfig(Config):
+    """What is learned beside the next token, so that pooled states are good vectors."""
+
+    contrast: float = option(
+        0.0,
+        ge=0,
+        group=VECTORS,
+        basic=True,
+        metavar="WEIGHT",
+        help="Weight of a contrastive loss on mean-pooled states: a piece of a document against a cropped, "
+        "mutated copy of it, half of them on the other strand; 0 leaves it out.",
+    )
+    kmer_codes: float = option(
+        0.0,
+        ge=0,
+        group=VECTORS,
+        basic=True,
+        metavar="WEIGHT",
+        help="Weight of a loss on the states of tokens: the vector of the k-mer that ends at each, from a "
+        "table made of the corpus; 0 leaves it out. Needs a token for each base.",
+    )
+    kmer_size: int = option(
+        5, ge=2, le=6, unit="bases", group=VECTORS, metavar="K", help="Length of these k-mers."
+    )
+    contrast_layers: tuple[str, ...] = option(
+        ("final",),
+        group=VECTORS,
+        flag="--contrast-layer",
+        metavar="SPEC",
+        help="Layer that both losses look at, as --layer of extract; repeat it for several.",
+    )
+    contrast_rows: int = option(
+        1,
+        ge=1,
+        unit="rows",
+        group=VECTORS,
+        metavar="N",
+        help="Rows of mutated copies in each forward pass, beside those of documents.",
+    )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is learned beside the next token."""
+        return bool(self.contrast or self.kmer_codes)
+
+    def _problems(self) -> Iterator[str]:
+        if not self.contrast_layers:
+            yield "contrast_layers is empty; name at least one layer, or leave it out for 'final'"
+
+
 class TrainConfig(Config):
     """One pretraining run."""
 
     start: StartConfig
     data: DataConfig
     recipe: RecipeConfig
+    vectors: VectorLossConfig
+
+    def _problems(self) -> Iterator[str]:
+        if self.vectors.is_wanted and self.data.isolate:
+            yield Problem(
+                "isolate: contrast and kmer_codes look at rows as they are",
+                Remedy("isolate", False),
+                ", or leave both out",
+            )
 
 
 class PretrainOptions(TrainConfig):

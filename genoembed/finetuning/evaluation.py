@@ -20,7 +20,6 @@ import torch.nn.functional as F
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError
-from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, PaddedCollator, encode_example
 from genoembed.finetuning.rows import check_sequences, group_numbers
 from genoembed.finetuning.sampling import ClassSampler
@@ -29,6 +28,7 @@ from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 from genoembed.retrieval.m3 import M3Vectors, add_scores, head_scores, join_vectors
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.weights import ChosenWeights, choose_weights
+from genoembed.training.augment import Augmented, augment, augmentation_rng
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from genoembed.batching.pad import count_unread, is_mostly_unread
 from genoembed.errors import SequenceLengthError, UnreadError
-from genoembed.finetuning.augment import Augmented, augment, augmentation_rng
 from genoembed.finetuning.collate import EncodedExample, Group, ViewPair, encode_example, encode_token_example
 from genoembed.finetuning.sampling import FILLER
 from genoembed.retrieval.candidates import UNKNOWN, sequence_identity
 from genoembed.tokenization.hf import unread_problem
+from genoembed.training.augment import Augmented, augment, augmentation_rng
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

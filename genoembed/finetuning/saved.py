@@ -186,8 +186,10 @@ def load_predictor(
     genomic = load_model(str(folder), device=device, dtype="float32", trust_remote_code=trust_remote_code)
     space = LabelSpace(kind=labels["kind"], names=tuple(labels["names"]))
     encoder = load_encoder(facts, genomic)
-    head = new_head(space, encoder.width, add_pooler=bool(facts.values["head"]["add_pooler"]))
-    model = PredictionModel(encoder, head, per_token=space.kind == "token")
+    per_token = space.kind == "token"
+    width = encoder.width if per_token else encoder.pooled_width
+    head = new_head(space, width, add_pooler=bool(facts.values["head"]["add_pooler"]))
+    model = PredictionModel(encoder, head, per_token=per_token)
     load_heads(model, facts)
     model.to(genomic.device).eval()
     return SavedPredictor(facts=facts, genomic=genomic, model=model, space=space)

@@ -16,7 +16,6 @@ import torch
 from genoembed.config.labeled import AugmentConfig
 from genoembed.config.retrieval import ContrastiveConfig, M3HeadsConfig, M3LossConfig
 from genoembed.config.tasks import LABEL_KINDS, PREDICTION_TASKS
-from genoembed.finetuning.augment import Augmented
 from genoembed.finetuning.collate import GroupCollator, PaddedCollator, ViewCollator
 from genoembed.finetuning.evaluation import (
     CausalMeasure,
@@ -43,6 +42,7 @@ from genoembed.retrieval.m3 import M3Loss
 from genoembed.retrieval.models import ContrastModel, RetrievalModel
 from genoembed.retrieval.terms import KmerTerms
 from genoembed.tokenization.hf import build_encoder
+from genoembed.training.augment import Augmented
 from genoembed.training.checkpointing import checkpoint_activations
 from genoembed.training.distributed import load_device, num_processes
 from genoembed.training.encoder import Encoder
@@ -207,7 +207,7 @@ def _prediction(base: _Base, rows: TaskRows) -> TaskSetup:
         weights = torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
     head = new_head(
         space,
-        base.encoder.width,
+        base.encoder.width if kind == "token" else base.encoder.pooled_width,
         add_pooler=bool(config.encoder.add_pooler),  # one of its own, on standard units
         dropout=objective.dropout,
         label_smoothing=objective.label_smoothing,
@@ -308,7 +308,7 @@ def _contrast_model(base: _Base, contrast: Contrast) -> ContrastModel:
         scope = "symmetric" if contrast == "views" else "one_way"
     # normalized vectors cannot be farther apart than 2: a Euclidean margin needs room
     normalize = base.start.normalizes(usual=not (is_triplet and objective.distance == "euclidean"))
-    head = DenseHead(base.encoder.width, add_pooler=base.start.add_pooler, normalize=normalize)
+    head = DenseHead(base.encoder.pooled_width, add_pooler=base.start.add_pooler, normalize=normalize)
     return ContrastModel(
         base.encoder,
         head,

@@ -79,8 +79,9 @@ class UnitEmbedder:
             facts = replace(facts, layers=tuple(info.path for info in resolved))
         self.facts = facts
         self.num_strands = 1 if config.embedding.rc == "none" else 2
-        self._stated_widths = {info.path: info.width for info in infos if info.width is not None}
-        self.width_bound = sum(info.width or _WIDE for info in infos) * self.num_strands
+        per_state = 2 if config.embedding.pooling == "mean_std" else 1
+        self._stated_widths = {info.path: info.width * per_state for info in infos if info.width is not None}
+        self.width_bound = sum(info.width or _WIDE for info in infos) * per_state * self.num_strands
         """Features of all layers and strands together; where a layer's are not known before it has run, a
         large guess."""
         self._skips_failed = config.run.on_error == "skip"
@@ -199,7 +200,8 @@ class UnitEmbedder:
         method, strands = self.config.embedding.fusion, self.config.embedding.rc
         are_stated = len(self._stated_widths) == len(self.layers)
         widths = self._reducer.widths or (self._stated_widths if are_stated else {})
-        return feature_names(widths, method=method, strands=strands) if widths else {}
+        pooling = self.config.embedding.pooling
+        return feature_names(widths, method=method, strands=strands, pooling=pooling) if widths else {}
 
     def _check(self) -> None:
         """Raise if options do not fit this model, before anything is read."""

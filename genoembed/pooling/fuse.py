@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from genoembed.config.choices import Fusion, Strands
+from genoembed.config.choices import Fusion, Pooling, Strands
 from genoembed.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -71,17 +71,19 @@ def fuse(
 
 
 def feature_names(
-    widths: Mapping[str, int], *, method: Fusion, strands: Strands = "none"
+    widths: Mapping[str, int], *, method: Fusion, strands: Strands = "none", pooling: Pooling = "mean"
 ) -> dict[str, tuple[str, ...]]:
     """Return the column names of the matrices that ``fuse`` returns.
 
     ``LAYER:i`` is feature i of a layer, ``LAYER:rc:i`` the same feature on the reverse complement
     (``strands`` is ``concat``), ``METHOD:i`` feature i of layers that were fused element by element.
+    ``LAYER:std:i`` is the deviation of feature i over tokens (``pooling`` is ``mean_std``).
 
     Args:
         widths: Features of each layer on one strand, by module path, in the requested order.
         method: How layers are fused.
         strands: How strands were combined, before the layers were.
+        pooling: How tokens were pooled, before that.
 
     Returns:
         Names of the columns, by name of the matrix.
@@ -95,6 +97,8 @@ def feature_names(
         {'concat': ('blocks.0:0', 'blocks.0:1', 'blocks.1:0')}
         >>> feature_names({"blocks.0": 1}, method="none", strands="concat")
         {'blocks.0': ('blocks.0:0', 'blocks.0:rc:0')}
+        >>> feature_names({"blocks.0": 2}, method="none", pooling="mean_std")
+        {'blocks.0': ('blocks.0:0', 'blocks.0:std:0')}
     """
     if problems := [*_choice_problems("fusion", method, Fusion), *_choice_problems("rc", strands, Strands)]:
         raise ConfigError(*problems)
@@ -103,11 +107,13 @@ def feature_names(
         raise ShapeError(message)
     _check_widths(widths, method)
     if method == "none" or len(widths) == 1:
-        return {layer: _columns(layer, width, strands) for layer, width in widths.items()}
+        return {layer: _columns(layer, width, strands, pooling) for layer, width in widths.items()}
     if method == "concat":
-        columns = (name for layer, width in widths.items() for name in _columns(layer, width, strands))
+        columns = (
+            name for layer, width in widths.items() for name in _columns(layer, width, strands, pooling)
+        )
         return {method: tuple(columns)}
-    return {method: _columns(method, next(iter(widths.values())), strands)}
+    return {method: _columns(method, next(iter(widths.values())), strands, pooling)}
 
 
 def combine_strands(forward_ND: Tensor, reverse_ND: Tensor | None, *, method: Strands) -> Tensor:
@@ -180,11 +186,13 @@ def _mix(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mixed
 
 
-def _columns(name: str, width: int, strands: Strands) -> tuple[str, ...]:
-    forward = tuple(f"{name}:{index}" for index in range(width))
-    if strands != "concat":
-        return forward
-    return forward + tuple(f"{name}:rc:{index}" for index in range(width))
+def _columns(name: str, width: int, strands: Strands, pooling: Pooling) -> tuple[str, ...]:
+    parts = ("", "rc:") if strands == "concat" else ("",)
+    moments = ("", "std:") if pooling == "mean_std" else ("",)
+    per_part = range(width // len(moments))
+    return tuple(
+        f"{name}:{part}{moment}{index}" for part in parts for moment in moments for index in per_part
+    )
 
 
 def _choice_problems(option: str, value: str, choices: object) -> list[str]:

@@ -39,7 +39,9 @@ def pool(
     ``mean``, ``max``, ``first`` and ``last`` speak of kept tokens; ``mean`` weighs them where the mask says
     how much each counts. ``weighted_mean`` weighs the i-th kept token by i, counted from 1, besides, so that
     tokens which saw more context count more (for causal models). ``cls`` is the row's first token, kept or
-    not: the special token that many encoders put there.
+    not: the special token that many encoders put there. ``mean_std`` puts the standard deviation over tokens
+    behind the mean, weighed alike (of the population, so 0 for one token; statistics pooling, Snyder et al.
+    2018).
 
     Sums run in float64 (float32 on devices without it), whatever the input's dtype: a half-precision sum over
     a long sequence overflows. What stands at other positions, NaN and infinity too, has no effect; neither
@@ -55,7 +57,8 @@ def pool(
             sequence may be empty, see ``merge_windows``).
 
     Returns:
-        One vector per row. float32 (float64 for float64 input), shape ``(B, D)``, on ``hidden_BLD.device``.
+        One vector per row. float32 (float64 for float64 input), shape ``(B, D)``, ``(B, 2 D)`` for
+        ``mean_std``, on ``hidden_BLD.device``.
 
     Raises:
         ConfigError: If ``method`` is no pooling.
@@ -95,8 +98,10 @@ def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: TokenPooling
 
     ``mean`` weighs windows by the tokens they kept, which is exactly the mean over the sequence when each
     token is kept in one window. ``weighted_mean`` does the same with the windows' own weighted means: the
-    model's context starts anew in each window, so position weights do too. ``max`` is the maximum; ``first``
-    and ``last`` are the first and last window that kept a token; ``cls`` is the first window.
+    model's context starts anew in each window, so position weights do too. ``mean_std`` adds the variance of
+    the windows' means to the mean of their variances, which is exactly the variance over the sequence.
+    ``max`` is the maximum; ``first`` and ``last`` are the first and last window that kept a token; ``cls`` is
+    the first window.
 
     Args:
         vectors_KD: Pooled vectors in the order of the sequence. Floating, shape ``(K, D)``.
@@ -136,7 +141,19 @@ def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: TokenPooling
         return vectors_KD[0].to(_result_dtype(vectors_KD))
     if method in ("mean", "weighted_mean"):
         return _weighted_sum_mean(vectors_KD[None], is_kept_K[None], weights_K[None])[0]
+    if method == "mean_std":
+        return _merge_moments(vectors_KD[is_kept_K], weights_K[is_kept_K])
     return _REDUCERS[method](vectors_KD[None], is_kept_K[None])[0]
+
+
+def pooled_width(width: int, method: str) -> int:
+    """Return the numbers of a pooled vector, for states of a width.
+
+    Example:
+        >>> pooled_width(128, "mean"), pooled_width(128, "mean_std")
+        (128, 256)
+    """
+    return 2 * width if method == "mean_std" else width
 
 
 def check_pooling(method: str, *, is_causal: bool) -> None:
@@ -260,6 +277,43 @@ def _position_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return _weighted_sum_mean(hidden_BLD, is_kept_BL, weights_BL)
 
 
+def moments(hidden_BLD: Tensor, mask_BL: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means ``(B, D)``, weighted sums of squares about them, and sums of weights ``(B, 1)``.
+
+    In two passes: the difference of a sum of squares and a squared sum would lose what varies little.
+    """
+    sum_BD, weight_B1 = weighted_sum(hidden_BLD, mask_BL, weights_BL)
+    mean_BD = sum_BD / weight_B1
+    weights_BL = torch.where(mask_BL, weights_BL, 0).to(sum_BD.dtype)
+    squares_BD = torch.zeros_like(sum_BD)
+    for chunk, kept_BLD in _kept_chunks(hidden_BLD, mask_BL, 0):
+        from_mean_BLD = kept_BLD.to(sum_BD.dtype) - mean_BD[:, None]
+        squares_BD += torch.bmm(weights_BL[:, None, chunk], from_mean_BLD.square())[:, 0]
+    return mean_BD, squares_BD, weight_B1
+
+
+def _mean_and_std(mean_BD: Tensor, squares_BD: Tensor, weight_B1: Tensor) -> Tensor:
+    variance_BD = squares_BD / weight_B1
+    varies_BD = variance_BD > 0
+    # the root has no gradient at 0, and NaN would go into all weights
+    std_BD = torch.where(varies_BD, torch.where(varies_BD, variance_BD, 1.0).sqrt(), variance_BD)
+    return torch.cat([mean_BD, std_BD], dim=-1)
+
+
+def _moments_pool(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    found = moments(hidden_BLD, mask_BL != 0, _weights(mask_BL))
+    return _mean_and_std(*found).to(_result_dtype(hidden_BLD))
+
+
+def _merge_moments(vectors_KD: Tensor, weights_K: Tensor) -> Tensor:
+    wide = torch.float32 if vectors_KD.device.type == "mps" else torch.float64
+    means_KD, stds_KD = vectors_KD.to(wide).chunk(2, dim=-1)
+    shares_K1 = (weights_K.to(wide) / weights_K.to(wide).sum())[:, None]
+    mean_D = (shares_K1 * means_KD).sum(dim=0)
+    variance_D = (shares_K1 * (stds_KD.square() + (means_KD - mean_D).square())).sum(dim=0)
+    return torch.cat([mean_D, variance_D.sqrt()]).to(_result_dtype(vectors_KD))
+
+
 _REDUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean_pool,
     "max": lambda hidden, mask: _max_pool(hidden, mask != 0),
@@ -267,6 +321,7 @@ _REDUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "last": lambda hidden, mask: _last_pool(hidden, mask != 0),
     "cls": lambda hidden, mask: _first_pool(hidden, mask != 0),
     "weighted_mean": _position_pool,
+    "mean_std": _moments_pool,
 }
 
 
@@ -288,6 +343,7 @@ class RunningPool:
         self._weight_B1: Tensor | None = None
         self._kept_B1: Tensor | None = None
         self._chosen_BD: Tensor | None = None
+        self._moments: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, hidden_BLD: Tensor, mask_BL: Tensor) -> None:
         """Take the next block in."""
@@ -295,6 +351,9 @@ class RunningPool:
             self._dtype = torch.float64
         if self._method in ("mean", "weighted_mean"):
             self._add_sum(hidden_BLD, mask_BL)
+            return
+        if self._method == "mean_std":
+            self._add_moments(*moments(hidden_BLD, mask_BL != 0, _weights(mask_BL)))
             return
         block_BD = pool(hidden_BLD, mask_BL, method=self._method, empty="nan")
         count_B1 = (mask_BL != 0).sum(dim=1, keepdim=True)
@@ -315,6 +374,8 @@ class RunningPool:
         """Return one vector per row."""
         if self._sum_BD is not None and self._weight_B1 is not None:
             return (self._sum_BD / self._weight_B1).to(self._dtype)
+        if self._moments is not None:
+            return _mean_and_std(*self._moments).to(self._dtype)
         assert self._chosen_BD is not None, "a batch has a block"
         return self._chosen_BD
 
@@ -332,3 +393,22 @@ class RunningPool:
         self._weight_B1 = weight_B1 if self._weight_B1 is None else self._weight_B1 + weight_B1
         block_B1 = count_BL[:, -1:]
         self._kept_B1 = block_B1 if self._kept_B1 is None else self._kept_B1 + block_B1
+
+    def _add_moments(self, mean_BD: Tensor, squares_BD: Tensor, weight_B1: Tensor) -> None:
+        """Join the moments of two parts (Chan, Golub and LeVeque 1979)."""
+        if self._moments is None:
+            self._moments = mean_BD, squares_BD, weight_B1
+            return
+        mean_before_BD, squares_before_BD, weight_before_B1 = self._moments
+        total_B1 = weight_before_B1 + weight_B1
+        # a part without kept tokens has NaN for a mean
+        mean_before_BD = torch.where(weight_before_B1 > 0, mean_before_BD, mean_BD)
+        apart_BD = torch.where(weight_B1 > 0, mean_BD, mean_before_BD) - mean_before_BD
+        share_B1 = torch.where(total_B1 > 0, weight_B1 / total_B1, 0.0)
+        squares_BD = torch.where(weight_B1 > 0, squares_BD, 0.0)
+        squares_before_BD = torch.where(weight_before_B1 > 0, squares_before_BD, 0.0)
+        self._moments = (
+            mean_before_BD + apart_BD * share_B1,
+            squares_before_BD + squares_BD + apart_BD.square() * (weight_before_B1 * share_B1),
+            total_B1,
+        )

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from genoembed.atomic import partial_of, replacing_folder, reporting_writes
-from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig
+from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig, VectorLossConfig
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
 from genoembed.errors import foreign_code
 from genoembed.models.layers import find_blocks
@@ -29,6 +30,9 @@ from genoembed.models.locate import model_content
 from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import use_threads
+from genoembed.pretraining.contrast import LOGGED, PAIR_FIELDS, VectorLoss
+from genoembed.pretraining.corpus import DocumentStream
+from genoembed.pretraining.kmer_codes import KmerCodes, discriminant_codes
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
 from genoembed.training.checkpointing import checkpoint_activations
@@ -80,8 +84,10 @@ class PackedTrainer(ResumableTrainer):
         isolating: tuple[str, ...],
         tokenizer: PreTrainedTokenizerBase,
         facts: FinetunedFacts | None = None,
+        vectors: VectorLoss | None = None,
         **arguments: Any,
     ) -> None:
+        self._vectors = vectors
         self._stream, self._heldout, self._tokenizer = stream, heldout, tokenizer
         self._facts = facts
         self._fields = ("input_ids", *isolating)
@@ -117,13 +123,27 @@ class PackedTrainer(ResumableTrainer):
         )
 
     def _collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        self.book.padding.add(torch.stack([row["segment_ids"] >= 0 for row in rows]))
-        return {name: torch.stack([row[name] for row in rows]) for name in (*self._fields, "labels")}
+        segment_ids_BL = torch.stack([row["segment_ids"] for row in rows])
+        self.book.padding.add(segment_ids_BL >= 0)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in (*self._fields, "labels")}
+        if self._vectors is None or self._vectors.views is None:
+            return batch
+        return self._vectors.views.add(batch, segment_ids_BL)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Add the options of the forward pass."""
+        """Add the options of the forward pass, and to the gradient that of the losses on vectors."""
+        forwarded = {name: value for name, value in inputs.items() if name not in PAIR_FIELDS}
         with foreign_code("the model's forward pass"):
-            return super().compute_loss(model, {**inputs, **self._forward_options}, *args, **kwargs)
+            loss = super().compute_loss(model, {**forwarded, **self._forward_options}, *args, **kwargs)
+        if self._vectors is None:
+            return loss
+        added, numbers = self._vectors(inputs)
+        self.book.add(numbers)
+        if kwargs.get("num_items_in_batch") is not None:
+            # the next-token loss is a share of all tokens of the step already; others are still to be divided
+            added = added / self.args.gradient_accumulation_steps
+        # what is logged stays the loss of the next token, in bits comparable with every other run
+        return loss + (added - added.detach())
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure on what is held out, and log it."""
@@ -182,18 +202,21 @@ class PackedTrainer(ResumableTrainer):
             "padding_percent": found["padding_percent"],
             "padded_cost": padded_slots / padded_tokens * efficiency if padded_tokens else 1.0,
             "corpus_epoch": stream.epoch,
+            **{name: value for name, value in found.items() if name.startswith(LOGGED)},
         }
 
 
 logger = logging.getLogger(__name__)
 
+CODES_FILE = "kmer_codes.safetensors"
+"""In the folder of a run: eigenvectors found again, elsewhere, may have other signs."""
 _MAX_WARMUP = 200
 _RULES = ResumeRules(
     digests={
         "corpus": "contents or order of the files are not those of",
         "heldout": "contents or order of the files are not those of",
     },
-    newer={"optim": "adamw", "distributed": "ddp"},
+    newer={"optim": "adamw", "distributed": "ddp", **VectorLossConfig().to_flat()},
     # how often something is saved or measured, and how a step is computed; not what it learns
     harmless=(
         "logging_steps",
@@ -282,8 +305,12 @@ class _Run:
         if recipe.compile_blocks:
             for block in model.get_submodule(find_blocks(model)).children():
                 block.compile(dynamic=False)
+        wait_for_all()  # the others still look at the folder
+        checkpoint = from_first(self._begin(resume=resume) if self.arguments.process_index == 0 else None)
+        vectors = self._vector_loss() if self.config.vectors.is_wanted else None
         trainer = PackedTrainer(
             model=model,
+            vectors=vectors,
             args=self.arguments,
             stream=self.stream,
             heldout=heldout,
@@ -294,8 +321,6 @@ class _Run:
             pole_rate_scale=recipe.pole_rate_scale,
             callbacks=self._callbacks(),
         )
-        wait_for_all()  # the others still look at the folder
-        checkpoint = from_first(self._begin(resume=resume) if self.arguments.process_index == 0 else None)
         done = steps_of(checkpoint)
         self.stream.skip_rows = done * recipe.accumulation_steps * recipe.rows_per_device
         if self.stream.skip_rows:
@@ -304,6 +329,19 @@ class _Run:
             trainer.train_from(checkpoint)
             bits_per_base = self._measured(trainer)
         return self._finish(trainer, bits_per_base)
+
+    def _vector_loss(self) -> VectorLoss:
+        config, start = self.config.vectors, self.start
+        codes = None
+        if config.kmer_codes:
+            path = self.folder.path / CODES_FILE
+            if not path.is_file():
+                stream = DocumentStream(self.config.data.corpus, config=self.corpus)
+                width = int(start.model.config.hidden_size)
+                table = discriminant_codes(stream, k=config.kmer_size, width=width, seed=self.corpus.seed)
+                save_file({"codes": torch.from_numpy(table)}, path)
+            codes = KmerCodes(load_file(path)["codes"], start.rules, k=config.kmer_size)
+        return VectorLoss(start, config, codes=codes, seed=self.corpus.seed)
 
     def _begin(self, *, resume: bool) -> Path | None:
         return self.folder.begin(

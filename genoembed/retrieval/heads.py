@@ -16,7 +16,7 @@ from torch import nn
 
 from genoembed.config.retrieval import M3HeadsConfig
 from genoembed.errors import ShapeError
-from genoembed.pooling.reduce import pool
+from genoembed.pooling.reduce import pool, pooled_width
 from genoembed.retrieval.m3 import M3Vectors
 from genoembed.retrieval.terms import NO_TERM, TokenTerms
 from genoembed.training.heads import at_least_float32, new_linear
@@ -48,7 +48,8 @@ class DenseHead(nn.Module):
         super().__init__()
         self.pooling, self.normalize = pooling, normalize
         # as the identity it changes no vector before the first step, so nothing pretrained is lost
-        self.pooler = new_linear(width, width) if add_pooler else None
+        size = pooled_width(width, pooling)
+        self.pooler = new_linear(size, size) if add_pooler else None
         if self.pooler is not None:
             nn.init.eye_(self.pooler.weight)
 

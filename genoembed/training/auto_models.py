@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.utils import can_return_tuple
 
 from genoembed.models.layers import final_candidates
+from genoembed.pooling.reduce import pooled_width
 from genoembed.training.encoder import LayerEncoder
 from genoembed.training.heads import ClassificationHead, MultilabelHead, PredictionHead, RegressionHead
 
@@ -176,7 +177,7 @@ class _Predictor(TrainedModel):
         embedding = self.base_model.get_input_embeddings().weight
         self.bases = TokenBases(len(embedding), overlap=settings["overlap"])
         self.skip_first = int(settings["skip_first"])
-        width, outputs = int(settings["width"]), self.config.num_labels
+        width, outputs = self._head_width(settings), self.config.num_labels
         problem = self.config.problem_type or (REGRESSION if outputs == 1 else None)
         heads: dict[str | None, type[PredictionHead]] = {
             MULTILABEL: MultilabelHead,
@@ -186,6 +187,9 @@ class _Predictor(TrainedModel):
             self.head: Any = heads.get(problem, ClassificationHead)(
                 width, outputs, add_pooler=bool(settings["add_pooler"])
             )
+
+    def _head_width(self, settings: dict[str, Any]) -> int:
+        return pooled_width(int(settings["width"]), settings["pooling"])
 
     def _outputs(self, vectors: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
         outputs = self.head(vectors)
@@ -225,6 +229,9 @@ class SequencePredictor(_Predictor):
 
 class TokenPredictor(_Predictor):
     """A model with a class of each token."""
+
+    def _head_width(self, settings: dict[str, Any]) -> int:
+        return int(settings["width"])
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

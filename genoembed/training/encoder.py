@@ -22,7 +22,7 @@ from genoembed.models.behavior import forward_arguments
 from genoembed.models.layers import FINAL, as_rows, capture
 from genoembed.models.trained_folder import HEADS_FILE, read_heads
 from genoembed.pooling.fuse import fuse
-from genoembed.pooling.reduce import check_pooling, pool
+from genoembed.pooling.reduce import check_pooling, pool, pooled_width
 from genoembed.tokenization.hf import build_encoder
 from genoembed.training.tuning import Tuned, set_up_tuning
 
@@ -190,6 +190,11 @@ class Encoder(LayerEncoder):
         self.widths = self._find_widths()
         self.width = self._fused_width()
         self.tuned: Tuned = set_up_tuning(self.backbone, self._run_probe, config=config, seed=seed)
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers of a vector; ``width`` is that of a state."""
+        return pooled_width(self.width, self.pooling)
 
     @property
     def fusion_weights(self) -> tuple[float, ...]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from genoembed.config.labeled import SplitConfig
 from genoembed.errors import ConfigError, LabelError
-from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.finetuning.labeled import LabeledSequence
 from genoembed.finetuning.splits import check_leaks, group_clusters, split_rows
 from genoembed.sequences import reverse_complement
 from genoembed.sequences.homology import Clusters, cluster_homologs
+from genoembed.training.augment import Augmented, point_mutations
 
 METHODS = ("random", "stratified", "homology")
 

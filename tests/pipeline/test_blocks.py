@@ -35,7 +35,7 @@ def shapes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "max", "last", "none"])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "mean_std", "max", "last", "none"])
 def test_blocks_change_nothing(fasta, tmp_path, shapes, pooling) -> None:
     layers = [1, "blocks.3", 6] if pooling == "mean" else [3]
     values = {}

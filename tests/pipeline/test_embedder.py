@@ -204,7 +204,7 @@ def test_equal_sequences_of_two_units_run_in_each(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", STRIPED])
-@pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean", "mean_std"])
 def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
     """Pooled on the fly: memory does not grow with the number of layers."""
     captured, alive = [], []

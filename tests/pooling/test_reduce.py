@@ -17,7 +17,7 @@ from genoembed.pooling.reduce import check_pooling, merge_windows, pool
 from tests.oracles import pool_row
 from tests.strategies import hidden_and_mask
 
-METHODS = ("mean", "max", "first", "last", "cls", "weighted_mean")
+METHODS = ("mean", "max", "first", "last", "cls", "weighted_mean", "mean_std")
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -80,8 +80,9 @@ def test_pool_nothing_leaks_from_masked_positions(method, rubbish):
         "last": -4.0,
         "cls": -1.0,
         "weighted_mean": -17 / 6,
+        "mean_std": (-7 / 3, (14 / 9) ** 0.5),
     }
-    assert pool(hidden, mask, method=method).item() == pytest.approx(expected[method])
+    assert pool(hidden, mask, method=method)[0].tolist() == pytest.approx(np.ravel(expected[method]))
 
 
 @methods
@@ -101,6 +102,7 @@ def test_pool_half_precision_mean_of_many_tokens_does_not_overflow():
     mask = torch.ones(1, 4000, dtype=torch.bool)
     for method in ("mean", "weighted_mean"):
         assert pool(hidden, mask, method=method).tolist() == [[30.0, 30.0]]
+    assert pool(hidden, mask, method="mean_std").tolist() == [[30.0, 30.0, 0.0, 0.0]]
 
 
 def test_pool_float32_mean_of_very_many_tokens_loses_no_digits():
@@ -109,12 +111,26 @@ def test_pool_float32_mean_of_very_many_tokens_loses_no_digits():
     assert mean.item() == pytest.approx(values.double().mean().item(), rel=1e-7)
 
 
+def test_pool_float32_deviation_of_what_varies_little_loses_no_digits():
+    values = torch.rand(1, 50_000, 1, generator=torch.Generator().manual_seed(0)) * 1e-2 + 100
+    _, deviation = pool(values, torch.ones(1, 50_000, dtype=torch.bool), method="mean_std")[0].tolist()
+    assert deviation == pytest.approx(values.double().std(correction=0).item(), rel=1e-6)
+
+
+def test_pool_deviation_of_one_token_is_0_and_so_is_its_gradient():
+    hidden = torch.tensor([[[3.0, -1.0], [9.0, 9.0]], [[1.0, 1.0], [1.0, 5.0]]], requires_grad=True)
+    pooled = pool(hidden, torch.tensor([[True, False], [True, True]]), method="mean_std")
+    assert pooled.tolist() == [[3.0, -1.0, 0.0, 0.0], [1.0, 3.0, 0.0, 2.0]]
+    pooled[:, 2:].sum().backward()
+    assert hidden.grad.tolist() == [[[0.0, 0.0], [0.0, 0.0]], [[0.0, -0.5], [0.0, 0.5]]]
+
+
 def test_pool_max_of_negative_features_is_negative_next_to_padding():
     hidden = torch.tensor([[[-3.0], [-2.0], [0.0]]], dtype=torch.float16)
     assert pool(hidden, torch.tensor([[True, True, False]]), method="max").tolist() == [[-2.0]]
 
 
-@pytest.mark.parametrize("method", ["mean", "max", "weighted_mean"])
+@pytest.mark.parametrize("method", ["mean", "max", "weighted_mean", "mean_std"])
 def test_pool_nan_in_a_kept_token_stays_visible(method):
     hidden = torch.tensor([[[1.0], [math.nan]]])
     assert pool(hidden, torch.ones(1, 2, dtype=torch.bool), method=method).isnan().all()
@@ -141,7 +157,7 @@ def test_pool_cls_under_left_padding_is_the_first_real_token():
     assert pool(hidden, mask, method="cls", attention_mask_BL=attention).tolist() == [[5.0]]
 
 
-@pytest.mark.parametrize("method", ["mean", "max", "first", "last", "weighted_mean"])
+@pytest.mark.parametrize("method", ["mean", "max", "first", "last", "weighted_mean", "mean_std"])
 def test_pool_names_the_rows_without_a_token(method):
     mask = torch.tensor([[True, False], [False, False], [False, False]])
     with pytest.raises(EmptyPoolError, match=r"rows \[1, 2\]: no token is left to pool.*skip_first"):
@@ -181,7 +197,7 @@ def test_pool_refuses_an_unknown_method():
         merge_windows(torch.ones(1, 1), torch.ones(1), method="none")
 
 
-@pytest.mark.parametrize("method", ["mean", "max", "first", "last", "cls"])
+@pytest.mark.parametrize("method", ["mean", "max", "first", "last", "cls", "mean_std"])
 @settings(deadline=None, max_examples=40)
 @given(case=hidden_and_mask(max_rows=1), cuts=st.lists(st.integers(0, 12), max_size=4))
 def test_merge_windows_equals_pooling_the_whole(method, case, cuts):
@@ -205,11 +221,12 @@ def test_merge_windows_weighted_mean_is_the_weighted_mean_of_the_windows():
 
 @methods
 def test_merge_windows_of_one_is_that_one_and_changes_no_input(method):
-    vectors = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
+    vectors = torch.tensor([[-1.5, 2.0]], dtype=torch.bfloat16)
     merged = merge_windows(vectors, torch.tensor([7]), method=method)
     assert merged.dtype == torch.float32
+    assert merged.tolist() == [-1.5, 2.0]
     merged.fill_(9.0)
-    assert vectors.tolist() == [[1.5, -2.0]]
+    assert vectors.tolist() == [[-1.5, 2.0]]
 
 
 @pytest.mark.parametrize("method", ["mean", "max", "first", "last", "weighted_mean"])

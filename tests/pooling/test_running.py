@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from genoembed.pooling.reduce import RunningPool, pool
 
-METHODS = ("mean", "weighted_mean", "max", "first", "last", "cls")
+METHODS = ("mean", "weighted_mean", "mean_std", "max", "first", "last", "cls")
 
 
 @given(

@@ -64,7 +64,7 @@ def test_vectors_do_not_depend_on_company(family, case):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @settings(max_examples=3)
-@given(case=batches(), pooling=st.sampled_from(["max", "last", "weighted_mean"]))
+@given(case=batches(), pooling=st.sampled_from(["max", "last", "weighted_mean", "mean_std"]))
 def test_other_poolings_and_strands_do_not_depend_on_company(family, case, pooling):
     assert_same_in_any_company(model_of(family), case, pooling=pooling, rc="concat", window=50)
 

@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from genoembed.errors import ConfigError
-from genoembed.finetuning.augment import Augmented, point_mutations
 from genoembed.sequences import reverse_complement
 from genoembed.sequences.homology import (
     Clusters,
@@ -18,6 +17,7 @@ from genoembed.sequences.homology import (
     pair_identities,
     strand_free,
 )
+from genoembed.training.augment import Augmented, point_mutations
 
 
 def random_dna(rng, length) -> bytes:

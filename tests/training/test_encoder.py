@@ -49,7 +49,7 @@ def test_vectors_do_not_depend_on_padding_or_batch_mates(folders, family):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "striped_hyena2"])
-@pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean", "mean_std"])
 def test_vectors_are_those_of_extract(folders, family, pooling, tmp_path):
     genomic, encoder = load(folders[family], layers=("0", "1"), fusion="concat", pooling=pooling)
     fasta = tmp_path / "s.fa"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from genoembed.config.labeled import AugmentConfig
 from genoembed.errors import ConfigError, ShapeError
-from genoembed.finetuning.augment import (
+from genoembed.sequences import reverse_complement
+from genoembed.training.augment import (
     Augmented,
     augment,
     augmentation_rng,
@@ -17,7 +18,6 @@ from genoembed.finetuning.augment import (
     random_crop,
     random_strand,
 )
-from genoembed.sequences import reverse_complement
 
 
 def rng(seed=0):

@@ -109,6 +109,46 @@ def point_mutations(view: Augmented, rng: np.random.Generator, *, rate: float) -
     return Augmented(mutated.tobytes(), view.token_labels)
 
 
+def indels(view: Augmented, rng: np.random.Generator, *, rate: float) -> Augmented:
+    """Leave bases out, or insert a random one before them, each at half the rate.
+
+    Example:
+        >>> view = indels(Augmented(b"ACGTACGTACGT"), np.random.default_rng(1), rate=0.3)
+        >>> view.sequence
+        b'ACTACGTAGT'
+    """
+    if view.token_labels is not None:
+        message = "indels: bases have labels, expected none; leave insertions and deletions out"
+        raise ShapeError(message)
+    letters = np.frombuffer(view.sequence, dtype=np.uint8)
+    drawn = rng.random(len(letters))
+    kept = drawn >= rate / 2
+    is_insertion = kept & (drawn < rate)
+    copies = np.repeat(letters, kept.astype(np.int64) + is_insertion)
+    # of a base and its copy, the first becomes the inserted one
+    places = (np.cumsum(kept + is_insertion * 1) - 2)[is_insertion]
+    copies[places] = _BASES[rng.integers(0, 4, size=len(places))]
+    return Augmented(copies.tobytes() or view.sequence)
+
+
+_LEAST_CROP = 0.5
+_MOST_SUBSTITUTED, _MOST_INDELS = 0.4, 0.04
+"""Shares of bases; each copy draws its own, from 0 up."""
+
+
+def mutated_copy(piece: bytes, rng: np.random.Generator) -> bytes:
+    """Crop a piece, substitute, delete and insert bases, and read either strand; never longer than the piece.
+
+    Example:
+        >>> len(mutated_copy(b"ACGT" * 50, np.random.default_rng(0))) <= 200
+        True
+    """
+    view = random_crop(Augmented(piece), rng, min_fraction=_LEAST_CROP)
+    view = point_mutations(view, rng, rate=rng.uniform(0, _MOST_SUBSTITUTED))
+    view = indels(view, rng, rate=rng.uniform(0, _MOST_INDELS))
+    return random_strand(Augmented(view.sequence[: len(piece)]), rng, probability=0.5).sequence
+
+
 def _check(view: Augmented) -> None:
     if view.token_labels is not None and len(view.token_labels) != len(view.sequence):
         message = (

@@ -224,6 +224,12 @@ class Reference:
             return np.max(vectors, axis=0)
         if method in ("first", "last"):
             return vectors[0 if method == "first" else -1]
+        if method == "mean_std":
+            # by the other formula: the mean of squares less the square of the mean
+            means, deviations = np.split(np.array(vectors), 2, axis=1)
+            squares = np.average(deviations**2 + means**2, axis=0, weights=weights)
+            mean = np.average(means, axis=0, weights=weights)
+            return np.concatenate([mean, np.sqrt(squares - mean**2)])
         return np.average(vectors, axis=0, weights=weights)
 
 

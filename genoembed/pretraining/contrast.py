@@ -27,6 +27,7 @@ from genoembed.training.augment import mutated_copy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from genoembed.config.pretrain import VectorLossConfig
@@ -40,7 +41,8 @@ LOGGED = ("contrast_loss", "mean_cosine", "kmer_loss")
 """How the names of numbers for the log begin; the layer follows."""
 TEMPERATURE = 0.07
 """Of the cosines in the contrastive loss."""
-_PIECE_BP = (100, 300)
+_LEAST_TOKENS, _MOST_TOKENS = 100, 300
+"""Of a piece; in narrow rows a quarter and a half of the window."""
 
 
 class Piece(NamedTuple):
@@ -68,10 +70,13 @@ class ViewRows:
         ids_BL = batch["input_ids"].numpy()
         # of the batch, not of its number: a run that goes on needs no count, and no order of calls matters
         rng = np.random.default_rng([self._seed, zlib.crc32(ids_BL.tobytes())])
+        segments_BL = segment_ids_BL.numpy()
         pieces = [
-            piece for row in range(len(ids_BL)) for piece in self._pieces(row, segment_ids_BL[row], rng)
+            piece
+            for row in range(len(ids_BL))
+            for piece in self._pieces(row, segments_BL[row], ids_BL[row] == self._rules.eod_token_id, rng)
         ]
-        rng.shuffle(pieces)
+        pieces = [pieces[index] for index in rng.permutation(len(pieces))]
         window = ids_BL.shape[1]
         copies_BL = np.full((self._rows, window), self._rules.pad_token_id, dtype=np.int64)
         groups_BL = np.full((len(ids_BL) + self._rows, window), -1, dtype=np.int64)
@@ -98,17 +103,20 @@ class ViewRows:
             "num_pairs": torch.tensor([pairs]),
         }
 
-    def _pieces(self, row: int, segment_ids_L: Tensor, rng: np.random.Generator) -> Iterator[Piece]:
+    @staticmethod
+    def _pieces(
+        row: int, numbers_L: NDArray[np.int64], is_end_L: NDArray[np.bool_], rng: np.random.Generator
+    ) -> Iterator[Piece]:
         """Cut the documents of a row; the token that ends a document is of no piece."""
-        numbers_L = segment_ids_L.numpy()
+        least, most = min(_LEAST_TOKENS, len(numbers_L) // 4), min(_MOST_TOKENS, len(numbers_L) // 2)
         ends = [*np.flatnonzero(np.diff(numbers_L)) + 1, len(numbers_L)]
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             at = start
             while numbers_L[start] >= 0:
-                size = int(rng.integers(_PIECE_BP[0], _PIECE_BP[1] + 1))
-                # at the end of a row a document goes on, elsewhere its last token is EOD
-                last = end if end == len(numbers_L) else end - 1
-                if min(at + size, last) - at < _PIECE_BP[0]:
+                size = int(rng.integers(least, most + 1))
+                # a document may go on in the next row, and has no end in this one
+                last = end - bool(is_end_L[end - 1])
+                if min(at + size, last) - at < max(least, 1):
                     break
                 yield Piece(row, at, min(at + size, last))
                 at += size
@@ -177,8 +185,7 @@ def pooled_contrast(states_BLD: Tensor, group_ids_BL: Tensor, num_pairs: int) ->
 
     Vectors are means over tokens, compared by the cosine of what differs from their mean over the batch. The
     states of language models are nearly constant: a loss of plain cosines would have no gradient. So that
-    plain cosines tell vectors apart in the end, the logarithm of 1 + constant / varying part (of the mean
-    squared length) is added.
+    plain cosines tell vectors apart in the end, the length of that mean is added, in deviations.
 
     Args:
         states_BLD: Floating, shape ``(B, L, D)``.
@@ -192,7 +199,7 @@ def pooled_contrast(states_BLD: Tensor, group_ids_BL: Tensor, num_pairs: int) ->
         >>> states = torch.tensor([[[1.0, 1]], [[1, 1]], [[-1, 1]], [[-1, 1]]])
         >>> found = pooled_contrast(states, torch.tensor([[0], [1], [2], [3]]), 2)
         >>> round(float(found.loss), 3), found.mean_cosine
-        (0.693, 0.0)
+        (1.0, 0.0)
     """
     if num_pairs < 2:
         return PooledContrast(states_BLD.sum() * 0, float("nan"))
@@ -202,7 +209,9 @@ def pooled_contrast(states_BLD: Tensor, group_ids_BL: Tensor, num_pairs: int) ->
     vectors_GD = (sums_GD / flat_N.bincount()[:, None])[1:]
     mean_D = vectors_GD.mean(dim=0)
     varying_GD = vectors_GD - mean_D
-    constant = torch.log1p(mean_D.square().sum() / varying_GD.square().sum(dim=1).mean().clamp(min=1e-12))
+    # without a gradient of the deviation, which would rather grow without end than let the mean go
+    deviation = varying_GD.detach().square().sum(dim=1).mean().sqrt()
+    constant = mean_D.norm() / deviation.clamp(min=1e-12)
     index_G = torch.arange(2 * num_pairs, device=flat_N.device)
     itself_GG = torch.eye(len(vectors_GD), dtype=torch.bool, device=flat_N.device)
     unit_GD = F.normalize(varying_GD, dim=1)

@@ -33,6 +33,8 @@ _NUMBER[_BASES] = np.arange(4)
 _RIDGE = 0.1
 """Of the mean variance between copies, added to each direction: rare k-mers are known from few counts."""
 _PIECES_BP = (150, 450)
+_LEAST_BP = 20
+"""Shorter documents say too little."""
 
 
 def canonical_numbers(k: int) -> NDArray[np.int64]:
@@ -95,7 +97,7 @@ def discriminant_codes(
     numbers = canonical_numbers(k)
     drawn = list(_pieces(documents, rng, pieces))
     if not drawn:
-        message = f"kmer_codes: the corpus has no document of {_PIECES_BP[0]} bases"
+        message = f"kmer_codes: the corpus has no document of {_LEAST_BP} bases"
         raise ConfigError(Problem(message, Remedy("kmer_codes", 0), ", or give longer sequences"))
     counts_N2C = np.array([[count_kmers(view, k, numbers) for view in pair] for pair in drawn], dtype=float)
     shares_N2C = counts_N2C / np.maximum(counts_N2C.sum(axis=2, keepdims=True), 1)
@@ -127,7 +129,7 @@ def _pieces(
         # long documents give several, so that small corpora give some, too
         for _ in range(1 + len(document) // (4 * _PIECES_BP[1])):
             size = int(rng.integers(_PIECES_BP[0], _PIECES_BP[1] + 1))
-            if len(document) < _PIECES_BP[0]:
+            if len(document) < _LEAST_BP:
                 break
             at = int(rng.integers(0, max(len(document) - size, 0) + 1))
             piece = document[at : at + size].upper()

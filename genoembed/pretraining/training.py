@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from genoembed.atomic import partial_of, replacing_folder, reporting_writes
+from genoembed.atomic import partial_of, replacing, replacing_folder, reporting_writes
 from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig, VectorLossConfig
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
 from genoembed.errors import foreign_code
@@ -45,7 +45,14 @@ from genoembed.training.distributed import (
 )
 from genoembed.training.log import MetricsFile, reporters
 from genoembed.training.rates import pretraining_rate, rate_share
-from genoembed.training.run_folder import METRICS_FILE, MODEL, ResumeRules, files_digest, steps_of
+from genoembed.training.run_folder import (
+    CODES_FILE,
+    METRICS_FILE,
+    MODEL,
+    ResumeRules,
+    files_digest,
+    steps_of,
+)
 from genoembed.training.start import carry_vectors
 from genoembed.training.trainer import ResumableTrainer, resolved_dtype, training_arguments
 
@@ -208,8 +215,6 @@ class PackedTrainer(ResumableTrainer):
 
 logger = logging.getLogger(__name__)
 
-CODES_FILE = "kmer_codes.safetensors"
-"""In the folder of a run: eigenvectors found again, elsewhere, may have other signs."""
 _MAX_WARMUP = 200
 _RULES = ResumeRules(
     digests={
@@ -335,11 +340,13 @@ class _Run:
         codes = None
         if config.kmer_codes:
             path = self.folder.path / CODES_FILE
-            if not path.is_file():
+            if self.arguments.process_index == 0 and not path.is_file():
                 stream = DocumentStream(self.config.data.corpus, config=self.corpus)
-                width = int(start.model.config.hidden_size)
+                width = int(start.model.get_input_embeddings().weight.shape[1])
                 table = discriminant_codes(stream, k=config.kmer_size, width=width, seed=self.corpus.seed)
-                save_file({"codes": torch.from_numpy(table)}, path)
+                with reporting_writes(self.folder.target), replacing(path) as staged:
+                    save_file({"codes": torch.from_numpy(table)}, staged)
+            wait_for_all()
             codes = KmerCodes(load_file(path)["codes"], start.rules, k=config.kmer_size)
         return VectorLoss(start, config, codes=codes, seed=self.corpus.seed)
 

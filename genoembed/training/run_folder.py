@@ -53,7 +53,10 @@ SAVING_FOLDER = ".saving"
 _REPLACEMENT = ".replacement"
 """In a run that is to replace another: it tells the new run from the old one, whichever name each has."""
 BOARD_FOLDER, WANDB_FOLDER = "tensorboard", "wandb"
-_OWN = (RUN_FILE, REPORT_FILE, CONFIG_FILE, METRICS_FILE, FINAL_FOLDER, BOARD_FOLDER, WANDB_FOLDER)
+CODES_FILE = "kmer_codes.safetensors"
+"""Codes of k-mers that token states are taught: eigenvectors found elsewhere may have other signs."""
+_OWN_FILES = (RUN_FILE, REPORT_FILE, CONFIG_FILE, METRICS_FILE, CODES_FILE)
+_OWN = (*_OWN_FILES, FINAL_FOLDER, BOARD_FOLDER, WANDB_FOLDER)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _LEFTOVER = re.compile(
     rf"\.(checkpoint-\d+|{'|'.join(map(re.escape, _OWN))})\.(partial|old)|{re.escape(SAVING_FOLDER)}"

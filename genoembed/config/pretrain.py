@@ -238,8 +238,8 @@ class VectorLossConfig(Config):
         group=VECTORS,
         basic=True,
         metavar="WEIGHT",
-        help="Weight of a contrastive loss on mean-pooled states: a piece of a document against a cropped, "
-        "mutated copy of it, half of them on the other strand; 0 leaves it out.",
+        help="Weight of a contrastive loss on mean-pooled states, added to the next-token loss: pieces of "
+        "documents are matched with mutated copies of them. 0: no such loss.",
     )
     kmer_codes: float = option(
         0.0,
@@ -247,18 +247,18 @@ class VectorLossConfig(Config):
         group=VECTORS,
         basic=True,
         metavar="WEIGHT",
-        help="Weight of a loss on the states of tokens: the vector of the k-mer that ends at each, from a "
-        "table made of the corpus; 0 leaves it out. Needs a token for each base.",
+        help="Weight of a loss on token states, added to the next-token loss: each state is to be the code of "
+        "the k-mer that ends there. 0: no such loss. Needs one token per base.",
     )
     kmer_size: int = option(
-        5, ge=2, le=6, unit="bases", group=VECTORS, metavar="K", help="Length of these k-mers."
+        5, ge=2, le=6, unit="bases", group=VECTORS, metavar="K", help="Length of the k-mers in bases."
     )
     contrast_layers: tuple[str, ...] = option(
         ("final",),
         group=VECTORS,
         flag="--contrast-layer",
         metavar="SPEC",
-        help="Layer that both losses look at, as --layer of extract; repeat it for several.",
+        help="Layer that both losses use, named as in extract. Repeat the option for several layers.",
     )
     contrast_rows: int = option(
         1,
@@ -266,7 +266,7 @@ class VectorLossConfig(Config):
         unit="rows",
         group=VECTORS,
         metavar="N",
-        help="Rows of mutated copies in each forward pass, beside those of documents.",
+        help="Rows of mutated copies per forward pass, in addition to the rows of documents.",
     )
 
     @property

@@ -45,7 +45,7 @@ _LEAST_TOKENS, _MOST_TOKENS = 100, 300
 """Of a piece; in narrow rows a quarter and a half of the window."""
 
 
-class Piece(NamedTuple):
+class RowSpan(NamedTuple):
     """Neighboring tokens of one document in a row."""
 
     row: int
@@ -106,7 +106,7 @@ class ViewRows:
     @staticmethod
     def _pieces(
         row: int, numbers_L: NDArray[np.int64], is_end_L: NDArray[np.bool_], rng: np.random.Generator
-    ) -> Iterator[Piece]:
+    ) -> Iterator[RowSpan]:
         """Cut the documents of a row; the token that ends a document is of no piece."""
         least, most = min(_LEAST_TOKENS, len(numbers_L) // 4), min(_MOST_TOKENS, len(numbers_L) // 2)
         ends = [*np.flatnonzero(np.diff(numbers_L)) + 1, len(numbers_L)]
@@ -118,7 +118,7 @@ class ViewRows:
                 last = end - bool(is_end_L[end - 1])
                 if min(at + size, last) - at < max(least, 1):
                     break
-                yield Piece(row, at, min(at + size, last))
+                yield RowSpan(row, at, min(at + size, last))
                 at += size
 
 

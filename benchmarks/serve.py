@@ -133,13 +133,15 @@ def report(options, load, samples, memory, expected, metrics, ending) -> None:
         f"{metrics['genoembed_forward_passes_total']:.0f} forward passes with "
         f"{1 - metrics['genoembed_tokens_total'] / metrics['genoembed_forward_slots_total']:.1%} padding.",
         "The clients run beside the server on the same cores: seconds count them, CPU seconds do not.",
+        "What a request costs beside the model is the same at every layer: the ratio at an early layer is that "
+        "of a model so small that HTTP outweighs it.",
         "Latency is that of a full queue: each connection sends again as soon as it is answered.",
         f"The server's last line: {ending[1]}",
         *([f"first error: {load.errors[0]}"] if load.errors else []),
     ]
     file_results(
-        "serve",
-        "serve under load, against extract",
+        f"serve_layer_{options.layer}",
+        f"serve under load, against extract: layer {options.layer}",
         options,
         figures=figures,
         tables={"Rounds": runs, "Server process": memory},

@@ -27,7 +27,7 @@ class InThread(serve.ServerProcess):
 
 
 def figures_of(tmp_path) -> dict[str, dict]:
-    found = json.loads((tmp_path / "serve.json").read_text())
+    found = json.loads((tmp_path / "serve_layer_2.json").read_text())
     return {figure["name"]: figure for figure in found["figures"]}
 
 
@@ -39,7 +39,7 @@ def test_every_request_is_answered_with_the_vector_of_extract(tmp_path, monkeypa
     assert figures["largest difference to extract, over the largest value"]["is_met"]
     assert figures["throughput of serve over extract"]["value"] > 0
     assert 0 < figures["median latency, s"]["value"] <= figures["95th percentile, s"]["value"]
-    assert "24 requests of one sequence" in (tmp_path / "serve.md").read_text()
+    assert "24 requests of one sequence" in (tmp_path / "serve_layer_2.md").read_text()
 
 
 def test_errors_are_counted(monkeypatch):

@@ -133,7 +133,7 @@ def report(options, load, samples, memory, expected, metrics, ending) -> None:
         f"{metrics['genoembed_forward_passes_total']:.0f} forward passes with "
         f"{1 - metrics['genoembed_tokens_total'] / metrics['genoembed_forward_slots_total']:.1%} padding.",
         "The clients run beside the server on the same cores: seconds count them, CPU seconds do not.",
-        "What a request costs beside the model is the same at every layer: the ratio at an early layer is that "
+        "What a request costs beside the model is the same at every layer: at an early one, the ratio is that "
         "of a model so small that HTTP outweighs it.",
         "Latency is that of a full queue: each connection sends again as soon as it is answered.",
         f"The server's last line: {ending[1]}",

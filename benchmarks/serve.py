@@ -133,8 +133,8 @@ def report(options, load, samples, memory, expected, metrics, ending) -> None:
         f"{metrics['genoembed_forward_passes_total']:.0f} forward passes with "
         f"{1 - metrics['genoembed_tokens_total'] / metrics['genoembed_forward_slots_total']:.1%} padding.",
         "The clients run beside the server on the same cores: seconds count them, CPU seconds do not.",
-        "What a request costs beside the model is the same at every layer: at an early one, the ratio is that "
-        "of a model so small that HTTP outweighs it.",
+        "What a request costs beside the model is the same at every layer, so the ratio is that of a small "
+        "model where the layer is an early one.",
         "Latency is that of a full queue: each connection sends again as soon as it is answered.",
         f"The server's last line: {ending[1]}",
         *([f"first error: {load.errors[0]}"] if load.errors else []),

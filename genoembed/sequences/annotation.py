@@ -57,6 +57,12 @@ class FeatureChoice:
     join_by: str | None = None
     """Attribute that parts of one feature share; ``none`` reads each part alone; None goes by the format."""
 
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Attributes that rows are asked for by name."""
+        join_by = None if self.join_by == EACH else self.join_by
+        return tuple(name for name in (self.name_attribute, join_by) if name)
+
     def takes(self, kind: str) -> bool:
         """Return whether features of a type are read."""
         return kind in self.types if self.types else kind not in CONTIG_TYPES
@@ -165,7 +171,14 @@ def iter_features(
         raise RegionError(problem, path=text)
     if rows is not None:
         yield from map(_without_control, rows.close())
-        report_types(text, rows.types, choice, rows.num_features, rows.num_rows)
+        report_types(
+            text,
+            rows.types,
+            choice,
+            num_features=rows.num_features,
+            num_rows=rows.num_rows,
+            lacking=rows.lacking,
+        )
 
 
 def _without_control(feature: Feature) -> Feature:
@@ -180,8 +193,10 @@ def report_types(
     path: str,
     types: Mapping[str, int],
     choice: FeatureChoice,
+    *,
     num_features: int,
     num_rows: int | None = None,
+    lacking: Mapping[str, int],
 ) -> None:
     """Log the types of a file and what is read of them; raise if that is nothing."""
     listed = [kind for kind, _ in sorted(types.items(), key=lambda item: (-item[1], item[0]))]
@@ -198,6 +213,12 @@ def report_types(
         else:
             problem = f"all rows are the contig itself ({words}); set feature to the type to read them anyway"
         raise RegionError(problem, path=path)
+    num_asked = num_features if num_rows is None else num_rows
+    for name, number in lacking.items():
+        if number == num_asked:
+            problem = f"no feature that is read has an attribute {name!r}; correct its name"
+            raise RegionError(problem, path=path)
+        _LOG.warning("%s: %s of %s have no attribute %r", path, f"{number:,}", f"{num_asked:,}", name)
     for kind in choice.types:
         if kind not in types:
             _LOG.warning("%s: no feature has type %r", path, kind)
@@ -303,6 +324,8 @@ class _GffRows:
     def __init__(self, path: str, choice: FeatureChoice) -> None:
         self.types: Counter[str] = Counter()
         """How many rows there are of each type."""
+        self.lacking: Counter[str] = Counter()
+        """How many rows that are read lack an attribute that is asked for, by its name."""
         self.num_features = 0
         self.num_rows = 0
         self._path = path
@@ -337,6 +360,7 @@ class _GffRows:
         start, end = _one_based(path, line, (columns[3], columns[4]))
         strand = _strand(path, line, columns[6])
         is_gtf, values = _read_attributes(attributes)
+        self.lacking.update(name for name in self._choice.attributes if not values.get(name))
         keys = self._keys(kind, values, is_gtf=is_gtf)
         for key in keys or [""]:
             name = self._name(kind, values, key, is_gtf=is_gtf)
@@ -361,8 +385,8 @@ class _GffRows:
         if is_gtf:
             key = "" if kind == "gene" else values.get("transcript_id", "")
             return [found] if (found := key or values.get("gene_id", "")) else []
-        if "ID" in values:
-            return [unquote(values["ID"]).strip()]
+        if own := unquote(values.get("ID", "")).strip():
+            return [own]
         # TAIR and others give coding sequences no ID: the transcript is what their parts have in common
         return _several(values.get("Parent", ""), "Parent") if kind == "CDS" else []
 
@@ -517,7 +541,12 @@ def _strand(path: str, line: int | None, text: str) -> Strand:
 
 
 def record_features(
-    raw: RawRecord, record: SeqRecord, choice: FeatureChoice, types: Counter[str]
+    raw: RawRecord,
+    record: SeqRecord,
+    choice: FeatureChoice,
+    *,
+    types: Counter[str],
+    lacking: Counter[str],
 ) -> Iterator[Feature]:
     """Take the chosen features of a GenBank or EMBL record, and count all of them by type."""
     is_circular = record.annotations.get("topology") == "circular"
@@ -525,6 +554,7 @@ def record_features(
         types[found.type] += 1
         if not choice.takes(found.type):
             continue
+        lacking.update(name for name in choice.attributes if not found.qualifiers.get(name))
         name = choice.shown(found.type, _qualifier(found, choice.name_attribute))
         feature = Feature(
             raw.id,

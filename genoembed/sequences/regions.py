@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from genoembed.config.paths import check_paths, is_place
 from genoembed.contracts import Stretch
 from genoembed.errors import ConfigError, RegionError
-from genoembed.sequences.annotation import FeatureChoice, iter_features, record_features, report_types
+from genoembed.sequences.annotation import EACH, FeatureChoice, iter_features, record_features, report_types
 from genoembed.sequences.compression import STDIN, check_readable
 from genoembed.sequences.contigs import FastaContigs, RecordContigs
 from genoembed.sequences.formats import feature_format, iter_annotated
@@ -91,14 +91,21 @@ class RegionReader:
         if path != STDIN and Path(path).is_file() and feature_format(path) == "GFF3":
             yield from self._of_fasta(path, [path])
             return
+        if self._choice.join_by not in (None, EACH):
+            problem = (
+                f"join_by is {self._choice.join_by}, but the locations of GenBank and EMBL say what is "
+                f"joined; leave it out, or set join_by='{EACH}'"
+            )
+            raise RegionError(problem, path=path)
         types: Counter[str] = Counter()
+        lacking: Counter[str] = Counter()
         num_features = 0
         for raw, record in iter_annotated(path, digests=self._digests):
             contigs = RecordContigs(path, raw.id, bytes(record.seq))
-            for feature in record_features(raw, record, self._choice, types):
+            for feature in record_features(raw, record, self._choice, types=types, lacking=lacking):
                 num_features += 1
                 yield from self._cut(contigs, feature)
-        report_types(path, types, self._choice, num_features)
+        report_types(path, types, self._choice, num_features=num_features, lacking=lacking)
 
     def _cut(self, contigs: Contigs, feature: Feature) -> Iterator[RawRecord]:
         """Fetch a feature with its flanks, unless it cannot be read and the policy is to leave it out."""

@@ -181,7 +181,7 @@ def test_genbank_of_trans_splicing_is_what_biopython_extracts(tmp_path):
     assert read.sequence.decode() == str(record.features[0].extract(Seq(CONTIG)))
 
 
-def test_names_come_from_the_first_attribute_there_is_or_the_chosen_one(tmp_path, fasta):
+def test_names_come_from_the_first_attribute_there_is_or_the_chosen_one(tmp_path, fasta, caplog):
     rows = [
         gff("gene", 1, 9, "+", "ID=gene%2C1;Name=n1;locus_tag=l1;gene=g1"),
         gff("gene", 11, 19, "+", "Name=n2;gene=g2;locus_tag=l2"),
@@ -192,7 +192,9 @@ def test_names_come_from_the_first_attribute_there_is_or_the_chosen_one(tmp_path
     path = write(tmp_path, "n.gff3", rows)
     names = [r.id for r in read_sequences(fasta, regions=path)]
     assert names == ["gene,1", "l2", "g3", "n4", "c:41-49(+)"]
+    caplog.set_level("WARNING", "genoembed")
     names = [r.id for r in read_sequences(fasta, regions=path, name_attribute="Name")]
+    assert "1 of 5 have no attribute 'Name'" in caplog.text
     assert names == ["n1", "n2", "n3", "n4", "c:41-49(+)"]
 
 

@@ -68,7 +68,7 @@ def export_model_command(model: str, *, output: str, as_json: bool, **options: A
     report = genoembed.export_model(model, output, **options)
     _logger.info("the mean of %s, %d features", report.layer, report.width)
     if report.needs_genoembed:
-        _logger.info("import genoembed before you load the folder: the architecture is its")
+        _logger.info("import genoembed before you load the folder: it provides the architecture")
     wrote(report.output)
     echo_result(report, str(report.output), as_json=as_json)
 

@@ -48,7 +48,7 @@ def generate_command(inputs: tuple[str, ...], *, as_json: bool, **options: Any) 
         _logger.info("%s", line)
     ended = report.ended.get("eod", 0)
     _logger.info(
-        "%s for %s, %s, mean log-likelihood %.4f a base%s, %.1f s: %s",
+        "%s for %s, %s, mean log-likelihood %.4f per base%s, %.1f s: %s",
         count(report.num_sequences, "sequence"),
         count(report.num_prompts, "prompt"),
         count(report.num_bases, "base"),

@@ -43,7 +43,7 @@ def _line(model: Mapping[str, Any]) -> tuple[object, ...]:
 def _needs(model: Mapping[str, Any]) -> str:
     """Return how large the weights are; two bytes per parameter if the size of the file is not known."""
     if not model["repo_id"]:
-        return "nothing more"
+        return "nothing, it is in the package"
     return f"{magnitude(model['num_bytes'] or 2 * model['num_parameters'], 'B')} of disk and memory"
 
 

@@ -88,7 +88,7 @@ def _shot_table(report: ProbeReport) -> str:
 
 
 def _details(report: ProbeReport) -> list[str]:
-    left_out = ", ".join(f"{number:,} {why}" for why, number in report.counts.items())
+    left_out = ", ".join(f"{number:,} {why}" for why, number in report.counts.items() if number)
     groups = "" if report.num_groups is None else f" of {count(report.num_groups, 'group')}"
     origin = "written" if report.was_extracted else "was there"
     return [

@@ -108,7 +108,7 @@ def _headline(report: TransformReport) -> str:
     return (
         f"{report.output}: {report.method} of {report.layer}, {count(report.num_rows, 'row')} x "
         f"{report.width:,} to {report.output_width:,}; mean cosine {before.mean_cosine:.4f} to "
-        f"{after.mean_cosine:.4f}, mean resultant {before.resultant:.4f} to {after.resultant:.4f}"
+        f"{after.mean_cosine:.4f}, mean resultant length {before.resultant:.4f} to {after.resultant:.4f}"
     )
 
 

@@ -19,6 +19,7 @@ from genoembed.config.paths import check_paths
 from genoembed.errors import ModelError
 from genoembed.models.layers import FINAL
 from genoembed.models.load import load_model
+from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import MODULES_FILE, find_facts
 from genoembed.pipeline.sentence_folder import why_other_vectors, write_sentence_modules
 from genoembed.tokenization.published import opened
@@ -136,7 +137,8 @@ def _check(loaded: GenomicModel) -> str:
 
 def _save(loaded: GenomicModel, folder: Path) -> int:
     """Write the model, and the modules of the sentence model around it; return its width."""
-    loaded.module.save_pretrained(folder)
+    with without_progress_bars():
+        loaded.module.save_pretrained(folder)
     tokenizer = opened(loaded.tokenizer, add_special_tokens=loaded.special_tokens, keep_case=False)
     tokenizer.save_pretrained(folder)
     width = loaded.resolve(FINAL)[0].width or int(loaded.module.get_input_embeddings().weight.shape[1])
@@ -157,7 +159,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _readme(report: ModelExportReport) -> str:
-    first = "import genoembed  # the architecture is its\n" if report.needs_genoembed else ""
+    first = "import genoembed  # it provides the architecture\n" if report.needs_genoembed else ""
     limit = "" if report.max_tokens is None else f"Longer inputs than {report.max_tokens:,} tokens are cut.\n"
     return (
         f"# {Path(report.model).name} for sentence-transformers\n\n"

@@ -169,11 +169,11 @@ class _Run:
             is_tuned=self.is_tuned,
         )
         logger.info(
-            "training for %d steps at most, rate %.2g (%s)%s",
+            "training for at most %d steps, learning rate %.2g (%s)%s",
             total_steps(recipe, num_rows=num_rows, world_size=self.arguments.world_size),
             recipe.learning_rate,
             chosen.why if self.requested.recipe.learning_rate is None else "as set",
-            "" if recipe.head_learning_rate is None else f", of new heads {recipe.head_learning_rate:.2g}",
+            "" if recipe.head_learning_rate is None else f", new heads {recipe.head_learning_rate:.2g}",
         )
         with trainer.reporting():
             trainer.train_from(checkpoint)

@@ -404,7 +404,7 @@ def _resolved_recipe(recipe: RecipeConfig, start: Start, *, is_tuned: bool = Fal
     rate, why = (
         (chosen.value, chosen.why) if recipe.learning_rate is None else (recipe.learning_rate, "as set")
     )
-    logger.info("training for %d steps, rate %.2g (%s)", recipe.max_steps, rate, why)
+    logger.info("training for %d steps, learning rate %.2g (%s)", recipe.max_steps, rate, why)
     warmup = min(_MAX_WARMUP, recipe.max_steps // 20)
     return recipe.changed(
         learning_rate=rate,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHOSEN = "layer chosen in training folds"
 CHOSEN_FUSION = "layer or fusion chosen in training folds"
-UNTRAINED = "untrained copy, layer chosen likewise"
+UNTRAINED = "untrained copy, layer chosen in the same way"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

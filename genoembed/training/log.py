@@ -203,7 +203,7 @@ def describe_line(line: Mapping[str, float]) -> str:
 
     Example:
         >>> describe_line({"step": 20, "loss_bits": 1.923, "learning_rate": 2e-3, "packing_percent": 100})
-        'step 20: loss 1.923 bits, rate 0.002, packing 100.0 %'
+        'step 20: loss 1.923 bits, learning rate 0.002, packing 100.0 %'
     """
     said = [text % line[name] for name, text in _WORDS.items() if name in line]
     return f"step {line['step']}: {', '.join(said)}"
@@ -214,13 +214,13 @@ _WORDS = {
     "eval_loss_bits": "held-out loss %.3f bits",
     "eval_bits_per_base": "held-out %.4f bits per base",
     "tokens_per_second": "%.0f tokens/s",
-    "learning_rate": "rate %.3g",
+    "learning_rate": "learning rate %.3g",
     "grad_norm": "gradient %.3g",
     "packing_percent": "packing %.1f %%",
     "padding_percent": "padding %.1f %%",
     "padded_cost": "padded batches would cost %.2fx",
     "skipped_steps": "%d steps overflowed",
-    "train_runtime": "%.0f s in all",
+    "train_runtime": "%.0f s in total",
 }
 
 

@@ -84,19 +84,19 @@ def frozen_dtype(tuning: Tuning | None, dtype: ComputeDtype) -> ComputeDtype:
 
 
 def describe_weights(module: nn.Module) -> str:
-    """Say how many weights learn, and what all of them take.
+    """Say how many weights are trained, and the size of all of them.
 
     Example:
         >>> frozen = nn.Linear(1000, 1000, bias=False).bfloat16().requires_grad_(False)
         >>> describe_weights(nn.Sequential(frozen, nn.Linear(1000, 2)))
-        '2,002 of 1,002,002 parameters learn; weights take 2 MB (bfloat16, float32)'
+        '2,002 of 1,002,002 parameters are trained; all weights take 2 MB (bfloat16, float32)'
     """
     weights = list(module.parameters())
     learning, total = (sum(p.numel() for p in part) for part in (filter(_learns, weights), weights))
     num_bytes = sum(p.numel() * p.element_size() for p in weights)
     dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in weights)
     return (
-        f"{learning:,} of {total:,} parameters learn; weights take {num_bytes / 1e6:,.0f} MB "
+        f"{learning:,} of {total:,} parameters are trained; all weights take {num_bytes / 1e6:,.0f} MB "
         f"({', '.join(dtypes)})"
     )
 

@@ -67,7 +67,7 @@ def test_probe_scores_layers_fusions_and_baselines(report):
     assert [layer.kind for layer in report.untrained] == ["untrained"] * 4
     assert [layer.metrics for layer in report.untrained] != [layer.metrics for layer in report.layers]
     names = [row["name"] for row in report.table()]
-    assert names[-2:] == ["one-hot letters", "untrained copy, layer chosen likewise"]
+    assert names[-2:] == ["one-hot letters", "untrained copy, layer chosen in the same way"]
     assert names[8:10] == ["layer chosen in training folds", "layer or fusion chosen in training folds"]
     assert report.was_extracted
     assert report.num_rows == NUM
@@ -248,7 +248,7 @@ def test_preset_scores_the_test_split_in_three_regimes(data, report, tmp_path):
     assert (found.num_rows, found.num_test) == (36, 12)
     assert list(found.shots["blocks.0.mlp.l3"]) == ["full", "10-shot", "1-shot"]
     means = ["mean of all layers", "weighted mean of all layers"]
-    assert list(found.shots) == [*LAYERS, *means, *BASELINES, "untrained copy, layer chosen likewise"]
+    assert list(found.shots) == [*LAYERS, *means, *BASELINES, "untrained copy, layer chosen in the same way"]
     summary = found.shots["4-mer counts"]["10-shot"]["mcc"]
     assert len(summary.values) == 5
     table = (data / "a.tsv").read_text().splitlines()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import re
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from genoembed.config.fields import Config, Option
     from genoembed.errors import Spelling
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP, MESSAGES = "Options", "Messages and help"
 SHORT_HELP_OPTIONS = 16
@@ -206,7 +210,7 @@ def command(
         params += _shared_options(with_file=len(described) > CONFIG_FILE_OPTIONS, with_json=has_json)
         return ConfigCommand(
             name,
-            callback=_reported(function, has_json=has_json),
+            callback=_reported(function, has_json=has_json, loads_models="trust_remote_code" in described),
             params=params,
             help=function.__doc__,
             short_help=short_help,
@@ -364,7 +368,9 @@ def check_json_has_room(options: Mapping[str, Any], *, as_json: bool) -> None:
         raise click.UsageError(message)
 
 
-def _reported(function: Callable[..., Any], *, has_json: bool) -> Callable[..., Any]:
+def _reported(
+    function: Callable[..., Any], *, has_json: bool, loads_models: bool = False
+) -> Callable[..., Any]:
     """Run a command's function under what ``--quiet`` and ``--verbose`` say."""
 
     @functools.wraps(function)
@@ -372,6 +378,8 @@ def _reported(function: Callable[..., Any], *, has_json: bool) -> Callable[..., 
         if has_json:
             options.setdefault("as_json", False)
         with reporting(quiet=quiet, verbose=verbose):
+            if loads_models and "torch" not in sys.modules:  # seconds in which nothing else would be said
+                _logger.info("options checked; loading PyTorch and the model")
             return function(**options)
 
     return reported

@@ -28,11 +28,10 @@ from genoembed.errors import ConfigError, DuplicateIdError, LabelError, Problem,
 from genoembed.pipeline.embedding_file import (
     comparable_settings,
     computed_dtype,
-    file_facts,
     record_names,
     setting_differences,
 )
-from genoembed.sequences.compression import decode_text, iter_lines, iter_text
+from genoembed.sequences.compression import decode_text, file_facts, iter_lines, iter_text
 from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.rewriting import TakenRows, write_rows

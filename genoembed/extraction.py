@@ -20,12 +20,11 @@ from genoembed.config.files import MergeConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import EmptyRecordError, Problem, Remedy, StoreError
 from genoembed.pipeline.embedder import describe_run, local_engine
-from genoembed.pipeline.embedding_file import file_facts
 from genoembed.pipeline.request import read_records, read_request
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import PendingUnits, iter_units
 from genoembed.sequences import InputCounts
-from genoembed.sequences.compression import InputDigests
+from genoembed.sequences.compression import InputDigests, file_facts
 from genoembed.store import (
     InputFacts,
     Manifest,

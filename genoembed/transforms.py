@@ -19,13 +19,14 @@ from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.search import TransformConfig
 from genoembed.errors import StoreError
-from genoembed.pipeline.embedding_file import VectorSource, comparable_settings, file_facts
+from genoembed.pipeline.embedding_file import VectorSource, comparable_settings
 from genoembed.pooling.transform import (
     Isotropy,
     fit,
     measure_isotropy,
     measure_moments,
 )
+from genoembed.sequences.compression import file_facts
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.transform_file import StoredTransform, write_transform
 

@@ -8,7 +8,6 @@ N rows, D features.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -470,13 +469,3 @@ def load_transform_for(file: EmbeddingFile, layer: str, path: str | PathLike[str
     loaded = load_transform(path)
     check_comparable(loaded.settings, comparable_settings(file.provenance, layer), names=(path, file.path))
     return loaded
-
-
-def file_facts(name: str) -> dict[str, str | int | None]:
-    """Return what identifies an input file."""
-    path = Path(name)
-    if name == "-" or not path.is_file():
-        return {"name": name, "bytes": None, "sha256": None}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}

@@ -384,3 +384,13 @@ def check_text(head: bytes, *, path: str, expected: str) -> None:
     else:
         return
     raise SequenceFormatError(problem, path=path)
+
+
+def file_facts(name: str) -> dict[str, str | int | None]:
+    """Return what identifies an input file."""
+    path = Path(name)
+    if name == "-" or not path.is_file():
+        return {"name": name, "bytes": None, "sha256": None}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}

@@ -159,7 +159,7 @@ def subset(
                 _shown(missing),
             )
         provenance = _with_step(
-            {**file.provenance, "matrices": file.layers, "failed": _failed_of(file, set(taken.ids))},
+            {**file.provenance, "matrices": file.layers, **_failed_of(file, set(taken.ids))},
             "subset",
             [file],
             {"ids": list_file or (None if wanted is None else "a list"), "where": conditions},
@@ -461,9 +461,11 @@ def _union(items: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _failed_of(file: EmbeddingFile, ids: set[str]) -> dict[str, str]:
-    """Return which of the rows failed, and why."""
-    return {name: why for name, why in file.provenance.get("failed", {}).items() if name in ids}
+def _failed_of(file: EmbeddingFile, ids: set[str]) -> dict[str, dict[str, str]]:
+    """Return which of the rows failed, and why, as a part of the provenance where the file has it."""
+    if "failed" not in file.provenance:
+        return {}
+    return {"failed": {name: why for name, why in file.provenance["failed"].items() if name in ids}}
 
 
 def _with_step(

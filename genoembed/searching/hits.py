@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from genoembed.store import EmbeddingFile
 
 
+def known_place(place: np.int64) -> int | None:
+    """Return a coordinate; None where the file has none, as AnnData files from elsewhere.
+
+    Example:
+        >>> import numpy as np
+        >>> known_place(np.int64(7)), known_place(np.int64(-1))
+        (7, None)
+    """
+    return int(place) if place >= 0 else None
+
+
 class Places(NamedTuple):
     """What the tables of hits say about rows of a file."""
 
@@ -70,12 +81,12 @@ class Hit(NamedTuple):
     sequences are not at hand, or too short."""
     identity: float
     """Sequence identity of what they share, estimated from that; NaN where they share nothing."""
-    query_start: int
+    query_start: int | None
     """In the coordinates of the parent sequence, from 0."""
-    query_end: int
+    query_end: int | None
     """One past the last base."""
-    subject_start: int
-    subject_end: int
+    subject_start: int | None
+    subject_end: int | None
     subject_strand: str
     subject_description: str
     hybrid: HybridScores | None = None
@@ -123,10 +134,10 @@ class Hits:
                 rank=rank,
                 shared_kmers=shared_kmers,
                 identity=identity,
-                query_start=int(asked.starts[query]),
-                query_end=int(asked.ends[query]),
-                subject_start=int(found.starts[row]),
-                subject_end=int(found.ends[row]),
+                query_start=known_place(asked.starts[query]),
+                query_end=known_place(asked.ends[query]),
+                subject_start=known_place(found.starts[row]),
+                subject_end=known_place(found.ends[row]),
                 subject_strand=found.strands[row],
                 subject_description=found.descriptions[row],
                 hybrid=self.hybrid.get((query, row)),

@@ -173,7 +173,7 @@ def _check_kind(path: str, head: bytes) -> None:
     if head.lstrip(WHITESPACE).startswith(b"["):
         problem = f"this is one JSON array, {EXPECTED}; write one object per line"
     elif head.lstrip(WHITESPACE).startswith((b">", b"@")):
-        problem = f"this is FASTA or FASTQ, {EXPECTED}; set labels to the table of its labels"
+        problem = f"this is FASTA or FASTQ, {EXPECTED}; name a table with one row per record"
     else:
         return
     raise SequenceFormatError(problem, path=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from contextlib import contextmanager
@@ -69,5 +70,7 @@ class SignalServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, in good order if this is the first signal."""
         if self.received is not None:
+            # uvicorn would log each request that is cut off with a traceback
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             raise Interrupted(sig, "requests that were under way have no answer")
         self.received, self.should_exit = sig, True

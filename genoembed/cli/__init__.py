@@ -89,7 +89,8 @@ class CommandGroup(click.Group):
         found = {name: self.get_command(ctx, name) for name in COMMANDS}
         limit = formatter.width - 6 - max(map(len, COMMANDS))
         for heading, names in SECTIONS.items():
-            rows = [(name, found[name].get_short_help_str(limit)) for name in names if found.get(name)]
+            commands = [(name, command) for name in names if (command := found.get(name)) is not None]
+            rows = [(name, command.get_short_help_str(limit)) for name, command in commands]
             with formatter.section(heading):
                 formatter.write_dl(rows, col_max=20, col_spacing=2)
 

@@ -247,11 +247,11 @@ class VectorLossConfig(Config):
         group=VECTORS,
         basic=True,
         metavar="WEIGHT",
-        help="Weight of a loss on token states, added to the next-token loss: each state is to be the code "
-        "of the k-mer that ends there. 0: no such loss. Needs one token per base.",
+        help="Weight of a loss on token states, added to the next-token loss: the target of a state is "
+        "the code of the k-mer that ends there. 0: no such loss. Needs one token per base.",
     )
     kmer_size: int = option(
-        5, ge=2, le=6, unit="bases", group=VECTORS, metavar="K", help="Length of the k-mers in bases."
+        5, ge=2, le=6, unit="bases", group=VECTORS, metavar="BASES", help="Length of a k-mer."
     )
     contrast_layers: tuple[str, ...] = option(
         ("final",),

@@ -55,7 +55,8 @@ OPTIONS = {
         --name -o --output --overwrite --vortex-config""",
     "pretrain": """
         --distributed
-        --accumulation-steps --both-strands --compile-blocks --config --dtype --empty --eval-steps --gaps
+        --accumulation-steps --both-strands --compile-blocks --config --contrast --contrast-layer
+        --contrast-rows --dtype --empty --eval-steps --gaps --kmer-codes --kmer-size
         --gradient-checkpointing --heldout --heldout-fraction --heldout-rows --hidden-size --import
         --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
         --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --optim --output --overwrite

@@ -69,6 +69,7 @@ def sentence(option: click.Option) -> str:
 OTHER_SENTENCE = {
     "--both-strands": "pretraining draws a strand, fine-tuning compares both",
     "--components": "of a transform, or of a map",
+    "--contrast": "how pairs are formed, or the weight of a loss in pretraining",
     "--dtype": "of matrix products in training; of weights alone in a folder",
     "--feature": "which features are embedded, or changed",
     "--flank": "of a region, or of a change",
@@ -92,6 +93,7 @@ OTHER_SENTENCE = {
 """Options whose first sentence differs between commands, and why."""
 
 OTHER_VALUE = {
+    "--contrast": "how pairs are formed, or the weight of a loss in pretraining",
     "--invalid": "a server does not skip",
     "--normalize": "training has a third choice: as the model was trained",
     "--keep-case": "predict has a third choice: as in training",

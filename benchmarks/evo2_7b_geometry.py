@@ -200,7 +200,7 @@ def measure(folder: Path, *, model: str, layer: str, num_bases: int, threads: in
     Returns:
         Figures, as JSON holds them.
     """
-    config = find_model(model).build_config()
+    config = genoembed.StripedHyena2Config.from_dict(find_model(model).shape.to_dict())
     written = None if (folder / "config.json").is_file() else write_random_model(folder, config)
     with tempfile.TemporaryDirectory() as scratch:
         fasta = write_record(Path(scratch, "record.fa"), num_bases)

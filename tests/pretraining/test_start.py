@@ -48,7 +48,7 @@ def save_causal(family, folder):
 
 def test_like_shrinks_and_keeps_the_pattern():
     begun = start(like="evo2_7b", hidden_size=64, layers=8)
-    config, full = begun.model.config, find_model("evo2_7b").build_config()
+    config, full = begun.model.config, find_model("evo2_7b").shape
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (64, 8, 64)
     assert [config.block_kind(i) for i in range(8)] == [full.block_kind(i) for i in range(8)]
     assert (config.intermediate_size, config.hcs_filter_groups, config.num_attention_heads) == (176, 4, 2)

@@ -147,7 +147,14 @@ def merge_windows(vectors_KD: Tensor, weights_K: Tensor, *, method: TokenPooling
 
 
 def pooled_width(width: int, method: str) -> int:
-    """Return the numbers of a pooled vector, for states of a width.
+    """Return the width of a pooled vector.
+
+    Args:
+        width: Width of the hidden states.
+        method: A pooling.
+
+    Returns:
+        Features of the pooled vector: twice as many where it holds mean and deviation.
 
     Example:
         >>> pooled_width(128, "mean"), pooled_width(128, "mean_std")

@@ -96,12 +96,16 @@ def test_exons_of_the_fungus_join_to_open_reading_frames():
 
 
 def test_every_file_is_described_and_small():
-    files = [path for path in DATA.iterdir() if path.name != "SOURCES.md" and path.suffix != ".fai"]
+    files = [
+        path
+        for path in DATA.iterdir()
+        if path.name != "SOURCES.md" and path.suffix != ".fai" and path.is_file()
+    ]
     tables = {"regions.bed", "regions.gff3", "variants.vcf", "umaydis.gff3"}
     assert {path.name for path in files} == {*SEQUENCE_FILES, *LABELED, *tables}
     described = (DATA / "SOURCES.md").read_text()
-    assert all(path.name in described for path in files)
-    assert sum(path.stat().st_size for path in files) < 400_000
+    assert all(path.name in described for path in (*files, *(DATA / "annotation").iterdir()))
+    assert sum(path.stat().st_size for path in DATA.rglob("*")) < 400_000
 
 
 def test_bed_and_gff3_name_the_same_genes():

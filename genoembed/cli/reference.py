@@ -56,7 +56,7 @@ def _rows(command: click.Command) -> Iterator[tuple[str, str, str]]:
         elif isinstance(parameter, GroupedOption):
             names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
             value = "" if parameter.is_flag else f" `{parameter.make_metavar(click.Context(command))}`"
-            # what only the command line has is no keyword in Python
+            # what only the command line has is not a keyword in Python
             yield (
                 names + value.replace("|", "\\|"),
                 f"`{key}`" if key in described else "",

@@ -81,6 +81,7 @@ class RawRecord(NamedTuple):
     """Where a region came from."""
 
 
+_PLURAL = re.compile(r"(?<!ou)s\b")  # not of "ambiguous"
 _CHOICES = {
     "invalid": ("error", "skip", "mask"),
     "duplicates": ("error", "suffix"),
@@ -105,7 +106,7 @@ class Counts:
                 yield from value._words()
             elif value:
                 words = field.name.replace("_", " ")
-                yield f"{value:,} {words.removesuffix('s') if value == 1 else words}"
+                yield f"{value:,} {_PLURAL.sub('', words) if value == 1 else words}"
 
 
 @dataclass(kw_only=True, slots=True)

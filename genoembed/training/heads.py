@@ -202,7 +202,7 @@ class ClassificationHead(PredictionHead):
             Scalar.
 
         Raises:
-            InputError: If a label is no class, or no token has one.
+            InputError: If a label is not a class, or no token has one.
             ShapeError: If shapes do not belong together.
         """
         if logits.ndim == 3:
@@ -388,7 +388,7 @@ def classification_loss(
         Scalar, float32 (float64 for float64 input).
 
     Raises:
-        InputError: If a label is no class.
+        InputError: If a label is not a class.
         ShapeError: If shapes do not belong together.
 
     Example:
@@ -424,7 +424,7 @@ def token_classification_loss(
         Scalar, float32 (float64 for float64 input).
 
     Raises:
-        InputError: If a label is no class, or no token has one.
+        InputError: If a label is not a class, or no token has one.
         ShapeError: If shapes do not belong together.
 
     Example:

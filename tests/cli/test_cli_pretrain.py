@@ -71,7 +71,8 @@ def test_pretrain_help_shows_the_defaults_of_the_configuration():
     defaults = {key: found.default for key, found in TrainConfig.options().items()}
     plain = {name: text for name, text in shown.items() if defaults.get(name) is not None}
     assert len(plain) > 15
-    assert plain.pop("report_to") == "auto"  # of which there may be several
+    # of these there may be several
+    assert (plain.pop("report_to"), plain.pop("contrast_layers")) == ("auto", "final")
     for name, text in plain.items():
         assert text == {"True": "on"}.get(str(defaults[name]), str(defaults[name]).removesuffix(".0")), name
 

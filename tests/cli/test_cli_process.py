@@ -74,7 +74,7 @@ def test_reader_that_went_away_is_no_failure(spawn, fasta, tiny):
     process = spawn("layers", tiny, "--all", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr.decode()) == (0, "")
+    assert (process.returncode, stderr.decode()) == (0, "options checked; loading PyTorch and the model\n")
 
 
 def test_closed_stdout_and_stderr_do_not_stop_an_extraction(spawn, fasta, tiny):

@@ -94,8 +94,8 @@ def test_encoder_of_an_encoder_decoder(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scored", "said"),
     [
-        ("symN", ["snv"], "2 symbolic, 1 breakends"),
-        ("sniffles", ["INS1"], "2 symbolic, 1 breakends, 1 unknown"),
+        ("symN", ["snv"], "2 symbolic, 1 breakend"),
+        ("sniffles", ["INS1"], "2 symbolic, 1 breakend, 1 unknown"),
         ("delN", [], "1 unknown"),
     ],
 )

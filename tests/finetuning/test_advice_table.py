@@ -44,8 +44,8 @@ def rows() -> list[list[str]]:
 
 @cache
 def options() -> dict[str, object]:
-    """Every option of training with its type."""
-    sections = [*FinetuneOptions.sections().values(), *TrainConfig.sections().values()]
+    """Every option of training with its type; of a name in both, that of fine-tuning."""
+    sections = [*TrainConfig.sections().values(), *FinetuneOptions.sections().values()]
     return {key: section.model_fields[key].annotation for section in sections for key in section.options()}
 
 

@@ -66,7 +66,7 @@ def test_pairs_teacher_scores_are_one_a_sequence(tmp_path):
         (GOOD | {"pos": "AC"}, SequenceFormatError, "pos is 'AC', expected a list"),
         (GOOD | {"neg": "AC"}, SequenceFormatError, "neg is 'AC', expected a list"),
         (GOOD | {"neg": ["AC", 3]}, SequenceFormatError, "item 2 of neg is 3"),
-        (GOOD | {"negs": []}, SequenceFormatError, "'negs' is no key .*did you mean 'neg'"),
+        (GOOD | {"negs": []}, SequenceFormatError, "'negs' is not a key .*did you mean 'neg'"),
         (GOOD | {"pos_scores": [1]}, SequenceFormatError, "write teacher_scores"),
         (GOOD | {"teacher_scores": [1, 2]}, LabelError, "2 numbers for 3 sequences of pos and neg"),
         (GOOD | {"teacher_scores": [1, 2, "3"]}, LabelError, "item 3 of teacher_scores is '3'"),

@@ -59,7 +59,7 @@ def test_numbers_are_float32_whatever_the_batch_and_a_mixed_batch_says_how():
     [
         ({"classes": ("a", "b")}, ["a"], r"row 0: label \['a'\] is none of a, b"),
         ({"classes": (0, 1)}, 2, "row 0: label 2 is none of 0, 1"),
-        ({}, [[1], [1, 2]], r"row 0: label .* is no number"),
+        ({}, [[1], [1, 2]], r"row 0: label .* is not a number"),
         ({"target": "token"}, "HEH", "row 0: labels 'HEH', expected a whole number for each base; name the"),
         ({"target": "token"}, [0, 0.5, 1], r"row 0: labels .* expected a whole number"),
         ({"target": "token"}, None, "row 0: labels None, expected a whole number"),

@@ -124,7 +124,7 @@ def test_short_name_out_of_reach_says_what_to_download(monkeypatch, tmp_path):
         ModelNotFoundError, match=r"'dnabert-2': zhihan1996/DNABERT-2-117M is not in .*download"
     ):
         load_model("dnabert-2")
-    with pytest.raises(ModelNotFoundError, match=r"'dnabert2': no such model .*did you mean 'dnabert-2'"):
+    with pytest.raises(ModelNotFoundError, match=r"'dnabert2': not found: .*did you mean 'dnabert-2'"):
         load_model("dnabert2")
 
 

@@ -17,7 +17,7 @@ def test_train_config_spreads_keys_over_stages():
     config = train_config({**KEYS, "window": 64, "packing": "bins", "seed": 3})
     assert (config.data.window, config.data.packing, config.recipe.seed) == (64, "bins", 3)
     assert config.start.like == "evo2_7b"
-    assert set(KEY_STAGE.values()) == {"start", "data", "recipe"}
+    assert set(KEY_STAGE.values()) == {"start", "data", "recipe", "vectors"}
 
 
 @pytest.mark.parametrize("kind", ["toml", "json"])
@@ -46,9 +46,9 @@ def test_train_config_reads_a_file_and_options_win(kind, tmp_path):
         ({"like": None}, "neither model, like nor shape given"),
         ({"like": None, "model": "x", "layers": 2}, "shrink like, which is not given"),
         ({"like": None, "shape": 3}, "set shape to a table of names and values"),
-        ({"heldout": ("h.fa",)}, "expected exactly one of them"),
+        ({"heldout": ("h.fa",)}, "expected exactly one of heldout_fraction and files"),
         ({"heldout_fraction": None, "heldout": ("a.fa",)}, "heldout: a.fa is in the corpus as well"),
-        ({"heldout_fraction": None}, "expected exactly one of them"),
+        ({"heldout_fraction": None}, "expected exactly one of heldout_fraction and files"),
         ({"heldout_fraction": 1.5}, "heldout_fraction is 1.5; set heldout_fraction above 0, below 1"),
         ({"corpus": None}, "corpus is missing"),
         ({"max_steps": None}, "max_steps is missing"),

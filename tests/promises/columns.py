@@ -163,7 +163,7 @@ COLUMNS = {
         inputs=("queries.fa", "one.h5"),
         output=("-o", "hits.tsv"),
         runs_forward=True,
-        bad_options=(("-k", "0"), ("--metric", "manhattan"), ("--layer", "blocks.9")),
+        bad_options=(("--neighbors", "0"), ("--metric", "manhattan"), ("--layer", "blocks.9")),
     ),
     "fit-transform": Column(
         words=("one.h5",),

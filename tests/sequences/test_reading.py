@@ -203,7 +203,7 @@ def test_warnings_of_others_pass_through_the_parser(tmp_path, monkeypatch):
         warnings.warn("of another library", ImportWarning, stacklevel=1)
         return iter(())
 
-    monkeypatch.setattr("genoembed.sequences.formats.SeqIO.parse", parse)
+    monkeypatch.setattr("Bio.SeqIO.parse", parse)
     path = write(tmp_path, genbank("contig1 20 bp").encode())
     with warnings.catch_warnings():
         warnings.simplefilter("default", ImportWarning)

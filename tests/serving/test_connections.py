@@ -243,6 +243,7 @@ def test_request_that_fails_does_not_fail_those_beside_it(served, held, monkeypa
     rows = served.server.service._embedder.rows
 
     def fail(records):
+        assert held.wait(30)  # all four are there
         if any(b"TTTTT" in record.sequence for record in records):
             message = "boom"
             raise ZeroDivisionError(message)

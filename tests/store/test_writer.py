@@ -265,9 +265,7 @@ def test_writer_full_disk_is_one_clear_error(tmp_path, limit):
     command = [sys.executable, "-c", textwrap.dedent(script), tmp_path / "a.h5", str(limit)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        "a.h5: could not be written (File too large), nothing is left of it; look at the free" in done.stdout
-    )
+    assert "a.h5: could not be written (File too large), nothing is left of it; check the free" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -179,12 +179,16 @@ def test_heads_leave_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: classification_loss(logits(2, 3), torch.tensor([0, 3])), InputError, "3 is no class"),
-        (lambda: classification_loss(logits(2, 3), torch.tensor([0, -1])), InputError, "-1 is no class"),
+        (lambda: classification_loss(logits(2, 3), torch.tensor([0, 3])), InputError, "3 is not a class"),
+        (lambda: classification_loss(logits(2, 3), torch.tensor([0, -1])), InputError, "-1 is not a class"),
         (lambda: classification_loss(logits(2, 3), torch.tensor([0])), ShapeError, r"labels: shape \(1,\)"),
         (lambda: multilabel_loss(logits(1, 2), torch.tensor([[0, 2]])), InputError, "outside 0 to 1"),
         (lambda: multilabel_loss(logits(1, 2), torch.tensor([0, 1])), ShapeError, r"expected \(B, C\) both"),
-        (lambda: regression_loss(logits(1, 1), torch.tensor([[math.nan]])), InputError, "no finite number"),
+        (
+            lambda: regression_loss(logits(1, 1), torch.tensor([[math.nan]])),
+            InputError,
+            "not a finite number",
+        ),
         (lambda: regression_loss(logits(2, 1), torch.zeros(2)), ShapeError, r"expected \(B, K\) both"),
         (
             lambda: token_classification_loss(logits(1, 2, 3), torch.full((1, 2), -100)),

@@ -64,7 +64,7 @@ def check_model_name(name: str) -> None:
     if published_named(name) is not None:
         return
     if looks_like_path(name):
-        message = f"model {name!r}: file or folder not found;  {suggestion(path.name)}"
+        message = f"model {name!r}: file or folder not found; {suggestion(path.name)}"
         raise ModelNotFoundError(message)
     # the hub has a few repositories without owner: taken if they were fetched by other means
     if "/" not in name and not Path(constants.HF_HUB_CACHE, f"models--{name}").is_dir():

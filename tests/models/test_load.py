@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -27,7 +28,7 @@ from genoembed.models.load import load_model
 from genoembed.models.precision import has_amx
 from genoembed.models.pretrained import check_reads_dna
 from tests.models.conftest import make_batch
-from tests.tiny_models import build_config, build_tiny
+from tests.tiny_models import build_config, build_striped_hyena, build_tiny
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -259,6 +260,24 @@ def test_nonsense_in_a_configuration_is_one_line(use, change, problem, tiny_fold
     with pytest.raises(ModelError, match=problem) as caught:
         use(str(tmp_path / "m"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"intermediate_size": 352.0}, {"state_size": "wide"}, {"hcm_filter_groups": True}, {"dtype": []}),
+        *({"hidden_size": 1 << 40, "intermediate_size": 1 << 40}),
+    ],
+    ids=str,
+)
+def test_nonsense_in_a_striped_hyena_configuration_is_one_line(change, tmp_path):
+    build_striped_hyena().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+    for use in (load_model, describe_layers):
+        with pytest.raises(ModelError, match=re.escape(str(tmp_path / "m"))) as caught:
+            use(str(tmp_path / "m"))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])

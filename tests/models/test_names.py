@@ -28,9 +28,9 @@ def test_what_may_be_there_passes(name):
         ("evo2-7b", r"not found: not a name from .*; did you mean 'evo2_7b'\?"),
         ("dnabert2", r"; did you mean 'dnabert-2' or 'dnabert-s'\?"),
         ("xyz", "; use a local folder, a Hugging Face id, or one of genoembed-mini, .* and the others of"),
-        ("./evo2_7b", r"file or folder not found;  did you mean 'evo2_7b'"),
-        ("models/of/mine", "file or folder not found;  "),
-        ("weights.pt", "file or folder not found;  "),
+        ("./evo2_7b", r"file or folder not found; did you mean 'evo2_7b'"),
+        ("models/of/mine", "file or folder not found; "),
+        ("weights.pt", "file or folder not found; "),
     ],
 )
 def test_what_cannot_be_there_is_refused(name, message):

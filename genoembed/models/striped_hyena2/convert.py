@@ -260,7 +260,7 @@ def _describe(
     entries = {entry.name: entry for entry in known_models() if entry.files}
     if wanted not in entries:
         message = (
-            f"{source}: {wanted!r}is not the name of a known checkpoint ({', '.join(entries)}); "
+            f"{source}: {wanted!r} is not the name of a known checkpoint ({', '.join(entries)}); "
             "set name to one of them, or config to a YAML description"
         )
         raise ModelError(message)

@@ -29,7 +29,8 @@ _OTHER_KEYS = {
 _TYPES = {"float32", "bfloat16", "float16"}
 _FLOAT32_PARTS = ("log_poles", "residues", "inv_freq", "fp8_scales")
 """Tensors that stay float32 whatever type the model has; transformers' class names the same ones."""
-_MOST_LAYERS = 10_000
+_MOST_LAYERS, _WIDEST = 10_000, 1 << 24
+_KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}}
 _TOKENIZER = {
     "tokenizer_class": "CharTokenizer",
     "eos_token": chr(ByteTokens.eos_token_id),
@@ -45,18 +46,21 @@ _MORE_TOKENS = (
 def read_shape(folder: Path) -> StripedHyena2Shape | None:
     """Read ``config.json``."""
     values = _read_json(folder / "config.json")
-    fields = inspect.signature(StripedHyena2Fields).parameters.keys() - {"kwargs"}
-    if values.get("model_type") != "striped_hyena2" or values.keys() - fields - _OTHER_KEYS:
+    fields = inspect.signature(StripedHyena2Fields).parameters
+    if values.get("model_type") != "striped_hyena2" or values.keys() - fields.keys() - _OTHER_KEYS:
         return None
-    if values.get("dtype") not in {None, *_TYPES}:
+    if values.get("dtype") not in (None, *_TYPES):
+        return None
+    kinds = {name: _KINDS.get(fields[name].annotation) for name in values.keys() & fields.keys()}
+    if any(kind is not None and type(values[name]) not in kind for name, kind in kinds.items()):
+        return None
+    if any(kind == {int} and values[name] > _WIDEST for name, kind in kinds.items()):
         return None
     try:
         shape = StripedHyena2Shape(**values)
     except (ConfigError, TypeError, ValueError):
         return None
-    numbers = (shape.num_hidden_layers, shape.hidden_size, shape.vocab_size)
-    is_sound = all(isinstance(number, int) for number in numbers) and shape.num_hidden_layers <= _MOST_LAYERS
-    return shape if is_sound else None
+    return shape if shape.num_hidden_layers <= _MOST_LAYERS else None
 
 
 def has_byte_tokens(folder: Path) -> bool:

@@ -230,8 +230,8 @@ def annotate(
 ) -> AnnotateReport:
     """Add the columns of a table to the records of an embedding file, by id.
 
-    A column whose values are all whole numbers, or all numbers, is stored as numbers, any other as text. Rows
-    that the table does not have get NaN, or no text.
+    A column whose values are all whole numbers, or all numbers, is stored as numbers, any other as text, also
+    one with leading zeros (``007``). Rows that the table does not have get NaN, or no text.
 
     Args:
         path: An embedding file, pooled or per-token.
@@ -269,8 +269,7 @@ def annotate(
             problem = f"none of its ids ({shown}) is in {file.path} ({file.ids[0]!r} ...); use the same ids"
             raise LabelError(problem, path=fspath(table))
         columns = {
-            name: _typed([None if values is None else values[place] for values in found])
-            for place, name in enumerate(names)
+            name: _typed([None if values is None else values.get(name) for values in found]) for name in names
         }
         if without:
             logger.warning(
@@ -505,28 +504,36 @@ def _with_step(
 # --------------------------------------------------------------------------------------------- more columns
 
 
-def _read_table(name: str, file: EmbeddingFile) -> tuple[dict[str, tuple[object, ...]], list[str], int]:
+def _read_table(name: str, file: EmbeddingFile) -> tuple[dict[str, Mapping[str, object]], list[str], int]:
     """Read the values of a table by id, the names of its columns, and how many rows it has."""
     known = {*file.ids, *record_names(file)}
-    rows: dict[str, tuple[object, ...]] = {}
-    names: list[str] = []
+    rows: dict[str, Mapping[str, object]] = {}
+    id_column: str | None = None
+    names: dict[str, None] = {}
     for row in iter_rows(name):
-        first, *cells = row.values.values()
-        record_id = as_text(first)
-        names = names or list(row.values)[1:]
+        if id_column is None:
+            id_column = next(iter(row.values), _ID)
+            if id_column in known:
+                problem = (
+                    f"its first row begins with the id {id_column!r}, expected names of columns; add a header"
+                )
+                raise LabelError(problem, path=name)
+        # rows of JSON lines may have other keys than the first one, in any order
+        record_id = as_text(row.values.get(id_column))
+        if id_column not in row.values:
+            problem = f"no {id_column!r}, expected it in every row, as in the first; add the id"
+            raise LabelError(problem, path=name, line=row.line, record_id=row.name)
         if record_id in rows:
             problem = "has a row already; leave one"
             raise LabelError(problem, path=name, line=row.line, record_id=record_id)
-        rows[record_id] = tuple(cells)
-        if len(rows) == 1 and (header := next(iter(row.values))) in known:
-            problem = f"its first row begins with the id {header!r}, expected names of columns; add a header"
-            raise LabelError(problem, path=name)
+        rows[record_id] = row.values
+        names |= dict.fromkeys(column for column in row.values if column != id_column)
     if not names:
         problem = (
             "has no column of values, expected ids in the first column and values in others; check the file"
         )
         raise LabelError(problem, path=name)
-    return rows, names, len(rows)
+    return rows, list(names), len(rows)
 
 
 def _check_columns(file: EmbeddingFile, names: Sequence[str], *, overwrite: bool) -> None:
@@ -555,6 +562,8 @@ def _typed(cells: Sequence[object]) -> NDArray[Any]:
     Example:
         >>> _typed(["1", "2"]), _typed(["1", None, "2.5"]), _typed(["a", "NA", "1"])
         (array([1, 2]), array([1. , nan, 2.5]), array(['a', '', '1'], dtype=object))
+        >>> _typed(["007", "7"])
+        array(['007', '7'], dtype=object)
     """
     there = [cell for cell in cells if cell is not None]
     if there and all(isinstance(cell, bool) for cell in there):
@@ -567,7 +576,8 @@ def _typed(cells: Sequence[object]) -> NDArray[Any]:
         numbers = [float(text) for text in known]
     except ValueError:
         numbers = []
-    if not numbers or any("_" in text for text in known):  # Python reads 1_000 as a number; tables do not
+    # Python reads 1_000 as a number, tables do not; and 007 and 7 are two names
+    if not numbers or any("_" in text or re.match(r"[+-]?0\d", text) for text in known):
         return np.array(texts, object)
     if len(known) == len(texts) and all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in known):
         return np.array([int(text) for text in known], np.int64)

@@ -287,6 +287,30 @@ def test_annotate_adds_typed_columns_and_names_what_does_not_match(world, tmp_pa
     assert same_rows(tmp_path / "a.h5", world / "one.h5")
 
 
+def test_annotate_matches_json_lines_by_key(world, tmp_path):
+    table = tmp_path / "t.jsonl"
+    table.write_text(
+        '{"id": "r1", "x": 1, "y": 2}\n{"id": "r2", "y": 5, "x": 6}\n{"z": 4, "y": 8, "id": "r3"}\n'
+    )
+    report = annotate(world / "one.h5", table, output=tmp_path / "a.h5")
+    assert report.columns == ("x", "y", "z")
+    with open_embeddings(tmp_path / "a.h5") as file:
+        np.testing.assert_array_equal(file.obs["x"][1:4], [1, 6, np.nan])
+        np.testing.assert_array_equal(file.obs["y"][1:4], [2, 5, 8])
+        np.testing.assert_array_equal(file.obs["z"][1:4], [np.nan, np.nan, 4])
+    for text in ("{}\n", '{"id": "r1", "x": 1}\n{"x": 2}\n'):
+        table.write_text(text)
+        with pytest.raises(LabelError, match="no 'id', expected it in every row"):
+            annotate(world / "one.h5", table, output=tmp_path / "b.h5")
+
+
+def test_annotate_keeps_leading_zeros(world, tmp_path):
+    (tmp_path / "t.tsv").write_text("id\tcluster\nr0\t007\nr1\t7\n")
+    annotate(world / "one.h5", tmp_path / "t.tsv", output=tmp_path / "a.h5")
+    with open_embeddings(tmp_path / "a.h5") as file:
+        assert file.obs["cluster"][:2].tolist() == ["007", "7"]
+
+
 def test_annotate_in_place_replaces_columns_only_on_request(world, tmp_path):
     shutil.copy(world / "tokens.h5", tmp_path / "a.h5")
     (tmp_path / "t.tsv").write_text("id\tn\n" + "".join(f"r{row}\t{row}\n" for row in range(12)))

@@ -161,9 +161,11 @@ def _check_folds(
         # what is left to learn from when this fold is tested and the next one is chosen on
         fitted = (folds != fold) & (folds != (fold + 1) % num_folds)
         is_poor = task == "classification" and len(np.unique(target[fitted])) < len(np.unique(target))
-        if is_poor or not (folds == fold).any():
+        # R2 compares with the mean of the fold, which needs two rows
+        fewest, filled_with = (1, "rows of every class") if task == "classification" else (2, "2 rows each")
+        if is_poor or (folds == fold).sum() < fewest:
             message = (
-                f"groups: too few or too large to fill {num_folds} folds with rows of every class; "
+                f"groups: too few or too large to fill {num_folds} folds with {filled_with}; "
                 "set num_folds lower, or use finer groups"
             )
             raise ConfigError(message)
@@ -265,8 +267,9 @@ def measure_predictions(
 ) -> dict[str, float]:
     """Compare predictions with the truth, by all metrics of the task.
 
-    Correlations are 0 where one side is constant, as the Matthews correlation is by convention. Macro-F1 is
-    the mean over the classes that occur on either side.
+    Correlations are 0 where one side is constant, as the Matthews correlation is by convention, and so is
+    any metric that is undefined, as R2 of one row. Macro-F1 is the mean over the classes that occur on either
+    side.
 
     Example:
         >>> true, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
@@ -296,7 +299,8 @@ def _measure_one(metric: str, true: NDArray[np.generic], predicted: NDArray[np.g
         else:
             correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
             found = correlate(true, predicted).statistic
-    return float(found)
+    # a report is JSON, which has no NaN, and no candidate compares with it
+    return float(found) if np.isfinite(found) else 0.0
 
 
 def summarize_metrics(scores: Sequence[Mapping[str, float]], *, ddof: int = 1) -> dict[str, MetricSummary]:

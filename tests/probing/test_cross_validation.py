@@ -248,3 +248,10 @@ def test_summarize_gives_mean_and_sample_deviation():
     assert summary.mean == pytest.approx(0.5)
     assert summary.sd == pytest.approx(np.std([0.2, 0.4, 0.9], ddof=1))
     assert summary.values == (0.2, 0.4, 0.9)
+
+
+def test_folds_of_one_row_are_refused_where_r2_is_measured_and_none_is_nan():
+    with pytest.raises(ConfigError, match="fill 5 folds with 2 rows each; set num_folds lower"):
+        split_folds(np.arange(13.0), task="regression", groups=[0, *np.arange(12) // 3 + 1])
+    one = measure_predictions(np.array([1.0]), np.array([2.0]), task="regression")
+    assert one == dict.fromkeys(one, 0.0)

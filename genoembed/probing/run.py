@@ -142,7 +142,10 @@ def probe(
     with _claimed(folder, written, overwrite=overwrite) as place:
         table = read_labels(_table_of(names, labels, given), wanted, has_sequences=labels is None)
         check_labels(table, wanted)
-        is_checked = given is None and "-" not in names
+        places = extraction.get("regions") or ()
+        read = [*names, *([places] if isinstance(places, str | PathLike) else places)]
+        # what can be read only once is left to the pass, and checked after it
+        is_checked = given is None and not any(map(_is_read_once, read))
         if is_checked:
             _check_records(names, table, wanted, extraction)
         started = time.perf_counter()
@@ -218,12 +221,21 @@ def _table_of(names: Sequence[str], labels: str | PathLike[str] | None, given: P
     """Return the table that has the labels: the one that is named, or the input itself."""
     if labels is not None:
         return fspath(labels)
+    if _is_read_once(names[0]) and names[0] != "-":
+        message = f"{names[0]}: a table is read twice, for its labels and its sequences; name a file, no pipe"
+        raise ConfigError(message)
     if len(names) > 1 or given is not None or holds_records(names[0]):
         problem = Problem(
             f"{names[0]} has sequences, but no labels", Remedy("labels", words="the table of their labels")
         )
         raise MissingOptionError(problem, key="labels")
     return names[0]
+
+
+def _is_read_once(name: str | PathLike[str]) -> bool:
+    """Return whether a name is standard input, a pipe or another stream, which is empty when read again."""
+    path = Path(name)
+    return fspath(name) == "-" or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 
 import numpy as np
@@ -166,6 +167,25 @@ def test_what_is_wrong_with_labels_is_said_before_anything_is_embedded(
             tmp_path / "a.fa", labels=tmp_path / "a.tsv", output=tmp_path / "o", **{"num_folds": 3, **options}
         )
     assert not (tmp_path / "o").exists()
+
+
+def pipe_of(path):
+    """A name that can be read once, as the shell writes it for the output of a command."""
+    end, other = os.pipe()
+    os.write(other, path.read_bytes())
+    os.close(other)
+    return end, f"/dev/fd/{end}"
+
+
+def test_sequences_of_a_pipe_are_read_once_and_a_table_of_labels_from_one_is_refused(data, tmp_path):
+    end, name = pipe_of(data / "a.fa")
+    lean = {"labels": data / "a.tsv", "model": model_of(STRIPED), "baselines": False, "plot": False}
+    assert again(data, tmp_path, inputs=name, layers=[0], **lean).num_rows == NUM
+    os.close(end)
+    end, name = pipe_of(data / "a.tsv")
+    with pytest.raises(ConfigError, match="a table is read twice, for its labels and its sequences"):
+        again(data, tmp_path, inputs=name, labels=None, output=tmp_path / "p")
+    os.close(end)
 
 
 def test_few_rows_are_warned_of_before_anything_is_embedded(data, report, tmp_path, caplog):

@@ -379,10 +379,14 @@ class AtomicFile:
     def flush(self) -> None:
         """Do nothing: writes are not buffered here."""
 
-    def commit(self) -> None:
-        """Flush the file to the disk and rename it to its final name; call this after HDF5 has closed it."""
+    def check(self) -> None:
+        """Raise what ended the first write that failed; call this now and then outside HDF5."""
         if self.error is not None:
             raise self.error
+
+    def commit(self) -> None:
+        """Flush the file to the disk and rename it to its final name; call this after HDF5 has closed it."""
+        self.check()
         # bytes before the name: after a power cut the name must not stand for what never reached the disk
         os.fsync(self._raw.fileno())
         self.temporary.chmod(0o666 & ~_umask())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -15,9 +16,10 @@ import scipy.sparse
 from click.testing import CliRunner
 
 from genoembed import annotate, compare, extract, join, open_embeddings, search, subset, verify
+from genoembed.atomic import AtomicFile
 from genoembed.cli import main
 from genoembed.errors import ConfigError, DuplicateIdError, LabelError, StoreError, StoreFormatError
-from genoembed.store import rewriting, seal
+from genoembed.store import EmbeddingFile, rewriting, seal
 from genoembed.store.seal import check_seal
 from tests.tiny_models import build_tiny
 
@@ -370,3 +372,42 @@ def test_file_that_holds_no_embeddings_is_refused(tmp_path):
     (tmp_path / "x.h5").write_text(">a\nACGT\n")
     with pytest.raises(StoreFormatError, match="is not an HDF5 file"):
         subset(tmp_path / "x.h5", ids=["a"], output=tmp_path / "y.h5")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("source", "good_blocks"), [("one.h5", 1), ("tokens.h5", 1), ("more.h5ad", 25)])
+def test_full_disk_ends_the_writing_at_the_block(world, tmp_path, monkeypatch, source, good_blocks, error):
+    path = world / source
+    if source == "more.h5ad":
+        made = anndata.read_h5ad(world / "one.h5")
+        made.obsm["X_big"] = np.zeros((12, 40))  # copied after the two layers, 22 blocks
+        made.write_h5ad(path := tmp_path / source)
+    files: list[AtomicFile] = []
+    monkeypatch.setattr(rewriting, "AtomicFile", lambda target: files.append(AtomicFile(target)) or files[-1])
+    monkeypatch.setattr(rewriting, "SLAB_BYTES", 64)
+    blocks: list[object] = []
+
+    def failing(parts):
+        def wrapped(*args):
+            for part in parts(*args):
+                blocks.append(part)
+                if len(blocks) > good_blocks:
+                    files[-1].error = error
+                yield part
+
+        return wrapped
+
+    for name in ("_blocks", "_token_runs"):
+        monkeypatch.setattr(rewriting, name, failing(getattr(rewriting, name)))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StoreError):
+        subset(path, where="id!=r3", output=tmp_path / "out.h5")
+    assert len(blocks) == good_blocks + 1
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_tokens_of_scattered_rows_are_found_in_one_look(world, tmp_path, monkeypatch):
+    looks: list[object] = []
+    found = EmbeddingFile.num_tokens.fget
+    monkeypatch.setattr(EmbeddingFile, "num_tokens", property(lambda file: looks.append(file) or found(file)))
+    subset(world / "tokens.h5", ids=["r0", "r2", "r4", "r6", "r8"], output=tmp_path / "out.h5")
+    assert len(looks) <= 3  # lengths, spans, and the one layer

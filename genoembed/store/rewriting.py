@@ -10,6 +10,7 @@ N rows, D features.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
 _SPARSE = ("csr_matrix", "csc_matrix")
 _CODES = np.dtype("<i4")
+_Check = Callable[[], None]
+"""Raises what ended a write that failed: HDF5 is not told, and would keep the rest in memory."""
 CHANGED_X = "X"
 """In ``layers``: what another program made of ``X``, where the layer itself is whole in ``obsm``."""
 
@@ -116,8 +119,8 @@ def write_rows(
     Raises:
         StoreError: If a file cannot be read or written, or has a part that cannot be cut into rows.
     """
-    with _sealed(path, overwrite=overwrite) as hdf5:
-        writer = _Rows(hdf5, sources, columns or {})
+    with _sealed(path, overwrite=overwrite) as (hdf5, check):
+        writer = _Rows(hdf5, sources, columns or {}, check)
         if sources[0].file.kind == "tokens":
             writer.write_tokens()
         else:
@@ -133,8 +136,8 @@ def write_rows(
 
 
 @contextmanager
-def _sealed(path: str | PathLike[str], *, overwrite: bool) -> Iterator[h5py.File]:
-    """Open a file to write that gets its name, under a seal, where nothing failed."""
+def _sealed(path: str | PathLike[str], *, overwrite: bool) -> Iterator[tuple[h5py.File, _Check]]:
+    """Open a file to write that gets its name, under a seal, where nothing failed; and how to learn of it."""
     target = check_output(path, overwrite=overwrite)
     with reporting_writes(path):
         file = AtomicFile(target)
@@ -142,7 +145,7 @@ def _sealed(path: str | PathLike[str], *, overwrite: bool) -> Iterator[h5py.File
         with reporting_writes(path):
             try:
                 with h5py.File(file, "w") as hdf5:
-                    yield hdf5
+                    yield hdf5, file.check
                     gaps = number_chunks(hdf5)
             except (RuntimeError, ValueError):
                 if file.error is not None:  # HDF5 fails on what a full disk did not take
@@ -160,9 +163,13 @@ class _Rows:
     """The rows of some files, on their way to another."""
 
     def __init__(
-        self, root: h5py.File, sources: Sequence[TakenRows], columns: Mapping[str, NDArray[Any]]
+        self,
+        root: h5py.File,
+        sources: Sequence[TakenRows],
+        columns: Mapping[str, NDArray[Any]],
+        check: _Check,
     ) -> None:
-        self._root, self._sources, self._columns = root, sources, columns
+        self._root, self._sources, self._columns, self._check = root, sources, columns, check
         self._is_one = len(sources) == 1
         self._first = sources[0].file
         self.dropped: list[str] = []
@@ -200,6 +207,7 @@ class _Rows:
             for first, last in _token_runs(source):
                 for dataset, places in zip(spans, found[first:last].T, strict=True):
                     dataset.append(places.astype(INTEGER))
+                self._check()
         for dataset in spans:
             dataset.close()
         for name in self._first.layers:
@@ -210,6 +218,7 @@ class _Rows:
                 for first, last in _token_runs(source):
                     for start in range(first, last, step):
                         made.append(matrix[start : min(start + step, last)].astype(self._dtype(name)))
+                        self._check()
             made.close()
 
     def _dtype(self, layer: str) -> np.dtype[np.floating]:
@@ -224,6 +233,7 @@ class _Rows:
             matrix = source.file[layer]
             for positions in _blocks(source.rows, matrix.shape[1] * matrix.dtype.itemsize):
                 made.append(matrix[positions].astype(self._dtype(layer)))
+                self._check()
         made.close()
 
     def _write_obs(self) -> None:
@@ -237,10 +247,12 @@ class _Rows:
                 write_categories(obs, name, values, [*known, *sorted({*values} - {*known})])
             else:
                 write_column(obs, name, values)
+            self._check()
         more = [name for source in self._sources for name in source.file.obs if name not in OBS_COLUMNS]
         names = [name for name in dict.fromkeys(more) if name not in self._columns]
         for name in names:
             self._more_column(obs, name)
+            self._check()
         for name, values in self._columns.items():
             write_column(obs, name, values)
         mark_dataframe(obs, [*OBS_COLUMNS, *names, *self._columns])
@@ -250,7 +262,7 @@ class _Rows:
             (source,) = self._sources
             node = hdf5_of(source.file)[f"obs/{name}"]
             if "categories" not in node.attrs:  # those that refer elsewhere are of AnnData before 0.8
-                _copy_rows(node, obs, name, source.rows, str(source.file.path))
+                _copy_rows(node, obs, name, source.rows, str(source.file.path), self._check)
                 return
         parts = [
             source.file.obs[name][source.rows]
@@ -275,7 +287,9 @@ class _Rows:
         layers = {escape_name(name) for name in file.layers}
         for name in _members(file, "obsm"):
             if name not in layers:
-                _copy_rows(hdf5_of(file)[f"obsm/{name}"], self._root["obsm"], name, source.rows, path)
+                _copy_rows(
+                    hdf5_of(file)[f"obsm/{name}"], self._root["obsm"], name, source.rows, path, self._check
+                )
         if (x := changed_x_of(file)) is not None:
             if x.shape != (len(file), file.X.shape[1]):
                 problem = (
@@ -283,11 +297,15 @@ class _Rows:
                     "in Python, set X to that layer, and save it again"
                 )
                 raise StoreError(problem, path=path)
-            _copy_rows(x, self._root["layers"], CHANGED_X, source.rows, path)
+            _copy_rows(x, self._root["layers"], CHANGED_X, source.rows, path, self._check)
         for name in _members(file, "layers"):
-            _copy_rows(hdf5_of(file)[f"layers/{name}"], self._root["layers"], name, source.rows, path)
+            _copy_rows(
+                hdf5_of(file)[f"layers/{name}"], self._root["layers"], name, source.rows, path, self._check
+            )
         for name in _members(file, "obsp"):
-            _copy_pairs(hdf5_of(file)[f"obsp/{name}"], self._root["obsp"], name, source.rows, path)
+            _copy_pairs(
+                hdf5_of(file)[f"obsp/{name}"], self._root["obsp"], name, source.rows, path, self._check
+            )
         if names_own_features(file):
             for group in ("varm", "varp"):
                 for name in _members(file, group):
@@ -295,7 +313,7 @@ class _Rows:
         if isinstance(raw := hdf5_of(file).get("raw"), h5py.Group):
             made = self._root.create_group("raw")
             made.attrs.update(raw.attrs)
-            _copy_rows(raw["X"], made, "X", source.rows, path)
+            _copy_rows(raw["X"], made, "X", source.rows, path, self._check)
             for name in set(raw) & {"var", "varm"}:
                 _copy_whole(file, f"raw/{name}", made)
         uns = self._root.require_group("uns")
@@ -408,23 +426,29 @@ def _blocks(rows: NDArray[np.int64], row_bytes: int) -> Iterator[NDArray[np.int6
 
 def _token_runs(source: TakenRows) -> Iterator[tuple[int, int]]:
     """List the tokens of the rows, those of consecutive rows together."""
-    ends = np.cumsum(source.file.num_tokens)
+    lengths = source.file.num_tokens  # computed anew for all rows at each look
+    ends = np.cumsum(lengths)
     for run in np.split(source.rows, np.flatnonzero(np.diff(source.rows) != 1) + 1):
         if len(run):
-            yield int(ends[run[0]] - source.file.num_tokens[run[0]]), int(ends[run[-1]])
+            yield int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])
 
 
 def _copy_rows(
-    node: h5py.Group | h5py.Dataset, to: h5py.Group, name: str, rows: NDArray[np.int64], path: str
+    node: h5py.Group | h5py.Dataset,
+    to: h5py.Group,
+    name: str,
+    rows: NDArray[np.int64],
+    path: str,
+    check: _Check,
 ) -> None:
     """Copy some rows of an element that has a row per record, whatever it is encoded as."""
     with reading(path):
         if isinstance(node, h5py.Dataset):
-            _copy_dense(node, to, name, rows)
+            _copy_dense(node, to, name, rows, check)
             return
         kind = encoding_of(node)
         if kind in _SPARSE or "h5sparse_format" in node.attrs:
-            _copy_sparse(node, to, name, rows, None)
+            _copy_sparse(node, to, name, rows, None, check)
             return
         if kind not in PARTS and kind != "dataframe":
             problem = (
@@ -439,10 +463,12 @@ def _copy_rows(
                 made.create_dataset(part, data=node[part][()], dtype=node[part].dtype)
                 made[part].attrs.update(node[part].attrs)
             else:
-                _copy_rows(node[part], made, part, rows, path)
+                _copy_rows(node[part], made, part, rows, path, check)
 
 
-def _copy_dense(node: h5py.Dataset, to: h5py.Group, name: str, rows: NDArray[np.int64]) -> None:
+def _copy_dense(
+    node: h5py.Dataset, to: h5py.Group, name: str, rows: NDArray[np.int64], check: _Check
+) -> None:
     is_text = h5py.check_string_dtype(node.dtype) is not None
     row_shape = node.shape[1:]
     made = to.create_dataset(
@@ -457,6 +483,7 @@ def _copy_dense(node: h5py.Dataset, to: h5py.Group, name: str, rows: NDArray[np.
         first = int(positions[0])
         block = node.asstr() if is_text else node
         made[written : written + len(positions)] = block[first : int(positions[-1]) + 1][positions - first]
+        check()
         written += len(positions)
     for key, value in node.attrs.items():
         made.attrs[key] = value
@@ -473,12 +500,17 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
 
 
 def _copy_pairs(
-    node: h5py.Group | h5py.Dataset, to: h5py.Group, name: str, rows: NDArray[np.int64], path: str
+    node: h5py.Group | h5py.Dataset,
+    to: h5py.Group,
+    name: str,
+    rows: NDArray[np.int64],
+    path: str,
+    check: _Check,
 ) -> None:
     """Copy the pairs of some rows, as of a graph of neighbors."""
     with reading(path):
         if isinstance(node, h5py.Group):
-            _copy_sparse(node, to, name, rows, rows)
+            _copy_sparse(node, to, name, rows, rows, check)
             return
         made = to.create_dataset(
             name, data=node[rows[0] : rows[-1] + 1][rows - rows[0]][:, rows] if len(rows) else node[:0, :0]
@@ -492,6 +524,7 @@ def _copy_sparse(
     name: str,
     rows: NDArray[np.int64],
     columns: NDArray[np.int64] | None,
+    check: _Check,
 ) -> None:
     """Copy some rows, and some columns, of a sparse matrix, a block of its values at a time."""
     by_rows = "csr" in (encoding_of(node) or str(node.attrs.get("h5sparse_format")))
@@ -521,6 +554,7 @@ def _copy_sparse(
         chosen = is_kept[owner] & (found >= 0)
         values.append(node["data"][span][chosen])
         places.append(found[chosen].astype(node["indices"].dtype))
+        check()
         counts[first:last] = np.bincount(owner[chosen] - first, minlength=last - first)
         first = last
     values.close()

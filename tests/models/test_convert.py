@@ -302,7 +302,7 @@ def test_blocks_of_a_converted_model_equal_its_hidden_states(tmp_path):
 
 def test_configuration_must_be_known_and_said_once(tmp_path):
     source = GOLDEN / "b_1m" / STYLES["b_1m"]
-    with pytest.raises(ModelError, match=r"'evo2_golden_40bstyle'is not the name of a known checkpoint"):
+    with pytest.raises(ModelError, match=r"'evo2_golden_40bstyle' is not the name of a known checkpoint"):
         convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(ModelError, match="both name and config are given"):
         convert_checkpoint(source, tmp_path / "out", name="evo2_7b", config="x.yml")

@@ -266,7 +266,7 @@ def test_nonsense_in_a_configuration_is_one_line(use, change, problem, tiny_fold
     "change",
     [
         *({"intermediate_size": 352.0}, {"state_size": "wide"}, {"hcm_filter_groups": True}, {"dtype": []}),
-        *({"hidden_size": 1 << 40, "intermediate_size": 1 << 40}),
+        {"hidden_size": 1 << 40, "intermediate_size": 1 << 40},
     ],
     ids=str,
 )

@@ -26,11 +26,11 @@ _OTHER_KEYS = {
     *("architectures", "checkpoint_name", "dtype", "model_type", "transformers_version", "use_cache"),
     *("tie_word_embeddings", "pad_token_id", "eos_token_id", "bos_token_id"),
 }
-_TYPES = {"float32", "bfloat16", "float16"}
+_TYPES = (None, "float32", "bfloat16", "float16")
 _FLOAT32_PARTS = ("log_poles", "residues", "inv_freq", "fp8_scales")
 """Tensors that stay float32 whatever type the model has; transformers' class names the same ones."""
 _MOST_LAYERS, _WIDEST = 10_000, 1 << 24
-_KINDS = {"int": {int}, "float": {int, float}, "bool": {bool}}
+_KINDS: dict[str, set[type]] = {"int": {int}, "float": {int, float}, "bool": {bool}}
 _TOKENIZER = {
     "tokenizer_class": "CharTokenizer",
     "eos_token": chr(ByteTokens.eos_token_id),
@@ -49,7 +49,7 @@ def read_shape(folder: Path) -> StripedHyena2Shape | None:
     fields = inspect.signature(StripedHyena2Fields).parameters
     if values.get("model_type") != "striped_hyena2" or values.keys() - fields.keys() - _OTHER_KEYS:
         return None
-    if values.get("dtype") not in (None, *_TYPES):
+    if values.get("dtype") not in _TYPES:
         return None
     kinds = {name: _KINDS.get(fields[name].annotation) for name in values.keys() & fields.keys()}
     if any(kind is not None and type(values[name]) not in kind for name, kind in kinds.items()):

@@ -32,7 +32,7 @@ from genoembed.pipeline.embedding_file import (
     setting_differences,
 )
 from genoembed.sequences.compression import decode_text, file_facts, iter_lines, iter_text
-from genoembed.sequences.tables import as_text, iter_rows
+from genoembed.sequences.tables import as_number, as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.rewriting import TakenRows, write_rows
 from genoembed.store.schema import OBS_COLUMNS
@@ -573,11 +573,10 @@ def _typed(cells: Sequence[object]) -> NDArray[Any]:
     texts = ["" if (text := as_text(cell)).lower() in _NO_VALUE else text for cell in cells]
     known = [text for text in texts if text]
     try:
-        numbers = [float(text) for text in known]
+        numbers = [as_number(text) for text in known]
     except ValueError:
         numbers = []
-    # Python reads 1_000 as a number, tables do not; and 007 and 7 are two names
-    if not numbers or any("_" in text or re.match(r"[+-]?0\d", text) for text in known):
+    if not numbers or any(re.match(r"[+-]?0\d", text) for text in known):  # 007 and 7 are two names
         return np.array(texts, object)
     if len(known) == len(texts) and all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in known):
         return np.array([int(text) for text in known], np.int64)

@@ -18,6 +18,7 @@ import numpy as np
 
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, LabelError
+from genoembed.sequences.tables import as_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -90,7 +91,10 @@ def _number(column: str, value: object) -> float:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise _missing(column)
     try:
-        number = float(value) if isinstance(value, int | float | str) else math.nan
+        if isinstance(value, str):
+            number = as_number(value)
+        else:
+            number = float(value) if isinstance(value, int | float) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
     # float(True) is 1.0: a column of true and false is a class, not a number

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genoembed.errors import visible
+from genoembed.sequences.tables import as_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,9 @@ _LARGEST = 1e300  # of a scale's ends: their difference is a number, too
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ].+)?")
 _DAY_S = 86_400
 _EPOCH = datetime(1970, 1, 1)  # without a zone: times stay as they are written
+_FIRST_S, _LAST_S = (
+    int((end.replace(microsecond=0) - _EPOCH).total_seconds()) for end in (datetime.min, datetime.max)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +245,7 @@ def _as_numbers(values: Sequence[str | None]) -> NDArray[np.float64] | None:
         if value is None:
             continue
         try:
-            numbers[index] = float(value)
+            numbers[index] = as_number(value)
         except ValueError:
             return None
     return numbers if np.isfinite(numbers).any() else None
@@ -260,31 +264,36 @@ def date_column(name: str, values: Sequence[str | None]) -> NumberColumn | None:
     for index, value in enumerate(values):
         if value is None:
             continue
-        try:
-            when = datetime.fromisoformat(value) if _DATE.fullmatch(value) else None
-        except ValueError:
-            when = None
-        if when is None:
+        if not _DATE.fullmatch(value):
             return None
-        plain = when if when.tzinfo is None else when.astimezone(UTC).replace(tzinfo=None)
+        try:
+            when = datetime.fromisoformat(value)
+            plain = when if when.tzinfo is None else when.astimezone(UTC).replace(tzinfo=None)
+        except (ValueError, OverflowError):  # no such day, or outside the years 1 to 9999 in UTC
+            return None
         days[index] = (plain - _EPOCH).total_seconds() / _DAY_S
     finite = days[~np.isnan(days)]
     if not len(finite):
         return None
     low, high = float(finite.min()), float(finite.max())
-    high = high if high > low else low + 1
+    if low == high:
+        low, high = (low, low + 1) if low + 1 < _LAST_S / _DAY_S else (low - 1, low)
     return NumberColumn(name=visible(name), values=days, low=low, high=high, is_log=False, is_date=True)
 
 
 def date_text(days: float) -> str:
     """Spell out days since 1970, with the time of day where there is one."""
-    when = _EPOCH + timedelta(seconds=round(days * _DAY_S))
-    return when.isoformat(" ").removesuffix(":00").removesuffix(" 00:00")
+    return _moment(days).isoformat(" ").removesuffix(":00").removesuffix(" 00:00")
+
+
+def _moment(days: float) -> datetime:
+    """Return a time to the second; what rounding has moved out of the calendar becomes its first or last."""
+    return _EPOCH + timedelta(seconds=min(max(round(days * _DAY_S), _FIRST_S), _LAST_S))
 
 
 def _date_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     """Choose firsts of years or months, or days."""
-    first, last = (_EPOCH + timedelta(days=value) for value in (low, high))
+    first, last = _moment(low), _moment(high)
     months = (last.year - first.year) * 12 + last.month - first.month
     if months < 3:
         values = _even_ticks(low, high)

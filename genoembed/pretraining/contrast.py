@@ -150,6 +150,7 @@ class VectorLoss:
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return the weighted loss of the forward pass that was made last, and numbers for the log."""
         ids_BL = inputs["input_ids"]
+        num_documents = len(ids_BL) - (self._config.contrast_rows if "group_ids" in inputs else 0)
         losses, numbers = [], {}
         for path in self.layers:
             states_BLD = self._states.pop(path).float()
@@ -160,7 +161,8 @@ class VectorLoss:
                 )
                 raise LayerError(message, spec=path)
             if self._codes is not None:
-                loss = self._codes.loss(states_BLD, ids_BL)
+                # of documents alone, so that the loss is the same with and without rows of copies
+                loss = self._codes.loss(states_BLD[:num_documents], ids_BL[:num_documents])
                 losses.append(self._config.kmer_codes * loss)
                 numbers[f"kmer_loss_{path}"] = float(loss.detach())
             if "group_ids" in inputs:
@@ -170,7 +172,7 @@ class VectorLoss:
                     f"contrast_loss_{path}": float(found.loss.detach()),
                     f"mean_cosine_{path}": found.mean_cosine,
                 }
-        return torch.stack(losses).mean(), numbers
+        return torch.stack(losses).sum() / len(self.layers), numbers
 
 
 class PooledContrast(NamedTuple):

@@ -18,7 +18,7 @@ from genoembed.pipeline.embedding_file import read_file_records
 from genoembed.probing.cross_validation import check_counts, split_folds
 from genoembed.sequences.formats import SEQUENCE_COLUMN, row_id
 from genoembed.sequences.homology import HomologyConfig, cluster_homologs
-from genoembed.sequences.tables import iter_rows, parse_split
+from genoembed.sequences.tables import as_number, iter_rows, parse_split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,7 +101,7 @@ def check_labels(table: LabelTable, options: ProbeConfig) -> None:
 
 def _number(row: TableRow, label: str, name: str) -> float:
     try:
-        return float(label)
+        return as_number(label)
     except ValueError as error:
         problem = f"label {label!r} is not a number, but the task is regression; set task to 'classification'"
         raise LabelError(problem, path=row.path, line=row.line, record_id=name) from error

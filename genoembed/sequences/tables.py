@@ -109,6 +109,23 @@ SPLIT_WORDS: Mapping[str, SplitSide] = {
 """What a column may call the sides of a split, in any case."""
 
 
+def as_number(text: str) -> float:
+    """Read a number; raise ``ValueError`` where Python alone would read one, as the name ``1_0``.
+
+    Example:
+        >>> as_number("1e3")
+        1000.0
+        >>> as_number("1_0")
+        Traceback (most recent call last):
+        ...
+        ValueError: '1_0' is not a number
+    """
+    if "_" in text:  # float() takes it for a separator; no table does
+        message = f"{text!r} is not a number"
+        raise ValueError(message)
+    return float(text)
+
+
 def parse_split(
     word: str | None, *, path: str, line: int | None = None, record_id: str | None = None
 ) -> SplitSide:

@@ -280,6 +280,7 @@ BAD = [
     ("ACGT\t1\nAC\t0", {}, SequenceFormatError, r"f:2: no column 'sequence' \(there are 'ACGT', '1'\)"),
     ("sequence\tlabel\tlabel\nAC\tx\ty", {}, SequenceFormatError, r"f:1: column 'label' appears twice"),
     ("sequence\tlabel\nAC\t1.x", NUMBER, LabelError, r"f:2: .*'1.x', expected a finite number"),
+    ("sequence\tlabel\nAC\t1_0", NUMBER, LabelError, r"f:2: .*'1_0', expected a finite number"),
     ("sequence\tlabel\nAC\tnan", NUMBER, LabelError, r"f:2: .*'nan', expected a finite number"),
     ("sequence\tlabel\nACG\t01", TOKEN, LabelError, r"f:2: record 'row_1': 2 labels for 3 letters"),
     ('sequence,label\nAC,"x', {}, SequenceFormatError, r"f:2: a quoted field is not closed"),

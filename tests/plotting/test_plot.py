@@ -260,6 +260,36 @@ def test_dates_have_a_scale_with_dates_on_it(file, tmp_path):
     assert not isinstance(text_column("d", days, as_classes=True), NumberColumn)
 
 
+@pytest.mark.parametrize(
+    ("values", "label"),
+    [
+        (["9999-12-31", None, "9999-12-31"], "9999-12-31"),
+        (["9999-12-31T23:59:59.999999"], "9999-12-31 23:59:59"),
+        (["9999-12-30", "9999-12-31T23:59:59.9"], "9999-12-31 23:59:59"),
+        (["0001-01-01", "0001-01-01"], "0001-01-01"),
+        (["0001-01-01", "9999-12-31"], "9999-12-31"),
+    ],
+)
+def test_first_and_last_days_of_the_calendar_are_dates(values, label):
+    column = text_column("d", values)
+    assert isinstance(column, NumberColumn)
+    assert column.low < column.high
+    assert column.ticks
+    assert label in [column.text(row) for row in range(len(values))]
+
+
+def test_times_outside_the_calendar_are_classes():
+    # in UTC they are of the years 0 and 10000
+    for value in ("0001-01-01T00:00:00+02:00", "9999-12-31T23:00:00-02:00"):
+        assert not isinstance(text_column("d", ["2020-01-01", value]), NumberColumn)
+
+
+def test_names_with_an_underscore_are_no_numbers():
+    column = text_column("cluster", ["1_0", "1_1", "2"])
+    assert not isinstance(column, NumberColumn)
+    assert column.classes == ("1_0", "1_1", "2")
+
+
 def test_pictures_have_the_background_of_their_theme(file, tmp_path):
     plot(file, tmp_path / "light.svg", values=tmp_path / "values.tsv", color="gc")
     plot(file, [tmp_path / "dark.svg", tmp_path / "dark.pdf"], values=tmp_path / "values.tsv", theme="dark")

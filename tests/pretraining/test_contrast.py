@@ -310,6 +310,17 @@ def test_accumulated_batches_weigh_the_losses_as_one_step_does(corpus, tmp_path)
     assert sizes["twice"] == pytest.approx(sizes["once"], rel=0.2)
 
 
+def test_each_vector_loss_has_its_own_weight(corpus, tmp_path):
+    """A second loss of nearly no weight changes nothing of the first, nor what is logged of it."""
+    found = {}
+    for contrast in (0.0, 1e-9):
+        options = RUN | {"max_steps": 1, "save_steps": 1, "kmer_codes": 1000.0, "contrast": contrast}
+        genoembed.pretrain(corpus, tmp_path / str(contrast), **options)
+        found[contrast] = lines_of(tmp_path / str(contrast))[0]
+    for key in ("grad_norm", *(f"kmer_loss_{path}" for path in LAYERS)):
+        assert found[1e-9][key] == pytest.approx(found[0.0][key], rel=1e-3)
+
+
 @pytest.mark.parametrize("family", ["llama"])
 def test_other_architectures_learn_so_too(family, corpus, tmp_path):
     save_causal(family, tmp_path / "model")

@@ -145,6 +145,9 @@ def test_value_that_is_no_number_is_refused_by_line(tmp_path):
     write_labels(tmp_path / "l.tsv")
     with pytest.raises(LabelError, match=r"l\.tsv:2: .*label 'x' is not a number"):
         run(tmp_path, task="regression")
+    write_labels(tmp_path / "l.tsv", values=["1_0"] * NUM)  # which Python reads as 10
+    with pytest.raises(LabelError, match=r"l\.tsv:2: .*label '1_0' is not a number"):
+        run(tmp_path, task="regression")
 
 
 def test_split_word_that_is_not_known_is_refused(tmp_path):

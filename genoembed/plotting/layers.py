@@ -17,7 +17,7 @@ from genoembed.plotting.colors import THEMES, ThemeColors
 from genoembed.plotting.drawing import DRAWING_SETTINGS, METADATA
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -141,6 +141,30 @@ def layer_number(path: str) -> int | None:
     """
     found = _NUMBERED.fullmatch(path)
     return None if found is None else int(found[1] or found[2])
+
+
+def order_layers(paths: Iterable[str]) -> list[str]:
+    """Sort module paths by depth as far as names tell it: embeddings, blocks by number, what follows them.
+
+    Lists of blocks with different names, of an encoder and a decoder, stay in the order given.
+
+    Example:
+        >>> order_layers(["norm", "final", "blocks.28", "blocks.4", "blocks.4.mlp.l3", "embed_tokens"])
+        ['embed_tokens', 'blocks.4.mlp.l3', 'blocks.4', 'blocks.28', 'norm', 'final']
+    """
+    given = list(dict.fromkeys(paths))
+    parts = {path: re.split(r"(?:^|(?<=\.))(\d+)(?=\.|$)", path) for path in given}
+    lists = list(dict.fromkeys(split[0] for split in parts.values()))
+
+    def depth(path: str) -> tuple[object, ...]:
+        before, *behind = parts[path]
+        if not behind:
+            return (0 if "emb" in path.lower() else 3 if path == "final" else 2,)
+        numbers = [int(number) for number in behind[2::2]]
+        # a module inside a block comes before the block's own output
+        return (1, lists.index(before), int(behind[0]), not behind[1], numbers)
+
+    return sorted(given, key=depth)
 
 
 _MODEL = {"light": "#1f5fa8", "dark": "#6aa9f0"}

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from genoembed.errors import ConfigError, NonFiniteError
-from genoembed.plotting.layers import layer_number
+from genoembed.pipeline.embedding_file import find_file_settings
+from genoembed.plotting.layers import layer_number, order_layers
 from genoembed.probing.cross_validation import (
     MetricSummary,
     encode_target,
@@ -278,12 +279,18 @@ def _sorted_codes(target: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def _named_layers(file: EmbeddingFile, layers: int | str | Sequence[int | str] | None) -> list[str]:
-    """Find layers of a file by name."""
+    """Find layers of a file by name, in the order of the model: an earlier one is preferred."""
+    settings = find_file_settings(file)
+    are_ordered = settings is not None and settings.requested_layers == ("all",)
+    stored = file.layers if are_ordered else order_layers(file.layers)
     if layers is None or layers in ("all", ["all"], ("all",)):
-        return file.layers
+        return stored
     asked = [layers] if isinstance(layers, int | str) else list(layers)
-    by_number = {str(layer_number(name)): name for name in file.layers}
+    by_number = {str(layer_number(name)): name for name in stored}
     names = [by_number.get(str(layer), str(layer)) for layer in asked]
     for name in names:
         _ = file[name]
-    return names
+    # what is no layer, as a matrix that another program added, has no place in the model
+    return [name for name in stored if name in names] + [
+        name for name in dict.fromkeys(names) if name not in stored
+    ]

@@ -238,9 +238,9 @@ def test_results_stay_unless_told(data, report):
         genoembed.probe(data / "a.fa", labels=data / "a.tsv", output=report.output)
 
 
-def test_layers_of_a_file_are_taken_by_number_too(data, report, tmp_path):
-    found = again(data, tmp_path, layers=[2, "blocks.0.mlp.l3"], baselines=False, plot=False)
-    assert [layer.name for layer in found.layers] == ["blocks.2.mlp.l3", "blocks.0.mlp.l3"]
+def test_layers_of_a_file_are_taken_by_number_too_and_in_the_order_of_the_model(data, report, tmp_path):
+    found = again(data, tmp_path, layers=[2, "blocks.0.mlp.l3", 0], baselines=False, plot=False)
+    assert [layer.name for layer in found.layers] == ["blocks.0.mlp.l3", "blocks.2.mlp.l3"]
     assert "--layer all" not in found.command
 
 

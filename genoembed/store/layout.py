@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genoembed.store.schema import Kind
+
+_COLUMN = re.compile(r"(.+?)(:rc)?(:std)?:([0-9]{1,9})")
+"""Layer, strand, moment, number: the columns of a matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,20 +260,20 @@ def _read_anndata(hdf5: h5py.File, path: str) -> Layout:
         raise StoreFormatError(problem, path=path)
     more = _more_matrices(hdf5, num_rows, (), path)
     recorded = _recorded_layers(provenance)
-    main, of_columns = _layer_of_columns(names)
+    main, is_whole = _read_columns(names, provenance)
     if recorded and main not in recorded:
-        main, of_columns = recorded[0], None
+        main, is_whole = recorded[0], None
     matrices: dict[str, LazyMatrix] = {}
     is_x = has_features = False
     if (copy := more.pop(escape_name(main or ""), None)) is not None:
         matrices[str(main)] = copy  # whole, whatever became of the columns of X
-        has_features = of_columns == list(range(copy.shape[1]))
+        has_features = bool(is_whole) and len(names) == copy.shape[1]
     elif _is_matrix(x := hdf5.get("X"), num_rows):
         check_size(x, path)
         _check_length(features, x.shape[1], "features of X", path)
         matrices[main or "X"] = LazyMatrix(x, path)
         is_x = has_features = True
-    if not recorded and of_columns is not None:
+    if not recorded and is_whole is not None:
         # the account is lost, and the columns say that the file was ours; scanpy's names begin with X_
         recorded = [unescape_name(name) for name in more if not name.startswith("X_")]
     for name in recorded:
@@ -280,7 +284,7 @@ def _read_anndata(hdf5: h5py.File, path: str) -> Layout:
     if not matrices:
         _refuse_without_matrix(hdf5, path)
     picked = None
-    if is_x and of_columns is not None and of_columns != list(range(len(of_columns))):
+    if is_x and is_whole is False:
         picked = hashlib.sha256("\n".join(names).encode()).hexdigest()
         provenance = {**provenance, "columns": {**provenance.get("columns", {}), str(main): picked}}
     return Layout(
@@ -362,22 +366,49 @@ def _recorded_layers(provenance: Mapping[str, Any]) -> list[str]:
     embedding = config.get("embedding") if isinstance(config, dict) else None
     fusion = embedding.get("fusion", "none") if isinstance(embedding, dict) else "none"
     layers = provenance.get("layers")
-    return [str(fusion)] if fusion != "none" else list(map(str, layers)) if isinstance(layers, list) else []
+    names = list(map(str, layers)) if isinstance(layers, list) else []
+    # one layer has nothing to be fused with, and keeps its name
+    return names if fusion == "none" or len(names) == 1 else [str(fusion)]
 
 
-def _layer_of_columns(names: Sequence[str]) -> tuple[str | None, list[int] | None]:
-    """Return the layer whose columns these are, ``LAYER:0``, ``LAYER:1`` ..., and the numbers of the columns.
+def _read_columns(names: Sequence[str], provenance: Mapping[str, Any]) -> tuple[str | None, bool | None]:
+    """Return the matrix that has these columns, and whether they are all there in the order of the writer.
+
+    None, None where their names are not ours; ``docs/FORMAT.md`` says what those are.
 
     Example:
-        >>> _layer_of_columns(["blocks.1:0", "blocks.1:7"]), _layer_of_columns(["gene"])
-        (('blocks.1', [0, 7]), (None, None))
+        >>> _read_columns(["blocks.1:0", "blocks.1:1"], {}), _read_columns(["blocks.1:0", "blocks.1:7"], {})
+        (('blocks.1', True), ('blocks.1', False))
+        >>> _read_columns(["blocks.1:std:0", "blocks.1:0"], {}), _read_columns(["gene"], {})
+        (('blocks.1', False), (None, None))
     """
-    parts = [name.rpartition(":") for name in names]
-    layers = {layer for layer, _, _ in parts}
-    if len(layers) != 1 or not all(number.isdecimal() for _, _, number in parts):
+    found = [_COLUMN.fullmatch(name) for name in names]
+    parts = [match.groups("") for match in found if match]
+    widths: dict[str, int] = {}
+    for layer, _, _, number in parts:
+        widths[layer] = max(widths.get(layer, 0), int(number) + 1)
+    if len(parts) != len(names) or not names:
         return None, None
-    (layer,) = layers
-    return (layer, [int(number) for _, _, number in parts]) if layer else (None, None)
+    joined = provenance.get("layers") if _recorded_layers(provenance) == ["concat"] else None
+    if isinstance(joined, list) and widths.keys() <= set(joined):
+        matrix, layers = "concat", joined
+    elif len(widths) == 1:
+        (matrix,) = layers = [*widths]
+    else:
+        return None, None
+    strands = ("", ":rc") if any(strand for _, strand, _, _ in parts) else ("",)
+    moments = ("", ":std") if any(moment for _, _, moment, _ in parts) else ("",)
+    # a width that is made up of a huge number is not counted up to
+    if sum(widths.values()) * len(strands) * len(moments) != len(names) or len(widths) < len(layers):
+        return matrix, False
+    expected = (
+        f"{layer}{strand}{moment}:{index}"
+        for layer in layers
+        for strand in strands
+        for moment in moments
+        for index in range(widths[layer])
+    )
+    return matrix, list(expected) == list(names)
 
 
 def read_provenance(hdf5: h5py.File, path: str) -> dict[str, Any]:

@@ -180,6 +180,33 @@ def test_columns_of_x_that_were_taken_or_reordered_are_never_compared_with_whole
     assert verify(tmp_path / "copy.h5ad", FIELD / "in.fa", sample=2).is_within  # obsm has the whole layer
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "mean_std"},
+        {"rc": "concat"},
+        {"pooling": "mean_std", "rc": "concat"},
+        {"layers": (0, 1), "fusion": "concat"},
+        {"layers": (0,), "fusion": "concat"},
+    ],
+    ids=["mean_std", "rc", "both", "concat", "one layer"],
+)
+def test_columns_with_two_parts_of_a_name_are_known_in_any_order(world, tmp_path, options):
+    whole = tmp_path / "whole.h5"
+    extract(world / "query.fa", **{"layers": 0} | options, output=whole)
+    made = read(whole)
+    made.copy().write_h5ad(tmp_path / "same.h5ad")
+    assert len(search(tmp_path / "same.h5ad", whole, k=1).hits) == 2
+    half = made.n_vars // 2
+    swapped = [*range(half, made.n_vars), *range(half)]
+    for columns in (slice(half, None), slice(None, None, -1), swapped):
+        made[:, columns].copy().write_h5ad(tmp_path / "some.h5ad")
+        with open_embeddings(tmp_path / "some.h5ad") as file:
+            assert "left out or reordered" in " ".join(file.changes)
+    with pytest.raises(ConfigError, match="columns: nothing recorded against 'a selection"):
+        search(whole, tmp_path / "some.h5ad")
+
+
 def test_values_that_were_changed_are_not_verified(world, tmp_path):
     made = read(world / "many.h5")
     made.X = made.X * 2

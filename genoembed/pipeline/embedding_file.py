@@ -44,7 +44,8 @@ _READING = (
     *("invalid", "duplicates", "empty", "gaps", "keep_case", "flank"),
     *("feature", "name_attribute", "join_by", "bad_regions"),
 )
-_COMPARED = ("pooling", "skip_first", "fusion", "fusion_weights", "rc")
+_POOLED = ("pooling", "skip_first", "fusion", "rc")
+_COMPARED = (*_POOLED, "fusion_weights")
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -102,7 +103,9 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
     model, embedding, windows, read = (
         _section(config, name) for name in ("model", "embedding", "windows", "input")
     )
-    if not (made and model and embedding and windows and read):
+    # what differed between files that AnnData joined is gone, key by key: without these, none is made again
+    needed = ((made, ("dtype",)), (model, ("model",)), (embedding, _POOLED))
+    if not (windows and read) or any(name not in section for section, names in needed for name in names):
         return None
     return FileSettings(
         model=model["model"],
@@ -112,10 +115,10 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
         fp8=model.get("fp8", "off"),
         weights_sha256=made.get("weights_sha256"),
         content=_section(made, "content"),
-        # of files that AnnData joined, lists that differed are gone, and so is what was None
+        # AnnData drops what was None, too
         requested_layers=tuple(embedding.get("layers", ())),
         layers=tuple(provenance.get("layers", file.layers)),
-        **{name: embedding[name] for name in ("pooling", "skip_first", "fusion", "rc")},
+        **{name: embedding[name] for name in _POOLED},
         fusion_weights=tuple(embedding.get("fusion_weights", ())),
         window=windows.get("window"),
         stride=windows.get("stride"),
@@ -362,6 +365,12 @@ def _sources(file: EmbeddingFile, paths: Sequence[str], option: str) -> tuple[Fi
     """Find the files of a file's sequences."""
     settings = read_file_settings(file, remedy="embed the sequences again")
     sources = [*(paths or settings.inputs)]
+    if not sources:
+        message = (
+            f"{file.path}: the sequences of its records are needed, and it does not say in which files they "
+            f"are; set {option} to these"
+        )
+        raise ConfigError(message)
     if lost := [name for name in sources if not Path(name).is_file()]:
         message = (
             f"{file.path}: the sequences of its records are needed, and {', '.join(map(repr, lost))} is no "

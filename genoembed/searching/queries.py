@@ -79,7 +79,8 @@ class Queries:
         if self.file is None:
             return self.given or ()
         option = "subject_sequences"
-        is_there = all(map(os.path.isfile, read_file_settings(self.file, remedy=_GIVE_FASTA).inputs))
+        inputs = read_file_settings(self.file, remedy=_GIVE_FASTA).inputs
+        is_there = bool(inputs) and all(map(os.path.isfile, inputs))
         found = dict(iter_row_sequences(self.file, paths=() if is_there else paths, option=option))
         return [found[row] for row in range(len(self.file))]
 

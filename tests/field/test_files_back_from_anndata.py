@@ -214,6 +214,24 @@ def test_values_that_were_changed_are_not_verified(world, tmp_path):
     assert not verify(tmp_path / "a.h5ad", FIELD / "in.fa", sample=2).is_within
 
 
+def test_files_joined_with_other_settings_or_inputs_say_what_is_gone(world, tmp_path):
+    one = read(world / "many.h5")[:2].copy()
+    extract(world / "query.fa", layers=0, pooling="max", output=tmp_path / "max.h5")
+    extract(world / "query.fa", layers=0, output=tmp_path / "mean.h5")
+    for name in ("max", "mean"):
+        other = read(tmp_path / f"{name}.h5")
+        other.obs_names = ["other0", "other1"]
+        anndata.concat([one, other], uns_merge="same").write_h5ad(tmp_path / f"{name}.h5ad")
+    joined = tmp_path / "max.h5ad"
+    for use in (lambda: search(world / "query.fa", joined), lambda: verify(joined, FIELD / "in.fa")):
+        with pytest.raises(ConfigError, match=r"max\.h5ad: it does not say how its vectors were made"):
+            use()
+    assert len(search(joined, joined, k=1).hits) == 4
+    joined = tmp_path / "mean.h5ad"
+    with pytest.raises(ConfigError, match="does not say in which files they are; set subject_sequences to"):
+        search(joined, joined, mode="kmer")
+
+
 def test_file_changed_in_place_says_so(world, tmp_path, caplog):
     shutil.copy(world / "many.h5", tmp_path / "a.h5")
     backed = anndata.read_h5ad(tmp_path / "a.h5", backed="r+")

@@ -2,15 +2,18 @@
 
 ``POST /v1/embeddings``, ``GET /v1/models``, ``GET /healthz``, ``GET /metrics``. Promised: a request is
 admitted or refused before it is read; what is read is bounded; each error has OpenAI's form; a client that
-disconnects takes its request out of the queue.
+disconnects takes its request out of the queue, and one that does not read its reply gives up its place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import itertools
 import json
+import logging
 import math
+import re
 import time
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
@@ -36,7 +39,9 @@ from genoembed.serving.wire import (
 
 try:
     from starlette.applications import Starlette
+    from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
@@ -47,14 +52,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from concurrent.futures import Future
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.serving.service import RequestVectors
 
+logger = logging.getLogger(__name__)
+
 EMBEDDINGS = "/v1/embeddings"
 READING_S = 60.0
 """How long a client may take to send a request."""
+WRITING_S = 60.0
+"""How long it may take to read each piece of a reply."""
 _LARGE_BYTES, _LARGE_VALUES = 1 << 18, 1 << 16
 """Requests and replies from this size on are read and written in a thread, so that others are answered."""
 _PIECE_BYTES = 1 << 18
@@ -132,7 +141,7 @@ class EmbeddingServer:
             with self._admitted():
                 response = await self._reply(Request(scope, receive))
                 self.totals.answered(response.status_code, time.perf_counter() - started)
-                await response(scope, receive, send)
+                await _send_reply(response, scope, receive, send)
         except RequestError as error:  # not admitted
             refused = _error_response(error)
         except Exception:
@@ -296,8 +305,14 @@ def open_server(
     return EmbeddingServer(EmbeddingService(model, **given), config)
 
 
-def build_app(server: EmbeddingServer) -> Starlette:
-    """Build the application around a server; it starts and closes the server's service."""
+def build_app(server: EmbeddingServer, *, own_name: str | None = None) -> Starlette:
+    """Build the application around a server; it starts and closes the server's service.
+
+    Args:
+        server: With a service that may have started.
+        own_name: If given, only requests are answered that were sent to ``localhost``, to a number, or to
+            this name.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -313,9 +328,43 @@ def build_app(server: EmbeddingServer) -> Starlette:
             Route("/healthz", server.health),
             Route("/metrics", server.metrics),
         ],
+        middleware=[] if own_name is None else [Middleware(_KnownHost, own_name=own_name)],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,
     )
+
+
+class _KnownHost:
+    """Refuses requests to other names.
+
+    The owner of a name can let it point to 127.0.0.1 once a browser has loaded a page from there; the
+    browser then takes this server for the page's own site, and asks no question before it sends anything.
+    """
+
+    def __init__(self, app: ASGIApp, *, own_name: str) -> None:
+        self._app, self._own_name = app, own_name.lower()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "localhost")  # browsers always say it
+            name = re.sub(r":\d*$", "", host.lower())
+            if name not in ("localhost", self._own_name) and not _is_address(name):
+                message = (
+                    f"this server does not answer for {host[:80]!r}; send the request to localhost, or let "
+                    "the proxy set the header Host to localhost"
+                )
+                app = _error_response(RequestError(message, status=421, code="unknown_host"))
+        await app(scope, receive, send)
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is a number: no name, so nobody can let it point elsewhere."""
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
+    except ValueError:
+        return False
+    return True
 
 
 def _metric(name: str, kind: str, meaning: str) -> tuple[str, str]:
@@ -348,6 +397,19 @@ async def _read_body(request: Request, limit: int) -> bytes:
         message = f"the request was not there within {READING_S:.0f} s; send it again"
         raise RequestError(message, status=408, code="timeout") from None
     return b"".join(chunks)
+
+
+async def _send_reply(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a reply; give up, which closes the connection, if the client reads nothing of it."""
+
+    async def send_in_time(message: Message) -> None:
+        async with asyncio.timeout(WRITING_S):
+            await send(message)
+
+    try:
+        await response(scope, receive, send_in_time)
+    except (TimeoutError, ClientDisconnect):  # starlette makes the second of the first
+        logger.warning("a client went away, or read nothing of its reply for %.0f s", WRITING_S)
 
 
 async def _await(future: Future[RequestVectors], request: Request) -> RequestVectors:

@@ -132,7 +132,10 @@ def serve(
                 _tell(on_ready, served)
             else:
                 _warn_of_strangers(listener)
-                listening = SignalServer(build_app(server), on_ready=lambda: _tell(on_ready, served))
+                own_name = host if _is_loopback(listener) else None
+                listening = SignalServer(
+                    build_app(server, own_name=own_name), on_ready=lambda: _tell(on_ready, served)
+                )
                 listening.run(sockets=[listener])
                 number = listening.received
         finally:
@@ -201,11 +204,18 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(_address(listener)).is_loopback
+
+
+def _address(listener: socket.socket) -> str:
+    return str(listener.getsockname()[0]).partition("%")[0]
+
+
 def _warn_of_strangers(listener: socket.socket) -> None:
-    host = listener.getsockname()[0].partition("%")[0]
-    if not ipaddress.ip_address(host).is_loopback:
+    if not _is_loopback(listener):
         logger.warning(
             "host %s: every machine that reaches this address can use the server; it asks for no password "
             "and encrypts nothing",
-            host,
+            _address(listener),
         )

@@ -68,7 +68,7 @@ def serving(**options: Any) -> Iterator[Served]:
     server = open_server(model, config, given)
     listener = _bind("127.0.0.1", 0)
     ready = threading.Event()
-    listening = SignalServer(build_app(server), on_ready=ready.set)
+    listening = SignalServer(build_app(server, own_name="gpubox"), on_ready=ready.set)
     thread = threading.Thread(target=lambda: listening.run(sockets=[listener]))
     thread.start()
     try:

@@ -14,7 +14,7 @@ import pytest
 from genoembed.serving import app
 from tests.serving.conftest import JSON, serving
 
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: gpubox\r\nContent-Type: application/json\r\n"
 
 
 def request(sequence: str) -> bytes:
@@ -198,6 +198,43 @@ def test_reply_counts_until_it_is_sent():
             assert served.refused({"input": "ACGT"}, 503)["code"] == "queue_full"
         assert settled(lambda: served.server.totals.active == 0)
         assert len(served.embed("ACGT")["data"]) == 1
+
+
+def test_client_that_does_not_read_gives_up_its_place(monkeypatch, caplog):
+    monkeypatch.setattr(app, "WRITING_S", 0.2)
+    with serving(max_inputs=20_000, max_queue=1) as served:
+        body = json.dumps({"input": ["ACGT"] * 6000}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(30)
+            connection.connect(("127.0.0.1", served.port))
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert settled(lambda: served.server.totals.by_status[200] == 1)
+            assert settled(lambda: served.server.totals.active == 0)
+            assert len(served.embed("ACGT")["data"]) == 1
+        assert not served.server.totals.by_status[500]
+        assert "read nothing of its reply" in caplog.text
+        assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.example"]
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/embeddings"), ("GET", "/metrics")])
+def test_other_names_are_not_answered(host, method, path, served):
+    """Their owner could let them point here after a browser has loaded a page from them."""
+    status, _, body = served.ask(method, path, '{"input": "ACGT"}', JSON | {"Host": host})
+    assert (status, json.loads(body)["error"]["code"]) == (421, "unknown_host")
+    assert (
+        f"does not answer for '{host}'; send the request to localhost" in json.loads(body)["error"]["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]", "[::1]:80", "gpubox:8000"]
+)
+def test_own_names_are_answered(host, served):
+    assert served.ask("POST", "/v1/embeddings", '{"input": "ACGT"}', JSON | {"Host": host})[0] == 200
 
 
 def test_metrics_count_what_was_answered(served):

@@ -170,7 +170,10 @@ def extraction_line(
     if not all(sections) or not sections[0].get("inputs"):
         return ""
     values = {key: value for section in sections for key, value in section.items()}
-    words = ["genoembed", "extract", *map(str, values["inputs"])]
+    words = ["genoembed", "extract", *map(_as_input, values["inputs"])]
+    code = (provenance.get("model") or {}).get("code") or {}
+    if code.get("module"):  # a kind of model that transformers knows once its package is imported
+        words += ["--import", str(code["module"]).partition(".")[0]]
     for key, described in EmbedConfig.options().items():
         value = values.get(key)
         if key in _RUNNING or value is None or _plain(value) == _plain(described.default):
@@ -193,6 +196,31 @@ def extraction_line(
     if fusion == "weighted":
         words += ["--fusion-weights", ",".join(f"{weight:.6g}" for weight in numbers)]
     return shlex.join(words)
+
+
+def transform_note(choice: LayerChoice, transforms: Mapping[str, str]) -> str | None:
+    """Say which transforms the vectors of a choice were scored with: extraction applies none.
+
+    Example:
+        >>> choice = LayerChoice(name="a.2", layers=("a.2",), fusion="none", best_layer="a.2", near_best=(),
+        ...                      sentence="")
+        >>> transform_note(choice, {"a.2": "centered.h5"})
+        'scored after the transform centered.h5, which extract does not apply: give it to search or plot'
+    """
+    used = [shlex.quote(path) for layer, path in transforms.items() if layer in choice.layers]
+    if not used:
+        return None
+    pronoun = "it" if len(used) == 1 else "them"
+    return (
+        f"scored after the transform{'s' * (len(used) > 1)} {', '.join(used)}, which extract does not apply: "
+        f"give {pronoun} to search or plot"
+    )
+
+
+def _as_input(name: object) -> str:
+    """Write a file's name so that it is no option."""
+    text = str(name)
+    return f"./{text}" if text.startswith("-") and text != "-" else text
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ from genoembed.errors import (
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.plotting.layers import SUMMARY, DrawnScore, LayerScores
 from genoembed.probing.cross_validation import METRIC_WORDS, METRICS, missing_scikit_learn
-from genoembed.probing.recommendation import choose_layer, extraction_line
+from genoembed.probing.recommendation import choose_layer, extraction_line, transform_note
 from genoembed.probing.report import (
     ProbeReport,
     compare_baselines,
@@ -330,7 +330,7 @@ def _build_report(run: ProbeRun, measured: ProbeScores, folder: Path) -> ProbeRe
         fusion_weights=sweep.mix,
         shots=measured.shots,
         num_test=int((~run.target.is_train).sum()),
-        notes=tuple(run.notes),
+        notes=tuple(filter(None, (transform_note(choice, run.transform_files), *run.notes))),
         plots=(),
         seconds=measured.seconds,
     )

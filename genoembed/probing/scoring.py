@@ -95,6 +95,8 @@ class ProbeRun:
         _ = file.X  # a per-token file says here that it has no row a record
         self.layers = _named_layers(file, layers)
         self._transforms = load_transforms(file, self.layers, options.transform)
+        self.transform_files = dict(zip(self._transforms, options.transform, strict=True))
+        """Where the transform of a layer was read, by layer."""
         self.rows = join_labels(file, table, options, is_checked=is_checked)
         self.notes: list[str] = []
         """What was left out, and why."""

@@ -108,6 +108,12 @@ def test_command_names_all_options_that_change_vectors_and_no_others():
         "--model evo2_7b --skip-first 15 --layer blocks.1.mlp.l3 --pool max"
     )
     assert extraction_line({}, choice, weights={}, are_all=True) == ""
+    odd = {
+        "config": {**MADE["config"], "input": {"inputs": ["-odd.fa", "-"]}},
+        "model": {"code": {"module": "their_models.network", "package": None}},
+    }
+    line = extraction_line(odd, choice, weights={}, are_all=True)
+    assert line.startswith("genoembed extract ./-odd.fa - --import their_models --model")
 
 
 @pytest.mark.parametrize(

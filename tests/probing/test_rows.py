@@ -212,6 +212,9 @@ def test_transform_is_applied_to_its_own_layer(tmp_path):
     found = {layer.name: layer.metrics["mcc"].mean for layer in report.layers}
     assert plain["blocks.1"] > 0.9 > 0.5 > found["blocks.1"]
     assert found["blocks.0"] == plain["blocks.0"]
+    assert "transform" not in " ".join(report.notes)
+    alone = run(tmp_path, transform=tmp_path / "t.h5", layers="blocks.1", overwrite=True)
+    assert "scored after the transform" in alone.notes[0]
     with pytest.raises(
         ConfigError, match=r"t\.h5: fitted on layer 'blocks\.1', which is not among those probed"
     ):

@@ -74,6 +74,8 @@ class SubsetReport:
     """Rows of the file that they were taken from."""
     missing: tuple[str, ...]
     """Requested ids that the file does not have."""
+    dropped: tuple[str, ...] = ()
+    """Parts that could not be taken along, by their places in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,8 @@ class AnnotateReport:
     """Ids of rows that the table does not have: their values are missing."""
     num_unknown_ids: int
     """Rows of the table whose ids the file does not have."""
+    dropped: tuple[str, ...] = ()
+    """Parts that could not be taken along, by their places in the file."""
 
 
 @named_options(SubsetConfig)
@@ -165,9 +169,13 @@ def subset(
             {"ids": list_file or (None if wanted is None else "a list"), "where": conditions},
             num_rows=len(taken.rows),
         )
-        write_rows(output, [taken], provenance=provenance, overwrite=overwrite)
+        made = write_rows(output, [taken], provenance=provenance, overwrite=overwrite)
         return SubsetReport(
-            output=Path(output), num_rows=len(taken.rows), num_in_file=len(file), missing=missing
+            output=Path(output),
+            num_rows=len(taken.rows),
+            num_in_file=len(file),
+            missing=missing,
+            dropped=made.dropped,
         )
 
 
@@ -285,7 +293,7 @@ def annotate(
             num_rows=len(file),
         )
         taken = TakenRows(file=file, rows=np.arange(len(file)))
-        write_rows(
+        made = write_rows(
             target, [taken], provenance=provenance, columns=columns, overwrite=overwrite or is_in_place
         )
     return AnnotateReport(
@@ -294,6 +302,7 @@ def annotate(
         columns=tuple(names),
         without_values=without,
         num_unknown_ids=num_unknown,
+        dropped=made.dropped,
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,12 +207,46 @@ def test_what_scanpy_added_goes_with_its_rows(world, tmp_path):
     assert found.uns["kind_colors"].tolist() == ["#000000", "#ffffff"]
 
 
-def test_subset_of_what_cannot_be_cut_says_what_to_remove(world, tmp_path):
+def test_x_of_other_features_than_the_first_layer_is_left_out_and_named(world, tmp_path, caplog):
     made = anndata.read_h5ad(world / "one.h5")
     made[:, :4].copy().write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(StoreError, match=r"/X has shape \(12, 4\), .* set X to that layer"):
-        subset(tmp_path / "a.h5ad", ids=["r1"], output=tmp_path / "b.h5")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+    report = subset(tmp_path / "a.h5ad", ids=["r1"], output=tmp_path / "b.h5")
+    assert report.dropped == ("X", "var")
+    assert "a.h5ad: left out what cannot be taken along: X, var" in caplog.text
+    assert same_rows(tmp_path / "b.h5", world / "one.h5")
+
+
+def test_counts_of_genes_beside_vectors_are_left_out_and_named(tmp_path):
+    made = anndata.AnnData(X=scipy.sparse.random(8, 30, 0.3, format="csr", dtype=np.float32))
+    made.obs_names = [f"r{n}" for n in range(8)]
+    made.var["symbol"] = [f"g{n}" for n in range(30)]
+    made.layers["counts"] = made.X.copy()
+    made.varm["loadings"] = np.zeros((30, 2))
+    made.obsm["X_pca"] = np.arange(32.0).reshape(8, 4)
+    made.write_h5ad(tmp_path / "a.h5ad")
+    lost = ("layers/counts", "X", "var", "varm/loadings")
+    parts = [tmp_path / "b.h5", tmp_path / "c.h5"]
+    for where, part in zip(("id=r0", "id!=r0"), parts, strict=True):
+        assert subset(tmp_path / "a.h5ad", where=where, output=part).dropped == lost
+    assert anndata.read_h5ad(parts[1]).X.tolist() == made.obsm["X_pca"][1:].tolist()
+    (tmp_path / "t.tsv").write_text("id\tn\nr0\t1\n")
+    report = annotate(tmp_path / "a.h5ad", tmp_path / "t.tsv", output=tmp_path / "d.h5")
+    assert report.dropped == lost
+    assert join(parts, output=tmp_path / "e.h5").dropped == ()
+    made.obs_names = [f"s{n}" for n in range(8)]
+    made.write_h5ad(tmp_path / "f.h5ad")
+    report = join([tmp_path / "a.h5ad", tmp_path / "f.h5ad"], output=tmp_path / "g.h5")
+    assert set(report.dropped) == set(lost)
+
+
+def test_columns_in_an_encoding_that_is_not_known_are_named(world, tmp_path, caplog):
+    anndata.read_h5ad(world / "one.h5").write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as hdf5:
+        hdf5["obs"].create_group("range").attrs["encoding-type"] = "interval"
+        hdf5["obs"].attrs["column-order"] = [*hdf5["obs"].attrs["column-order"], "range"]
+    report = subset(tmp_path / "a.h5ad", ids=["r1"], output=tmp_path / "b.h5")
+    assert report.dropped == ("obs/range",)
+    assert "left out what cannot be taken along: obs/range" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["one.h5", "tokens.h5"])

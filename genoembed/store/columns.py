@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from genoembed.store.schema import INDEX, NOT_KNOWN, OBS_COLUMNS, closed, reading
+from genoembed.store.schema import INDEX, INTEGER, NOT_KNOWN, OBS_COLUMNS, closed, reading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -113,6 +113,24 @@ def _decoded(codes: NDArray[np.integer], categories: NDArray[Any], where: str) -
 def is_known_column(column: h5py.Group | h5py.Dataset) -> bool:
     """Return whether a column can be read."""
     return isinstance(column, h5py.Dataset) or encoding_of(column) in PARTS
+
+
+def joined_column(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Join parts of a column; where a file lacks it, numbers are NaN and text is empty."""
+    kinds = {part.dtype.kind for part in parts if not _is_missing(part)}
+    if kinds <= set("iuf"):
+        is_whole = all(not _is_missing(part) for part in parts) and kinds <= set("iu")
+        kind = INTEGER if is_whole else np.dtype(float)
+        return np.concatenate(
+            [np.full(len(part), np.nan) if _is_missing(part) else part.astype(kind) for part in parts]
+        )
+    if kinds == {"b"} and not any(map(_is_missing, parts)):
+        return np.concatenate(parts)
+    return np.concatenate([part.astype(object) for part in parts])
+
+
+def _is_missing(part: NDArray[Any]) -> bool:
+    return part.dtype.kind == "O" and all(value is None for value in part)
 
 
 class ObsTable(Mapping[str, "NDArray[Any]"]):

@@ -10,6 +10,7 @@ N rows, D features.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy as np
 
 from genoembed.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.errors import StoreError
-from genoembed.store.columns import PARTS, encoding_of
+from genoembed.store.columns import PARTS, column_names, encoding_of, index_name, joined_column
 from genoembed.store.reader import changed_x_of, hdf5_of, names_own_features
 from genoembed.store.schema import (
     ARRAY,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
     from genoembed.store.reader import EmbeddingFile
     from genoembed.store.schema import JSON
+
+logger = logging.getLogger(__name__)
 
 _SPARSE = ("csr_matrix", "csc_matrix")
 _CODES = np.dtype("<i4")
@@ -130,9 +133,11 @@ def write_rows(
         set_encoding(hdf5, ROOT_ENCODINGS[sources[0].file.kind])
         hdf5.attrs[SCHEMA_ATTR] = SCHEMA_VERSION
         hdf5.attrs[LAYERS_ATTR] = sources[0].file.layers
-    return Rewritten(
-        num_rows=sum(len(source.rows) for source in sources), dropped=tuple(dict.fromkeys(writer.dropped))
-    )
+    dropped = tuple(dict.fromkeys(writer.dropped))
+    if dropped and len(sources) == 1:
+        path = sources[0].file.path
+        logger.warning("%s: left out what cannot be taken along: %s", path, ", ".join(dropped))
+    return Rewritten(num_rows=sum(len(source.rows) for source in sources), dropped=dropped)
 
 
 @contextmanager
@@ -248,6 +253,10 @@ class _Rows:
             else:
                 write_column(obs, name, values)
             self._check()
+        for source in self._sources:
+            listed = column_names(hdf5_of(source.file)["obs"])
+            lost = {*listed} - {*source.file.obs, *self._columns}  # in an encoding of later versions
+            self.dropped += [f"obs/{name}" for name in listed if name in lost]
         more = [name for source in self._sources for name in source.file.obs if name not in OBS_COLUMNS]
         names = [name for name in dict.fromkeys(more) if name not in self._columns]
         for name in names:
@@ -270,7 +279,7 @@ class _Rows:
             else np.full(len(source.rows), None, object)
             for source in self._sources
         ]
-        write_column(obs, name, _one_type(parts))
+        write_column(obs, name, joined_column(parts))
 
     def _write_var(self, layer: str) -> None:
         source = self._first
@@ -290,18 +299,15 @@ class _Rows:
                 _copy_rows(
                     hdf5_of(file)[f"obsm/{name}"], self._root["obsm"], name, source.rows, path, self._check
                 )
-        if (x := changed_x_of(file)) is not None:
-            if x.shape != (len(file), file.X.shape[1]):
-                problem = (
-                    f"/X has shape {x.shape}, and layer {file.layers[0]!r}, whole in /obsm, {file.X.shape}; "
-                    "in Python, set X to that layer, and save it again"
-                )
-                raise StoreError(problem, path=path)
-            _copy_rows(x, self._root["layers"], CHANGED_X, source.rows, path, self._check)
-        for name in _members(file, "layers"):
-            _copy_rows(
-                hdf5_of(file)[f"layers/{name}"], self._root["layers"], name, source.rows, path, self._check
-            )
+        beside = {f"layers/{name}": (name, node) for name, node in _nodes(file, "layers")}
+        if (x := _other_x(file)) is not None:
+            beside["X"] = CHANGED_X, x
+        for where, (name, node) in beside.items():
+            # AnnData opens no file with a layer of other features than those of X, here the first matrix
+            if _shape(node) == file.X.shape:
+                _copy_rows(node, self._root["layers"], name, source.rows, path, self._check)
+            else:
+                self.dropped.append(where)
         for name in _members(file, "obsp"):
             _copy_pairs(
                 hdf5_of(file)[f"obsp/{name}"], self._root["obsp"], name, source.rows, path, self._check
@@ -310,6 +316,8 @@ class _Rows:
             for group in ("varm", "varp"):
                 for name in _members(file, group):
                     _copy_whole(file, f"{group}/{name}", self._root[group])
+        else:
+            self.dropped += _lost_features(file)
         if isinstance(raw := hdf5_of(file).get("raw"), h5py.Group):
             made = self._root.create_group("raw")
             made.attrs.update(raw.attrs)
@@ -342,6 +350,10 @@ class _Rows:
                     if f"{group}/{name}" != PROVENANCE
                     and not (group == "obsm" and (name in layers or name in shared))
                 ]
+            if _other_x(source.file) is not None:
+                self.dropped.append("X")
+            if not names_own_features(source.file):
+                self.dropped += _lost_features(source.file)
             if "raw" in hdf5_of(source.file):
                 self.dropped.append("raw")
 
@@ -380,24 +392,6 @@ def write_categories(
     set_encoding(column, CATEGORICAL)
 
 
-def _one_type(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Join parts of a column; where a file lacks it, numbers are NaN and text is empty."""
-    kinds = {part.dtype.kind for part in parts if not _is_missing(part)}
-    if kinds <= set("iuf"):
-        is_whole = all(not _is_missing(part) for part in parts) and kinds <= set("iu")
-        kind = INTEGER if is_whole else np.dtype(float)
-        return np.concatenate(
-            [np.full(len(part), np.nan) if _is_missing(part) else part.astype(kind) for part in parts]
-        )
-    if kinds == {"b"} and not any(map(_is_missing, parts)):
-        return np.concatenate(parts)
-    return np.concatenate([part.astype(object) for part in parts])
-
-
-def _is_missing(part: NDArray[Any]) -> bool:
-    return part.dtype.kind == "O" and all(value is None for value in part)
-
-
 # ------------------------------------------------------------------------------------- elements of one file
 
 
@@ -405,6 +399,30 @@ def _members(file: EmbeddingFile, group: str) -> list[str]:
     """Return the names in a group of a file; none where it is not there."""
     found = hdf5_of(file).get(group)
     return list(found) if isinstance(found, h5py.Group) else []
+
+
+def _nodes(file: EmbeddingFile, group: str) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
+    return ((name, hdf5_of(file)[f"{group}/{name}"]) for name in _members(file, group))
+
+
+def _other_x(file: EmbeddingFile) -> h5py.Group | h5py.Dataset | None:
+    """Return ``/X`` where it is not the first layer: what another program made of it, or counts of genes."""
+    found = hdf5_of(file).get("X")
+    return found if isinstance(found, h5py.Group) else changed_x_of(file)
+
+
+def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, ...]:
+    """Return the shape of a matrix, sparse or not; of anything else none."""
+    if isinstance(node, h5py.Dataset):
+        return tuple(node.shape)
+    return tuple(int(size) for size in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
+
+
+def _lost_features(file: EmbeddingFile) -> list[str]:
+    """Name the tables of features that are not those of the first layer."""
+    var = hdf5_of(file)["var"]
+    of_them = [f"{group}/{name}" for group in ("varm", "varp") for name in _members(file, group)]
+    return ["var", *of_them] if len(var[index_name(var)]) else of_them
 
 
 def _copy_whole(file: EmbeddingFile, where: str, to: h5py.Group) -> None:

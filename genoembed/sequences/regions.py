@@ -173,12 +173,15 @@ def _description(feature: Feature) -> str:
 def _in_contig(feature: Feature, length: int) -> tuple[Stretch, ...]:
     """Return the parts of a feature in reading order, none of them beyond the contig's end."""
     parts = [piece for part in feature.parts for piece in _pieces(part, length)]
-    if not feature.is_circular or feature.is_ordered or len(parts) < 2:
+    if not feature.is_circular or feature.is_ordered or len(feature.parts) < 2:
         return tuple(parts)
-    forward = parts[:: 1 if feature.strand == "+" else -1]
-    if forward[0].start != 0 or forward[-1].end != length:
+    # a row that lies beyond the origin as a whole says itself that it follows the others
+    if any(part.start >= length for part in feature.parts):
         return tuple(parts)
-    # rows that meet at the origin: the feature begins behind the largest gap
+    forward = sorted(parts)
+    if forward[0].start != 0 or max(part.end for part in parts) != length:
+        return tuple(parts)
+    # rows that meet at the origin, or one that goes over it: the feature begins behind the largest gap
     gaps = [after.start - before.end for before, after in pairwise(forward)]
     cut = gaps.index(max(gaps)) + 1
     forward = forward[cut:] + forward[:cut]

@@ -146,6 +146,22 @@ def test_a_row_that_ends_beyond_a_circular_contig_goes_on_at_its_start(tmp_path,
         list(read_sequences(fasta, regions=write(tmp_path, "l.gff3", rows[1:]), feature="gene"))
 
 
+@pytest.mark.parametrize("strand", ["+", "-"])
+@pytest.mark.parametrize("next_row", [(21, 30), (421, 430)])
+def test_a_row_over_the_origin_is_read_before_the_rows_behind_it(tmp_path, fasta, next_row, strand):
+    rows = [
+        gff("region", 1, LENGTH, "+", "ID=c;Is_circular=true"),
+        gff("CDS", *next_row, strand, "ID=a"),
+        gff("CDS", 391, 410, strand, "ID=a"),
+        gff("CDS", 371, 380, strand, "ID=a"),
+    ]
+    path = write(tmp_path, "o.gff3", rows)
+    (read,) = read_sequences(fasta, regions=path, feature="CDS", flank=5)
+    forward = CONTIG[365:380] + CONTIG[390:] + CONTIG[:10] + CONTIG[20:35]
+    assert read.sequence.decode() == (forward if strand == "+" else str(Seq(forward).reverse_complement()))
+    assert (read.start, read.end) == (370, 430)
+
+
 def test_parts_on_both_strands_follow_their_numbers_or_the_policy(tmp_path, fasta):
     rows = [
         gff("CDS", 101, 110, "+", "ID=rps12;part=2"),

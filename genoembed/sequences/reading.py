@@ -272,6 +272,8 @@ def clean_record(
     name = ids.admit(raw.id, path=raw.path, line=raw.line)
     # parsed, flanked and stripped on the forward strand, so that places count as in the file; turned last
     span = raw.span or Span(raw.id, 0, num_bases, "+", ())
+    if cleaned.stripped:
+        span = span.without(cleaned.stripped)
     if span.strand == "-":
         sequence, left = reverse_complement(sequence), len(sequence) - left - num_bases
     _count(cleaned, counts, num_bases=len(sequence), is_renamed=name != raw.id)
@@ -285,7 +287,7 @@ def clean_record(
         start=span.start,
         end=span.end,
         strand=span.strand,
-        stretches=() if span.is_one_stretch else span.stretches,
+        stretches=() if span.is_one_stretch and not cleaned.stripped else span.stretches,
         core_start=left,
         core_end=left + num_bases,
         flags=_flags(cleaned, is_renamed=name != raw.id),

@@ -8,6 +8,7 @@ can only come from a damaged file (a control byte, a ``>`` inside a line) always
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from genoembed.errors import AlphabetError, ConfigError, DuplicateIdError, Seque
 from genoembed.sequences.compression import WHITESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -60,6 +61,28 @@ class Span(NamedTuple):
                 return start + offset if strand == self.strand else end - 1 - offset
             offset -= end - start
         return self.end
+
+    def without(self, offsets: Sequence[int]) -> Span:
+        """Leave out letters, counted as ``place`` counts them, ascending; both ends of the region stay.
+
+        Example:
+            >>> span = Span("c", 2, 9, "-", (Stretch(7, 9, "-"), Stretch(2, 5, "-")))
+            >>> [tuple(stretch) for stretch in span.without([1]).stretches]
+            [(7, 9, '-'), (4, 5, '-'), (2, 3, '-')]
+        """
+        order = 1 if self.strand == "+" else -1
+        kept, before = [], 0
+        for start, end, strand in self.stretches[::order]:
+            past = before + end - start
+            inside = offsets[bisect_left(offsets, before) : bisect_left(offsets, past)]
+            for left, right in pairwise([before - 1, *inside, past]):
+                first, last = left + 1 - before, right - before
+                if first < last and strand == self.strand:
+                    kept.append(Stretch(start + first, start + last, strand))
+                elif first < last:
+                    kept.append(Stretch(end - last, end - first, strand))
+            before = past
+        return self._replace(stretches=tuple(kept[::order]))
 
 
 class RawRecord(NamedTuple):
@@ -308,6 +331,8 @@ class CleanedBody(NamedTuple):
     """One for each raw piece."""
     masked: int
     gaps: int
+    stripped: list[int]
+    """Offsets of the gaps among all letters of a record with a ``span``."""
     rna: int
     upper_cased: int
 
@@ -320,6 +345,7 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
     """
     table = _TABLES[policies.keep_case]
     pieces: list[bytes] = []
+    stripped: list[int] = []
     masked = gaps = rna = upper_cased = letters = 0
     for raw, line in record.body:
         place = letters, line  # where the piece begins
@@ -331,6 +357,9 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
             if policies.gaps == "error":
                 raise _error(record, raw, place, _GAP)
             gaps += text.count(_GAP)
+            if record.span is not None:
+                found = np.flatnonzero(np.frombuffer(text, np.uint8) == _GAP[0])
+                stripped.extend((place[0] + found).tolist())
             text = text.replace(_GAP, b"")
         if _INVALID in text:
             if policies.invalid == "error":
@@ -347,7 +376,7 @@ def clean_body(record: RawRecord, policies: Policies) -> CleanedBody | None:
         if not policies.keep_case:
             upper_cased += _count_lower(raw)
         pieces.append(text)
-    return CleanedBody(pieces, masked, gaps, rna, upper_cased)
+    return CleanedBody(pieces, masked, gaps, stripped, rna, upper_cased)
 
 
 def is_protein(letters: bytes) -> bool:

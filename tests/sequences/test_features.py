@@ -162,6 +162,22 @@ def test_a_row_over_the_origin_is_read_before_the_rows_behind_it(tmp_path, fasta
     assert (read.start, read.end) == (370, 430)
 
 
+@pytest.mark.parametrize("rows", [[(11, 30), (41, 60)], [(13, 40)]])
+@pytest.mark.parametrize("strand", ["+", "-"])
+def test_places_of_stripped_gaps_are_left_out(tmp_path, rows, strand):
+    gapped = "".join("-" if place in (9, 12, 17, 18, 45) else CONTIG[place] for place in range(100))
+    (tmp_path / "g.fa").write_text(f">c\n{gapped}\n")
+    path = write(tmp_path, "g.gff3", [gff("CDS", *row, strand, "ID=a") for row in rows])
+    (read,) = read_sequences(tmp_path / "g.fa", regions=path, feature="CDS", gaps="strip", flank=4)
+    places, is_turned = contig_places(read)
+    letters = "".join(gapped[place] for place in places)
+    if strand == "-":
+        letters = letters.translate(str.maketrans("ACGT", "TGCA"))
+    assert letters == read.sequence.decode()
+    assert is_turned.tolist() == [strand == "-"] * len(letters)
+    assert (read.start, read.end) == (rows[0][0] - 1, rows[-1][1])
+
+
 def test_parts_on_both_strands_follow_their_numbers_or_the_policy(tmp_path, fasta):
     rows = [
         gff("CDS", 101, 110, "+", "ID=rps12;part=2"),

@@ -333,8 +333,8 @@ class _GffRows:
         self._column = self._contig = ""
         self._circular: set[str] = set()
         self._groups: dict[tuple[str, str] | int, list[_Row]] = {}
-        # of features that are complete: a row of one, behind another contig's, would be lost
-        self._closed: set[int] = set()
+        # rows of features that are complete: one more, behind another contig's, would not be joined
+        self._closed: dict[int, int] = {}
 
     def add(self, line: int, columns: list[str]) -> Iterator[Feature]:
         """Take a row in, and yield the features of the contig before it."""
@@ -348,33 +348,25 @@ class _GffRows:
         self.types[kind] += 1
         if columns[0] != self._column:
             yield from self.close(may_go_on=True)
-            self._column, self._contig = columns[0], sys.intern(unquote(columns[0].strip()))
+            is_gtf, _ = _read_attributes(" ".join(columns[8:]))  # only GFF3 has letters as %20
+            name = columns[0].strip()
+            self._column, self._contig = columns[0], sys.intern(name if is_gtf else unquote(name))
         contig = self._contig
         if kind in CONTIG_TYPES and _IS_CIRCULAR.search(columns[-1]):
             self._circular.add(contig)
         if not self._choice.takes(kind):
             return
         columns = [column.strip() for column in columns]
-        attributes = " ".join(columns[8:])
         self.num_rows += 1
         start, end = _one_based(path, line, (columns[3], columns[4]))
         strand = _strand(path, line, columns[6])
-        is_gtf, values = _read_attributes(attributes)
+        is_gtf, values = _read_attributes(" ".join(columns[8:]))
         self.lacking.update(name for name in self._choice.attributes if not values.get(name))
         keys = self._keys(kind, values, is_gtf=is_gtf)
+        product, part = values.get("product", ""), values.get("part", "")
         for key in keys or [""]:
             name = self._name(kind, values, key, is_gtf=is_gtf)
-            row = _Row(
-                line,
-                contig,
-                start,
-                end,
-                strand,
-                kind,
-                name,
-                values.get("product", ""),
-                values.get("part", ""),
-            )
+            row = _Row(line, contig, start, end, strand, kind, name, product, part)
             self._groups.setdefault((kind, key) if key else line, []).append(row)
 
     def _keys(self, kind: str, values: Mapping[str, str], *, is_gtf: bool) -> list[str]:
@@ -399,33 +391,41 @@ class _GffRows:
                 key = values.get("gene_id", "") or key
             return self._choice.shown(kind, own or key)
         if own:
-            return own
+            return self._told_apart(kind, own, wanted)
         # a name that is its transcript's is that row's id, too
         shared = self._choice.shown(kind, key)
         if self._choice.join_by not in (None, EACH, "ID") and key:
             return shared
-        named = (unquote(values[name]).strip() for name in _NAMES if name in values)
+        named = (
+            self._told_apart(kind, unquote(values[name]).strip(), name) for name in _NAMES if name in values
+        )
         return next(filter(None, named), "") or shared
+
+    def _told_apart(self, kind: str, name: str, attribute: str | None) -> str:
+        # a gene and its coding sequence have the same locus_tag, but never the same ID
+        return name if attribute == "ID" or len(self._choice.types) < 2 else self._choice.shown(kind, name)
 
     def close(self, *, may_go_on: bool = False) -> Iterator[Feature]:
         """Yield the features of the rows so far, in the order of their first rows."""
         groups, self._groups = self._groups, {}
         for key, rows in groups.items():
+            before = 0
             if not isinstance(key, int):
                 mark = hash((rows[0].contig, key))
-                if mark in self._closed:
+                before = self._closed.get(mark, 0)
+                if before and self._choice.join_by != EACH:
                     problem = (
                         f"other rows of {key[0]} {key[1]!r} stand before those of another contig; sort the "
                         "file by contig"
                     )
                     raise RegionError(problem, path=self._path, line=rows[0].line, record_id=key[1])
                 if may_go_on:
-                    self._closed.add(mark)
-            for feature in self._joined(rows):
+                    self._closed[mark] = before + len(rows)
+            for feature in self._joined(rows, before):
                 self.num_features += 1
                 yield feature
 
-    def _joined(self, rows: list[_Row]) -> Iterator[Feature]:
+    def _joined(self, rows: list[_Row], before: int) -> Iterator[Feature]:
         is_split = any(row.strand != rows[0].strand for row in rows)
         parts = [row.part.partition("/")[0] for row in rows]
         has_order = len(rows) > 1 and all(part.isdecimal() for part in parts)
@@ -452,8 +452,8 @@ class _GffRows:
                 return
             if rows[0].strand == "-":
                 ordered.reverse()
-        if self._choice.join_by == EACH and len(rows) > 1:
-            for number, row in enumerate(ordered, start=1):
+        if self._choice.join_by == EACH and before + len(rows) > 1:
+            for number, row in enumerate(ordered, start=before + 1):
                 yield self._feature([row], f"{row.name}_part{number}" if row.name else "")
             return
         yield self._feature(ordered, rows[0].name, problem=problem, is_ordered=has_order)
@@ -554,7 +554,6 @@ def record_features(
         types[found.type] += 1
         if not choice.takes(found.type):
             continue
-        lacking.update(name for name in choice.attributes if not found.qualifiers.get(name))
         name = choice.shown(found.type, _qualifier(found, choice.name_attribute))
         feature = Feature(
             raw.id,
@@ -567,11 +566,14 @@ def record_features(
             is_circular=is_circular,
         )
         parts, problem = _parts(found)
+        missing = [name for name in choice.attributes if not found.qualifiers.get(name)]
         if choice.join_by == EACH and len(parts) > 1:
+            lacking.update(missing * len(parts))
             for number, part in enumerate(parts, start=1):
                 own = f"{name}_part{number}" if name else ""
                 yield _without_control(feature._replace(parts=(part,), name=own))
         else:
+            lacking.update(missing)
             yield _without_control(feature._replace(parts=parts, problem=problem))
 
 

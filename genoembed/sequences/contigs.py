@@ -12,6 +12,7 @@ behind it. A file that changes in the meantime is an error.
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
@@ -37,7 +38,7 @@ from genoembed.sequences.compression import (
     iter_text_blocks,
     joined,
 )
-from genoembed.sequences.formats import Header, blank_comments, iter_fasta_parts
+from genoembed.sequences.formats import Header, blank_comments, is_gff3, iter_fasta_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -157,7 +158,7 @@ class FastaContigs:
         stream.seek(0)
         text = next(filter(bytes.strip, self._plain(iter_blocks(stream, self.path))), b"")
         head = text.lstrip(WHITESPACE)
-        self._is_annotation = head.startswith(_ROWS_OPENING)
+        self._is_annotation = is_gff3(head)
         if not self._is_annotation and not head.startswith((b">", b";")):
             problem = "not FASTA, which regions are read from; convert it to FASTA"
             if head.startswith((b"LOCUS ", b"ID   ")):
@@ -255,8 +256,8 @@ class FastaContigs:
         return InputFileError(problem, path=self.path)
 
 
-_ROWS_OPENING = b"##gff"
-_SEQUENCES = b"\n##FASTA"
+_SEQUENCES = re.compile(rb"\n(##FASTA|>)")
+_LONGEST = len(b"\n##FASTA")
 _BLANK = bytes(byte if byte == ord("\n") else ord(" ") for byte in range(256))
 
 
@@ -267,21 +268,23 @@ def _from_first_header(blocks: Iterator[bytes]) -> Iterator[bytes]:
         block = held + following
         if not in_rows:
             head = block.lstrip(WHITESPACE)
-            in_rows = head.startswith(_ROWS_OPENING)
+            in_rows = is_gff3(head)
             if not in_rows:
                 yield block[: len(block) - len(head)].translate(_TO_BLANK) + head
                 if not head:
                     continue
                 yield from blocks
                 return
-        found = block.find(_SEQUENCES)
-        end = -1 if found < 0 else block.find(b"\n", found + 1)
+        match = _SEQUENCES.search(block)
+        found = match.start() if match else -1
+        # the specification allows to leave the line ##FASTA out: then the first header ends the rows
+        end = block.find(b"\n", found + 1) if match and match[1] != b">" else found
         if end >= 0:
             yield block[:end].translate(_BLANK) + block[end:]
             yield from blocks
             return
         # the line may go on in the next block
-        cut = found if found >= 0 else max(0, len(block) - len(_SEQUENCES))
+        cut = found if found >= 0 else max(0, len(block) - _LONGEST)
         yield block[:cut].translate(_BLANK)
         held = block[cut:]
     yield held.translate(_BLANK)

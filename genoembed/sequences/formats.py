@@ -422,6 +422,7 @@ def feature_format(path: str) -> str:
 
 def _feature_opening(path: str, head: bytes) -> bytes:
     found = next((opening for opening in _WITH_FEATURES if head.startswith(opening)), None)
+    found = _GFF3 if found is None and is_gff3(head) else found
     if found is None:
         problem = (
             "features are chosen, but the file has none: it is not GenBank, EMBL or GFF3 with sequences; set "
@@ -442,6 +443,9 @@ def iter_annotated(
         lines_before += block.count(b"\n", 0, len(block) - len(head))
         if head:
             opening = _feature_opening(path, head)
+            if opening == _GFF3:  # its sequences come last, so that it is read twice
+                problem = "GFF3 with its sequences cannot be read from a pipe; save it to a file first"
+                raise SequenceFormatError(problem, path=path)
             yield from _iter_bio_pairs(
                 _WITH_FEATURES[opening],
                 opening.decode(),
@@ -533,11 +537,25 @@ def _cut_joined(joined: str, length: int, path: str, line: int) -> str:
     return name
 
 
-_WITH_FEATURES = {b"LOCUS ": "GenBank", b"ID   ": "EMBL", b"##gff-version": "GFF3"}
+_GFF3 = b"##gff-version"
+_GFF3_HEAD = re.compile(rb"(?:#[^\n]*\n\s*)*?##gff")  # comments may stand before the version
+
+
+def is_gff3(head: bytes) -> bool:
+    """Return whether a text, without white space before it, begins as GFF3 does.
+
+    Example:
+        >>> is_gff3(b"# of our lab\\n##gff-version 3\\n"), is_gff3(b"##fileformat=VCFv4.2\\n")
+        (True, False)
+    """
+    return _GFF3_HEAD.match(head) is not None
+
+
+_WITH_FEATURES = {b"LOCUS ": "GenBank", b"ID   ": "EMBL", _GFF3: "GFF3"}
 _PARSERS: Mapping[bytes, Callable[..., Iterator[RawRecord]]] = {
     b">": iter_fasta,
     b";": iter_fasta,
     b"@": iter_fastq,
     b"LOCUS ": partial(_iter_bio, "GenBank", "LOCUS "),
-    b"ID   ": partial(_iter_bio, "EMBL", "ID "),
+    b"ID   ": partial(_iter_bio, "EMBL", "ID   "),
 }

@@ -1,5 +1,6 @@
 """Features of GFF3, GTF, BED12 and GenBank: joined exactly, on both strands, over an origin, with flanks."""
 
+import io
 import random
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import Window
-from genoembed.errors import DuplicateIdError, RegionError
+from genoembed.errors import DuplicateIdError, RegionError, SequenceFormatError
 from genoembed.pipeline.assemble import _window_row
 from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 from genoembed.sequences.annotation import FeatureChoice, iter_features
@@ -329,6 +330,61 @@ def test_gff_with_its_sequences_needs_no_second_file(tmp_path):
         (record,) = read_sequences(tmp_path / name, feature="CDS", flank=3)
         assert record.sequence == reverse_complement(CONTIG[7:23].encode())
         assert (record.id, record.description) == ("P_1", "c:11-20(-) CDS a b")
+
+
+@pytest.mark.parametrize(
+    ("head", "line"), [("# by us\n#!x\n##gff-version 3\n", "##FASTA\n"), ("##gff-version 3\n", "")]
+)
+def test_gff_with_sequences_may_begin_with_comments_and_lack_the_line_fasta(tmp_path, head, line):
+    path = tmp_path / "p.gff"
+    path.write_text(f"{head}c\tx\tCDS\t11\t20\t.\t+\t0\tID=P_1\n{line}>c desc\n{CONTIG}\n>d\nAC\n")
+    assert cores(read_sequences(path, feature="CDS")) == {"P_1": CONTIG[10:20]}
+    assert cores(read_sequences(path, regions="d:1-2")) == {"d:1-2(+)": "AC"}
+
+
+def test_gff_from_a_pipe_is_told_to_be_saved(monkeypatch):
+    text = f"##gff-version 3\nc\tx\tCDS\t11\t20\t.\t+\t0\tID=P_1\n##FASTA\n>c\n{CONTIG}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(SequenceFormatError, match="cannot be read from a pipe; save it to a file first"):
+        list(read_sequences("-", feature="CDS"))
+
+
+def test_contig_names_of_gtf_are_not_percent_decoded(tmp_path):
+    (tmp_path / "c.fa").write_text(f">a%7Cb\n{CONTIG}\n>a|b\n{CONTIG[::-1]}\n")
+    rows = [("a%7Cb", "x", "exon", 1, 9, ".", "+", ".", 'gene_id "g"; transcript_id "t";')]
+    path = write(tmp_path, "x.gtf", rows)
+    assert cores(read_sequences(tmp_path / "c.fa", regions=path)) == {"exon-t": CONTIG[:9]}
+    path = write(tmp_path, "x.gff3", [(*rows[0][:-1], "ID=e")])
+    assert cores(read_sequences(tmp_path / "c.fa", regions=path)) == {"e": CONTIG[::-1][:9]}
+
+
+def test_types_of_gff3_that_share_names_are_told_apart_by_their_type(tmp_path, fasta):
+    for attributes, options in (("ID={};locus_tag=L", {"name_attribute": "locus_tag"}), ("locus_tag=L", {})):
+        rows = [gff(kind, 1, 9, "+", attributes.format(kind)) for kind in ("gene", "CDS")]
+        path = write(tmp_path, "n.gff3", rows)
+        records = cores(read_sequences(fasta, regions=path, feature=["gene", "CDS"], **options))
+        assert list(records) == ["gene-L", "CDS-L"]
+
+
+def test_rows_that_are_read_alone_need_no_order_by_contig(tmp_path):
+    (tmp_path / "c.fa").write_text(f">c\n{CONTIG}\n>d\n{CONTIG}\n")
+    rows = [gff("CDS", first, first + 8, "+", "ID=a") for first in (1, 21, 41)]
+    rows.insert(2, ("d", *gff("CDS", 5, 9, "+", "ID=b")[1:]))
+    path = write(tmp_path, "u.gff3", rows)
+    with pytest.raises(RegionError, match="sort the file by contig"):
+        list(read_sequences(tmp_path / "c.fa", regions=path))
+    found = cores(read_sequences(tmp_path / "c.fa", regions=path, join_by="none"))
+    expected = {"a_part1": CONTIG[:9], "a_part2": CONTIG[20:29], "b": CONTIG[4:9], "a_part3": CONTIG[40:49]}
+    assert found == expected
+
+
+def test_an_attribute_that_no_joined_feature_has_is_an_error_with_each_part_alone(tmp_path):
+    record = SeqRecord(Seq(CONTIG), id="c", name="c", annotations={"molecule_type": "DNA"})
+    found = CompoundLocation([SimpleLocation(1, 9, 1), SimpleLocation(20, 30, 1)])
+    record.features = [SeqFeature(found, type="CDS", qualifiers={"locus_tag": ["b1"]})]
+    SeqIO.write([record], tmp_path / "c.gb", "genbank")
+    with pytest.raises(RegionError, match="has an attribute 'nothing'"):
+        list(read_sequences(tmp_path / "c.gb", feature="CDS", join_by="none", name_attribute="nothing"))
 
 
 def test_error_positions_are_those_of_the_contig_in_joined_parts(tmp_path):

@@ -396,9 +396,7 @@ class _GffRows:
         shared = self._choice.shown(kind, key)
         if self._choice.join_by not in (None, EACH, "ID") and key:
             return shared
-        named = (
-            self._told_apart(kind, unquote(values[name]).strip(), name) for name in _NAMES if name in values
-        )
+        named = (self._told_apart(kind, unquote(values.get(name, "")).strip(), name) for name in _NAMES)
         return next(filter(None, named), "") or shared
 
     def _told_apart(self, kind: str, name: str, attribute: str | None) -> str:

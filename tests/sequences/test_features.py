@@ -1,6 +1,5 @@
 """Features of GFF3, GTF, BED12 and GenBank: joined exactly, on both strands, over an origin, with flanks."""
 
-import io
 import random
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genoembed.contracts import Window
-from genoembed.errors import DuplicateIdError, RegionError, SequenceFormatError
+from genoembed.errors import DuplicateIdError, RegionError
 from genoembed.pipeline.assemble import _window_row
 from genoembed.sequences import InputCounts, read_sequences, reverse_complement
 from genoembed.sequences.annotation import FeatureChoice, iter_features
@@ -340,13 +339,6 @@ def test_gff_with_sequences_may_begin_with_comments_and_lack_the_line_fasta(tmp_
     path.write_text(f"{head}c\tx\tCDS\t11\t20\t.\t+\t0\tID=P_1\n{line}>c desc\n{CONTIG}\n>d\nAC\n")
     assert cores(read_sequences(path, feature="CDS")) == {"P_1": CONTIG[10:20]}
     assert cores(read_sequences(path, regions="d:1-2")) == {"d:1-2(+)": "AC"}
-
-
-def test_gff_from_a_pipe_is_told_to_be_saved(monkeypatch):
-    text = f"##gff-version 3\nc\tx\tCDS\t11\t20\t.\t+\t0\tID=P_1\n##FASTA\n>c\n{CONTIG}\n"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    with pytest.raises(SequenceFormatError, match="cannot be read from a pipe; save it to a file first"):
-        list(read_sequences("-", feature="CDS"))
 
 
 def test_contig_names_of_gtf_are_not_percent_decoded(tmp_path):

@@ -1,6 +1,7 @@
 """docs/INPUT_ERRORS.md is a list of test cases: every row is run, and every message of the code has a row."""
 
 import ast
+import io
 import re
 import shutil
 import sys
@@ -68,6 +69,10 @@ def case_folder(tmp_path, monkeypatch):
 def test_documented_error_has_its_message(row, case_folder, monkeypatch):
     if "standard input closed" in row.what:
         monkeypatch.setattr(sys, "stdin", None)
+    if "GFF3 on standard input" in row.what:
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO((case_folder / "types.gff3").read_bytes()))
+        )
     with pytest.raises(GenoembedError, match=f"^{re.escape(row.message)}$"):
         run_documented_call(row.call)
     assert row.exit_code == 1

@@ -41,7 +41,8 @@ def search_command(*, as_json: bool, **options: Any) -> None:
     embedding file. Vectors of a language model are all similar, so they are centered on FILE.h5 before they
     are compared; --no-center compares them unchanged. The table has one line per hit, the nearest first:
     query, subject, score, rank, the fraction of shared k-mers, the sequence identity estimated from it, and
-    the positions of both. A hit without an identity shares no sequence with the query.
+    the positions of both. Where the fraction is 0, no shared sequence was found; where it is NA, the
+    sequences were not compared.
     """
     options.setdefault("output", "-")
     if options["output"] != "-":

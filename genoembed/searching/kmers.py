@@ -21,6 +21,7 @@ import numpy as np
 from genoembed.searching.neighbors import NO_ROW, Neighbors, Owners
 from genoembed.sequences.homology import (
     DEFAULT_KMER_SIZE,
+    MIN_SHARED,
     HomologyConfig,
     Sketches,
     build_sketches,
@@ -181,7 +182,9 @@ def _row_blocks(
 # -------------------------------------------------------------------------------- what hits have in common
 
 SKETCH_SIZE = 10_000
-"""k-mers kept of a sequence: of up to 10 kb all of them."""
+"""k-mers compared of two long sequences: of up to 10 kb all of them."""
+_EXACT_RATIO = 10
+"""Of sequences that differ more in length, all k-mers are compared."""
 _PAIRS_AT_ONCE = 128
 _SKETCHED_BASES = 1 << 24
 
@@ -216,19 +219,48 @@ def measure_likeness(found: Neighbors, queries: Sequence[bytes], subjects: Mappi
     shares = np.full(found.rows.shape, np.nan)
     asked, places = np.nonzero(found.rows != NO_ROW)
     rows = found.rows[asked, places]
-    config = HomologyConfig(kmer_size=DEFAULT_KMER_SIZE, sketch_size=SKETCH_SIZE)
+    config = HomologyConfig(kmer_size=DEFAULT_KMER_SIZE, sketch_size=_WHOLE)
     for start, stop in _pair_slices(asked, rows, queries, subjects):
         mine, mine_of = np.unique(asked[start:stop], return_inverse=True)
         theirs, theirs_of = np.unique(rows[start:stop], return_inverse=True)
-        sketches = build_sketches(
+        whole = build_sketches(
             [*(queries[query] for query in mine), *(subjects[row] for row in theirs)], config=config
         )
+        sketches = _cut(whole)
         for first in range(0, stop - start, _PAIRS_AT_ONCE):
             part = slice(first, first + _PAIRS_AT_ONCE)
-            shares[asked[start:stop][part], places[start:stop][part]] = pair_containments(
-                sketches, mine_of[part], len(mine) + theirs_of[part]
+            shares[asked[start:stop][part], places[start:stop][part]] = _containments(
+                whole, sketches, mine_of[part], len(mine) + theirs_of[part]
             )
     return Likeness(shares, np.where(shares > 0, shares, np.nan) ** (1 / DEFAULT_KMER_SIZE))
+
+
+def _cut(whole: Sketches) -> Sketches:
+    """Keep the smallest hashes of each sequence."""
+    sizes = np.minimum(np.diff(whole.offsets), SKETCH_SIZE)
+    parts = [whole.of(index)[:size] for index, size in enumerate(sizes)]
+    return Sketches(
+        hashes=np.concatenate(parts),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        kmer_size=whole.kmer_size,
+        sketch_size=SKETCH_SIZE,
+    )
+
+
+def _containments(
+    whole: Sketches, sketches: Sketches, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the share of k-mers in common, exact where one has far fewer: a sample of them may be empty."""
+    shares = pair_containments(sketches, left, right)
+    sizes = np.diff(whole.offsets)
+    small, large = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
+    is_exact = (large >= SKETCH_SIZE) & ((small < SKETCH_SIZE) | (small < large / _EXACT_RATIO)) & (small > 0)
+    for pair in np.flatnonzero(is_exact):
+        few, many = sorted((whole.of(left[pair]), whole.of(right[pair])), key=len)
+        places = np.minimum(np.searchsorted(many, few), len(many) - 1)
+        shared = int(np.count_nonzero(many[places] == few))
+        shares[pair] = shared / len(few) if shared >= min(MIN_SHARED, len(few)) else 0.0
+    return shares
 
 
 def _pair_slices(

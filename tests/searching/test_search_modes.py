@@ -248,6 +248,17 @@ def test_identity_of_fragments_strands_and_unrelated_sequences():
     np.testing.assert_array_equal(likeness.identity, [[1, 1, 1, np.nan, np.nan]])
 
 
+def test_short_piece_of_a_long_sequence_is_found_whole():
+    text = letters(400_000, 1).encode()
+    pieces = [text[start : start + 60] for start in range(1000, 9000, 1000)]
+    pieces += [reverse_complement(text[-12_000:]), letters(60, 7).encode(), b"A" * 60]
+    found = Neighbors(np.zeros((len(pieces), 1), np.int64), np.zeros((len(pieces), 1)))
+    for queries, subjects in ((pieces, {0: text}), ([text], dict(enumerate(pieces)))):
+        hits = found if len(queries) > 1 else Neighbors(np.arange(len(pieces))[None], found.scores.T)
+        likeness = measure_likeness(hits, queries, subjects)
+        np.testing.assert_array_equal(likeness.shared_kmers.ravel(), [*[1] * 9, 0, np.nan])
+
+
 def test_windows_are_compared_by_their_own_bases(model, tmp_path):
     texts = [letters(160, seed) for seed in range(3)]
     fasta = write_fasta(tmp_path / "d.fa", texts)

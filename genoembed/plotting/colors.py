@@ -195,10 +195,12 @@ def class_column(name: str, values: Sequence[str | None]) -> ClassColumn:
     )
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def _natural(name: str) -> tuple[list[str | tuple[int, str]], str]:
     """Sort by letters whatever their case, and by the value of numbers between them."""
     parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+    # without int(), which refuses numbers of more than 4,300 digits
+    bare = [part.lstrip("0") if place % 2 else part for place, part in enumerate(parts)]
+    return [(len(part), part) if place % 2 else part for place, part in enumerate(bare)], name
 
 
 def number_column(name: str, values: NDArray[np.floating]) -> NumberColumn:

@@ -288,6 +288,8 @@ def test_names_with_an_underscore_are_no_numbers():
     column = text_column("cluster", ["1_0", "1_1", "2"])
     assert not isinstance(column, NumberColumn)
     assert column.classes == ("1_0", "1_1", "2")
+    long = "1" * 5000  # more digits than Python makes an integer of
+    assert text_column("cluster", [f"a{long}", "a10", "a9"]).classes == ("a9", "a10", f"a{long}")
 
 
 def test_pictures_have_the_background_of_their_theme(file, tmp_path):

@@ -239,6 +239,36 @@ def test_counts_of_genes_beside_vectors_are_left_out_and_named(tmp_path):
     assert set(report.dropped) == set(lost)
 
 
+def test_tables_of_features_are_written_as_the_schema_says(world, tmp_path):
+    made = anndata.read_h5ad(world / "one.h5")
+    made.var.index.name = "feature"
+    made.var["n"] = range(made.n_vars)
+    made.raw = made
+    made.uns["more"] = {"table": pd.DataFrame({"a": [1, 2]})}
+    made.obsm["table"] = pd.DataFrame({"u": range(12)}, index=made.obs_names)
+    made.write_h5ad(tmp_path / "a.h5ad")
+    kinds = ["x", "y"]
+    with h5py.File(tmp_path / "a.h5ad", "r+") as hdf5:
+        for where in ("var", "raw/var", "uns/more/table", "obsm/table"):
+            table = hdf5[where]
+            rows = len(table[table.attrs["_index"]])
+            table["__categories/kind"] = kinds  # as AnnData 0.7 wrote it
+            table["kind"] = np.arange(rows, dtype="i1") % 2
+            table["kind"].attrs["categories"] = table["__categories/kind"].ref
+            table.attrs["column-order"] = [*table.attrs["column-order"], "kind"]
+    subset(tmp_path / "a.h5ad", where="id!=r0", output=tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5") as hdf5:
+        for where in ("var", "raw/var"):
+            assert set(hdf5[where]) == {"_index", "n", "kind"}
+            assert hdf5[where].attrs["_index"] == "_index"
+    found = anndata.read_h5ad(tmp_path / "b.h5")
+    for table in (found.var, found.raw.var):
+        assert list(table.index) == list(made.var_names)
+        assert list(table["kind"][:3]) == ["x", "y", "x"]
+    assert list(found.uns["more"]["table"]["kind"]) == kinds
+    assert list(found.obsm["table"]["kind"][:3]) == ["y", "x", "y"]
+
+
 def test_columns_in_an_encoding_that_is_not_known_are_named(world, tmp_path, caplog):
     anndata.read_h5ad(world / "one.h5").write_h5ad(tmp_path / "a.h5ad")
     with h5py.File(tmp_path / "a.h5ad", "r+") as hdf5:

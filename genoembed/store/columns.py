@@ -38,6 +38,18 @@ def encoding_of(node: h5py.Group | h5py.Dataset) -> str:
     return found if isinstance(found, str) else ""
 
 
+def has_categories_elsewhere(node: h5py.Group | h5py.Dataset) -> bool:
+    """Tell a column of AnnData before 0.8: its categories are a reference, which means nothing in a copy."""
+    return isinstance(node.attrs.get("categories"), h5py.Reference)
+
+
+def shape_of(node: h5py.Group | h5py.Dataset) -> tuple[int, ...]:
+    """Return the shape of a matrix, sparse or not; of anything else none."""
+    if isinstance(node, h5py.Dataset):
+        return tuple(node.shape)
+    return tuple(int(size) for size in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
+
+
 def index_name(table: h5py.Group) -> str:
     """Return the name of the dataset that is the index of a table."""
     return str(table.attrs.get("_index", INDEX))

@@ -21,7 +21,16 @@ import numpy as np
 
 from genoembed.atomic import AtomicFile, check_output, reporting_writes
 from genoembed.errors import StoreError
-from genoembed.store.columns import PARTS, column_names, encoding_of, index_name, joined_column
+from genoembed.store.columns import (
+    PARTS,
+    column_names,
+    encoding_of,
+    has_categories_elsewhere,
+    index_name,
+    joined_column,
+    read_column,
+    shape_of,
+)
 from genoembed.store.reader import changed_x_of, hdf5_of, names_own_features
 from genoembed.store.schema import (
     ARRAY,
@@ -270,7 +279,7 @@ class _Rows:
         if self._is_one:
             (source,) = self._sources
             node = hdf5_of(source.file)[f"obs/{name}"]
-            if "categories" not in node.attrs:  # those that refer elsewhere are of AnnData before 0.8
+            if not has_categories_elsewhere(node):
                 _copy_rows(node, obs, name, source.rows, str(source.file.path), self._check)
                 return
         parts = [
@@ -304,7 +313,7 @@ class _Rows:
             beside["X"] = CHANGED_X, x
         for where, (name, node) in beside.items():
             # AnnData opens no file with a layer of other features than those of X, here the first matrix
-            if _shape(node) == file.X.shape:
+            if shape_of(node) == file.X.shape:
                 _copy_rows(node, self._root["layers"], name, source.rows, path, self._check)
             else:
                 self.dropped.append(where)
@@ -411,13 +420,6 @@ def _other_x(file: EmbeddingFile) -> h5py.Group | h5py.Dataset | None:
     return found if isinstance(found, h5py.Group) else changed_x_of(file)
 
 
-def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, ...]:
-    """Return the shape of a matrix, sparse or not; of anything else none."""
-    if isinstance(node, h5py.Dataset):
-        return tuple(node.shape)
-    return tuple(int(size) for size in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
-
-
 def _lost_features(file: EmbeddingFile) -> list[str]:
     """Name the tables of features that are not those of the first layer."""
     var = hdf5_of(file)["var"]
@@ -426,9 +428,27 @@ def _lost_features(file: EmbeddingFile) -> list[str]:
 
 
 def _copy_whole(file: EmbeddingFile, where: str, to: h5py.Group) -> None:
-    """Copy a part of a file to a group of another one, as it is."""
+    """Copy a part of a file to a group of another one; its tables as the schema has them."""
     with reading(str(file.path)):
-        hdf5_of(file).copy(where, to, name=where.rpartition("/")[2])
+        _copy_part(hdf5_of(file)[where], to, where.rpartition("/")[2])
+
+
+def _copy_part(node: h5py.Group | h5py.Dataset, to: h5py.Group, name: str) -> None:
+    if isinstance(node, h5py.Group) and encoding_of(node) == "dataframe":
+        made, names = to.create_group(name), column_names(node)
+        _copy_part(node[index_name(node)], made, INDEX)  # whatever pandas calls it
+        for column in names:
+            _copy_part(node[column], made, column)
+        mark_dataframe(made, names)
+    elif isinstance(node, h5py.Group) and encoding_of(node) in ("", DICT[0]):
+        made = to.create_group(name)
+        made.attrs.update(node.attrs)
+        for part in node:
+            _copy_part(node[part], made, part)
+    elif has_categories_elsewhere(node):
+        write_column(to, name, read_column(node))
+    else:
+        node.file.copy(node, to, name=name)
 
 
 def _block_rows(row_bytes: int) -> int:
@@ -461,6 +481,9 @@ def _copy_rows(
 ) -> None:
     """Copy some rows of an element that has a row per record, whatever it is encoded as."""
     with reading(path):
+        if has_categories_elsewhere(node):
+            write_column(to, name, read_column(node)[rows])
+            return
         if isinstance(node, h5py.Dataset):
             _copy_dense(node, to, name, rows, check)
             return
@@ -476,7 +499,7 @@ def _copy_rows(
             raise StoreError(problem, path=path)
         made = to.create_group(name)
         made.attrs.update(node.attrs)
-        for part in node:
+        for part in sorted({*node} - {"__categories"}):  # where AnnData before 0.8 kept them
             if kind == "categorical" and part == "categories":
                 made.create_dataset(part, data=node[part][()], dtype=node[part].dtype)
                 made[part].attrs.update(node[part].attrs)

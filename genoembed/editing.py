@@ -169,13 +169,13 @@ def subset(
             {"ids": list_file or (None if wanted is None else "a list"), "where": conditions},
             num_rows=len(taken.rows),
         )
-        made = write_rows(output, [taken], provenance=provenance, overwrite=overwrite)
+        dropped = write_rows(output, [taken], provenance=provenance, overwrite=overwrite)
         return SubsetReport(
             output=Path(output),
             num_rows=len(taken.rows),
             num_in_file=len(file),
             missing=missing,
-            dropped=made.dropped,
+            dropped=dropped,
         )
 
 
@@ -218,13 +218,13 @@ def join(
         sources = [TakenRows(file=file, rows=np.arange(len(file))) for file in files]
         num_rows = sum(map(len, files))
         provenance = _with_step(_joined(files), "join", files, {}, num_rows=num_rows)
-        made = write_rows(output, sources, provenance=provenance, overwrite=overwrite)
-        if made.dropped:
+        dropped = write_rows(output, sources, provenance=provenance, overwrite=overwrite)
+        if dropped:
             logger.warning(
-                "left out what other programs added and joined rows cannot have: %s", _shown(made.dropped)
+                "left out what other programs added and joined rows cannot have: %s", _shown(dropped)
             )
         return JoinReport(
-            output=Path(output), num_rows=num_rows, layers=tuple(files[0].layers), dropped=made.dropped
+            output=Path(output), num_rows=num_rows, layers=tuple(files[0].layers), dropped=dropped
         )
 
 
@@ -293,7 +293,7 @@ def annotate(
             num_rows=len(file),
         )
         taken = TakenRows(file=file, rows=np.arange(len(file)))
-        made = write_rows(
+        dropped = write_rows(
             target, [taken], provenance=provenance, columns=columns, overwrite=overwrite or is_in_place
         )
     return AnnotateReport(
@@ -302,7 +302,7 @@ def annotate(
         columns=tuple(names),
         without_values=without,
         num_unknown_ids=num_unknown,
-        dropped=made.dropped,
+        dropped=dropped,
     )
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -99,15 +99,6 @@ class TakenRows:
         return [self.file.ids[row] for row in self.rows.tolist()]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rewritten:
-    """What was written."""
-
-    num_rows: int
-    dropped: tuple[str, ...] = field(default_factory=tuple)
-    """Parts of the files that could not be taken along, by their places."""
-
-
 def write_rows(
     path: str | PathLike[str],
     sources: Sequence[TakenRows],
@@ -115,7 +106,7 @@ def write_rows(
     provenance: Mapping[str, JSON],
     columns: Mapping[str, NDArray[Any]] | None = None,
     overwrite: bool = False,
-) -> Rewritten:
+) -> tuple[str, ...]:
     """Write rows of files that have the same kind and layers, in this order.
 
     Args:
@@ -126,7 +117,7 @@ def write_rows(
         overwrite: Replace an existing file.
 
     Returns:
-        What was written.
+        Parts of the files that could not be taken along, by their places.
 
     Raises:
         StoreError: If a file cannot be read or written, or has a part that cannot be cut into rows.
@@ -144,9 +135,10 @@ def write_rows(
         hdf5.attrs[LAYERS_ATTR] = sources[0].file.layers
     dropped = tuple(dict.fromkeys(writer.dropped))
     if dropped and len(sources) == 1:
-        path = sources[0].file.path
-        logger.warning("%s: left out what cannot be taken along: %s", path, ", ".join(dropped))
-    return Rewritten(num_rows=sum(len(source.rows) for source in sources), dropped=dropped)
+        logger.warning(
+            "%s: left out what cannot be taken along: %s", sources[0].file.path, ", ".join(dropped)
+        )
+    return dropped
 
 
 @contextmanager
@@ -308,7 +300,9 @@ class _Rows:
                 _copy_rows(
                     hdf5_of(file)[f"obsm/{name}"], self._root["obsm"], name, source.rows, path, self._check
                 )
-        beside = {f"layers/{name}": (name, node) for name, node in _nodes(file, "layers")}
+        beside = {
+            f"layers/{name}": (name, hdf5_of(file)[f"layers/{name}"]) for name in _members(file, "layers")
+        }
         if (x := _other_x(file)) is not None:
             beside["X"] = CHANGED_X, x
         for where, (name, node) in beside.items():
@@ -408,10 +402,6 @@ def _members(file: EmbeddingFile, group: str) -> list[str]:
     """Return the names in a group of a file; none where it is not there."""
     found = hdf5_of(file).get(group)
     return list(found) if isinstance(found, h5py.Group) else []
-
-
-def _nodes(file: EmbeddingFile, group: str) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
-    return ((name, hdf5_of(file)[f"{group}/{name}"]) for name in _members(file, group))
 
 
 def _other_x(file: EmbeddingFile) -> h5py.Group | h5py.Dataset | None:

@@ -10,6 +10,7 @@ N rows.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,15 +25,16 @@ from genoembed._version import __version__
 from genoembed.config.fields import named_options
 from genoembed.config.files import AnnotateConfig, JoinConfig, SubsetConfig
 from genoembed.config.paths import check_paths
-from genoembed.errors import ConfigError, DuplicateIdError, LabelError, Problem, Remedy
+from genoembed.errors import ConfigError, DuplicateIdError, LabelError, Problem, Remedy, StoreError
 from genoembed.pipeline.embedding_file import (
-    comparable_settings,
     computed_dtype,
+    joinable_settings,
+    reading_differences,
     record_names,
     setting_differences,
 )
 from genoembed.sequences.compression import decode_text, file_facts, iter_lines, iter_text
-from genoembed.sequences.tables import as_number, as_text, iter_rows
+from genoembed.sequences.tables import as_text, iter_rows, typed_column
 from genoembed.store import check_output, open_embeddings
 from genoembed.store.rewriting import TakenRows, write_rows
 from genoembed.store.schema import OBS_COLUMNS
@@ -60,6 +62,7 @@ _SIGNS: dict[str, Callable[[Any, Any], Any]] = {
 _ID = "id"
 """Names the record id in a condition."""
 _WORDS = {"true": True, "false": False}
+_UNREADABLE = "read in different ways (%s): keep the files; verify and search by sequence need them"
 _SUMMED = ("counts", "stats")
 _LISTED = ("inputs", "regions")
 
@@ -217,7 +220,11 @@ def join(
         _check_ids_differ(files)
         sources = [TakenRows(file=file, rows=np.arange(len(file))) for file in files]
         num_rows = sum(map(len, files))
-        provenance = _with_step(_joined(files), "join", files, {}, num_rows=num_rows)
+        others = [reading_differences(files[0].provenance, file.provenance) for file in files[1:]]
+        if unlike := _union(why for found in others for why in found):
+            logger.warning(_UNREADABLE, "; ".join(unlike))
+        made_of = _joined(files, is_readable=not unlike)
+        provenance = _with_step(made_of, "join", files, {"read_differently": unlike}, num_rows=num_rows)
         dropped = write_rows(output, sources, provenance=provenance, overwrite=overwrite)
         if dropped:
             logger.warning(
@@ -264,6 +271,7 @@ def annotate(
         # only what is whole, and ours, may be replaced
         check_paths([table], [(target, "hdf5")], overwrite=True)
     check_output(target, overwrite=overwrite or is_in_place)
+    before = Path(path).stat() if is_in_place and Path(path).is_file() else None
     with open_embeddings(path) as file:
         rows, names, num_rows = _read_table(fspath(table), file)
         _check_columns(file, names, overwrite=overwrite)
@@ -277,7 +285,8 @@ def annotate(
             problem = f"none of its ids ({shown}) is in {file.path} ({file.ids[0]!r} ...); use the same ids"
             raise LabelError(problem, path=fspath(table))
         columns = {
-            name: _typed([None if values is None else values.get(name) for values in found]) for name in names
+            name: typed_column([None if values is None else values.get(name) for values in found])
+            for name in names
         }
         if without:
             logger.warning(
@@ -293,9 +302,14 @@ def annotate(
             num_rows=len(file),
         )
         taken = TakenRows(file=file, rows=np.arange(len(file)))
+        if before and not _is_same(Path(path).stat(), before):
+            problem = "was written by another process meanwhile; annotate it again"
+            raise StoreError(problem, path=fspath(path))
         dropped = write_rows(
             target, [taken], provenance=provenance, columns=columns, overwrite=overwrite or is_in_place
         )
+        if before:
+            Path(path).chmod(before.st_mode & 0o777)
     return AnnotateReport(
         output=Path(target),
         num_rows=len(found),
@@ -304,6 +318,10 @@ def annotate(
         num_unknown_ids=num_unknown,
         dropped=dropped,
     )
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return os.path.samestat(one, other) and one.st_mtime_ns == other.st_mtime_ns
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -407,9 +425,7 @@ def _check_alike(one: EmbeddingFile, other: EmbeddingFile) -> None:
             "extract one of them again with the other's options"
         )
         raise ConfigError(message)
-    found = setting_differences(
-        *(comparable_settings(file.provenance, one.layers[0]) for file in (one, other))
-    )
+    found = setting_differences(*(joinable_settings(file.provenance, one.layers[0]) for file in (one, other)))
     types = [computed_dtype(file) for file in (one, other)]
     found += [f"dtype: {types[0]!r} against {types[1]!r}"] if types[0] != types[1] else []
     if found:
@@ -434,7 +450,7 @@ def _check_ids_differ(files: Sequence[EmbeddingFile]) -> None:
         home |= dict.fromkeys(file.ids, file)
 
 
-def _joined(files: Sequence[EmbeddingFile]) -> dict[str, Any]:
+def _joined(files: Sequence[EmbeddingFile], *, is_readable: bool) -> dict[str, Any]:
     """Join how files were made: inputs, counts and failures of all, the rest as in the first."""
     first = files[0].provenance
     made = {name: value for name, value in first.items() if name not in ("run", "identity", "certificate")}
@@ -452,7 +468,7 @@ def _joined(files: Sequence[EmbeddingFile]) -> dict[str, Any]:
         read = {
             name: _union(
                 item
-                for file in files
+                for file in (files if is_readable else ())
                 for item in file.provenance.get("config", {}).get("input", {}).get(name) or ()
             )
             for name in _LISTED
@@ -523,9 +539,7 @@ def _read_table(name: str, file: EmbeddingFile) -> tuple[dict[str, Mapping[str, 
         if id_column is None:
             id_column = next(iter(row.values), _ID)
             if id_column in known:
-                problem = (
-                    f"its first row begins with the id {id_column!r}, expected names of columns; add a header"
-                )
+                problem = f"first row begins with the id {id_column!r}, expected names of columns; add them"
                 raise LabelError(problem, path=name)
         # rows of JSON lines may have other keys than the first one, in any order
         record_id = as_text(row.values.get(id_column))
@@ -547,7 +561,7 @@ def _read_table(name: str, file: EmbeddingFile) -> tuple[dict[str, Mapping[str, 
 
 def _check_columns(file: EmbeddingFile, names: Sequence[str], *, overwrite: bool) -> None:
     """Raise if a column would replace one of genoembed's, or one that is to stay, or has no name to store."""
-    if unfit := [name for name in names if not name.strip() or "/" in name or name == "_index"]:
+    if unfit := [name for name in names if name.strip() in _NO_COLUMN or not _COLUMN.fullmatch(name)]:
         message = f"column {unfit[0]!r} cannot be a name in the file; rename it in the table"
         raise ConfigError(message)
     if ours := [name for name in names if name in OBS_COLUMNS]:
@@ -562,31 +576,5 @@ def _check_columns(file: EmbeddingFile, names: Sequence[str], *, overwrite: bool
         )
 
 
-_NO_VALUE = ("", "na", "nan", "none", "null", "n/a")
-
-
-def _typed(cells: Sequence[object]) -> NDArray[Any]:
-    """Make a column of cells: whole numbers, numbers, truth values, or text.
-
-    Example:
-        >>> _typed(["1", "2"]), _typed(["1", None, "2.5"]), _typed(["a", "NA", "1"])
-        (array([1, 2]), array([1. , nan, 2.5]), array(['a', '', '1'], dtype=object))
-        >>> _typed(["007", "7"])
-        array(['007', '7'], dtype=object)
-    """
-    there = [cell for cell in cells if cell is not None]
-    if there and all(isinstance(cell, bool) for cell in there):
-        if len(there) == len(cells):
-            return np.array(cells, np.bool_)
-        return np.array(["" if cell is None else str(cell) for cell in cells], object)
-    texts = ["" if (text := as_text(cell)).lower() in _NO_VALUE else text for cell in cells]
-    known = [text for text in texts if text]
-    try:
-        numbers = [as_number(text) for text in known]
-    except ValueError:
-        numbers = []
-    if not numbers or any(re.match(r"[+-]?0\d", text) for text in known):  # 007 and 7 are two names
-        return np.array(texts, object)
-    if len(known) == len(texts) and all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in known):
-        return np.array([int(text) for text in known], np.int64)
-    return np.array([float(text) if text else np.nan for text in texts])
+_NO_COLUMN = ("", ".", "..", "_index", "__categories")
+_COLUMN = re.compile(r"[^/\x00-\x1f\x7f-\x9f\ud800-\udfff]+")

@@ -28,7 +28,13 @@ from genoembed.pipeline.agreement import (
     tolerance_of,
     worst,
 )
-from genoembed.pipeline.embedding_file import read_file_settings, record_names, runs_fp8
+from genoembed.pipeline.embedding_file import (
+    UNREADABLE,
+    read_again,
+    read_file_settings,
+    record_names,
+    runs_fp8,
+)
 from genoembed.pipeline.request import use_threads
 from genoembed.sequences import read_sequences
 from genoembed.sequences.reading import file_names
@@ -288,11 +294,11 @@ def _records(
 ) -> Iterator[SequenceRecord]:
     names = settings.inputs if inputs is None else file_names(inputs)
     if not names or (inputs is None and "-" in names):
-        what = "was made of standard input" if names else "does not say of which files it was made"
+        what = "was made of standard input" if names else UNREADABLE
         message = f"{file.path}: it {what}; set inputs to the file with these sequences"
         raise ConfigError(message)
     places = settings.regions if regions is None else file_names(regions)
-    return read_sequences(names, regions=places or None, **settings.reading)
+    return read_again(file, names, places, settings.reading)
 
 
 def _find(wanted: Sequence[str], records: Iterable[SequenceRecord]) -> dict[str, SequenceRecord]:

@@ -16,7 +16,7 @@ import pytest
 import scipy.sparse
 from click.testing import CliRunner
 
-from genoembed import annotate, compare, extract, join, open_embeddings, search, subset, verify
+from genoembed import annotate, compare, editing, extract, join, open_embeddings, search, subset, verify
 from genoembed.atomic import AtomicFile
 from genoembed.cli import main
 from genoembed.errors import ConfigError, DuplicateIdError, LabelError, StoreError, StoreFormatError
@@ -340,6 +340,45 @@ def test_join_refuses_what_does_not_belong_together(world, tmp_path):
     assert not output.exists()
 
 
+def test_join_keeps_apart_what_was_cut_in_different_windows(world, tmp_path):
+    subset(world / "windows.h5", ids=["r1"], output=tmp_path / "a.h5")
+    with pytest.raises(ConfigError, match=r"window: 16 against None.*per_window: True against None"):
+        join([tmp_path / "a.h5", world / "max.h5"], output=tmp_path / "c.h5")
+
+
+def test_join_of_rows_read_in_different_ways_says_so(world, tmp_path, caplog):
+    (tmp_path / "x.fa").write_text(">x1\nAC-GTACGTACGT\n")
+    options = {"model": str(world / "bert"), "layers": (0, 1), "dtype": "float32"}
+    extract(tmp_path / "x.fa", **options, gaps="strip", output=tmp_path / "x.h5")
+    join([world / "first.h5", tmp_path / "x.h5"], output=tmp_path / "c.h5")
+    assert "read in different ways (gaps: 'error' against 'strip')" in caplog.text
+    with pytest.raises(ConfigError, match="does not say of which files it was made"):
+        verify(tmp_path / "c.h5")
+    with pytest.raises(ConfigError, match="use the files it was joined from"):
+        search(world / "first.fa", tmp_path / "c.h5", mode="kmer")
+    join([tmp_path / "c.h5", world / "last.h5"], output=tmp_path / "d.h5")  # and so do rows joined once more
+    with pytest.raises(ConfigError, match="does not say of which files it was made"):
+        verify(tmp_path / "d.h5")
+
+
+def test_joined_rows_whose_sources_share_ids_are_read_again(world, tmp_path):
+    subset(world / "one.h5", ids=["r1", "r7"], output=tmp_path / "a.h5")
+    (tmp_path / "x.fa").write_text(">r1\nACGTACGTTACG\n>x2\nACGTACGTACGTA\n")
+    options = {"model": str(world / "bert"), "layers": (0, 1), "dtype": "float32"}
+    extract(tmp_path / "x.fa", **options, output=tmp_path / "x.h5")
+    subset(tmp_path / "x.h5", where="id!=r1", output=tmp_path / "b.h5")
+    join(
+        [tmp_path / "x.h5", subset(tmp_path / "a.h5", ids=["r7"], output=tmp_path / "c.h5").output],
+        output=tmp_path / "d.h5",
+    )
+    join([tmp_path / "a.h5", tmp_path / "b.h5"], output=tmp_path / "e.h5")
+    for name in ("d.h5", "e.h5"):
+        report = verify(tmp_path / name)
+        assert report.is_within
+        assert (report.missing, report.other_sequence) == ((), ())
+        assert len(search(tmp_path / "x.fa", tmp_path / name, mode="kmer").hits.columns()["query"])
+
+
 def test_annotate_adds_typed_columns_and_names_what_does_not_match(world, tmp_path, caplog):
     (tmp_path / "t.csv").write_text("gene,kind,n,score\nr0,x,1,0.5\nr1,NA,2,1e3\nr2,x,,\nzz,y,4,1\n")
     report = annotate(world / "one.h5", tmp_path / "t.csv", output=tmp_path / "a.h5")
@@ -392,6 +431,34 @@ def test_annotate_in_place_replaces_columns_only_on_request(world, tmp_path):
         assert file.obs["n"].tolist() == ["", "one", *[""] * 10]
         assert list(file.obs).count("n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "t.tsv"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", ".", "..", "a\nb", "a/b", " "])
+def test_annotate_refuses_names_that_no_file_can_hold(world, tmp_path, name):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": "r1", name: "x"}) + "\n")
+    with pytest.raises(ConfigError, match="cannot be a name in the file"):
+        annotate(world / "one.h5", tmp_path / "t.jsonl", output=tmp_path / "a.h5")
+
+
+def test_annotate_in_place_keeps_the_mode_and_what_another_process_wrote(world, tmp_path, monkeypatch):
+    path, first, second = (tmp_path / name for name in ("a.h5", "one.tsv", "two.tsv"))
+    shutil.copy(world / "one.h5", path)
+    path.chmod(0o600)
+    first.write_text("id\tk\nr1\tx\n")
+    second.write_text("id\tm\nr1\ty\n")
+    read = editing._read_table
+
+    def slowly(name, file):
+        if name == str(second):  # another command begins and ends while this one reads
+            annotate(path, first)
+        return read(name, file)
+
+    monkeypatch.setattr(editing, "_read_table", slowly)
+    with pytest.raises(StoreError, match="was written by another process meanwhile"):
+        annotate(path, second)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with open_embeddings(path) as file:
+        assert file.obs["k"][1] == "x"
 
 
 @pytest.mark.parametrize(

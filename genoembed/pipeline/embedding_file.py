@@ -173,6 +173,31 @@ def comparable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, 
     return settings | {name: trained[name] for name in ("normalize", "pooler") if name in trained}
 
 
+def joinable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """Collect what the rows of one file must have in common: windows and flanks change vectors, too."""
+    config = _section(provenance, "config")
+    windows = _section(config, "windows")
+    return {
+        **comparable_settings(provenance, layer),
+        **{name: windows.get(name) or None for name in ("window", "stride", "per_window")},
+        "flank": _section(config, "input").get("flank", 0),
+    }
+
+
+def reading_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return why the records of two files, by their provenance, cannot be read again in one go."""
+    reads = [_section(_section(provenance, "config"), "input") for provenance in (first, second)]
+    found = setting_differences(
+        *({name: read[name] for name in _READING if read.get(name)} for read in reads)
+    )
+    inputs, places = ([list(read.get(name) or ()) for read in reads] for name in ("inputs", "regions"))
+    if any(reads) and not all(inputs):
+        found.append("inputs: one does not say them")
+    elif any(places) and (not all(places) or inputs[0] != inputs[1]):
+        found.append("regions: of other inputs")
+    return found
+
+
 def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return the settings that differ.
 
@@ -313,7 +338,7 @@ def iter_row_sequences(
         windows_of.setdefault(names[row], []).append(row)
     settings, sources, digests = *_sources(file, paths, option), InputDigests()
     starts, ends = obs["start"], obs["end"]
-    for record in _read_again(settings, sources, digests):
+    for record in read_again(file, sources, settings.regions, settings.reading, digests):
         for row in windows_of.pop(record.id, ()):
             first = _first_base(record, int(starts[row]), int(ends[row]))
             yield row, record.sequence[first : first + int(obs["length"][row])]
@@ -346,7 +371,7 @@ def _iter_file_records(
     settings, sources = _sources(file, paths, option)
     wanted = {file.ids[row]: row for row in rows}
     digests = file.obs["sha256"]
-    for record in _read_again(settings, sources):
+    for record in read_again(file, sources, settings.regions, settings.reading):
         row = wanted.get(record.id)
         if row is not None and record.sha256 == digests[row]:
             del wanted[record.id]
@@ -366,6 +391,9 @@ def _sources(file: EmbeddingFile, paths: Sequence[str], option: str) -> tuple[Fi
     settings = read_file_settings(file, remedy="embed the sequences again")
     sources = [*(paths or settings.inputs)]
     if not sources:
+        message = f"{file.path}: it {UNREADABLE}; use the files it was joined from, or set {option}"
+        raise ConfigError(message)
+    if not sources:
         message = (
             f"{file.path}: the sequences of its records are needed, and it does not say in which files they "
             f"are; set {option} to these"
@@ -380,10 +408,28 @@ def _sources(file: EmbeddingFile, paths: Sequence[str], option: str) -> tuple[Fi
     return settings, sources
 
 
-def _read_again(
-    settings: FileSettings, sources: Sequence[str], digests: InputDigests | None = None
+UNREADABLE = (
+    "does not say of which files it was made (joined rows that were read in different ways have none)"
+)
+
+
+def read_again(
+    file: EmbeddingFile,
+    sources: Sequence[str],
+    regions: Sequence[str],
+    reading: Mapping[str, Any],
+    digests: InputDigests | None = None,
 ) -> Iterator[SequenceRecord]:
-    return read_sequences(sources, regions=settings.regions or None, digests=digests, **settings.reading)
+    """Read the sources of a file again.
+
+    Those of joined rows may share ids, of which the file has one: the record with its digest is read.
+    """
+    is_joined = any(step.get("command") == "join" for step in file.provenance.get("history", ()))
+    if not is_joined or regions or _has_windows(file) or reading.get("duplicates", "error") != "error":
+        return read_sequences(sources, regions=regions or None, digests=digests, **reading)
+    known = dict(zip(file.ids, file.obs["sha256"], strict=True)) if "sha256" in file.obs else {}
+    records = (record for name in sources for record in read_sequences(name, digests=digests, **reading))
+    return (record for record in records if known.get(record.id) in (None, "", record.sha256))
 
 
 # ------------------------------------------------------------------------------------ the vectors of a file

@@ -160,6 +160,8 @@ def embed_untrained(
     inputs = list(sequences or settings.inputs)
     if not inputs:
         return "the file does not say in which files its sequences are (set sequences to them)"
+    if not inputs:
+        return "the file does not say of which files it was made (set sequences to them)"
     if lost := [name for name in inputs if not Path(name).is_file()]:
         return f"{', '.join(lost)} is not a file here (set sequences to where they are)"
     running = {name: options[name] for name in _RUNNING if name in options}

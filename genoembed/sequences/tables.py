@@ -19,6 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+
 from genoembed.errors import LabelError, MissingExtraError, SequenceFormatError
 from genoembed.sequences.compression import (
     PARQUET_MAGIC,
@@ -35,6 +37,8 @@ from genoembed.sequences.compression import (
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from genoembed.sequences.compression import InputDigests
 
@@ -90,6 +94,36 @@ def as_text(value: object) -> str:
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     return str(value).strip()
+
+
+_NO_VALUE = ("", "na", "nan", "none", "null", "n/a")
+
+
+def typed_column(cells: Sequence[object]) -> NDArray[Any]:
+    """Make a column of cells: whole numbers, numbers, truth values, or text.
+
+    Example:
+        >>> typed_column(["1", "2"]), typed_column(["1", None, "2.5"]), typed_column(["a", "NA", "1"])
+        (array([1, 2]), array([1. , nan, 2.5]), array(['a', '', '1'], dtype=object))
+        >>> typed_column(["007", "7"])
+        array(['007', '7'], dtype=object)
+    """
+    there = [cell for cell in cells if cell is not None]
+    if there and all(isinstance(cell, bool) for cell in there):
+        if len(there) == len(cells):
+            return np.array(cells, np.bool_)
+        return np.array(["" if cell is None else str(cell) for cell in cells], object)
+    texts = ["" if (text := as_text(cell)).lower() in _NO_VALUE else text for cell in cells]
+    known = [text for text in texts if text]
+    try:
+        numbers = [as_number(text) for text in known]
+    except ValueError:
+        numbers = []
+    if not numbers or any(re.match(r"[+-]?0\d", text) for text in known):  # 007 and 7 are two names
+        return np.array(texts, object)
+    if len(known) == len(texts) and all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in known):
+        return np.array([int(text) for text in known], np.int64)
+    return np.array([float(text) if text else np.nan for text in texts])
 
 
 SplitSide: TypeAlias = Literal["train", "validation", "test"]

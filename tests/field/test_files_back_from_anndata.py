@@ -228,7 +228,9 @@ def test_files_joined_with_other_settings_or_inputs_say_what_is_gone(world, tmp_
             use()
     assert len(search(joined, joined, k=1).hits) == 4
     joined = tmp_path / "mean.h5ad"
-    with pytest.raises(ConfigError, match="does not say in which files they are; set subject_sequences to"):
+    with pytest.raises(
+        ConfigError, match=r"does not say of which files it was made .*, or set subject_sequences"
+    ):
         search(joined, joined, mode="kmer")
 
 

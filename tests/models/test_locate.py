@@ -244,7 +244,7 @@ def test_checkpoint_file_is_converted_once_and_kept_by_its_contents(hub, entry, 
 
 def test_checkpoint_file_whose_name_says_nothing_needs_a_configuration(hub, tmp_path):
     shutil.copy(CHECKPOINT, tmp_path / "mine.pt")
-    with pytest.raises(ModelError, match=r"'mine'is not the name of a known checkpoint"):
+    with pytest.raises(ModelError, match=r"'mine' is not the name of a known checkpoint"):
         locate_model(str(tmp_path / "mine.pt"))
 
 

@@ -27,6 +27,7 @@ from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
 from genoembed.errors import foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.locate import model_content
+from genoembed.models.precision import multiplies_bfloat16
 from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import use_threads
@@ -308,6 +309,7 @@ class _Run:
         if recipe.gradient_checkpointing:
             checkpoint_activations(model)
         if recipe.compile_blocks:
+            multiplies_bfloat16()  # decided now: compiled blocks could not measure
             for block in model.get_submodule(find_blocks(model)).children():
                 block.compile(dynamic=False)
         wait_for_all()  # the others still look at the folder

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from genoembed.errors import CheckpointError, ConfigError, LayerError, ModelError, ModelNotFoundError
+from genoembed.models import precision
 from genoembed.models.describe import describe_layers
 from genoembed.models.load import load_model
-from genoembed.models.precision import has_amx
 from genoembed.models.pretrained import check_reads_dna
 from tests.models.conftest import make_batch
 from tests.tiny_models import build_config, build_striped_hyena, build_tiny
@@ -127,34 +127,10 @@ def test_dtype_is_as_asked(dtype, expected, tiny_folder):
 
 
 @pytest.mark.parametrize("dtype", [None, "auto"])
-@pytest.mark.parametrize(("has_unit", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_dtype_follows_the_matrix_unit_where_none_is_asked(
-    dtype, has_unit, expected, tiny_folder, monkeypatch
-):
-    monkeypatch.setattr("genoembed.models.precision.has_amx", lambda: has_unit)
+@pytest.mark.parametrize(("is_faster", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_is_the_faster_one_where_none_is_asked(dtype, is_faster, expected, tiny_folder, monkeypatch):
+    monkeypatch.setitem(precision._decided, "cpu", is_faster)
     assert load_model(str(tiny_folder("llama")), device="cpu", dtype=dtype).dtype == expected
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
-        ({"DNNL_MAX_CPU_ISA": "avx512_core_bf16"}, False),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX", "DNNL_MAX_CPU_ISA": "AVX2"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True),
-        ({"ONEDNN_MAX_CPU_ISA": "no such thing"}, True),
-    ],
-)
-def test_matrix_unit_counts_only_where_it_may_be_used(variables, expected, monkeypatch):
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert has_amx() == expected
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not has_amx()
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is mapped")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genoembed.models import precision
 from genoembed.models.striped_hyena2 import operators
 from genoembed.models.striped_hyena2.operators import (
     CHUNK,
@@ -264,7 +265,7 @@ def test_autocast_keeps_the_products_close() -> None:
 @pytest.fixture(params=[False, True], ids=["float32 products", "bfloat16 products"])
 def _has_units(request, monkeypatch) -> None:
     """Take the products of either kind of CPU."""
-    monkeypatch.setattr(operators, "_HAS_BFLOAT16_UNITS", request.param)
+    monkeypatch.setitem(precision._decided, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("_has_units")
@@ -285,7 +286,7 @@ def test_autocast_changes_nothing_about_bfloat16_activations(operator, backward_
         found.append([y, *(value.grad for value in inputs)])
     # exactly where training calls backward, outside. Inside, autocast has the backward pass of products; and
     # where products are bfloat16, it lays the modal filter out in bfloat16, too
-    is_exact = not backward_inside and (operator != "modal" or not operators._HAS_BFLOAT16_UNITS)
+    is_exact = not backward_inside and (operator != "modal" or not precision.multiplies_bfloat16())
     for off, on in zip(*found, strict=True):
         assert on.dtype == off.dtype
         difference = (on - off).double().square().mean().sqrt()
@@ -325,7 +326,7 @@ def test_turned_matrix_and_its_gradient_are_exact_under_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_products_are_rounded_where_the_original_rounds(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(operators, "_HAS_BFLOAT16_UNITS", False)
+    monkeypatch.setitem(precision._decided, "cpu", False)
     torch.manual_seed(0)
     x, skip = torch.randn(2, 200, 6).to(dtype), torch.randn(6).to(dtype)
     taps = torch.randn(2, MANY_TAPS).to(dtype) / 8

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genoembed.models.precision import automatic_dtype, without_autocast
+from genoembed.models.precision import multiplies_bfloat16, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -357,8 +357,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """
     if x.dtype not in _HALF or x.device.type == "cuda":
         return x.dtype
-    has_units = x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_BFLOAT16_UNITS
-    return torch.bfloat16 if has_units else torch.float32
+    is_faster = x.device.type == "cpu" and x.dtype == torch.bfloat16 and multiplies_bfloat16()
+    return torch.bfloat16 if is_faster else torch.float32
 
 
 def _in_chosen_dtype(x: Tensor) -> AbstractContextManager[None]:
@@ -379,10 +379,6 @@ def _add_skip(filtered: Tensor, x: Tensor, skip: Tensor) -> Tensor:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-
-
-# checked once: a compiled block could not check
-_HAS_BFLOAT16_UNITS = automatic_dtype(torch.device("cpu")) == torch.bfloat16
 
 
 def _laid_out(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from genoembed.config.files import MergeConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import EmptyRecordError, Problem, Remedy, StoreError
 from genoembed.pipeline.embedder import describe_run, local_engine
-from genoembed.pipeline.request import read_records, read_request
+from genoembed.pipeline.request import begun_dtype, read_records, read_request
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import PendingUnits, iter_units
 from genoembed.sequences import InputCounts
@@ -130,13 +130,31 @@ def extract(
     counts, digests = InputCounts(), InputDigests()
     records = read_records(config, counts, digests=digests)
     interruption = Interruption()
-    with _engine(request, progress, interruption) as engine:
-        logger.info("%s: layers %s", config.model.model, ", ".join(engine.facts.layers))
-        manifest = manifest_of(config, engine.facts)
-        if output_is_there and (merged := _already_there(config, manifest)) is not None:
-            return _report(config, engine, counts, merged, seconds=0.0)
-        with interruption.watched():
-            return _run(config, engine, manifest, records, counts, digests)
+    while True:
+        with _engine(_as_begun(request), progress, interruption) as engine:
+            logger.info("%s: layers %s", config.model.model, ", ".join(engine.facts.layers))
+            manifest = manifest_of(config, engine.facts)
+            if _as_begun(request).config.model.dtype not in ("auto", manifest.identity["dtype"]):
+                continue  # while the model loaded, another share began, on a machine of another kind
+            if output_is_there and (merged := _already_there(config, manifest)) is not None:
+                return _report(config, engine, counts, merged, seconds=0.0)
+            with interruption.watched():
+                return _run(config, engine, manifest, records, counts, digests)
+
+
+def _as_begun(request: Request) -> Request:
+    """Compute in the type in which the run began, on any machine: units of two types would never merge."""
+    config = request.config
+    if not isinstance(request.model, str) or config.model.dtype != "auto":
+        return request
+    identity = None
+    if (parts := Parts.find(config.output.output)) is not None:
+        identity = parts.manifest.identity
+    elif config.output.resume and Path(config.output.output).is_file():
+        with open_embeddings(config.output.output) as file:
+            identity = file.provenance.get("identity")
+    dtype = begun_dtype(config.model.dtype, identity)
+    return replace(request, config=config.changed(model=config.model.changed(dtype=dtype)))
 
 
 def _engine(

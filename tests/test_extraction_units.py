@@ -6,13 +6,15 @@ import fcntl
 import json
 import shutil
 from collections import namedtuple
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from genoembed import extract, merge, open_embeddings
+from genoembed import extract, extraction, merge, open_embeddings
 from genoembed.errors import AlphabetError, ConfigError, ForeignCodeError, StoreError
+from genoembed.models import precision
 from genoembed.models.genomic_model import GenomicModel
 from genoembed.models.load import load_model
 from genoembed.pipeline.embedder import UnitEmbedder
@@ -42,7 +44,8 @@ def fasta(tmp_path, monkeypatch):
 def run(fasta, folder, **options):
     """Extract to ``out.h5`` of a folder, named the same in each."""
     folder.mkdir(exist_ok=True)
-    return extract(fasta, model=model_of("llama"), output=folder / "out.h5", **{**SETTINGS, **options})
+    settings = {"model": model_of("llama"), **SETTINGS, **options}
+    return extract(fasta, output=folder / "out.h5", **settings)
 
 
 def names_in(folder):
@@ -322,6 +325,57 @@ def test_shares_merge_to_the_same_file(fasta, tmp_path):
     assert (merged.num_rows, merged.width, merged.layers) == (12, 16, ("layers.0", "norm"))
     same_but_place(tmp_path / "whole" / "out.h5", tmp_path / "shares" / "out.h5")
     assert names_in(tmp_path / "shares") == ["out.h5"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Go to a machine that multiplies faster in one of the two types."""
+    return lambda dtype: monkeypatch.setitem(precision._decided, "cpu", dtype == "bfloat16")
+
+
+@pytest.mark.parametrize(("first", "then"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_run_goes_on_in_its_type_on_a_machine_of_another_kind(
+    first, then, fasta, tmp_path, monkeypatch, machine
+):
+    model = str(folder_of("llama"))
+    machine(first)
+    run(fasta, tmp_path / "whole", model=model)
+    with monkeypatch.context() as patched:
+        cut_off(patched, "save", 3)
+        with pytest.raises(PowerCutError, match="no power"):
+            run(fasta, tmp_path / "cut", model=model)
+    machine(then)
+    assert run(fasta, tmp_path / "cut", model=model).stats.units_kept == 2
+    same_but_place(tmp_path / "whole" / "out.h5", tmp_path / "cut" / "out.h5")
+    assert values_of(tmp_path / "cut" / "out.h5")[2]["model"]["dtype"] == first
+    assert run(fasta, tmp_path / "cut", model=model, resume=True).stats.units == 0
+    with pytest.raises(StoreError, match=f"dtype was '{first}' and is '{then}'"):
+        run(fasta, tmp_path / "cut", model=model, resume=True, dtype=then)
+    run(fasta, tmp_path / "cut", model=model, overwrite=True)
+    assert values_of(tmp_path / "cut" / "out.h5")[2]["model"]["dtype"] == then
+
+
+def test_shares_on_machines_of_two_kinds_merge(fasta, tmp_path, monkeypatch, machine):
+    """Also where another share begins while the model of this one loads."""
+    model = str(folder_of("llama"))
+    machine("float32")
+    run(fasta, tmp_path / "whole", model=model)
+    original, others = extraction.local_engine, ["1/2"]
+
+    @contextmanager
+    def slowly(*args, **options):
+        with original(*args, **options) as engine:
+            if others:
+                machine("float32")
+                run(fasta, tmp_path / "shares", model=model, shard=others.pop())
+                machine("bfloat16")
+            yield engine
+
+    monkeypatch.setattr(extraction, "local_engine", slowly)
+    machine("bfloat16")
+    run(fasta, tmp_path / "shares", model=model, shard="2/2")
+    merge(tmp_path / "shares" / "out.h5")
+    same_but_place(tmp_path / "whole" / "out.h5", tmp_path / "shares" / "out.h5")
 
 
 def test_merge_says_which_shares_are_missing(fasta, tmp_path):

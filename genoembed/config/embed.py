@@ -167,8 +167,8 @@ class ModelConfig(Config):
         "auto",
         group=MODEL,
         basic=True,
-        help="Type of weights and activations. auto: bfloat16 on hardware that computes in it (NVIDIA "
-        "GPUs from Ampere on, CPUs with AMX), else float32. The file records the type.",
+        help="Type of weights and activations. auto: bfloat16 on hardware that is faster in it "
+        "(NVIDIA GPUs from Ampere on; CPUs are measured once), else float32. The file records the type.",
     )
     fp8: Fp8Choice = option(
         "auto",

@@ -50,7 +50,7 @@ class OptimizerConfig(Config):
         "auto",
         group=OPTIMIZATION,
         help="Type of matrix products; trained weights stay float32. auto: bfloat16 if the device "
-        "supports it. float16 is for older GPUs.",
+        "is faster in it. float16 is for older GPUs.",
     )
     optim: Optim = option(
         "adamw",

@@ -25,7 +25,7 @@ from genoembed.finetuning.trained_start import with_trained_settings
 from genoembed.finetuning.trainer import FinetuneLog, FinetuneTrainer, StopEarly
 from genoembed.models.locate import model_content
 from genoembed.models.trained_folder import find_facts
-from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.request import begun_dtype, use_threads
 from genoembed.retrieval.models import RetrievalModel
 from genoembed.retrieval.weights import HybridWeights
 from genoembed.training.distributed import (
@@ -73,6 +73,10 @@ def run_finetuning(
     facts = find_facts(config.encoder.model, revision=config.encoder.revision)
     config = with_trained_settings(config, facts)
     config = config.changed(encoder=with_tuning(config.encoder))
+    if resume:
+        recipe, begun = config.recipe, folder.begun_recipe()
+        dtype = begun_dtype(recipe.dtype, begun)
+        config = config.changed(recipe=recipe.changed(dtype=dtype))
     compared = _identity(config, rows)
     if resume:
         report = folder.resume(compared, _resume_rules(config.recipe))

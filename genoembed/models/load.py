@@ -56,7 +56,7 @@ def load_model(
             converted the first time.
         device: Where to run; None takes CUDA if present, else the CPU; ``auto`` is ``device_map="auto"``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None or ``auto`` takes bfloat16 where the device
-            multiplies matrices in it (CUDA from Ampere on, CPUs with AMX), else float32.
+            is faster in it (CUDA from Ampere on; CPUs are measured once), else float32.
         trust_remote_code: Run code that the model's repository brings.
         revision: Branch, tag or commit of a Hugging Face repository.
         device_map: Spread the model over devices with accelerate (``auto`` or a mapping); ``device`` then

@@ -1,8 +1,8 @@
 """Which type a model computes in where nobody says so: one rule for files, scores and loaded models.
 
-bfloat16 where the device multiplies matrices faster in it, float32 elsewhere. A CPU is measured, since neither
-its name nor its flags tell whether the library that multiplies uses its instructions. What was found is kept in
-the user's cache folder, so that all processes of a machine decide alike.
+bfloat16 where the device multiplies matrices faster in it, float32 elsewhere. A CPU is measured: neither its
+name nor its flags tell whether the library that multiplies uses its instructions. The result is kept in the
+user's cache folder, so that all processes on a machine decide alike.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _decided: dict[str, bool] = {}
 
 
 def multiplies_bfloat16() -> bool:
-    """Tell whether this CPU multiplies matrices well in bfloat16: faster than in float32 by what makes it pay.
+    """Return whether this CPU multiplies matrices in bfloat16 so much faster that it pays.
 
     Decided once per process, before anything is compiled: compiled code can look the answer up, not find it.
     """
@@ -99,7 +99,7 @@ def bfloat16_speedup() -> float:
 
 
 def _measured_speedup() -> float:
-    """Multiply as blocks do, in both types by turns in one thread; of each product, the shortest time counts."""
+    """Multiply as blocks do, in one thread, in both types by turns; a product's shortest time counts."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # others may be at work: with several threads the slowest would count
     try:

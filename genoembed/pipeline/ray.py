@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genoembed.errors import ConfigError, GenoembedError, GenoembedWarning, MissingExtraError, ModelError
+from genoembed.models.precision import automatic_dtype
 from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.embedder import UNIT_BYTES, RunFacts, UnitEmbedder, run_facts
 from genoembed.pipeline.request import load_configured
@@ -320,7 +321,12 @@ class RayEngine:
             threads = 1 if self._uses_gpus else max(1, int(resources.get("CPU", 1)) // workers)
         kind = self._ray.remote(concurrency_groups={"look": 1})(UnitWorker)
         options = kind.options(num_cpus=threads, num_gpus=int(self._uses_gpus), max_restarts=0)
-        config = self._config.changed(model=found_from_anywhere(self._config.model))
+        model = found_from_anywhere(self._config.model)
+        if model.dtype == "auto" and not self._uses_gpus:
+            # decided here, once: workers may run on machines of several kinds
+            dtype = automatic_dtype(torch.device("cpu"))
+            model = model.changed(dtype=str(dtype).removeprefix("torch."))
+        config = self._config.changed(model=model)
         packages = packages_of_others()  # whose kinds of models are known here
         return lambda: options.remote(config, packages)
 

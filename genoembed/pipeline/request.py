@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
+from genoembed.config.choices import ComputeDtype
 from genoembed.config.embed import embed_config
 from genoembed.errors import ConfigError
 from genoembed.models.load import load_model
@@ -146,6 +147,19 @@ def load_configured(config: ModelConfig) -> GenomicModel:
         revision=config.revision,
         fp8=config.fp8,
     )
+
+
+def begun_dtype(dtype: Any, identity: Mapping[str, Any] | None) -> Any:
+    """Return the type to load a model in: ``auto`` is what a run that goes on began in, on whatever machine.
+
+    Example:
+        >>> begun_dtype("auto", {"dtype": "float32"}), begun_dtype("auto", None)
+        ('float32', 'auto')
+        >>> begun_dtype("bfloat16", {"dtype": "float32"})
+        'bfloat16'
+    """
+    begun = None if identity is None else identity.get("dtype")
+    return begun if dtype == "auto" and begun in get_args(ComputeDtype) else dtype
 
 
 @contextmanager

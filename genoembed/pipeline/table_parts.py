@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from genoembed._version import __version__
+from genoembed.pipeline.request import begun_dtype
 from genoembed.store import Manifest, Parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from genoembed.config.choices import ComputeDtype
     from genoembed.pipeline.units import RunStats, WorkUnit
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,14 @@ class TableParts:
         self._output = None if output == "-" else output
         self.parts: Parts | None = None
         """None before the run begins, and where nothing is kept."""
+
+    def dtype(self, requested: ComputeDtype | None) -> ComputeDtype | None:
+        """Return the type to load the model in: where it is left to the machine, as the run began."""
+        parts = None if self._output is None else Parts.find(self._output)
+        found: ComputeDtype | None = begun_dtype(
+            requested, None if parts is None else parts.manifest.identity
+        )
+        return found
 
     def begin(
         self,

@@ -30,7 +30,7 @@ from genoembed.models.locate import model_content
 from genoembed.models.precision import multiplies_bfloat16
 from genoembed.models.pretrained import without_progress_bars
 from genoembed.models.trained_folder import find_facts
-from genoembed.pipeline.request import use_threads
+from genoembed.pipeline.request import begun_dtype, use_threads
 from genoembed.pretraining.contrast import LOGGED, PAIR_FIELDS, VectorLoss
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.kmer_codes import KmerCodes, discriminant_codes
@@ -240,6 +240,10 @@ def run_pretraining(
 ) -> dict[str, Any]:
     """Train, or return the report of the run that is there if it is this one and complete."""
     with use_threads(threads):
+        if resume:
+            recipe, begun = config.recipe, folder.begun_recipe()
+            dtype = begun_dtype(recipe.dtype, begun)
+            config = config.changed(recipe=recipe.changed(dtype=dtype))
         compared = _identity(config)
         if resume:
             report = folder.resume(compared, _RULES)

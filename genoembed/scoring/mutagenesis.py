@@ -15,7 +15,7 @@ import math
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -228,6 +228,7 @@ def score_mutations(
         kept = stack.enter_context(keeping_units(files[0] if files else None))
         # before the model is loaded: a second process with the same output is refused at once
         outputs = _Outputs(stack, table, matrix_file, picture, maps, overwrite=overwrite)
+        run = replace(run, dtype=kept.dtype(run.dtype))
         scorer = build_allele_scorer(run, None, "mean", progress)
         kept.begin(
             lambda: {**scorer.identity(), "changes": "all single bases"},

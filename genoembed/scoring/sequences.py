@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -155,6 +155,7 @@ def score(
         kept = stack.enter_context(keeping_units(table))
         # before the model is loaded: a second process with the same output is refused at once
         outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
+        run = replace(run, dtype=kept.dtype(run.dtype))
         scorer = _build_scorer(run, window, stride, progress)
         _check_per_base(scorer, bases_table)
         kept.begin(

@@ -12,7 +12,7 @@ import logging
 import time
 from base64 import b64decode
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
@@ -155,6 +155,7 @@ def score_variants(
         stack.enter_context(use_threads(run.threads))
         kept = stack.enter_context(keeping_units(table))
         outputs = _Outputs(stack, table, vector_file, has_layer=layer is not None, overwrite=overwrite)
+        run = replace(run, dtype=kept.dtype(run.dtype))
         scorer = build_allele_scorer(run, layer, pooling, progress)
         kept.begin(
             scorer.identity, policies={"on_error": run.on_error}, stats=scorer.stats, drop_other=overwrite

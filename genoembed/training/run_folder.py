@@ -130,6 +130,12 @@ class RunFolder:
         """The folder of the trained model, under the name that it has in the end."""
         return self.target / FINAL_FOLDER
 
+    def begun_recipe(self) -> Mapping[str, Any] | None:
+        """Return the settings of the run that is there, or of the one that this replaces."""
+        compared = _read((self.path if _has_run(self.path) else self.target) / RUN_FILE).get("compared")
+        recipe = compared.get("recipe") if isinstance(compared, dict) else None
+        return recipe if isinstance(recipe, dict) else None
+
     def resume(self, compared: Mapping[str, Any], rules: ResumeRules) -> dict[str, Any] | None:
         """Return the report of the run if it is complete, None to go on with it.
 

@@ -1,4 +1,4 @@
-"""Where ``auto`` is bfloat16: on CPUs that multiply faster in it, measured once and kept in the user's cache."""
+"""Where ``auto`` is bfloat16: on CPUs that multiply faster in it, measured once and kept in a file."""
 
 from __future__ import annotations
 

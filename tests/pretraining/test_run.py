@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import genoembed
 from genoembed.config.pretrain import CorpusConfig, RecipeConfig, StartConfig
 from genoembed.errors import ConfigError, DivergenceError, GenoembedError, ModelError, StoreError
+from genoembed.models import precision
 from genoembed.pretraining import training as pretraining_run
 from genoembed.pretraining.corpus import DocumentStream
 from genoembed.pretraining.start import build_start
@@ -137,6 +138,22 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(step, corpus, whole, t
     assert curve(tmp_path / "run") == curve(whole[0])
     one, other = (AutoModelForCausalLM.from_pretrained(r.output).state_dict() for r in (report, whole[1]))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_run_goes_on_in_its_type_on_a_machine_of_another_kind(corpus, tmp_path, monkeypatch):
+    options = SMALL | {"dtype": "auto", "max_steps": 3, "save_steps": 1}
+    with monkeypatch.context() as patched:
+        patched.setitem(precision._decided, "cpu", False)
+        interrupt_at(1, patched)
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-1"):
+            genoembed.pretrain(corpus, tmp_path / "run", **options)
+    monkeypatch.setitem(precision._decided, "cpu", True)
+    report = genoembed.pretrain(corpus, tmp_path / "run", resume=True, **options)
+    assert report.steps == 3
+    assert genoembed.pretrain(corpus, tmp_path / "run", resume=True, **options) == report
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["dtype"] == "float32"
+    with pytest.raises(ConfigError, match="dtype: 'bfloat16', but 'float32' in"):
+        genoembed.pretrain(corpus, tmp_path / "run", resume=True, **options | {"dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(

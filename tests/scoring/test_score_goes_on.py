@@ -13,10 +13,11 @@ import torch
 
 import genoembed
 from genoembed.errors import InputError, Interrupted, NonFiniteError, StoreError, VariantError
+from genoembed.models import precision
 from genoembed.models.language_model import LanguageModel
 from genoembed.scoring import alleles, sequences
 from tests.by_hand import random_dna
-from tests.scoring.by_plain_torch import CAUSAL, loaded
+from tests.scoring.by_plain_torch import CAUSAL, folder_of, loaded
 
 RECORDS = {f"r{number}": random_dna(20 + number, number) for number in range(6)}
 CONTIG = random_dna(400, 11)
@@ -118,6 +119,15 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, way, passes):
     assert report.stats.units_kept > 0
     assert texts(tmp_path / "again") == texts(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.parts"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_in_its_type_on_a_machine_of_another_kind(tmp_path, way, passes, monkeypatch):
+    options = {"model": str(folder_of("llama")), "dtype": "auto"}
+    monkeypatch.setitem(precision._decided, "cpu", False)
+    interrupted(way, tmp_path, passes, **options)
+    monkeypatch.setitem(precision._decided, "cpu", True)
+    assert WAYS[way][0](tmp_path, **options).stats.units_kept > 0
 
 
 @pytest.mark.parametrize("way", WAYS)

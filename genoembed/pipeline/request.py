@@ -158,7 +158,7 @@ def begun_dtype(dtype: Any, identity: Mapping[str, Any] | None) -> Any:
         >>> begun_dtype("bfloat16", {"dtype": "float32"})
         'bfloat16'
     """
-    begun = None if identity is None else identity.get("dtype")
+    begun = None if identity is None else str(identity.get("dtype")).removeprefix("torch.")
     return begun if dtype == "auto" and begun in get_args(ComputeDtype) else dtype
 
 

@@ -27,6 +27,10 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 
 
+class SkippedError(Exception):
+    """Raised by a part of a benchmark that cannot run here; says why."""
+
+
 class Sample(NamedTuple):
     """One timing."""
 
@@ -303,7 +307,6 @@ def file_results(
     folder = options.results or (None if options.quick else RESULTS)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     stored = {
         "machine": machine,
         "note": options.note,
@@ -314,8 +317,24 @@ def file_results(
         "tables": tables,
         "remarks": list(remarks),
     }
-    (folder / f"{name}.json").write_text(json.dumps(stored, indent=1, default=str) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    write_files(folder, name, page, stored)
+
+
+def write_files(folder: Path, name: str, page: str, stored: Mapping[str, object]) -> None:
+    """Write a page and its JSON file, each at once: who is killed leaves the old one or the new one.
+
+    Args:
+        folder: Made if absent.
+        name: Stem of the files.
+        page: Markdown.
+        stored: What goes into the JSON file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(stored, indent=1, default=str) + "\n", ".md": page}
+    for suffix, text in texts.items():
+        staged = folder / f".{name}{suffix}.new"
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(folder / f"{name}{suffix}")
 
 
 def as_markdown(

@@ -379,6 +379,8 @@ def _add_skip(filtered: Tensor, x: Tensor, skip: Tensor) -> Tensor:
 
 
 _HALF = (torch.bfloat16, torch.float16)
+# asked once: the compiler cannot ask, and would compile a block in pieces around the question
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def _laid_out(
@@ -536,7 +538,7 @@ class _DepthwiseCorrelation(torch.autograd.Function):
 
 def _correlate(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
     """Correlate with ``zeros`` zeros before and after each row."""
-    if x_BFD.device.type == "cpu" and not torch.backends.mkldnn.is_available():
+    if x_BFD.device.type == "cpu" and not _HAS_ONEDNN:
         return _shift_and_add(x_BFD, taps_DK, zeros=zeros)
     line = x_BFD.contiguous().transpose(1, 2).unsqueeze(2)  # (B, D, 1, F), channels last in memory
     taps = taps_DK[:, None, None, :]

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from os import PathLike
 
-START, VECTORS = "Starting point", "Vectors"
+START, VECTORS, TEACHER = "Starting point", "Vectors", "Teacher"
+JOIN = "+"
+"""Between the names of layers whose states are used side by side, as one vector."""
 DOCUMENT_WINDOWS = 8
 """Documents are cut at this many windows unless ``max_document_bp`` says otherwise."""
 
@@ -258,7 +260,8 @@ class VectorLossConfig(Config):
         group=VECTORS,
         flag="--contrast-layer",
         metavar="SPEC",
-        help="Layer that both losses use, named as in extract. Repeat the option for several layers.",
+        help="Layer that both losses use, named as in extract. Repeat the option for several layers. "
+        "28+24: both side by side, as one vector.",
     )
     contrast_rows: int = option(
         1,
@@ -279,6 +282,29 @@ class VectorLossConfig(Config):
             yield "contrast_layers is empty; name at least one layer, or leave it out for 'final'"
 
 
+class TeacherConfig(Config):
+    """Another model's predictions as targets beside the tokens (distillation; Hinton et al. 2015)."""
+
+    teacher: str | None = option(
+        None,
+        group=TEACHER,
+        basic=True,
+        metavar="NAME",
+        help="Also learn the next-token probabilities of this causal model, named as in --model. "
+        "It must have the same tokens.",
+        reads="if there",
+    )
+    teacher_weight: float = option(
+        0.75,
+        gt=0,
+        le=1,
+        group=TEACHER,
+        metavar="WEIGHT",
+        help="Fraction of the next-token loss that is the divergence from the teacher. "
+        "1: learn from the teacher alone.",
+    )
+
+
 class TrainConfig(Config):
     """One pretraining run."""
 
@@ -286,6 +312,7 @@ class TrainConfig(Config):
     data: DataConfig
     recipe: RecipeConfig
     vectors: VectorLossConfig
+    teacher: TeacherConfig
 
     def _problems(self) -> Iterator[str]:
         if self.vectors.is_wanted and self.data.isolate:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from genoembed.config.pretrain import JOIN
 from genoembed.contracts import IGNORE_INDEX
 from genoembed.errors import ConfigError, LayerError, Problem, Remedy
 from genoembed.models.behavior import Probe
@@ -129,10 +130,17 @@ class VectorLoss:
         self._config, self._codes = config, codes
         base = start.model.base_model
         final = None
-        if FINAL in config.contrast_layers:
+        if any(FINAL in _joined(spec) for spec in config.contrast_layers):
             final = Probe(base, special_ids=(), pad_token_id=start.rules.pad_token_id).final_path()
-        layers = resolve_layers(base, config.contrast_layers, final_path=final)
-        self.layers = tuple(layer.path for layer in layers)
+        groups: list[tuple[str, ...]] = []
+        for spec in config.contrast_layers:
+            found = resolve_layers(base, _joined(spec), final_path=final)
+            paths = tuple(layer.path for layer in found)
+            # one spec may stand for several layers, each by itself
+            groups += [paths] if len(_joined(spec)) > 1 else [(path,) for path in paths]
+        self.groups = tuple(dict.fromkeys(groups))
+        """Paths of the layers whose states are used side by side."""
+        self.layers = tuple(dict.fromkeys(path for group in self.groups for path in group))
         self._states: dict[str, Tensor] = {}
         self._hooks = ExitStack()
         self._hooks.enter_context(hooked(base, self.layers, self._take))
@@ -151,28 +159,42 @@ class VectorLoss:
         """Return the weighted loss of the forward pass that was made last, and numbers for the log."""
         ids_BL = inputs["input_ids"]
         num_documents = len(ids_BL) - (self._config.contrast_rows if "group_ids" in inputs else 0)
+        states = {path: self._states_of(path, ids_BL) for path in self.layers}
         losses, numbers = [], {}
-        for path in self.layers:
-            states_BLD = self._states.pop(path).float()
-            if states_BLD.shape[:2] != ids_BL.shape:
-                message = (
-                    f"layer {path!r} gives shape {tuple(states_BLD.shape)}, expected one vector for each of "
-                    f"{tuple(ids_BL.shape)} tokens; name a block, a norm or an MLP"
-                )
-                raise LayerError(message, spec=path)
+        for group in self.groups:
             if self._codes is not None:
-                # of documents alone, so that the loss is the same with and without rows of copies
-                loss = self._codes.loss(states_BLD[:num_documents], ids_BL[:num_documents])
-                losses.append(self._config.kmer_codes * loss)
-                numbers[f"kmer_loss_{path}"] = float(loss.detach())
+                first = 0
+                for path in group:
+                    # of documents alone, so that the loss is the same with and without rows of copies
+                    states_BLD = states[path][:num_documents]
+                    loss = self._codes.loss(states_BLD, ids_BL[:num_documents], first=first)
+                    losses.append(self._config.kmer_codes / len(group) * loss)
+                    numbers[f"kmer_loss_{path}"] = float(loss.detach())
+                    first += states_BLD.shape[-1]
             if "group_ids" in inputs:
-                found = pooled_contrast(states_BLD, inputs["group_ids"], int(inputs["num_pairs"][0]))
+                joined_BLD = torch.cat([states[path] for path in group], dim=-1)
+                found = pooled_contrast(joined_BLD, inputs["group_ids"], int(inputs["num_pairs"][0]))
                 losses.append(self._config.contrast * found.loss)
+                name = "+".join(group)
                 numbers |= {
-                    f"contrast_loss_{path}": float(found.loss.detach()),
-                    f"mean_cosine_{path}": found.mean_cosine,
+                    f"contrast_loss_{name}": float(found.loss.detach()),
+                    f"mean_cosine_{name}": found.mean_cosine,
                 }
-        return torch.stack(losses).sum() / len(self.layers), numbers
+        return torch.stack(losses).sum() / len(self.groups), numbers
+
+    def _states_of(self, path: str, ids_BL: Tensor) -> Tensor:
+        states_BLD = self._states.pop(path).float()
+        if states_BLD.shape[:2] != ids_BL.shape:
+            message = (
+                f"layer {path!r} gives shape {tuple(states_BLD.shape)}, expected one vector for each of "
+                f"{tuple(ids_BL.shape)} tokens; name a block, a norm or an MLP"
+            )
+            raise LayerError(message, spec=path)
+        return states_BLD
+
+
+def _joined(spec: str) -> list[str]:
+    return spec.split(JOIN)
 
 
 class PooledContrast(NamedTuple):

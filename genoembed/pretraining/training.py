@@ -22,9 +22,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from genoembed.atomic import partial_of, replacing, replacing_folder, reporting_writes
-from genoembed.config.pretrain import DOCUMENT_WINDOWS, CorpusConfig, TrainConfig, VectorLossConfig
+from genoembed.config.pretrain import (
+    DOCUMENT_WINDOWS,
+    JOIN,
+    CorpusConfig,
+    StartConfig,
+    TeacherConfig,
+    TrainConfig,
+    VectorLossConfig,
+)
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
-from genoembed.errors import foreign_code
+from genoembed.errors import ConfigError, foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.locate import model_content
 from genoembed.models.precision import multiplies_bfloat16
@@ -33,7 +41,7 @@ from genoembed.models.trained_folder import find_facts
 from genoembed.pipeline.request import begun_dtype, use_threads
 from genoembed.pretraining.contrast import LOGGED, PAIR_FIELDS, VectorLoss
 from genoembed.pretraining.corpus import DocumentStream
-from genoembed.pretraining.kmer_codes import KmerCodes, discriminant_codes
+from genoembed.pretraining.kmer_codes import KmerCodes, canonical_numbers, discriminant_codes
 from genoembed.pretraining.start import build_start, forward_options, isolating_inputs
 from genoembed.pretraining.stream import PackedStream, RowShape, read_heldout
 from genoembed.training.checkpointing import checkpoint_activations
@@ -79,6 +87,40 @@ _LEAST_SHARE = 0.1
 """Of the peak rate, at the end of a run."""
 
 
+TEACHER_LOSS = "teacher_loss"
+"""Name of the divergence from the teacher in the log, in nats a token."""
+_SAME_TOKENS = b"ACGTNacgtn"
+
+
+class Teacher:
+    """A model whose predictions are targets (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
+
+    def __init__(self, config: TeacherConfig, start: Start, *, window: int) -> None:
+        self.weight = config.teacher_weight
+        found = build_start(StartConfig(model=config.teacher), window=window, seed=0)
+        rules = (start.rules, found.rules)
+        sizes = [model.get_input_embeddings().weight.shape[0] for model in (start.model, found.model)]
+        texts = [list(map(int, each.encode_document(_SAME_TOKENS))) for each in rules]
+        if texts[0] != texts[1] or sizes[0] != sizes[1]:
+            message = (
+                f"teacher: {config.teacher} has other tokens than the model that is trained "
+                f"({sizes[1]} and {sizes[0]} tokens); name a teacher with the same tokenizer"
+            )
+            raise ConfigError(message)
+        self._model = found.model.eval().requires_grad_(False)
+
+    def divergence(self, inputs: Mapping[str, Any], logits_BLV: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence of the teacher's predictions and these, a token, in nats."""
+        is_target_BL = inputs["labels"][:, 1:] != IGNORE_INDEX
+        with torch.no_grad():
+            self._model.to(logits_BLV.device)
+            fields = {name: value for name, value in inputs.items() if name != "labels"}
+            wanted_BLV = self._model(**fields).logits
+        wanted_TV = wanted_BLV[:, :-1][is_target_BL].float().log_softmax(dim=-1)
+        found_TV = logits_BLV[:, :-1][is_target_BL].float().log_softmax(dim=-1)
+        return F.kl_div(found_TV, wanted_TV, log_target=True, reduction="batchmean")
+
+
 class PackedTrainer(ResumableTrainer):
     """A Trainer over :class:`~genoembed.pretraining.stream.PackedStream`."""
 
@@ -93,9 +135,10 @@ class PackedTrainer(ResumableTrainer):
         tokenizer: PreTrainedTokenizerBase,
         facts: FinetunedFacts | None = None,
         vectors: VectorLoss | None = None,
+        teacher: Teacher | None = None,
         **arguments: Any,
     ) -> None:
-        self._vectors = vectors
+        self._vectors, self._teacher = vectors, teacher
         self._stream, self._heldout, self._tokenizer = stream, heldout, tokenizer
         self._facts = facts
         self._fields = ("input_ids", *isolating)
@@ -139,17 +182,25 @@ class PackedTrainer(ResumableTrainer):
         return self._vectors.views.add(batch, segment_ids_BL)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Add the options of the forward pass, and to the gradient that of the losses on vectors."""
+        """Add the options of the forward pass, and to the gradient that of the other losses."""
         forwarded = {name: value for name, value in inputs.items() if name not in PAIR_FIELDS}
+        kwargs.pop("return_outputs", None)
         with foreign_code("the model's forward pass"):
-            loss = super().compute_loss(model, {**forwarded, **self._forward_options}, *args, **kwargs)
-        if self._vectors is None:
-            return loss
-        added, numbers = self._vectors(inputs)
-        self.book.add(numbers)
-        if kwargs.get("num_items_in_batch") is not None:
-            # the next-token loss is a share of all tokens of the step already; others are still to be divided
-            added = added / self.args.gradient_accumulation_steps
+            options = {**forwarded, **self._forward_options}
+            loss, outputs = super().compute_loss(model, options, *args, return_outputs=True, **kwargs)
+        added = torch.zeros_like(loss)
+        # the next-token loss is a share of all tokens of the step already; others are still to be divided
+        is_divided = kwargs.get("num_items_in_batch") is not None
+        share = 1 / self.args.gradient_accumulation_steps if is_divided else 1.0
+        if self._teacher is not None:
+            with foreign_code("the teacher's forward pass"):
+                divergence = self._teacher.divergence(options, outputs.logits)
+            self.book.add({TEACHER_LOSS: float(divergence.detach())})
+            added = added + self._teacher.weight * (divergence * share - loss)
+        if self._vectors is not None:
+            vector_loss, numbers = self._vectors(inputs)
+            self.book.add(numbers)
+            added = added + vector_loss * share
         # what is logged stays the loss of the next token, in bits comparable with every other run
         return loss + (added - added.detach())
 
@@ -210,7 +261,7 @@ class PackedTrainer(ResumableTrainer):
             "padding_percent": found["padding_percent"],
             "padded_cost": padded_slots / padded_tokens * efficiency if padded_tokens else 1.0,
             "corpus_epoch": stream.epoch,
-            **{name: value for name, value in found.items() if name.startswith(LOGGED)},
+            **{name: value for name, value in found.items() if name.startswith((*LOGGED, TEACHER_LOSS))},
         }
 
 
@@ -222,7 +273,12 @@ _RULES = ResumeRules(
         "corpus": "contents or order of the files are not those of",
         "heldout": "contents or order of the files are not those of",
     },
-    newer={"optim": "adamw", "distributed": "ddp", **VectorLossConfig().to_flat()},
+    newer={
+        "optim": "adamw",
+        "distributed": "ddp",
+        **VectorLossConfig().to_flat(),
+        **TeacherConfig().to_flat(),
+    },
     # how often something is saved or measured, and how a step is computed; not what it learns
     harmless=(
         "logging_steps",
@@ -261,6 +317,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     if config.start.model is not None:
         start.pop("model")
         start[MODEL] = model_content(config.start.model, revision=config.start.revision)
+    if config.teacher.teacher is not None:
+        values["teacher"]["teacher"] = model_content(config.teacher.teacher, revision=None)
     data["corpus"] = files_digest(config.data.corpus)
     data["heldout"] = files_digest(config.data.heldout) if config.data.heldout else None
     values["recipe"]["dtype"] = resolved_dtype(config.recipe.dtype)
@@ -319,9 +377,11 @@ class _Run:
         wait_for_all()  # the others still look at the folder
         checkpoint = from_first(self._begin(resume=resume) if self.arguments.process_index == 0 else None)
         vectors = self._vector_loss() if self.config.vectors.is_wanted else None
+        teacher = self.config.teacher
         trainer = PackedTrainer(
             model=model,
             vectors=vectors,
+            teacher=Teacher(teacher, self.start, window=data.window) if teacher.teacher else None,
             args=self.arguments,
             stream=self.stream,
             heldout=heldout,
@@ -346,15 +406,30 @@ class _Run:
         codes = None
         if config.kmer_codes:
             path = self.folder.path / CODES_FILE
+            width = self._width_of_codes()
             if self.arguments.process_index == 0 and not path.is_file():
-                stream = DocumentStream(self.config.data.corpus, config=self.corpus)
-                width = int(start.model.get_input_embeddings().weight.shape[1])
-                table = discriminant_codes(stream, k=config.kmer_size, width=width, seed=self.corpus.seed)
+                # of the corpus alone: a run with another seed that goes on from this one keeps the codes
+                stream = DocumentStream(self.config.data.corpus, config=self.corpus.changed(seed=0))
+                table = discriminant_codes(stream, k=config.kmer_size, width=width)
                 with reporting_writes(self.folder.target), replacing(path) as staged:
                     save_file({"codes": torch.from_numpy(table)}, staged)
             wait_for_all()
             codes = KmerCodes(load_file(path)["codes"], start.rules, k=config.kmer_size)
         return VectorLoss(start, config, codes=codes, seed=self.corpus.seed)
+
+    def _width_of_codes(self) -> int:
+        """As many numbers as the most layers that are joined have; the last of them must get some."""
+        config = self.config.vectors
+        spec = max(config.contrast_layers, key=lambda spec: spec.count(JOIN))
+        hidden = int(self.start.model.get_input_embeddings().weight.shape[1])
+        width, known = hidden * (spec.count(JOIN) + 1), int(canonical_numbers(config.kmer_size).max()) + 1
+        if width - hidden >= known:
+            message = (
+                f"contrast_layers: {spec!r} asks for {width} numbers, but there are only {known} k-mers of "
+                f"{config.kmer_size} bases (either strand); join fewer layers, or set kmer_size higher"
+            )
+            raise ConfigError(message)
+        return width
 
     def _begin(self, *, resume: bool) -> Path | None:
         return self.folder.begin(

@@ -61,7 +61,8 @@ OPTIONS = {
         --invalid --isolate --layers --learning-rate --like --logging-steps --max-document-bp
         --max-grad-norm --max-steps --model --n-run-bp --no-both-strands -o --optim --output --overwrite
         --packing --pole-rate-scale --report-to --resume --revision --rows-per-device --save-steps --seed
-        --shuffle-documents --threads --trust-remote-code --warmup-steps --weight-decay --window""",
+        --shuffle-documents --teacher --teacher-weight --threads --trust-remote-code --warmup-steps
+        --weight-decay --window""",
     "finetune": """
         --distributed
         --accumulation-steps --across-devices --add-pooler --both-strands --class-weights --config

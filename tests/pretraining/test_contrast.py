@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import genoembed
 from genoembed.batching.pack import pack_stream
@@ -24,6 +25,7 @@ from genoembed.pretraining.kmer_codes import KmerCodes, canonical_numbers, count
 from genoembed.sequences import reverse_complement
 from genoembed.tokenization.char import CharTokenizer
 from genoembed.training.augment import mutated_copy
+from genoembed.training.run_folder import CODES_FILE
 from genoembed.training.start import token_rules
 from tests.pretraining.test_start import save_causal
 
@@ -201,6 +203,15 @@ def test_states_that_are_codes_have_no_loss_whatever_is_constant():
     assert float(loss.loss(torch.from_numpy(-states), ids)) > 1.9
 
 
+def test_layers_side_by_side_learn_successive_parts_of_the_codes():
+    table = torch.from_numpy(discriminant_codes([dna(3000, seed) for seed in range(4)], k=2, width=8))
+    codes, ids = KmerCodes(table, RULES, k=2), torch.tensor([list(dna(200, 5))])
+    states = torch.randn(1, 200, 5, generator=torch.Generator().manual_seed(0))
+    for first, width in ((0, 5), (3, 5), (5, 3)):
+        part = KmerCodes(table[:, first : first + width], RULES, k=2)
+        assert torch.equal(codes.loss(states, ids, first=first), part.loss(states[..., :width], ids))
+
+
 def test_codes_tell_pieces_apart_better_than_as_many_counts():
     documents = [
         "".join(random.Random(seed).choices(["ACG", "TTA", "CAT", "GGC", "ATA"], k=400)).encode()
@@ -321,6 +332,23 @@ def test_each_vector_loss_has_its_own_weight(corpus, tmp_path):
         assert found[1e-9][key] == pytest.approx(found[0.0][key], rel=1e-3)
 
 
+def test_joined_layers_weigh_as_one_and_each_learns_its_part(corpus, tmp_path):
+    options = RUN | {"max_steps": 20, "logging_steps": 5, "save_steps": 20, "learning_rate": 2e-2}
+    options |= {"contrast_layers": ("2+1", "final"), "contrast": 1e-9, "kmer_size": 4}
+    genoembed.pretrain(corpus, tmp_path / "run", **options)
+    lines = lines_of(tmp_path / "run")
+    for path in ("blocks.2.mlp.l3", "blocks.1.mlp.l3", "norm"):
+        assert lines[-1][f"kmer_loss_{path}"] < lines[0][f"kmer_loss_{path}"] - 0.03
+    assert "contrast_loss_blocks.2.mlp.l3+blocks.1.mlp.l3" in lines[0]
+    assert load_file(tmp_path / "run" / CODES_FILE)["codes"].shape == (136, 64)
+
+
+def test_codes_are_of_the_corpus_and_not_of_the_seed(corpus, whole, tmp_path):
+    options = RUN | {"max_steps": 1, "save_steps": 1, "seed": 7}
+    genoembed.pretrain(corpus, tmp_path / "run", **options)
+    assert (tmp_path / "run" / CODES_FILE).read_bytes() == (whole / CODES_FILE).read_bytes()
+
+
 @pytest.mark.parametrize("family", ["llama"])
 def test_other_architectures_learn_so_too(family, corpus, tmp_path):
     save_causal(family, tmp_path / "model")
@@ -337,6 +365,8 @@ def test_what_cannot_be_is_refused(corpus, tmp_path):
         VectorLossConfig(contrast_layers=())
     with pytest.raises(LayerError, match="layer '9' is not in"):
         genoembed.pretrain(corpus, tmp_path / "b", **RUN | {"contrast_layers": (9,)})
+    with pytest.raises(ConfigError, match=r"contrast_layers: '1\+2\+3' asks for 96 .* only 32"):
+        genoembed.pretrain(corpus, tmp_path / "d", **RUN | {"contrast_layers": ("1+2+3",)})
     short = tmp_path / "short.fa"
     short.write_text(">a\nACGTACGT\n>b\nACGGACGT\n>c\nGGGTACGT\n")
     held = tmp_path / "held.fa"

@@ -272,6 +272,7 @@ _RULES = ResumeRules(
     digests={
         "corpus": "contents or order of the files are not those of",
         "heldout": "contents or order of the files are not those of",
+        "teacher": "the model is not that of",
     },
     newer={
         "optim": "adamw",
@@ -318,7 +319,10 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         start.pop("model")
         start[MODEL] = model_content(config.start.model, revision=config.start.revision)
     if config.teacher.teacher is not None:
-        values["teacher"]["teacher"] = model_content(config.teacher.teacher, revision=None)
+        content = model_content(config.teacher.teacher, revision=None)
+        values["teacher"]["teacher"] = " ".join(
+            f"{name} {digest}" for name, digest in sorted(content.items())
+        )
     data["corpus"] = files_digest(config.data.corpus)
     data["heldout"] = files_digest(config.data.heldout) if config.data.heldout else None
     values["recipe"]["dtype"] = resolved_dtype(config.recipe.dtype)

@@ -84,4 +84,6 @@ def test_a_teacher_with_other_tokens_is_refused(corpus, tmp_path):  # noqa: F811
     with pytest.raises(
         ConfigError, match=r"teacher: .*llama has other tokens than the model that is trained"
     ):
-        genoembed.pretrain(corpus, tmp_path / "run", **PLAIN | {"teacher": str(tmp_path / "llama")})
+        genoembed.pretrain(
+            corpus, tmp_path / "run", **PLAIN | {"teacher": str(tmp_path / "llama"), "window": 64}
+        )

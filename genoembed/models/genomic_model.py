@@ -38,6 +38,7 @@ from genoembed.models.provenance import (
     read_revision,
 )
 from genoembed.models.striped_hyena2.network import PlainStripedHyena2
+from genoembed.models.striped_hyena2.state import iter_spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from genoembed.models.geneb import PublishedModel
     from genoembed.models.registry import Adapter, KnownModel
     from genoembed.models.striped_hyena2.shape import StripedHyena2Shape
+    from genoembed.models.striped_hyena2.state import AttentionWindows
 
 
 class GenomicModel:
@@ -345,6 +347,7 @@ class GenomicModel:
         take: Callable[[str, Tensor, slice], None],
         *,
         block_tokens: int,
+        windows: AttentionWindows | None = None,
     ) -> None:
         """Run one batch block by block of its positions, so that memory holds the activations of one block.
 
@@ -353,7 +356,8 @@ class GenomicModel:
             layers: Module paths, as `resolve` gives them.
             take: Called with each path, its activations of a block, ``(B, C, D)`` in the model's dtype, and
                 the block's positions, as soon as they are there; from left to right.
-            block_tokens: Positions of a block.
+            block_tokens: Positions of a block at most.
+            windows: What attention sees of the positions before; None is all.
 
         Raises:
             ModelError: If the model carries no state from block to block.
@@ -363,17 +367,18 @@ class GenomicModel:
             message = f"{self.name} carries no state from block to block; set window to cut long sequences"
             raise ModelError(message)
         mask_BL = batch.attention_mask.to(self.device)
-        length = batch.input_ids.shape[1]
-        state = self.network.new_cache()
+        state = self.network.new_cache(windows)
+        spans = iter_spans(batch.input_ids.shape[1], block=block_tokens, windows=windows)
         with torch.inference_mode(), evaluating(self.network):
-            for start in range(0, length, block_tokens):
-                span = slice(start, min(length, start + block_tokens))
+            for span in spans:
 
                 def keep_none(path: str, activations: Tensor, span: slice = span) -> Tensor:
                     take(path, as_rows(activations, mask_BL[:, span], path=path), span)
                     return activations[:0]
 
-                arguments = forward_arguments(self.network, mask_BL[:, : span.stop])
+                # with windows, padding is on the right only, where no token sees it
+                seen_BL = mask_BL[:, : span.stop] if windows is None else None
+                arguments = forward_arguments(self.network, seen_BL)
                 with capture(self.network, layers, reduce=keep_none):
                     self.network(batch.input_ids[:, span].to(self.device), past_key_values=state, **arguments)
 

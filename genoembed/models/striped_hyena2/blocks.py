@@ -352,9 +352,9 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, context: BlockContext) -> Tensor:
         """Attend to this and earlier positions."""
         batch, length, width = x_BLD.shape
-        query, key, value = self.split_heads(self.Wqkv(x_BLD))
+        query, unrotated, value = self.split_heads(self.Wqkv(x_BLD))
         query = self.rotary_emb(query, context.position_ids_BL).transpose(1, 2)
-        key = self.rotary_emb(key, context.position_ids_BL).transpose(1, 2)
+        key = self.rotary_emb(unrotated, context.position_ids_BL).transpose(1, 2)
         value = value.transpose(1, 2)
         if context.segments is not None:
             # segment by segment: a block-diagonal mask of the long row would need its square
@@ -362,11 +362,26 @@ class Attention(nn.Module):
             mixed = torch.cat([_attend(*part) for part in zip(*parts, strict=True)], dim=2)
         else:
             if context.cache is not None:
-                # keys are kept rotated: positions are absolute, so they never change again
-                state = context.cache.attention.setdefault(self.layer_idx, AttentionState())
-                key, value = state.append(key, value)
+                key, value = self._after_earlier(context, key, value, unrotated.transpose(1, 2))
             mixed = _attend(query, key, value, context.key_mask_BT)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def _after_earlier(
+        self, context: BlockContext, key: Tensor, value: Tensor, unrotated: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put keys and values behind those of the earlier blocks that attention still sees."""
+        assert context.cache is not None
+        state = context.cache.attention.setdefault(self.layer_idx, AttentionState())
+        # keys are kept rotated: positions count from the window's start, so they change with it only
+        if context.num_kept is None:
+            return state.append(key, value)
+        if state.length > context.num_kept:
+            positions_1K = torch.arange(context.num_kept, device=key.device)[None]
+            state.keep_last(
+                context.num_kept,
+                lambda kept: self.rotary_emb(kept.transpose(1, 2), positions_1K).transpose(1, 2),
+            )
+        return state.append(key, value, unrotated_BHLE=unrotated)
 
 
 _MAX_MASK_ELEMENTS = 1 << 24

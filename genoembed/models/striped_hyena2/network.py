@@ -23,7 +23,12 @@ from genoembed.models.striped_hyena2.blocks import (
     Projections,
     RMSNorm,
 )
-from genoembed.models.striped_hyena2.state import BlockContext, StripedHyena2Cache, lay_out_segments
+from genoembed.models.striped_hyena2.state import (
+    AttentionWindows,
+    BlockContext,
+    StripedHyena2Cache,
+    lay_out_segments,
+)
 
 if TYPE_CHECKING:
     from genoembed.config.choices import Fp8Choice
@@ -106,13 +111,17 @@ class StripedHyena2Network:
             streams = [context.segments.collect(stream) for stream in streams]
         return NetworkOutput(x_BLD, tuple(streams) or None, cache)
 
-    def new_cache(self) -> StripedHyena2Cache:
+    def new_cache(self, windows: AttentionWindows | None = None) -> StripedHyena2Cache:
         """Start the state of a pass that takes sequences block by block.
+
+        Args:
+            windows: What attention sees of sequences longer than the context. Each block must then lie in one
+                window, and rows are padded on the right only, without a mask. None: all that came before.
 
         Returns:
             An empty state, for ``past_key_values`` of the first block and all after it.
         """
-        return StripedHyena2Cache()
+        return StripedHyena2Cache(windows=windows)
 
     def set_fp8(self, choice: Fp8Choice) -> None:
         """Choose whether the projections of Hyena blocks run in FP8; the configuration decided before.
@@ -203,11 +212,31 @@ def _build_context(
             raise ShapeError(message)
         segments = lay_out_segments(segment_ids.to(x_BLD.device))
         return BlockContext(position_ids_BL=segments.position_ids_1N, segments=segments)
+    if cache is not None and cache.windows is not None:
+        return _windowed_context(x_BLD, cache, cache.windows, attention_mask)
     before = 0 if cache is None else cache.length
     key_mask = _hidden_keys(attention_mask, x_BLD, before=before, goes_on=cache is not None)
     if position_ids is None:
         position_ids = _count_from_first_token(x_BLD, key_mask, before=before)
     return BlockContext(position_ids_BL=position_ids, key_mask_BT=key_mask, cache=cache)
+
+
+def _windowed_context(
+    x_BLD: Tensor, cache: StripedHyena2Cache, windows: AttentionWindows, attention_mask: Tensor | None
+) -> BlockContext:
+    """Build the context of a block whose attention goes back to the start of its window."""
+    first, last = cache.length, cache.length + x_BLD.shape[1]
+    start = windows.start(first)
+    if attention_mask is not None or last > start + windows.window:
+        found = "an attention_mask" if attention_mask is not None else f"positions {first} to {last - 1}"
+        message = (
+            f"a state with windows got {found}; give blocks that lie in one window each (iter_spans), of rows "
+            "padded on the right, without a mask"
+        )
+        raise ShapeError(message)
+    # counted from the window's start: never beyond the positions that the model was trained at
+    positions_1L = torch.arange(first - start, last - start, device=x_BLD.device)[None]
+    return BlockContext(position_ids_BL=positions_1L, cache=cache, num_kept=first - start)
 
 
 def _hidden_keys(

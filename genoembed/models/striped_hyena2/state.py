@@ -11,10 +11,62 @@ K taps, S modes, N slots of the long row, M its chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionWindows:
+    """Which positions attention sees in a sequence that is longer than the context.
+
+    Window k begins at ``k * stride``. The first one answers for all its positions, each later one for those
+    that the window before it does not have. A position sees what is between the start of its window and
+    itself, so which these are depends neither on the sequence's length nor on its neighbors in a batch.
+    """
+
+    window: int
+    """Positions of a window, at least 1."""
+    stride: int
+    """From window to window, 1 to ``window``."""
+
+    def start(self, position: int) -> int:
+        """Return the first position that a position sees.
+
+        Example:
+            >>> windows = AttentionWindows(window=6, stride=4)
+            >>> [windows.start(position) for position in (5, 6, 9, 10)]
+            [0, 4, 4, 8]
+        """
+        return (max(0, position - self.window + self.stride) // self.stride) * self.stride
+
+    def end(self, position: int) -> int:
+        """Return where the window ends that answers for a position."""
+        return self.start(position) + self.window
+
+
+def iter_spans(length: int, *, block: int, windows: AttentionWindows | None = None) -> Iterator[slice]:
+    """Cut positions into blocks of which each lies in one window.
+
+    Example:
+        >>> [(span.start, span.stop) for span in iter_spans(5, block=3)]
+        [(0, 3), (3, 5)]
+        >>> windows = AttentionWindows(window=4, stride=2)
+        >>> [(span.start, span.stop) for span in iter_spans(7, block=3, windows=windows)]
+        [(0, 3), (3, 4), (4, 6), (6, 7)]
+    """
+    start = 0
+    while start < length:
+        stop = min(length, start + block)
+        if windows is not None:
+            stop = min(stop, windows.end(start))
+        yield slice(start, stop)
+        start = stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +82,8 @@ class BlockContext:
     """Where packed neighbors begin, if they are to be kept apart; the rows are one long row then."""
     cache: StripedHyena2Cache | None = None
     """What earlier blocks of the sequence left; brought up to date by every block."""
+    num_kept: int | None = None
+    """Of the positions before this block, those that attention still sees, the last ones; None is all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,33 +104,49 @@ class AttentionState:
     """Positions held."""
     _keys: Tensor | None = None
     _values: Tensor | None = None
+    _unrotated: Tensor | None = None
 
-    def append(self, keys_BHLE: Tensor, values_BHLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a block's keys and values."""
+    def append(
+        self, keys_BHLE: Tensor, values_BHLE: Tensor, *, unrotated_BHLE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a block's keys and values; the keys before rotation, too, if some are to be kept later on."""
         start, self.length = self.length, self.length + keys_BHLE.shape[2]
-        self._keys = _with_room(self._keys, keys_BHLE, used=start, needed=self.length)
-        self._values = _with_room(self._values, values_BHLE, used=start, needed=self.length)
-        self._keys[:, :, start : self.length] = keys_BHLE
-        self._values[:, :, start : self.length] = values_BHLE
+        self._keys = _with_block(self._keys, keys_BHLE, used=start)
+        self._values = _with_block(self._values, values_BHLE, used=start)
+        if unrotated_BHLE is not None:
+            self._unrotated = _with_block(self._unrotated, unrotated_BHLE, used=start)
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def keep_last(self, count: int, rotate: Callable[[Tensor], Tensor]) -> None:
+        """Forget all positions but the last ones, whose keys are rotated to count from 0."""
+        assert self._keys is not None and self._values is not None and self._unrotated is not None
+        for buffer in (self._unrotated, self._values):
+            # cloned, as the two places may overlap
+            buffer[:, :, :count] = buffer[:, :, self.length - count : self.length].clone()
+        # from what they were before any rotation: rotated on and on, keys in half precision would drift
+        self._keys[:, :, :count] = rotate(self._unrotated[:, :, :count])
+        self.length = count
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
-            self._values = self._values.index_select(0, rows.to(self._values.device))
+        self._keys, self._values, self._unrotated = (
+            None if buffer is None else buffer.index_select(0, rows.to(buffer.device))
+            for buffer in (self._keys, self._values, self._unrotated)
+        )
 
 
-def _with_room(buffer: Tensor | None, like_BHLE: Tensor, *, used: int, needed: int) -> Tensor:
-    if buffer is not None and buffer.shape[2] >= needed:
-        return buffer
-    batch, heads, _, size = like_BHLE.shape
-    # exactly the requested size at first: a sequence may come as one block
-    capacity = needed if buffer is None else max(needed, 2 * buffer.shape[2])
-    larger = like_BHLE.new_empty(batch, heads, capacity, size)
-    if buffer is not None:
-        larger[:, :, :used] = buffer[:, :, :used]
-    return larger
+def _with_block(buffer: Tensor | None, block_BHLE: Tensor, *, used: int) -> Tensor:
+    batch, heads, length, size = block_BHLE.shape
+    needed = used + length
+    if buffer is None or buffer.shape[2] < needed:
+        # exactly the requested size at first: a sequence may come as one block
+        capacity = needed if buffer is None else max(needed, 2 * buffer.shape[2])
+        larger = block_BHLE.new_empty(batch, heads, capacity, size)
+        if buffer is not None:
+            larger[:, :, :used] = buffer[:, :, :used]
+        buffer = larger
+    buffer[:, :, used:needed] = block_BHLE
+    return buffer
 
 
 @dataclass(slots=True)
@@ -85,6 +155,8 @@ class StripedHyena2Cache:
 
     length: int = 0
     """Tokens seen by each sequence, padding included."""
+    windows: AttentionWindows | None = None
+    """What attention sees of them; None is all. The filters see all in either case."""
     hyena: dict[int, HyenaState] = field(default_factory=dict)
     """State of each Hyena block, by block number."""
     attention: dict[int, AttentionState] = field(default_factory=dict)

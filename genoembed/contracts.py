@@ -186,6 +186,8 @@ class Batch:
     """``(B, L)``: bool, True where a token counts in pooling; or float32, the bases that it counts for."""
     rows: tuple[int, ...]
     """For each row, the caller's index of the piece it holds."""
+    parts: tuple[slice, ...] = ()
+    """Positions of a single row, from left to right, that have a vector each; empty: a vector per row."""
 
     @property
     def num_tokens(self) -> int:

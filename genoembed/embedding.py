@@ -151,9 +151,9 @@ def embed(
         pooling: As for ``extract``, but not ``none``.
         fusion: As for ``extract``.
         **options: Other options of ``extract`` that are not about files: ``rc``, ``skip_first``, ``window``,
-            ``stride``, ``batch_tokens``, ``dtype``, ``fp8``, ``device``, ``invalid`` (``error`` or
-            ``mask``), ``gaps``, ``keep_case``, ``fusion_weights``, ``revision``, ``trust_remote_code``. None
-            is the default.
+            ``stride``, ``carry_state``, ``batch_tokens``, ``dtype``, ``fp8``, ``device``, ``invalid``
+            (``error`` or ``mask``), ``gaps``, ``keep_case``, ``fusion_weights``, ``revision``,
+            ``trust_remote_code``. None is the default.
 
     Returns:
         The vectors, one row per sequence, in the given order.

@@ -110,10 +110,10 @@ def extract(
         **options: Any other field of :class:`~genoembed.config.embed.EmbedConfig`: ``regions``, ``flank``,
             ``feature``, ``name_attribute``, ``join_by``, ``bad_regions``, ``invalid``, ``duplicates``,
             ``empty``, ``gaps``, ``keep_case``, ``revision``, ``trust_remote_code``, ``dtype``, ``fp8``,
-            ``device``, ``threads``, ``batch_tokens``,
-            ``skip_first``, ``fusion_weights``, ``rc``, ``window``, ``stride``, ``per_window``, ``out_dtype``,
-            ``overwrite``. None stands for the default. A model that is loaded already takes no ``revision``,
-            ``trust_remote_code``, ``dtype``, ``fp8`` or ``device``.
+            ``device``, ``threads``, ``batch_tokens``, ``skip_first``, ``fusion_weights``, ``rc``, ``window``,
+            ``stride``, ``per_window``, ``carry_state``, ``out_dtype``, ``overwrite``. None stands for
+            the default. A model that is loaded already takes no ``revision``, ``trust_remote_code``,
+            ``dtype``, ``fp8`` or ``device``.
 
     Returns:
         What was done.

@@ -61,6 +61,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         skip_first: Bases at the start that pooling leaves out. None: as trained, else 0.
         window: Bases of a window; None is what the model's context holds.
         stride: Bases from window to window.
+        carry_state: Run each base once, with the state of the model going on from window to window.
         invalid: SequenceInput outside IUPAC DNA: ``error``, or ``mask`` to N.
         gaps: Gap letters: ``error``, or ``strip``.
         keep_case: Leave soft-masked bases in lower case.
@@ -89,6 +90,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         skip_first: int | None = None,
         window: int | None = None,
         stride: int | None = None,
+        carry_state: bool = False,
         invalid: str = "error",
         gaps: str = "error",
         keep_case: bool = False,
@@ -109,6 +111,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.skip_first = skip_first
         self.window = window
         self.stride = stride
+        self.carry_state = carry_state
         self.invalid = invalid
         self.gaps = gaps
         self.keep_case = keep_case
@@ -197,6 +200,7 @@ class SequenceEmbedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             skip_first=self.skip_first,
             window=self.window,
             stride=self.stride,
+            carry_state=self.carry_state,
             invalid=self.invalid,
             gaps=self.gaps,
             keep_case=self.keep_case,

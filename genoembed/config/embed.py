@@ -330,6 +330,12 @@ class WindowConfig(Config):
     per_window: bool = option(
         False, group=WINDOWS, help="Write one row per window instead of one row per record."
     )
+    carry_state: bool = option(
+        False,
+        group=WINDOWS,
+        help="Run each base once: carry the state of the model from window to window instead of reading the "
+        "overlap again. For StripedHyena 2 and Evo 1. Changes the vectors of sequences of several windows.",
+    )
 
     def _problems(self) -> Iterator[str]:
         if self.window and self.stride and self.stride > self.window:

@@ -66,6 +66,13 @@ class ScoreConfig(ScoreRunConfig, PolicyConfig):
 
     window: int | None = same_option(WindowConfig, "window", group=SCORES)
     stride: int | None = same_option(WindowConfig, "stride", group=SCORES)
+    carry_state: bool = same_option(
+        WindowConfig,
+        "carry_state",
+        group=SCORES,
+        help="Run each base once: carry the state of the model from window to window instead of reading the "
+        "overlap again. For StripedHyena 2. Changes the scores of sequences of several windows.",
+    )
 
     def _problems(self) -> Iterator[str]:
         if self.window and self.stride and self.stride > self.window:

@@ -55,6 +55,7 @@ class ServedWindows(Config):
 
     window: int | None = same_option(WindowConfig, "window", basic=False)
     stride: int | None = same_option(WindowConfig, "stride")
+    carry_state: bool = same_option(WindowConfig, "carry_state")
 
     def _problems(self) -> Iterator[str]:
         # what goes together is checked where it is described

@@ -23,6 +23,7 @@ from genoembed.errors import ModelError, first_line
 from genoembed.models.behavior import evaluating, forward_arguments, takes_argument
 from genoembed.models.layers import first_tensor, hooked
 from genoembed.models.striped_hyena2.network import StripedHyena2Network
+from genoembed.models.striped_hyena2.state import iter_spans
 from genoembed.models.trained_folder import NEXT_TOKEN_HEAD, find_facts
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from genoembed.contracts import Batch
     from genoembed.models.genomic_model import GenomicModel
+    from genoembed.models.striped_hyena2.state import AttentionWindows
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +85,25 @@ class LanguageModel:
 
             self._whole, self._base = load_whole(model, "AutoModelForCausalLM", head="next-token head")
 
-    def log_probs(self, batch: Batch, *, layers: Sequence[str], take: Take, block_tokens: int) -> Tensor:
-        """Run one batch."""
+    @property
+    def carries_state(self) -> bool:
+        """Whether a long row is scored block by block, each going on from the one before."""
+        return self._whole is None and self.model.carries_state
+
+    def log_probs(
+        self,
+        batch: Batch,
+        *,
+        layers: Sequence[str],
+        take: Take,
+        block_tokens: int,
+        windows: AttentionWindows | None = None,
+    ) -> Tensor:
+        """Run one batch; with ``windows``, attention sees no more than these of the positions before."""
         found_BL = torch.full(batch.input_ids.shape, torch.nan)
         ids_BL = batch.input_ids.to(self.model.device)
         with torch.inference_mode(), evaluating(self._whole or self._base):
-            for span, logits_BCV in self._logits(ids_BL, batch, layers, take, block_tokens):
+            for span, logits_BCV in self._logits(ids_BL, batch, layers, take, block_tokens, windows):
                 targets_BC = ids_BL[:, span.start + 1 : span.stop + 1]
                 found_BL[:, span.start + 1 : span.stop + 1] = target_log_probs(
                     logits_BCV[:, : targets_BC.shape[1]], targets_BC
@@ -156,17 +171,24 @@ class LanguageModel:
         return max(differences)
 
     def _logits(
-        self, ids_BL: Tensor, batch: Batch, layers: Sequence[str], take: Take, block_tokens: int
+        self,
+        ids_BL: Tensor,
+        batch: Batch,
+        layers: Sequence[str],
+        take: Take,
+        block_tokens: int,
+        windows: AttentionWindows | None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Run block by block where the state can be carried, else all at once."""
         mask_BL = batch.attention_mask.to(ids_BL.device)
         length = ids_BL.shape[1]
-        in_blocks = self._whole is None and self.model.carries_state and length > block_tokens
-        state: dict[str, Any] = {"past_key_values": self._base.new_cache()} if in_blocks else {}
-        step = block_tokens if in_blocks else length
-        for start in range(0, length, step):
-            span = slice(start, min(length, start + step))
-            mask = mask_BL[:, : span.stop] if self.model.accepts_attention_mask else None
+        if windows is not None and length <= windows.window:
+            windows = None  # one window is the row as it is
+        in_blocks = windows is not None or (self.carries_state and length > block_tokens)
+        state: dict[str, Any] = {"past_key_values": self._base.new_cache(windows)} if in_blocks else {}
+        for span in iter_spans(length, block=block_tokens if in_blocks else length, windows=windows):
+            has_mask = self.model.accepts_attention_mask and windows is None
+            mask = mask_BL[:, : span.stop] if has_mask else None
             arguments = forward_arguments(self._whole or self._base, mask) | state
 
             def pass_on(path: str, output: object, span: slice = span) -> None:

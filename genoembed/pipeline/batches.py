@@ -8,7 +8,7 @@ it in the unit has the same content, and not at all otherwise. No arithmetic of 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from genoembed.batching.pad import pad_batch, plan_batches
@@ -171,8 +171,11 @@ class SlabBuilder:
     def _slab(
         self, draft: _Draft, unit: WorkUnit, cuts: Sequence[Sequence[Window]], *, is_last: bool
     ) -> Slab:
+        # a piece of several vectors runs alone: elsewhere, a row of a batch has one vector
+        alone = [(number,) for number, piece in enumerate(draft.fresh) if piece.parts]
+        shared = [number for number, piece in enumerate(draft.fresh) if not piece.parts]
         plan = plan_batches(
-            [self._padded(len(piece.encoded.input_ids)) for piece in draft.fresh],
+            [self._padded(len(draft.fresh[number].encoded.input_ids)) for number in shared],
             max_tokens=self.batch_tokens,
             max_rows=self.max_rows,
             max_padding=self.batch_tokens // _PADDING_PART,
@@ -181,7 +184,10 @@ class SlabBuilder:
         return Slab(
             unit=unit,
             cuts=cuts,
-            batches=tuple(self._batch(draft.fresh, rows) for rows in plan),
+            batches=tuple(
+                self._batch(draft.fresh, rows)
+                for rows in (*(tuple(shared[row] for row in rows) for rows in plan), *alone)
+            ),
             repeats=tuple(draft.repeats),
             empty=tuple(draft.empty),
             cut_records=tuple(draft.cut_records),
@@ -199,7 +205,8 @@ class SlabBuilder:
             pad_token_id=self.cutter.encoder.pad_token_id,
             pad_to_multiple_of=self._padded(longest),
         )
-        return PieceBatch(pieces=chosen, batch=batch)
+        parts = tuple(tokens for _, tokens in chosen[0].parts)
+        return PieceBatch(pieces=chosen, batch=replace(batch, parts=parts) if parts else batch)
 
     def _padded(self, length: int) -> int:
         """Length that a piece is padded to; not beyond the context."""

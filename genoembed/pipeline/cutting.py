@@ -21,6 +21,7 @@ import numpy as np
 from genoembed.batching.pad import count_unread, is_mostly_unread, pool_mask
 from genoembed.contracts import ByteTokens, EncodedSequence, Window
 from genoembed.errors import ConfigError, SequenceLengthError, ShapeError, UnreadError
+from genoembed.models.striped_hyena2.state import AttentionWindows
 from genoembed.sequences.records import reverse_complement
 from genoembed.tokenization.hf import build_encoder, unread_problem
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from genoembed.config.choices import StartChoice
     from genoembed.contracts import PoolMask, SequenceRecord
+    from genoembed.models.genomic_model import GenomicModel
     from genoembed.tokenization.hf import SequenceEncoder
 
 
@@ -78,6 +80,8 @@ class Piece:
     """One past the last one."""
     encoded: EncodedSequence
     pool_mask: PoolMask
+    parts: tuple[tuple[int, slice], ...] = ()
+    """Numbers of windows and their tokens, where these are pooled apart although they run as one row."""
     num_unread: int = 0
     """Of the bases that count, those that the tokenizer has no words for."""
     content: bytes = field(init=False)
@@ -87,6 +91,8 @@ class Piece:
         # the ids of one encoder have one dtype, so equal bytes are equal ids
         digest = hashlib.sha256(np.ascontiguousarray(self.encoded.input_ids).data)
         digest.update(self.pool_mask.data)
+        if self.parts:  # a palindrome has the same tokens on both strands, but other windows
+            digest.update(repr(self.parts).encode())
         object.__setattr__(self, "content", digest.digest())
 
     @property
@@ -138,6 +144,8 @@ class Cutter:
     both_strands: bool = False
     mirror: bool = False
     """Cut the reverse complement at the same bases as the forward strand."""
+    carries_state: bool = False
+    """Whether all windows of a strand run as one row, from one to the next; tokens must be bases then."""
 
     def __post_init__(self) -> None:
         limit, frame = self.context_bases, self.encoder.frame_bp
@@ -175,6 +183,26 @@ class Cutter:
         return None if self.max_tokens is None else self.encoder.max_bases(self.max_tokens)
 
     @property
+    def attention_windows(self) -> AttentionWindows | None:
+        """What attention sees of a row, where windows run as one; None is all of it."""
+        window = self.window or self.context_bases
+        if not self.carries_state or window is None:
+            return None
+        return AttentionWindows(window=window, stride=min(self.stride or default_stride(window), window))
+
+    def state_problems(self, model: GenomicModel, *, carries: bool | None = None) -> list[str]:
+        """Say why a model cannot carry its state from window to window, if it cannot."""
+        if not (model.carries_state if carries is None else carries):
+            why = "it cannot (StripedHyena 2 models can)"
+        elif not self.encoder.aligned:
+            why = "its tokens are not single bases"
+        else:
+            return []
+        return [
+            f"carry_state asks model {model.name!r} to hand its state on, but {why}; leave carry_state out"
+        ]
+
+    @property
     def has_token_per_base(self) -> bool:
         """Whether each base is a token of its own."""
         if self.encoder.aligned:
@@ -195,6 +223,9 @@ class Cutter:
             UnreadError: If more than half of the record cannot be read; after its last piece.
             SequenceLengthError: If a window does not fit the context.
         """
+        if self.carries_state and len(windows) > 1:
+            yield from self._whole_strands(record, record_index, windows)
+            return
         num_unread = num_bases = 0
         for number, window in enumerate(windows):
             piece = self._piece(record, record.sequence, window, record_index, number, is_reverse=False)
@@ -213,6 +244,32 @@ class Cutter:
         for number, window in enumerate(reverse_windows):
             yield self._piece(record, backward, window, record_index, number, is_reverse=True)
 
+    def _whole_strands(
+        self, record: SequenceRecord, record_index: int, windows: Sequence[Window]
+    ) -> Iterator[Piece]:
+        """Encode all windows of a strand as one piece; with ``mirror``, each is a part of it."""
+        length = len(record.sequence)
+        strands = [(record.sequence, record.core_start, record.core_end)]
+        if self.both_strands:
+            backward = reverse_complement(record.sequence)
+            strands.append((backward, length - record.core_end, length - record.core_start))
+        for number, (sequence, core_start, core_end) in enumerate(strands):
+            # nothing behind the core is seen from within it
+            window = Window(start=0, end=core_end, core_start=core_start, core_end=core_end)
+            is_reverse = number == 1
+            piece = self._piece(record, sequence, window, record_index, 0, is_reverse=is_reverse)
+            if self.mirror:
+                cores = [(cut.core_start, cut.core_end) for cut in windows]
+                if is_reverse:
+                    cores = [(length - end, length - start) for start, end in cores]
+                parts = ((at, slice(*core)) for at, core in enumerate(cores))
+                # in reading order, which on the reverse strand is that of the last window first; of a window
+                # whose bases are all skipped, nothing is pooled
+                kept = sorted(parts, key=lambda part: part[1].start)
+                kept = [part for part in kept if piece.pool_mask[part[1]].any()]
+                piece = replace(piece, parts=tuple(kept))
+            yield piece
+
     def _unread(self, record: SequenceRecord, num_unread: int, num_bases: int) -> UnreadError:
         core = record.sequence[record.core_start : record.core_end]
         problem = unread_problem(self.encoder, core, num_unread=num_unread, num_bases=num_bases)
@@ -230,6 +287,7 @@ class Cutter:
                     core_start=core_start,
                     core_end=core_end,
                     frame_bp=self.encoder.frame_bp,
+                    moves_last=not self.carries_state,
                 )
             )
             if self._surely_fits(size) or self._fit(sequence, windows):
@@ -293,7 +351,8 @@ class Cutter:
     ) -> Piece:
         whole = window.start == 0 and window.end == len(sequence)
         encoded = self.encoder.encode(sequence if whole else sequence[window.start : window.end])
-        if self.max_tokens is not None and len(encoded.input_ids) > self.max_tokens:
+        is_over = self.max_tokens is not None and len(encoded.input_ids) > self.max_tokens
+        if is_over and not self.carries_state:
             problem = (
                 f"bases {window.start + 1}-{window.end} make {len(encoded.input_ids)} tokens, "
                 f"but the model's context is {self.max_tokens}; set window to {self.context_bases} or less"
@@ -433,6 +492,7 @@ def iter_windows(
     core_start: int = 0,
     core_end: int | None = None,
     frame_bp: int = 1,
+    moves_last: bool = True,
 ) -> Iterator[Window]:
     """Cut a sequence into windows.
 
@@ -447,6 +507,9 @@ def iter_windows(
     With ``frame_bp``, windows begin, and their shares of the core end, at multiples of it: where tokens are
     non-overlapping k-mers of this length, all windows have the same k-mers. The last window may then be
     shorter by a part of one. ``window_bp`` must be a multiple.
+
+    Without ``moves_last`` the last window begins a stride after the one before, like all others, and is as
+    long as what is left.
 
     Example:
         >>> for w in iter_windows(10, window_bp=6, stride_bp=4):
@@ -475,14 +538,22 @@ def iter_windows(
         raise ShapeError(problem)
     # within a word there is no step, and a sequence shorter than a word has one window anyway
     stride = max(frame_bp, stride // frame_bp * frame_bp)
-    return _windows(length, window_bp, stride, causal, core_start, end, frame_bp)
+    # rounded up, so that no window is longer than asked for
+    step = frame_bp if moves_last else stride
+    last = -(-max(0, length - window_bp) // step) * step
+    return _windows(length, window_bp, stride, causal, core_start, end, frame_bp, last)
 
 
 def _windows(
-    length: int, window_bp: int, stride: int, causal: bool, core_start: int, core_end: int, frame_bp: int
+    length: int,
+    window_bp: int,
+    stride: int,
+    causal: bool,
+    core_start: int,
+    core_end: int,
+    frame_bp: int,
+    last: int,
 ) -> Iterator[Window]:
-    # rounded up, so that no window is longer than asked for
-    last = -(-max(0, length - window_bp) // frame_bp) * frame_bp
     start = begin = 0
     while begin < length:
         end = min(start + window_bp, length)

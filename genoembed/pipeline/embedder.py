@@ -94,6 +94,7 @@ class UnitEmbedder:
             skip_first=config.embedding.skip_first,
             both_strands=config.embedding.rc != "none",
             mirror=config.windows.per_window,
+            carries_state=config.windows.carry_state,
         )
         self._check()
         encoder = self._cutter.encoder
@@ -112,7 +113,11 @@ class UnitEmbedder:
         self.batch_tokens = slabs.batch_tokens
         """Slots of a forward pass, padding included."""
         self._reducer = LayerReducer(
-            model, self.layers, config.embedding.pooling, fusion=config.embedding.fusion
+            model,
+            self.layers,
+            config.embedding.pooling,
+            fusion=config.embedding.fusion,
+            windows=self._cutter.attention_windows,
         )
         self.runner = UnitRunner(
             self._reducer,
@@ -221,6 +226,8 @@ class UnitEmbedder:
                 "pooling='none' with rc needs one token per base, but this tokenizer joins bases; "
                 "set rc='none'"
             )
+        if self.config.windows.carry_state:
+            problems.extend(self._cutter.state_problems(self.model))
         if problems:
             raise ConfigError(*problems)
 

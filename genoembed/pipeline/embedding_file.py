@@ -73,6 +73,7 @@ class FileSettings:
     window: int | None
     stride: int | None
     per_window: bool
+    carry_state: bool
     is_finetuned: bool
     """Whether the model had been fine-tuned for such vectors: they may have been projected or normalized."""
     inputs: tuple[str, ...]
@@ -92,6 +93,7 @@ class FileSettings:
             "rc": self.rc,
             "window": self.window,
             "stride": self.stride,
+            "carry_state": self.carry_state or None,
         }
         return {name: value for name, value in options.items() if value is not None}
 
@@ -123,6 +125,7 @@ def find_file_settings(file: EmbeddingFile) -> FileSettings | None:
         window=windows.get("window"),
         stride=windows.get("stride"),
         per_window=bool(windows.get("per_window")),
+        carry_state=bool(windows.get("carry_state")),
         is_finetuned="finetuned" in provenance,
         inputs=tuple(read.get("inputs") or ()),
         regions=tuple(read.get("regions") or ()),
@@ -179,7 +182,7 @@ def joinable_settings(provenance: Mapping[str, Any], layer: str) -> dict[str, An
     windows = _section(config, "windows")
     return {
         **comparable_settings(provenance, layer),
-        **{name: windows.get(name) or None for name in ("window", "stride", "per_window")},
+        **{name: windows.get(name) or None for name in ("window", "stride", "per_window", "carry_state")},
         "flank": _section(config, "input").get("flank", 0),
     }
 

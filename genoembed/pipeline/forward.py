@@ -27,7 +27,7 @@ from genoembed.pipeline.batches import PieceBatch
 from genoembed.pipeline.threads import Interruption
 from genoembed.pipeline.units import RunStats
 from genoembed.pooling.fuse import feature_names
-from genoembed.pooling.reduce import RunningPool, pool
+from genoembed.pooling.reduce import BatchPooling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from genoembed.contracts import SequenceRecord, Window
     from genoembed.models.genomic_model import GenomicModel
     from genoembed.models.language_model import LanguageModel
+    from genoembed.models.striped_hyena2.state import AttentionWindows
     from genoembed.pipeline.assemble import TakenPieces, UnreadBases
     from genoembed.pipeline.batches import Slab, SlabBuilder
     from genoembed.pipeline.cutting import Piece
@@ -89,7 +90,13 @@ class LayerReducer:
     """Keeps activations of layers: pooled, or with pooling ``none`` those of each token that counts."""
 
     def __init__(
-        self, model: GenomicModel, layers: Sequence[str], pooling: Pooling, *, fusion: Fusion = "none"
+        self,
+        model: GenomicModel,
+        layers: Sequence[str],
+        pooling: Pooling,
+        *,
+        fusion: Fusion = "none",
+        windows: AttentionWindows | None = None,
     ) -> None:
         self.pooling_s = 0.0
         self.widths: dict[str, int] = {}
@@ -100,12 +107,18 @@ class LayerReducer:
         self._layers = layers
         self._pooling = pooling
         self._fusion = fusion
+        self._windows = windows
 
     def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
         """Run a batch as far as the deepest layer."""
-        pooling = _BatchPooling(self._pooling, batch)
-        if self.carries_state and batch.input_ids.shape[1] > block_tokens:
-            self._model.forward_in_blocks(batch, self._layers, pooling.take_block, block_tokens=block_tokens)
+        pooling = BatchPooling(self._pooling, batch)
+        length, windows = batch.input_ids.shape[1], self._windows
+        if windows is not None and length <= windows.window:
+            windows = None  # one window is the row as it is
+        if windows is not None or (self.carries_state and length > block_tokens):
+            self._model.forward_in_blocks(
+                batch, self._layers, pooling.take_block, block_tokens=block_tokens, windows=windows
+            )
             captured = pooling.joined()
         else:
             captured = self._model.forward(batch, self._layers, pooling)
@@ -123,19 +136,31 @@ class NextTokenReducer:
     Log-probabilities are of the tokens that count and that another precedes: a row's first token has none.
     """
 
-    def __init__(self, model: LanguageModel, layers: Sequence[str], pooling: Pooling) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[str],
+        pooling: Pooling,
+        *,
+        windows: AttentionWindows | None = None,
+    ) -> None:
         self.pooling_s = 0.0
         self.device = model.model.device
         self.carries_state, self.repeats_rows = model.model.carries_state, False
         self._model = model
         self._layers = layers
         self._pooling = pooling
+        self._windows = windows
 
     def __call__(self, batch: Batch, *, block_tokens: int) -> RowValues:
         """Run a batch to the model's head."""
-        pooling = _BatchPooling(self._pooling, batch)
+        pooling = BatchPooling(self._pooling, batch)
         log_probs_BL = self._model.log_probs(
-            batch, layers=self._layers, take=pooling.take_block, block_tokens=block_tokens
+            batch,
+            layers=self._layers,
+            take=pooling.take_block,
+            block_tokens=block_tokens,
+            windows=self._windows,
         )
         predicted_BL = batch.counted
         predicted_BL[:, 0] = False
@@ -244,6 +269,8 @@ class BatchRunner:
         bad = {} if self._keeps_nan else _not_finite(values)
         if not bad:
             return RunPieces(pieces=part.pieces, values=values)
+        if part.batch.parts:  # numbers of windows, all of one piece
+            bad = {0: next(iter(bad.values()))}
         if not self._skips_failed:
             first = min(bad)
             raise _spoiled(bad[first], records[part.pieces[first].record_index])
@@ -267,63 +294,6 @@ class BatchRunner:
         self._stats.slots += batch.num_tokens
         self._stats.real_tokens += int(batch.attention_mask.sum())
         return values
-
-
-class _BatchPooling:
-    """Reduces the activations of one batch as its layers run."""
-
-    def __init__(self, method: Pooling, batch: Batch) -> None:
-        self.seconds = 0.0
-        self._method = method
-        self._batch = batch
-        self._counts = batch.counted.sum(dim=1).tolist()
-        self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._running: dict[str, RunningPool] = {}
-        self._tokens: dict[str, list[tuple[Tensor, ...]]] = {}
-
-    def __call__(self, _: str, hidden_BLD: Tensor) -> Tensor:
-        started = time.perf_counter()
-        mask_BL, real_BL = self._masks_on(hidden_BLD.device)
-        if self._method == "none":
-            # to the CPU at once: unlike pooled vectors these would fill the device
-            taken = hidden_BLD[mask_BL != 0].float().cpu()
-        else:
-            # every row has a token; to make sure would stop a GPU at each layer
-            taken = pool(hidden_BLD, mask_BL, method=self._method, attention_mask_BL=real_BL, empty="nan")
-        self.seconds += time.perf_counter() - started
-        return taken
-
-    def take_block(self, layer: str, hidden_BCD: Tensor, span: slice) -> None:
-        """Take the activations of some positions in."""
-        started = time.perf_counter()
-        mask_BC = self._masks_on(hidden_BCD.device)[0][:, span]
-        if self._method == "none":
-            is_kept_BC = mask_BC != 0
-            tokens = tuple(row[kept].float().cpu() for row, kept in zip(hidden_BCD, is_kept_BC, strict=True))
-            self._tokens.setdefault(layer, []).append(tokens)
-        else:
-            if layer not in self._running:
-                self._running[layer] = RunningPool(self._method)
-            self._running[layer].add(hidden_BCD, mask_BC)
-        self.seconds += time.perf_counter() - started
-
-    def joined(self) -> dict[str, Tensor]:
-        """Join what the blocks gave, as if all positions had come at once."""
-        if self._method == "none":
-            return {
-                layer: torch.cat([block[row] for row in range(len(self._counts)) for block in blocks])
-                for layer, blocks in self._tokens.items()
-            }
-        return {layer: running.pooled() for layer, running in self._running.items()}
-
-    def split(self, vectors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Split token vectors into rows; the rows of a matrix are split already."""
-        return torch.split(vectors, self._counts) if self._method == "none" else vectors
-
-    def _masks_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._masks:
-            self._masks[device] = self._batch.pool_mask.to(device), self._batch.attention_mask.to(device)
-        return self._masks[device]
 
 
 def _rows_of(work: PieceBatch, rows: range) -> PieceBatch:
@@ -529,7 +499,10 @@ class _UnitProgress:
                 self._fail(same, reason)
         if not done.pieces:
             return
-        for piece, number in zip(done.pieces, self._vectors.add(done.values), strict=True):
+        numbers = self._vectors.add(done.values)
+        # a piece with parts runs alone, and gives a vector for each of them
+        firsts = numbers[:1] if done.pieces[0].parts else numbers
+        for piece, number in zip(done.pieces, firsts, strict=True):
             self._numbers[piece.content] = number
             for same in (piece, *self._followers.pop(piece.content, ())):
                 self._keep(same)
@@ -552,11 +525,16 @@ class _UnitProgress:
         self._done(piece)
 
     def _keep(self, piece: Piece) -> None:
-        self._taken[piece.record_index, piece.is_reverse][piece.window_index] = Taken(
-            number=self._numbers[piece.content],
-            weight=piece.weight,
-            tokens=piece.counted_tokens() if self._keeps_tokens else None,
-        )
+        taken, number = self._taken[piece.record_index, piece.is_reverse], self._numbers[piece.content]
+        for place, (window_index, tokens) in enumerate(piece.parts):
+            weight = float(piece.pool_mask[tokens].sum())
+            taken[window_index] = Taken(number=number + place, weight=weight, tokens=None)
+        if not piece.parts:
+            taken[piece.window_index] = Taken(
+                number=number,
+                weight=piece.weight,
+                tokens=piece.counted_tokens() if self._keeps_tokens else None,
+            )
         self._done(piece)
 
     def _done(self, piece: Piece) -> None:

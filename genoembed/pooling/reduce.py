@@ -5,6 +5,8 @@ B rows, L padded length, D hidden size, K windows of one sequence.
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from genoembed.config.choices import TokenPooling
+    from genoembed.config.choices import Pooling, TokenPooling
+    from genoembed.contracts import Batch
 
 
 # Values of a row that are copied (masked, widened to the accumulator's dtype) at a time. On a CPU the copy
@@ -419,3 +422,79 @@ class RunningPool:
             squares_before_BD + squares_BD + apart_BD.square() * (weight_before_B1 * share_B1),
             total_B1,
         )
+
+
+class BatchPooling:
+    """Reduces the activations of one batch as its layers run."""
+
+    def __init__(self, method: Pooling, batch: Batch) -> None:
+        self.seconds = 0.0
+        self._method = method
+        self._batch = batch
+        self._counts = batch.counted.sum(dim=1).tolist()
+        self._masks: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._running: dict[str, RunningPool] = {}
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._tokens: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def __call__(self, _: str, hidden_BLD: Tensor) -> Tensor:
+        started = time.perf_counter()
+        mask_BL, real_BL = self._masks_on(hidden_BLD.device)
+        if self._method == "none":
+            # to the CPU at once: unlike pooled vectors these would fill the device
+            taken = hidden_BLD[mask_BL != 0].float().cpu()
+        else:
+            # every row has a token; to make sure would stop a GPU at each layer
+            taken = pool(hidden_BLD, mask_BL, method=self._method, attention_mask_BL=real_BL, empty="nan")
+        self.seconds += time.perf_counter() - started
+        return taken
+
+    def take_block(self, layer: str, hidden_BCD: Tensor, span: slice) -> None:
+        """Take the activations of some positions in."""
+        started = time.perf_counter()
+        mask_BC = self._masks_on(hidden_BCD.device)[0][:, span]
+        if self._method == "none":
+            is_kept_BC = mask_BC != 0
+            tokens = tuple(row[kept].float().cpu() for row, kept in zip(hidden_BCD, is_kept_BC, strict=True))
+            self._tokens.setdefault(layer, []).append(tokens)
+        elif self._batch.parts:
+            self._pool_parts(layer, hidden_BCD, mask_BC, span)
+        else:
+            if layer not in self._running:
+                self._running[layer] = RunningPool(self._method)
+            self._running[layer].add(hidden_BCD, mask_BC)
+        self.seconds += time.perf_counter() - started
+
+    def _pool_parts(self, layer: str, hidden_1CD: Tensor, mask_1C: Tensor, span: slice) -> None:
+        """Take a block in that may end some parts and begin another."""
+        done = self._parts[layer]
+        for part in self._batch.parts[len(done) :]:
+            first, last = max(part.start, span.start), min(part.stop, span.stop)
+            if first >= last:
+                return
+            here = slice(first - span.start, last - span.start)
+            running = self._running.setdefault(layer, RunningPool(self._method))
+            running.add(hidden_1CD[:, here], mask_1C[:, here])
+            if part.stop > span.stop:
+                return
+            done.append(self._running.pop(layer).pooled())
+
+    def joined(self) -> dict[str, Tensor]:
+        """Join what the blocks gave, as if all positions had come at once."""
+        if self._batch.parts:
+            return {layer: torch.cat(vectors) for layer, vectors in self._parts.items()}
+        if self._method == "none":
+            return {
+                layer: torch.cat([block[row] for row in range(len(self._counts)) for block in blocks])
+                for layer, blocks in self._tokens.items()
+            }
+        return {layer: running.pooled() for layer, running in self._running.items()}
+
+    def split(self, vectors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Split token vectors into rows; the rows of a matrix are split already."""
+        return torch.split(vectors, self._counts) if self._method == "none" else vectors
+
+    def _masks_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._masks:
+            self._masks[device] = self._batch.pool_mask.to(device), self._batch.attention_mask.to(device)
+        return self._masks[device]

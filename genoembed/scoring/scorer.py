@@ -137,7 +137,7 @@ def warn_of_precision(model: GenomicModel) -> None:
         warnings.warn(PrecisionWarning(message), stacklevel=4)
 
 
-_DECIDING = ("rc", "window", "stride", "layers", "pooling")
+_DECIDING = ("rc", "window", "stride", "carry_state", "layers", "pooling")
 _HALVED = ("records", "bases", "bases_under_way", "windows")
 _MASKED_PART_BASES = 1 << 12
 _PLAIN = np.zeros(256, dtype=np.int64)
@@ -153,6 +153,7 @@ class ScorerOptions:
     start_token: StartChoice = "auto"
     window: int | None = None
     stride: int | None = None
+    carry_state: bool = False
     batch_tokens: int | None = None
     layers: tuple[str, ...] = ()
     """Module paths whose pooled vectors are taken, too."""
@@ -221,10 +222,14 @@ class SequenceScorer:
             window=options.window,
             stride=options.stride,
             both_strands=options.rc == "mean",
+            carries_state=options.carry_state,
         )
+        if options.carry_state:
+            carries = isinstance(model, LanguageModel) and model.carries_state
+            raise_all(self._cutter.state_problems(model.model, carries=carries))
         size, frame = options.window or self._cutter.context_bases, self._cutter.encoder.frame_bp
         is_whole = size and options.stride and options.stride // frame >= size // frame
-        if size is not None and is_whole and not self.is_masked:
+        if size is not None and is_whole and not self.is_masked and not options.carry_state:
             message = (
                 f"stride is {options.stride}, but window is {size}: the first base of a window would have no "
                 f"base before it; set stride to {size // frame * frame - 1} or less"
@@ -259,7 +264,11 @@ class SequenceScorer:
                 layers = LayerReducer(model.model, options.layers, options.pooling)
                 self._layer_runner = UnitRunner(layers, slabs)
         else:
-            reducer = NextTokenReducer(model, options.layers, options.pooling)
+            windows = self._cutter.attention_windows
+            if windows is not None and self.start_token.is_added:
+                # the start token is a position of the first window
+                windows = replace(windows, window=windows.window + 1)
+            reducer = NextTokenReducer(model, options.layers, options.pooling, windows=windows)
         unknown = model.model.tokens.unk_token_id
         self._unknown = -1 if unknown is None else int(unknown)
         self._runner = UnitRunner(reducer, slabs, on_batch=self._report, keeps_tokens=True, stats=self.stats)

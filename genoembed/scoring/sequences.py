@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from genoembed.config.embed import WindowConfig
 from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths, path_strings
 from genoembed.config.score import ScoreConfig
@@ -101,6 +102,7 @@ def score(
     overwrite: bool = False,
     window: int | None = None,
     stride: int | None = None,
+    carry_state: bool | None = None,
     progress: Callable[[RunStats], None] | None = None,
     **options: Any,
 ) -> ScoreReport:
@@ -120,6 +122,8 @@ def score(
         overwrite: Replace existing files, once the new ones are complete.
         window: Bases that the model sees at once; None is what its context holds.
         stride: Bases from window to window; None is three quarters of a window.
+        carry_state: Run each base once: the state of a causal model goes on from window to window, and no
+            base lacks a base before it.
         progress: Called with the running totals after each forward pass.
         **options: ``rc`` (``none``, or ``mean`` of both strands), ``start_token`` (``auto``, or ``none`` to
             start with the first base, which then has no prediction), ``on_error`` (``stop`` at a record that
@@ -156,7 +160,8 @@ def score(
         # before the model is loaded: a second process with the same output is refused at once
         outputs = _Outputs(stack, table, bases_table, overwrite=overwrite)
         run = replace(run, dtype=kept.dtype(run.dtype))
-        scorer = _build_scorer(run, window, stride, progress)
+        windows = WindowConfig(window=window, stride=stride, carry_state=bool(carry_state))
+        scorer = _build_scorer(run, windows, progress)
         _check_per_base(scorer, bases_table)
         kept.begin(
             lambda: {**scorer.identity(), "per_base": bases_table is not None},
@@ -218,13 +223,14 @@ class _Outputs:
 
 
 def _build_scorer(
-    run: RunOptions, window: int | None, stride: int | None, progress: Callable[[RunStats], None] | None
+    run: RunOptions, windows: WindowConfig, progress: Callable[[RunStats], None] | None
 ) -> SequenceScorer:
     options = ScorerOptions(
         rc=run.rc,
         start_token=run.start_token,
-        window=window,
-        stride=stride,
+        window=windows.window,
+        stride=windows.stride,
+        carry_state=windows.carry_state,
         batch_tokens=run.batch_tokens,
         on_error=run.on_error,
     )

@@ -51,7 +51,7 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
     extract {fasta} other.fa -o out.h5 --overwrite --out-dtype float16 --model {tiny} --revision main
     --trust-remote-code --dtype bfloat16 --device cpu --batch-tokens 99 --threads 2 --layer 1 --layer final
     --pool max --skip-first 4 --fuse weighted --fusion-weights 0.25,0.5 --fusion-weights 1 --rc mean
-    --window 64 --stride 32 --per-window --regions a:1-4 --regions genes.bed --flank 8
+    --window 64 --stride 32 --per-window --carry-state --regions a:1-4 --regions genes.bed --flank 8
     --invalid mask --duplicates suffix --empty skip --gaps strip --keep-case
     --resume --on-error skip --unit-bases 7 --certificate 5 --shard 2/3
     --engine ray --workers 4 --ray-address auto
@@ -80,6 +80,7 @@ def test_every_option_reaches_the_configuration(cli, fasta, tiny, monkeypatch):
         "window": 64,
         "stride": 32,
         "per_window": True,
+        "carry_state": True,
         "regions": ("a:1-4", "genes.bed"),
         "flank": 8,
         "invalid": "mask",

@@ -34,9 +34,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "CLI.md"
 MESSAGES = {"-q", "--quiet", "-v", "--verbose", "--json"}
 OPTIONS = {
     "extract": """
-        --bad-regions --batch-tokens --certificate --config --device --dry-run --dtype --duplicates
-        --empty --engine --feature --flank --fp8 --fuse --fusion-weights --gaps --import --invalid
-        --join-by --keep-case --layer --model --name-attribute -o --on-error --out-dtype --output
+        --bad-regions --batch-tokens --carry-state --certificate --config --device --dry-run --dtype
+        --duplicates --empty --engine --feature --flank --fp8 --fuse --fusion-weights --gaps --import
+        --invalid --join-by --keep-case --layer --model --name-attribute -o --on-error --out-dtype --output
         --overwrite --per-window --pool --ray-address --rc --regions --resume --revision --shard
         --skip-first --stride --threads --trust-remote-code --unit-bases --window --workers""",
     "merge": """
@@ -94,8 +94,8 @@ OPTIONS = {
     "fit-transform": """
         --axes --components --layer --method -o --output --overwrite --seed --shrinkage""",
     "probe": """
-        --bad-regions --baselines --batch-tokens --config --cv --device --dtype --duplicates --empty
-        --feature --flank --fp8 --gaps --group-column --homolog-identity --id-column --import
+        --bad-regions --baselines --batch-tokens --carry-state --config --cv --device --dtype --duplicates
+        --empty --feature --flank --fp8 --gaps --group-column --homolog-identity --id-column --import
         --invalid --join-by --keep-case --label-column --labels --layer --model --name-attribute
         --no-baselines --no-plot --no-untrained --num-folds -o --on-error --output --overwrite
         --plot --pool --preset --rc --regions --revision --seed --sequences --skip-first --split
@@ -114,7 +114,7 @@ OPTIONS = {
     "export-model": """
         --dtype --import -o --output --overwrite --revision --trust-remote-code""",
     "score": """
-        --bad-regions --batch-tokens --config --device --dtype --duplicates --empty --feature
+        --bad-regions --batch-tokens --carry-state --config --device --dtype --duplicates --empty --feature
         --flank --fp8 --gaps --heat-map --import --invalid --join-by --keep-case --layer --matrix
         --model --mutagenesis --name-attribute -o --on-error --output --overwrite --per-base --pool
         --rc --reference --regions --revision --start-token --stride --threads --trust-remote-code
@@ -125,7 +125,8 @@ OPTIONS = {
         --on-error --output --overwrite --revision --seed --start-token --stop-at-end --tag --temperature
         --threads --top-k --top-p --trust-remote-code --with-prompt""",
     "serve": """
-        --batch-tokens --config --device --dry-run --dtype --fp8 --fuse --fusion-weights --gaps --host
+        --batch-tokens --carry-state --config --device --dry-run --dtype --fp8 --fuse --fusion-weights --gaps
+        --host
         --import --invalid --keep-case --layer --max-bases --max-body --max-inputs --max-queue --model
         --normalize --pool --port --rc --revision --skip-first --stride --threads --transform
         --trust-remote-code --window""",

@@ -217,7 +217,7 @@ def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
         assert pooled.untyped_storage().nbytes() < hidden_BLD.untyped_storage().nbytes()
         return pooled
 
-    monkeypatch.setattr("genoembed.pipeline.forward.pool", pool)
+    monkeypatch.setattr("genoembed.pooling.reduce.pool", pool)
     embedder_of(family, layers=("all",), pooling=pooling)(WorkUnit(number=0, records=RECORDS))
     assert len(captured) >= 3
     assert set(alive) == {0}
@@ -228,7 +228,7 @@ def test_forward_and_pooling_are_timed_apart(monkeypatch):
         time.sleep(0.05)
         return reduce.pool(*args, **options)
 
-    monkeypatch.setattr("genoembed.pipeline.forward.pool", pool)
+    monkeypatch.setattr("genoembed.pooling.reduce.pool", pool)
     embedder = embedder_of("llama", layers=("all",))
     started = time.perf_counter()
     embedder(WorkUnit(number=0, records=RECORDS))

@@ -230,8 +230,8 @@ def _windowed_context(
     if attention_mask is not None or last > start + windows.window:
         found = "an attention_mask" if attention_mask is not None else f"positions {first} to {last - 1}"
         message = (
-            f"a state with windows got {found}; give blocks that lie in one window each (iter_spans), of rows "
-            "padded on the right, without a mask"
+            f"a state with windows got {found}; give blocks that lie in one window each (iter_spans), "
+            "of rows padded on the right, without a mask"
         )
         raise ShapeError(message)
     # counted from the window's start: never beyond the positions that the model was trained at

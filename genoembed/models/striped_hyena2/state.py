@@ -119,7 +119,9 @@ class AttentionState:
 
     def keep_last(self, count: int, rotate: Callable[[Tensor], Tensor]) -> None:
         """Forget all positions but the last ones, whose keys are rotated to count from 0."""
-        assert self._keys is not None and self._values is not None and self._unrotated is not None
+        assert self._keys is not None, "something was appended"
+        assert self._values is not None
+        assert self._unrotated is not None
         for buffer in (self._unrotated, self._values):
             # cloned, as the two places may overlap
             buffer[:, :, :count] = buffer[:, :, self.length - count : self.length].clone()

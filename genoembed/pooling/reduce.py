@@ -467,6 +467,7 @@ class BatchPooling:
 
     def _pool_parts(self, layer: str, hidden_1CD: Tensor, mask_1C: Tensor, span: slice) -> None:
         """Take a block in that may end some parts and begin another."""
+        assert self._method != "none", "vectors of tokens are not pooled"
         done = self._parts[layer]
         for part in self._batch.parts[len(done) :]:
             first, last = max(part.start, span.start), min(part.stop, span.stop)

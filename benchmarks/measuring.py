@@ -85,14 +85,14 @@ def take(action: Callable[[], object]) -> Sample:
     Returns:
         The timing.
     """
-    busy, cpu, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    busy, cpu, start = busy_seconds(), time.process_time(), time.perf_counter()
     action()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    others = max(0.0, _busy_seconds() - busy - cpu_seconds) / seconds if busy else 0.0
+    others = max(0.0, busy_seconds() - busy - cpu_seconds) / seconds if busy else 0.0
     return Sample(seconds, cpu_seconds, others)
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """Seconds that all cores together were busy since the system started; 0 where it does not say."""
     try:
         words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]

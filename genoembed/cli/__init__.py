@@ -14,6 +14,7 @@ import click
 
 from genoembed._version import __version__
 from genoembed.cli.outcome import exit_codes
+from genoembed.config.cores import set_openmp_defaults
 from genoembed.config.fields import near_choice
 
 COMMANDS = (
@@ -112,6 +113,7 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the requested command; turn how it ends into an exit code."""
+        set_openmp_defaults()  # before any command loads torch
         with exit_codes(ctx):
             return super().invoke(ctx)
 

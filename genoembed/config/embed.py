@@ -190,7 +190,7 @@ class ModelConfig(Config):
         ge=1,
         group=MODEL,
         metavar="N",
-        shown_default="set by PyTorch",
+        shown_default="all available cores",
         help="Number of CPU threads for the model.",
     )
     batch_tokens: int | None = option(

@@ -20,12 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from genoembed.batching.pad import pad_batch, pool_mask
+from genoembed.config.cores import available_cores, describe_waiting
 from genoembed.contracts import Batch, EmbeddingBlock, ObsRow
 from genoembed.doctor.results import KNOWN_ANSWER, DoctorCheck, PublishedCheck
 from genoembed.errors import GenoembedError, install_command
 from genoembed.models.geneb import known_answers
 from genoembed.models.load import load_model
 from genoembed.models.locate import locate_model
+from genoembed.models.precision import bfloat16_speedup
 from genoembed.models.provenance import weight_files, weights_digest
 from genoembed.models.registry import entry_named
 from genoembed.models.striped_hyena2.configuration import StripedHyena2Config
@@ -396,7 +398,12 @@ def _check_scales(name: str) -> str:
 def _describe_device() -> str:
     if torch.cuda.is_available():
         return f"CUDA: {torch.cuda.get_device_name()}, bfloat16 {torch.cuda.is_bf16_supported()}"
-    return f"CPU with {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cores, num_threads = available_cores(), torch.get_num_threads()
+    return (
+        f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'} on {cores.count} cores "
+        f"({cores.source}), {describe_waiting()}; {torch.backends.cpu.get_cpu_capability()}, products in "
+        f"bfloat16 {bfloat16_speedup():.1f} times as fast as in float32"
+    )
 
 
 def _compare(what: str, found: object, expected: object) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from genoembed.config.cores import available_cores, threads_of_each
 from genoembed.errors import ConfigError, GenoembedError, GenoembedWarning, MissingExtraError, ModelError
 from genoembed.models.precision import automatic_dtype
 from genoembed.models.trained_folder import find_facts
@@ -55,7 +56,7 @@ def connected(ray: Any, config: EmbedConfig) -> Iterator[None]:
     else:
         options["address"] = address
     try:
-        with _signals_left_alone(), _no_reports_sent():
+        with _signals_left_alone(), _no_reports_sent(), _threads_left_to_ray():
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -73,7 +74,7 @@ def connected(ray: Any, config: EmbedConfig) -> Iterator[None]:
 def _local_options(config: EmbedConfig) -> dict[str, Any]:
     """Return the settings of a local cluster: as small as the run needs, and closed to the network."""
     workers = config.run.workers or 1
-    threads = config.model.threads or max(1, _available_cpus() // workers)
+    threads = config.model.threads or threads_of_each(workers)
     return {
         "address": "local",
         "num_cpus": workers * threads,
@@ -82,12 +83,6 @@ def _local_options(config: EmbedConfig) -> dict[str, Any]:
         "_node_ip_address": "127.0.0.1",
         "_system_config": {"worker_niceness": 0},  # the workers are the run, as this process is otherwise
     }
-
-
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -112,6 +107,17 @@ def _no_reports_sent() -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop(key, None)
+
+
+@contextmanager
+def _threads_left_to_ray() -> Iterator[None]:
+    """Keep this process's number of threads from workers unless the user set it: Ray sets each its own."""
+    kept = None if available_cores().is_set else os.environ.pop("OMP_NUM_THREADS", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["OMP_NUM_THREADS"] = kept
 
 
 def found_from_anywhere(model: ModelConfig) -> ModelConfig:

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence, _ in held_out))
     report = genoembed.finetune(
         table, folder / "out", task="classification", id_column="id", tuning="frozen", layers=CHANGED,
-        max_epochs=6, head_learning_rate=1e-2, test_fraction=0.2, threads=1,
+        max_epochs=6, head_learning_rate=1e-2, test_fraction=0.2, threads=1, dtype="float32",
     )  # fmt: skip
     return folder, held_out, fasta, report
 

@@ -102,11 +102,15 @@ def final_candidates(module: nn.Module) -> tuple[str, ...]:
 def list_layers(module: nn.Module) -> tuple[LayerInfo, ...]:
     """List every module whose output can be captured."""
     blocks_path = find_blocks(module)
-    return tuple(
-        _layer_info(module, path, blocks_path)
+    return tuple(_layer_info(module, path, blocks_path) for path in _layer_paths(module, blocks_path))
+
+
+def _layer_paths(module: nn.Module, blocks_path: str) -> list[str]:
+    return [
+        path
         for path, child in module.named_modules()
         if path and not isinstance(child, _CONTAINERS) and path != blocks_path
-    )
+    ]
 
 
 def num_blocks(module: nn.Module) -> int:
@@ -154,7 +158,8 @@ class _Resolver:
         self.depth = len(_blocks(module, self.blocks_path))
         self.stated_depth = _config_number(module, DEPTH_KEYS) or self.depth
         self.template = number_template(module)
-        self.known = {info.path: info for info in list_layers(module)}
+        # names only: widths are read off parameters, which takes far longer than a batch of short sequences
+        self.known = dict.fromkeys(_layer_paths(module, self.blocks_path))
 
     def paths(self, spec: LayerSpec) -> Iterator[str]:
         """Yield the module paths that a spec stands for."""

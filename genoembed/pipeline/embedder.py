@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from genoembed.contracts import EmbeddingBlock
@@ -279,16 +280,19 @@ class RunFacts:
 def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
     """Collect what a run must know of its model."""
     trained = {} if embedder.facts is None else {"finetuned": dict(embedder.facts.values)}
+    provenance = dict(embedder.model.provenance)  # once: it sums up all weights
     return RunFacts(
-        identity=_plain(_identity(config, embedder)),
+        identity=_plain(_identity(config, embedder, provenance)),
         policies={name: value for name, value in _flat(config).items() if name in _POLICIES},
         told={
-            "model": dict(embedder.model.provenance),
+            "model": provenance,
             "tokenizer": embedder.model.tokenizer_name,
             "layers": list(embedder.layers),
             "versions": {
                 "python": platform.python_version(),
-                **{package: version(package) for package in ("torch", "transformers", "numpy")},
+                "torch": str(torch.__version__),
+                "transformers": version("transformers"),
+                "numpy": np.__version__,
             },
             "threads": torch.get_num_threads(),
             "batch_tokens": embedder.batch_tokens,
@@ -300,8 +304,7 @@ def run_facts(config: EmbedConfig, embedder: UnitEmbedder) -> RunFacts:
     )
 
 
-def _identity(config: EmbedConfig, embedder: UnitEmbedder) -> dict[str, Any]:
-    model = embedder.model.provenance
+def _identity(config: EmbedConfig, embedder: UnitEmbedder, model: Mapping[str, Any]) -> dict[str, Any]:
     left_out = (*_PLACES, *_MACHINE, *_POLICIES)
     kept = {key: value for key, value in _flat(config).items() if key not in left_out}
     return {

@@ -162,20 +162,16 @@ class VectorLoss:
         states = {path: self._states_of(path, ids_BL) for path in self.layers}
         losses, numbers = [], {}
         for group in self.groups:
+            states_BLD = torch.cat([states[path] for path in group], dim=-1)
+            name = JOIN.join(group)
             if self._codes is not None:
-                first = 0
-                for path in group:
-                    # of documents alone, so that the loss is the same with and without rows of copies
-                    states_BLD = states[path][:num_documents]
-                    loss = self._codes.loss(states_BLD, ids_BL[:num_documents], first=first)
-                    losses.append(self._config.kmer_codes / len(group) * loss)
-                    numbers[f"kmer_loss_{path}"] = float(loss.detach())
-                    first += states_BLD.shape[-1]
+                # of documents alone, so that the loss is the same with and without rows of copies
+                loss = self._codes.loss(states_BLD[:num_documents], ids_BL[:num_documents])
+                losses.append(self._config.kmer_codes * loss)
+                numbers[f"kmer_loss_{name}"] = float(loss.detach())
             if "group_ids" in inputs:
-                joined_BLD = torch.cat([states[path] for path in group], dim=-1)
-                found = pooled_contrast(joined_BLD, inputs["group_ids"], int(inputs["num_pairs"][0]))
+                found = pooled_contrast(states_BLD, inputs["group_ids"], int(inputs["num_pairs"][0]))
                 losses.append(self._config.contrast * found.loss)
-                name = "+".join(group)
                 numbers |= {
                     f"contrast_loss_{name}": float(found.loss.detach()),
                     f"mean_cosine_{name}": found.mean_cosine,

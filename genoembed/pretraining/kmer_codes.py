@@ -152,14 +152,13 @@ class KmerCodes:
         self._bases = torch.full((max(ids) + 2,), -1)
         self._bases[ids] = torch.arange(4)
 
-    def loss(self, states_BLD: Tensor, ids_BL: Tensor, *, first: int = 0) -> Tensor:
+    def loss(self, states_BLD: Tensor, ids_BL: Tensor) -> Tensor:
         """Return 1 - cosine of states and codes, averaged over tokens at which a k-mer ends.
 
-        States are compared with the numbers of the codes from ``first`` on, as many as both have, less the
-        mean of the states over these tokens: with the large constant that states of language models have,
-        the cosine would have no gradient.
+        Only the first W numbers of a state take part, less their mean over these tokens: with the large
+        constant that states of language models have, the cosine would have no gradient.
         """
-        codes_CW = self.codes_CW[:, first:].to(states_BLD.device)
+        codes_CW = self.codes_CW.to(states_BLD.device)
         bases_BL = self._bases.to(ids_BL.device)[ids_BL.clamp(max=len(self._bases) - 1)]
         kmers_BLK = bases_BL.unfold(1, self._k, 1)
         is_kmer_BL = (kmers_BLK >= 0).all(dim=-1)

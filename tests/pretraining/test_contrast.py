@@ -203,15 +203,6 @@ def test_states_that_are_codes_have_no_loss_whatever_is_constant():
     assert float(loss.loss(torch.from_numpy(-states), ids)) > 1.9
 
 
-def test_layers_side_by_side_learn_successive_parts_of_the_codes():
-    table = torch.from_numpy(discriminant_codes([dna(3000, seed) for seed in range(4)], k=2, width=8))
-    codes, ids = KmerCodes(table, RULES, k=2), torch.tensor([list(dna(200, 5))])
-    states = torch.randn(1, 200, 5, generator=torch.Generator().manual_seed(0))
-    for first, width in ((0, 5), (3, 5), (5, 3)):
-        part = KmerCodes(table[:, first : first + width], RULES, k=2)
-        assert torch.equal(codes.loss(states, ids, first=first), part.loss(states[..., :width], ids))
-
-
 def test_codes_tell_pieces_apart_better_than_as_many_counts():
     documents = [
         "".join(random.Random(seed).choices(["ACG", "TTA", "CAT", "GGC", "ATA"], k=400)).encode()
@@ -332,14 +323,15 @@ def test_each_vector_loss_has_its_own_weight(corpus, tmp_path):
         assert found[1e-9][key] == pytest.approx(found[0.0][key], rel=1e-3)
 
 
-def test_joined_layers_weigh_as_one_and_each_learns_its_part(corpus, tmp_path):
+def test_joined_layers_learn_codes_as_one_vector(corpus, tmp_path):
     options = RUN | {"max_steps": 20, "logging_steps": 5, "save_steps": 20, "learning_rate": 2e-2}
     options |= {"contrast_layers": ("2+1", "final"), "contrast": 1e-9, "kmer_size": 4}
     genoembed.pretrain(corpus, tmp_path / "run", **options)
     lines = lines_of(tmp_path / "run")
-    for path in ("blocks.2.mlp.l3", "blocks.1.mlp.l3", "norm"):
+    joined = "blocks.2.mlp.l3+blocks.1.mlp.l3"
+    for path in (joined, "norm"):
         assert lines[-1][f"kmer_loss_{path}"] < lines[0][f"kmer_loss_{path}"] - 0.03
-    assert "contrast_loss_blocks.2.mlp.l3+blocks.1.mlp.l3" in lines[0]
+    assert f"contrast_loss_{joined}" in lines[0]
     assert load_file(tmp_path / "run" / CODES_FILE)["codes"].shape == (136, 64)
 
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genoembed.config.paths import check_parent
 from genoembed.errors import GenoembedError, Problem, Remedy, StoreError
 
 if TYPE_CHECKING:
@@ -56,12 +57,9 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         problem = "is a device or pipe, expected a regular file; set output to a file name"
     elif target.exists() and not overwrite:
         problem = Problem("exists already", Remedy("overwrite", True), ", or choose another name")
-    elif not target.parent.is_dir():
-        problem = f"folder {str(target.parent)!r} does not exist; make it, or set output to another folder"
-    elif not os.access(target.parent, os.W_OK | os.X_OK):
-        problem = f"folder {str(target.parent)!r} cannot be written to; set output to another folder"
     if problem is not None:
         raise StoreError(problem, path=str(path))
+    check_parent(path)
     return target
 
 
@@ -195,12 +193,9 @@ def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         problem = "is a file, expected a folder; set output to another name"
     elif target.is_dir() and any(target.iterdir()):
         problem = _folder_problem(target) if overwrite else _EXISTS
-    elif not target.parent.is_dir():
-        problem = f"folder {str(target.parent)!r} does not exist; make it, or set output to another folder"
-    elif not os.access(target.parent, os.W_OK | os.X_OK):
-        problem = f"folder {str(target.parent)!r} cannot be written to; set output to another folder"
     if problem is not None:
         raise StoreError(problem, path=os.fspath(path))
+    check_parent(path)
     return target
 
 

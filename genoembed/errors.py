@@ -43,9 +43,11 @@ import json
 import re
 import shlex
 import signal
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -557,6 +559,12 @@ class MissingExtraError(GenoembedError, ImportError):
         self.package = package
         self.extra = extra
         super().__init__(f"{purpose} needs {package}; install it with: {install_command(extra)}")
+
+
+def check_installed(module: str, *, extra: str, purpose: str, package: str | None = None) -> None:
+    """Raise if an optional package is not there, before work that would be lost without it."""
+    if sys.modules.get(module) is None and find_spec(module) is None:
+        raise MissingExtraError(package=package or module, extra=extra, purpose=purpose)
 
 
 class GenoembedWarning(UserWarning):

@@ -123,13 +123,12 @@ def plan(
     config = request.config
     check_files(config)
     counts = InputCounts()
+    records = read_records(config, counts)
     with use_threads(config.model.threads):
         loaded = load_configured(config.model) if isinstance(request.model, str) else request.model
         embedder = UnitEmbedder(loaded, config, facts=request.trained)
         started = time.perf_counter()
-        units = iter_units(
-            read_records(config, counts), max_bases=embedder.unit_bases, max_records=embedder.unit_records
-        )
+        units = iter_units(records, max_bases=embedder.unit_bases, max_records=embedder.unit_records)
         first, step = config.run.share
         work, sample = count_work(
             (unit for unit in units if unit.number % step == first),

@@ -46,7 +46,7 @@ RULES = {
     # the floor
     "errors": Rule(),
     "config": Rule(internal=("errors",), third_party=("pydantic", "yaml")),
-    "atomic": Rule(internal=("errors",)),
+    "atomic": Rule(internal=("config", "errors")),
     "contracts": Rule(internal=("errors",), third_party=("numpy",), type_checking=("torch",)),
     "registration": Rule(internal=("models", "tokenization"), third_party=("transformers",)),
     # the stages

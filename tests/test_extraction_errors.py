@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from genoembed import extract
+from genoembed import extract, plan
 from genoembed.errors import (
     AlphabetError,
     ConfigError,
@@ -66,6 +66,28 @@ def test_missing_folder_is_refused_before_the_model_loads(fasta, tmp_path):
 def test_missing_input_is_refused_before_the_model_loads(tmp_path):
     with pytest.raises(InputFileError, match=r"absent\.fa: file not found"):
         extract(tmp_path / "absent.fa", output=tmp_path / "out.h5")
+
+
+GFF = "##gff-version 3\na\tprodigal\tCDS\t1\t9\t.\t+\t0\tID=g1\n"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("work", [extract, plan])
+def test_features_that_are_not_there_are_said_before_the_model_loads(work, fasta, tmp_path):
+    (tmp_path / "a.gff").write_text(GFF)
+    with pytest.raises(
+        GenoembedError, match="no feature has type 'CSD'; there are: CDS 1; did you mean 'CDS'"
+    ):
+        work(fasta, regions=tmp_path / "a.gff", feature="CSD", output=tmp_path / "out.h5")
+    with pytest.raises(GenoembedError, match="features are chosen, but the file has none"):
+        work(fasta, feature="CDS", output=tmp_path / "out.h5")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_first_record_is_checked_before_the_model_loads(tmp_path):
+    protein = write_fasta(tmp_path / "p.fa", {"p": "MKVLATRELEQWPDFIMK"})
+    with pytest.raises(AlphabetError, match="those of a protein"):
+        extract(protein, output=tmp_path / "out.h5")
 
 
 @pytest.mark.usefixtures("no_model")

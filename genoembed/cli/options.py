@@ -20,7 +20,7 @@ import genoembed
 from genoembed.cli.output import reporting
 from genoembed.config.fields import near_choice, raise_all, read_options, unknown_option
 from genoembed.config.paths import check_paths
-from genoembed.errors import ForeignCodeError, foreign_code
+from genoembed.errors import ForeignCodeError, check_installed, foreign_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,10 +72,11 @@ class ConfigCommand(click.Command):
         described: Mapping[str, Option],
         config: type[Config] | None,
         reads: Sequence[str] = (),
+        packages: Sequence[str] = (),
         checks_options: bool = True,
         **settings: Any,
     ) -> None:
-        self.described, self.config, self.reads = described, config, reads
+        self.described, self.config, self.reads, self.packages = described, config, reads, packages
         self.checks_options = checks_options
         super().__init__(*arguments, **settings)
 
@@ -115,6 +116,8 @@ class ConfigCommand(click.Command):
             if needed and parameter.name not in given:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
         modules = given.pop(IMPORTED, ())
+        for package in self.packages:
+            check_installed(package, extra=self.name or "", purpose=self.name or "")
         self._check_paths(given)
         self._check_options(given)
         if "model" in given:
@@ -180,6 +183,7 @@ def command(
     examples: str,
     keys: Sequence[str] | None = None,
     reads: Sequence[str] = (),
+    packages: Sequence[str] = (),
     has_json: bool = False,
     checks_options: bool = True,
 ) -> Callable[[Callable[..., Any]], click.Command]:
@@ -192,6 +196,7 @@ def command(
         examples: One or several lines.
         keys: The options that it has; None is all.
         reads: Arguments, declared with ``click.argument``, that name files to read.
+        packages: What it imports of the extra that is called as it is.
         has_json: Whether it has ``--json``, passed as ``as_json``.
         checks_options: Whether the options make a whole configuration; others are checked by what is called.
     """
@@ -218,6 +223,7 @@ def command(
             described=described,
             config=config,
             reads=reads,
+            packages=packages,
             checks_options=checks_options,
         )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import genoembed
 from genoembed.cli.options import command
 from genoembed.cli.output import count, duration, echo_result
-from genoembed.config.serve import ServeConfig
+from genoembed.config.serve import PACKAGES, ServeConfig
 
 if TYPE_CHECKING:
     from genoembed import ServedModel
@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
     genoembed serve --model evo2_7b --layer 28 --port 8000
     curl http://127.0.0.1:8000/v1/embeddings -H "Content-Type: application/json" -d '{"input": "ACGT"}'""",
     has_json=True,
+    packages=PACKAGES,
 )
 def serve_command(*, as_json: bool, **options: Any) -> None:
     """Serve embeddings over HTTP, in the form of OpenAI's API, until Ctrl-C or SIGTERM.

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from genoembed.errors import InputFileError, Problem, Remedy, StoreError
+from genoembed.errors import InputFileError, Problem, Remedy, StoreError, check_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -64,7 +64,7 @@ def check_paths(
     places: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> None:
-    """Raise if an input is missing, an output is an input, or an output that is there must stay.
+    """Raise if an input is missing, or an output cannot be written, is an input, or is there and must stay.
 
     Args:
         reads: Files and folders that are read; ``-`` is standard input.
@@ -75,7 +75,8 @@ def check_paths(
 
     Raises:
         InputFileError: If something that is read is not there.
-        StoreError: If an output is something that is read, or must stay.
+        MissingExtraError: If a package that writes an output is not installed.
+        StoreError: If an output is something that is read, must stay, or has no folder.
     """
     inputs = [os.fspath(path) for path in reads if os.fspath(path) != STANDARD_STREAM]
     for name in inputs:
@@ -102,8 +103,32 @@ def check_paths(
                     f"is also read, as {name!r}, and would be lost", Remedy("output", words="another name")
                 )
                 raise StoreError(problem, path=output)
-        if kind != "folder" and overwrite and Path(output).is_file():
-            _check_kind(output, kind)
+        if kind != "folder":
+            check_parent(output)
+            _check_writer(output, kind)
+            if overwrite and Path(output).is_file():
+                _check_kind(output, kind)
+
+
+def check_parent(output: str | os.PathLike[str]) -> None:
+    """Raise if the folder of an output is not there, or cannot be written to."""
+    folder = Path(os.path.realpath(output)).parent
+    if not folder.is_dir():
+        problem = f"folder {str(folder)!r} does not exist; make it, or set output to another folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"folder {str(folder)!r} cannot be written to; set output to another folder"
+    else:
+        return
+    raise StoreError(problem, path=os.fspath(output))
+
+
+def _check_writer(output: str, kind: FileKind) -> None:
+    """Raise if the package that writes a format is missing."""
+    suffix = Path(output).suffix.lower()
+    if kind in ("table", "export") and suffix == ".parquet":
+        check_installed("pyarrow", extra="parquet", purpose="writing Parquet")
+    if kind == "picture" and suffix in (".png", ".svg", ".pdf"):
+        check_installed("matplotlib", extra="analysis", purpose="a picture")
 
 
 def is_place(text: str) -> bool:

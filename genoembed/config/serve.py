@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ADDRESS, LIMITS = "Server", "Limits"
+PACKAGES = ("starlette", "uvicorn")
+"""What answers HTTP: the extra ``serve``."""
 
 
 class ServedVectors(EmbeddingConfig):

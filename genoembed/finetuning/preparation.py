@@ -11,7 +11,6 @@ import hashlib
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +20,6 @@ from genoembed.config.labeled import CleaningConfig, LabeledConfig, SplitConfig,
 from genoembed.config.tasks import LABEL_KINDS, PREDICTION_TASKS
 from genoembed.errors import (
     ConfigError,
-    MissingExtraError,
     Problem,
     Remedy,
     SequenceFormatError,
@@ -171,12 +169,6 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _warn(message: str) -> None:
     warnings.warn(message, TrainingWarning, stacklevel=4)
-
-
-def check_metrics_installed() -> None:
-    """Raise if predictions could not be measured."""
-    if find_spec("sklearn") is None:
-        raise MissingExtraError(package="scikit-learn", extra="finetune", purpose="measuring predictions")
 
 
 def find_contrast(config: FinetuneConfig) -> Contrast:

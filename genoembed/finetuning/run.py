@@ -16,7 +16,8 @@ from genoembed.config.fields import named_options
 from genoembed.config.finetune import FinetuneConfig, finetune_config
 from genoembed.config.paths import path_strings
 from genoembed.config.tasks import PREDICTION_TASKS, applies
-from genoembed.finetuning.preparation import check_metrics_installed, read_task_rows
+from genoembed.errors import check_installed
+from genoembed.finetuning.preparation import read_task_rows
 from genoembed.models.names import BUNDLED_NAME, EVO2_NAMES
 from genoembed.training.packages import check_packages
 from genoembed.training.run_folder import check_processes, claimed_run
@@ -111,7 +112,9 @@ def finetune(
         encoder = settings.encoder.model_copy(update={"add_pooler": False})
         settings = settings.changed(encoder=encoder)
     if settings.objective.task in PREDICTION_TASKS:
-        check_metrics_installed()
+        check_installed("sklearn", package="scikit-learn", extra="finetune", purpose="measuring predictions")
+    if settings.encoder.tuning == "lora":
+        check_installed("peft", extra="lora", purpose="tuning 'lora'")
     check_packages(settings.recipe)
     check_processes(settings.recipe.distributed)
     with claimed_run(output_dir, resume=resume, overwrite=overwrite) as folder:

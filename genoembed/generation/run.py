@@ -27,7 +27,7 @@ from genoembed.models.provenance import WEIGHTS
 from genoembed.pipeline.request import LOADING_OPTIONS, load_configured, loading_problems, use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
-from genoembed.sequences import InputCounts, read_sequences
+from genoembed.sequences import InputCounts, begin_reading, read_sequences
 from genoembed.store.tables import open_fasta
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def generate(
     )
     counts = InputCounts()
     policies = {name: getattr(config, name) for name in _POLICIES}
-    records = read_sequences(config.inputs, counts=counts, **policies)
+    records = begin_reading(read_sequences(config.inputs, counts=counts, **policies))
     with ExitStack() as stack:
         stack.enter_context(use_threads(config.threads))
         kept = stack.enter_context(keeping_units(config.output))

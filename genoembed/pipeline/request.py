@@ -15,7 +15,7 @@ from genoembed.config.embed import embed_config
 from genoembed.errors import ConfigError
 from genoembed.models.load import load_model
 from genoembed.models.trained_folder import carried_options, find_facts
-from genoembed.sequences import read_sequences
+from genoembed.sequences import begin_reading, read_sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,8 +74,8 @@ def read_request(
 def read_records(
     config: EmbedConfig, counts: InputCounts, *, digests: InputDigests | None = None
 ) -> Iterator[SequenceRecord]:
-    """Read the input."""
-    return read_sequences(
+    """Read the input; the first record at once."""
+    records = read_sequences(
         config.input.inputs,
         invalid=config.input.invalid,
         duplicates=config.input.duplicates,
@@ -91,6 +91,7 @@ def read_records(
         counts=counts,
         digests=digests,
     )
+    return begin_reading(records)
 
 
 def _check_loaded(config: EmbedConfig, options: Mapping[str, object]) -> None:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from genoembed.errors import MissingExtraError
 from genoembed.plotting.colors import THEMES, ClassColumn, MapContent, NumberColumn, ThemeColors, point_style
 
 if TYPE_CHECKING:
@@ -64,11 +63,9 @@ DRAWING_SETTINGS = {
 
 def draw_map(content: MapContent, kind: Literal["png", "svg", "pdf"], *, theme: Theme = "light") -> bytes:
     """Draw a map, colored by its first column."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a picture") from error
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     buffer = io.BytesIO()
     colors = THEMES[theme]
     with mpl.rc_context(DRAWING_SETTINGS), warnings.catch_warnings():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from genoembed.errors import MissingExtraError, StoreFormatError
+from genoembed.errors import StoreFormatError
 from genoembed.plotting.colors import THEMES, ThemeColors
 from genoembed.plotting.drawing import DRAWING_SETTINGS, METADATA
 
@@ -64,13 +64,9 @@ class LayerScores(NamedTuple):
 
     def draw(self, kind: Literal["png", "svg", "pdf"], *, theme: Theme = "light") -> bytes:
         """Draw score by layer, with one standard deviation over folds as a band."""
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(
-                package="matplotlib", extra="analysis", purpose="a plot by layer"
-            ) from error
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
         colors = THEMES[theme]
         with mpl.rc_context({**DRAWING_SETTINGS, **_inks(colors)}):
             figure = Figure(figsize=(9.0, 5.0), layout="constrained", facecolor=colors.background)

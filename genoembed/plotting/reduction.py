@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genoembed.config.plot import MapConfig
-from genoembed.errors import ConfigError, MissingExtraError
+from genoembed.errors import ConfigError, check_installed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from genoembed.config.choices import MapMethod
     from genoembed.config.plot import MapConfig
 
 
@@ -36,6 +37,13 @@ class PlaneMap:
     axis_labels: tuple[str, str]
     settings: str
     """What was used, in words."""
+
+
+def check_packages(method: MapMethod) -> None:
+    """Raise if a package that a method needs is missing, before vectors are read."""
+    check_installed("sklearn", package="scikit-learn", extra="analysis", purpose="plot")
+    if method == "umap":
+        check_installed("umap", package="umap-learn", extra="analysis", purpose="method 'umap'")
 
 
 def lay_out(vectors: NDArray[np.float32], options: MapConfig) -> PlaneMap:
@@ -95,10 +103,8 @@ def _principal_components(
     centered: NDArray[np.float32], wanted: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Compute scores ``(N, C)``, C at least 2, and the share of the variance of each component."""
-    try:
-        from sklearn.decomposition import PCA
-    except ImportError as error:
-        raise MissingExtraError(package="scikit-learn", extra="analysis", purpose="plot") from error
+    from sklearn.decomposition import PCA
+
     num_components = min(wanted, *centered.shape)
     if not centered.any():  # all rows are equal, and no direction has a share
         return np.zeros((len(centered), 2), np.float32), np.zeros(2)
@@ -115,12 +121,8 @@ def _umap(scores: NDArray[np.float32], neighbors: int, options: MapConfig) -> ND
     with warnings.catch_warnings():
         # of its parts that we do not use, and of running on one thread, which the fixed seed asks for
         warnings.simplefilter("ignore")
-        try:
-            import umap
-        except ImportError as error:
-            raise MissingExtraError(
-                package="umap-learn", extra="analysis", purpose="method 'umap'"
-            ) from error
+        import umap
+
         model = umap.UMAP(
             n_neighbors=neighbors,
             min_dist=options.min_dist,

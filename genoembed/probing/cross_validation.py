@@ -58,11 +58,6 @@ _MAX_STEPS = 300
 _TOLERANCE = 1e-3
 
 
-def missing_scikit_learn() -> MissingExtraError:
-    """Build the error for scikit-learn that is not installed."""
-    return MissingExtraError(package="scikit-learn", extra="analysis", purpose="a probe")
-
-
 # ---------------------------------------------------------------------------------------------------- folds
 
 
@@ -92,7 +87,7 @@ def split_folds(
     try:
         from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
     except ImportError as error:
-        raise missing_scikit_learn() from error
+        raise MissingExtraError(package="scikit-learn", extra="analysis", purpose="a probe") from error
     numbers = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
     check_counts(target, task, None if numbers is None else len(np.unique(numbers)), num_folds)
     strata = target if task == "classification" else _quantile_bins(target, num_folds)

@@ -6,7 +6,6 @@ writes a folder; results that are there stay until new ones are complete.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,15 +23,15 @@ from genoembed.config.fields import raise_all, unknown_option
 from genoembed.config.probe import EXTRACTION_KEYS, FIXED, ProbeConfig
 from genoembed.errors import (
     ConfigError,
-    MissingExtraError,
     MissingOptionError,
     Problem,
     Remedy,
     StoreError,
+    check_installed,
 )
 from genoembed.pipeline.embedding_file import find_embedding_file, find_file_settings
 from genoembed.plotting.layers import SUMMARY, DrawnScore, LayerScores
-from genoembed.probing.cross_validation import METRIC_WORDS, METRICS, missing_scikit_learn
+from genoembed.probing.cross_validation import METRIC_WORDS, METRICS
 from genoembed.probing.recommendation import choose_layer, extraction_line, transform_note
 from genoembed.probing.report import (
     ProbeReport,
@@ -371,10 +370,9 @@ def _plot(report: ProbeReport, pooling: str | None, place: Path) -> tuple[Path, 
 
 def _check_packages(options: ProbeConfig) -> None:
     """Raise if vectors could not be probed or drawn, before a pass makes them."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise missing_scikit_learn()
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a plot by layer")
+    check_installed("sklearn", package="scikit-learn", extra="analysis", purpose="a probe")
+    if options.plot:
+        check_installed("matplotlib", extra="analysis", purpose="a plot by layer")
 
 
 def _check_file_options(file: Path, options: Mapping[str, Any]) -> None:

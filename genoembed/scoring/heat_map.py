@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from genoembed.errors import MissingExtraError
 from genoembed.store.mutation_map import MAP_BASES
 
 if TYPE_CHECKING:
@@ -52,12 +51,10 @@ class _Line(NamedTuple):
 
 def draw_heat_map(maps: Sequence[MutationMap], notes: Sequence[str]) -> bytes:
     """Draw maps; notes say how the scores were made."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a heat map") from error
+    import matplotlib as mpl
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     lengths = [len(found.reference) for found in maps]
     width = _line_width(lengths)
     longest = max(lengths)

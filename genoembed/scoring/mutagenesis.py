@@ -9,7 +9,6 @@ P positions of a record.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import time
@@ -27,7 +26,7 @@ from genoembed.atomic import replacing, reporting_writes
 from genoembed.config.fields import named_options
 from genoembed.config.paths import STANDARD_STREAM, check_paths, path_strings
 from genoembed.config.score import DEFAULT_FLANK, MutationConfig
-from genoembed.errors import ConfigError, EmptyRecordError, MissingExtraError, RegionError
+from genoembed.errors import ConfigError, EmptyRecordError, RegionError
 from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.scoring.alleles import (
@@ -192,8 +191,6 @@ def score_mutations(
         None if path is None else fspath(path) for path in (output, matrix, heat_map)
     )
     MutationConfig.build({"flank": flank, "regions": places, "heat_map": picture, **policies})
-    if picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(package="matplotlib", extra="analysis", purpose="a heat map")
     check_paths(
         path_strings(inputs),
         [(table, "table"), (matrix_file, "hdf5"), (picture, "picture")],

@@ -26,7 +26,7 @@ from genoembed.pipeline.request import use_threads
 from genoembed.pipeline.table_parts import keeping_units
 from genoembed.pipeline.units import iter_units
 from genoembed.scoring.scorer import ScorerOptions, SequenceScorer, run_options
-from genoembed.sequences import InputCounts, read_sequences
+from genoembed.sequences import InputCounts, begin_reading, read_sequences
 from genoembed.store.tables import open_table
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def score(
     )
     counts = InputCounts()
     policies = {name: value for name, value in policies.items() if value is not None}
-    records = read_sequences(inputs, counts=counts, **policies)
+    records = begin_reading(read_sequences(inputs, counts=counts, **policies))
     with ExitStack() as stack:
         stack.enter_context(use_threads(run.threads))
         kept = stack.enter_context(keeping_units(table))

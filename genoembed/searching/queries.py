@@ -28,7 +28,7 @@ from genoembed.pipeline.embedding_file import (
 from genoembed.pipeline.request import use_threads
 from genoembed.searching.hits import Places
 from genoembed.searching.hybrid import check_whole_records
-from genoembed.sequences import read_sequences
+from genoembed.sequences import begin_reading, read_sequences
 from genoembed.store.schema import FAILED, has_failed
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def embed_queries(
     loading |= {name: options[name] for name in _MODEL_OPTIONS if name in options}
     keep_case = bool(settings.reading.get("keep_case"))
     reading = {name: options[name] for name in READING_OPTIONS if name in options}
+    read = begin_reading(read_sequences(names, keep_case=keep_case, **reading))
     with use_threads(options.get("threads")):
         embedder = RecordEmbedder(
             settings.model if model is None else model, **settings.embedding_options(layer), **loading
@@ -143,7 +144,7 @@ def embed_queries(
             made, comparable_settings(database.provenance, layer), names=("queries", database.path)
         )
         sequences: list[bytes] = []
-        records = _noting(read_sequences(names, keep_case=keep_case, **reading), sequences)
+        records = _noting(read, sequences)
         rows, vectors, failed = [], [], {}
         for row, found in embedder.rows(records):
             rows.append(row)

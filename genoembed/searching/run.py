@@ -26,7 +26,7 @@ import numpy as np
 from genoembed.config.fields import named_options
 from genoembed.config.paths import check_paths
 from genoembed.config.search import NeighborConfig, SearchConfig
-from genoembed.errors import ConfigError, GenoembedError, Problem, Remedy
+from genoembed.errors import ConfigError, GenoembedError, Problem, Remedy, check_installed
 from genoembed.pipeline.embedding_file import (
     VectorSource,
     check_comparable,
@@ -189,6 +189,8 @@ def search(
         [(output, "table"), (wanted.index, "index")],
         overwrite=overwrite,
     )
+    if wanted.approximate:
+        check_installed("usearch", extra="search", purpose="approximate search")
     if output is not None and fspath(output) != STDOUT:
         check_output(output, overwrite=overwrite)
     with ExitStack() as stack:

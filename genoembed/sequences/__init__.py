@@ -6,13 +6,14 @@ constant memory.
 
 from __future__ import annotations
 
-from genoembed.sequences.reading import read_sequences
+from genoembed.sequences.reading import begin_reading, read_sequences
 from genoembed.sequences.records import DNA_IUPAC, InputCounts, Policies, reverse_complement
 
 __all__ = [
     "DNA_IUPAC",
     "InputCounts",
     "Policies",
+    "begin_reading",
     "read_sequences",
     "reverse_complement",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, islice
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -47,6 +47,11 @@ _LOG = logging.getLogger(__name__)
 PathInput: TypeAlias = "str | PathLike[str]"
 SequenceInput: TypeAlias = "str | bytes | bytearray | Seq | MutableSeq | SeqRecord"
 """A sequence in memory, as callers have it."""
+
+
+def begin_reading(records: Iterator[SequenceRecord]) -> Iterator[SequenceRecord]:
+    """Read the first record at once: what is wrong with the input is said before a model is loaded."""
+    return chain(list(islice(records, 1)), records)
 
 
 def read_sequences(  # noqa: PLR0913 - all that is said about an input

@@ -12,16 +12,14 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from genoembed.config.embed import DEFAULT_MODEL
 from genoembed.config.fields import named_options
-from genoembed.config.serve import ServeConfig
-from genoembed.errors import ConfigError, MissingExtraError, Problem, Remedy
+from genoembed.config.serve import PACKAGES, ServeConfig
+from genoembed.errors import ConfigError, Problem, Remedy, check_installed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,9 +108,8 @@ def serve(
     given = {key: value for key, value in options.items() if value is not None}
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else model.name
     config = ServeConfig.build({**given, "model": name, "host": host, "port": port})
-    for package in ("starlette", "uvicorn"):
-        if package not in sys.modules and find_spec(package) is None:
-            raise MissingExtraError(package=package, extra="serve", purpose="serve")
+    for package in PACKAGES:
+        check_installed(package, extra="serve", purpose="serve")
     listener = _bind(host, port)
     try:
         # nobody is let in before the model is there: the port is taken, but connections are refused

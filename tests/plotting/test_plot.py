@@ -7,13 +7,14 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from genoembed import fit_transform, plot
 from genoembed.config.plot import MapConfig
-from genoembed.errors import ConfigError, GenoembedError, StoreError
+from genoembed.errors import ConfigError, GenoembedError, MissingExtraError, StoreError
 from genoembed.plotting import reduction
 from genoembed.plotting.colors import (
     MISSING,
@@ -52,6 +53,23 @@ def content_of(path):
 
 def decoded(text, dtype):
     return np.frombuffer(base64.b64decode(text), dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "named", "options"),
+    [
+        ("matplotlib", "a picture needs matplotlib", {}),
+        ("sklearn", "plot needs scikit-learn", {}),
+        ("umap", "method 'umap' needs umap-learn", {"method": "umap"}),
+    ],
+)
+def test_missing_package_is_named_before_vectors_are_read(
+    module, named, options, file, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("genoembed.plotting.run.read_points", lambda *_, **__: pytest.fail("were read"))
+    with pytest.raises(MissingExtraError, match=rf"{named}; install it with: .*\[analysis\]"):
+        plot(file, tmp_path / "map.png", **options)
 
 
 def test_plot_writes_all_kinds_and_leaves_out_what_has_no_vector(file, tmp_path):

@@ -71,6 +71,7 @@ COLUMNS = {
             ("--pool", "median"),
             ("--batch-tokens", "0"),
             ("--regions", "absent.bed"),
+            ("-o", "absent/out.h5"),
         ),
         changing=("--layer", "2"),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_picture_that_cannot_be_shown_is_refused_before_anything_runs(tmp_path, 
     long = fasta(tmp_path, random_dna(40_000, 1))
     with pytest.raises(ConfigError, match="heat_map would have 80 lines for 40,000 positions, and 60 is the"):
         genoembed.score_mutations(long, model="genoembed-mini", heat_map=tmp_path / "x.png")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match="matplotlib"):
         mutate(tmp_path, heat_map=tmp_path / "x.png")
 

@@ -9,11 +9,12 @@ import logging
 import socket
 import subprocess
 import sys
-from importlib import util
 
 import pytest
+from click.testing import CliRunner
 
 import genoembed
+from genoembed.cli import main
 from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.serving import run
 from tests.serving.conftest import MODEL
@@ -64,11 +65,11 @@ def test_host_that_is_not_of_this_machine_is_said(host):
 
 
 def test_missing_package_names_the_extra(monkeypatch):
-    find = util.find_spec
-    monkeypatch.delitem(sys.modules, "uvicorn", raising=False)
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(MissingExtraError, match=r"serve needs uvicorn; .*\[serve\]'"):
         genoembed.serve(port=0)
+    ended = CliRunner().invoke(main, ["serve", "--port", "0"])
+    assert ended.stderr.startswith("Error: serve needs uvicorn; ")  # nothing was said to be loaded before
 
 
 def test_application_without_starlette_names_the_extra(monkeypatch):

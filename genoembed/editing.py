@@ -274,7 +274,7 @@ def annotate(
     before = Path(path).stat() if is_in_place and Path(path).is_file() else None
     with open_embeddings(path) as file:
         rows, names, num_rows = _read_table(fspath(table), file)
-        _check_columns(file, names, overwrite=overwrite)
+        _check_columns(file, fspath(table), names, overwrite=overwrite)
         records = record_names(file)
         found = [rows.get(row_id, rows.get(record)) for row_id, record in zip(file.ids, records, strict=True)]
         known = {*file.ids, *records}
@@ -559,13 +559,13 @@ def _read_table(name: str, file: EmbeddingFile) -> tuple[dict[str, Mapping[str, 
     return rows, list(names), len(rows)
 
 
-def _check_columns(file: EmbeddingFile, names: Sequence[str], *, overwrite: bool) -> None:
+def _check_columns(file: EmbeddingFile, table: str, names: Sequence[str], *, overwrite: bool) -> None:
     """Raise if a column would replace one of genoembed's, or one that is to stay, or has no name to store."""
     if unfit := [name for name in names if name.strip() in _NO_COLUMN or not _COLUMN.fullmatch(name)]:
-        message = f"column {unfit[0]!r} cannot be a name in the file; rename it in the table"
+        message = f"{table}: column {unfit[0]!r} cannot be a name in the file; rename it"
         raise ConfigError(message)
     if ours := [name for name in names if name in OBS_COLUMNS]:
-        message = f"column {ours[0]!r} is one that genoembed writes about each record; rename it in the table"
+        message = f"{table}: column {ours[0]!r} is one that genoembed writes about each record; rename it"
         raise ConfigError(message)
     if there := [name for name in names if name in file.obs and not overwrite]:
         shown = ", ".join(map(repr, there))

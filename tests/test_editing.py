@@ -440,6 +440,17 @@ def test_annotate_refuses_names_that_no_file_can_hold(world, tmp_path, name):
         annotate(world / "one.h5", tmp_path / "t.jsonl", output=tmp_path / "a.h5")
 
 
+def test_annotate_in_place_opens_what_it_wrote_before_it_replaces_anything(world, tmp_path, monkeypatch):
+    file = Path(shutil.copy(world / "one.h5", tmp_path / "one.h5"))
+    before = file.read_bytes()
+    (tmp_path / "more.tsv").write_text("id\tkind\nr1\tphage\n")
+    monkeypatch.setattr(rewriting._Rows, "_write_var", lambda self, layer: None)
+    with pytest.raises(StoreError, match=r"one\.h5.*var"):
+        annotate(file, tmp_path / "more.tsv")
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["more.tsv", "one.h5"]
+
+
 def test_annotate_in_place_keeps_the_mode_and_what_another_process_wrote(world, tmp_path, monkeypatch):
     path, first, second = (tmp_path / name for name in ("a.h5", "one.tsv", "two.tsv"))
     shutil.copy(world / "one.h5", path)
@@ -464,7 +475,7 @@ def test_annotate_in_place_keeps_the_mode_and_what_another_process_wrote(world, 
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("id\tlength\nr1\t3\n", ConfigError, "'length' is one that genoembed writes"),
+        ("id\tlength\nr1\t3\n", ConfigError, r"\.tsv: column 'length' is one that genoembed writes"),
         ("id\ta/b\nr1\t3\n", ConfigError, "'a/b' cannot be a name in the file"),
         ("id\tk\nr1\t3\nr1\t4\n", LabelError, "r1.*has a row already"),
         ("id\tk\nzz\t3\n", LabelError, "none of its ids .zz. is in"),

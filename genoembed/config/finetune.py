@@ -492,8 +492,10 @@ class FinetuneConfig(Config):
         yield from self.misplaced()
         data = self.data
         if not (data.validation or data.validation_fraction or data.split == "column"):
-            for key in ("patience", "min_epochs"):
-                if getattr(self.recipe, key) != FinetuneRecipe.options()[key].default:
+            for key in ("metric", "patience", "min_epochs"):
+                # the first metric of the task is filled in where none is given
+                usual = (FinetuneRecipe.options()[key].default, TASK_METRICS[task][0])
+                if getattr(self.recipe, key) not in usual:
                     remedy = Remedy("validation", words="files, or validation_fraction above 0")
                     yield Problem(
                         f"{key} is for validation rows, but there are none", remedy, f", or leave {key} out"

@@ -39,7 +39,7 @@ class PlaneMap:
     """What was used, in words."""
 
 
-def check_packages(method: MapMethod) -> None:
+def check_method(method: MapMethod) -> None:
     """Raise if a package that a method needs is missing, before vectors are read."""
     check_installed("sklearn", package="scikit-learn", extra="analysis", purpose="plot")
     if method == "umap":

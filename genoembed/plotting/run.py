@@ -33,7 +33,7 @@ from genoembed.plotting.colors import (
 )
 from genoembed.plotting.drawing import build_page, draw_map
 from genoembed.plotting.layers import find_probe_report, plot_report
-from genoembed.plotting.reduction import check_packages, lay_out
+from genoembed.plotting.reduction import check_method, lay_out
 from genoembed.pooling.transform import usable_rows
 from genoembed.sequences.tables import as_text, iter_rows
 from genoembed.store import check_output, open_embeddings
@@ -151,7 +151,7 @@ def plot(
     targets = _targets(path, output, overwrite=overwrite)
     reads = [path, *(name for name in (values, transform) if name is not None)]
     check_paths(reads, [(target, "picture") for target in targets], overwrite=overwrite)
-    check_packages(wanted.method)
+    check_method(wanted.method)
     with open_embeddings(path) as file:
         points = read_points(file, layer=layer, transform=transform, max_points=max_points, seed=wanted.seed)
         columns, num_unknown = _columns(file, points.rows, _listed(color), values, _listed(classes))

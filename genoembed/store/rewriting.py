@@ -31,6 +31,7 @@ from genoembed.store.columns import (
     read_column,
     shape_of,
 )
+from genoembed.store.layout import read_layout
 from genoembed.store.reader import changed_x_of, hdf5_of, names_own_features
 from genoembed.store.schema import (
     ARRAY,
@@ -157,6 +158,9 @@ def _sealed(path: str | PathLike[str], *, overwrite: bool) -> Iterator[tuple[h5p
                 if file.error is not None:  # HDF5 fails on what a full disk did not take
                     raise file.error from None
                 raise
+            file.check()
+            with h5py.File(file, "r") as hdf5:  # as anybody will, while what it may replace is still there
+                read_layout(hdf5, str(file.temporary))
             write_seal(file, gaps)
         check_output(path, overwrite=overwrite)  # another process may have been faster
         with reporting_writes(path):

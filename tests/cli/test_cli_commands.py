@@ -82,7 +82,10 @@ def test_layers_without_numbers_say_so(cli, tmp_path):
     [
         ('{"model_type": "no-such-kind"}', "its config.json is of no kind that transformers reads"),
         ("{", "its config.json cannot be read"),
-        ('{"model_type": "striped_hyena2", "hidden_size": 0}', "hidden_size is 0, expected a number above 0"),
+        (
+            '{"model_type": "striped_hyena2", "hidden_size": 0}',
+            "hidden_size is 0, expected a whole number above 0",
+        ),
         (None, "a folder without config.json"),
     ],
 )

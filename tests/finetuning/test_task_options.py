@@ -111,9 +111,9 @@ def test_options_of_another_tuning_or_schedule_are_refused(key):
         finetune_config({**chosen_by("classification", None), key: other_value(OPTIONS[key])})
 
 
-@pytest.mark.parametrize("key", ["patience", "min_epochs"])
+@pytest.mark.parametrize("key", ["metric", "patience", "min_epochs"])
 def test_what_looks_at_validation_rows_is_refused_without_any(key):
-    value = {"metric": "mcc", "patience": 5, "min_epochs": 2}[key]
+    value = {"metric": "auroc", "patience": 5, "min_epochs": 2}[key]
     options = {**chosen_by("classification", None), key: value, "validation_fraction": 0.0}
     with pytest.raises(
         ConfigError, match=f"{key} is for validation rows, but there are none; set validation"

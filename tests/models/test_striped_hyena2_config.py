@@ -31,8 +31,16 @@ REFUSED = [
     ({"mlp_activation": "relu"}, "mlp_activation is 'relu'; it must be 'gelu' or 'silu'"),
     ({"short_filter_bias": True}, "short_filter_bias must be False"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a number from 0 on"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0 on"),
+    ({"rotary_emb_base": "10000"}, "rotary_emb_base is '10000', expected a number above 0"),
+    ({"state_size": 4.5}, "state_size is 4.5, expected a whole number above 0"),
+    ({"hcm_filter_length": "128"}, "hcm_filter_length is '128', expected a whole number above 0"),
+    ({"interleave": "false"}, "interleave is 'false', expected true or false"),
+    ({"attn_layer_idxs": "2"}, "attn_layer_idxs is '2', expected a list of block numbers"),
+    ({"attn_layer_idxs": ["2"]}, r"attn_layer_idxs is \['2'\], expected a list of block numbers"),
     *(
-        ({name: 0}, f"{name} is 0, expected a number above 0")
+        ({name: 0}, f"{name} is 0, expected a ")
         for name in (
             "vocab_size",
             "hidden_size",

@@ -8,13 +8,15 @@ here needs transformers: its configuration class is
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from genoembed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
 Fp8Need: TypeAlias = Literal["none", "optional", "needed"]
 """Whether the projections of Hyena blocks have FP8 scales, and whether they run in FP8 by default."""
@@ -31,7 +33,7 @@ EVO2_7B_PATTERN: dict[str, list[int]] = {
 """Which of Evo 2 7B's 32 blocks is of which kind."""
 
 
-_POSITIVE = (
+_COUNTS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -39,12 +41,22 @@ _POSITIVE = (
     "intermediate_size",
     "short_filter_length",
     "hcs_filter_length",
+    "hcm_filter_length",
     "hcs_filter_groups",
     "hcm_filter_groups",
     "state_size",
-    "rotary_emb_base",
-    "rotary_emb_scaling_factor",
     "max_position_embeddings",
+)
+_POSITIVE = ("rotary_emb_base", "rotary_emb_scaling_factor")
+_NOT_NEGATIVE = ("rms_norm_eps", "initializer_range")
+_LISTS = ("attn_layer_idxs", "hcl_layer_idxs", "hcm_layer_idxs", "hcs_layer_idxs")
+_FLAGS = (
+    "interleave",
+    "evo2_style_activations",
+    "qkv_proj_bias",
+    "mha_out_proj_bias",
+    "hyena_out_proj_bias",
+    "short_filter_bias",
 )
 
 
@@ -97,10 +109,10 @@ class StripedHyena2Fields:
         self.intermediate_size = intermediate_size
         given = (attn_layer_idxs, hcl_layer_idxs, hcm_layer_idxs, hcs_layer_idxs)
         default = EVO2_7B_PATTERN if all(idxs is None for idxs in given) else {}
-        self.attn_layer_idxs = list(attn_layer_idxs or default.get("attn_layer_idxs", []))
-        self.hcl_layer_idxs = list(hcl_layer_idxs or default.get("hcl_layer_idxs", []))
-        self.hcm_layer_idxs = list(hcm_layer_idxs or default.get("hcm_layer_idxs", []))
-        self.hcs_layer_idxs = list(hcs_layer_idxs or default.get("hcs_layer_idxs", []))
+        self.attn_layer_idxs = _listed(attn_layer_idxs or default.get("attn_layer_idxs", []))
+        self.hcl_layer_idxs = _listed(hcl_layer_idxs or default.get("hcl_layer_idxs", []))
+        self.hcm_layer_idxs = _listed(hcm_layer_idxs or default.get("hcm_layer_idxs", []))
+        self.hcs_layer_idxs = _listed(hcs_layer_idxs or default.get("hcs_layer_idxs", []))
         self.short_filter_length = short_filter_length
         self.hcs_filter_length = hcs_filter_length
         self.hcm_filter_length = hcm_filter_length
@@ -159,10 +171,23 @@ class StripedHyena2Fields:
         }
 
     def _sizes(self) -> list[str]:
+        """Check each value by itself: a text in place of a number would fail in the first forward pass."""
+        expected: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+            (_COUNTS, "a whole number above 0", lambda value: _is_whole(value) and value > 0),
+            (_POSITIVE, "a number above 0", lambda value: _is_number(value) and value > 0),
+            (_NOT_NEGATIVE, "a number from 0 on", lambda value: _is_number(value) and value >= 0),
+            (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
+            (
+                _LISTS,
+                "a list of block numbers",
+                lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+            ),
+        ]
         return [
-            f"{name} is {getattr(self, name)!r}, expected a number above 0"
-            for name in _POSITIVE
-            if not getattr(self, name) > 0
+            f"{name} is {getattr(self, name)!r}, expected {words}"
+            for names, words, fits in expected
+            for name in names
+            if not fits(getattr(self, name))
         ]
 
     def _problems(self) -> list[str]:
@@ -197,6 +222,18 @@ class StripedHyena2Fields:
         if not self.tie_word_embeddings:
             problems.append("tie_word_embeddings must be True: the logits are a product with the embedding")
         return problems
+
+
+def _listed(value: object) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return (_is_whole(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class OtherKeys:

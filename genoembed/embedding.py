@@ -215,7 +215,7 @@ def _config(
     if not isinstance(model, str) and (problems := loading_problems(options)):
         raise ConfigError(*problems)
     name = model if isinstance(model, str) else model.name
-    given = carried_options(facts, plain_options(options))
+    given = carried_options(facts, plain_options(options), model=name)
     return embed_config({"inputs": (PLACE,), "output": "-", "model": name, **given})
 
 

@@ -19,6 +19,8 @@ from genoembed.config.fields import named_options
 from genoembed.config.files import MergeConfig
 from genoembed.config.paths import check_paths
 from genoembed.errors import EmptyRecordError, Problem, Remedy, StoreError
+from genoembed.models.provenance import WEIGHTS
+from genoembed.models.registry import name_earlier_weights
 from genoembed.pipeline.embedder import describe_run, local_engine
 from genoembed.pipeline.request import begun_dtype, read_records, read_request
 from genoembed.pipeline.threads import Interruption
@@ -134,6 +136,7 @@ def extract(
         with _engine(_as_begun(request), progress, interruption) as engine:
             logger.info("%s: layers %s", config.model.model, ", ".join(engine.facts.layers))
             manifest = manifest_of(config, engine.facts)
+            _warn_of_earlier_weights(config, manifest)
             if _as_begun(request).config.model.dtype not in ("auto", manifest.identity["dtype"]):
                 continue  # while the model loaded, another share began, on a machine of another kind
             if output_is_there and (merged := _already_there(config, manifest)) is not None:
@@ -147,14 +150,26 @@ def _as_begun(request: Request) -> Request:
     config = request.config
     if not isinstance(request.model, str) or config.model.dtype != "auto":
         return request
-    identity = None
-    if (parts := Parts.find(config.output.output)) is not None:
-        identity = parts.manifest.identity
-    elif config.output.resume and Path(config.output.output).is_file():
-        with open_embeddings(config.output.output) as file:
-            identity = file.provenance.get("identity")
-    dtype = begun_dtype(config.model.dtype, identity)
+    dtype = begun_dtype(config.model.dtype, _begun_identity(config))
     return replace(request, config=config.changed(model=config.model.changed(dtype=dtype)))
+
+
+def _begun_identity(config: EmbedConfig) -> Mapping[str, Any] | None:
+    """Return the identity of the run that began this output; None where there is none to go on with."""
+    if (parts := Parts.find(config.output.output)) is not None:
+        return parts.manifest.identity
+    if config.output.resume and Path(config.output.output).is_file():
+        with open_embeddings(config.output.output) as file:
+            identity: Mapping[str, Any] | None = file.provenance.get("identity")
+            return identity
+    return None
+
+
+def _warn_of_earlier_weights(config: EmbedConfig, manifest: Manifest) -> None:
+    """Say it if a run that goes on began with weights that its model has no more: it will be refused."""
+    begun = (_begun_identity(config) or {}).get(WEIGHTS)
+    if begun != manifest.identity.get(WEIGHTS) and (whose := name_earlier_weights(begun)):
+        logger.warning("%s: begun with %s", config.output.output, whose)
 
 
 def _engine(

@@ -19,6 +19,7 @@ from genoembed.config.files import VerifyConfig
 from genoembed.embedding import RecordEmbedder
 from genoembed.errors import ConfigError, EmptyRecordError, StoreError
 from genoembed.models.provenance import WEIGHTS
+from genoembed.models.registry import name_earlier_weights
 from genoembed.pipeline.agreement import (
     FP8,
     Difference,
@@ -164,6 +165,7 @@ def verify(
             )
             | {name: value for name, value in options.items() if value is not None},
         )
+        _check_weights(file, settings, embedder.model)
         compared, others, stored = _compare(file, wanted, records, embedder)
         computed = [settings.dtype, str(embedder.model.provenance["dtype"])]
         if runs_fp8(file) and embedder.model.fp8_numbers == "on":
@@ -271,6 +273,17 @@ def _check_columns(file: EmbeddingFile) -> None:
         raise ConfigError(message)
 
 
+def _check_weights(file: EmbeddingFile, settings: FileSettings, model: GenomicModel) -> None:
+    """Raise if the file was made with weights whose model has others now."""
+    whose = name_earlier_weights(settings.weights_sha256)
+    if whose is not None and settings.weights_sha256 != model.provenance["weights_sha256"]:
+        message = (
+            f"{file.path}: made with {whose}, so that its vectors cannot be made again; "
+            "extract the sequences again, or set model to a folder with those weights"
+        )
+        raise ConfigError(message)
+
+
 def _sample_ids(file: EmbeddingFile, sample: int, seed: int) -> list[str]:
     """Choose records that have a vector, in the order of the file."""
     names = record_names(file)
@@ -333,7 +346,14 @@ def _compare(
             others.append(row.id)
             continue
         for name, found in compared.items():
-            found.append((row.id, difference(file.vectors(index, name), vectors[name])))
+            stored, computed = file.vectors(index, name), vectors[name]
+            if stored.shape != computed.shape:
+                message = (
+                    f"{file.path}: layer {name!r} of {row.id!r} has shape {stored.shape}, the model gives "
+                    f"{computed.shape}; it is another model than made the file, so set model to that one"
+                )
+                raise ConfigError(message)
+            found.append((row.id, difference(stored, computed)))
     return compared, others, {file[name].dtype.name for name in file.layers}
 
 

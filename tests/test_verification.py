@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from genoembed import certify, extract, verify
 from genoembed.errors import ConfigError, InputFileError
@@ -96,6 +97,11 @@ def test_other_weights_are_found(made, tmp_path):
     assert report.same_weights is True
     assert report.is_within
     assert verify(path, model=str(other), sample=2).same_weights is False
+    wider = build_tiny("bert", tmp_path / "wider")
+    AutoModel.from_config(AutoConfig.from_pretrained(wider, hidden_size=24)).save_pretrained(wider)
+    message = r"layer 'encoder.layer.0' of 'r\d+' has shape \(16,\), the model gives \(24,\); .* set model"
+    with pytest.raises(ConfigError, match=message):
+        verify(path, model=str(wider), sample=2)
 
 
 def test_sample_is_drawn_by_seed_and_failed_records_are_left_out(bert, tmp_path):

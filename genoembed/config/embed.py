@@ -243,7 +243,7 @@ class EmbeddingConfig(Config):
         "block N; in StripedHyena 2 models such as Evo 2 it means blocks.N.mlp.l3 (the output of "
         "the MLP). Blocks count from 0, and -1 is the last. Also: a module path, a pattern such "
         "as 'blocks.*.mlp.l3', final (after the last norm), or all. 'genoembed layers MODEL' "
-        "lists the layers.",
+        "lists the layers. A model may have layers of its own as the default, with pooling and fusion.",
     )
     pooling: Pooling = option(
         "mean",

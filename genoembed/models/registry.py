@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from genoembed.models.geneb import PublishedModel
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+BUNDLED_FACTS = "bundled.json"
+"""What the bundled folder says beside its configuration: ``vectors`` and ``earlier_weights``."""
 
 _FP8_NEEDED = (
     "trained with 8-bit (FP8) input projections, without which its predictions are much worse than "
@@ -64,6 +66,10 @@ class KnownModel:
     """SHA-256 of the concatenated pieces, if known."""
     needs_fp8: bool = False
     """Whether the published numbers need 8-bit input projections."""
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    """Layers, pooling and fusion of its vectors where the caller names none, as ``extract`` takes them."""
+    earlier_weights: tuple[str, ...] = ()
+    """SHA-256 of the weights that it had before these, version 1 first."""
 
     @property
     def context(self) -> int:
@@ -206,6 +212,15 @@ def entry_named(name: str | None) -> KnownModel | None:
     return next((model for model in known_models() if model.name == name), None)
 
 
+def name_earlier_weights(digest: str | None) -> str | None:
+    """Return whose weights had this SHA-256 before others took their place; None for all other weights."""
+    for model in known_models():
+        if digest in model.earlier_weights:
+            version = model.earlier_weights.index(digest) + 1
+            return f"{model.name} of version {version}, whose weights were exchanged since"
+    return None
+
+
 def find_model(name: str) -> KnownModel:
     """Look a model up by its name.
 
@@ -224,12 +239,32 @@ def find_model(name: str) -> KnownModel:
 def _bundled(folder: Path) -> KnownModel:
     """Describe the bundled model by its own files, so that the two cannot differ."""
     config = _bundled_config(folder / "config.json")
+    facts = read_bundled_facts(folder)
     fields = inspect.signature(StripedHyena2Shape).parameters
     return KnownModel(
         name=BUNDLED_NAME,
         summary="small StripedHyena 2 inside the package, layers as in Evo 2 7B",
         config=MappingProxyType({key: value for key, value in config.to_dict().items() if key in fields}),
+        vectors=MappingProxyType({key: _as_option(value) for key, value in facts["vectors"].items()}),
+        earlier_weights=tuple(facts["earlier_weights"]),
     )
+
+
+def read_bundled_facts(folder: Path) -> dict[str, Any]:
+    """Read what a bundled folder says beside its configuration; a folder without the file says nothing."""
+    path = folder / BUNDLED_FACTS
+    nothing: dict[str, Any] = {"vectors": {}, "earlier_weights": []}
+    if not path.is_file():
+        return nothing
+    try:
+        return nothing | dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        message = f"model {BUNDLED_NAME!r}: {path} is damaged ({error}); install genoembed again"
+        raise ModelNotFoundError(message) from error
+
+
+def _as_option(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _bundled_config(path: Path) -> StripedHyena2Shape:

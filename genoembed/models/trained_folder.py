@@ -318,10 +318,12 @@ def _read_json(path: Path, *, default: Any = None) -> Any:
     return values
 
 
-def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -> dict[str, object]:
-    """Add to the options that are given those of training."""
+def carried_options(
+    facts: FinetunedFacts | None, given: Mapping[str, object], *, model: str | None = None
+) -> dict[str, object]:
+    """Add to the options that are given those of training, or a named model's own."""
     if facts is None:
-        return dict(given)
+        return _default_vectors(model, given) | dict(given)
     if facts.unsupported is not None:
         if {"layers", "pooling"} <= given.keys():
             return dict(given)
@@ -338,6 +340,15 @@ def carried_options(facts: FinetunedFacts | None, given: Mapping[str, object]) -
         # weights belong to their layers, and so does the way to fuse them
         carried += ["fusion", "fusion_weights"]
     return {key: getattr(facts, key) for key in carried} | dict(given)
+
+
+def _default_vectors(model: str | None, given: Mapping[str, object]) -> dict[str, object]:
+    """Return the options of a model's own vectors; a caller who names layers chose all of them."""
+    entry = entry_named(model)
+    if entry is None or not entry.vectors or "layers" in given:
+        return {}
+    are_tokens = given.get("pooling") == "none"  # which are not fused
+    return {key: value for key, value in entry.vectors.items() if not (are_tokens and key == "fusion")}
 
 
 def finisher(

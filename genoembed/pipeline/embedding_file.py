@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genoembed.errors import ConfigError, StoreFormatError
+from genoembed.models.registry import name_earlier_weights
 from genoembed.pooling.transform import FittedTransform
 from genoembed.sequences import read_sequences
 from genoembed.sequences.compression import InputDigests
@@ -219,9 +220,8 @@ def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
             settings | {name: digest[:12] for name, digest in digests.items()}
             for settings, digests in zip((first, second), files, strict=True)
         )
-    # tuples come back from JSON as lists
     one, other = (
-        {name: repr(list(value) if isinstance(value, tuple) else value) for name, value in settings.items()}
+        {name: _shown_setting(name, value) for name, value in settings.items()}
         for settings in (first, second)
     )
     return [
@@ -229,6 +229,13 @@ def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
         for name in {**one, **other}
         if one.get(name) != other.get(name)
     ]
+
+
+def _shown_setting(name: str, value: object) -> str:
+    """Write a setting; of weights, also whose they were if others took their place."""
+    if name == "model" and isinstance(value, str) and (whose := name_earlier_weights(value)):
+        return f"{value!r} ({whose})"
+    return repr(list(value) if isinstance(value, tuple) else value)  # tuples come back from JSON as lists
 
 
 def check_comparable(

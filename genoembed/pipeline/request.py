@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from genoembed.sequences import InputCounts
     from genoembed.sequences.compression import InputDigests
 
+
+_LOG = logging.getLogger(__name__)
 
 LOADING_OPTIONS = ("revision", "trust_remote_code", "dtype", "fp8", "device")
 
@@ -58,14 +61,19 @@ def read_request(
         model = fspath(model)
     trained = find_facts(model, revision=options.get("revision"))
     given = plain_options(options | {"layers": layers, "pooling": pooling, "fusion": fusion})
+    name = model if isinstance(model, str) else model.name
+    carried = carried_options(trained, given, model=name)
     config = embed_config(
         {
             "inputs": _as_strings(inputs),
-            "model": model if isinstance(model, str) else model.name,
+            "model": name,
             "output": None if output is None else fspath(output),
-            **carried_options(trained, given),
+            **carried,
         }
     )
+    if trained is None and (added := {key: value for key, value in carried.items() if key not in given}):
+        chosen = ", ".join(f"{key} {' and '.join(_as_strings(value))}" for key, value in added.items())
+        _LOG.info("%s: no layer is named, so its own default is taken: %s", name, chosen)
     if not isinstance(model, str):
         _check_loaded(config, options)
     return Request(config=config, model=model, trained=trained)

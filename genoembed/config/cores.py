@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 _JOBS = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "PBS_NUM_PPN", "LSB_DJOB_NUMPROC")
 """Cores that a batch system gave (Slurm, Grid Engine, Torque, LSF); the first that is set counts."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_WAITING = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+_WAITING = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """How threads wait for the next parallel region: what users may set, and what is set where they have not.
 
 While it spins, a thread keeps its core from others; once asleep, it takes longer to wake. GNU's OpenMP, which
-is in torch's wheels for Linux, spins 300,000 times (some 5 ms), LLVM's and Intel's for 200 ms. Waits are far
-shorter than that, except where another job has the core.
+is in torch's wheels for Linux, spins 300,000 times, LLVM's and Intel's for 200 ms. Waits are far shorter than
+that, except where another job has the core. Measured there, on the bundled model in two threads, CPU seconds
+were 1.08 times those of sleeping at once with 1,000 turns (some 0.1 ms), 1.4 times with 3,000, 2 times with
+10,000.
 """
 
 

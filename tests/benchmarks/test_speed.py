@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import measuring
 import pytest
@@ -155,3 +156,23 @@ def test_part_commands_pass_the_options_on(tmp_path):
         *("--before-src", "old"),
     ]
     assert "--before-src" not in speed.part_command("limit", options, tmp_path)
+
+
+def test_fewer_instructions_run_in_their_own_environment_and_folder(tmp_path, monkeypatch):
+    runs = []
+
+    def run_part(words, *, instructions=None):
+        folder = Path(words[words.index("--results") + 1])
+        figure = {"name": f"figure of {instructions}", "value": 1.0}
+        (folder / "speed_limit.json").write_text(json.dumps({"figures": [figure]}))
+        runs.append((folder.relative_to(tmp_path).as_posix(), instructions))
+        return 1.0
+
+    monkeypatch.setattr(speed, "run_part", run_part)
+    words = ["--parts", "limit", "two_jobs", "--instructions", "AVX2", "--results", str(tmp_path)]
+    assert speed.main(words) == 0
+    assert runs == [(".", None), (".", None), ("avx2", "AVX2")]
+    page = (tmp_path / "speed.md").read_text()
+    assert "own matrix products, at most AVX2" in page
+    assert "`avx2/speed_limit.md`" in page
+    assert page.index("figure of None") < page.index("figure of AVX2")

@@ -114,12 +114,27 @@ def test_model_in_blocks_equals_model_at_once(model, places, length, padding) ->
 
 @torch.inference_mode()
 def test_masked_queries_in_slices_equal_one_product(model, monkeypatch) -> None:
-    ids = letters(1, 130)
+    ids, mask = letters(1, 130), torch.ones(1, 130)
+    mask[0, :9] = 0
     cache = StripedHyena2Cache()
-    model(ids[:, :60], past_key_values=cache)
+    model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
     monkeypatch.setattr(blocks, "_MAX_MASK_ELEMENTS", 1000)  # seven queries at a time
-    second = model(ids[:, 60:], past_key_values=cache).logits
-    assert torch.allclose(second, model(ids).logits[:, 60:], atol=1e-5)
+    second = model(ids[:, 60:], attention_mask=mask, past_key_values=cache).logits
+    assert torch.allclose(second, model(ids, attention_mask=mask).logits[:, 60:], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_to_kept_keys_is_the_same_with_and_without_a_mask(dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 3, length, 8, generator=generator).to(dtype) for length in (70, 300, 300)
+    )
+    with torch.no_grad():
+        found = blocks._attend(query, key, value)
+    masked = blocks._attend(query, key, value)  # where gradients are recorded
+    assert found.dtype == dtype
+    limit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert (found - masked).abs().max() < limit * masked.abs().max()
 
 
 @torch.inference_mode()

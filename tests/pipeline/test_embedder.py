@@ -207,13 +207,13 @@ def test_equal_sequences_of_two_units_run_in_each(monkeypatch):
 @pytest.mark.parametrize("pooling", ["mean", "max", "last", "weighted_mean", "mean_std"])
 def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
     """Pooled on the fly: memory does not grow with the number of layers."""
-    captured, alive = [], []
+    captured, alive, original = [], [], reduce.pool
 
     def pool(hidden_BLD, *args, **options):
         # the one before is this block's input, the caller's variable still
         alive.append(sum(reference() is not None for reference in captured[:-1]))
         captured.append(weakref.ref(hidden_BLD))
-        pooled = reduce.pool(hidden_BLD, *args, **options)
+        pooled = original(hidden_BLD, *args, **options)
         assert pooled.untyped_storage().nbytes() < hidden_BLD.untyped_storage().nbytes()
         return pooled
 
@@ -224,9 +224,11 @@ def test_no_activation_outlives_its_layer(family, pooling, monkeypatch):
 
 
 def test_forward_and_pooling_are_timed_apart(monkeypatch):
+    original = reduce.pool
+
     def pool(*args, **options):
         time.sleep(0.05)
-        return reduce.pool(*args, **options)
+        return original(*args, **options)
 
     monkeypatch.setattr("genoembed.pooling.reduce.pool", pool)
     embedder = embedder_of("llama", layers=("all",))

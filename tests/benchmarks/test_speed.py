@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import measuring
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import genoembed
+from genoembed.models import precision
 from genoembed.models.striped_hyena2.convert import vortex_arguments
 
 TINY = {**speed_growth.TINY_SHAPE, **speed_growth.TINY_MODELS["all kinds"]}
@@ -79,6 +81,30 @@ def test_usual_ways_and_extract_give_the_same_vectors(tmp_path, name):
     vectors = speed_extract.embed(fasta, loaded)
     assert vectors.shape == loop.shape == (len(lengths), model.config.hidden_size)
     assert abs(vectors - loop).max() <= 1e-5 * abs(loop).max()
+    ordered = speed_extract.usual_loop(
+        model, AutoTokenizer.from_pretrained(tmp_path / name), fasta, rows_per_batch=4, is_sorted=True
+    )
+    assert abs(ordered - loop).max() <= 1e-5 * abs(loop).max()
+
+
+def test_every_opponent_runs_in_the_type_that_extract_has(tmp_path, monkeypatch):
+    genoembed.StripedHyena2Model(genoembed.StripedHyena2Config(**TINY)).save_pretrained(tmp_path / "m")
+    genoembed.CharTokenizer().save_pretrained(tmp_path / "m")
+    fasta = speed_extract.write_fasta(tmp_path / "a.fa", [130, 40, 100])
+    monkeypatch.setattr(speed_extract, "HAS_SENTENCE_TRANSFORMERS", False)
+    monkeypatch.setattr(precision, "_decided", {"cpu": True})
+    options = SimpleNamespace(rounds=1, budget_s=0)
+    comparison = speed_extract.Comparison(options)
+    comparison.compare("tiny", tmp_path / "m", fasta, 270)
+    ways = {"extract", "loop of 8", "sorted loop of 8", "one at a time"}
+    assert {(row["way"], row["dtype"]) for row in comparison.rows} == {
+        (way, dtype) for way in ways for dtype in ("bfloat16", "float32")
+    }
+    names = {figure.name for figure in comparison.figures}
+    for dtype in ("bfloat16", "float32"):
+        for way in ways - {"extract"}:
+            assert f"tiny, {dtype}: {way} over extract" in names
+    assert all(figure.is_met for figure in comparison.figures if "difference" in figure.name)
 
 
 def test_timed_forward_counts_calls_that_a_capture_leaves(tmp_path):

@@ -421,11 +421,19 @@ def foreign_code(what: str) -> Iterator[None]:
 
 
 _LONGEST = 300
-_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "_ALLOC_FAILED")
+"""What allocators, drivers (``CUDA error: out of memory``) and libraries (cuBLAS, cuDNN, cuFFT) say."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other failures; the allocator of CPUs has no error of its own."""
+    """Tell a lack of memory from other failures; only torch's allocator of GPUs has an error of its own.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"))
+        True
+        >>> is_out_of_memory(RuntimeError("shapes do not match"))
+        False
+    """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genoembed.models.layers import final_candidates, first_tensor, hooked
+from genoembed.models.precision import full_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -207,13 +208,17 @@ class _AnswerForValues(TorchDispatchMode):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode, and restore the mode of each of its modules afterwards."""
+    """Switch a model to eval mode and to full float32; restore the mode of each of its modules afterwards.
+
+    All passes that embed, score or generate run within it.
+    """
     # usually none: to set the mode of hundreds of modules takes a millisecond, for each batch
     trained = [child for child in module.modules() if child.training]
     if trained:
         module.eval()
     try:
-        yield
+        with full_float32():
+            yield
     finally:
         for child in trained:
             child.training = True

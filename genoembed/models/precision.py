@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from genoembed.atomic import write_text
 from genoembed.errors import GenoembedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -177,3 +177,30 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolve float32 numbers as they are.
+
+    On NVIDIA GPUs, torch lets convolutions of float32 round their factors to the 10 bits of TF32 by default.
+    That is less than float32 promises, and other kernels, for batches of other shapes, give other values.
+    Matrix products do so only if the user asks for it, and then it is the user's choice.
+
+    Example:
+        >>> with full_float32():
+        ...     torch.backends.cudnn.allow_tf32
+        False
+    """
+    try:
+        is_rounded = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # chosen through torch's newer settings, of which this one speaks no more
+        is_rounded = False
+    if not is_rounded:
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = True

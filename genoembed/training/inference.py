@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from genoembed.contracts import SequenceRecord
+from genoembed.models.precision import full_float32
 from genoembed.pipeline.assemble import empty_pool_error, merge_pieces, strand_pieces
 from genoembed.pipeline.batches import SlabBuilder, default_batch_tokens
 from genoembed.pipeline.cutting import Cutter
@@ -191,11 +192,12 @@ class _ModuleReducer:
         """Run a batch."""
         del block_tokens
         device = self.device
-        output = self.forward(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            pool_mask=batch.pool_mask.to(device),
-        )
+        with full_float32():
+            output = self.forward(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                pool_mask=batch.pool_mask.to(device),
+            )
         if not self.per_token:
             return {name: values_BD.cpu() for name, values_BD in output.items()}
         return {

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from transformers import EsmConfig, EsmModel, RobertaConfig, RobertaModel
 
+from genoembed.embedding import embed
 from genoembed.errors import ShapeError
 from genoembed.models.behavior import Probe, context_length, evaluating, padding_policy
+from genoembed.models.load import load_model
+from genoembed.models.striped_hyena2.network import PlainStripedHyena2
 from tests.models.conftest import make_batch
 
 FACTS = {
@@ -123,6 +126,33 @@ def test_evaluating_restores_modes_after_an_error():
     with pytest.raises(ValueError, match="eval mode"), evaluating(module):
         _stop(module)
     assert module.training
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_every_pass_convolves_float32_numbers_as_they_are(monkeypatch):
+    """GPUs would round them to TF32, so that a vector would depend on its batch."""
+    allowed = []
+
+    def look(self, *inputs, **kwargs):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return forward(self, *inputs, **kwargs)
+
+    forward = PlainStripedHyena2.forward
+    monkeypatch.setattr(PlainStripedHyena2, "forward", look)
+    loaded = load_model(device="cpu", dtype="float32")
+    for batch_tokens in (None, 64):  # whole, and in blocks
+        embed(["ACGT" * 200], model=loaded, layers=0, batch_tokens=batch_tokens)
+    loaded.resolve("final")
+    assert len(allowed) > 2
+    assert not any(allowed)
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_what_the_user_has_set_for_convolutions_stays(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with evaluating(Toy(causal)):
+        assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def _stop(module: nn.Module) -> None:

@@ -27,6 +27,8 @@ LONG = [random_dna(length, length) for length in (1500, 700, 401, 60, 7)]
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError("CUDA error: out of memory"),
 )
 
 

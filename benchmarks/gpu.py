@@ -11,7 +11,7 @@ process with it does not stop the others; the files are written anew after each 
 
 ``--tiny`` runs the same code on a CPU at small shapes, which shows whether the script works and nothing else.
 Exit status: 1 if a part failed or a check of numbers is not met, with the names at the end. The parts are in
-``gpu_parts.py``; they run in a worker process, which is started again after a part that failed.
+``gpu_numbers.py`` and ``gpu_speed.py``; they run in a worker process, and after a failure in a new one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -68,6 +69,7 @@ PARTS = {
     "extract": Part("The bundled model", 60),
     "compiled": Part("Compiled blocks against eager ones", 90),
     "training": Part("Steps of pretraining and of fine-tuning with LoRA", 90),
+    "compiled_training": Part("Steps of pretraining with compiled blocks", 100),
     "vortex": Part("StripedHyena 2 against Vortex", 40),
 }
 
@@ -194,7 +196,7 @@ def serve(parts: Mapping[str, Callable[[], Any]], machine: Mapping[str, Any], an
     """Run parts as they are named on standard input, and answer with a line each: the worker's side.
 
     Args:
-        parts: What to run; returns a `gpu_parts.Report`.
+        parts: What to run; returns a `gpu_bench.Report`.
         machine: The first answer.
         answers: Where to answer.
     """
@@ -219,6 +221,12 @@ def _take_orders(orders: queue.Queue[str]) -> None:
     for line in sys.stdin:
         orders.put(line.strip())
     os._exit(1)
+
+
+def load_parts() -> dict[str, Callable[..., Any]]:
+    """Import the code of all parts, and with it torch."""
+    numbers, speed = (importlib.import_module(name) for name in ("gpu_numbers", "gpu_speed"))
+    return {**numbers.PARTS, **speed.PARTS}
 
 
 def worker_words(options: argparse.Namespace) -> list[str]:
@@ -319,9 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         answers = own_answers()
         # not at the top: the process that watches the parts needs none of their packages
-        gpu_parts = importlib.import_module("gpu_parts")
-        bench = gpu_parts.Bench(options.device, is_tiny=options.tiny)
-        serve(bench.parts, bench.machine, answers)
+        bench_module = importlib.import_module("gpu_bench")
+        bench = bench_module.Bench(options.device, is_tiny=options.tiny)
+        serve({name: partial(bench.run, part) for name, part in load_parts().items()}, bench.machine, answers)
         return 0
     words = worker_words(options)
     outcomes: list[Outcome] = []

@@ -343,6 +343,20 @@ def test_float32_products_are_rounded_where_the_original_rounds(dtype, monkeypat
         assert (ours == expected).double().mean() > 0.99
 
 
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "expected"),
+    [
+        ("cuda", torch.float32, False),  # cuDNN would round it
+        ("cuda", torch.float64, False),
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("mps", torch.float32, True),
+    ],
+)
+def test_short_filters_are_convolved_where_that_is_exact(device_type, dtype, expected):
+    assert operators._has_convolution(device_type, dtype) is expected
+
+
 def test_fir_without_a_convolution_library_gives_the_same(monkeypatch) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 40, WIDTH, dtype=torch.float64, requires_grad=True)

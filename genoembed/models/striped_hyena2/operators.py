@@ -538,15 +538,23 @@ class _DepthwiseCorrelation(torch.autograd.Function):
 
 def _correlate(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
     """Correlate with ``zeros`` zeros before and after each row."""
-    if x_BFD.device.type == "cpu" and not _HAS_ONEDNN:
+    if not _has_convolution(x_BFD.device.type, x_BFD.dtype):
         return _shift_and_add(x_BFD, taps_DK, zeros=zeros)
     line = x_BFD.contiguous().transpose(1, 2).unsqueeze(2)  # (B, D, 1, F), channels last in memory
     taps = taps_DK[:, None, None, :]
     return F.conv2d(line, taps, padding=(0, zeros), groups=taps_DK.shape[0]).squeeze(2).transpose(1, 2)
 
 
+def _has_convolution(device_type: str, dtype: torch.dtype) -> bool:
+    """Check that torch has a library that correlates on such a device, in this dtype and no other."""
+    if device_type == "cuda":
+        # cuDNN rounds float32 to the 10 bits of TF32 by default; to forbid that would end a compiled graph
+        return dtype in _HALF
+    return device_type != "cpu" or _HAS_ONEDNN
+
+
 def _shift_and_add(x_BFD: Tensor, taps_DK: Tensor, *, zeros: int) -> Tensor:
-    """The same where torch has no such library, and would run channel after channel."""
+    """The same where torch has no such library, and would run channel after channel or less exactly."""
     wide = torch.float64 if x_BFD.dtype == torch.float64 else torch.float32
     padded = F.pad(x_BFD, (0, 0, zeros, zeros)).to(wide)
     num_taps = taps_DK.shape[1]

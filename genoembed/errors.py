@@ -426,14 +426,7 @@ _NO_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other failures; only torch's allocator of GPUs has an error of its own.
-
-    Example:
-        >>> is_out_of_memory(RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"))
-        True
-        >>> is_out_of_memory(RuntimeError("shapes do not match"))
-        False
-    """
+    """Tell a lack of memory from other failures; only torch's allocator of GPUs has an error of its own."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
 

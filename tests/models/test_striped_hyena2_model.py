@@ -8,12 +8,14 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM, StripedHyena2Model
 from genoembed.errors import ShapeError
+from genoembed.models.striped_hyena2 import blocks
 
 # 1 is the padding id of the tokenizer; the model itself does not treat it in any special way
 PAD = 1
@@ -307,6 +309,47 @@ def test_copies_and_pickles_compute_the_same(model) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_products_equals_that_of_torch(length, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "_MAX_SCORES", 2 * 256 * length)  # so that heads come in several products
+    generator = torch.Generator().manual_seed(length)
+    heads = [torch.randn(2, length, 3, 8, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
+    found = blocks.attend_by_products(*heads)
+    expected = F.scaled_dot_product_attention(*(each.double() for each in heads), is_causal=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    alone = blocks.attend_by_products(*(each[1:] for each in heads))
+    torch.testing.assert_close(alone, found[1:], rtol=tolerance / 2, atol=tolerance / 2)
+
+
+def test_model_attends_by_products_only_where_that_is_faster_and_nothing_is_trained(monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "_LIBRARY_ATTENDS_IN_FLOAT32", True)
+    monkeypatch.setattr(blocks, "product_dtype", lambda x: x.dtype)
+    calls: list[torch.dtype] = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        calls.append(query.dtype)
+        return by_products(query, key, value)
+
+    by_products = blocks.attend_by_products
+    monkeypatch.setattr(blocks, "attend_by_products", spy)
+    ids, half = letters(2, 40), tiny_model(torch.bfloat16)
+    trained = half(ids).logits
+    tiny_model()(ids)
+    with torch.no_grad():
+        tiny_model()(ids)
+        half(ids[:, :0])
+        assert not calls
+        found = half(ids).logits
+    assert calls == [torch.bfloat16] * 2
+    deviation = (
+        found.float() - trained.float()
+    ).square().mean().sqrt() / trained.float().square().mean().sqrt()
+    assert 0 < deviation < RMS_TOLERANCE[torch.bfloat16]
+
+
 def test_empty_batches_and_sequences_give_empty_logits(model) -> None:
     assert model(letters(2, 0)).logits.shape == (2, 0, 512)
     assert model(letters(0, 20)).logits.shape == (0, 20, 512)

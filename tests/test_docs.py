@@ -29,6 +29,7 @@ import pytest
 import genoembed
 import genoembed.training
 from genoembed.cli import COMMANDS, main
+from genoembed.models.registry import find_model
 from tests.browser import opened_page
 from tests.by_hand import shorten_fasta
 
@@ -202,8 +203,8 @@ def test_r_reads_what_a_file_has(stage, tmp_path):
     genoembed.extract(stage / "genes.fa", layers=(4, "final"), output=tmp_path / "two.h5")
     with h5py.File(tmp_path / "two.h5") as file:
         assert [place for place in places if not isinstance(file.get(place), h5py.Dataset)] == []
-        assert file["X"].shape == (24, 128)
-        assert file["obsm/norm"].shape == (24, 128)
+        width = find_model("genoembed-mini").config["hidden_size"]
+        assert file["X"].shape == file["obsm/norm"].shape == (24, width)
         assert "genoembed-layers" in file.attrs
         codes, categories = file["obs/strand/codes"][:], file["obs/strand/categories"].asstr()[:]
         assert set(categories[codes]) == {"+"}

@@ -20,7 +20,9 @@ from genoembed.config.pretrain import train_config
 from genoembed.doctor.checks import embed_sequences
 from genoembed.doctor.results import KNOWN_ANSWER
 from genoembed.doctor.run import run_doctor
-from genoembed.models.registry import BUNDLED_FOLDER
+from genoembed.models import registry
+from genoembed.models.provenance import weights_digest
+from genoembed.models.registry import BUNDLED_FOLDER, find_model
 from tests.by_hand import shorten_fasta
 from tests.plotting.map_file import write_map_file
 
@@ -94,7 +96,11 @@ def test_mini_recipe_trains_a_model_of_the_bundled_shape(trained):
 
 def test_package_mini_packages_a_model_whose_known_answer_holds(run_example, trained, tmp_path):
     target = tmp_path / "packaged"
-    shown = run_example(EXAMPLES / "package_mini.py", trained / "final", target)
+    target.mkdir()
+    (target / "model.safetensors").write_bytes(b"what was there")
+    replaced = weights_digest(target)
+    words = (trained / "final", target, "--context", 64, "--vectors", 28, "--vectors", 24)
+    shown = run_example(EXAMPLES / "package_mini.py", *words)
     size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
     assert shown == f"{target}: {size:.2f} MB\n"
     assert {path.name for path in target.iterdir()} >= {
@@ -107,7 +113,10 @@ def test_package_mini_packages_a_model_whose_known_answer_holds(run_example, tra
     answer = json.loads((target / KNOWN_ANSWER).read_text())
     assert (answer["sequence"], answer["layer"]) == (KNOWN_SEQUENCE, "blocks.28.mlp.l3")
     model = load_model(str(target), device="cpu", dtype="float32")
-    assert len(model.tokenizer) == 512
+    assert (len(model.tokenizer), model.max_length) == (512, 64)
+    entry = registry._bundled(target)
+    assert dict(entry.vectors) == {"layers": ("28", "24"), "pooling": "mean", "fusion": "concat"}
+    assert (entry.context, entry.earlier_weights) == (64, (replaced,))
     vector = embed_sequences(model, [answer["sequence"].encode()], answer["layer"])[0]
     torch.testing.assert_close(vector, torch.tensor(answer["vector"]), rtol=1e-4, atol=1e-6)
     assert [check.name for check in run_doctor(model=str(target)) if not check.passed] == []
@@ -121,7 +130,8 @@ def test_nearest_genes_names_a_neighbor_of_every_gene(tmp_path):
     ran = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     header, *rows = ran.stdout.splitlines()
-    assert header == "32 genes, 128 features from blocks.28.mlp.l3"
+    width = find_model("genoembed-mini").config["hidden_size"]
+    assert header == f"32 genes, {width} features from blocks.28.mlp.l3"
     names = {record.id for record in read_sequences(EXAMPLES / "data" / "bacterial_genes.fa.gz")}
     pairs = [row.split() for row in rows]
     assert {name for name, _, _ in pairs} == names

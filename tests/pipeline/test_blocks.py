@@ -8,9 +8,11 @@ import torch
 
 import genoembed
 from genoembed.errors import ModelError
+from genoembed.models.registry import find_model
 from genoembed.models.striped_hyena2.network import StripedHyena2Network
 from genoembed.pooling.reduce import pooled_width
 
+WIDTH = find_model("genoembed-mini").config["hidden_size"]
 RECORD = ">long\n{}\n>short\n{}\n"
 
 
@@ -40,11 +42,13 @@ def shapes(monkeypatch):
 def test_blocks_change_nothing(fasta, tmp_path, shapes, pooling) -> None:
     layers = [1, "blocks.3", 6] if pooling == "mean" else [3]
     values = {}
+    model = genoembed.load_model("genoembed-mini", dtype="float32")
+    model.max_length = 8192  # longer than the record, whatever the weights were trained at
     for name, batch_tokens in (("blocks", 512), ("once", 4096)):
         shapes.clear()
         output = tmp_path / f"{name}.h5"
         genoembed.extract(
-            fasta, output=output, layers=layers, pooling=pooling, batch_tokens=batch_tokens, dtype="float32"
+            fasta, model=model, output=output, layers=layers, pooling=pooling, batch_tokens=batch_tokens
         )
         long = [shape for shape in shapes if shape > 80]
         # 2900 bases, padded to a multiple of 64
@@ -55,7 +59,9 @@ def test_blocks_change_nothing(fasta, tmp_path, shapes, pooling) -> None:
             else:
                 values[name] = [np.asarray(file[layer][:]) for layer in file.layers]
     assert [value.shape for value in values["once"]] == (
-        [(2900, 128), (70, 128)] if pooling == "none" else [(2, pooled_width(128, pooling))] * len(layers)
+        [(2900, WIDTH), (70, WIDTH)]
+        if pooling == "none"
+        else [(2, pooled_width(WIDTH, pooling))] * len(layers)
     )
     for blocks, once in zip(values["blocks"], values["once"], strict=True):
         assert np.abs(blocks - once).max() < 1e-5 * np.abs(once).max()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from genoembed.config.serve import ServeConfig
+from genoembed.models.registry import find_model
 from genoembed.serving.app import EmbeddingServer, build_app, open_server
 from genoembed.serving.listening import SignalServer
 from genoembed.serving.run import _bind
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MODEL = {"model": "genoembed-mini", "layers": 2, "dtype": "float32", "batch_tokens": 256}
+WIDTH = find_model("genoembed-mini").config["hidden_size"]
+"""Of the model's vectors."""
 JSON = {"Content-Type": "application/json"}
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import genoembed
 from genoembed.config.serve import ServeConfig
+from tests.serving.conftest import WIDTH
 from tests.serving.test_vectors import decoded
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def test_curl_line_of_the_page_runs(served):
 def test_python_of_the_page_runs(served):
     words = [sys.executable, "-c", block("py", "urllib.request", served)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2 128\n", done.stderr
+    assert done.stdout == f"2 {WIDTH}\n", done.stderr
 
 
 def test_client_of_the_page_is_called_as_it_calls(served, monkeypatch):
@@ -62,7 +63,7 @@ def test_client_of_the_page_is_called_as_it_calls(served, monkeypatch):
     names: dict = {}
     exec(block("py", "from openai", served), names)
     assert calls == ["genoembed-mini"]
-    assert [len(vector) for vector in names["vectors"]] == [128, 128]
+    assert [len(vector) for vector in names["vectors"]] == [WIDTH, WIDTH]
 
 
 def test_messages_and_defaults_of_the_page_are_those_of_the_code(served):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.serving.conftest import serving
+from tests.serving.conftest import WIDTH, serving
 
 WRONG = [
     (b"", "the body is not valid JSON", None),
@@ -47,7 +47,7 @@ WRONG = [
     ),
     ({"input": "ACGT", "encoding_format": ["float"]}, "encoding_format is a list", "encoding_format"),
     ({"input": "ACGT", "dimensions": 64}, "dimensions is 64, but the vectors", "dimensions"),
-    ({"input": "ACGT", "dimensions": "128"}, 'dimensions is "128"', "dimensions"),
+    ({"input": "ACGT", "dimensions": str(WIDTH)}, f'dimensions is "{WIDTH}"', "dimensions"),
     ({"input": "ACGT", "dimensions": True}, "dimensions is true", "dimensions"),
     ({"input": "ACGT", "user": 5}, "user is 5", "user"),
     ({"input": "ACGT", "model": 5}, "model is 5, expected a string", "model"),
@@ -115,7 +115,7 @@ def test_only_json_is_taken(served):
 def test_models_are_listed_and_described(served):
     _, _, body = served.ask("GET", "/v1/models")
     (model,) = json.loads(body)["data"]
-    assert (model["id"], model["object"], model["dimensions"]) == ("genoembed-mini", "model", 128)
+    assert (model["id"], model["object"], model["dimensions"]) == ("genoembed-mini", "model", WIDTH)
     assert model["layers"] == ["blocks.2.mlp.l3"]
     assert json.loads(served.ask("GET", "/v1/models/genoembed-mini")[2]) == model
     assert served.ask("GET", "/v1/models/other%2Fname")[0] == 404

@@ -17,7 +17,7 @@ import genoembed
 from genoembed.cli import main
 from genoembed.errors import ConfigError, MissingExtraError
 from genoembed.serving import run
-from tests.serving.conftest import MODEL
+from tests.serving.conftest import MODEL, WIDTH
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_dry_run_says_what_would_be_served():
     said = []
     report = genoembed.serve(port=0, dry_run=True, on_ready=said.append, **MODEL)
     assert said == [report.served]
-    assert (report.served.model, report.served.width, report.signal) == ("genoembed-mini", 128, None)
+    assert (report.served.model, report.served.width, report.signal) == ("genoembed-mini", WIDTH, None)
     assert report.requests == 0
 
 

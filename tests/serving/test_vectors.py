@@ -13,7 +13,7 @@ import pytest
 import genoembed
 from genoembed.errors import ConfigError, ModelError
 from genoembed.serving.service import EmbeddingService
-from tests.serving.conftest import MODEL, serving
+from tests.serving.conftest import MODEL, WIDTH, serving
 
 DRAW = random.Random(5)
 SEQUENCES = [
@@ -96,7 +96,7 @@ def test_tokens_are_counted_without_the_overlap_of_windows(served):
 
 
 def test_single_sequence_is_a_list_of_one(served):
-    reply = served.embed("ACGT", model="genoembed-mini", user="somebody", dimensions=128)
+    reply = served.embed("ACGT", model="genoembed-mini", user="somebody", dimensions=WIDTH)
     assert reply["object"] == "list"
     assert [item["index"] for item in reply["data"]] == [0]
     assert reply["model"] == "genoembed-mini"

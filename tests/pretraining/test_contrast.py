@@ -323,6 +323,15 @@ def test_each_vector_loss_has_its_own_weight(corpus, tmp_path):
         assert found[1e-9][key] == pytest.approx(found[0.0][key], rel=1e-3)
 
 
+def test_contrast_moves_the_weights_by_its_weight(corpus, tmp_path):
+    norms = []
+    for weight in (1000.0, 2000.0):
+        options = RUN | {"max_steps": 1, "save_steps": 1, "kmer_codes": 0.0, "contrast": weight}
+        genoembed.pretrain(corpus, tmp_path / str(weight), **options)
+        norms.append(lines_of(tmp_path / str(weight))[0]["grad_norm"])
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-2)
+
+
 def test_joined_layers_learn_codes_as_one_vector(corpus, tmp_path):
     options = RUN | {"max_steps": 20, "logging_steps": 5, "save_steps": 20, "learning_rate": 2e-2}
     options |= {"contrast_layers": ("2+1", "final"), "contrast": 1e-9, "kmer_size": 4}

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 NAME = "gpu"
 TOTAL_S = 460.0
 """Of all parts together, the start of their process included."""
-START_S = 90.0
+START_S = 180.0
 """Within which the worker must be ready."""
 LEAST_S = 5.0
 """A part is not begun with less time than this."""

@@ -383,4 +383,5 @@ def _shortened(batch: Batch, embedder: UnitEmbedder) -> Batch:
         input_ids=batch.input_ids[:, :most].clone(),
         attention_mask=batch.attention_mask[:, :most].clone(),
         pool_mask=pool_mask,
+        parts=(),  # the first of them may be longer
     )

@@ -399,10 +399,12 @@ def _describe_device() -> str:
     if torch.cuda.is_available():
         return f"CUDA: {torch.cuda.get_device_name()}, bfloat16 {torch.cuda.is_bf16_supported()}"
     cores, num_threads = available_cores(), torch.get_num_threads()
+    threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+    there = "1 core" if cores.count == 1 else f"{cores.count} cores"
     return (
-        f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'} on {cores.count} cores "
-        f"({cores.source}), {describe_waiting()}; {torch.backends.cpu.get_cpu_capability()}, products in "
-        f"bfloat16 {bfloat16_speedup():.1f} times as fast as in float32"
+        f"CPU with {threads} on {there} ({cores.source}), {describe_waiting()}; "
+        f"{torch.backends.cpu.get_cpu_capability()}, products in bfloat16 {bfloat16_speedup():.1f} times as "
+        "fast as in float32"
     )
 
 

@@ -140,14 +140,11 @@ class _Run:
         self.setup = set_up_task(config, rows, facts)
         self.facts, self.is_tuned = facts, facts is not None and facts.is_tuned
         logger.info("tuning %s: %s", config.encoder.tuning, describe_weights(self.setup.model))
-        num_rows = len(self.setup.dataset)
         self.config = resolve_recipe(
-            config, num_rows=num_rows, width=self.setup.width, is_tuned=self.is_tuned
+            config, num_rows=len(self.setup.dataset), width=self.setup.width, is_tuned=self.is_tuned
         )
         recipe = self.config.recipe
-        self.arguments = finetune_arguments(
-            recipe, folder.path, num_rows=num_rows, has_validation="eval" in self.setup.measures
-        )
+        self.arguments = finetune_arguments(recipe, folder.path, has_validation="eval" in self.setup.measures)
         leave_process_group_at_exit()
         world_size = self.arguments.world_size
         self.compares_across = config.objective.across_devices and world_size > 1
@@ -332,9 +329,7 @@ def resolve_recipe(
     return config.changed(recipe=resolved)
 
 
-def finetune_arguments(
-    recipe: FinetuneRecipe, folder: Path, *, num_rows: int, has_validation: bool
-) -> TrainingArguments:
+def finetune_arguments(recipe: FinetuneRecipe, folder: Path, *, has_validation: bool) -> TrainingArguments:
     """Translate resolved settings into arguments of transformers."""
     metric = str(recipe.metric)
     if recipe.schedule == "plateau" and not has_validation:

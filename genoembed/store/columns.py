@@ -61,17 +61,6 @@ def column_names(table: h5py.Group) -> list[str]:
     return [str(name) for name in table.attrs["column-order"]]
 
 
-def row_part(column: h5py.Group | h5py.Dataset) -> h5py.Dataset:
-    """Return the dataset of a column that has one element per row."""
-    if isinstance(column, h5py.Dataset):
-        return column
-    part = column[PARTS[encoding_of(column)][0]]
-    if not isinstance(part, h5py.Dataset):
-        message = f"{part.name} is a group, expected a dataset"
-        raise TypeError(message)
-    return part
-
-
 def read_column(column: h5py.Group | h5py.Dataset) -> NDArray[Any]:
     """Read a column: text as objects (missing text is empty), numbers as they are (missing ones are NaN)."""
     if isinstance(column, h5py.Dataset):

@@ -150,7 +150,7 @@ class _Run:
         self.compares_across = config.objective.across_devices and world_size > 1
         if self.setup.group_sampler is not None:
             ranks = world_size if self.compares_across else 1
-            self.setup.group_sampler.check_batch(min(recipe.rows_per_device * ranks, num_rows))
+            self.setup.group_sampler.check_batch(min(recipe.rows_per_device * ranks, len(self.setup.dataset)))
 
     def train(self, *, resume: bool) -> dict[str, Any]:
         """Train to the end, or to a signal."""

@@ -101,6 +101,15 @@ def cut_fragment(sequence: bytes, divergence: float, random: np.random.Generator
     return letters.tobytes()
 
 
+def embed_layers(texts: Sequence[str], layers: Sequence[str], model: str) -> dict[str, NDArray[np.generic]]:
+    """Embed in one pass; ``28+24`` is layers 28 and 24 side by side, as ``fuse="concat"`` gives them."""
+    parts = list(dict.fromkeys(part for layer in layers for part in layer.split("+")))
+    matrices = genoembed.embed(texts, layers=parts, model=model, invalid="mask").matrices
+    names = dict(zip(parts, matrices, strict=True))
+    joined = {"+".join(names[part] for part in layer.split("+")): layer.split("+") for layer in layers}
+    return {name: np.hstack([matrices[names[part]] for part in own]) for name, own in joined.items()}
+
+
 def measure_set(
     path: Path, *, layers: Sequence[str], rows: int, fragments: int, seed: int, model: str
 ) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def measure_set(
         for divergence in (DIVERGENCES if fragments else ())
     }
     texts = sequences + [text for queries in asked.values() for text in queries]
-    vectors = genoembed.embed(texts, layers=list(layers), model=model, invalid="mask").matrices
+    vectors = embed_layers(texts, layers, model)
     chance = float(np.mean([(labels == label).mean() for label in labels]))
     result: dict[str, Any] = {"name": labeled.name, "rows": len(sequences), "chance": chance}
     result["kmers"] = {k: same_class(jaccard(sequences, sequences, k), labels) for k in KMER_SIZES}
@@ -183,7 +192,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print and file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tables", nargs="+", type=Path, help="tables of sequence and label")
-    parser.add_argument("--layer", action="append", help=f"layers; default {', '.join(LAYERS)}")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        help=f"a layer, or layers side by side (28+24); default {', '.join(LAYERS)}",
+    )
     parser.add_argument("--rows", type=int, default=400, help="rows of each set")
     parser.add_argument("--fragments", type=int, default=100, help="fragments at each divergence; 0 is none")
     parser.add_argument("--model", default="genoembed-mini", help="name or folder")

@@ -579,10 +579,10 @@ def test_blocks_get_smaller_when_memory_is_short(tmp_path, monkeypatch):
     extract(fasta, output=tmp_path / "whole.h5", **options)
     original = type(model_of(STRIPED)).forward_in_blocks
 
-    def forward_in_blocks(model, batch, layers, take, *, block_tokens):
+    def forward_in_blocks(model, batch, layers, take, *, block_tokens, **windows):
         if block_tokens > 13:
             raise torch.OutOfMemoryError
-        original(model, batch, layers, take, block_tokens=block_tokens)
+        original(model, batch, layers, take, block_tokens=block_tokens, **windows)
 
     monkeypatch.setattr(type(model_of(STRIPED)), "forward_in_blocks", forward_in_blocks)
     report = extract(fasta, output=tmp_path / "short.h5", **options)

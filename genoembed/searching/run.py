@@ -78,11 +78,14 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 24
 """Rows that a database needs to be centered: the mean of fewer is mostly that of the neighbors sought."""
 MOST_COMPONENTS = 8
-"""Leading components that are removed at most. On labeled sets and with the bundled model, more of them find
-no more relatives (``benchmarks/results/search_modes.md``)."""
+"""Leading components that are removed at most, and from rows that vary in effectively fewer directions alone.
+
+Next-token models mostly have 2 to 4 such directions, of composition, and removing them helps; vectors that
+vary in 20 or more directions lose relatives by it (``benchmarks/results/search_modes.md``).
+"""
 _ROWS_PER_COMPONENT, _FEATURES_PER_COMPONENT = 12, 16
 _FITTED_ROWS = 2000
-_FIT_VERSION = 1
+_FIT_VERSION = 2
 """Of the rule above: an index that was built with another one does not fit."""
 _LEAST_SPREAD = 1e-12
 PLAIN_WEIGHTS = HybridWeights(1.0, 50.0, 0.0)
@@ -460,6 +463,8 @@ def _fit_own(database: EmbeddingFile, layer: str) -> FittedTransform | None:
         return None
     most = min(MOST_COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
     fitted = fit_rows(rows, components=most)
+    if fitted.variances.sum() ** 2 >= MOST_COMPONENTS * (fitted.variances**2).sum():
+        fitted = fit_rows(rows, components=0)  # the participation ratio: no few directions rule
     if fitted.variances.sum() <= _LEAST_SPREAD * (rows * rows).sum(axis=1).mean():
         return None
     return fitted

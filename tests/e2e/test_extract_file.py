@@ -113,7 +113,12 @@ def test_provenance_says_how_the_file_was_made(tmp_path):
     config = provenance["config"]
     assert config["embedding"]["layers"] == ["1", "final"]
     assert config["embedding"]["fusion_weights"] == [1.0, 3.0]
-    assert config["windows"] == {"window": 40, "stride": 20, "per_window": False}
+    assert config["windows"] == {
+        "window": 40,
+        "stride": 20,
+        "per_window": False,
+        "carry_state": False,
+    }
     assert config["input"]["inputs"] == [str(tmp_path / "input.fa")]
     assert provenance["counts"]["windows"] == sum(found.obs["n_windows"]) > len(RECORDS)
     assert provenance["counts"]["bases"] == sum(map(len, RECORDS.values()))

@@ -17,7 +17,7 @@ def test_train_config_spreads_keys_over_stages():
     config = train_config({**KEYS, "window": 64, "packing": "bins", "seed": 3})
     assert (config.data.window, config.data.packing, config.recipe.seed) == (64, "bins", 3)
     assert config.start.like == "evo2_7b"
-    assert set(KEY_STAGE.values()) == {"start", "data", "recipe", "vectors"}
+    assert set(KEY_STAGE.values()) == {"start", "data", "recipe", "vectors", "teacher"}
 
 
 @pytest.mark.parametrize("kind", ["toml", "json"])

@@ -69,13 +69,17 @@ def cosines(one, other):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "width", "components"), [(60, 48, 3), (40, 128, 3), (120, 160, 8), (30, 5, 0)]
+    ("num_rows", "width", "components", "is_ruled"),
+    [(60, 48, 3, True), (40, 128, 3, True), (120, 160, 8, True), (30, 5, 0, True), (120, 160, 0, False)],
 )
 @pytest.mark.parametrize("approximate", [False, True])
 def test_cosines_are_of_vectors_that_are_centered_on_the_database(
-    tmp_path, num_rows, width, components, approximate
+    tmp_path, num_rows, width, components, is_ruled, approximate
 ):
+    """Components are removed where few directions rule the rows, and only there."""
     rows, asked = vectors(num_rows, width=width), vectors(5, seed=1, width=width)
+    if is_ruled:
+        rows[:, 0], asked[:, 0] = 20 * rows[:, 0], 20 * asked[:, 0]
     names = [f"r{number}" for number in range(num_rows)]
     database = write(tmp_path / "d.h5", rows, names)
     queries = write(tmp_path / "q.h5", asked, [f"q{number}" for number in range(5)])

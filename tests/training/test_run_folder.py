@@ -10,7 +10,7 @@ import pytest
 
 from genoembed.atomic import partial_of, replacing_folder
 from genoembed.config.finetune import FinetuneRecipe
-from genoembed.config.pretrain import VectorLossConfig
+from genoembed.config.pretrain import TeacherConfig, VectorLossConfig
 from genoembed.config.training import OptimizerConfig
 from genoembed.errors import ConfigError, StoreError
 from genoembed.finetuning import training as finetuning
@@ -274,5 +274,9 @@ def test_digest_of_files_is_that_of_their_contents_in_order(tmp_path):
 
 def test_options_that_runs_of_earlier_versions_lack_are_taken_for_their_defaults():
     defaults = {name: OptimizerConfig.options()[name].default for name in ("optim", "distributed")}
-    assert pretraining._RULES.newer == {**defaults, **VectorLossConfig().to_flat()}
+    assert pretraining._RULES.newer == {
+        **defaults,
+        **VectorLossConfig().to_flat(),
+        **TeacherConfig().to_flat(),
+    }
     assert finetuning._resume_rules(FinetuneRecipe()).newer == defaults

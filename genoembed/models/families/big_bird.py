@@ -21,6 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.big_bird import modeling_big_bird as upstream
 
+from genoembed.models.precision import without_autocast
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -58,10 +60,11 @@ class _SelfAttention(upstream.BigBirdBlockSparseAttention):
             return full
         # whole blocks are needed here only: outside, a block's output has a row for each token and no more.
         # what is added cannot be seen, since its keys are masked
-        length, dtype = hidden_states.shape[1], hidden_states.dtype
-        hidden_BPD = F.pad(hidden_states, (0, 0, 0, from_mask.shape[2] - length))
+        length, dtype = hidden_states.shape[1], self.query.weight.dtype
+        hidden_BPD = F.pad(hidden_states.to(dtype), (0, 0, 0, from_mask.shape[2] - length))
         masks = (band_mask.to(dtype), from_mask.to(dtype), to_mask.to(dtype))
-        with _numpy_state_kept():
+        # autocast changes the type of some of what upstream scatters into one tensor, which torch refuses
+        with _numpy_state_kept(), without_autocast(hidden_states.device):
             output_BPD, weights = super().forward(hidden_BPD, *masks, from_blocked_mask, to_blocked_mask)
         return output_BPD[:, :length], weights
 

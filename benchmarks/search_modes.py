@@ -102,7 +102,7 @@ def cut_fragment(sequence: bytes, divergence: float, random: np.random.Generator
 
 
 def embed_layers(texts: Sequence[str], layers: Sequence[str], model: str) -> dict[str, NDArray[np.generic]]:
-    """Embed in one pass; ``28+24`` is layers 28 and 24 side by side, as ``fuse="concat"`` gives them."""
+    """Embed in one pass; ``28+24`` concatenates layers 28 and 24, as ``fuse="concat"`` does."""
     parts = list(dict.fromkeys(part for layer in layers for part in layer.split("+")))
     matrices = genoembed.embed(texts, layers=parts, model=model, invalid="mask").matrices
     names = dict(zip(parts, matrices, strict=True))
@@ -157,7 +157,8 @@ def page(results: dict[str, Any]) -> str:
     lines += [
         "- centered: the mean of the rows is subtracted and leading components are removed; hybrid: cosine "
         f"({MOST_COMPONENTS} removed) : Jaccard index of canonical {KMER_SIZE}-mers",
-        f"- the default of `search`: centered, {MOST_COMPONENTS} removed; of `--mode hybrid`: 1 : "
+        f"- the default of `search`: centered, {MOST_COMPONENTS} removed if few directions rule the rows; "
+        "of `--mode hybrid`: 1 : "
         f"{PLAIN_WEIGHTS.sparse:g}; of `--mode kmer`: {KMER_SIZE}-mers",
     ]
     for one in results["sets"]:
@@ -195,7 +196,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layer",
         action="append",
-        help=f"a layer, or layers side by side (28+24); default {', '.join(LAYERS)}",
+        help=f"a layer, or several to concatenate (28+24); default {', '.join(LAYERS)}",
     )
     parser.add_argument("--rows", type=int, default=400, help="rows of each set")
     parser.add_argument("--fragments", type=int, default=100, help="fragments at each divergence; 0 is none")

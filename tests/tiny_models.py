@@ -127,6 +127,29 @@ def build_tiny(family: str, folder: Path) -> Path:
     return folder
 
 
+def two_of_each_kind() -> StripedHyena2ForCausalLM:
+    """Build a StripedHyena 2 model with two blocks of each kind, in evaluation mode."""
+    config = StripedHyena2Config(
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        attn_layer_idxs=[3, 7],
+        hcs_layer_idxs=[0, 4],
+        hcm_layer_idxs=[1, 5],
+        hcl_layer_idxs=[2, 6],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return StripedHyena2ForCausalLM(config).eval()
+
+
+def letters(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Draw byte ids of bases, int64, shape ``(batch, length)``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(list(b"ACGT"))[torch.randint(0, 4, (batch, length), generator=generator)]
+
+
 def build_striped_hyena(*, seed: int = 0, fp8_projections: Fp8Need = "none") -> StripedHyena2ForCausalLM:
     """Build a StripedHyena 2 model of the first four blocks of Evo 2 7B's pattern, one of each kind.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 START, VECTORS, TEACHER = "Starting point", "Vectors", "Teacher"
 JOIN = "+"
-"""Between the names of layers whose states are used side by side, as one vector."""
+"""Between the names of layers whose states are concatenated to one vector."""
 DOCUMENT_WINDOWS = 8
 """Documents are cut at this many windows unless ``max_document_bp`` says otherwise."""
 
@@ -261,7 +261,7 @@ class VectorLossConfig(Config):
         flag="--contrast-layer",
         metavar="SPEC",
         help="Layer that both losses use, named as in extract. Repeat the option for several layers. "
-        "28+24: both side by side, as one vector.",
+        "28+24: both concatenated to one vector.",
     )
     contrast_rows: int = option(
         1,
@@ -294,15 +294,24 @@ class TeacherConfig(Config):
         "It must have the same tokens.",
         reads="if there",
     )
-    teacher_weight: float = option(
-        0.75,
+    teacher_weight: float | None = option(
+        None,
         gt=0,
         le=1,
         group=TEACHER,
         metavar="WEIGHT",
+        shown_default="0.75",
         help="Fraction of the next-token loss that is the divergence from the teacher. "
         "1: learn from the teacher alone.",
     )
+
+    def _problems(self) -> Iterator[str]:
+        if self.teacher is None and self.teacher_weight is not None:
+            yield Problem(
+                f"teacher_weight is {self.teacher_weight}, but there is no teacher",
+                Remedy("teacher", words="a causal model"),
+                ", or leave teacher_weight out",
+            )
 
 
 class TrainConfig(Config):

@@ -139,7 +139,7 @@ class VectorLoss:
             # one spec may stand for several layers, each by itself
             groups += [paths] if len(_joined(spec)) > 1 else [(path,) for path in paths]
         self.groups = tuple(dict.fromkeys(groups))
-        """Paths of the layers whose states are used side by side."""
+        """Paths of the layers whose states are concatenated."""
         self.layers = tuple(dict.fromkeys(path for group in self.groups for path in group))
         self._states: dict[str, Tensor] = {}
         self._hooks = ExitStack()

@@ -64,10 +64,10 @@ def pretrain(
         resume: Go on from the newest checkpoint in ``output_dir``.
         overwrite: Start again where there is a run in ``output_dir``.
         threads: CPU threads; None leaves torch's choice.
-        **options: Any field of ``StartConfig``, ``DataConfig`` and ``RecipeConfig`` of
-            :mod:`genoembed.config.pretrain`, such as ``model`` or ``like``, ``heldout`` or
-            ``heldout_fraction``, ``packing``, ``window``, ``isolate``, ``max_steps``. None stands for the
-            file's value, or the default.
+        **options: Any field of ``StartConfig``, ``DataConfig``, ``RecipeConfig``, ``VectorLossConfig`` and
+            ``TeacherConfig`` of :mod:`genoembed.config.pretrain`, such as ``model`` or ``like``, ``heldout``
+            or ``heldout_fraction``, ``packing``, ``window``, ``isolate``, ``max_steps``, ``kmer_codes``,
+            ``teacher``. None stands for the file's value, or the default.
 
     Returns:
         Where the model is, and what it reached.

@@ -32,7 +32,7 @@ from genoembed.config.pretrain import (
     VectorLossConfig,
 )
 from genoembed.contracts import FINAL_FOLDER, IGNORE_INDEX
-from genoembed.errors import ConfigError, foreign_code
+from genoembed.errors import ConfigError, Problem, Remedy, foreign_code
 from genoembed.models.layers import find_blocks
 from genoembed.models.locate import model_content
 from genoembed.models.precision import multiplies_bfloat16
@@ -89,15 +89,25 @@ _LEAST_SHARE = 0.1
 
 TEACHER_LOSS = "teacher_loss"
 """Name of the divergence from the teacher in the log, in nats a token."""
+_TEACHER_WEIGHT = 0.75
 _SAME_TOKENS = b"ACGTNacgtn"
 
 
 class Teacher:
     """A model whose predictions are targets (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
-    def __init__(self, config: TeacherConfig, start: Start, *, window: int) -> None:
-        self.weight = config.teacher_weight
-        found = build_start(StartConfig(model=config.teacher), window=window, seed=0)
+    def __init__(
+        self,
+        config: TeacherConfig,
+        start: Start,
+        *,
+        window: int,
+        isolating: tuple[str, ...] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.weight = _TEACHER_WEIGHT if config.teacher_weight is None else config.teacher_weight
+        source = StartConfig(model=config.teacher, trust_remote_code=trust_remote_code)
+        found = build_start(source, window=window, seed=0)
         rules = (start.rules, found.rules)
         sizes = [model.get_input_embeddings().weight.shape[0] for model in (start.model, found.model)]
         texts = [list(map(int, each.encode_document(_SAME_TOKENS))) for each in rules]
@@ -107,6 +117,11 @@ class Teacher:
                 f"({sizes[1]} and {sizes[0]} tokens); name a teacher with the same tokenizer"
             )
             raise ConfigError(message)
+        if isolating and isolating_inputs(found.model, found.rules) != isolating:
+            message = (
+                f"teacher: {config.teacher} keeps documents apart by other inputs than the trained model"
+            )
+            raise ConfigError(Problem(message, Remedy("isolate", False), ", or name another teacher"))
         self._model = found.model.eval().requires_grad_(False)
 
     def divergence(self, inputs: Mapping[str, Any], logits_BLV: Tensor) -> Tensor:
@@ -381,11 +396,10 @@ class _Run:
         wait_for_all()  # the others still look at the folder
         checkpoint = from_first(self._begin(resume=resume) if self.arguments.process_index == 0 else None)
         vectors = self._vector_loss() if self.config.vectors.is_wanted else None
-        teacher = self.config.teacher
         trainer = PackedTrainer(
             model=model,
             vectors=vectors,
-            teacher=Teacher(teacher, self.start, window=data.window) if teacher.teacher else None,
+            teacher=self._teacher(),
             args=self.arguments,
             stream=self.stream,
             heldout=heldout,
@@ -404,6 +418,18 @@ class _Run:
             trainer.train_from(checkpoint)
             bits_per_base = self._measured(trainer)
         return self._finish(trainer, bits_per_base)
+
+    def _teacher(self) -> Teacher | None:
+        config = self.config
+        if config.teacher.teacher is None:
+            return None
+        return Teacher(
+            config.teacher,
+            self.start,
+            window=config.data.window,
+            isolating=self.isolating,
+            trust_remote_code=config.start.trust_remote_code,
+        )
 
     def _vector_loss(self) -> VectorLoss:
         config, start = self.config.vectors, self.start

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -464,7 +464,8 @@ def _fit_own(database: EmbeddingFile, layer: str) -> FittedTransform | None:
     most = min(MOST_COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
     fitted = fit_rows(rows, components=most)
     if fitted.variances.sum() ** 2 >= MOST_COMPONENTS * (fitted.variances**2).sum():
-        fitted = fit_rows(rows, components=0)  # the participation ratio: no few directions rule
+        # the participation ratio: no few directions rule
+        fitted = replace(fitted, matrix=fitted.matrix[:, :0])
     if fitted.variances.sum() <= _LEAST_SPREAD * (rows * rows).sum(axis=1).mean():
         return None
     return fitted

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2 import blocks
 from genoembed.models.striped_hyena2.operators import (
@@ -19,29 +19,17 @@ from genoembed.models.striped_hyena2.operators import (
     modal_convolution_from,
 )
 from genoembed.models.striped_hyena2.state import StripedHyena2Cache, last_positions
+from tests.tiny_models import letters, two_of_each_kind
+
+if TYPE_CHECKING:
+    from genoembed import StripedHyena2ForCausalLM
 
 WIDTH = 6
 
 
 @pytest.fixture(scope="module")
 def model() -> StripedHyena2ForCausalLM:
-    torch.manual_seed(0)
-    config = StripedHyena2Config(
-        hidden_size=32,
-        num_attention_heads=2,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        attn_layer_idxs=[3, 7],
-        hcs_layer_idxs=[0, 4],
-        hcm_layer_idxs=[1, 5],
-        hcl_layer_idxs=[2, 6],
-    )
-    return StripedHyena2ForCausalLM(config).eval()
-
-
-def letters(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.tensor(list(b"ACGT"))[torch.randint(0, 4, (batch, length), generator=generator)]
+    return two_of_each_kind()
 
 
 cuts = st.lists(st.integers(1, 330), max_size=5, unique=True).map(sorted)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genoembed import StripedHyena2Config, StripedHyena2ForCausalLM
 from genoembed.errors import ShapeError
 from genoembed.models.striped_hyena2.operators import causal_convolution, causal_fir, modal_convolution
 from genoembed.models.striped_hyena2.state import lay_out_segments
+from tests.tiny_models import two_of_each_kind
+
+if TYPE_CHECKING:
+    from genoembed import StripedHyena2ForCausalLM
 
 WIDTH = 8
 LENGTHS = (5, 64, 1, 63, 130, 65)
@@ -18,18 +23,7 @@ LENGTHS = (5, 64, 1, 63, 130, 65)
 
 @pytest.fixture(scope="module")
 def model() -> StripedHyena2ForCausalLM:
-    torch.manual_seed(0)
-    config = StripedHyena2Config(
-        hidden_size=32,
-        num_attention_heads=2,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        attn_layer_idxs=[3, 7],
-        hcs_layer_idxs=[0, 4],
-        hcm_layer_idxs=[1, 5],
-        hcl_layer_idxs=[2, 6],
-    )
-    return StripedHyena2ForCausalLM(config).eval()
+    return two_of_each_kind()
 
 
 def packed_rows(*rows: tuple[int, ...], length: int) -> torch.Tensor:

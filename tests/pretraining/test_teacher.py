@@ -79,6 +79,24 @@ def test_divergence_is_that_of_the_definition_over_targets(taught):
     assert float(found) == pytest.approx(float(torch.stack(gaps).mean()), rel=1e-4)
 
 
+def test_a_teacher_in_isolated_rows_sees_what_its_student_sees(corpus, taught, tmp_path):  # noqa: F811
+    shape = dict.fromkeys(("like", "hidden_size", "layers"))
+    options = PLAIN | shape | {"model": taught, "teacher": taught, "teacher_weight": 1.0, "isolate": True}
+    genoembed.pretrain(corpus, tmp_path / "run", **options)
+    (line,) = lines_of(tmp_path / "run")
+    assert line["teacher_loss"] == pytest.approx(0, abs=1e-6)
+    tokenizer = CharTokenizer()
+    model = genoembed.StripedHyena2ForCausalLM.from_pretrained(taught)
+    start = Start(model, tokenizer, token_rules(tokenizer, name="test"), is_new=True)
+    with pytest.raises(ConfigError, match=r"teacher: .* keeps documents apart by other inputs"):
+        Teacher(TeacherConfig(teacher=taught), start, window=128, isolating=("position_ids",))
+
+
+def test_a_weight_without_a_teacher_is_refused():
+    with pytest.raises(ConfigError, match=r"teacher_weight is 0.5, but there is no teacher"):
+        TeacherConfig(teacher_weight=0.5)
+
+
 def test_a_teacher_with_other_tokens_is_refused(corpus, tmp_path):  # noqa: F811
     save_causal("llama", tmp_path / "llama")
     with pytest.raises(

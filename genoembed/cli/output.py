@@ -290,7 +290,7 @@ def done_lines(
     stats, failed = report.stats, report.failed
     before = f"{count(stats.units_kept, 'unit')} ({count(stats.records_kept, 'record')})"
     return [
-        *([f"{before} had been finished before and were not run again"] if stats.units_kept else []),
+        *([f"finished by an earlier run: {before}"] if stats.units_kept else []),
         *([unread_line(stats.unread)] if stats.unread else []),
         *([failure_line(failed)] if failed else []),
     ]

@@ -122,7 +122,7 @@ def test_policy_that_the_error_advises_keeps_finished_units(run):
     assert "set --invalid mask or fix it; 5 finished units are kept" in result.stderr
     result = run(line.replace(" -o", " --invalid mask -o"))
     assert result.exit_code == 0, result.output
-    assert "5 units (25 records) had been finished before" in result.stderr
+    assert "finished by an earlier run: 5 units (25 records)" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The tables of a model card: labeled sets, nearest neighbors, and fragments that are found again.
 
 ``measure`` runs one model (or none: counts of k-mers and one-hot letters) and files its figures; ``table``
-prints several such files side by side. One pass per set gives the vectors: mean over tokens of layers 28 and
-24 side by side, of 28, of ``final``, and means and deviations of 28 and 24. Each gets the probe of
-``genoembed probe`` on the same folds; *nearest* is the share of rows whose nearest other row, by plain
+prints several such files side by side. One pass per set gives the vectors: mean over tokens of layers 28, 24
+and ``final`` side by side, of 28 and 24, of 28, of ``final``, and means and deviations of all three. Each gets
+the probe of ``genoembed probe`` on the same folds; *nearest* is the share of rows whose nearest other row, by plain
 cosine, has their label. *Found again*: queries are 100 bases of windows of 200 bases from held-out contigs,
 with letters replaced; the mean of one over the rank of the window::
 
@@ -55,10 +55,11 @@ def vectors_of(model: GenomicModel, sequences: Sequence[bytes]) -> dict[str, NDA
     late, early, final = found.values()
     width = final.shape[1] // 2
     return {
+        "28+24+final": np.hstack([late[:, :width], early[:, :width], final[:, :width]]),
         "28+24": np.hstack([late[:, :width], early[:, :width]]),
-        "final": final[:, :width],
         "28": late[:, :width],
-        "28+24, mean and deviation": np.hstack([late, early]),
+        "final": final[:, :width],
+        "28+24+final, mean and deviation": np.hstack([late, early, final]),
     }
 
 

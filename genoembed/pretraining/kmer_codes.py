@@ -1,9 +1,11 @@
 """Codes of k-mers: one vector for each k-mer on either strand, whose means over bases tell sequences apart.
 
 They are linear discriminants (Fisher 1936, Rao 1948): of the counts of canonical k-mers in pieces of a
-corpus, the directions in which pieces differ much and a piece from a mutated copy of itself little, scaled
-so that the difference of copies is the same in each. Means of them over bases are so the best
-projection of counts to that many numbers, of those that whiten what mutations do.
+corpus, the directions in which pieces differ much and a piece from a mutated copy of itself little. Each is
+scaled so that copies differ by the same in all, times a small power of how much more pieces differ than
+copies: directions that say more weigh more in a cosine. What layers learn is the codes turned at random,
+so that every number holds a part of each direction. Standardized numbers, which most classifiers take, would
+otherwise give the last direction the weight of the first.
 
 N pieces, C canonical k-mers, W width of the codes.
 """
@@ -33,6 +35,8 @@ _NUMBER[_BASES] = np.arange(4)
 _RIDGE = 0.1
 """Of the mean variance between copies, added to each direction: rare k-mers are known from few counts."""
 _PIECES_BP = (150, 450)
+_POWER = 0.25
+"""Of the variance between pieces over that between copies; 0.15 to 0.25 found most mutated fragments."""
 _LEAST_BP = 20
 """Shorter documents say too little."""
 
@@ -109,8 +113,9 @@ def discriminant_codes(
     within_CC += np.eye(len(mean_C)) * max(np.trace(within_CC) / len(mean_C) * _RIDGE, 1e-12)
     # whitened by the copies, the directions of most difference between pieces are eigenvectors
     half_CC = np.linalg.inv(np.linalg.cholesky(within_CC))
-    directions_CC = np.linalg.eigh(half_CC @ between_CC @ half_CC.T)[1][:, ::-1]
-    codes_CW = (half_CC.T @ directions_CC)[:, :width]
+    ratios_C, directions_CC = np.linalg.eigh(half_CC @ between_CC @ half_CC.T)
+    weights_C = np.maximum(ratios_C, 1e-12) ** _POWER
+    codes_CW = (half_CC.T @ directions_CC * weights_C)[:, ::-1][:, :width]
     for _ in range(_ROUNDS):
         codes_CW = codes_CW - mean_C @ codes_CW
         codes_CW /= np.maximum(np.linalg.norm(codes_CW, axis=1, keepdims=True), 1e-12)
@@ -144,6 +149,7 @@ class KmerCodes:
 
     def __init__(self, codes_CW: Tensor, rules: TokenRules, *, k: int) -> None:
         self.codes_CW, self._k = codes_CW, k
+        self._turned: dict[int, Tensor] = {}
         self._numbers = torch.from_numpy(canonical_numbers(k))
         ids = [int(i) for i in rules.encode(b"ACGT")]
         if len(set(ids)) != 4 or list(map(int, rules.encode(b"TTGCA"))) != [ids[i] for i in (3, 3, 2, 1, 0)]:
@@ -156,9 +162,9 @@ class KmerCodes:
         """Return 1 - cosine of states and codes, averaged over tokens at which a k-mer ends.
 
         Only the first W numbers of a state take part, less their mean over these tokens: with the large
-        constant that states of language models have, the cosine would have no gradient.
+        constant that states of language models have, the cosine would have no gradient. A state with less
+        than W numbers learns the first directions.
         """
-        codes_CW = self.codes_CW.to(states_BLD.device)
         bases_BL = self._bases.to(ids_BL.device)[ids_BL.clamp(max=len(self._bases) - 1)]
         kmers_BLK = bases_BL.unfold(1, self._k, 1)
         is_kmer_BL = (kmers_BLK >= 0).all(dim=-1)
@@ -167,6 +173,16 @@ class KmerCodes:
         states_ND = states_BLD[:, self._k - 1 :][is_kmer_BL]
         if not len(states_ND):
             return states_BLD.sum() * 0
-        width = min(states_ND.shape[1], codes_CW.shape[1])
-        varying_NW = states_ND[:, :width] - states_ND[:, :width].mean(dim=0)
-        return 1 - F.cosine_similarity(varying_NW, codes_CW[numbers_N, :width], dim=1).mean()
+        codes_CW = self.targets(states_ND.shape[1]).to(states_ND.device)
+        states_NW = states_ND[:, : codes_CW.shape[1]]
+        varying_NW = states_NW - states_NW.mean(dim=0)
+        return 1 - F.cosine_similarity(varying_NW, codes_CW[numbers_N], dim=1).mean()
+
+    def targets(self, width: int) -> Tensor:
+        """Return the first numbers of all codes, turned at random, shape ``(C, min(width, W))``."""
+        width = min(width, self.codes_CW.shape[1])
+        if width not in self._turned:
+            normal_WW = np.random.default_rng(width).standard_normal((width, width))
+            turn_WW = torch.from_numpy(np.linalg.qr(normal_WW)[0]).to(self.codes_CW.dtype)
+            self._turned[width] = self.codes_CW[:, :width] @ turn_WW
+        return self._turned[width]

@@ -25,7 +25,7 @@ import genoembed
 from genoembed.config.search import KMER_SIZE
 from genoembed.pooling.transform import fit_rows
 from genoembed.searching.kmers import KmerIndex
-from genoembed.searching.run import MOST_COMPONENTS, PLAIN_WEIGHTS
+from genoembed.searching.run import MOST_COMPONENTS, PLAIN_WEIGHTS, ruling_directions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,10 @@ def all_scores(
         found[f"centered, {removed} removed"] = cosines(
             transform.apply_float64(asked), transform.apply_float64(rows)
         )
-    usual = found[f"centered, {MOST_COMPONENTS} removed"]
+    most = fit_rows(rows, components=MOST_COMPONENTS)
+    usual_fit = fit_rows(rows, components=ruling_directions(most.variances, MOST_COMPONENTS))
+    usual = cosines(usual_fit.apply_float64(asked), usual_fit.apply_float64(rows))
+    found["centered, the default of search"] = usual
     found |= {f"hybrid, 1 : {weight}": usual + weight * shares for weight in WEIGHTS}
     return found | {"hybrid, reciprocal ranks": fused_ranks([usual, shares])}
 
@@ -156,9 +159,9 @@ def page(results: dict[str, Any]) -> str:
     lines += [f"- {name}: {value}" for name, value in results["settings"].items()]
     lines += [
         "- centered: the mean of the rows is subtracted and leading components are removed; hybrid: cosine "
-        f"({MOST_COMPONENTS} removed) : Jaccard index of canonical {KMER_SIZE}-mers",
-        f"- the default of `search`: centered, {MOST_COMPONENTS} removed if few directions rule the rows; "
-        "of `--mode hybrid`: 1 : "
+        f"(the default of `search`) : Jaccard index of canonical {KMER_SIZE}-mers",
+        f"- the default of `search`: centered, up to {MOST_COMPONENTS} removed, until the rest varies in "
+        f"effectively {MOST_COMPONENTS} directions; of `--mode hybrid`: 1 : "
         f"{PLAIN_WEIGHTS.sparse:g}; of `--mode kmer`: {KMER_SIZE}-mers",
     ]
     for one in results["sets"]:

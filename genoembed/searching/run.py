@@ -3,9 +3,9 @@
 ``queries -> neighbors by vectors, by k-mers or by both -> hits, with what their sequences have in common``.
 
 Vectors of a language model share a large part, so that every cosine is near 1. By default the mean of the
-database's own vectors is subtracted, and its leading components are removed (Mu & Viswanath 2018,
-"All-but-the-top"). Both are fitted on rows that a hash of their ids chooses, in the order of that hash, so
-that the order of the file changes nothing.
+database's own vectors is subtracted, and leading components are removed (Mu & Viswanath 2018,
+"All-but-the-top") until no few directions rule the rest. Both are fitted on rows that a hash of their ids
+chooses, in the order of that hash, so that the order of the file changes nothing.
 
 Q queries, N rows of the database, D features, k neighbors.
 """
@@ -78,14 +78,14 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 24
 """Rows that a database needs to be centered: the mean of fewer is mostly that of the neighbors sought."""
 MOST_COMPONENTS = 8
-"""Leading components that are removed at most, and from rows that vary in effectively fewer directions alone.
+"""Leading components that are removed at most, and directions in which the rest effectively varies at least.
 
-Next-token models mostly have 2 to 4 such directions, of composition, and removing them helps; vectors that
-vary in 20 or more directions lose relatives by it (``benchmarks/results/search_modes.md``).
+Next-token models mostly have 2 to 4 directions that rule, of composition, and removing them helps; vectors
+that vary in 20 or more lose relatives by it (``benchmarks/results/search_modes.md``).
 """
 _ROWS_PER_COMPONENT, _FEATURES_PER_COMPONENT = 12, 16
 _FITTED_ROWS = 2000
-_FIT_VERSION = 2
+_FIT_VERSION = 3
 """Of the rule above: an index that was built with another one does not fit."""
 _LEAST_SPREAD = 1e-12
 PLAIN_WEIGHTS = HybridWeights(1.0, 50.0, 0.0)
@@ -463,12 +463,26 @@ def _fit_own(database: EmbeddingFile, layer: str) -> FittedTransform | None:
         return None
     most = min(MOST_COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
     fitted = fit_rows(rows, components=most)
-    if fitted.variances.sum() ** 2 >= MOST_COMPONENTS * (fitted.variances**2).sum():
-        # the participation ratio: no few directions rule
-        fitted = replace(fitted, matrix=fitted.matrix[:, :0])
+    fitted = replace(fitted, matrix=fitted.matrix[:, : ruling_directions(fitted.variances, most)])
     if fitted.variances.sum() <= _LEAST_SPREAD * (rows * rows).sum(axis=1).mean():
         return None
     return fitted
+
+
+def ruling_directions(variances: NDArray[np.float64], most: int) -> int:
+    """Count the leading directions without which the rest varies in many: by its participation ratio.
+
+    Args:
+        variances: Of the components of rows, largest first, shape ``(D,)``.
+        most: What is returned where even without that many few directions rule.
+
+    Example:
+        >>> ruling_directions(np.array([900.0, 300, *[1] * 20]), most=8)
+        2
+    """
+    rests = (variances[count:] for count in range(most))
+    is_even = (rest.sum() ** 2 >= MOST_COMPONENTS * (rest**2).sum() for rest in rests)
+    return next((count for count, found in enumerate(is_even) if found), most)
 
 
 def _find_by_kmers(

@@ -2,10 +2,11 @@
 
 ``measure`` runs one model (or none: counts of k-mers and one-hot letters) and files its figures; ``table``
 prints several such files side by side. One pass per set gives the vectors: mean over tokens of layers 28, 24
-and ``final`` side by side, of 28 and 24, of 28, of ``final``, and means and deviations of all three. Each gets
-the probe of ``genoembed probe`` on the same folds; *nearest* is the share of rows whose nearest other row, by plain
-cosine, has their label. *Found again*: queries are 100 bases of windows of 200 bases from held-out contigs,
-with letters replaced; the mean of one over the rank of the window::
+and ``final`` side by side, of 28 and 24, of 28, of ``final``, and means and deviations of all three. Each has
+the probe of ``genoembed probe`` on the same folds; *nearest* is the share of rows whose nearest other row, by
+plain cosine, has their label. *Found again*: queries are 100 bases of windows of 200 bases from held-out
+contigs, with letters replaced; the mean of one over the rank of the window. With ``--each-layer``, the mean
+of every block's output by itself instead::
 
     python benchmarks/model_card.py measure labeled/ --heldout heldout.fa --output mini.json
     python benchmarks/model_card.py measure labeled/ --heldout heldout.fa --model none --output counts.json
@@ -48,9 +49,13 @@ JACCARD_K, COSINE_K = 7, 4
 _COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 
 
-def vectors_of(model: GenomicModel, sequences: Sequence[bytes]) -> dict[str, NDArray[np.float32]]:
+def vectors_of(
+    model: GenomicModel, sequences: Sequence[bytes], *, each_layer: bool = False
+) -> dict[str, NDArray[np.float32]]:
     """Embed sequences in one pass; several vectors of each."""
     texts = [sequence.decode() for sequence in sequences]
+    if each_layer:
+        return dict(genoembed.embed(texts, model=model, layers=("all", "final"), invalid="mask").matrices)
     found = genoembed.embed(texts, model=model, layers=LAYERS, pooling="mean_std", invalid="mask").matrices
     late, early, final = found.values()
     width = final.shape[1] // 2
@@ -139,7 +144,9 @@ def mean_reciprocal_rank(scores_QN: NDArray[np.floating]) -> float:
     return float((1 / (scores_QN >= own).sum(axis=1)).mean())
 
 
-def measure_fragments(model: GenomicModel | None, heldout: Path, number: int) -> dict[str, dict[str, float]]:
+def measure_fragments(
+    model: GenomicModel | None, heldout: Path, number: int, *, each_layer: bool
+) -> dict[str, dict[str, float]]:
     """Find windows by diverged fragments; without a model, by k-mers."""
     windows, queries = draw_fragments(heldout, number)
     if model is None:
@@ -154,8 +161,8 @@ def measure_fragments(model: GenomicModel | None, heldout: Path, number: int) ->
                 for name, texts in queries.items()
             },
         }
-    subjects = vectors_of(model, windows)
-    asked = {name: vectors_of(model, texts) for name, texts in queries.items()}
+    subjects = vectors_of(model, windows, each_layer=each_layer)
+    asked = {name: vectors_of(model, texts, each_layer=each_layer) for name, texts in queries.items()}
     found = {}
     for kind, rows in subjects.items():
         mean = rows.mean(axis=0)
@@ -183,12 +190,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if path.stem in results["sets"] or (options.sets and path.stem not in options.sets):
             continue
         labeled = read_labeled(path, max_rows=options.rows)
-        vectors = counts_of(labeled.sequences) if model is None else vectors_of(model, labeled.sequences)
+        vectors = (
+            counts_of(labeled.sequences)
+            if model is None
+            else vectors_of(model, labeled.sequences, each_layer=options.each_layer)
+        )
         results["sets"][path.stem] = measure_set(labeled, vectors)
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         sys.stderr.write(f"{path.stem}: {time.process_time() - started:.0f} CPU seconds so far\n")
     if options.heldout is not None:
-        results["fragments"] = measure_fragments(model, options.heldout, options.fragments)
+        results["fragments"] = measure_fragments(
+            model, options.heldout, options.fragments, each_layer=options.each_layer
+        )
     results["cpu_seconds"] = time.process_time() - started
     options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
@@ -236,6 +249,7 @@ def main(words: Sequence[str] | None = None) -> None:
     one.add_argument("--heldout", type=Path, help="FASTA of contigs to cut fragments from")
     one.add_argument("--model", default="genoembed-mini", help="name or folder; none: counts instead")
     one.add_argument("--untrained", action="store_true", help="with fresh weights")
+    one.add_argument("--each-layer", action="store_true", help="every block by itself, and final")
     one.add_argument("--rows", type=int, default=400, help="first rows of each set")
     one.add_argument("--sets", nargs="+", metavar="NAME", help="only these")
     one.add_argument("--fragments", type=int, default=200, help="windows to find again")

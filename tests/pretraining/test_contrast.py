@@ -195,12 +195,25 @@ def test_states_that_are_codes_have_no_loss_whatever_is_constant():
     sequence = dna(400, 9)
     numbers = canonical_numbers(2)
     states = np.zeros((1, 400, 8), np.float32)
+    targets = loss.targets(8).numpy()
     for at in range(1, 400):
-        states[0, at, :6] = codes[np.flatnonzero(count_kmers(sequence[at - 1 : at + 1], 2, numbers))[0]]
+        states[0, at, :6] = targets[np.flatnonzero(count_kmers(sequence[at - 1 : at + 1], 2, numbers))[0]]
     ids = torch.tensor([list(sequence)])
     assert float(loss.loss(torch.from_numpy(states) * 3, ids)) < 0.02
     assert float(loss.loss(torch.from_numpy(states) + 1000, ids)) < 0.02
     assert float(loss.loss(torch.from_numpy(-states), ids)) > 1.9
+
+
+@pytest.mark.parametrize("width", [3, 6, 9])
+def test_targets_are_the_first_numbers_of_codes_and_each_holds_a_part_of_all(width):
+    codes = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    codes *= torch.tensor([100.0, 30, 10, 3, 1, 0.3], dtype=torch.float64)
+    loss = KmerCodes(codes, RULES, k=2)
+    first, targets = codes[:, :width], loss.targets(width)
+    torch.testing.assert_close(targets @ targets.T, first @ first.T)
+    spread = targets.std(dim=0)
+    assert spread.max() / spread.min() < 0.5 * first.std(dim=0).max() / first.std(dim=0).min()
+    assert torch.equal(targets, KmerCodes(codes, RULES, k=2).targets(width))
 
 
 def test_codes_tell_pieces_apart_better_than_as_many_counts():

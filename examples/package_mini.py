@@ -1,10 +1,7 @@
 """Package a trained model as the bundled one is: float16 weights, tokenizer, and a known answer.
 
-The known answer is a vector that `genoembed doctor` compares with. The whole recipe of the bundled model:
-
-    python benchmarks/split_corpus.py corpus/*.fa.gz --train train.fa --heldout heldout.fa
-    genoembed pretrain train.fa --heldout heldout.fa --config examples/mini.toml -o runs/mini
-    python examples/package_mini.py runs/mini/final genoembed/models/bundled
+The known answer is a vector that `genoembed doctor` compares with. docs/PRETRAINING.md has the commands that
+train the bundled model.
 """
 
 from __future__ import annotations

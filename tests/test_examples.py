@@ -81,6 +81,21 @@ def test_mini_recipe_is_that_of_the_card():
     assert (recipe.max_grad_norm, recipe.seed) == (1, 0)
 
 
+def test_recipe_of_the_vectors_is_that_of_the_card():
+    start = {
+        "corpus": ("a.fa",),
+        "heldout": ("b.fa",),
+        "model": "runs/codes/final",
+        "teacher": "runs/mini/final",
+    }
+    config = train_config(start, file=EXAMPLES / "mini_vectors.toml")
+    data, recipe, vectors = config.data, config.recipe, config.vectors
+    assert (data.window, data.packing, data.isolate, data.heldout_rows) == (1024, "stream", False, 32)
+    assert (recipe.max_steps, recipe.rows_per_device, recipe.learning_rate) == (2150, 3, 1.2e-3)
+    assert (vectors.contrast, vectors.kmer_codes, vectors.contrast_layers) == (0, 0.15, ("28+24",))
+    assert config.teacher.teacher_weight == 0.4
+
+
 def test_mini_recipe_trains_a_model_of_the_bundled_shape(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     measured = [line["eval_loss_bits"] for line in lines if "eval_loss_bits" in line]

@@ -211,8 +211,8 @@ def test_a_file_says_it_and_is_made_again_like_that(tmp_path) -> None:
 
 
 def test_a_plan_measures_windows_longer_than_what_it_runs(tmp_path) -> None:
-    fasta = write_fasta(tmp_path / "input.fa", {"long": random_dna(3000, 6)})
-    options = {"window": 2500, "batch_tokens": 512, "per_window": True, "dtype": "float32"}
+    fasta = write_fasta(tmp_path / "input.fa", {"long": random_dna(1200, 6)})
+    options = {"window": 1000, "batch_tokens": 256, "per_window": True, "dtype": "float32"}
     planned = plan(fasta, layers=0, carry_state=True, **options)
     assert (planned.rows, planned.measured_batches) == (2, 1)
     assert planned.widths == {"blocks.0.mlp.l3": 128}

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 import genoembed
 
 SHORTEST, WINDOW, BLOCK = 100, 200, 2_000  # bases: of a labeled piece, a window, a block of the bootstrap
+DEFAULT = "blocks.28.mlp.l3", "blocks.24.mlp.l3", "norm"  # what `extract` takes of the bundled model
 
 
 def words_of(sequence: str, k: int) -> list[str]:
@@ -41,9 +42,12 @@ def embed(sequences: list[str], layers: tuple[int, ...], folder: Path) -> dict[s
     """One pass over both strands for all layers; a second run finds the file and embeds nothing."""
     fasta, files = folder / "pieces.fa", {"output": folder / "pieces.h5", "resume": True, "overwrite": True}
     fasta.write_text("".join(f">{n}\n{one}\n" for n, one in enumerate(sequences)))
-    genoembed.extract(fasta, layers=layers or "all", rc="mean", **files)
+    genoembed.extract(fasta, layers=layers or ("all", "final"), rc="mean", **files)
     with genoembed.open_embeddings(files["output"]) as file:
-        return {layer: file[layer][:] for layer in file.layers}
+        found = {layer: file[layer][:] for layer in file.layers}
+    if set(DEFAULT) <= set(found):
+        found["layers 28, 24 and final"] = np.hstack([found[layer] for layer in DEFAULT])
+    return found
 
 
 def read_region(genome: Path, genes: Path, region: str) -> tuple[str, int, list[tuple[int, int, str]]]:

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 import genoembed
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
+DEFAULT = "blocks.28.mlp.l3", "blocks.24.mlp.l3", "norm"  # what `extract` takes of the bundled model
 NEAREST = make_pipeline(StandardScaler(with_std=False), KNeighborsClassifier(5, metric="cosine"))
 
 
@@ -42,9 +43,12 @@ def embed(sequences: list[str], layers: tuple[int, ...], folder: Path) -> dict[s
     """One pass over both strands for all layers; a second run finds the file and embeds nothing."""
     (folder / "windows.fa").write_text("".join(f">{n}\n{one}\n" for n, one in enumerate(sequences)))
     files = {"output": folder / "windows.h5", "resume": True, "overwrite": True}
-    genoembed.extract(folder / "windows.fa", layers=layers or "all", rc="mean", **files)
+    genoembed.extract(folder / "windows.fa", layers=layers or ("all", "final"), rc="mean", **files)
     with genoembed.open_embeddings(files["output"]) as file:
-        return {layer: file[layer][:] for layer in file.layers}
+        found = {layer: file[layer][:] for layer in file.layers}
+    if set(DEFAULT) <= set(found):
+        found["layers 28, 24 and final"] = np.hstack([found[layer] for layer in DEFAULT])
+    return found
 
 
 def choose(features: np.ndarray, labels: np.ndarray) -> tuple[float, Pipeline]:

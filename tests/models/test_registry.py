@@ -170,3 +170,12 @@ def test_docs_say_which_digests_are_recorded():
     recorded = {model.name for model in known_models() if any(file.sha256 for file in model.files)}
     assert set(re.findall(r"`(\w+)`", stated)) == recorded
     assert len(recorded) == 5
+
+
+def test_bundled_model_states_its_vectors_and_the_weights_before():
+    entry = find_model("genoembed-mini")
+    assert dict(entry.vectors) == {"layers": ("28", "24", "final"), "pooling": "mean", "fusion": "concat"}
+    before = "7ea4ecbd0aadca8f4f9b1937885ba3ad9e606c6c59ecd854714a75494f3b384e"
+    assert entry.earlier_weights == (before,)
+    assert registry.name_earlier_weights(before).startswith("genoembed-mini of version 1, whose weights")
+    assert registry.name_earlier_weights("00") is None

@@ -23,9 +23,9 @@ from labelled_features import read_labeled
 
 import genoembed
 from genoembed.config.search import KMER_SIZE
-from genoembed.pooling.transform import fit_rows
+from genoembed.pooling.transform import fit_rows, ruling_directions
 from genoembed.searching.kmers import KmerIndex
-from genoembed.searching.run import MOST_COMPONENTS, PLAIN_WEIGHTS, ruling_directions
+from genoembed.searching.run import MOST_COMPONENTS, PLAIN_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,8 @@ def all_scores(
             transform.apply_float64(asked), transform.apply_float64(rows)
         )
     most = fit_rows(rows, components=MOST_COMPONENTS)
-    usual_fit = fit_rows(rows, components=ruling_directions(most.variances, MOST_COMPONENTS))
+    ruling = ruling_directions(most.variances, most=MOST_COMPONENTS, directions=MOST_COMPONENTS)
+    usual_fit = fit_rows(rows, components=ruling)
     usual = cosines(usual_fit.apply_float64(asked), usual_fit.apply_float64(rows))
     found["centered, the default of search"] = usual
     found |= {f"hybrid, 1 : {weight}": usual + weight * shares for weight in WEIGHTS}

@@ -183,6 +183,23 @@ def fit(
     )
 
 
+def ruling_directions(variances: NDArray[np.float64], *, most: int, directions: int) -> int:
+    """Count the leading components without which the rest varies in many directions.
+
+    Args:
+        variances: Of components, largest first, shape ``(D,)``.
+        most: What is returned where the rest has fewer directions even without that many.
+        directions: How many are enough, by the participation ratio of the rest.
+
+    Example:
+        >>> ruling_directions(np.array([900.0, 300, *[1] * 20]), most=8, directions=8)
+        2
+    """
+    rests = (variances[count:] for count in range(most))
+    is_even = (rest.sum() ** 2 >= directions * (rest**2).sum() for rest in rests)
+    return next((count for count, found in enumerate(is_even) if found), most)
+
+
 def fit_rows(rows: NDArray[np.floating], *, components: int) -> FittedTransform:
     """Center and remove the strongest directions, as ``remove-top`` does, fitted on rows in memory.
 

@@ -36,7 +36,7 @@ from genoembed.pipeline.embedding_file import (
     load_transform_for,
     record_names,
 )
-from genoembed.pooling.transform import fit_rows, unit_rows, usable_rows
+from genoembed.pooling.transform import fit_rows, ruling_directions, unit_rows, usable_rows
 from genoembed.retrieval.weights import HybridWeights
 from genoembed.searching.hits import Hits, HybridScores, Places
 from genoembed.searching.hybrid import HybridOptions, rescore
@@ -463,26 +463,11 @@ def _fit_own(database: EmbeddingFile, layer: str) -> FittedTransform | None:
         return None
     most = min(MOST_COMPONENTS, len(rows) // _ROWS_PER_COMPONENT, rows.shape[1] // _FEATURES_PER_COMPONENT)
     fitted = fit_rows(rows, components=most)
-    fitted = replace(fitted, matrix=fitted.matrix[:, : ruling_directions(fitted.variances, most)])
+    ruling = ruling_directions(fitted.variances, most=most, directions=MOST_COMPONENTS)
+    fitted = replace(fitted, matrix=fitted.matrix[:, :ruling])
     if fitted.variances.sum() <= _LEAST_SPREAD * (rows * rows).sum(axis=1).mean():
         return None
     return fitted
-
-
-def ruling_directions(variances: NDArray[np.float64], most: int) -> int:
-    """Count the leading directions without which the rest varies in many: by its participation ratio.
-
-    Args:
-        variances: Of the components of rows, largest first, shape ``(D,)``.
-        most: What is returned where even without that many few directions rule.
-
-    Example:
-        >>> ruling_directions(np.array([900.0, 300, *[1] * 20]), most=8)
-        2
-    """
-    rests = (variances[count:] for count in range(most))
-    is_even = (rest.sum() ** 2 >= MOST_COMPONENTS * (rest**2).sum() for rest in rests)
-    return next((count for count, found in enumerate(is_even) if found), most)
 
 
 def _find_by_kmers(

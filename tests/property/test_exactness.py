@@ -148,14 +148,17 @@ def test_bundled_model_in_half_precision_is_close_to_full(bundled, half_model_of
         SequenceRecord(id=f"r{index}", sequence=random_dna(length, index).encode())
         for index, length in enumerate((150, 400, 1000))
     ]
-    options = {"batch_tokens": 2048, "layers": ("28", "final")}
+    options = {"batch_tokens": 2048, "layers": ("28", "24", "final")}
     full = vectors_of(bundled, records, **options)
     half = vectors_of(half_model_of("bundled"), records, **options)
-    assert len(full) == 2
+    assert len(full) == 3
+    # a mean of codes of k-mers has no large constant beside which errors would look small
+    shares = dict(zip(full, (0.03, 0.03, HALF_TOLERANCE), strict=True))
     for layer, matrix in full.items():
         for exact, rounded in zip(matrix, half[layer], strict=True):
             assert not np.array_equal(exact, rounded)
-            assert np.abs(exact - rounded).max() <= HALF_TOLERANCE * np.abs(exact).max()
+            assert np.abs(exact - rounded).max() <= shares[layer] * np.abs(exact).max()
+            assert exact @ rounded > 0.9997 * np.linalg.norm(exact) * np.linalg.norm(rounded)
 
 
 @HAS_BUNDLED_WEIGHTS

@@ -72,7 +72,7 @@ def read_request(
         }
     )
     if trained is None and (added := {key: value for key, value in carried.items() if key not in given}):
-        chosen = ", ".join(f"{key} {' and '.join(_as_strings(value))}" for key, value in added.items())
+        chosen = "; ".join(f"{key} {', '.join(_as_strings(value))}" for key, value in added.items())
         _LOG.info("%s: no layer is named, so its own default is taken: %s", name, chosen)
     if not isinstance(model, str):
         _check_loaded(config, options)

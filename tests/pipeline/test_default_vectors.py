@@ -62,7 +62,7 @@ def test_every_verb_takes_the_default_and_the_file_records_it(bundled, fasta, tm
     with caplog.at_level("INFO", logger="genoembed"):
         report = genoembed.extract(fasta, model=model, output=tmp_path / "few.h5")
     first = caplog.messages[0]
-    own = "layers 3 and 1, pooling mean, fusion concat"
+    own = "layers 3, 1; pooling mean; fusion concat"
     assert first == f"genoembed-mini: no layer is named, so its own default is taken: {own}"
     named = genoembed.extract(
         fasta, model=model, layers=["3", "1"], fusion="concat", output=tmp_path / "named.h5"

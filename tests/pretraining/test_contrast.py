@@ -238,6 +238,12 @@ def test_codes_tell_pieces_apart_better_than_as_many_counts():
         return ((unit[1] @ unit[0].T).argmax(axis=1) == np.arange(60)).mean()
 
     assert found(codes) > found(np.eye(136)[:, :16]) + 0.1
+    # directions that tell more are larger; without weights the ratio is 1.5
+    counts = [
+        np.stack([count_kmers(view, 4, numbers) / len(view) for view in side]) for side in (pieces, copies)
+    ]
+    differences = ((counts[0] - counts[1]) @ codes).std(axis=0)
+    assert differences[:4].mean() > 1.8 * differences[-4:].mean()
 
 
 @pytest.fixture(scope="module")
